@@ -1,0 +1,455 @@
+"""
+What every script needs and must not do differently: arguments, seed, device, memory, checkpoints, JSON, run folders.
+
+A script reads:
+
+    @script                                                # InputError -> one sentence, exit code 2
+    def main(argv=None):
+        args = parse_args(argv)                            # script_parser(__doc__, task=...) and the script's own groups
+        seed_everything(args.seed)
+        device, dtype = pick_device(args.device)
+        run_dir = open_run_dir(args, "task1_classification", "train")
+        ...
+        write_json(run_dir / "metrics.json", {...} | run_facts(started, device))
+"""
+import argparse
+import contextlib
+import functools
+import gc
+import json
+import math
+import os
+import platform
+import random
+import re
+import resource
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import yaml
+
+
+class InputError(Exception):
+    """What the user gave cannot be used. The message is one sentence: what is wrong and what to do. Exit code 2."""
+
+
+def script(main):
+    """Decorator of every main(argv=None): turns the failures a user can mend into one sentence and exit code 2."""
+
+    @functools.wraps(main)
+    def wrapped(argv=None):
+        try:
+            return main(argv)
+        except InputError as error:
+            message = str(error)
+        except torch.OutOfMemoryError:
+            message = "the GPU is out of memory: lower --batch-size, or close what else runs on the card"
+        except (PermissionError, FileExistsError, NotADirectoryError) as error:
+            message = f"cannot use {error.filename}: {error.strerror}; choose another folder with --out-dir"
+        except OSError as error:
+            if error.strerror not in ("Read-only file system", "No space left on device", "Disk quota exceeded"):
+                raise
+            message = f"cannot write {error.filename or 'the results'}: {error.strerror}; choose another --out-dir"
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+        print(f"error: {message}", file=sys.stderr, flush=True)
+        raise SystemExit(2)
+
+    return wrapped
+
+
+# ---------------------------------------------------------------------------------------------------------- arguments
+
+ALIASES = {"--cfg": "--config", "--base-model": "--model", "--output-dir": "--out-dir", "--dataset": "--data"}
+
+
+class ScriptParser(argparse.ArgumentParser):
+    """argparse with underscores accepted in flags, a few documented aliases, --config, and one-line errors."""
+
+    script_dir = Path()
+
+    def parse_args(self, argv=None, namespace=None):
+        argv = [self.dashed(str(a)) for a in (sys.argv[1:] if argv is None else argv)]
+        first = ScriptParser(prog=self.prog, add_help=False, allow_abbrev=False)
+        first.add_argument("--config")
+        config = first.parse_known_args(argv)[0].config
+        if config is not None:  # the file's settings come first, so that flags on the command line win
+            argv = self.arguments_of(config) + argv
+        return super().parse_args(argv, namespace)
+
+    def dashed(self, argument):
+        """--batch_size=8 -> --batch-size=8, --cfg -> --config; values pass through."""
+        flag, equals, value = argument.partition("=")
+        if not re.fullmatch(r"--[A-Za-z][\w-]*", flag):
+            return argument
+        flag = flag.replace("_", "-")
+        return (flag if flag in self._option_string_actions else ALIASES.get(flag, flag)) + equals + value
+
+    def arguments_of(self, name):
+        """The settings of a YAML or JSON file as command-line arguments, so that types and choices are checked alike."""
+        path = next((p for p in (Path(name), self.script_dir / name) if p.is_file()), None)
+        if path is None:
+            self.error(f"--config: there is no file {name}, neither here nor in {self.script_dir}")
+        try:
+            settings = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            self.error(f"--config: {path} is not readable as YAML or JSON ({str(error).splitlines()[0]})")
+        if not isinstance(settings, dict):
+            self.error(f"--config: {path} must hold names and values, such as 'epochs: 15'")
+        argv = []
+        for key, value in settings.items():
+            flag = self.dashed(f"--{key}")
+            action = self._option_string_actions.get(flag)
+            if action is None or flag in ("--config", "--help"):
+                self.error(f"--config: '{key}' in {path} is not an option of this script (see --help)")
+            if isinstance(action, argparse.BooleanOptionalAction) or action.nargs == 0:
+                if not isinstance(value, bool):
+                    self.error(f"--config: '{key}' in {path} must be true or false, not {value!r}")
+                if value:
+                    argv.append(flag)
+                elif isinstance(action, argparse.BooleanOptionalAction):
+                    argv.append("--no-" + flag[2:])
+            elif isinstance(value, list):
+                argv += [flag, *map(str, value)]
+            elif value is not None:
+                argv.append(f"{flag}={value}")
+        return argv
+
+    def error(self, message):
+        print(f"{self.prog}: error: {message}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def script_parser(doc, task, data=None):
+    """
+    The parser of one script: `doc` is its docstring, `task` its folder; `data` names the task's real data set where the
+    script reads one. The shared options stand here; a script adds its own groups to what this returns.
+    """
+    parser = ScriptParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.script_dir = Path(__file__).resolve().parents[1] / task
+    g = parser.add_argument_group("run")
+    g.add_argument("--config", metavar="FILE", help="YAML or JSON file with the same names; flags given here win")
+    g.add_argument("--seed", type=int, default=0, help="seed of every random choice (%(default)s)")
+    g.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to compute (%(default)s)")
+    g.add_argument("--out-dir", metavar="DIR", help=f"results folder (default: a new outputs/{task}/<script>/<number>)")
+    g.add_argument("--overwrite", action="store_true", help="replace the run that --out-dir already holds")
+    g.add_argument("--dry-run", action="store_true", help="everything once on a few phantom images, on the CPU, in seconds")
+    g.add_argument("--limit", type=positive_int, metavar="N", help="use only the first N cases of each split")
+    if data is not None:
+        g = parser.add_argument_group("data")
+        g.add_argument("--data", default="auto", metavar="NAME", help=f"data set; auto = {data} where it can be had, else the phantom (%(default)s)")
+        g.add_argument("--data-dir", metavar="DIR", default=os.environ.get("MEDVLM_DATA") or "data", help="folder with the data files; $MEDVLM_DATA, else data (%(default)s)")
+    return parser
+
+
+def add_resume(group):
+    """--resume for scripts that train: a path, or alone together with --out-dir."""
+    group.add_argument("--resume", nargs="?", const=True, metavar="PATH", help="go on from a run folder or its last.pt; alone: from --out-dir")
+
+
+def positive_int(text):
+    """argparse type: an integer of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
+
+
+def positive_float(text):
+    """argparse type: a finite number above 0."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be above 0, not {text}")
+    return value
+
+
+def fraction(text):
+    """argparse type: a number from 0 to 1."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be between 0 and 1, not {text}")
+    return value
+
+
+# ----------------------------------------------------------------------------------- seed, device, memory, several GPUs
+
+def seed_everything(seed):
+    """Seed Python, NumPy and torch (all devices)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def pick_device(name="auto", dtype="auto"):
+    """
+    --device and --dtype -> (torch.device, torch.dtype to compute in); both are printed with the reason. Under torchrun
+    each process takes the GPU of its local rank. InputError when the device asked for is not there.
+    """
+    mps = torch.backends.mps.is_available()
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch sees no CUDA GPU; use --device cpu, or install a CUDA build of torch")
+    if name == "mps" and not mps:
+        raise InputError("--device mps: torch sees no Apple GPU; use --device cpu")
+    why = "asked for"
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+        why = {"cuda": "a CUDA GPU is there", "mps": "an Apple GPU is there", "cpu": "no GPU is there"}[name]
+    device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()) if name == "cuda" else torch.device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        why += f": {torch.cuda.get_device_name(device)}"
+    if dtype != "auto":
+        chosen, dtype_why = getattr(torch, dtype), "asked for"
+    elif device.type != "cuda":
+        chosen, dtype_why = torch.float32, "the safe choice outside CUDA"
+    elif torch.cuda.get_device_capability(device)[0] >= 8:
+        chosen, dtype_why = torch.bfloat16, "this GPU computes bfloat16"
+    else:
+        chosen, dtype_why = torch.float16, "this GPU (a T4, say) has no fast bfloat16"
+    if is_main_process():
+        print(f"device: {device} ({why}), dtype: {str(chosen).removeprefix('torch.')} ({dtype_why})", flush=True)
+    return device, chosen
+
+
+def free_gpu():
+    """Hand unused memory back; call after `del model` and before the next model is loaded."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def peak_memory(device):
+    """Highest memory use so far in GiB: of this process (peak_ram_gib) and of the GPU's allocator (peak_gpu_gib or None)."""
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
+    ram = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    gpu = torch.cuda.max_memory_allocated(device) / 2**30 if torch.device(device).type == "cuda" else None
+    return {"peak_ram_gib": round(ram, 3), "peak_gpu_gib": gpu and round(gpu, 3)}
+
+
+def start_distributed(device):
+    """Join the group when started by torchrun (nccl on GPUs, gloo elsewhere); returns (rank, world_size), (0, 1) alone."""
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if world_size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.device(device).type == "cuda" else "gloo")
+    return (dist.get_rank(), world_size) if world_size > 1 else (0, 1)
+
+
+def is_main_process():
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+class StopSignal:
+    """
+    Lets a loop finish its step and save when the run is told to stop:
+
+        with StopSignal() as stop:
+            for step in ...:
+                ...
+                if stop.requested():    # SIGTERM (SLURM, docker) or Ctrl-C; under torchrun all ranks agree
+                    save(); stop.exit()
+
+    A second signal ends the process at once; what was saved before stays whole, since checkpoints are renamed into place.
+    """
+
+    def __enter__(self):
+        self.signal = None
+        self.previous = {}
+        with contextlib.suppress(ValueError):  # not the main thread (some notebooks): signals keep their usual meaning
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self.previous[number] = signal.signal(number, self.handle)
+        return self
+
+    def handle(self, number, frame):
+        if self.signal is not None:
+            self.restore()
+            os.kill(os.getpid(), number)
+            return
+        self.signal = number
+        print(f"\n{signal.Signals(number).name}: saving after this step (once more to quit at once)", file=sys.stderr)
+
+    def requested(self):
+        if dist.is_initialized():  # otherwise one rank would leave the others waiting in all_reduce
+            flag = torch.tensor(self.signal or 0, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+            self.signal = int(flag) or None
+        return self.signal is not None
+
+    def exit(self):
+        raise SystemExit(128 + self.signal)
+
+    def restore(self):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def __exit__(self, *exception):
+        self.restore()
+
+
+# ------------------------------------------------------------------------------------------------- checkpoints and JSON
+
+@contextlib.contextmanager
+def atomic_file(path, mode="wb"):
+    """Open a temporary file beside `path`, renamed onto it only when the block ends well: never a half-written file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(temporary, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": ""})) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_checkpoint(path, state):
+    """Write a dict of tensors and plain values (what torch.load(weights_only=True) reads back), atomically."""
+    check_plain(state)
+    with atomic_file(path) as file:
+        torch.save(state, file)
+
+
+def check_plain(value, where="checkpoint"):
+    if isinstance(value, dict):
+        for key, item in value.items():
+            check_plain(item, f"{where}[{key!r}]")
+    elif isinstance(value, (list, tuple)):
+        for i, item in enumerate(value):
+            check_plain(item, f"{where}[{i}]")
+    elif type(value) not in (int, float, str, bool, type(None)) and not isinstance(value, torch.Tensor):
+        raise TypeError(f"{where} is a {type(value).__name__}; checkpoints hold tensors and plain values only")
+
+
+def load_checkpoint(path, keys=(), what="checkpoint"):
+    """Read a checkpoint onto the CPU without ever running pickled code. InputError when it is not one, or lacks `keys`."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"there is no {what} at {path}; give the path of one, or train it first")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds here; none of them is a bug of the script
+        unsafe = "weights_only" in str(error) or "Unsupported" in str(error)
+        why = "it holds pickled Python code, which is never run" if unsafe else "the file is damaged or of another kind"
+        raise InputError(f"{path} cannot be read as a {what}: {why}") from error
+    missing = [k for k in keys if not isinstance(state, dict) or k not in state]
+    if missing:
+        raise InputError(f"{path} is not a {what} of this script: it lacks {', '.join(missing)}")
+    return state
+
+
+def plain(value):
+    """Anything a script measures -> JSON: NumPy and torch values become numbers and lists, NaN and infinities null."""
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    if isinstance(value, (np.ndarray, np.generic, torch.Tensor)):
+        return plain(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, (int, str, bool, type(None))) else str(value)
+
+
+def write_json(path, value):
+    with atomic_file(path, "w") as file:
+        json.dump(plain(value), file, indent=2, ensure_ascii=False, allow_nan=False)
+        file.write("\n")
+
+
+def read_json(path):
+    """InputError when the file is missing or is not JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as JSON ({error})") from error
+
+
+def write_jsonl(path, rows):
+    with atomic_file(path, "w") as file:
+        file.writelines(json.dumps(plain(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+
+
+# ---------------------------------------------------------------------------------------------------------- run folders
+
+RUN_FILES = ("*.pt", "*.json", "*.jsonl", "*.csv", "*.png", "report.md", "figures", "seed*")
+
+
+def open_run_dir(args, task, name):
+    """
+    The folder this run writes to, created and printed; its settings.json holds every argument. Without --out-dir: the next
+    free outputs/<task>/<name>/001, 002, ... (dry runs: .../dry-run, replaced each time). InputError when a folder given by
+    name holds a run already and neither --resume nor --overwrite is given, or when nothing can be written there.
+    """
+    base = Path("outputs") / task / name
+    resume = getattr(args, "resume", None)
+    run_dir = Path(args.out_dir) if args.out_dir else None
+    if run_dir is None and resume:
+        run_dir = resume_dir(resume)
+    if not is_main_process():  # rank 0 creates the folder and tells the others
+        return Path(broadcast_text(None))
+    if run_dir is None:
+        run_dir = base / "dry-run" if args.dry_run else next_number(base)
+        clear_run(run_dir)
+    elif (run_dir / "settings.json").exists() and not resume:
+        if not args.overwrite:
+            raise InputError(f"{run_dir} already holds a run; go on with --resume, replace it with --overwrite, or name another --out-dir")
+        clear_run(run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_json(run_dir / "settings.json", {k: v for k, v in vars(args).items() if k != "config"} | {"command": " ".join(sys.argv)})
+    print(f"results go to {run_dir}", flush=True)
+    return Path(broadcast_text(str(run_dir)))
+
+
+def broadcast_text(text):
+    """The text of rank 0, on every rank."""
+    box = [text]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def next_number(base):
+    numbers = [int(p.name) for p in base.glob("[0-9]*") if p.name.isdigit()]
+    return base / f"{max(numbers, default=0) + 1:03d}"
+
+
+def clear_run(run_dir):
+    """Remove what a run writes, and nothing else that a user may keep in the same folder."""
+    for pattern in RUN_FILES:
+        for path in run_dir.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def resume_dir(path):
+    """--resume PATH: a run folder, or a checkpoint in it."""
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"--resume: there is nothing at {path}")
+    run_dir = path if path.is_dir() else path.parent
+    return run_dir.parent if run_dir.name.startswith("seed") and (run_dir.parent / "settings.json").exists() else run_dir
+
+
+def newest_run(task, name, holding):
+    """The newest numbered run folder that holds the file `holding`; None when there is none."""
+    runs = [p for p in (Path("outputs") / task / name).glob("[0-9]*") if (p / holding).exists()]
+    return max(runs, key=lambda p: p.name, default=None)
+
+
+def run_facts(started, device):
+    """What belongs into every metrics.json beside the numbers: seconds since `started`, memory, hardware, versions."""
+    gpu = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else None
+    return {
+        "seconds": round(time.time() - started, 2),
+        **peak_memory(device),
+        "hardware": {"device": str(device), "gpu": gpu, "cpu_threads": torch.get_num_threads(), "machine": platform.machine()},
+        "versions": {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__},
+        "date": time.strftime("%Y-%m-%d"),
+    }
