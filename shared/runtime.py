@@ -379,7 +379,7 @@ def write_jsonl(path, rows):
 
 # ---------------------------------------------------------------------------------------------------------- run folders
 
-RUN_FILES = ("*.pt", "*.json", "*.jsonl", "*.csv", "*.png", "report.md", "figures", "seed*")
+RUN_FILES = ("*.pt", "*.json", "*.jsonl", "*.csv", "report.md", "figures", "heatmaps", "seed*")
 
 
 def open_run_dir(args, task, name):

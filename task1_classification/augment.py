@@ -16,9 +16,8 @@ def augment(images, generator, strength="full"):
     """
     images float in 0..1 (N, C, H, W), `generator` on the same device -> changed copies, same shape, about 0..1.
 
-    "geometry": rotation up to 15 degrees, shift up to 11 % of the side (3 of 28 pixels), zoom 0.83 to 1.2.
-    "full": also gamma, contrast and brightness, blur or sharpening, and noise. There is no mirroring: it would put the heart
-    on the wrong side.
+    "geometry": rotation up to 10 degrees, shift up to 7 % of the side (2 of 28 pixels), zoom 0.91 to 1.1.
+    "full": also gamma, contrast, brightness and noise. There is no mirroring: it would put the heart on the wrong side.
     """
     if strength == "none":
         return images
@@ -27,14 +26,13 @@ def augment(images, generator, strength="full"):
     def uniform(low, high):
         return torch.rand(n, 1, 1, 1, generator=generator, device=device) * (high - low) + low
 
-    images = affine(images, angle=uniform(-15, 15), shift_x=uniform(-0.11, 0.11), shift_y=uniform(-0.11, 0.11), zoom=1.2 ** uniform(-1, 1))
+    images = affine(images, angle=uniform(-10, 10), shift_x=uniform(-0.07, 0.07), shift_y=uniform(-0.07, 0.07), zoom=1.1 ** uniform(-1, 1))
     if strength == "geometry":
         return images
     images = images.clamp(1e-3, 1) ** torch.exp(uniform(-0.25, 0.25))  # exposure
     mean = images.mean((1, 2, 3), keepdim=True)
     images = (images - mean) * torch.exp(uniform(-0.25, 0.25)) + mean + uniform(-0.125, 0.125)
-    images = images + uniform(-1, 2).clamp(max=1) * (blur(images) - images)  # -1 sharpens, 0 leaves, 1 blurs
-    return images + uniform(0, 0.06) * torch.randn(images.shape, generator=generator, device=device)
+    return images + uniform(0, 0.04) * torch.randn(images.shape, generator=generator, device=device)
 
 
 def affine(images, angle, shift_x, shift_y, zoom):
@@ -57,31 +55,24 @@ def blur(images):
 
 def shifted_copies(images, seed=0):
     """
-    images uint8 (N, C, H, W) -> {name: float 0..1 (N, C, H, W)}: the images as they are and twelve fixed changes of framing,
-    exposure and sharpness that another hospital's films might show. Validation on these tells recipes apart that plain
-    validation, near 0.99 AUC for all of them, cannot.
+    images uint8 (N, C, H, W) -> {name: float 0..1 (N, C, H, W)}: the images as they are and six fixed changes of framing,
+    exposure and sharpness that another hospital's films might show. Validation on these tells recipes, epochs and thresholds
+    apart that plain validation, near 0.99 AUC for all of them, cannot.
     """
     generator = torch.Generator().manual_seed(seed)
     x = images.float() / 255
     mean = x.mean((1, 2, 3), keepdim=True)
-    side = x.shape[-1]
 
     def uniform(width):
         return (torch.rand(len(x), 1, 1, 1, generator=generator) * 2 - 1) * width
 
     copies = {
         "as it is": x,
-        "moved": affine(x, uniform(10), uniform(0.07), uniform(0.07), 1.1 ** uniform(1)),
+        "turned and moved": affine(x, uniform(10), uniform(0.07), uniform(0.07), 1.0),
         "zoomed in": affine(x, 0, 0, 0, 1.2),
         "zoomed out": affine(x, 0, 0, 0, 0.85),
-        "brighter": x + 0.12,
-        "darker": x - 0.12,
-        "less contrast": (x - mean) * 0.65 + mean,
-        "more contrast": (x - mean) * 1.4 + mean,
-        "gamma 1.5": x**1.5,
-        "gamma 0.67": x**0.67,
-        "blurred": blur(x),
-        "noisy": x + 0.06 * torch.randn(x.shape, generator=generator),
-        "coarse": F.interpolate(F.avg_pool2d(x, 2), size=(side, side), mode="bilinear"),
+        "bright and flat": (x - mean) * 0.7 + mean + 0.1,
+        "dark and hard": ((x - mean) * 1.3 + mean).clamp(0, 1) ** 1.4,
+        "blurred and noisy": blur(x) + 0.04 * torch.randn(x.shape, generator=generator),
     }
     return {name: copy.clamp(0, 1) for name, copy in copies.items()}

@@ -1,4 +1,4 @@
-"""The pictures of evaluate.py: confusion matrix, ROC and precision-recall curves, calibration, and Grad-CAM of failures."""
+"""The pictures of train.py and evaluate.py: training curves, confusion matrix, ROC and precision-recall curves, calibration, and Grad-CAM of failures."""
 import matplotlib
 import numpy as np
 import torch
@@ -17,6 +17,24 @@ def save(figure, path, title):
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def draw_training(path, histories, title):
+    """Loss and AUC by epoch, one line per seed; histories {seed: rows}."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for i, rows in enumerate(histories.values()):
+        epochs = [r["epoch"] for r in rows]
+        for axis, key, color, label in (
+            (left, "train_loss", "tab:blue", "training (changed images)"), (left, "val_loss", "tab:orange", "validation"),
+            (right, "val_auc", "tab:orange", "validation"), (right, "val_auc_shifted", "tab:green", "validation and its shifted copies"),
+        ):  # fmt: skip
+            axis.plot(epochs, [r[key] for r in rows], color=color, alpha=0.8, marker="." if len(rows) < 3 else None, label=label if i == 0 else None)
+    left.set(xlabel="epoch", ylabel="loss", ylim=(0, None))
+    right.set(xlabel="epoch", ylabel="AUC")
+    for axis in (left, right):
+        axis.legend(frameon=False, fontsize=8)
+        axis.grid(alpha=0.3)
+    save(figure, path, title)
 
 
 def draw_confusion(path, matrix, names, title):

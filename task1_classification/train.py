@@ -26,7 +26,6 @@ ROOT = Path(__file__).resolve().parents[1] if "__file__" in globals() else Path.
 sys.path.insert(0, str(ROOT))  # finds shared/ from any folder; in a notebook, cd to the project first
 
 import shared  # noqa: F401, isort: skip  # before torchvision
-import matplotlib
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -55,6 +54,7 @@ from shared.runtime import (
     write_jsonl,
 )  # fmt: skip
 from task1_classification.augment import STRENGTHS, augment, shifted_copies
+from task1_classification.figures import draw_training
 from task1_classification.model import (
     ARCHITECTURES,
     STEMS,
@@ -66,11 +66,9 @@ from task1_classification.model import (
     to_probabilities,
 )  # fmt: skip
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
 TASK = "task1_classification"
 MODEL_PATH = Path("models/task1_model.pth")  # where tasks 2 and 3 look
+REPORT_CURVES = Path("reports/figures/task1_curves.png")
 
 
 def parse_args(argv=None):
@@ -308,37 +306,16 @@ def refuse_other_settings(state, args, data, path):
         print(f"--epochs {then['epochs']} -> {args.epochs}: the learning rate follows the new length from here on")
 
 
-def draw_curves(histories, title, paths):
-    """Loss and AUC by epoch, one line per seed; histories {seed: rows}."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    for i, rows in enumerate(histories.values()):
-        epochs = [r["epoch"] for r in rows]
-        for axis, key, color, label in (
-            (left, "train_loss", "tab:blue", "training (changed images)"), (left, "val_loss", "tab:orange", "validation"),
-            (right, "val_auc", "tab:orange", "validation"), (right, "val_auc_shifted", "tab:green", "validation and its shifted copies"),
-        ):  # fmt: skip
-            axis.plot(epochs, [r[key] for r in rows], color=color, alpha=0.8, marker="." if len(rows) < 3 else None, label=label if i == 0 else None)
-    left.set(xlabel="epoch", ylabel="loss", ylim=(0, None))
-    right.set(xlabel="epoch", ylabel="AUC")
-    for axis in (left, right):
-        axis.legend(frameon=False, fontsize=8)
-        axis.grid(alpha=0.3)
-    figure.suptitle(title, fontsize=10)
-    for path in paths:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
-def publish(classifier, args):
-    """Put the classifier where the other tasks look, unless that would cost something better; says what it did."""
+def publish(classifier, args, run_dir):
+    """Put the classifier where the other tasks look, unless that would cost something better, and the curves beside the reports."""
     if args.dry_run or args.limit:
         return print(f"{MODEL_PATH} left alone: this was a {'dry run' if args.dry_run else 'run with --limit'}")
+    with atomic_file(REPORT_CURVES) as file:
+        file.write((run_dir / "figures" / "curves.png").read_bytes())
     if MODEL_PATH.exists():
-        there = load_checkpoint(MODEL_PATH, ("dataset",), what="classifier")["dataset"]
-        mine = classifier["dataset"]
+        there, mine = load_checkpoint(MODEL_PATH, ("dataset",), what="classifier")["dataset"], classifier["dataset"]
         if not there["phantom"] and there["name"] != mine["name"]:
-            return print(f"{MODEL_PATH} left alone: it was trained on {there['name']}, this run on {mine['name']}; delete it or copy best.pt there to change that")
+            return print(f"{MODEL_PATH} left alone: it was trained on {there['name']}, this run on {mine['name']}; delete it to have it replaced, or give {run_dir}/best.pt to the other scripts")
     save_checkpoint(MODEL_PATH, classifier)
     print(f"classifier for the other tasks: {MODEL_PATH}")
 
@@ -378,8 +355,8 @@ def main(argv=None):
         "settings": settings_of(args), **run_facts(started, device),
     })  # fmt: skip
     title = f"{'PHANTOM images, ' if data.phantom else ''}{data.name} {data.size} px, {args.arch}, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
-    draw_curves(histories, title, [run_dir / "figures" / "curves.png"] + ([] if args.dry_run or args.limit else [Path("reports/figures/task1_curves.png")]))
-    publish(best, args)
+    draw_training(run_dir / "figures" / "curves.png", histories, title)
+    publish(best, args, run_dir)
     print(f"best epoch of seed {best['seed']}: {best['validation']['epoch']}, validation AUC {best['validation']['val_auc']:.4f}; measure it on the test images with python task1_classification/evaluate.py\nresults in {run_dir} ({time.time() - started:.0f} s)")
 
 
