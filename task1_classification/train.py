@@ -37,6 +37,7 @@ from shared.runtime import (
     InputError,
     StopSignal,
     add_resume,
+    atomic_file,
     fraction,
     free_gpu,
     load_checkpoint,

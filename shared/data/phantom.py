@@ -36,9 +36,10 @@ from shared.data.phantom_body import (
     develop,
     draw_anatomy,
     draw_position,
-    organ_outlines,
+    organ_boxes,
 )
 from shared.data.phantom_findings import CHRONIC, ORDER, SEVERITIES, SIGN, ZONES, Finding, place, place_blob
+from shared.data.phantom_lateral import lateral_film
 from shared.data.phantom_text import write_questions, write_report
 from shared.metrics.labels import CONDITIONS, PARENTS
 
@@ -249,6 +250,11 @@ class Study:
         """Frontal film, uint8 (size, size). Image left is the patient's right."""
         return self._film[0]
 
+    @cached_property
+    def lateral(self):
+        """Lateral film, uint8 (size, size), the patient facing left."""
+        return lateral_film(self.frame, self.drawn, self.size, self.seed, self.index)
+
     @property
     def masks(self):
         """Name of a finding -> bool (size, size)."""
@@ -267,7 +273,7 @@ class Study:
     @cached_property
     def organ_boxes(self):
         """Name of an organ -> pixel box [x0, y0, x1, y1]."""
-        return {name: box_of(self.frame, points, self.size) for name, points in organ_outlines(self.frame).items()}
+        return organ_boxes(self.frame, self.size)
 
     def without(self, *names):
         """
