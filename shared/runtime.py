@@ -22,7 +22,6 @@ import os
 import platform
 import random
 import re
-import resource
 import shutil
 import signal
 import sys
@@ -33,6 +32,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import yaml
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 
 class InputError(Exception):
@@ -226,11 +230,11 @@ def free_gpu():
 
 
 def peak_memory(device):
-    """Highest memory use so far in GiB: of this process (peak_ram_gib) and of the GPU's allocator (peak_gpu_gib or None)."""
+    """Highest memory use so far in GiB: of this process (peak_ram_gib) and of the GPU's allocator; None where unknown."""
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
-    ram = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    ram = resource and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
     gpu = torch.cuda.max_memory_allocated(device) / 2**30 if torch.device(device).type == "cuda" else None
-    return {"peak_ram_gib": round(ram, 3), "peak_gpu_gib": gpu and round(gpu, 3)}
+    return {"peak_ram_gib": ram and round(ram, 3), "peak_gpu_gib": gpu and round(gpu, 3)}
 
 
 def start_distributed(device):
