@@ -115,7 +115,7 @@ def main():
 
     model = build_model()
     model_cl = build_model().to(memory_format=torch.channels_last)
-    optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-3, weight_decay=0.05) for m in (model, model_cl)]
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4) for m in (model, model_cl)]
 
     def drain(batches):
         for _ in batches:

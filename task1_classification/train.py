@@ -84,8 +84,8 @@ def parse_args(argv=None):
     g = parser.add_argument_group("optimisation")
     g.add_argument("--epochs", type=positive_int, default=10, help="passes over the training images (%(default)s)")
     g.add_argument("--batch-size", type=positive_int, default=64, help="images per step over all GPUs; at least 2 (%(default)s)")
-    g.add_argument("--lr", type=positive_float, default=1e-3, help="highest learning rate of AdamW (%(default)s)")
-    g.add_argument("--weight-decay", type=float, default=0.05, help="AdamW's, on weights of two or more dimensions (%(default)s)")
+    g.add_argument("--lr", type=positive_float, default=0.05, help="highest learning rate of SGD with momentum 0.9 (%(default)s)")
+    g.add_argument("--weight-decay", type=float, default=5e-4, help="L2 penalty on all weights (%(default)s)")
     g.add_argument("--warmup-epochs", type=float, default=1.0, help="epochs of rising learning rate before the cosine (%(default)s)")
     g.add_argument("--label-smoothing", type=fraction, default=0.0, help="share of each label spread over all classes (%(default)s)")
     g.add_argument("--class-weights", action="store_true", help="weigh every class alike in the loss")
@@ -174,7 +174,7 @@ def train_one(args, data, seed, run_dir, device, dtype, rank, world_size):
     model = model.to(device, memory_format=torch.channels_last)
     average = copy.deepcopy(model)  # EMA of the weights: steadier than any single step; this is what is validated and kept
     averaged, current = ([v for v in m.state_dict().values() if v.is_floating_point()] for m in (average, model))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
+    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, nesterov=True, weight_decay=args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     generator = torch.Generator(device)
     class_weights = weights_of_classes(labels, max(2, data.num_outputs), data.task).to(device) if args.class_weights else None
