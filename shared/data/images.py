@@ -54,19 +54,20 @@ def read_image(path):
         raise InputError(f"an image has the shape (H, W) or (H, W, 3), this one {pixels.shape}")
     if min(pixels.shape[:2]) < MIN_SIDE:
         raise InputError(f"the image is too small: {pixels.shape[1]}x{pixels.shape[0]} pixels, at least {MIN_SIDE}x{MIN_SIDE} are needed")
+    if pixels.dtype == np.uint8:
+        return pixels.astype(np.float32) / 255
+    with np.errstate(over="ignore"):
+        pixels = pixels.astype(np.float32)
     if not np.isfinite(pixels).all():
         raise InputError("the image has NaN or infinite pixels")
     return to_unit_range(pixels)
 
 
 def to_unit_range(pixels):
-    if pixels.dtype == np.uint8:
-        return pixels.astype(np.float32) / 255
-    pixels = pixels.astype(np.float32)
     if pixels.min() >= 0 and 0 < pixels.max() <= 1:
         return pixels
-    low, high = np.percentile(pixels, (0.5, 99.5))
-    return np.clip((pixels - low) / max(high - low, 1e-6), 0, 1)
+    low, high = np.percentile(pixels, (0.5, 99.5)).astype(np.float32)
+    return np.clip((pixels - low) / max(high - low, np.float32(1e-6)), 0, 1)
 
 
 def read_picture(path):
@@ -87,8 +88,11 @@ def read_picture(path):
 def read_npy(path):
     try:
         pixels = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # NumPy raises many kinds for damaged headers
         raise InputError("the .npy file is damaged, or holds Python objects") from error
+    if not isinstance(pixels, np.ndarray):
+        pixels.close()
+        raise InputError("the file is an .npz archive; save the one array as .npy")
     if pixels.dtype.kind not in "uif":
         raise InputError(f"the array must hold numbers, not {pixels.dtype}")
     if pixels.ndim == 3 and pixels.shape[0] == 1:  # (1, H, W)

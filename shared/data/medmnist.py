@@ -3,7 +3,6 @@ Every 2-D MedMNIST set (Yang et al. 2023, doi:10.1038/s41597-022-01721-8) as uin
 in the same form. A file that is present is used as it is; only an absent one is downloaded, through the medmnist package.
 """
 import hashlib
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,16 +100,22 @@ def load_medmnist(name, data_dir, size=28):
     path = next((p for p in places if p.is_file()), None) or download(name, size, Path(data_dir), file_name)
 
     info = INFO[name]
+    multi_label = info["task"].startswith("multi-label")
     images, labels = {}, {}
     try:
         with np.load(path, allow_pickle=False) as arrays:
             for split in SPLITS:
                 x, y = arrays[f"{split}_images"], arrays[f"{split}_labels"]
-                if x.dtype != np.uint8 or x.shape[1:] != (size, size) + (3,) * (info["n_channels"] == 3) or len(x) != len(y) or len(x) == 0:
-                    raise InputError(f"{path}: {split} has images {x.dtype} {x.shape} and labels {y.shape}, not uint8 ({size}, {size}) images with a label each")
+                shape, width = (size, size) + (3,) * (info["n_channels"] == 3), len(info["label"]) if multi_label else 1
+                if x.dtype != np.uint8 or x.shape[1:] != shape or len(x) == 0 or y.shape != (len(x), width):
+                    raise InputError(f"{path}: {split} has images {x.dtype} {x.shape} and labels {y.shape}, not uint8 {shape} images with {width} label{'s' * (width > 1)} each")
+                if y.dtype.kind not in "ui" or not 0 <= y.min() <= y.max() < (2 if multi_label else len(info["label"])):
+                    raise InputError(f"{path}: {split} has labels {y.dtype} from {y.min()} to {y.max()}, which {name} does not have")
                 images[split] = as_channels_first(x)
-                labels[split] = torch.from_numpy(y.astype(np.float32) if info["task"].startswith("multi-label") else y[:, 0].astype(np.int64))
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+                labels[split] = torch.from_numpy(y.astype(np.float32) if multi_label else y[:, 0].astype(np.int64))
+    except InputError:
+        raise
+    except Exception as error:  # NumPy, zipfile and zlib raise a dozen kinds for damaged files
         raise InputError(f"{path} is not a MedMNIST file, or is damaged; delete it and run again to download it ({error})") from error
     sha256, md5 = digests(path)
     official = md5 == info["MD5" + suffix]

@@ -6,18 +6,26 @@ Chest radiographs drawn from anatomy, with everything about them known: findings
     study.image, study.truth, study.boxes, study.report, study.questions
 
 Usage:
-    python -m shared.data.phantom --preview                 # a labelled gallery of films and findings
+    python -m shared.data.phantom --preview                 # a labelled gallery of films and findings, with reports
+    python -m shared.data.phantom --export slake --out-dir data/phantom_slake --count 40
 
-What depends on what. Random numbers come in separate streams (anatomy, position, findings, noise, words), and truth, text
-and boxes never look at a pixel: they are the same for every image size. Only plain uniform draws decide them, since those
-are the same on every platform.
+What depends on what. Random numbers come in separate streams (anatomy, position, findings, noise, words), and truth,
+text and boxes never look at a pixel: they are the same for every image size. Only plain uniform draws decide them,
+since those are the same on every platform.
 
 phantom_body.py has the anatomy and the film, phantom_findings.py what can be wrong with it, phantom_text.py the words,
 phantom_export.py the file formats of the real datasets.
 """
 
+import argparse
+import hashlib
+import io
+import json
+import os
+import sys
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from pathlib import Path
 
 import numpy as np
 
@@ -45,7 +53,7 @@ from shared.metrics.labels import CONDITIONS, PARENTS
 
 VERSION = 1  # raise it when the same (seed, index) gives another study; the disk cache checks it
 
-# --------------------------------------------------------------------------------------------------- what is in a study
+# ------------------------------------------------------------------------------------------------- what is in a study
 
 PREVALENCE = {
     "Enlarged Cardiomediastinum": 0.07, "Cardiomegaly": 0.20, "Lung Opacity": 0.09, "Lung Lesion": 0.12, "Edema": 0.10,
@@ -55,11 +63,15 @@ PREVALENCE = {
 
 # (cause, effect): chance that the cause alone brings the effect along. Causes come first in ORDER.
 TOGETHER = {
-    ("Cardiomegaly", "Edema"): 0.20, ("Cardiomegaly", "Pleural Effusion"): 0.12, ("Edema", "Pleural Effusion"): 0.45,
-    ("Pneumonia", "Pleural Effusion"): 0.15, ("Fracture", "Pneumothorax"): 0.20, ("Pneumothorax", "Support Devices"): 0.35,
-    ("Edema", "Support Devices"): 0.25, ("Pleural Effusion", "Atelectasis"): 0.12,
-}  # fmt: skip
-
+    ("Cardiomegaly", "Edema"): 0.20,
+    ("Cardiomegaly", "Pleural Effusion"): 0.12,
+    ("Edema", "Pleural Effusion"): 0.45,
+    ("Pneumonia", "Pleural Effusion"): 0.15,
+    ("Fracture", "Pneumothorax"): 0.20,
+    ("Pneumothorax", "Support Devices"): 0.35,
+    ("Edema", "Support Devices"): 0.25,
+    ("Pleural Effusion", "Atelectasis"): 0.12,
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,11 +79,11 @@ class PhantomSettings:
     """
     What the made-up hospital sees. All are shares between 0 and 1.
 
-    prevalence, together: chance of each condition, and of an effect given its cause (dicts; they replace the defaults above).
-    normal: share of patients to whom nothing of this applies. uncertain: share of findings that the report only suspects.
-    omitted: share of findings the report forgets. shortcut: (condition, agreement): a bright triangle in a lower corner that is there
-    as often as `agreement` when the condition is, and as rarely when it is not; 0.5 is no shortcut.
-    guessable: 0: the words of a closed question do not tell its answer; 1: they tell it always.
+    prevalence, together: chance of each condition, and of an effect given its cause (dicts; they replace the defaults
+    above). normal: share of patients to whom nothing of this applies. uncertain: share of findings that the report
+    only suspects. omitted: share of findings the report forgets. shortcut: (condition, agreement): a bright triangle
+    in a lower corner that is there as often as `agreement` when the condition is, and as rarely when it is not; 0.5 is
+    no shortcut. guessable: 0: the words of a closed question do not tell its answer; 1: they tell it always.
     """
 
     prevalence: dict = field(default_factory=lambda: dict(PREVALENCE))
@@ -90,7 +102,9 @@ class PhantomSettings:
                 raise ValueError(f"prevalence of {name} is {value}, not between 0 and 1")
         for cause, effect in self.together:
             if cause not in ORDER or effect not in ORDER or ORDER.index(cause) >= ORDER.index(effect):
-                raise ValueError(f"({cause!r}, {effect!r}): the cause must come before its effect in {', '.join(ORDER)}")
+                raise ValueError(
+                    f"({cause!r}, {effect!r}): the cause must come before its effect in {', '.join(ORDER)}"
+                )
         for name in ("normal", "uncertain", "omitted", "guessable"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} is {getattr(self, name)}, not between 0 and 1")
@@ -106,8 +120,15 @@ class PhantomSettings:
 
     def key(self):
         """The same text for the same settings."""
-        parts = [sorted(self.prevalence.items()), sorted(self.together.items()), self.normal, self.uncertain, self.omitted,
-                 tuple(self.shortcut), self.guessable]  # fmt: skip
+        parts = [
+            sorted(self.prevalence.items()),
+            sorted(self.together.items()),
+            self.normal,
+            self.uncertain,
+            self.omitted,
+            tuple(self.shortcut),
+            self.guessable,
+        ]
         return repr(parts)
 
 
@@ -179,15 +200,15 @@ class Study:
     settings: PhantomSettings
     patient: int
     visit: int
-    truth: tuple             # Finding objects: condition, kind, side, zone, severity
-    shortcut: bool           # the corner triangle is there
+    truth: tuple  # Finding objects: condition, kind, side, zone, severity
+    shortcut: bool  # the corner triangle is there
     anatomy: Anatomy = field(repr=False)
     position: Position = field(repr=False)
-    erased: tuple = ()       # names of findings left out of the picture by without()
+    erased: tuple = ()  # names of findings left out of the picture by without()
 
     @property
     def patient_id(self):
-        return f"P{self.seed:02d}{self.patient:06d}"
+        return f"P{self.seed}-{self.patient:06d}"
 
     @property
     def study_id(self):
@@ -195,10 +216,12 @@ class Study:
 
     @cached_property
     def frame(self):
+        """Geometry of this film, with what the findings do to heart, mediastinum and diaphragm."""
         frame = Frame(self.anatomy, self.position)
         for finding in self.drawn:
             frame.heart_ratio = max(frame.heart_ratio, finding.shape.get("ratio", 0.0))
-            frame.widening = max(frame.widening, finding.shape.get("width", 0.0) if finding.kind == "wide mediastinum" else 0.0)
+            if finding.kind == "wide mediastinum":
+                frame.widening = finding.shape["width"]
             if finding.condition == "Atelectasis":
                 sign = SIGN[finding.side]
                 frame.lift[sign] = max(frame.lift[sign], finding.shape["lift"])
@@ -206,6 +229,7 @@ class Study:
 
     @property
     def drawn(self):
+        """The part of truth that is in the picture: all of it, but for without()."""
         return [finding for finding in self.truth if finding.name not in self.erased]
 
     @cached_property
@@ -222,7 +246,7 @@ class Study:
 
     @cached_property
     def report(self):
-        """Report: indication, comparison, findings, impression, text. Says nothing but words; `report_labels` are what it states."""
+        """Report with indication, comparison, findings, impression, text and the labels it states."""
         before = ()
         if self.visit and self.index:
             before = _plan(self.seed, self.index - 1, self.settings)[4]
@@ -262,7 +286,7 @@ class Study:
 
     @property
     def organ_masks(self):
-        """right lung, left lung, heart, mediastinum, diaphragm, spine -> bool (size, size). Lungs end at the heart's border."""
+        """Name of an organ (right lung, left lung, heart, mediastinum, diaphragm, spine) -> bool (size, size)."""
         return self._film[2]
 
     @cached_property
@@ -279,14 +303,28 @@ class Study:
         """
         The same film with some findings (names, or conditions) not drawn: same person, position and noise.
 
-        `truth` and everything said about the study stays; `labels`, `boxes`, `masks` and `image` are those of the new picture.
+        `truth` and everything said about the study stays; `labels`, `boxes`, `masks` and `image` are those of the new
+        picture.
         """
         gone = {f.name for f in self.truth if f.name in names or f.condition in names}
         wrong = [n for n in names if n not in {f.name for f in self.truth} | {f.condition for f in self.truth}]
         if wrong:
-            raise ValueError(f"study {self.study_id} has no finding {wrong[0]!r}; it has {[f.name for f in self.truth]}")
-        return Study(self.seed, self.index, self.size, self.settings, self.patient, self.visit, self.truth, self.shortcut,
-                     self.anatomy, self.position, tuple(sorted(set(self.erased) | gone)))  # fmt: skip
+            raise ValueError(
+                f"study {self.study_id} has no finding {wrong[0]!r}; it has {[f.name for f in self.truth]}"
+            )
+        return Study(
+            self.seed,
+            self.index,
+            self.size,
+            self.settings,
+            self.patient,
+            self.visit,
+            self.truth,
+            self.shortcut,
+            self.anatomy,
+            self.position,
+            tuple(sorted(set(self.erased) | gone)),
+        )
 
 
 def _draw_shortcut(image):
@@ -307,7 +345,9 @@ def phantom_study(seed, index, size=224, settings=DEFAULT):
     if not 28 <= size <= 512:
         raise ValueError(f"phantom images can be 28 to 512 pixels, not {size}")
     if seed < 0 or not 0 <= index < CLASSIFICATION_START:
-        raise ValueError(f"seed {seed} and index {index}: seed must be >= 0, index between 0 and {CLASSIFICATION_START - 1}")
+        raise ValueError(
+            f"seed {seed} and index {index}: seed must be >= 0, index between 0 and {CLASSIFICATION_START - 1}"
+        )
     patient, visit, anatomy, position, truth, shortcut = _plan(seed, index, settings)
     return Study(seed, index, size, settings, patient, visit, truth, shortcut, anatomy, position)
 
@@ -317,7 +357,7 @@ def _anatomy(seed, patient):
     return draw_anatomy(seed, patient)
 
 
-@lru_cache(maxsize=16)      # a follow-up looks at the study before it
+@lru_cache(maxsize=16)  # a follow-up looks at the study before it
 def _plan(seed, index, settings):
     """Everything about a study that does not depend on its size: patient, visit, anatomy, position, truth, shortcut."""
     patient, visit = patient_of(seed, index)
@@ -343,15 +383,17 @@ def _plan(seed, index, settings):
 
 # ----------------------------------------------------------------------------------------------- MedMNIST-like images
 
-def phantom_classification(seed, counts=None, size=28, pneumonia=0.6):
+
+def phantom_classification(seed, counts=None, size=28, pneumonia=0.6, masks=False, cache_dir=None):
     """
     Pneumonia (1) against normal (0), in MedMNIST's form.
 
-    seed: whole number >= 0; counts: images per split, default {"train": 2000, "val": 300, "test": 600}; size: pixels per side;
-    pneumonia: share of positives. Returns a dict of arrays: train_images uint8 (N, size, size), train_labels uint8 (N, 1), and
-    the same for val and test. Every image is another patient, so splits share none. The first images of a split do not
-    depend on how many are asked for.
-    Normal films vary as people do: large breasts, nipples that look like nodules, borderline hearts, poor breath, exposure.
+    seed: whole number >= 0; counts: images per split, default {"train": 2000, "val": 300, "test": 600}; size: pixels
+    per side; pneumonia: share of positives. Returns a dict of arrays: train_images uint8 (N, size, size), train_labels
+    uint8 (N, 1), and the same for val and test. Every image is another patient, so splits share none. The first images
+    of a split do not depend on how many are asked for. Normal films vary as people do: large breasts, nipples that
+    look like nodules, borderline hearts, poor breath, exposure.
+    masks: also train_masks bool (N, size, size) and so on, true where the pneumonia is. cache_dir: see phantom_set.
     """
     counts = {"train": 2000, "val": 300, "test": 600} if counts is None else counts
     if size < 28 or size > 512:
@@ -359,26 +401,247 @@ def phantom_classification(seed, counts=None, size=28, pneumonia=0.6):
     unknown = set(counts) - {"train", "val", "test"}
     if unknown:
         raise ValueError(f"unknown split {sorted(unknown)[0]!r}: use train, val, test")
-    data = {}
-    for number, split in enumerate(("train", "val", "test")):
-        n = counts.get(split, 0)
-        images, labels = np.empty((n, size, size), np.uint8), np.empty((n, 1), np.uint8)
-        for i in range(n):
-            index = CLASSIFICATION_START + 3 * i + number    # three interleaved rows of people
-            d = Draws(seed, index, CLASSES)
-            labels[i, 0] = d.chance(pneumonia)
-            anatomy = draw_anatomy(seed, index)
-            frame = Frame(anatomy, draw_position(seed, index, anatomy))
-            findings = []
-            if labels[i, 0]:
-                for _ in range(1 + d.chance(0.25)):
-                    side, zone = d.pick(("right", "left")), d.pick(ZONES, (25, 35, 40))
-                    severity = d.pick(SEVERITIES, (40, 40, 20))
-                    shape, outlines = place_blob(d, frame, side, zone, severity)
-                    findings.append(Finding("Pneumonia", "pneumonia", side, zone, severity, shape, outlines))
-            images[i] = develop(frame, findings, size, seed, index)[0]
-        data[f"{split}_images"], data[f"{split}_labels"] = images, labels
-    return data
+
+    def make():
+        data = {}
+        for number, split in enumerate(("train", "val", "test")):
+            n = counts.get(split, 0)
+            images, labels = np.empty((n, size, size), np.uint8), np.empty((n, 1), np.uint8)
+            where = np.zeros((n, size, size), bool) if masks else None
+            for i in range(n):
+                index = CLASSIFICATION_START + 3 * i + number  # three interleaved rows of people
+                frame, findings = _pneumonia_or_not(seed, index, pneumonia)
+                labels[i, 0] = bool(findings)
+                images[i], drawn, _ = develop(frame, findings, size, seed, index, want_masks=masks)
+                if masks:
+                    for mask in drawn.values():
+                        where[i] |= mask
+            data[f"{split}_images"], data[f"{split}_labels"] = images, labels
+            if masks:
+                data[f"{split}_masks"] = where
+        return data
+
+    return _cached(cache_dir, ("classification", seed, sorted(counts.items()), size, pneumonia, masks), make)
+
+
+def _pneumonia_or_not(seed, index, pneumonia):
+    """Frame and findings of one person who has pneumonia with the given chance, in one place or two."""
+    d = Draws(seed, index, CLASSES)
+    ill = d.chance(pneumonia)
+    anatomy = draw_anatomy(seed, index)
+    frame = Frame(anatomy, draw_position(seed, index, anatomy))
+    findings = []
+    for _ in range(ill * (1 + d.chance(0.25))):
+        side, zone = d.pick(("right", "left")), d.pick(ZONES, (25, 35, 40))
+        severity = d.pick(SEVERITIES, (40, 40, 20))
+        findings.append(
+            Finding("Pneumonia", "pneumonia", side, zone, severity, *place_blob(d, frame, side, zone, severity))
+        )
+    return frame, findings
 
 
 CLASSIFICATION_START = 2**31  # far from the indices of phantom_study, so that no person is in both
+
+
+# --------------------------------------------------------------------------------------------------------- disk cache
+
+
+def as_record(study):
+    """What is known about a study besides its pixels, as plain lists, dicts and numbers that JSON can hold."""
+    report = study.report
+    return {
+        "study_id": study.study_id,
+        "patient_id": study.patient_id,
+        "seed": study.seed,
+        "index": study.index,
+        "truth": [
+            {k: getattr(f, k) for k in ("name", "condition", "kind", "side", "zone", "severity")} for f in study.truth
+        ],
+        "labels": study.labels,
+        "report_labels": study.report_labels,
+        "report": {k: getattr(report, k) for k in ("indication", "comparison", "findings", "impression")},
+        "boxes": study.boxes,
+        "organ_boxes": study.organ_boxes,
+        "questions": [{**vars(q), "paraphrases": [vars(p) for p in q.paraphrases]} for q in study.questions],
+        "shortcut": study.shortcut,
+    }
+
+
+def phantom_set(seed, indices, size=224, settings=DEFAULT, cache_dir=None):
+    """
+    Films uint8 (N, size, size) and records (see as_record) of several studies, from a file in cache_dir if it has them.
+
+    The file is written under a temporary name and then renamed, so a stopped run leaves no half of it; it starts with
+    the SHA-256 of the rest, and a file that does not match is made again. Its name holds a digest of all arguments and
+    of VERSION.
+    """
+    indices = [int(i) for i in indices]
+
+    def make():
+        studies = [phantom_study(seed, i, size, settings) for i in indices]
+        images = np.stack([s.image for s in studies]) if studies else np.empty((0, size, size), np.uint8)
+        text = json.dumps([as_record(s) for s in studies]).encode()
+        return {"images": images, "records": np.frombuffer(text, np.uint8)}
+
+    data = _cached(cache_dir, ("studies", seed, indices, size, settings.key()), make)
+    return data["images"], json.loads(data["records"].tobytes())
+
+
+def _cached(folder, key, make):
+    """make() -> dict of arrays, or the same from a file in `folder` (None: no file)."""
+    if folder is None:
+        return make()
+    name = hashlib.sha256(repr((VERSION, *key)).encode()).hexdigest()[:16]
+    path = Path(folder) / f"phantom-{key[0]}-{name}.bin"
+    data = _read_checked(path)
+    if data is None:
+        data = make()
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **data)
+        content = buffer.getvalue()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # two runs may write the same cache
+        try:
+            temporary.write_bytes(hashlib.sha256(content).digest() + content)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return data
+
+
+def _read_checked(path):
+    """Dict of arrays, or None if the file is absent or damaged."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    if hashlib.sha256(content[32:]).digest() != content[:32]:
+        print(f"{path} is damaged and is made again", file=sys.stderr)
+        return None
+    with np.load(io.BytesIO(content[32:]), allow_pickle=False) as data:
+        return dict(data)
+
+
+# ------------------------------------------------------------------------------------------------------------ gallery
+
+
+def preview(folder, seed=0, size=320):
+    """
+    Write a gallery: normal.png, findings.png (each kind in three severities, with its box), lateral.png, reports.md.
+
+    Returns the folder. Needs only Pillow.
+    """
+    from PIL import Image, ImageDraw
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def sheet(tiles, columns):
+        rows = [np.hstack(tiles[i : i + columns]) for i in range(0, len(tiles), columns)]
+        return Image.fromarray(np.vstack(rows))
+
+    def labelled(image, text, boxes=()):
+        picture = Image.fromarray(image).convert("RGB")
+        pen = ImageDraw.Draw(picture)
+        for x0, y0, x1, y1 in boxes:
+            pen.rectangle([x0, y0, x1 - 1, y1 - 1], outline=(255, 70, 70))
+        pen.rectangle([0, size - 14, size, size], fill=(0, 0, 0))
+        pen.text((3, size - 13), text, fill=(255, 230, 120))
+        return np.asarray(picture)
+
+    healthy = PhantomSettings(normal=1.0)
+    tiles = [phantom_study(seed, 8 * i, size, healthy) for i in range(8)]
+    sheet([labelled(s.image, f"normal, {s.study_id}") for s in tiles], 4).save(folder / "normal.png")
+
+    tiles = []
+    for name in ORDER:
+        settings = PhantomSettings(prevalence={name: 1.0}, together={}, normal=0.0)
+        found = {}
+        for i in range(0, 1200, 8):  # one visit per patient
+            study = phantom_study(seed, i, size, settings)
+            for f in study.truth:
+                found.setdefault(f.kind, {}).setdefault(f.severity or str(len(found[f.kind])), (study, f))
+        for kind in sorted(found):
+            shown = sorted(found[kind].items(), key=lambda item: (SEVERITIES + (item[0],)).index(item[0]))[:3]
+            while len(shown) < 3:
+                shown.append(shown[-1])
+            for _, (study, f) in shown:
+                label = f"{name}: {f.name} {f.severity}" if name.lower() not in f.name else f"{f.name} {f.severity}"
+                tiles += [labelled(study.image, label), labelled(study.image, "its box", study.boxes[f.name])]
+    sheet(tiles, 6).save(folder / "findings.png")
+
+    ill = PhantomSettings(normal=0.0)
+    studies = [phantom_study(seed, 8 * i, size, ill) for i in range(8)]
+    tiles = []
+    for s in studies:
+        names = ", ".join(f.name for f in s.truth) or "nothing"
+        tiles += [
+            labelled(s.image, names, [b for boxes in s.boxes.values() for b in boxes]),
+            labelled(s.lateral, s.study_id),
+        ]
+    sheet(tiles, 4).save(folder / "lateral.png")
+
+    lines = ["# Phantom: made-up studies, no patients", ""]
+    for s in studies:
+        r = s.report
+        lines += [
+            f"## {s.study_id}",
+            "",
+            "Drawn: " + (", ".join(f"{f.name} ({f.severity})" for f in s.truth) or "nothing") + ".",
+            "",
+            f"*Indication:* {r.indication} *Comparison:* {r.comparison}",
+            "",
+            f"*Findings:* {r.findings}",
+            "",
+            f"*Impression:* {r.impression}",
+            "",
+            "States: " + ", ".join(f"{k} {v}" for k, v in r.labels.items() if v is not None) + ".",
+            "",
+        ]
+        for q in s.questions:
+            lines.append(
+                f"* {q.text} {q.answer} ({q.kind}, look at: {q.region_name or 'no place'}). "
+                f"{q.paraphrases[-1].text} {q.paraphrases[-1].answer}"
+            )
+        lines.append("")
+    (folder / "reports.md").write_text("\n".join(lines), encoding="utf-8")
+    return folder
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preview", action="store_true", help="write the gallery")
+    parser.add_argument(
+        "--export", choices=["medmnist", "iu_xray", "vqa_rad", "slake", "attention"], help="write files of this format"
+    )
+    parser.add_argument("--out-dir", help="folder to write to (default: outputs/phantom, or outputs/phantom_FORMAT)")
+    parser.add_argument("--seed", type=int, default=0, help="which hospital, a whole number >= 0 (%(default)s)")
+    parser.add_argument("--count", type=int, default=40, help="studies to export, of the training split (%(default)s)")
+    parser.add_argument(
+        "--size", type=int, help="pixels per side, 28 to 512 (default: 320 for the gallery, else the format's own)"
+    )
+    args = parser.parse_args(argv)
+    if args.seed < 0 or args.count < 1 or (args.size is not None and not 28 <= args.size <= 512):
+        parser.error("--seed must be >= 0, --count at least 1, --size between 28 and 512 pixels")
+    if not args.preview and not args.export:
+        parser.error("nothing to do: give --preview or --export FORMAT")
+    if args.preview:
+        print("gallery in", preview(args.out_dir or "outputs/phantom", args.seed, args.size or 320))
+    if args.export:
+        from shared.data import phantom_export
+
+        options = {"seed": args.seed, **({"size": args.size} if args.size else {})}
+        fewer = max(1, args.count // 5)
+        if args.export == "medmnist":
+            options["counts"] = {"train": args.count, "val": fewer, "test": fewer}
+        elif args.export == "slake":
+            options["counts"] = {"train": args.count, "validate": fewer, "test": fewer}
+        else:
+            options["count"] = args.count
+        print(
+            "files in", phantom_export.EXPORTS[args.export](args.out_dir or f"outputs/phantom_{args.export}", **options)
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,264 @@
+"""
+Rows of the sets with texts (iu_xray.py, vqa.py), splits by group, and what to look for before a split is trusted: images and
+texts on both sides, reworded questions, conflicting answers, near-identical images.
+
+Usage:
+    python -m shared.data.audit slake --data-dir data --allow-missing-images     # texts only
+    python -m shared.data.audit vqa_rad --hash-images --json audit.json
+
+Audits take lists of rows and return plain numbers and lists of ids. Texts are compared by `plain_text`, so that "Yes." = "yes".
+"""
+import argparse
+import hashlib
+import itertools
+import os
+import re
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from scipy.fft import dctn
+
+from shared.data.images import read_image
+from shared.runtime import InputError, script, write_json
+
+SPLITS = ("train", "val", "test")
+SAME_IMAGE = 32  # of 255 bits, see image_hash
+
+
+@dataclass
+class RowSet:
+    """Rows of one data set, each a dict (keys: iu_xray.py, vqa.py), and what was left out on the way to them."""
+
+    name: str
+    rows: list
+    version: str  # which of the versions in use: section, split, policy, language. Numbers of two versions are not comparable
+    left_out: dict  # reason -> how many rows (studies)
+    sha256: dict  # of the text files, by name
+    official: bool  # are these the files whose counts the tests know?
+    source: str  # where it came from, for people
+    notes: dict = field(default_factory=dict)  # other things to know, such as how boxes were understood
+
+    def split(self, name):
+        return [row for row in self.rows if row["split"] == name]
+
+    def counts(self):
+        return {split: n for split in (*SPLITS, None) if (n := len(self.split(split)))}
+
+    def limit(self, n):
+        """Keep the first n rows of every split."""
+        self.rows = [row for split in (*SPLITS, None) for row in self.split(split)[:n]]
+
+    def facts(self):
+        """What metrics files say about the data."""
+        return {"name": self.name, "version": self.version, "counts": self.counts(), "left_out": self.left_out, "notes": self.notes,
+                "sha256": self.sha256, "official": self.official, "source": self.source}  # fmt: skip
+
+    def __str__(self):
+        counts = ", ".join(f"{split or 'no split'} {n}" for split, n in self.counts().items())
+        left_out = "".join(f"; left out: {n} ({reason})" for reason, n in self.left_out.items() if n)
+        return f"{self.name} ({self.version}; {counts}{left_out}) from {self.source}"
+
+
+# ----------------------------------------------------------------------------------------------------------------- splits
+
+def split_groups(groups, shares, seed=0):
+    """
+    Group names (repeats allowed) -> {group: split}. shares: {"train": 0.7, "val": 0.1, "test": 0.2}, of the groups, adding up
+    to 1. The order is that of a hash of seed and name: the same on every machine and with every library version.
+    """
+    if not shares or min(shares.values()) <= 0 or abs(sum(shares.values()) - 1) > 1e-6:
+        raise InputError(f"the shares of a split must be above 0 and add up to 1, not {shares}")
+    order = sorted({str(g): g for g in groups}.items(), key=lambda item: hashlib.sha256(f"{seed}:{item[0]}".encode()).digest())
+    ends = [round(len(order) * share) for share in itertools.accumulate(shares.values())]
+    chosen, start = {}, 0
+    for split, end in zip(shares, ends, strict=True):
+        if end == start:
+            raise InputError(f"{len(order)} groups are too few for a share of {shares[split]} in {split}")
+        chosen.update((group, split) for _, group in order[start:end])
+        start = end
+    return chosen
+
+
+# ------------------------------------------------------------------------------------------------------------------ texts
+
+def plain_text(text):
+    """Lower case, punctuation to spaces, single spaces: "X-ray, T2?" -> "x ray t2"."""
+    return " ".join(re.sub(r"[^\w\s]", " ", str(text).lower()).split())
+
+
+def id_of(row):
+    return row["qid"] if "qid" in row else row["uid"]
+
+
+def values_of(row, keys, plain):
+    """The row's values under `keys`; the texts among them as plain(text). Names of images and groups stay as they are."""
+    return tuple(plain(row[k]) if k in ("question", "question_frame", "answer", "report", "findings", "impression") else row[k] for k in keys)
+
+
+def shared_values(a, b, key="image_id"):
+    """Which values of `key` rows a and rows b have in common (image_id, image_group, patient, ...)."""
+    in_a, in_b = {row[key] for row in a}, {row[key] for row in b}
+    return {"a": len(in_a), "b": len(in_b), "shared": len(in_a & in_b), "ids": sorted(in_a & in_b)}
+
+
+def shared_between_splits(rows, key="image_id"):
+    """shared_values of every two splits: {"train, test": ...}."""
+    by_split = {split: [row for row in rows if row["split"] == split] for split in SPLITS}
+    return {f"{a}, {b}": shared_values(by_split[a], by_split[b], key) for a, b in itertools.combinations(SPLITS, 2) if by_split[a] and by_split[b]}
+
+
+def repeats(rows, keys=("image_id", "question", "answer"), plain=plain_text):
+    """Rows equal in `keys`: how many are distinct, how many are repeats of an earlier one, and the ids of each such group."""
+    groups = defaultdict(list)
+    for row in rows:
+        groups[values_of(row, keys, plain)].append(id_of(row))
+    return {"rows": len(rows), "distinct": len(groups), "repeats": len(rows) - len(groups), "ids": [ids for ids in groups.values() if len(ids) > 1]}
+
+
+def seen(test, train, keys=("image_id", "question", "answer"), plain=plain_text):
+    """Rows of `test` for which `train` has a row equal in `keys`; ("question",) or ("report",) compares texts alone."""
+    known = {values_of(row, keys, plain) for row in train}
+    ids = [id_of(row) for row in test if values_of(row, keys, plain) in known]
+    return {"rows": len(ids), "of": len(test), "ids": ids}
+
+
+def frames_in(test, train):
+    """Rows of `test` whose question_frame is a question of `train`, with the same image and the same answer (VQA-RAD)."""
+    framed = [row for row in test if row.get("question_frame")]
+    known = {values_of(row, ("image_id", "question", "answer"), plain_text) for row in train}
+    ids = [id_of(row) for row in framed if values_of(row, ("image_id", "question_frame", "answer"), plain_text) in known]
+    return {"rows": len(ids), "of": len(test), "ids": ids}
+
+
+def word_overlap(a, b):
+    """Jaccard index of the two sets of words: 1 for the same words in any order, 0 for none in common."""
+    a, b = set(plain_text(a).split()), set(plain_text(b).split())
+    return len(a & b) / len(a | b) if a | b else 1.0
+
+
+def reworded(test, train, threshold=0.5):
+    """
+    Rows of `test` for which `train` has the same image and answer and a question with a word overlap of at least `threshold`;
+    pairs: (test id, train id, overlap) of the closest one.
+    """
+    known = defaultdict(list)
+    for row in train:
+        known[values_of(row, ("image_id", "answer"), plain_text)].append(row)
+    pairs = []
+    for row in test:
+        others = known.get(values_of(row, ("image_id", "answer"), plain_text), [])
+        overlap, i = max(((word_overlap(row["question"], other["question"]), -i) for i, other in enumerate(others)), default=(0, 0))
+        if others and overlap >= threshold:
+            pairs.append((id_of(row), id_of(others[-i]), overlap))
+    return {"rows": len(pairs), "of": len(test), "pairs": pairs}
+
+
+def conflicts(rows):
+    """Pairs of image and question that have more than one answer, and the ids of their rows."""
+    answers, ids = defaultdict(set), defaultdict(list)
+    for row in rows:
+        key = values_of(row, ("image_id", "question"), plain_text)
+        answers[key].add(plain_text(row["answer"]))
+        ids[key].append(id_of(row))
+    found = [key for key in answers if len(answers[key]) > 1]
+    return {"pairs": len(found), "ids": [ids[key] for key in found]}
+
+
+# ----------------------------------------------------------------------------------------------------------------- images
+
+def image_hash(pixels):
+    """
+    float (H, W) or (H, W, 3) in 0..1 -> bool (255,): the signs, against their median, of the lowest 16 x 16 frequencies of
+    the image at 64 x 64 pixels, without the mean (a pHash with more bits than usual: with 64 bits, chest films of different
+    patients lie as near as copies do).
+
+    Measured: copies saved as JPEG of quality 40, at a half or a third of the size, 30 % darker or with 30 % more contrast,
+    with gamma 0.7, or moved by one pixel differ in at most 30 bits (190 films of IU X-ray, 79 images of VQA-RAD); films of
+    different patients in at least 48 (3,794 of IU X-ray), different images of VQA-RAD in at least 68. Hence SAME_IMAGE. Two
+    exposures of one patient lie at 30 and up; a copy without its outer 2 % differs in about 40 bits and is not found.
+    """
+    if pixels.ndim == 3:
+        pixels = pixels @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
+    small = np.asarray(Image.fromarray(np.ascontiguousarray(pixels, dtype=np.float32)).resize((64, 64), Image.BOX), dtype=np.float64)
+    low = dctn(small, norm="ortho")[:16, :16].ravel()[1:]
+    return low > np.median(low)
+
+
+def similar_images(paths, max_distance=SAME_IMAGE):
+    """
+    paths: {id: path} -> groups of ids with the same pixels (`identical`), groups linked by hashes at most `max_distance` bits
+    apart (`similar`; these hold the identical ones too), the pairs behind them with their distance, and ids that cannot be
+    read with the reason. About 2 ms per image of 256 x 256 pixels on one core, and 0.3 s to compare 3,794 with each other.
+    """
+    ids, hashes, pixels_seen, unreadable = [], [], defaultdict(list), {}
+    for key, path in paths.items():
+        try:
+            pixels = read_image(path)
+        except InputError as error:
+            unreadable[key] = str(error)
+            continue
+        ids.append(key)
+        hashes.append(image_hash(pixels))
+        pixels_seen[pixels.shape, hashlib.sha256(pixels.tobytes()).digest()].append(key)
+    pairs = [(ids[i], ids[j], distance) for i, j, distance in near_pairs(np.array(hashes), max_distance)]
+    return {
+        "images": len(ids), "identical": [group for group in pixels_seen.values() if len(group) > 1],
+        "similar": linked_groups(pairs), "pairs": pairs, "unreadable": unreadable,
+    }  # fmt: skip
+
+
+def near_pairs(hashes, max_distance, block=1024):
+    """bool (N, bits) -> [(i, j, differing bits)] with i < j, nearest first."""
+    signs = np.where(hashes, 1, -1).astype(np.float32)
+    pairs = []
+    for start in range(0, len(signs), block):
+        distance = ((signs.shape[1] - signs[start : start + block] @ signs.T) / 2).round().astype(int)
+        i, j = np.nonzero(distance <= max_distance)
+        keep = i + start < j
+        pairs += zip((i[keep] + start).tolist(), j[keep].tolist(), distance[i[keep], j[keep]].tolist(), strict=True)
+    return sorted(pairs, key=lambda pair: (pair[2], pair[0], pair[1]))
+
+
+def linked_groups(pairs):
+    """[(a, b, ...)] -> sorted groups of everything that is linked by pairs, however indirectly."""
+    group_of = {}
+    for a, b, *_ in pairs:
+        merged = group_of.get(a, {a}) | group_of.get(b, {b})
+        group_of.update((member, merged) for member in merged)
+    return [list(group) for group in sorted({tuple(sorted(group)) for group in group_of.values()})]
+
+
+# ---------------------------------------------------------------------------------------------------------------- command
+
+@script
+def main(argv=None):
+    from shared.data import iu_xray, vqa  # here, since they import this file
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("data", choices=["iu_xray", "vqa_rad", "slake"], help="data set to look through")
+    parser.add_argument("--data-dir", metavar="DIR", default=os.environ.get("MEDVLM_DATA") or "data", help="folder of all data sets; $MEDVLM_DATA, else data (%(default)s)")
+    parser.add_argument("--allow-missing-images", action="store_true", help="look at the texts also where images are missing")
+    parser.add_argument("--hash-images", action="store_true", help="look for near-identical images too; about 2 ms per image of 256 pixels")
+    parser.add_argument("--json", metavar="FILE", help="write numbers and ids to this file")
+    args = parser.parse_args(argv)
+    audit = {"iu_xray": iu_xray.audit, "vqa_rad": vqa.audit_vqa_rad, "slake": vqa.audit_slake}[args.data]
+    found = audit(args.data_dir, args.allow_missing_images, args.hash_images)
+    for line in summary(found):
+        print(line)
+    if args.json:
+        write_json(Path(args.json), found)
+        print(f"numbers and ids are in {args.json}")
+
+
+def summary(value, name=""):
+    """Nested results of audits -> printable lines; a list is given by its length."""
+    if isinstance(value, dict) and value:
+        return [line for key, item in value.items() for line in summary(item, f"{name}{' / ' if name else ''}{key}")]
+    return [f"{name}: {len(value) if isinstance(value, (list, dict)) else value}"]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,432 @@
+"""
+VQA-RAD (Lau et al. 2018, doi:10.1038/sdata.2018.251; CC0) and SLAKE (Liu et al. 2021, arXiv:2102.09542): one row per question.
+
+    questions = load_vqa_rad("data", val_share=0.1)        # or load_slake("data")
+    for row in questions.split("train"):
+        row["image_path"], row["question"], row["answer"]
+
+A row of either set is a dict with these keys; None where the set does not say:
+    dataset, split (train, val, test), qid (int)
+    image_id, image_path           name within the set; Path, or None where it is missing and that is allowed
+    image_group                    what must stay on one side of a split: the image, or a cluster of near-identical ones
+    question, answer               texts, stripped; the answer is not lower-cased
+    answer_type                    "closed" or "open", as the file says
+    question_type                  VQA-RAD: PRES, ABN, ... with typos mended, several joined in order of the alphabet ("ATTRIB+PRES");
+                                   SLAKE: content_type (Organ, Position, ..., KG)
+    question_type_raw              as in the file
+    phrase_type                    VQA-RAD: freeform, para, or frame (the question in a stock wording)
+    organ, modality, language      VQA-RAD: CHEST, ABD, HEAD and no modality; SLAKE: location and CT, MRI, X-Ray; "en" or "zh"
+    needs_image                    SLAKE: False for base_type kvqa, which asks for knowledge; VQA-RAD: None
+    boxes                          SLAKE: [{"organ", "box": [x0, y0, x1, y1] in pixels of the image}], None without detection.json
+    mask_path                      SLAKE: Path of mask.png, see read_mask
+    triple                         SLAKE: [head, relation, tail] of the knowledge graph
+    question_frame, question_rephrase, question_relation, linked_id, case      VQA-RAD's public file only
+
+Files, in <data-dir>/vqa_rad and <data-dir>/slake, or <data-dir> itself:
+    VQA-RAD   "VQA_RAD Dataset Public.json"; trainset.json and testset.json (of MEVF, used by most papers); images/ or "VQA_RAD Image Folder/"
+    SLAKE     train.json, validate.json, test.json; imgs/xmlabN/source.jpg, mask.png, detection.json
+"""
+import math
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from shared.data import download as downloads
+from shared.data.audit import (
+    RowSet,
+    conflicts,
+    frames_in,
+    id_of,
+    plain_text,
+    repeats,
+    reworded,
+    seen,
+    shared_between_splits,
+    shared_values,
+    similar_images,
+    split_groups,
+    values_of,
+)
+from shared.runtime import InputError, read_json
+
+RAD_PAGE, RAD_ADDRESS = "https://osf.io/89kps/", "https://files.osf.io/v1/resources/89kps/providers/osfstorage/?zip="  # the latter not verified
+SLAKE_PAGE, SLAKE_ADDRESS = "https://www.med-vqa.com/slake/", "https://huggingface.co/datasets/BoKelvin/SLAKE/resolve/main/"  # neither verified
+PUBLIC = "VQA_RAD Dataset Public.json"
+RAD_IMAGES = ("images", "VQA_RAD Image Folder", "VQA_RAD_Image_Folder")
+RAD_POLICIES = ("official", "no_test_frames", "no_frames", "clean_train", "image_disjoint")
+SHARES = {"train": 0.7, "val": 0.1, "test": 0.2}
+TYPOS = {"ATRIB": "ATTRIB", "PRSE": "PRES"}
+# sha256 of the files for which the counts in tests/test_shared_vqa_data.py were made
+KNOWN = {
+    PUBLIC: "948b7156059b864cf72344fb10669233526b175c243e5a046d20d4201d297a95",
+    "trainset.json": "dc0e09c6750bd593bfe566c20b875b6485f80b712ff9ac6fdf4f19ca3c263923",
+    "testset.json": "533388b3242ca5ad7e6436093fb4d11adb928ba8def501054f722c7cedff13a5",
+    "train.json": "7a9fb81f9d7bb145c3d7e9bc8d3b9016ba18b6539ea5031a53bae8fd3cd991c3",
+    "validate.json": "32b016440b0c3be11056a78a18eeab46333268407fbb6e6b32f9f4c2debc50f6",
+    "test.json": "6be8f7b4c5a46cdbc713a5210a25b6ed5aa1fd1574c83cefb4f998131f17c2c3",
+}
+
+
+def make_row(**values):
+    """A row with every key, in one order."""
+    row = dict.fromkeys((
+        "dataset", "split", "qid", "image_id", "image_path", "image_group", "question", "answer", "answer_type", "question_type",
+        "question_type_raw", "phrase_type", "organ", "modality", "language", "needs_image", "boxes", "mask_path", "triple",
+        "question_frame", "question_rephrase", "question_relation", "linked_id", "case",
+    ))  # fmt: skip
+    assert values.keys() <= row.keys()
+    return row | values
+
+
+def read_rows(path, keys):
+    """A JSON list of dicts that have all of `keys`; InputError otherwise."""
+    rows = read_json(path)
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise InputError(f"{path} must hold a list of rows")
+    for number, row in enumerate(rows):
+        if missing := [key for key in keys if key not in row]:
+            raise InputError(f"{path}: row {number} lacks {', '.join(missing)}")
+    return rows
+
+
+def answer_type_of(text, path):
+    """ "CLOSED " -> "closed"."""
+    kind = str(text).strip().lower()
+    if kind not in ("closed", "open"):
+        raise InputError(f"{path}: answer_type is {text!r}; it must be OPEN or CLOSED")
+    return kind
+
+
+def qid_of(value, path):
+    """A whole number; one row of VQA-RAD's public file has it as a string."""
+    try:
+        return int(value)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{path}: qid is {value!r}; it must be a whole number") from error
+
+
+def keep_with_image(rows, allow_missing_images, folder):
+    """-> (rows to keep, {reason: how many were left out}). InputError when none is left."""
+    kept = rows if allow_missing_images else [row for row in rows if row["image_path"] is not None]
+    if not kept:
+        raise InputError(f"none of the {len(rows)} questions has its image in {folder}; put the images there, or allow missing images for work on texts")
+    return kept, {"image missing": len(rows) - len(kept)}
+
+
+def hold_out(rows, share, seed=0):
+    """Move `share` of the image groups of train to "val" (VQA-RAD has none). Nothing else changes."""
+    if share:
+        groups = [row["image_group"] for row in rows if row["split"] == "train"]
+        split_of = split_groups(groups, {"train": 1 - share, "val": share}, seed)
+        for row in rows:
+            if row["split"] == "train":
+                row["split"] = split_of[row["image_group"]]
+
+
+# ---------------------------------------------------------------------------------------------------------------- VQA-RAD
+
+def load_vqa_rad(data_dir, version="auto", policy="official", val_share=0.0, shares=SHARES, seed=0, allow_missing_images=False):
+    """
+    -> RowSet. Rows whose image is missing are left out and counted, unless that is allowed (work on texts only).
+
+    version: "files" (trainset.json 3,064 rows, testset.json 451), "public" (2,248 rows, test where phrase_type begins with test_:
+    451), "auto" (files where both are there). The Hugging Face copy is a third one and not read here. Numbers on them differ.
+
+    policy: what may be trained on. Every image of the official test set is in the official training set, and 284 of its 451
+    questions are there in a stock wording, with the answer:
+        official        as published
+        no_test_frames  without the frame rows that reword a test question (needs the public file, which says which they are)
+        no_frames       without all frame rows
+        clean_train     official test; train rows of other images only
+        image_disjoint  all rows split anew with `shares` and `seed`, by image and by clusters of near-identical images
+    val_share: this share of the training images, chosen with `seed`, becomes "val"; for image_disjoint `shares` says it.
+    """
+    if version not in ("auto", "files", "public"):
+        raise InputError(f"there is no version '{version}' of VQA-RAD; there are files and public")
+    if policy not in RAD_POLICIES:
+        raise InputError(f"there is no policy '{policy}' for VQA-RAD; there are {', '.join(RAD_POLICIES)}")
+    folder = downloads.find_folder(data_dir, ("vqa_rad", "VQA_RAD", "VQA-RAD"), (PUBLIC, "trainset.json"), "VQA-RAD", RAD_PAGE)
+    both = [folder / "trainset.json", folder / "testset.json"]
+    if version == "auto":
+        version = "files" if all(path.is_file() for path in both) else "public"
+    paths = both if version == "files" else [folder / PUBLIC]
+    images = next((folder / name for name in RAD_IMAGES if (folder / name).is_dir()), folder / RAD_IMAGES[0])
+    here = {path.name: path for path in images.iterdir()} if images.is_dir() else {}
+
+    rows = [row for path in paths for row in read_rad(path, here)]
+    rows, left_out = keep_with_image(rows, allow_missing_images, images)
+    notes = {}
+    if policy == "no_test_frames":
+        if version == "files":
+            paths = [*paths, folder / PUBLIC]
+            framed = [row for row in read_rad(folder / PUBLIC, here) if row["split"] == "test" and row["question_frame"]]
+            test_frames = {values_of(row, ("image_id", "question_frame", "answer"), plain_text) for row in framed}
+            n = len(rows)
+            rows = [row for row in rows if row["phrase_type"] != "frame" or values_of(row, ("image_id", "question", "answer"), plain_text) not in test_frames]
+            left_out["frame row of a test question"] = n - len(rows)
+    elif policy == "no_frames":
+        n = len(rows)
+        rows = [row for row in rows if row["phrase_type"] != "frame"]
+        left_out["frame row"] = n - len(rows)
+    elif policy == "clean_train":
+        tested = {row["image_id"] for row in rows if row["split"] == "test"}
+        n = len(rows)
+        rows = [row for row in rows if row["split"] == "test" or row["image_id"] not in tested]
+        left_out["train row of a test image"] = n - len(rows)
+    elif policy == "image_disjoint":
+        clusters = similar_images({row["image_id"]: row["image_path"] for row in rows if row["image_path"]})
+        group_of = {name: group[0] for group in clusters["similar"] for name in group}
+        for row in rows:
+            row["image_group"] = group_of.get(row["image_id"], row["image_id"])
+        split_of = split_groups([row["image_group"] for row in rows], shares, seed)
+        for row in rows:
+            row["split"] = split_of[row["image_group"]]
+        notes["clusters of near-identical images"] = clusters["similar"]
+    if policy != "image_disjoint":
+        hold_out(rows, val_share, seed)
+    if not any(row["split"] == "train" for row in rows) or not any(row["split"] == "test" for row in rows):
+        raise InputError(f"no training or no test question of {folder} is left under the policy {policy}")
+    digests = {path.name: downloads.sha256_of(path) for path in paths}
+    official = all(KNOWN.get(name) == digest for name, digest in digests.items())
+    kept = f", val {val_share:g} of the training images with seed {seed}" if val_share and policy != "image_disjoint" else ""
+    return RowSet("vqa_rad", rows, f"version {version}, policy {policy}{kept}", left_out, digests, official, str(folder), notes)
+
+
+def read_rad(path, images):
+    """One of the three files -> rows. images: {name: path}."""
+    rows = []
+    for raw in read_rows(path, ("qid", "image_name", "image_organ", "question", "answer", "answer_type", "question_type", "phrase_type")):
+        phrase = str(raw["phrase_type"])
+        rows.append(make_row(
+            dataset="vqa_rad", split="test" if phrase.startswith("test_") or path.name == "testset.json" else "train",
+            qid=qid_of(raw["qid"], path),
+            image_id=raw["image_name"], image_path=images.get(raw["image_name"]), image_group=raw["image_name"],
+            question=str(raw["question"]).strip(), answer=str(raw["answer"]).strip(),  # some answers are numbers
+            answer_type=answer_type_of(raw["answer_type"], path),
+            question_type=rad_type(raw["question_type"]), question_type_raw=raw["question_type"], phrase_type=phrase.removeprefix("test_"),
+            organ=raw["image_organ"], language="en", question_frame=given(raw.get("question_frame")),
+            question_rephrase=given(raw.get("question_rephrase")), question_relation=given(raw.get("question_relation")),
+            linked_id=raw.get("qid_linked_id"), case=raw.get("image_case_url"),
+        ))  # fmt: skip
+    return rows
+
+
+def rad_type(text):
+    """ "PRES, ATRIB" -> "ATTRIB+PRES"."""
+    parts = {part.strip().upper() for part in str(text).split(",")}
+    return "+".join(sorted(TYPOS.get(part, part) for part in parts))
+
+
+def given(text):
+    """The public file writes NULL where there is nothing."""
+    return None if text is None or str(text).strip().upper() in ("", "NULL") else str(text).strip()
+
+
+# ------------------------------------------------------------------------------------------------------------------ SLAKE
+
+def load_slake(data_dir, language="en", allow_missing_images=False):
+    """
+    -> RowSet with the published splits. Rows whose image is missing are left out and counted, unless that is allowed.
+
+    language: "en" (4,919 / 1,053 / 1,061 rows on 450 / 96 / 96 images), "zh", or None for both. Each language alone is split by
+    image; the two together are not: 72 of the 96 English test images are in the Chinese training split.
+    One English training row (qid 1622) has an empty answer. qid 0 to 14,027 are unique over the three files.
+    """
+    if language not in ("en", "zh", None):
+        raise InputError(f"SLAKE has the languages en and zh, not {language}")
+    folder = downloads.find_folder(data_dir, ("slake", "SLAKE", "slake/Slake1.0", "Slake1.0"), ("train.json", "test.json"), "SLAKE", f"{SLAKE_PAGE} or {SLAKE_ADDRESS}")
+    paths = {"train": folder / "train.json", "val": folder / "validate.json", "test": folder / "test.json"}
+    if not paths["val"].is_file() and (folder / "validation.json").is_file():
+        paths["val"] = folder / "validation.json"
+    images = folder / "imgs"
+    rows, places = [], {}
+    for split, path in paths.items():
+        for raw in read_rows(path, ("qid", "img_name", "question", "answer", "q_lang", "location", "modality", "answer_type", "base_type", "content_type")):
+            if language is not None and raw["q_lang"] != language:
+                continue
+            name = raw["img_name"]
+            if name not in places:
+                place = images / name
+                places[name] = {"image": place if place.is_file() else None, "mask": place.with_name("mask.png"), "boxes": place.with_name("detection.json")}
+            mask = places[name]["mask"]
+            rows.append(make_row(
+                dataset="slake", split=split, qid=qid_of(raw["qid"], path), image_id=name, image_path=places[name]["image"], image_group=name,
+                question=str(raw["question"]).strip(), answer=str(raw["answer"]).strip(), answer_type=answer_type_of(raw["answer_type"], path),
+                question_type=raw["content_type"], question_type_raw=raw["content_type"], organ=raw["location"], modality=raw["modality"],
+                language=raw["q_lang"], needs_image=raw["base_type"] != "kvqa", mask_path=mask if mask.is_file() else None, triple=raw.get("triple"),
+            ))  # fmt: skip
+    rows, left_out = keep_with_image(rows, allow_missing_images, images)
+    used = {row["image_id"] for row in rows}
+    boxes, notes = read_boxes({name: place for name, place in places.items() if name in used})
+    for row in rows:
+        row["boxes"] = boxes.get(row["image_id"])
+    digests = {path.name: downloads.sha256_of(path) for path in paths.values()}
+    official = all(KNOWN.get(name) == digest for name, digest in digests.items())
+    return RowSet("slake", rows, f"language {language or 'en and zh'}", left_out, digests, official, str(folder), notes)
+
+
+def read_boxes(places):
+    """
+    {name: {"image", "boxes"}: paths} -> ({name: [{"organ", "box": [x0, y0, x1, y1]}]}, notes). A file that cannot be used is
+    counted and left out; one without boxes gives [].
+
+    Four numbers may mean [x, y, width, height], which is how SLAKE describes them, or two corners. A single small box fits both
+    readings, so all files are looked at together: corners are taken when they contradict no image and x, y, width, height some.
+    """
+    found, sizes, unreadable = {}, {}, []
+    for name, place in places.items():
+        if place["boxes"].is_file():
+            try:
+                found[name] = boxes_in(read_json(place["boxes"]))
+                if place["image"] is not None:
+                    with Image.open(place["image"]) as image:
+                        sizes[name] = image.size
+            except (InputError, OSError):
+                unreadable.append(name)
+                found.pop(name, None)
+    if not found:
+        return {}, {"detection files": 0, "unusable": unreadable}
+    wrong = {"xywh": 0, "xyxy": 0}
+    for name, boxes in found.items():
+        width, height = sizes.get(name, (math.inf, math.inf))
+        for _, (a, b, c, d) in boxes:  # one pixel more than the image is rounding
+            wrong["xywh"] += not (c > 0 and d > 0 and a + c <= width + 1 and b + d <= height + 1)
+            wrong["xyxy"] += not (c > a and d > b and c <= width + 1 and d <= height + 1)
+    form = "xyxy" if wrong["xyxy"] == 0 < wrong["xywh"] else "xywh"
+    result, empty = {}, 0
+    for name, boxes in found.items():
+        width, height = sizes.get(name, (math.inf, math.inf))
+        result[name] = []
+        for organ, (a, b, c, d) in boxes:
+            x1, y1 = (a + c, b + d) if form == "xywh" else (c, d)
+            box = [max(a, 0.0), max(b, 0.0), min(x1, width), min(y1, height)]
+            if box[2] > box[0] and box[3] > box[1]:
+                result[name].append({"organ": organ, "box": box})
+            else:
+                empty += 1
+    return result, {"detection files": len(found), "boxes read as": form, "boxes beyond their image": wrong[form], "boxes without area": empty, "unusable": unreadable}
+
+
+def boxes_in(value):
+    """[{organ: [a, b, c, d]}, ...] or {organ: [a, b, c, d] or a list of such} -> [(organ, [a, b, c, d])]."""
+    entries = value if isinstance(value, list) else [value]
+    boxes = []
+    for entry in entries:
+        if not isinstance(entry, dict):
+            raise InputError("detection.json must hold names and boxes")
+        for organ, numbers in entry.items():
+            for box in numbers if isinstance(numbers, list) and numbers and isinstance(numbers[0], list) else [numbers]:
+                if not (isinstance(box, list) and len(box) == 4 and all(isinstance(n, (int, float)) and math.isfinite(n) for n in box)):
+                    raise InputError(f"the box of {organ} must be four numbers")
+                boxes.append((organ, [float(n) for n in box]))
+    return boxes
+
+
+def read_mask(row):
+    """-> uint8 (H, W), a grey level per organ (SLAKE's mask.txt names them), as large as the image. InputError when it is not."""
+    try:
+        with Image.open(row["mask_path"]) as image:
+            mask = np.asarray(image if image.mode in ("L", "P") else image.convert("L"))  # P: the palette's indices are the labels
+        with Image.open(row["image_path"]) as image:
+            size = image.size
+    except (OSError, AttributeError) as error:
+        raise InputError(f"the mask of {row['image_id']} cannot be read ({error})") from error
+    if mask.shape != size[::-1]:
+        raise InputError(f"{row['mask_path']} has {mask.shape[1]}x{mask.shape[0]} pixels, its image {size[0]}x{size[1]}")
+    return mask
+
+
+# ------------------------------------------------------------------------------------------------------ download and audit
+
+def download_vqa_rad(data_dir):
+    """
+    Fetch everything from the Open Science Framework, which packs it on the way (so no checksum, and no going on after a cut);
+    returns the folder. trainset.json and testset.json are not there: they come with https://github.com/aioz-ai/MICCAI19-MedVQA.
+    Addresses not verified.
+    """
+    folder = Path(data_dir) / "vqa_rad"
+    if not (folder / PUBLIC).is_file() or not any((folder / name).is_dir() for name in RAD_IMAGES):
+        archive = downloads.fetch(RAD_ADDRESS, folder / "VQA_RAD.zip")
+        downloads.unpack(archive, folder)
+        archive.unlink()
+    return expected(folder, (PUBLIC,), RAD_PAGE)
+
+
+def download_slake(data_dir):
+    """Fetch questions and images (about 210 MB) from the authors' copy on Hugging Face; returns the folder. Addresses not verified."""
+    folder = Path(data_dir) / "slake"
+    for name in ("train.json", "validate.json", "test.json"):
+        try:
+            downloads.fetch(SLAKE_ADDRESS + name, folder / name)
+        except downloads.DataNotFound:
+            if name != "validate.json":
+                raise
+            downloads.fetch(SLAKE_ADDRESS + "validation.json", folder / name)  # which of the two names it has there is not verified
+    if not (folder / "imgs").is_dir():
+        archive = downloads.fetch(SLAKE_ADDRESS + "imgs.zip", folder / "imgs.zip")
+        temporary = folder / "imgs.unpacked"
+        downloads.unpack(archive, temporary)
+        inner = temporary / "imgs"
+        (inner if inner.is_dir() else temporary).rename(folder / "imgs")  # the archive may hold imgs/xmlab1 or xmlab1
+        if temporary.is_dir():
+            temporary.rmdir()
+        archive.unlink()
+    return expected(folder, ("train.json", "validate.json", "test.json"), SLAKE_PAGE)
+
+
+def expected(folder, names, page):
+    """The folder, if the files are there; says so when one is not the file that the tests know."""
+    for name in names:
+        if not (folder / name).is_file():
+            raise downloads.DataNotFound(f"what was downloaded has no {name}; get the files from {page} and put them into {folder}")
+        if downloads.sha256_of(folder / name) != KNOWN[name]:
+            print(f"{folder / name} is not byte for byte the file known here: check the counts that are printed when it is loaded")
+    return folder
+
+
+def audit_vqa_rad(data_dir, allow_missing_images=False, hash_images=False):
+    """What the official split of VQA-RAD hides."""
+    questions = load_vqa_rad(data_dir, allow_missing_images=allow_missing_images)
+    train, test = questions.split("train"), questions.split("test")
+    found = {
+        "data": questions.facts(),
+        "images in two splits": shared_between_splits(questions.rows),
+        "test rows with the same image, question and answer in train": seen(test, train),
+        "test rows reworded in train, word overlap 0.8": reworded(test, train, 0.8),
+        "test rows reworded in train, word overlap 0.5": reworded(test, train, 0.5),
+        "test rows with the same image, answer and types in train": seen(test, train, ("image_id", "answer", "question_type_raw", "answer_type")),
+        "open test answers that train has for the same image": seen([row for row in test if row["answer_type"] == "open"], train, ("image_id", "answer")),
+        "conflicting answers in train": conflicts(train),
+    }
+    try:
+        public = load_vqa_rad(data_dir, version="public", allow_missing_images=allow_missing_images)
+    except InputError:  # trainset.json and testset.json are there without it
+        public = None
+    if public is not None:
+        found["test questions whose stock wording is in train"] = frames_in(public.split("test"), train)
+        found["linked questions in two splits"] = shared_between_splits(public.rows, "linked_id")
+    if hash_images:
+        found["images"] = similar_images({row["image_id"]: row["image_path"] for row in questions.rows if row["image_path"]})
+    return found
+
+
+def audit_slake(data_dir, allow_missing_images=False, hash_images=False):
+    """What the split of SLAKE hides, English first, then against the Chinese rows."""
+    english, chinese = (load_slake(data_dir, language, allow_missing_images) for language in ("en", "zh"))
+    train, test = english.split("train"), english.split("test")
+    found = {
+        "data": english.facts(),
+        "images in two splits": shared_between_splits(english.rows),
+        "English test images in Chinese train": shared_values(test, chinese.split("train")),
+        "English test images in Chinese val": shared_values(test, chinese.split("val")),
+        "Chinese test images in English train": shared_values(chinese.split("test"), train),
+        "train rows": repeats(train),
+        "test questions that occur in train": seen(test, train, ("question",)),
+        "rows without an answer": {"rows": len(ids := [id_of(row) for row in english.rows if not row["answer"]]), "ids": ids},
+    }
+    if hash_images:
+        images = similar_images({row["image_id"]: row["image_path"] for row in english.rows if row["image_path"]})
+        split_of = {row["image_id"]: row["split"] for row in english.rows}
+        found["images"] = images | {"similar across splits": [group for group in images["similar"] if len({split_of[name] for name in group}) > 1]}
+    return found
