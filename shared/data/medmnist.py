@@ -10,6 +10,7 @@ import medmnist
 import numpy as np
 import torch
 
+from shared.data.download import DataNotFound
 from shared.data.phantom import phantom_classification
 from shared.runtime import InputError
 
@@ -79,10 +80,6 @@ def load_images(name, data_dir, size=28, auto="pneumoniamnist"):
         line = "*" * 100
         print(f"{line}\n{error}\nPHANTOM DATA: going on with drawn images. No number of this run says anything about real X-rays.\n{line}")
         return load_phantom(size)
-
-
-class DataNotFound(InputError):
-    """The file is neither there nor can it be downloaded."""
 
 
 def load_medmnist(name, data_dir, size=28):
