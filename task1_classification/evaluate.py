@@ -320,14 +320,14 @@ def draw_all(folder, model, facts, data, args, labels, probabilities, raw, pixel
         draw_confusion(path("confusion"), [[chosen["tn"], chosen["fp"]], [chosen["fn"], chosen["tp"]]], names, f"{where}\nthreshold {facts['threshold']:.3f} from validation")
         curves = {f"network (AUC {chosen['auc']:.3f})": (labels, probabilities), f"pixels (AUC {rows['baseline: logistic regression on pixels']['auc']:.3f})": (labels, pixel_scores)}
         points = {f"threshold {t:.2f}": (r["recall"], r["specificity"], r["precision"]) for t, r in ((facts["threshold"], chosen), (0.5, half))}
-        draw_curves(path("curves"), curves, chosen["prevalence"], points, where)
+        draw_curves(path("roc_pr"), curves, chosen["prevalence"], points, where)
         draw_calibration(path("calibration"), labels, {f"as trained (ECE {binary_metrics(labels, raw)['ece']:.3f})": raw, f"temperature {facts['temperature']:.2f} (ECE {chosen['ece']:.3f})": probabilities}, where)
     else:
         if not data.multi_label:
             draw_confusion(path("confusion"), rows["network"]["confusion_matrix"], names, where)
         columns = labels.T if data.multi_label else labels == np.arange(len(names))[:, None]
         curves = {name: (y, probabilities[:, j]) for j, (name, y) in enumerate(zip(names, columns, strict=True)) if 0 < y.sum() < len(y)}
-        draw_curves(path("curves"), curves, None, {}, f"{where}; each class against the rest")
+        draw_curves(path("roc_pr"), curves, None, {}, f"{where}; each class against the rest")
     groups, called, captions = failure_groups(labels, probabilities, facts, args.cases, args.seed)
     with GradCAM(model, args.layer, data.size, data.channels) as cam:
         size = cam(torch.zeros(1, data.channels, data.size, data.size, device=device)).shape[1:]

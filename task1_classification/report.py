@@ -12,6 +12,10 @@ def number(value, digits=3):
     return "–" if value is None else f"{value:.{digits}f}"
 
 
+def p_value(p):
+    return "–" if p is None else "p < 0.0001" if p < 1e-4 else f"p = {p:.4f}"
+
+
 def report_table(rows, task):
     """Markdown table of all rows."""
     if task == "binary-class":
@@ -47,7 +51,7 @@ def report_text(data, args, facts, files, measured, runs, spread, figures):
             text.append(f"| {name.replace('_', ' ')} | {number(value)} | {number(interval['low'])} to {number(interval['high'])} | {interval['method']} |")
         text += [
             "", f"Counts: {chosen['tp']} true positives, {chosen['fp']} false positives, {chosen['tn']} true negatives, {chosen['fn']} false negatives. Brier score {chosen['brier']:.4f}, expected calibration error {chosen['ece']:.4f}.",
-            "", f"Against the pixel baseline: AUC difference {against['auc']['difference']:.4f} [{number(against['auc']['low'], 4)}, {number(against['auc']['high'], 4)}] (DeLong, p = {number(against['auc']['p'], 6)}); {against['accuracy']['only_a']} images only the network gets right, {against['accuracy']['only_b']} only the baseline (exact McNemar, p = {number(against['accuracy']['p'], 6)}).",
+            "", f"Against the pixel baseline: AUC difference {against['auc']['difference']:.4f} [{number(against['auc']['low'], 4)}, {number(against['auc']['high'], 4)}] (DeLong, {p_value(against['auc']['p'])}); {against['accuracy']['only_a']} images only the network gets right, {against['accuracy']['only_b']} only the baseline (exact McNemar, {p_value(against['accuracy']['p'])}).",
             "", "The row \"prior corrected\" adapts the probabilities to the share of ill cases estimated from these images without their labels (Saerens et al. 2002).", "",
         ]  # fmt: skip
     else:
@@ -62,7 +66,7 @@ def report_text(data, args, facts, files, measured, runs, spread, figures):
         text += [f"## Over {len(runs)} seeds ({', '.join(str(r['seed']) for r in runs)})", "", "| | mean | standard deviation |", "|---|---|---|"]
         text += [f"| {k.replace('_', ' ')} | {v['mean']:.4f} | {v['std']:.4f} |" for k, v in spread.items()] + [""]
     text += ["## Figures", ""]
-    captions = {"confusion": "Confusion matrix", "curves": "ROC and precision-recall curves", "calibration": "Calibration before and after temperature scaling", "failures": "Films chosen by rule, with Grad-CAM"}
+    captions = {"confusion": "Confusion matrix", "roc_pr": "ROC and precision-recall curves", "calibration": "Calibration before and after temperature scaling", "failures": "Films chosen by rule, with Grad-CAM"}
     for name, file in figures.items():
         text += [f"{captions[name]}:", "", f"![{captions[name]}]({{figures}}{file})", ""]
     size = measured["heat_maps"]["native_size"]
