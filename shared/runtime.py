@@ -174,6 +174,14 @@ def positive_float(text):
     return value
 
 
+def not_negative(text):
+    """argparse type: a finite number of at least 0."""
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be 0 or more, not {text}")
+    return value
+
+
 def fraction(text):
     """argparse type: a number from 0 to 1."""
     value = float(text)
@@ -395,8 +403,14 @@ def open_run_dir(args, task, name):
     base = Path("outputs") / task / name
     resume = getattr(args, "resume", None)
     run_dir = Path(args.out_dir) if args.out_dir else None
-    if run_dir is None and resume:
+    if resume is True and run_dir is None:
+        raise InputError("--resume alone goes on in --out-dir: name that folder, or give --resume the path of the run")
+    if resume and resume is not True:
+        if run_dir is not None:
+            raise InputError("--resume PATH goes on in the folder of PATH; leave --out-dir out")
         run_dir = resume_dir(resume)
+    if resume and not (run_dir / "settings.json").exists():
+        raise InputError(f"--resume: there is nothing to go on with in {run_dir}; leave --resume out to start a run there")
     if not is_main_process():  # rank 0 creates the folder and tells the others
         return Path(broadcast_text(None))
     if run_dir is None:
@@ -407,7 +421,8 @@ def open_run_dir(args, task, name):
             raise InputError(f"{run_dir} already holds a run; go on with --resume, replace it with --overwrite, or name another --out-dir")
         clear_run(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    write_json(run_dir / "settings.json", {k: v for k, v in vars(args).items() if k != "config"} | {"command": " ".join(sys.argv)})
+    if not resume:
+        write_json(run_dir / "settings.json", {k: v for k, v in vars(args).items() if k != "config"} | {"command": " ".join(sys.argv)})
     print(f"results go to {run_dir}", flush=True)
     return Path(broadcast_text(str(run_dir)))
 
@@ -443,8 +458,8 @@ def resume_dir(path):
 
 def newest_run(task, name, holding):
     """The newest numbered run folder that holds the file `holding`; None when there is none."""
-    runs = [p for p in (Path("outputs") / task / name).glob("[0-9]*") if (p / holding).exists()]
-    return max(runs, key=lambda p: p.name, default=None)
+    runs = [p for p in (Path("outputs") / task / name).glob("[0-9]*") if p.name.isdigit() and (p / holding).exists()]
+    return max(runs, key=lambda p: int(p.name), default=None)
 
 
 def run_facts(started, device):

@@ -222,7 +222,7 @@ def main(argv=None):
     files = find_checkpoints(args)
     model, facts = load_classifier(files[0], device)
     trained_on = facts["dataset"]
-    if args.data not in ("auto", trained_on["name"]):
+    if args.data.lower() not in ("auto", trained_on["name"]):
         raise InputError(f"{files[0]} was trained on {trained_on['name']}, not on {args.data}; give the classifier of that set, or leave --data out")
     data = load_phantom(28, {"train": 96, "val": 32, "test": 32}) if args.dry_run else load_images(trained_on["name"], args.data_dir, facts["image_size"])
     if args.limit:
@@ -254,6 +254,7 @@ def main(argv=None):
     model, facts = load_classifier(files[0], device)
     seed, probabilities, raw = predictions[0]
 
+    GradCAM(model, args.layer, data.size, data.channels)  # an unknown layer is refused before anything is written
     run_dir = open_run_dir(args, TASK, "evaluate")
     measured = (measure_binary if data.task == "binary-class" else measure_classes)(data, labels, probabilities, facts, args.split)
     pixel_scores = measured.pop("pixel_scores", None)

@@ -40,6 +40,7 @@ class GradCAM:
 
     def keep(self, module, inputs, output):
         self.activation = output
+        return output.clone() if isinstance(output, torch.Tensor) else None  # an in-place ReLU that follows changes the copy
 
     def __call__(self, images, targets=None, normalised=True):
         """

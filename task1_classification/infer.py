@@ -84,6 +84,8 @@ def main(argv=None):
         detail = f"; {errors[0]['path']}: {errors[0]['error']}" if errors else ""
         raise InputError(f"none of the {len(paths)} files could be used{detail}")
 
+    if args.heatmaps:
+        GradCAM(model, args.layer, facts["image_size"], facts["channels"])  # an unknown layer is refused before anything is written
     run_dir = open_run_dir(args, TASK, "infer")
     images = torch.stack(inputs)  # uint8 (N, C, size, size)
     logits = predict_logits(model, images, facts["normalisation"], device, dtype, args.batch_size)

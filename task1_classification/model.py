@@ -21,7 +21,10 @@ from task1_classification.typicality import fit_typicality
 ARCHITECTURES = ("resnet18", "resnet50")
 STEMS = ("auto", "3x3", "3x3-stride2", "7x7")
 FORMAT = "task1-classifier-1"
-KEYS = ("format", "architecture", "state_dict", "normalisation", "label_names", "threshold", "temperature", "dataset")
+KEYS = (
+    "format", "architecture", "stem", "num_outputs", "channels", "image_size", "task", "label_names", "state_dict",
+    "normalisation", "temperature", "threshold", "dataset", "seed", "validation", "typicality",
+)  # fmt: skip
 
 
 def build_model(architecture="resnet18", num_outputs=1, channels=1, image_size=28, stem="auto", pretrained=False):

@@ -41,6 +41,7 @@ from shared.runtime import (
     fraction,
     free_gpu,
     load_checkpoint,
+    not_negative,
     open_run_dir,
     pick_device,
     positive_float,
@@ -85,8 +86,8 @@ def parse_args(argv=None):
     g.add_argument("--epochs", type=positive_int, default=10, help="passes over the training images (%(default)s)")
     g.add_argument("--batch-size", type=positive_int, default=64, help="images per step over all GPUs; at least 2 (%(default)s)")
     g.add_argument("--lr", type=positive_float, default=0.05, help="highest learning rate of SGD with momentum 0.9 (%(default)s)")
-    g.add_argument("--weight-decay", type=float, default=5e-4, help="L2 penalty on all weights (%(default)s)")
-    g.add_argument("--warmup-epochs", type=float, default=1.0, help="epochs of rising learning rate before the cosine (%(default)s)")
+    g.add_argument("--weight-decay", type=not_negative, default=5e-4, help="L2 penalty on all weights (%(default)s)")
+    g.add_argument("--warmup-epochs", type=not_negative, default=1.0, help="epochs of rising learning rate before the cosine (%(default)s)")
     g.add_argument("--label-smoothing", type=fraction, default=0.0, help="share of each label spread over all classes (%(default)s)")
     g.add_argument("--class-weights", action="store_true", help="weigh every class alike in the loss")
     g.add_argument("--ema", type=fraction, default=0.99, help="decay per step of the averaged weights that are kept; 0 = off (%(default)s)")
@@ -99,8 +100,6 @@ def parse_args(argv=None):
         parser.error("--batch-size must be at least 2: batch normalisation needs two images")
     if args.ema == 1 or args.label_smoothing == 1:
         parser.error("--ema and --label-smoothing must be below 1")
-    if args.warmup_epochs < 0 or args.weight_decay < 0:
-        parser.error("--warmup-epochs and --weight-decay cannot be negative")
     if args.seeds and len(set(args.seeds)) < len(args.seeds):
         parser.error("--seeds names a seed twice")
     if args.dry_run:
@@ -174,6 +173,7 @@ def train_one(args, data, seed, run_dir, device, dtype, rank, world_size):
     model = model.to(device, memory_format=torch.channels_last)
     average = copy.deepcopy(model)  # EMA of the weights: steadier than any single step; this is what is validated and kept
     averaged, current = ([v for v in m.state_dict().values() if v.is_floating_point()] for m in (average, model))
+    averaged_running, running = ([v for v in m.buffers() if v.is_floating_point()] for m in (average, model))
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, nesterov=True, weight_decay=args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     generator = torch.Generator(device)
@@ -188,12 +188,14 @@ def train_one(args, data, seed, run_dir, device, dtype, rank, world_size):
     last_path = run_dir / "last.pt"
     if args.resume and last_path.exists():
         state = load_checkpoint(last_path, ("settings", "model", "optimizer", "epoch"), what="training state")
-        refuse_other_settings(state, args, data, last_path)
+        refuse_other_settings(state, args, data, seed, last_path)
         for part, name in ((model, "model"), (average, "average"), (optimizer, "optimizer"), (scaler, "scaler")):
             part.load_state_dict(state[name])
         first_epoch, first_step, totals, history, best = (state[k] for k in ("epoch", "step", "totals", "history", "best"))
         say(f"resumed from {last_path}: epoch {first_epoch + 1}, step {first_step} of {steps}" if first_epoch < args.epochs else f"{last_path} has all its epochs")
         del state
+    elif args.resume:
+        say(f"no epoch was finished in {run_dir}: starting from the beginning")
     network = torch.nn.parallel.DistributedDataParallel(model) if world_size > 1 else model
 
     def save(epoch, step):
@@ -237,8 +239,9 @@ def train_one(args, data, seed, run_dir, device, dtype, rank, world_size):
                     totals["steps"] += 1
                 else:
                     totals["skipped"] += 1
-                    if totals["skipped"] > 20:
-                        raise InputError(f"the loss is not finite in epoch {epoch + 1} (more than 20 steps skipped); lower --lr. {last_path.parent} keeps the epochs before")
+                    torch._foreach_copy_(running, averaged_running)  # the running statistics have seen the same infinities
+                    if totals["skipped"] > 20 or totals["skipped"] == steps:
+                        raise InputError(f"the loss is not finite in epoch {epoch + 1} ({totals['skipped']} steps skipped); lower --lr. {last_path.parent} keeps the epochs before")
                 if stop.requested():
                     save(epoch, step + 1)
                     say(f"stopped in epoch {epoch + 1}; go on with --resume {run_dir}")
@@ -294,8 +297,8 @@ def settings_of(args):
     return {k: v for k, v in vars(args).items() if k not in ("data_dir", "out_dir", "resume", "overwrite", "config", "device", "seed", "seeds")}
 
 
-def refuse_other_settings(state, args, data, path):
-    now, then = settings_of(args), state["settings"]
+def refuse_other_settings(state, args, data, seed, path):
+    now, then = settings_of(args) | {"seed": seed}, state["settings"] | {"seed": state["seed"]}
     changed = [f"--{k.replace('_', '-')} {then.get(k)} (now {v})" for k, v in now.items() if k != "epochs" and then.get(k) != v]
     if changed:
         raise InputError(f"{path} was written with {', '.join(changed)}; give the same to resume, or start a new run")

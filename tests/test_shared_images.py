@@ -1,0 +1,290 @@
+"""images.py: every kind of file a user may have, and where its pixels end up."""
+import builtins
+import io
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from shared.data.images import find_images, grey_if_grey, read_image, to_square
+from shared.runtime import InputError
+
+RAMP = np.add.outer(np.arange(40), np.arange(30) * 6).astype(np.uint8)  # (40, 30), 0 to 213
+
+
+def read(picture, path):
+    if isinstance(picture, Image.Image):
+        picture.save(path)
+    else:
+        np.save(path, picture)
+    pixels = read_image(path)
+    assert pixels.dtype == np.float32 and np.isfinite(pixels).all() and pixels.min() >= 0 and pixels.max() <= 1
+    return pixels
+
+
+def why_not(path):
+    with pytest.raises(InputError) as error:
+        read_image(path)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# --- what can be read ---
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.PNG", "a.tif", "a.tiff", "a.bmp"])
+def test_eight_bits_are_divided_by_255(name):
+    np.testing.assert_array_equal(read(Image.fromarray(RAMP), name), RAMP.astype(np.float32) / 255)
+
+
+def test_jpeg():
+    np.testing.assert_allclose(read(Image.fromarray(RAMP), "a.jpg"), RAMP / 255, atol=0.03)
+
+
+def stretched(pixels):
+    low, high = np.percentile(pixels, (0.5, 99.5))
+    return np.clip((pixels - low) / (high - low), 0, 1)
+
+
+@pytest.mark.parametrize(
+    "name, picture",
+    [
+        ("a.png", Image.fromarray(RAMP.astype(np.uint16) * 257)), ("a.tif", Image.fromarray(RAMP.astype(np.uint16) * 16 + 1000)),
+        ("b.tif", Image.fromarray(RAMP.astype(np.int32) * 1000)), ("c.tif", Image.fromarray(RAMP.astype(np.float32) * 7 - 300)),
+        ("a.npy", RAMP.astype(np.uint16) * 11), ("b.npy", RAMP.astype(np.int64) - 500), ("c.npy", RAMP.astype(np.float16)),
+        ("d.npy", RAMP.astype(np.float64) * 1e6), ("e.npy", RAMP.astype(">u2")), ("f.npy", np.asfortranarray(RAMP.astype(np.float32)) * 2),
+    ],
+)  # fmt: skip
+def test_deeper_pixels_are_stretched_between_their_percentiles(name, picture):
+    np.testing.assert_allclose(read(picture, name), stretched(RAMP.astype(float)), atol=2e-6)
+
+
+def test_floats_between_0_and_1_are_taken_as_they_are():
+    np.testing.assert_allclose(read(RAMP / 512, "a.npy"), RAMP / 512, atol=1e-7)
+    assert read(RAMP, "b.npy").max() == np.float32(213 / 255)
+
+
+@pytest.mark.parametrize("shape", [(40, 30), (1, 40, 30), (40, 30, 1)])
+def test_shapes_of_arrays(shape):
+    np.testing.assert_array_equal(read(RAMP.reshape(shape), "a.npy"), RAMP.astype(np.float32) / 255)
+
+
+@pytest.mark.parametrize("mode, name", [("RGB", "a.png"), ("RGBA", "a.png"), ("LA", "a.png"), ("RGB", "a.tif"), ("RGBA", "a.tif"), ("LA", "a.tif")])
+def test_grey_films_saved_in_colour_are_grey(mode, name):
+    np.testing.assert_array_equal(read(Image.fromarray(RAMP).convert(mode), name), RAMP.astype(np.float32) / 255)
+
+
+def colour():
+    return np.stack([RAMP, RAMP[::-1], np.full_like(RAMP, 77)], axis=2)
+
+
+@pytest.mark.parametrize("name, mode", [("a.png", "RGB"), ("b.png", "RGBA"), ("a.npy", None)])
+def test_colour(name, mode):
+    picture = Image.fromarray(colour()).convert(mode) if mode else colour()
+    np.testing.assert_array_equal(read(picture, name), colour().astype(np.float32) / 255)
+
+
+def test_palette_cmyk_and_black_and_white():
+    palette = Image.fromarray((RAMP > 100).astype(np.uint8)).convert("P")
+    palette.putpalette([10, 10, 10, 200, 100, 0] + [0] * 762)
+    np.testing.assert_array_equal(read(palette, "p.png"), np.where((RAMP > 100)[..., None], (200, 100, 0), (10, 10, 10)).astype(np.float32) / 255)
+    cmyk = read(Image.fromarray(RAMP).convert("RGB").convert("CMYK"), "c.tif")
+    np.testing.assert_array_equal(cmyk, RAMP.astype(np.float32) / 255)
+    np.testing.assert_array_equal(read(Image.fromarray(RAMP > 100), "b.png"), (RAMP > 100).astype(np.float32))
+
+
+def test_one_grey_level_is_no_failure():
+    assert (read(np.full((20, 20), 5000), "a.npy") == 0).all() and (read(Image.new("L", (20, 20), 51), "a.png") == np.float32(0.2)).all()
+
+
+def test_grey_if_grey():
+    assert grey_if_grey(np.repeat(RAMP[..., None], 3, axis=2)).shape == (40, 30) and grey_if_grey(colour()).shape == (40, 30, 3)
+
+
+# --- what cannot ---
+
+
+def test_files_that_are_no_images():
+    Path("text.png").write_text("this is no image")
+    Path("empty.jpg").touch()
+    Path("page.html.jpeg").write_text("<html></html>")
+    assert why_not("text.png") == why_not("page.html.jpeg") == "the file is not an image, or is damaged or cut short"
+    assert why_not("empty.jpg") == "the file is empty" and why_not("gone.png") == "the file does not exist"
+    Path("folder.png").mkdir()
+    assert why_not("folder.png") == "the file does not exist"
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.tif", "a.bmp"])
+def test_files_cut_short(name):
+    noise = np.random.default_rng(0).integers(0, 256, (60, 60), dtype=np.uint8)
+    Image.fromarray(noise).save(name)
+    content = Path(name).read_bytes()
+    for share in (0.1, 0.5, 0.8):
+        Path(name).write_bytes(content[: int(len(content) * share)])
+        assert "damaged or cut short" in why_not(name)
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow warns about odd tags before it gives up
+def test_damaged_bytes_end_in_pixels_or_in_a_sentence():
+    rng = np.random.default_rng(0)
+    for name in ("a.png", "a.jpg", "a.tif", "a.npy"):
+        buffer = io.BytesIO()
+        np.save(buffer, RAMP) if name == "a.npy" else Image.fromarray(RAMP).save(buffer, {"png": "PNG", "jpg": "JPEG", "tif": "TIFF"}[name[2:]])
+        refused = 0
+        for _ in range(60):
+            content = bytearray(buffer.getvalue())
+            for place in rng.integers(0, min(len(content), 160), 3):
+                content[place] = rng.integers(256)
+            Path(name).write_bytes(content)
+            try:
+                assert np.isfinite(read_image(name)).all()
+            except InputError:
+                refused += 1
+        assert refused > 5, name
+
+
+def test_arrays_that_are_no_images():
+    for name, array, message in [
+        ("nan.npy", np.where(RAMP == 7, np.nan, RAMP), "NaN or infinite"), ("inf.npy", np.where(RAMP == 7, np.inf, RAMP), "NaN or infinite"),
+        ("huge.npy", RAMP * 1e39, "NaN or infinite"),  # finite as 64 bit, not as 32
+        ("words.npy", np.array([["a"] * 20] * 20), "must hold numbers"), ("complex.npy", RAMP * 1j, "must hold numbers"), ("truth.npy", RAMP > 3, "must hold numbers"),
+        ("volume.npy", np.zeros((20, 20, 20)), "(20, 20, 20)"), ("channels.npy", np.zeros((20, 20, 4)), "(20, 20, 4)"), ("first.npy", np.zeros((3, 20, 20)), "(3, 20, 20)"),
+        ("number.npy", np.float32(3), "()"), ("line.npy", np.zeros(50), "(50,)"), ("none.npy", np.zeros((0, 20)), "too small"),
+    ]:  # fmt: skip
+        np.save(name, array)
+        assert message in why_not(name), name
+    np.savez("archive.npz", a=RAMP)
+    Path("archive.npz").rename("archive.npy")
+    assert "npz archive" in why_not("archive.npy")
+    Path("header.npy").write_bytes(b"\x93NUMPY\x01\x00" + struct.pack("<H", 20) + b"{'descr': (((       \n")
+    assert "damaged" in why_not("header.npy")
+
+
+class Trap:
+    def __reduce__(self):
+        return Path.touch, (Path("trap-was-run"),)
+
+
+def test_pickled_arrays_are_never_unpickled():
+    np.save("trap.npy", np.array([Trap()], dtype=object), allow_pickle=True)
+    assert "holds Python objects" in why_not("trap.npy")
+    assert not Path("trap-was-run").exists()
+    np.load("trap.npy", allow_pickle=True)  # the trap works
+    assert Path("trap-was-run").exists()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (15, 200), (200, 15)])
+def test_images_that_are_too_small(size):
+    Image.new("L", size).save("a.png")
+    assert f"too small: {size[0]}x{size[1]} pixels, at least 16x16" in why_not("a.png")
+
+
+def test_a_picture_with_too_many_pixels(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    Image.new("L", (40, 40)).save("a.png")
+    assert "too many pixels" in why_not("a.png")
+
+
+# --- DICOM ---
+
+
+def test_dicom_without_pydicom(monkeypatch):
+    original = builtins.__import__
+
+    def without(name, *rest):
+        if name.split(".")[0] == "pydicom":
+            raise ModuleNotFoundError("No module named 'pydicom'", name="pydicom")
+        return original(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    Path("a.dcm").write_bytes(b"anything")
+    assert why_not("a.dcm") == "DICOM needs pydicom 3: pip install pydicom, or save the image as PNG"
+
+
+@pytest.mark.parametrize("photometric", ["MONOCHROME2", "MONOCHROME1"])
+def test_dicom(photometric):
+    pytest.importorskip("pydicom", reason="reading DICOM needs pydicom")
+    from pydicom.dataset import FileDataset, FileMetaDataset
+    from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
+
+    meta = FileMetaDataset()
+    meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid()
+    film = FileDataset("a.dcm", {}, file_meta=meta, preamble=b"\0" * 128)
+    film.SOPClassUID, film.SOPInstanceUID, film.Modality = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID, "CR"
+    film.Rows, film.Columns, film.SamplesPerPixel, film.PhotometricInterpretation = 40, 30, 1, photometric
+    film.BitsAllocated, film.BitsStored, film.HighBit, film.PixelRepresentation = 16, 12, 11, 0
+    film.PixelData = (RAMP.astype(np.uint16) * 16).tobytes()
+    film.save_as("a.dcm", enforce_file_format=True)
+    expected = stretched(RAMP.astype(float))
+    np.testing.assert_allclose(read_image("a.dcm"), expected if photometric == "MONOCHROME2" else 1 - expected, atol=0.01)
+    Path("b.dcm").write_bytes(b"no DICOM at all")
+    assert "the DICOM file cannot be read" in why_not("b.dcm")
+
+
+# --- which files ---
+
+
+def test_find_images():
+    for name in ("b.png", "a.JPG", "deep/c.npy", "deep/d.dcm", "notes.txt", "deep/.hidden.txt"):
+        Path("films", name).parent.mkdir(parents=True, exist_ok=True)
+        Path("films", name).write_text("x")
+    assert [str(p) for p in find_images(["films"])] == ["films/a.JPG", "films/b.png", "films/deep/c.npy", "films/deep/d.dcm"]
+    assert [str(p) for p in find_images(["films/*.png", "films/b.png", "gone.png"])] == ["films/b.png", "gone.png"]  # each once
+    assert [str(p) for p in find_images(["films/**/*.npy"])] == ["films/deep/c.npy"]
+    assert [str(p) for p in find_images(["films/notes.txt"])] == ["films/notes.txt"]  # named by hand: tried
+    Path("films[1]").mkdir()
+    Path("films[1]/a.png").write_text("x")
+    assert [str(p) for p in find_images(["films[1]"])] == ["films[1]/a.png"]
+
+
+def test_find_images_refuses_what_has_none():
+    Path("empty").mkdir()
+    with pytest.raises(InputError, match="there is no image in empty"):
+        find_images(["empty"])
+    with pytest.raises(InputError, match="no file matches"):
+        find_images(["empty/*.png"])
+
+
+# --- to the square the network sees ---
+
+
+@pytest.mark.parametrize("shape, place", [((56, 56), (14, 40)), ((56, 112), (14, 28 + 40)), ((100, 56), (22 + 14, 40))])
+def test_a_bright_dot_stays_in_its_place(shape, place):
+    pixels = np.zeros(shape, np.float32)
+    pixels[place[0] : place[0] + 2, place[1] : place[1] + 2] = 1  # rows 14-15, columns 40-41 of the central square of 56
+    square = to_square(pixels, 28, 1)
+    assert square.shape == (1, 28, 28) and square.dtype == np.uint8
+    assert np.unravel_index(square.argmax(), square.shape) == (0, 7, 20)
+
+
+def test_what_lies_outside_of_the_central_square_is_gone():
+    pixels = np.zeros((40, 100), np.float32)
+    pixels[:, :29] = pixels[:, 71:] = 1
+    assert to_square(pixels, 20, 1).max() == 0
+
+
+def test_images_of_the_right_size_are_unchanged():
+    np.testing.assert_array_equal(to_square(RAMP[:28, :28].astype(np.float32) / 255, 28, 1)[0], RAMP[:28, :28])
+
+
+def test_shrinking_averages():
+    board = (np.indices((224, 224)).sum(0) % 2).astype(np.float32)
+    assert abs(to_square(board, 28, 1).astype(int) - 127.5).max() <= 2.5  # without an antialiasing filter it would be 0 or 255
+
+
+def test_grey_and_colour():
+    grey, coloured = RAMP[:28, :28].astype(np.float32) / 255, colour()[:28, :28].astype(np.float32) / 255
+    three = to_square(grey, 28, 3)
+    assert three.shape == (3, 28, 28) and (three[0] == three[1]).all() and (three[1] == three[2]).all()
+    np.testing.assert_array_equal(to_square(coloured, 28, 3), colour()[:28, :28].transpose(2, 0, 1))
+    luma = colour()[:28, :28] @ [0.299, 0.587, 0.114]
+    assert np.abs(to_square(coloured, 28, 1)[0] - luma).max() <= 0.51
+
+
+def test_overshoot_of_the_filter_is_cut_off():
+    edge = np.zeros((64, 64), np.float32)
+    edge[:, 32:] = 1
+    square = to_square(edge, 28, 1)
+    assert square.min() == 0 and square.max() == 255
