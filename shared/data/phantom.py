@@ -433,7 +433,7 @@ def _pneumonia_or_not(seed, index, pneumonia):
     findings = []
     for _ in range(ill * (1 + d.chance(0.25))):
         side, zone = d.pick(("right", "left")), d.pick(ZONES, (25, 35, 40))
-        severity = d.pick(SEVERITIES, (40, 40, 20))
+        severity = d.pick(SEVERITIES, (15, 35, 50))
         findings.append(
             Finding("Pneumonia", "pneumonia", side, zone, severity, *place_blob(d, frame, side, zone, severity))
         )
