@@ -1,0 +1,381 @@
+"""shared/models/loading.py: what is loaded, in which numbers, and how it refuses."""
+import shared  # noqa: F401, isort: skip  # before transformers
+import copy
+import json
+import shutil
+from types import SimpleNamespace
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, SiglipVisionModel, T5ForConditionalGeneration
+
+from shared.data.phantom import phantom_study
+from shared.models import loading, memory
+from shared.models.inputs import build_inputs
+from shared.models.loading import add_lora, choose_dtype, count_parameters, find_model, load_part, load_vlm
+from shared.models.tiny import tiny_folder
+from shared.runtime import InputError, read_json, write_json
+
+VLMS = ("gemma3", "qwen2vl", "llava")
+SMALL = dict(layers=2, vision_layers=2)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MEDVLM_CACHE", str(tmp_path_factory.getbasetemp() / "models"))
+        yield
+
+
+@pytest.fixture(params=VLMS)
+def family(request):
+    return request.param
+
+
+def batch(vlm, answers=None):
+    questions = ["Is there a nodule?", "Is this film normal?"]
+    return build_inputs(vlm, questions, [phantom_study(0, i, 112).image for i in range(2)], answers=answers).tensors
+
+
+@torch.inference_mode()
+def logits(vlm):
+    return vlm.model(**batch(vlm)).logits[:, -1].float()
+
+
+def relative(a, b):
+    return float((a - b).norm() / b.norm())
+
+
+# --- whole and quantised ---
+
+
+def test_tiny_by_name_and_by_family(capsys):
+    vlm = load_vlm("tiny", family="llava")
+    assert vlm.family == "llava" and vlm.tiny and not vlm.model.training
+    printed = capsys.readouterr().out
+    assert "model: tiny (llava, 1.7 M parameters), weights none, computing in float32 (exact" in printed
+    facts = vlm.facts()
+    assert facts["parameters"] == count_parameters(vlm.model) and json.dumps(facts)
+
+
+# Random weights have no structure that survives rounding, so these bounds are loose; trained models lose far less.
+@pytest.mark.parametrize(("quant", "bound"), [("nf4", 0.6), ("nf4-text", 0.6), ("int8", 0.1)])
+def test_quantised_models_stay_close(family, quant, bound):
+    whole = logits(load_vlm("tiny:" + family))
+    vlm = load_vlm("tiny:" + family, quant=quant)
+    assert relative(logits(vlm), whole) < bound
+    kind = bnb.nn.Linear8bitLt if quant == "int8" else bnb.nn.Linear4bit
+    quantised = [n for n, m in vlm.model.named_modules() if isinstance(m, kind)]
+    tower, projector = loading.FAMILIES[family].tower, loading.FAMILIES[family].projector
+    assert any("language_model" in n for n in quantised) and "lm_head" not in quantised
+    assert any(n.startswith(tower) for n in quantised) == (quant != "nf4-text")
+    assert not any(n.startswith(projector) for n in quantised)
+    layout = memory.read_layout(tiny_folder("tiny:" + family))
+    assert set(quantised) == {n for n, _, _ in layout.linears if memory.is_quantised(n, quant, family)}  # what the prediction counts
+    assert count_parameters(vlm.model) == layout.parameters
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dtype_asked_for(dtype):
+    vlm = load_vlm("tiny:qwen2vl", dtype=str(dtype).removeprefix("torch."))
+    assert {p.dtype for p in vlm.model.parameters()} == {dtype} and torch.isfinite(logits(vlm)).all()
+
+
+def test_widths_that_the_packed_processor_path_refuses():
+    """48 is no multiple of 64, as SigLIP's 4304 is none: with the guard it works, in evaluation too."""
+    folder = tiny_folder("tiny:llava", mlp=80, vision_mlp=48, **SMALL)
+    vlm, whole = load_vlm(str(folder), quant="nf4"), load_vlm(str(folder))
+    assert relative(logits(vlm), logits(whole)) < 0.6
+
+
+def gradients(vlm):
+    torch.manual_seed(0)
+    vlm.model.train()
+    vlm.model(**batch(vlm, ["yes", "no"]), use_cache=False).loss.backward()
+    found = {n: p.grad.clone() for n, p in vlm.model.named_parameters() if p.grad is not None}
+    vlm.model.zero_grad(set_to_none=True)
+    vlm.model.eval()
+    return found
+
+
+@pytest.mark.parametrize("quant", ["nf4", "nf4-text", "int8"])
+def test_training_after_evaluation_is_exact(quant):
+    vlm = load_vlm(str(tiny_folder("tiny:qwen2vl", **SMALL)), quant=quant)
+    torch.manual_seed(0)
+    add_lora(vlm, rank=4, dropout=0.0)
+    before, fresh = logits(vlm), gradients(vlm)
+    assert torch.equal(logits(vlm), before)
+    vlm.model.generate(**batch(vlm), max_new_tokens=3)
+    again = gradients(vlm)
+    assert fresh.keys() == again.keys() and all(torch.equal(fresh[n], again[n]) for n in fresh)
+    assert torch.equal(logits(vlm), before)
+
+
+def test_gradient_checkpointing_changes_nothing():
+    vlm = load_vlm(str(tiny_folder("tiny:gemma3", **SMALL)), quant="nf4")
+    torch.manual_seed(0)
+    add_lora(vlm, rank=4, dropout=0.0, checkpointing=False)
+    plain = gradients(vlm)
+    vlm.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    again = gradients(vlm)
+    assert all(torch.equal(plain[n], again[n]) for n in plain)
+
+
+@pytest.mark.parametrize("quant", ["none", "nf4", "nf4-text", "int8"])
+def test_saving_after_evaluation_is_exact(quant, tmp_path):
+    vlm = load_vlm(str(tiny_folder("tiny:gemma3", **SMALL)), quant=quant)
+    expected = logits(vlm)
+    vlm.model.save_pretrained(tmp_path / "saved")
+    vlm.processor.save_pretrained(tmp_path / "saved")
+    again = load_vlm(str(tmp_path / "saved"))  # the folder says itself how it is stored
+    assert again.quant == quant and torch.equal(logits(again), expected)
+    assert torch.equal(logits(vlm), expected)  # the model that was saved is whole, too
+    if quant == "nf4":
+        with pytest.raises(InputError, match="is stored in nf4 and cannot become int8"):
+            load_vlm(str(tmp_path / "saved"), quant="int8")
+
+
+# --- adapters ---
+
+
+@pytest.mark.parametrize("quant", ["none", "nf4"])
+def test_lora_learns_and_leaves_the_base_untouched(family, quant, tmp_path):
+    vlm = load_vlm(str(tiny_folder("tiny:" + family, **SMALL)), quant=quant)
+    base = {n: p.clone() for n, p in vlm.model.state_dict().items() if isinstance(p, torch.Tensor)}
+    torch.manual_seed(0)
+    add_lora(vlm, rank=8, dropout=0.0)
+    trainable = [n for n, p in vlm.model.named_parameters() if p.requires_grad]
+    assert trainable and all("lora_" in n and "language_model" in n for n in trainable)
+    optimizer = torch.optim.AdamW([p for p in vlm.model.parameters() if p.requires_grad], lr=1e-2)
+    inputs = batch(vlm, ["yes", "no"])
+    losses = []
+    for _ in range(8):
+        loss = vlm.model(**inputs, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    after = {n.replace("base_layer.", ""): p for n, p in vlm.base.state_dict().items() if "lora_" not in n and isinstance(p, torch.Tensor)}
+    assert base.keys() == after.keys() and all(torch.equal(base[n], after[n]) for n in base)
+
+    vlm.model.eval()
+    expected = logits(vlm)
+    vlm.model.save_pretrained(tmp_path / "adapter")
+    again = load_vlm(vlm.name, quant=quant, adapter=tmp_path / "adapter")
+    assert torch.equal(logits(again), expected) and again.adapter.endswith("adapter")
+    assert not any(p.requires_grad for n, p in again.model.named_parameters() if "lora_" in n)
+    with again.model.disable_adapter():
+        assert torch.equal(logits(again), logits(load_vlm(vlm.name, quant=quant)))
+    on = load_vlm(vlm.name, quant=quant, adapter=tmp_path / "adapter", trainable_adapter=True)
+    assert any(p.requires_grad for p in on.model.parameters())
+
+
+def test_adapters_that_do_not_fit(tmp_path):
+    small = str(tiny_folder("tiny:qwen2vl", **SMALL))
+    vlm = add_lora(load_vlm(small), rank=4)
+    vlm.model.save_pretrained(tmp_path / "adapter")
+    other = str(tiny_folder("tiny:qwen2vl", hidden=64, mlp=128, heads=2, kv_heads=1, **SMALL))
+    with pytest.raises(InputError, match="the adapter .* does not fit .*: give --model the one it was trained on"):
+        load_vlm(other, adapter=tmp_path / "adapter")
+    with pytest.raises(InputError, match="there is no adapter folder"):
+        load_vlm(small, adapter=tmp_path / "nowhere")
+    with pytest.raises(InputError, match="holds no adapter: there is no adapter_config.json"):
+        load_vlm(small, adapter=small)
+    with pytest.raises(InputError, match="holds an adapter, not a model: .* this folder with --adapter"):
+        load_vlm(str(tmp_path / "adapter"))
+
+
+# --- dtype ---
+
+
+@pytest.mark.parametrize(("family_name", "major", "expected"), [
+    ("gemma3", 7, torch.float32), ("qwen2vl", 7, torch.float16), ("llava", 7, torch.float16), ("gemma3", 8, torch.bfloat16), ("qwen2vl", 9, torch.bfloat16),
+])  # fmt: skip
+def test_dtype_follows_gpu_and_family(monkeypatch, family_name, major, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    dtype, why = choose_dtype(family_name, "cuda", 4e9)
+    assert dtype == expected and ("no bfloat16" in why) == (major == 7)
+    if major == 7:
+        with pytest.raises(InputError, match="Tesla T4 does not compute bfloat16: use --dtype float"):
+            choose_dtype(family_name, "cuda", 4e9, "bfloat16")
+
+
+def test_dtype_without_gpu():
+    assert choose_dtype("gemma3", "cpu", 2e6)[0] == torch.float32
+    assert choose_dtype("gemma3", "cpu", 4e9)[0] == torch.bfloat16
+    with pytest.raises(InputError, match="Gemma 3 overflows in float16"):
+        load_vlm("tiny:gemma3", dtype="float16")
+
+
+# --- refusals ---
+
+
+def http_error(kind, status):
+    return kind("hub says no", response=SimpleNamespace(headers={}, request=None, status_code=status))
+
+
+@pytest.mark.parametrize(("error", "message"), [
+    (http_error(GatedRepoError, 403), "is gated: accept its licence at https://huggingface.co/google/medgemma-4b-it, then set HF_TOKEN or run `hf auth login`; .*tiny"),
+    (http_error(RepositoryNotFoundError, 404), "is not on the Hugging Face hub, or is private"),
+    (http_error(RemoteEntryNotFoundError, 404), "has no config.json, so it is not a model for transformers"),
+    (LocalEntryNotFoundError("offline"), "is not on this computer and the hub cannot be reached: accept its licence at .*medgemma-4b-it, fetch it elsewhere with `hf download"),
+    (ConnectionError("no route"), "is not on this computer and the hub cannot be reached"),
+])  # fmt: skip
+def test_models_that_cannot_be_had(monkeypatch, capsys, error, message):
+    def download(*args, **options):
+        raise error
+
+    monkeypatch.setenv("HF_TOKEN", "hf_secret_of_the_user")
+    monkeypatch.setattr(loading, "hf_hub_download", download)
+    with pytest.raises(InputError, match=message) as stop:
+        load_vlm("google/medgemma-4b-it")
+    assert "\n" not in str(stop.value) and "hf_secret" not in str(stop.value) + capsys.readouterr().out
+
+
+def test_offline_is_named(monkeypatch):
+    def download(*args, **options):
+        raise LocalEntryNotFoundError("offline")
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(loading, "hf_hub_download", download)
+    with pytest.raises(InputError, match="Qwen/Qwen2-VL-2B-Instruct is not on this computer and HF_HUB_OFFLINE is set: fetch it elsewhere"):
+        find_model("Qwen/Qwen2-VL-2B-Instruct")
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "just_a_word", "a/b/c"])
+def test_folders_that_are_not_there(name):
+    with pytest.raises(InputError, match=f"there is no model folder {name}"):
+        find_model(name)
+
+
+def test_the_same_command_with_tiny(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["task2_report/train.py", "--model", "google/medgemma-4b-it", "--epochs", "3", "--base_model=x"])
+    assert loading.try_tiny() == "; to try the same without it: python task2_report/train.py --epochs 3 --model tiny"
+    monkeypatch.setattr("sys.argv", ["-c"])
+    assert loading.try_tiny() == "; --model tiny works without it"
+
+
+@pytest.fixture
+def copied(tmp_path):
+    """A copy of a tiny model, to be damaged."""
+    return shutil.copytree(tiny_folder("tiny:llava", **SMALL), tmp_path / "model")
+
+
+def test_folder_without_processor(copied):
+    (copied / "processor_config.json").unlink()
+    with pytest.raises(InputError, match="has no (complete|image) processor.*copy preprocessor_config.json"):
+        load_vlm(str(copied))
+
+
+def test_folder_without_template_or_tokenizer(copied):
+    (copied / "chat_template.jinja").unlink()
+    with pytest.raises(InputError, match="has no chat template: copy chat_template.jinja"):
+        load_vlm(str(copied))
+    (copied / "tokenizer.json").unlink()
+    with pytest.raises(InputError, match="has no complete processor"):
+        load_vlm(str(copied))
+
+
+def test_text_only_and_unknown_models(copied):
+    with pytest.raises(InputError, match=r"is a text-only model \(bert\): it cannot see images"):
+        load_vlm(str(tiny_folder("tiny:bert")))
+    write_json(copied / "config.json", read_json(copied / "config.json") | {"model_type": "idefics3"})
+    with pytest.raises(InputError, match="is of the family idefics3, which these scripts have not been tried with"):
+        load_vlm(str(copied))
+    (copied / "config.json").unlink()
+    with pytest.raises(InputError, match="holds no model: there is no config.json"):
+        load_vlm(str(copied))
+
+
+@pytest.mark.parametrize("damage", ["missing", "unexpected", "shape", "cut short", "no file"])
+def test_weights_that_are_not_those_of_the_model(copied, damage):
+    path = copied / "model.safetensors"
+    weights = load_file(path)
+    name = sorted(weights)[0]
+    if damage == "missing":
+        save_file({n: w for n, w in weights.items() if n != name}, path, {"format": "pt"})
+    elif damage == "unexpected":
+        save_file(weights | {"model.something_else": torch.zeros(3)}, path, {"format": "pt"})
+    elif damage == "shape":
+        save_file(weights | {name: torch.zeros(3)}, path, {"format": "pt"})
+    elif damage == "cut short":
+        path.write_bytes(path.read_bytes()[:-1000])
+    else:
+        path.unlink()
+    message = {
+        "missing": "is not a complete model of its class: 1 missing keys", "unexpected": "is not a complete model of its class: 1 unexpected keys",
+        "shape": "is not a complete model of its class: 1 mismatched keys, the first is ", "cut short": "are damaged or cut short", "no file": "has no weights that can be read",
+    }[damage]  # fmt: skip
+    with pytest.raises(InputError, match=message) as stop:
+        load_vlm(str(copied))
+    assert "\n" not in str(stop.value)
+
+
+def test_quantisation_that_cannot_be_had(monkeypatch):
+    with pytest.raises(InputError, match="there is no --quant gptq; there are none, nf4, nf4-text, int8"):
+        load_vlm("tiny:qwen2vl", quant="gptq")
+    with pytest.raises(InputError, match="bitsandbytes does not run on Apple GPUs"):
+        loading.quantisation("nf4", "gemma3", torch.float32, "mps")
+
+
+def test_a_layer_that_cannot_hold_four_bits(monkeypatch):
+    forward = bnb.nn.Linear4bit.forward
+
+    def fussy(self, x):
+        if self.out_features == 64:
+            raise AssertionError("N must be divisible by block_n")
+        return forward(self, x)
+
+    monkeypatch.setattr(bnb.nn.Linear4bit, "forward", fussy)
+    with pytest.raises(InputError, match=r"the layer .*k_proj \(128 -> 64\) cannot be held in --quant nf4 here \(N must be .*\); use --quant nf4-text or none"):
+        load_vlm("tiny:qwen2vl", quant="nf4")
+
+
+def test_too_little_memory_is_said_before(monkeypatch, capsys):
+    layout = memory.read_layout("google/medgemma-4b-it")
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 6 * 2**30)
+    memory.warn_if_too_large("google/medgemma-4b-it", layout, "none", "cpu", torch.bfloat16)
+    printed = capsys.readouterr().out
+    assert printed.startswith("WARNING: google/medgemma-4b-it will need about") and "6.0 GiB are free on cpu; --quant int8 would fit" in printed
+    memory.warn_if_too_large("google/medgemma-4b-it", layout, "nf4", "cpu", torch.bfloat16)
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 2**30)
+    memory.warn_if_too_large("google/medgemma-4b-it", layout, "nf4", "cpu", torch.bfloat16)
+    assert "no setting of these scripts fits" in capsys.readouterr().out
+
+
+# --- single encoders and decoders ---
+
+
+def test_parts_load_the_same_way():
+    assert type(load_part(AutoModel, "tiny:bert", device="cpu")).__name__ == "BertModel"
+    assert load_part(T5ForConditionalGeneration, "tiny:t5").training is False
+    with pytest.raises(InputError, match="there is no model folder nothing"):
+        load_part(AutoModel, "nothing")
+
+
+def test_a_part_of_a_folder_needs_leave():
+    """The text tower of SigLIP is left over when only the vision tower is wanted; that has to be said."""
+    with pytest.raises(InputError, match="unexpected keys"):
+        load_part(SiglipVisionModel, "tiny:siglip")
+    assert load_part(SiglipVisionModel, "tiny:siglip", unused_weights=True).config.image_size == 112
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("quant", ["none", "nf4", "int8"])
+def test_on_a_gpu(quant):
+    on_cpu = load_vlm("tiny:qwen2vl")
+    vlm = load_vlm("tiny:qwen2vl", quant=quant, device="cuda")
+    assert next(vlm.model.parameters()).is_cuda and relative(logits(vlm).cpu(), logits(on_cpu)) < 0.6
+    copy.deepcopy(vlm.facts())

@@ -1,0 +1,179 @@
+"""shared/models/tiny.py: built quickly, found again, whole, and loaded by the classes of the real models."""
+import shared  # noqa: F401, isort: skip  # before transformers
+import os
+import socket
+import time
+
+import pytest
+import torch
+from transformers import (
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
+    AutoProcessor,
+    AutoTokenizer,
+    SiglipVisionModel,
+)
+
+from shared.models.tiny import SIZES, cache_dir, is_tiny, phantom_text, tiny_folder
+from shared.runtime import InputError, read_json
+
+VLMS = ("gemma3", "qwen2vl", "llava")
+CLASSES = {
+    "gemma3": "Gemma3ForConditionalGeneration", "qwen2vl": "Qwen2VLForConditionalGeneration", "llava": "LlavaForConditionalGeneration",
+    "siglip": "SiglipModel", "t5": "T5ForConditionalGeneration", "bert": "BertModel",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MEDVLM_CACHE", str(tmp_path_factory.getbasetemp() / "models"))
+        yield
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def refuse(*args, **options):
+        raise AssertionError("a tiny model asked for the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+def load(family, folder):
+    auto = AutoModelForImageTextToText if family in VLMS else AutoModelForSeq2SeqLM if family == "t5" else AutoModel
+    model = auto.from_pretrained(folder, local_files_only=True)
+    processor = (AutoTokenizer if family in ("t5", "bert") else AutoProcessor).from_pretrained(folder, local_files_only=True)
+    return model.eval(), processor
+
+
+def test_built_in_seconds_small_and_loaded_by_the_real_classes(no_network, tmp_path, monkeypatch):
+    monkeypatch.setenv("MEDVLM_CACHE", str(tmp_path / "fresh"))
+    phantom_text()  # the training text of the tokenizers, made once per process
+    for family in SIZES:
+        start = time.process_time()
+        folder = tiny_folder("tiny:" + family)
+        assert time.process_time() - start < 3, family
+        assert sum(p.stat().st_size for p in folder.iterdir()) < 20e6
+        model, processor = load(family, folder)
+        assert type(model).__name__ == CLASSES[family]
+        parameters = sum(p.numel() for p in model.parameters())
+        assert parameters < 3e6 and (family not in VLMS or parameters > 1e6), (family, parameters)
+        again, _ = load(family, folder)
+        assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+def test_found_again_and_rebuilt_when_damaged():
+    folder = tiny_folder("tiny:bert")
+    before = (folder / "model.safetensors").stat().st_mtime_ns
+    assert tiny_folder("bert") == folder and (folder / "model.safetensors").stat().st_mtime_ns == before
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[:-100])  # cut short
+    assert tiny_folder("tiny:bert") == folder and (folder / "model.safetensors").read_bytes() == whole
+    (folder / "tokenizer.json").unlink()
+    assert tiny_folder("tiny:bert") == folder and (folder / "tokenizer.json").is_file()
+    assert not [p for p in folder.parent.iterdir() if p.name.startswith(".")]  # nothing half-built is left
+
+
+def test_the_name_follows_from_sizes_and_seed():
+    folder = tiny_folder("tiny:bert")
+    assert tiny_folder("tiny:bert", seed=1) != folder and tiny_folder("tiny:bert", layers=2) != folder
+    assert read_json(tiny_folder("tiny:bert", layers=2) / "config.json")["num_hidden_layers"] == 2
+
+
+def test_random_numbers_of_the_caller_go_on_unchanged():
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    tiny_folder("tiny:bert", seed=5, layers=1)
+    assert torch.equal(torch.rand(2), expected)
+
+
+def test_refusals(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="there is no tiny model 'tiny:gpt'; there are .*tiny:qwen2vl"):
+        tiny_folder("tiny:gpt")
+    with pytest.raises(InputError, match="tiny:bert has no size 'image_size'; it has hidden"):
+        tiny_folder("tiny:bert", image_size=28)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MEDVLM_CACHE", str(tmp_path / "file"))
+    with pytest.raises(InputError, match="cannot write .*; set MEDVLM_CACHE"):
+        tiny_folder("tiny:bert")
+
+
+def test_cache_folder(monkeypatch, tmp_path):
+    assert is_tiny("tiny") and is_tiny("tiny:t5") and not is_tiny("tinyllama/x")
+    monkeypatch.setenv("MEDVLM_CACHE", "here")
+    assert cache_dir() == tmp_path / "here"  # absolute, so that a later chdir does not matter
+    monkeypatch.delenv("MEDVLM_CACHE")
+    assert str(cache_dir()).endswith(os.path.join(".cache", "medvlm-plain"))
+
+
+@pytest.mark.parametrize("family", VLMS)
+def test_tokenizer_is_lossless_and_knows_the_answers(family):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder("tiny:" + family), local_files_only=True)
+    for text in ("Is there a nodule in the left lung?", "äöü µ 日本 \t\n  x", phantom_text()[0]):
+        assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
+    for answer in ("yes", "no"):
+        assert len(tokenizer(answer, add_special_tokens=False)["input_ids"]) == 1
+    has_bos = family != "qwen2vl"  # Gemma's and Mistral's tokenizers put <bos> first, Qwen's has none
+    assert (tokenizer("yes")["input_ids"][0] == tokenizer.bos_token_id) == has_bos
+
+
+@pytest.mark.parametrize(("family", "most_unknown"), [("t5", 0.0), ("bert", 0.0), ("siglip", 0.0)])
+def test_word_tokenizers(family, most_unknown):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder("tiny:" + family), local_files_only=True)
+    text = "Small left pleural effusion."
+    ids = tokenizer(text)["input_ids"]
+    assert tokenizer.unk_token_id not in ids and len(ids) < 12
+    assert tokenizer.decode(ids, skip_special_tokens=True).lower().replace(" .", ".") == text.lower()
+
+
+def test_siglip_vision_tower_alone():
+    """CheXQuery takes only the vision tower out of the same folder."""
+    folder = tiny_folder("tiny:siglip")
+    vision, whole = SiglipVisionModel.from_pretrained(folder, local_files_only=True).eval(), AutoModel.from_pretrained(folder, local_files_only=True).eval()
+    pixels = torch.randn(2, 3, 112, 112)
+    with torch.inference_mode():
+        alone = vision(pixel_values=pixels)
+        torch.testing.assert_close(alone.last_hidden_state, whole.vision_model(pixel_values=pixels).last_hidden_state)
+    assert alone.last_hidden_state.shape == (2, 64, 128)
+
+
+def test_siglip_compares_images_and_texts():
+    model, processor = load("siglip", tiny_folder("tiny:siglip"))
+    inputs = processor(text=["no effusion", "a nodule"], images=[torch.zeros(3, 50, 60, dtype=torch.uint8)], padding="max_length", return_tensors="pt")
+    assert model(**inputs).logits_per_image.shape == (1, 2)
+
+
+def test_t5_reads_and_writes():
+    model, tokenizer = load("t5", tiny_folder("tiny:t5"))
+    batch = tokenizer(["describe the film", "No effusion."], padding=True, return_tensors="pt")
+    loss = model(**batch, labels=tokenizer("clear lungs", return_tensors="pt")["input_ids"].repeat(2, 1)).loss
+    loss.backward()
+    assert torch.isfinite(loss) and model.generate(**batch, num_beams=2, max_new_tokens=4).shape[0] == 2
+
+
+# --- the chat templates are those of the real models ---
+
+CONVERSATIONS = [
+    [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": " Is there a nodule? "}]}],
+    [{"role": "system", "content": [{"type": "text", "text": "You read films."}]}, {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Normal?"}]},
+     {"role": "assistant", "content": [{"type": "text", "text": "yes"}]}, {"role": "user", "content": "And the heart?"}],
+]  # fmt: skip
+
+
+@pytest.mark.realdata
+@pytest.mark.parametrize(("family", "real"), [("gemma3", "gemma-3"), ("qwen2vl", "Qwen2-VL-2B-Instruct")])
+def test_template_writes_what_the_real_one_writes(real_data, family, real):
+    template = real_data(f"hub_configs/{real}/chat_template.jinja").read_text()
+    processor = AutoProcessor.from_pretrained(tiny_folder("tiny:" + family), local_files_only=True)
+    for conversation in CONVERSATIONS:
+        for prompt in (True, False):
+            ours = processor.apply_chat_template(conversation, add_generation_prompt=prompt, tokenize=False)
+            assert ours == processor.apply_chat_template(conversation, add_generation_prompt=prompt, tokenize=False, chat_template=template)
+
+
+def test_llava_template():
+    processor = AutoProcessor.from_pretrained(tiny_folder("tiny:llava"), local_files_only=True)
+    written = processor.apply_chat_template(CONVERSATIONS[1], tokenize=False)
+    assert written == "<s>[INST] You read films.\n\n<image>\nNormal? [/INST] yes</s>[INST] And the heart? [/INST]"
