@@ -246,8 +246,8 @@ def main(argv=None):
         else:
             other = facts
         logits = predict_logits(model, data.images[args.split], other["normalisation"], device, dtype, args.batch_size)
-        probabilities = to_probabilities(logits, data.task, other["temperature"]).double().numpy()
-        raw = to_probabilities(logits, data.task).double().numpy()
+        probabilities = to_probabilities(logits, data.task, other["temperature"]).numpy()
+        raw = to_probabilities(logits, data.task).numpy()
         runs.append({"checkpoint": str(path), "seed": other["seed"], "threshold": other["threshold"], "temperature": other["temperature"], **headline(labels[args.split], probabilities, other, data.task)})
         predictions.append((other["seed"], probabilities, raw))
         print(f"seed {other['seed']} ({path}): " + ", ".join(f"{k} {v:.4f}" for k, v in runs[-1].items() if k in ("auc", "accuracy", "recall", "specificity")))

@@ -71,8 +71,11 @@ def normalise(images, normalisation):
 
 
 def to_probabilities(logits, task, temperature=1.0):
-    """logits (N, outputs) -> (N,) probability of the second class of a binary set, else (N, C): softmax or, multi-label, sigmoid."""
-    logits = logits.float() / temperature
+    """
+    logits (N, outputs) -> float64 (N,) probability of the second class of a binary set, else (N, C): softmax or, multi-label,
+    sigmoid. In float64, because float32 rounds every logit above 17 to a probability of 1, and ties change an AUC.
+    """
+    logits = logits.double() / temperature
     if task == "binary-class":
         return logits[:, 0].sigmoid()
     return logits.sigmoid() if task.startswith("multi-label") else logits.softmax(dim=1)

@@ -161,7 +161,7 @@ def tiny_run(tmp_path_factory, small_phantom):
     folder = tmp_path_factory.mktemp("tiny_run")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        train(["--data", "phantom", "--limit", "96", "--epochs", "2", "--batch-size", "16", "--device", "cpu", "--out-dir", "run"])
+        train(["--data", "phantom", "--limit", "96", "--epochs", "2", "--batch-size", "16", "--lr", "0.005", "--device", "cpu", "--out-dir", "run"])
         data = medmnist_data.load_phantom()
     yield SimpleNamespace(folder=folder, run_dir=folder / "run", checkpoint=folder / "run" / "best.pt", data=data)
     (folder / "run" / "last.pt").unlink()
