@@ -4,6 +4,7 @@ import os
 import socket
 import time
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -15,6 +16,8 @@ from transformers import (
     SiglipVisionModel,
 )
 
+from shared.models.inputs import build_inputs, generate_text
+from shared.models.loading import load_vlm
 from shared.models.tiny import SIZES, cache_dir, is_tiny, phantom_text, tiny_folder
 from shared.runtime import InputError, read_json
 
@@ -177,3 +180,41 @@ def test_llava_template():
     processor = AutoProcessor.from_pretrained(tiny_folder("tiny:llava"), local_files_only=True)
     written = processor.apply_chat_template(CONVERSATIONS[1], tokenize=False)
     assert written == "<s>[INST] You read films.\n\n<image>\nNormal? [/INST] yes</s>[INST] And the heart? [/INST]"
+
+
+# --- they learn ---
+
+
+@pytest.mark.parametrize("family", VLMS)
+def test_learns_what_only_the_image_tells(family):
+    """The same question about bright and dark pictures: the loss can only fall to zero through the vision tower."""
+    vlm = load_vlm(str(tiny_folder("tiny:" + family, layers=2, vision_layers=2)))
+    rng = np.random.default_rng(0)
+    pictures = [rng.integers(low, low + 80, (112, 112), dtype=np.uint8) for low in [10, 160] * 4]
+    inputs = build_inputs(vlm, ["Bright?"] * 8, pictures, answers=["no", "yes"] * 4)
+    optimizer = torch.optim.AdamW(vlm.model.parameters(), lr=1e-3)
+    torch.manual_seed(0)
+    vlm.model.train()
+    for _ in range(80):
+        loss = vlm.model(**inputs.tensors, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if loss < 0.05:
+            break
+    vlm.model.eval()
+    fresh = [rng.integers(low, low + 80, (112, 112), dtype=np.uint8) for low in (160, 10)]
+    assert loss < 0.05 and generate_text(vlm, build_inputs(vlm, ["Bright?"] * 2, fresh), max_new_tokens=3) == ["yes", "no"]
+
+
+@pytest.mark.slow
+def test_benchmarks_run_in_their_short_form(tmp_path):
+    from benchmarks import loading, tiny_vqa
+
+    rows = tiny_vqa.main(["--steps", "2", "--studies", "24", "--test-studies", "24", "--eval-every", "1", "--out-dir", "vqa"])
+    assert set(rows) >= {"its own film", "a grey picture", "another patient's film"}
+    saved = read_json(tmp_path / "vqa" / "metrics.json")
+    assert saved["dataset"] == "phantom" and saved["tiny"] and len((tmp_path / "vqa" / "history.jsonl").read_text().splitlines()) == 2
+    loading.main(["--small", "--out-dir", "speed"])
+    saved = read_json(tmp_path / "speed" / "loading.json")
+    assert len(saved["loading"]) == 6 and saved["preprocessing"]

@@ -173,18 +173,18 @@ def transform(ip, pixels):
     pixels = tv.resize(pixels, list(size), interpolation=INTERPOLATION[int(ip.resample)], antialias=True)
     if getattr(ip, "do_center_crop", None):
         pixels = tv.center_crop(pixels, [ip.crop_size["height"], ip.crop_size["width"]])
-    mean, std = (torch.tensor(v)[:, None, None] * (1 / ip.rescale_factor) for v in (ip.image_mean, ip.image_std))
-    if (mean == mean[0]).all() and (std == std[0]).all():  # then grey stays one channel until the end
-        mean, std = mean[:1], std[:1]
-    values = pixels.float().sub(mean).div_(std)
-    values = values.expand(-1, 3, -1, -1)
+    mean, std = (torch.tensor(v) * (1 / ip.rescale_factor) for v in (ip.image_mean, ip.image_std))
     if merge is None:
-        return values, None
+        if (mean == mean[0]).all() and (std == std[0]).all():  # then grey stays one channel until the end
+            mean, std = mean[:1], std[:1]
+        return pixels.float().sub(mean[:, None, None]).div_(std[:, None, None]).expand(-1, 3, -1, -1), None
     p, rows, columns = ip.patch_size, size[0] // ip.patch_size, size[1] // ip.patch_size
-    # (N, C, rows/m, m, p, columns/m, m, p) -> cells of m x m patches one after the other, each patch C, time, p, p
-    blocks = values.reshape(-1, 3, rows // merge, merge, p, columns // merge, merge, p).permute(0, 2, 5, 3, 6, 1, 4, 7)
-    blocks = blocks.unsqueeze(6).expand(-1, -1, -1, -1, -1, -1, ip.temporal_patch_size, -1, -1)  # a still is a film of two equal frames
-    return blocks.reshape(len(values), rows * columns, -1), (1, rows, columns)
+    # (N, C, rows/m, m, p, columns/m, m, p) -> cells of m x m patches one after the other: (N, patches, C, 1, p, p)
+    blocks = pixels.reshape(len(pixels), -1, rows // merge, merge, p, columns // merge, merge, p).permute(0, 2, 5, 3, 6, 1, 4, 7)
+    blocks = blocks.reshape(len(pixels), rows * columns, -1, 1, p, p)  # still bytes: this is the copy that jumps about in memory
+    values = blocks.float().sub(mean[:, None, None, None]).div_(std[:, None, None, None])
+    values = values.expand(-1, -1, 3, ip.temporal_patch_size, -1, -1)  # a still is a film of two equal frames
+    return values.reshape(len(values), rows * columns, -1), (1, rows, columns)
 
 
 INTERPOLATION = {} if tv is None else {2: InterpolationMode.BILINEAR, 3: InterpolationMode.BICUBIC, 0: InterpolationMode.NEAREST, 1: InterpolationMode.LANCZOS}
@@ -254,7 +254,8 @@ def build_inputs(vlm, questions, images=None, answers=None, system=None):
 
     template = vlm.processor.chat_template
     texts = [render(vlm.processor, template, q, n, system, None if answers is None else answers[i]) for i, (q, n) in enumerate(zip(questions, per_case, strict=True))]
-    rows = token_ids(vlm.tokenizer, [expand(vlm.family, vlm.tokenizer, prompt, case) for (prompt, _), case in zip(texts, case_grids, strict=True)])
+    rows = token_ids(vlm.tokenizer, [mark_images(vlm.family, vlm.tokenizer, prompt, n) for (prompt, _), n in zip(texts, per_case, strict=True)])
+    rows = [spread(row, vlm.image_token_id, case) for row, case in zip(rows, case_grids, strict=True)]
     starts = [len(row) for row in rows]
     if answers is not None:
         rows = [r + a for r, a in zip(rows, vlm.tokenizer([a for _, a in texts], add_special_tokens=False)["input_ids"], strict=True)]
@@ -311,19 +312,20 @@ def render(processor, template, question, num_images, system, answer):
     return prompt, whole[len(prompt) :].rstrip("\n")
 
 
-def expand(family, tokenizer, text, grids):
-    """One placeholder per image in the text -> as many image tokens as its grid has cells. InputError when the counts differ."""
-    mark = tokenizer.boi_token if family == "gemma3" else tokenizer.image_token if hasattr(tokenizer, "image_token") else FAMILIES[family].image_tokens[0]
-    pieces = text.split(mark)
-    if len(pieces) - 1 != len(grids):
-        raise InputError(f"the chat template leaves room for {len(pieces) - 1} images, and there are {len(grids)}: it is not the template of this model")
-    out = pieces[0]
-    for piece, (rows, columns) in zip(pieces[1:], grids, strict=True):
-        if family == "gemma3":
-            out += f"\n\n{mark}{tokenizer.image_token * (rows * columns)}{tokenizer.eoi_token}\n\n"
-        else:
-            out += mark * (rows * columns)
-        out += piece
+def mark_images(family, tokenizer, text, num_images):
+    """The prompt with one image token per image, as the processor frames it. InputError when the template has other places."""
+    mark = tokenizer.boi_token if family == "gemma3" else FAMILIES[family].image_tokens[0]
+    if text.count(mark) != num_images:
+        raise InputError(f"the chat template leaves room for {text.count(mark)} images, and there are {num_images}: it is not the template of this model")
+    return text.replace(mark, f"\n\n{mark}{tokenizer.image_token}{tokenizer.eoi_token}\n\n") if family == "gemma3" else text
+
+
+def spread(ids, image_token_id, grids):
+    """One image token per image -> as many as its grid has cells. The same ids as from a text with that many, and faster."""
+    counts = iter([rows * columns for rows, columns in grids])
+    out = []
+    for i in ids:
+        out += [i] * next(counts, 1) if i == image_token_id else [i]
     return out
 
 
