@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import Gemma3ImageProcessor, LlavaImageProcessor, Qwen2VLImageProcessor
+from transformers import (
+    CLIPImageProcessor,
+    Gemma3ImageProcessor,
+    LlavaImageProcessor,
+    Qwen2VLImageProcessor,
+    SiglipImageProcessor,
+)
 
 from shared.data.phantom import phantom_study
 from shared.models import inputs as inputs_module
@@ -33,7 +39,7 @@ def films():
     """Grey films of three sizes, and two colour pictures that are not square."""
     rng = np.random.default_rng(0)
     grey = [phantom_study(0, i, size).image for i, size in enumerate((224, 112, 80, 224))]
-    return grey + [rng.integers(0, 256, shape, dtype=np.uint8) for shape in ((90, 200, 3), (300, 101, 3))]
+    return grey + [rng.integers(0, 256, shape, dtype=np.uint8) for shape in ((90, 203, 3), (300, 101, 3))]
 
 
 def conversation(question, image):
@@ -58,7 +64,10 @@ def test_images_equal_the_processor(vlm, films):
     Qwen2VLImageProcessor(),  # the limits of the real model
     LlavaImageProcessor(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}, do_pad=True),  # LLaVA-Med's "pad"
     LlavaImageProcessor(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}),
-], ids=["gemma3", "qwen2vl", "llava-pad", "llava-crop"])  # fmt: skip
+    LlavaImageProcessor(size={"shortest_edge": 100}, crop_size={"height": 112, "width": 112}),  # a crop larger than the image
+    CLIPImageProcessor(do_normalize=False),
+    SiglipImageProcessor(),
+], ids=["gemma3", "qwen2vl", "llava-pad", "llava-crop", "llava-enlarged", "clip-plain", "siglip"])  # fmt: skip
 def test_real_image_settings_equal_the_processor(ip, films):
     some = films[:1] + films[4:]
     expected = ip(images=[Image.fromarray(f).convert("RGB") for f in some], return_tensors="pt")["pixel_values"]
