@@ -1,0 +1,398 @@
+"""
+Is this answer right? One strict score for every task, and columns that reproduce what two published scripts compute.
+
+    score_answer("No, the lungs are clear.", "no", "closed", "Is there an effusion?")  -> {"correct": True, "parsed": True, ...}
+
+The strict score, in words:
+    texts         NFKC, lower case, no articles, no punctuation; number words as digits, plural s off; x-ray = xray = x ray,
+                  T2-weighted = T2, hyper dense = hyperdense, 5cm = 5 centimetres. No synonyms.
+    yes or no     the one answer that the text gives in whole words: "nodule", "none", "normal" and "n" are not "no". "No" before
+                  other words ("no evidence of effusion") answers a question about an effusion and no other. Both or neither:
+                  not parsed, hence wrong, and counted as unparsed.
+    A or B        the options are read from the question; exactly one must be named, outside "not ...".
+    other closed  equal after the above.
+    open          correct = equal after the above; recall, precision, F1 count every word at most as often as both texts have it.
+                  `contradiction`: the text says the opposite (left for right, upper for lower, hyper- for hypo-, "no mass" for
+                  "mass"). Similarity of spelling is never used: opposites differ by two letters.
+Every row keeps its place in the denominator; an empty text is a wrong one. All functions take time linear in the text.
+
+score_with_synonyms is the same with the word list SYNONYMS folded first: a column of its own, never the headline.
+llava_med_scores and medevalkit_scores do what those scripts do, their faults included: to be read beside published numbers only.
+"""
+import re
+import unicodedata
+
+NUMBERS = dict(zip("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty".split(), map(str, range(21)), strict=True))
+ARTICLES = {"a", "an", "the"}
+NEGATORS = {"no", "not", "without"}
+NO_NEGATION = {"doubt", "question", "only", "longer", "change"}  # "no doubt there is", "not only"
+# A negation reaches no further than the next of these
+CLAUSE = set(". but however although though except there which that because while i it this he she they we yes no not".split())
+# Words of questions and answers that do not say what is asked about
+COMMON = set(
+    "is are was were be been do does did has have had can could would should may this that these those there it its any evidence sign "
+    "finding seen see visible present presence shown show noted identified appear appearance demonstrate image picture film scan "
+    "in on of at to for from with by and or patient you what which where how who when as also".split()
+)
+OPPOSITES = [
+    ("left", "right"), ("upper", "lower"), ("superior", "inferior"), ("anterior", "posterior"), ("medial", "lateral"),
+    ("proximal", "distal"), ("with", "without"), ("increase", "decrease"), ("increased", "decreased"), ("increasing", "decreasing"),
+    ("normal", "abnormal"), ("present", "absent"), ("acute", "chronic"), ("unilateral", "bilateral"), ("yes", "no"),
+]  # fmt: skip
+
+# version 1: spellings, abbreviations and plain equivalents; nothing that a radiologist would call different
+SYNONYMS_NAME = "medvlm-vqa-synonyms-1"
+SYNONYMS = {
+    "computed tomography": "ct", "computerized tomography": "ct", "cat scan": "ct", "ct scan": "ct", "magnetic resonance imaging": "mri",
+    "magnetic resonance": "mri", "mr": "mri", "mri scan": "mri", "mr image": "mri", "radiograph": "xray", "radiography": "xray", "plain film": "xray",
+    "chest film": "chest xray", "cxr": "chest xray", "ultrasonography": "ultrasound", "sonography": "ultrasound", "axial": "transverse",
+    "grey": "gray", "oedema": "edema", "tumour": "tumor", "haemorrhage": "hemorrhage", "bleeding": "hemorrhage", "bleed": "hemorrhage",
+    "haematoma": "hematoma", "ischaemia": "ischemia", "anaemia": "anemia", "oesophagus": "esophagus", "homogenous": "homogeneous",
+    "heterogenous": "heterogeneous", "radioopaque": "radiopaque", "enlarged heart": "cardiomegaly", "cardiac enlargement": "cardiomegaly",
+    "cerebrovascular accident": "stroke", "cva": "stroke",
+    "posteroanterior": "pa", "posterior anterior": "pa", "anteroposterior": "ap", "anterior posterior": "ap", "intravenous": "iv",
+    "gastrointestinal": "gi", "cerebrospinal fluid": "csf", "right hand side": "right side", "left hand side": "left side", "belly": "abdomen",
+    "sagital": "sagittal", "saggital": "sagittal", "asymmetrical": "asymmetric", "symmetrical": "symmetric", "yeah": "yes", "yep": "yes", "nope": "no",
+}  # fmt: skip
+
+# ------------------------------------------------------------------------------------------------------------------ texts
+
+FOLDS = [(re.compile(pattern), new) for pattern, new in (
+    (r"[\u2018\u2019]", "'"), (r"n't\b", " not"), (r"\bcannot\b", "can not"), (r"'s\b", ""), (r"'", ""),
+    (r"\bx[\s-]{0,3}rays?\b", "xray"), (r"\b(t[12])[\s-]{0,3}(?:weighted|wi?)\b", r"\1"),
+    (r"\b(hyper|hypo|iso|non)[\s-]{1,3}(?=[a-z])", r"\1"),
+    (r"centimet(?:er|re)s?\b", "cm"), (r"millimet(?:er|re)s?\b", "mm"), (r"(?<=\d)(?=(?:cm|mm|ml|kg|mg)\b)", " "),
+    (r"<", " less than "), (r">", " greater than "), (r"%", " percent "),
+    (r"(?<=\d),(?=\d{3}\b)", ""), (r"(?<![\w.])\.(?=\d)", "0."), (r"(\.\d{0,20}?)0{1,20}(?!\d)", r"\1"), (r"(?<=\d)\.(?!\d)", " . "),
+)]  # fmt: skip
+TOKEN = re.compile(r"\d+\.\d+|[^\W_]+|[.,;:!?()/\n]")
+MARKS = set(".,;:!?()/\n")
+
+
+def folded(text):
+    """NFKC, lower case, and the spellings above; still a text with punctuation."""
+    text = unicodedata.normalize("NFKC", str(text)).casefold()
+    for pattern, new in FOLDS:
+        text = pattern.sub(new, text)
+    return text
+
+
+def singular(word):
+    """ "lungs" -> "lung", "masses" -> "mass", "opacities" -> "opacity"; not "mass", "pus", "pelvis", "mucous", "does"."""
+    if len(word) < 4 or word == "does" or not word.endswith("s") or word.endswith(("ss", "us", "is")):
+        return word
+    if word.endswith("ies") and len(word) > 4:
+        return word[:-3] + "y"
+    if word.endswith(("sses", "xes", "ches", "shes")):
+        return word[:-2]
+    return word[:-1]
+
+
+def words_and_marks(text):
+    """-> tokens of the strict score, every punctuation mark as "."."""
+    tokens = []
+    for token in TOKEN.findall(folded(text)):
+        if token in MARKS:
+            tokens.append(".")
+        elif token not in ARTICLES:
+            tokens.append(NUMBERS.get(token) or singular(token))
+    return tokens
+
+
+def normalise(text):
+    """-> list of tokens, as compared everywhere in the strict score. Empty only for a text without anything in it."""
+    if text is None:
+        return []
+    tokens = [token for token in words_and_marks(text) if token != "."]
+    if not tokens:  # "A", "+"
+        tokens = folded(text).split()
+    return tokens
+
+
+def overlap(prediction, gold):
+    """Token lists -> (recall, precision, F1) with every token counted at most as often as in both."""
+    left = {}
+    for token in gold:
+        left[token] = left.get(token, 0) + 1
+    common = 0
+    for token in prediction:
+        if left.get(token, 0) > 0:
+            left[token] -= 1
+            common += 1
+    if not common:
+        return 0.0, 0.0, 0.0
+    recall, precision = common / len(gold), common / len(prediction)
+    return recall, precision, 2 * recall * precision / (recall + precision)
+
+
+# --------------------------------------------------------------------------------------------------------- what was meant
+
+def reach(tokens, i, longest=8):
+    """The tokens that a negation at i speaks of: up to the end of its clause, at most `longest`; [] for a "no" that stands alone."""
+    scope = []
+    for token in tokens[i + 1 : i + 1 + longest]:
+        if token in CLAUSE or (not scope and token in ("or", "and")):
+            break
+        scope.append(token)
+    return [] if scope and scope[0] in NO_NEGATION else scope
+
+
+def negated(tokens):
+    """All tokens that some negation reaches."""
+    return {token for i, word in enumerate(tokens) if word in NEGATORS for token in reach(tokens, i)}
+
+
+def polarity(text, question=""):
+    """
+    -> "yes", "no", or None where the text says both or neither. A "no" that belongs to other words counts when these words are
+    what the question asks about; without a question it counts when there is no answer that stands alone.
+    """
+    tokens = words_and_marks(text)
+    asked_tokens = words_and_marks(question)
+    asked = set(asked_tokens) - COMMON - {"."}
+    if (NEGATORS | {"absent", "free"}) & set(asked_tokens):
+        asked = set()  # "Is the film free of effusion?": "no effusion" is not a no here; only a plain yes or no counts
+    alone, attached = set(), set()
+    for i, token in enumerate(tokens):
+        if token in ("yes", "no") and i and tokens[i - 1] == "not":
+            return None
+        if token == "yes":
+            alone.add("yes")
+        elif token in NEGATORS:
+            scope = reach(tokens, i)
+            following = tokens[i + 1] if i + 1 < len(tokens) else "."
+            if token == "no" and not scope and following not in NO_NEGATION:
+                alone.add("no")
+            elif scope and (asked & set(scope) if question else token == "no"):
+                attached.add("no")
+    said = alone | attached if question or not alone else alone
+    return said.pop() if len(said) == 1 else None
+
+
+STARTS = set("is are was were do does did would could can should has have which what where who how whose when why".split())
+WH = {"which", "what", "where", "who", "how", "whose", "when", "why"}
+FILLERS = {"just", "only", "either", "in", "on"}
+SHARED = set("side zone view plane image scan film region part area modality process appearance projection".split())  # of no option in particular
+
+
+def options_of(question):
+    """
+    The options of "is it A or B?", "which is it, A, B or C?", "A or B: which is it?" -> list of (tokens, whole). whole: the
+    tokens are the whole option; otherwise the rest of the sentence runs on around it and only the word next to "or" is
+    certain. [] where the question offers none.
+    """
+    text = re.sub(r"\b(?:vs\b\.?|versus\b)", " or ", folded(question))
+    clauses = [clause for clause in re.split(r"[.?!;:\n()]", text) if re.search(r"\bor\b", clause)]
+    if not clauses:
+        return []
+    parts = [words_and_marks(part) for part in re.split(r",\s{0,3}(?:or\b)?|\bor\b", clauses[-1])]
+    parts = [[token for token in part if token != "."] for part in parts]
+    parts = [part for part in parts if part]
+    while len(parts) > 2 and parts[-1][0] in WH:  # left or right, which is it?
+        parts.pop()
+    start = max((i for i, part in enumerate(parts[:-1]) if part[0] in STARTS), default=0)
+    sentence = bool(parts) and parts[start][0] in STARTS  # the words in front of the first option are not part of it
+    if sentence and parts[start][0] in WH and len(parts) - start > 2:  # which is bigger, lung or heart?
+        start, sentence = start + 1, False
+    parts = parts[start:]
+    if len(parts) < 2:
+        return []
+    while all(len(part) > 1 for part in parts) and len({part[-1] for part in parts}) == 1:  # transverse plane or coronal plane
+        parts = [part[:-1] for part in parts]
+    for i in range(len(parts)):
+        while len(parts[i]) > 1 and parts[i][0] in FILLERS:
+            parts[i] = parts[i][1:]
+    if not sentence:
+        return [(part, True) for part in parts]
+    first, last = parts[0], parts[-1]
+    first_key = first[-1:]
+    last_key = next(([token] for token in last if token not in first[-3:]), last[:1])
+    return [(first_key, False), *((part, True) for part in parts[1:-1]), (last_key, False)]
+
+
+def named_options(tokens, options):
+    """Which of the options a text names: set of numbers. Longer ones first, so that "lower right" does not name "right"."""
+    free, found = list(tokens), set()
+    for number in sorted(range(len(options)), key=lambda k: -len(options[k][0])):
+        option = options[number][0]
+        for i in range(len(free) - len(option) + 1):
+            if free[i : i + len(option)] == option:
+                found.add(number)
+                free[i : i + len(option)] = [None] * len(option)
+    if not found:  # "kidney" names the left kidney where no other option has one
+        for number, (option, _) in enumerate(options):
+            others = {token for k, (other, _) in enumerate(options) if k != number for token in other}
+            if (set(option) - others - SHARED - COMMON) & set(tokens):
+                found.add(number)
+    return found
+
+
+def choice(text, question):
+    """-> number of the one option of the question that the text names (options_of), or None: none, or more than one."""
+    options = options_of(question)
+    if not options:
+        return None
+    tokens = words_and_marks(text)
+    offered = {token for option, _ in options for token in option}
+    denied = set()
+    for i, token in enumerate(tokens):
+        if token in NEGATORS and token not in offered:
+            denied |= set(range(i + 1, i + 1 + len(reach(tokens, i))))
+    found = named_options([token for i, token in enumerate(tokens) if i not in denied], options)
+    return found.pop() if len(found) == 1 else None
+
+
+def contradicts(prediction, gold):
+    """Token lists -> True where the prediction says the opposite of the gold answer, or gold and opposite at once."""
+    said, wanted = set(prediction), set(gold)
+    for a, b in OPPOSITES:
+        for here, there in ((a, b), (b, a)):
+            if here in wanted and there not in wanted and there in said:
+                return True
+    for token in wanted:
+        for prefix, opposite in (("hyper", "hypo"), ("hypo", "hyper")):
+            other = opposite + token[len(prefix) :]
+            if token.startswith(prefix) and other in said and other not in wanted:
+                return True
+    gold_denies, prediction_denies = negated(gold), negated(prediction)
+    affirmed = wanted - gold_denies - COMMON - NEGATORS
+    return bool(affirmed & prediction_denies or (gold_denies - COMMON) & (said - prediction_denies))
+
+
+# ------------------------------------------------------------------------------------------------------------------ scores
+
+def score_answer(prediction, gold, answer_type, question=""):
+    """
+    prediction: text or None; gold: text; answer_type: "closed", "choice" (scored as closed) or "open", any case; question: text,
+    for options and negations. Returns a dict:
+        parsed         the text gives an answer of the kind asked for
+        correct        the headline: closed: the right one; open: exact
+        exact          equal after normalisation
+        recall, precision, f1    of words, 0 to 1
+        contradiction  says the opposite of the gold answer
+        kind           "yes/no", "choice", "closed" (compared as texts) or "open"
+    ValueError for another answer_type.
+    """
+    kind = str(answer_type).strip().lower()
+    if kind not in ("closed", "choice", "open"):
+        raise ValueError(f"answer_type is {answer_type!r}; it must be closed, choice or open")
+    wanted, said = normalise(gold), normalise(prediction)
+    exact = bool(said) and said == wanted
+    recall, precision, f1 = overlap(said, wanted)
+    contradiction = not exact and contradicts(said, wanted)
+    parsed, correct = bool(said), exact
+    if kind != "open":
+        right = choice(gold, question)
+        if wanted in (["yes"], ["no"]):
+            kind, label = "yes/no", polarity(prediction or "", question)
+            parsed, correct = label is not None, label == wanted[0]
+            contradiction = parsed and not correct
+        elif right is not None:
+            kind, label = "choice", choice(prediction or "", question)
+            parsed, correct = exact or label is not None, exact or label == right
+        else:
+            kind = "closed"
+    return {"parsed": parsed, "correct": correct, "exact": exact, "recall": recall, "precision": precision, "f1": f1, "contradiction": contradiction, "kind": kind}
+
+
+PHRASES = re.compile(r"\b(" + "|".join(map(re.escape, sorted(SYNONYMS, key=len, reverse=True))) + r")s?\b")
+
+
+def fold_synonyms(text):
+    """The text with the phrases of SYNONYMS replaced, in the spelling of the strict score."""
+    return PHRASES.sub(lambda match: SYNONYMS[match[1]], folded(text))
+
+
+def score_with_synonyms(prediction, gold, answer_type, question=""):
+    """score_answer after the word list SYNONYMS_NAME: a column of its own, to be named with that name."""
+    return score_answer(None if prediction is None else fold_synonyms(prediction), fold_synonyms(gold), answer_type, fold_synonyms(question))
+
+
+# -------------------------------------------------------------------------- columns that are compatible with other scripts
+
+LLAVA_MED_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+LLAVA_MED_WORDS = {"none": "0", **{word: number for word, number in NUMBERS.items() if int(number) <= 10}}
+
+
+def llava_med_words(text):
+    """
+    Words as LLaVA-Med's glossary.py leaves them: a mark is deleted when it stands beside a space anywhere in the text (or the
+    text has a comma between digits), else it becomes a space; full stops go unless a digit follows; "none" is 0, one to ten are
+    digits; articles go. Its list of contractions (dont -> don't) is left out.
+    """
+    text = str(text).lower()
+    result, numbers = text, re.search(r"\d,\d", text)
+    for mark in LLAVA_MED_PUNCTUATION:
+        result = result.replace(mark, "" if numbers or mark + " " in text or " " + mark in text else " ")
+    result = re.sub(r"\.(?!\d)", "", result, count=32)
+    return [LLAVA_MED_WORDS.get(word, word) for word in result.split() if word not in ARTICLES]
+
+
+def llava_med_scores(prediction, gold, answer_type):
+    """
+    One row as LLaVA-Med's llava/eval/run_eval.py counts it (microsoft/LLaVA-Med, commit ad758b6) -> {"closed", "exact", "recall",
+    "precision", "f1"}, None where the row does not count. Faults, reproduced:
+        closed     right when the gold text is a substring of a prediction that has "yes" or "no" as a substring: "yes or no" is
+                   right for both, "it is normal" is right for no. A prediction with "yes" or "no" that is not right is left out
+                   of the denominator instead of being wrong, so that a constant "yes" scores 100 %.
+        recall     words count as often as the prediction repeats them: "left left left left" for "left lung" is 0.8.
+        exact      not a match, but the share of the prediction's words that are distinct gold words.
+    Average over the rows that are not None.
+    """
+    said, wanted = llava_med_words(prediction or ""), llava_med_words(gold)
+    scores = dict.fromkeys(("closed", "exact", "recall", "precision", "f1"))
+    if str(answer_type).strip().lower() != "open":
+        text = " ".join(said)
+        if "yes" not in text and "no" not in text:
+            return scores | {"closed": 0.0}
+        return scores | {"closed": 1.0 if " ".join(wanted) in text else None}
+    both = sum(word in set(wanted) for word in said)
+    missed = sum(word not in set(said) for word in wanted)
+    scores |= {"exact": len(set(wanted) & set(said)) / len(said) if said else 0.0, "recall": 0.0, "precision": 0.0, "f1": 0.0}
+    if both:
+        recall, precision = both / (both + missed), both / len(said)
+        scores |= {"recall": recall, "precision": precision, "f1": 2 * recall * precision / (recall + precision)}
+    return scores
+
+
+MEDEVALKIT_MARKS = ("**answer**:", "**answer**", "*answer*:", "**answer:**", "answer is", "answer:", "final answer", "final answer is")
+
+
+def medevalkit_scores(prediction, gold, answer_type, dataset):
+    """
+    One row as MedEvalKit counts it (alibaba-damo-academy/MedEvalKit, utils/VQA_RAD, utils/SLAKE; its first version, without a
+    language model as judge) -> {"closed", "exact", "precision", "recall", "f1"}, None where the row does not count. Its choices:
+        vqa_rad    closed = the gold answer is yes or no (whatever answer_type says): right when exactly one of the substrings
+                   "yes" and "no" is there, and it is the gold one; so "yes, it is abnormal" is unparsed
+        slake      closed by answer_type; its test for yes and no never holds for "Yes" and "No", so the whole answer must be equal,
+                   full stops aside. (It also mixes English and Chinese rows; pass the rows that you mean.)
+        columns    sets of words split at spaces, and the three are printed under each other's names: "precision" is F1,
+                   "recall" is precision, "f1" is recall
+    dataset: "slake", or anything else for the rules of vqa_rad.
+    """
+    slake = str(dataset).lower() == "slake"
+    text, gold = str(prediction or "").lower(), str(gold)
+    if not slake:
+        text, gold = text.strip(), gold.lower().strip()
+    for mark in MEDEVALKIT_MARKS:
+        text = text.split(mark)[-1]
+    plain = text.replace("\n", "").replace(".", "")
+    scores = dict.fromkeys(("closed", "exact", "precision", "recall", "f1"))
+    if slake and str(answer_type).strip().lower() != "open" and gold not in ("yes", "no"):
+        return scores | {"closed": float(plain == gold.lower())}
+    if gold in ("yes", "no") and (not slake or str(answer_type).strip().lower() != "open"):
+        return scores | {"closed": float(("yes" in plain) != ("no" in plain) and gold in plain)}
+    said, wanted = set(text.split()), set(gold.lower().split())
+    common = len(said & wanted)
+    precision, recall = (common / len(said), common / len(wanted)) if common else (0.0, 0.0)
+    f1 = 2 * precision * recall / (precision + recall) if common else 0.0
+    return scores | {"exact": float(text == gold.lower()), "precision": f1, "recall": precision, "f1": recall}
+
+
+def column_means(rows):
+    """[{column: number or None}] -> {column: {"mean", "n"}} over the rows that count; mean None where none does."""
+    columns = {}
+    for name in rows[0] if rows else ():
+        values = [float(row[name]) for row in rows if row[name] is not None]
+        columns[name] = {"mean": sum(values) / len(values) if values else None, "n": len(values)}
+    return columns
