@@ -1,17 +1,31 @@
 """Intervals and tests of shared/metrics/statistics.py: hand-worked cases, SciPy and scikit-learn, small simulations."""
+import json
+import warnings
+
 import numpy as np
 import pytest
+from scipy import stats
 from scipy.stats import binomtest
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import f1_score, roc_auc_score
 
+from benchmarks import coverage
 from shared.metrics.statistics import (
+    FEW_CLUSTERS,
+    METHODS,
+    bca_interval,
+    benjamini_hochberg,
     bootstrap_interval,
+    cases_needed,
     delong_auc,
     delong_test,
+    effective_clusters,
     holm,
     mcnemar_exact,
     paired_bootstrap,
+    percentile_interval,
     resample_counts,
+    sign_flip_test,
+    studentised_interval,
     wilson_interval,
 )
 
@@ -197,6 +211,13 @@ def test_bootstrap_counts_undefined_resamples():
     assert never == dict(value=None, low=None, high=None, num_samples=50, num_undefined=50)
 
 
+def test_resamples_are_those_of_one_draw_after_the_other():
+    # the stream of random numbers is part of every published interval: drawing in blocks must not change it
+    rng = np.random.default_rng(7)
+    expected = [np.bincount(rng.integers(5000, size=5000), minlength=5000) for _ in range(300)]  # more than one block
+    assert all((a == b).all() for a, b in zip(resample_counts(5000, 300, seed=7), expected, strict=True))
+
+
 def test_groups_and_strata_are_kept_whole():
     groups = np.array(["a", "a", "b", "c", "c", "c"])
     strata = np.array([0, 0, 0, 1, 1, 1])
@@ -234,8 +255,145 @@ def test_bootstrap_refuses_unequal_lengths():
         bootstrap_interval(np.mean, [1, 2], num_samples=0)
 
 
+def skewed(n=60, seed=0):
+    return np.random.default_rng(seed).exponential(size=n)
+
+
+def clustered(num_groups=40, seed=0):
+    """Labels and calls whose rates differ from group to group, groups of 1 to 9 rows in mixed order."""
+    rng = np.random.default_rng(seed)
+    groups = rng.permutation(np.repeat(np.arange(num_groups), rng.integers(1, 10, num_groups)))
+    labels = rng.random(len(groups)) < rng.beta(1, 1, num_groups)[groups]
+    calls = rng.random(len(groups)) < np.where(labels, 0.8, 0.2)
+    return groups, labels, calls
+
+
+def mean_of_sums(total, n):
+    return total / n
+
+
+@pytest.mark.parametrize("statistic", [np.mean, lambda x, axis: np.std(x, axis=axis) / np.mean(x, axis=axis)])
+@pytest.mark.parametrize("confidence", [0.95, 0.8])
+def test_bca_and_percentile_equal_scipy_on_the_same_draws(statistic, confidence):
+    x = skewed()
+    for method in ("BCa", "percentile"):
+        theirs = stats.bootstrap((x,), statistic, n_resamples=999, confidence_level=confidence, method=method, rng=np.random.default_rng(0))
+        draws, value = theirs.bootstrap_distribution, statistic(x, axis=0)
+        jackknife = [statistic(np.delete(x, i), axis=0) for i in range(len(x))]
+        ours = bca_interval(value, draws, jackknife, confidence) if method == "BCa" else percentile_interval(draws, confidence)
+        assert ours == pytest.approx((*theirs.confidence_interval, 0), abs=1e-12)
+    # and with draws of our own, up to Monte Carlo error
+    ours = bootstrap_interval(lambda a: statistic(a, axis=0), x, method="bca", confidence=confidence, num_samples=4000)
+    theirs = stats.bootstrap((x,), statistic, n_resamples=4000, confidence_level=confidence, rng=np.random.default_rng(1)).confidence_interval
+    assert (ours["low"], ours["high"]) == pytest.approx(tuple(theirs), abs=0.03)
+
+
+def test_bca_equals_scipy_on_paired_samples_with_ties():
+    a, b = (np.random.default_rng(s).integers(0, 2, 50) for s in (0, 1))  # differences -1, 0, 1: many equal draws
+    theirs = stats.bootstrap((a, b), lambda x, y, axis: np.mean(x - y, axis=axis), paired=True, n_resamples=999, rng=np.random.default_rng(0))
+    jackknife = [np.delete(a - b, i).mean() for i in range(50)]
+    ours = bca_interval(np.mean(a - b), theirs.bootstrap_distribution, jackknife)
+    assert ours[:2] == pytest.approx(tuple(theirs.confidence_interval), abs=1e-12)
+
+
+def test_jackknife_of_a_mean_is_the_t_interval():
+    x = skewed(12)
+    expected = stats.t.interval(0.9, 11, x.mean(), stats.sem(x))
+    result = bootstrap_interval(np.mean, x, method="jackknife", confidence=0.9)
+    assert (result["low"], result["high"]) == pytest.approx(expected, abs=1e-12) and result["num_samples"] == 0
+    # groups of equal size: the same over the group means
+    groups = np.arange(12) % 4
+    means = [x[groups == g].mean() for g in range(4)]
+    expected = stats.t.interval(0.9, 3, np.mean(means), stats.sem(means))
+    with pytest.warns(UserWarning, match="4 groups count like 4.0"):
+        result = bootstrap_interval(mean_of_sums, x, np.ones(12), groups=groups, method="jackknife", confidence=0.9, of_sums=True)
+    assert (result["low"], result["high"]) == pytest.approx(expected, abs=1e-12)
+
+
+def test_studentised_mean_equals_the_textbook_formula():
+    # for a mean the jackknife error is s / sqrt(n), so the whole interval can be written without any jackknife
+    x = skewed(25)
+    ts = []
+    for counts in resample_counts(25, 500, seed=3):
+        drawn = np.repeat(x, counts)
+        ts.append((drawn.mean() - x.mean()) / stats.sem(drawn))
+    low, high = x.mean() - stats.sem(x) * np.quantile(ts, [0.975, 0.025])
+    result = bootstrap_interval(np.mean, x, method="studentised", num_samples=500, seed=3)
+    assert (result["low"], result["high"]) == pytest.approx((low, high), abs=1e-12)
+    assert high - x.mean() > x.mean() - low  # leans to where the long tail may hide
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_sums_and_rows_give_the_same_interval(method):
+    groups, labels, calls = clustered()
+
+    def f1(tp, fp, fn):
+        return 2 * tp / (2 * tp + fp + fn)
+
+    arguments = dict(groups=groups, method=method, num_samples=40, seed=2)
+    rows = bootstrap_interval(lambda y, c: 2 * (y & c).sum() / (y.sum() + c.sum()), labels, calls, **arguments)
+    sums = bootstrap_interval(f1, labels & calls, ~labels & calls, labels & ~calls, of_sums=True, **arguments)
+    assert sums == pytest.approx(rows, abs=1e-12)
+    assert sums["value"] == pytest.approx(f1_score(labels, calls)) and sums["low"] < sums["value"] < sums["high"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_row_order_and_names_of_groups_change_nothing(method):
+    groups, labels, calls = clustered()
+    right = labels == calls
+    order = np.random.default_rng(5).permutation(len(groups))
+    names = np.array([f"patient {g:03d}" for g in groups])
+    one = bootstrap_interval(mean_of_sums, right, np.ones(len(right)), groups=groups, method=method, of_sums=True)
+    other = bootstrap_interval(mean_of_sums, right[order], np.ones(len(right)), groups=names[order], method=method, of_sums=True)
+    assert one == pytest.approx(other, abs=1e-12)
+
+
+def test_a_point_and_undefined_intervals():
+    ones = np.ones(50)
+    for method in ("percentile", "bca", "jackknife"):  # no error made: a point, as documented of binary_intervals too
+        assert bootstrap_interval(np.mean, ones, method=method, num_samples=50)["low"] == 1.0
+    studentised = bootstrap_interval(np.mean, ones, method="studentised", num_samples=20)
+    assert (studentised["low"], studentised["high"], studentised["num_undefined"]) == (None, None, 20)  # 0 / 0 each time
+    # one positive row: undefined without it
+    for method in ("bca", "studentised", "jackknife"):
+        result = bootstrap_interval(lambda hits, n: hits / n, [1, 0, 0], [1, 0, 0], method=method, num_samples=50, of_sums=True)
+        assert (result["value"], result["low"], result["high"]) == (1.0, None, None)
+    with pytest.warns(UserWarning, match="1 groups"):
+        assert bootstrap_interval(np.mean, [1.0, 2.0], groups=["a", "a"], method="bca", num_samples=5)["low"] is None
+    assert bca_interval(5.0, [1, 2, 3], [1.0, 2.0]) == (None, None, 0)  # value beyond every draw: no bias can be read off
+    assert bca_interval(2.0, [1, None, 3], [1.0, 2.0, 4.0])[2] == 1
+    # a tenth of the draws has no spread: t is infinite on one side, and that end is open
+    draws, ses = np.linspace(-1, 1, 100), np.ones(100)
+    ses[-10:] = 0
+    low, high, num_undefined = studentised_interval(0.0, 1.0, draws, ses)
+    assert low is None and high == pytest.approx(-np.quantile(draws, 0.025)) and num_undefined == 0
+
+
+def test_bootstrap_refuses_what_it_cannot_do():
+    with pytest.raises(ValueError, match="percentile, bca, studentised, jackknife"):
+        bootstrap_interval(np.mean, [1, 2], method="BCa")
+    with pytest.raises(ValueError, match="strata go with"):
+        bootstrap_interval(np.mean, [1, 2], method="bca", strata=[0, 1])
+    with pytest.raises(ValueError, match="of_sums needs arrays"):
+        bootstrap_interval(mean_of_sums, np.ones((3, 2)), np.ones(3), of_sums=True)
+    with pytest.raises(ValueError, match="one value per sum"):
+        bootstrap_interval(lambda a: a.mean(), [1, 2, 3], of_sums=True)
+    with pytest.raises(ValueError, match="confidence"):
+        bootstrap_interval(np.mean, [1, 2], method="jackknife", confidence=95)
+
+
 def accuracy(labels, scores):
     return np.mean((scores > 0.5) == labels)
+
+
+def test_paired_bootstrap_draws_groups():
+    groups, labels, calls = clustered()
+    other = np.where(groups % 2 == 0, labels, calls)  # better, but in half of the groups only
+    paired = paired_bootstrap(accuracy, labels, calls, other, groups=groups, num_samples=300, seed=4)
+    single = bootstrap_interval(lambda y, a, b: accuracy(y, a) - accuracy(y, b), labels, calls, other, groups=groups, num_samples=300, seed=4)
+    assert (paired["difference"], paired["low"], paired["high"]) == (single["value"], single["low"], single["high"])
+    rows = paired_bootstrap(accuracy, labels, calls, other, num_samples=300, seed=4)
+    assert paired["high"] - paired["low"] > 1.1 * (rows["high"] - rows["low"])
 
 
 def test_paired_bootstrap():
@@ -257,7 +415,133 @@ def test_paired_bootstrap():
     assert undefined["p"] is None and undefined["difference"] is None and undefined["num_undefined"] == 10
 
 
+# --- clusters ---
+
+
+def test_effective_clusters_by_hand():
+    # sizes 3 and 1: 4^2 / (9 + 1) = 1.6
+    assert effective_clusters(["a", "a", "b", "a"]) == dict(num_rows=4, num_groups=2, effective_groups=1.6, warning=effective_clusters(["a", "a", "b", "a"])["warning"])
+    assert effective_clusters(np.arange(90) // 3)["effective_groups"] == pytest.approx(30)
+    # constant within groups: icc 1, design effect sum n^2 / N; no rows gained over the groups
+    all_alike = effective_clusters(np.arange(12) // 3, [0, 0, 0, 1, 1, 1, 1, 1, 1, 0, 0, 0])
+    assert (all_alike["icc"], all_alike["design_effect"], all_alike["effective_rows"]) == pytest.approx((1, 3, 4))
+    # groups (0, 1), (1, 1), (0, 0): means .5, 1, 0 -> between = 2 * .5 / 2 = .5, within = .5 / 3; icc = (1/3) / (2/3)
+    mixed = effective_clusters([0, 0, 1, 1, 2, 2], [0, 1, 1, 1, 0, 0])
+    assert (mixed["icc"], mixed["design_effect"], mixed["effective_rows"]) == pytest.approx((0.5, 1.5, 4))
+    # sizes 3, 1, 2; means 1/3, 1, 1 around 2/3 -> between = 6/9 / 2 = 1/3, within = 6/9 / 3 = 2/9, size = (6 - 14/6) / 2 = 11/6
+    # icc = (1/3 - 2/9) / (1/3 + 5/6 * 2/9) = 3/14; design effect 1 + (14/6 - 1) * 3/14 = 9/7
+    uneven = effective_clusters([0, 0, 0, 1, 2, 2], [0, 0, 1, 1, 1, 1])
+    assert (uneven["icc"], uneven["design_effect"], uneven["effective_rows"]) == pytest.approx((3 / 14, 9 / 7, 14 / 3))
+    for groups in (np.arange(5), np.zeros(5)):  # one row each, or one group: nothing to compare
+        assert effective_clusters(groups, np.arange(5))["icc"] is None
+    assert effective_clusters([0, 0, 1, 1], [1, 1, 1, 1])["design_effect"] is None
+
+
+def test_icc_and_design_effect_recover_the_truth():
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(1, 12, 4000)
+    groups = np.repeat(np.arange(4000), sizes)
+    values = 0.5**0.5 * rng.normal(size=4000)[groups] + 0.5**0.5 * rng.normal(size=len(groups))
+    result = effective_clusters(groups, values)
+    assert result["icc"] == pytest.approx(0.5, abs=0.03)
+    # variance of the mean: sum n^2 * .5 + N * .5 over N^2, against 1 / N for independent rows
+    assert result["design_effect"] == pytest.approx(0.5 * (sizes**2).sum() / sizes.sum() + 0.5, rel=0.05)
+
+
+def test_few_clusters_are_said():
+    few, enough = np.arange(2 * FEW_CLUSTERS - 2) // 2, np.arange(2 * FEW_CLUSTERS) // 2
+    assert "29 groups count like 29.0" in effective_clusters(few)["warning"]
+    assert effective_clusters(enough)["warning"] is None
+    lopsided = np.concatenate([enough, np.zeros(50, int)])  # as many groups, but one of them has 52 rows
+    assert effective_clusters(lopsided)["effective_groups"] < 10 and effective_clusters(lopsided)["warning"]
+    with pytest.warns(UserWarning, match="29 groups"):
+        bootstrap_interval(np.mean, few, groups=few, num_samples=5)
+    with pytest.warns(UserWarning, match="29 groups"):
+        paired_bootstrap(accuracy, few % 2, few, -few, groups=few, num_samples=5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bootstrap_interval(np.mean, enough, groups=enough, num_samples=5)
+        bootstrap_interval(np.mean, [1, 2], num_samples=5)  # no groups: n stands beside the result anyway
+    with pytest.raises(ValueError, match="missing"):
+        effective_clusters(["a", None])
+    with pytest.raises(ValueError, match="empty"):
+        effective_clusters([])
+    with pytest.raises(ValueError, match="one per row"):
+        effective_clusters([0, 1], [1, np.nan])
+
+
 # --- tests ---
+
+
+def test_sign_flip_by_hand():
+    # 1, 2, 3: of the 8 sign patterns only +++ and --- reach |6|
+    assert sign_flip_test([1, 2, 3]) == dict(difference=2.0, p=0.25, exact=True, num_groups=3, num_samples=4)
+    # 1, -2, 3: |sum| = 2 or more unless 1 + 2 - 3 = 0 or its mirror image
+    assert sign_flip_test([1, -2, 3])["p"] == 0.75
+    assert sign_flip_test([0, 0])["p"] == 1.0 and sign_flip_test([0, 0])["num_groups"] == 0
+    # two groups of sums 3 and 3: one of two patterns
+    assert sign_flip_test([1, 2, 4, -1], groups=["a", "a", "b", "b"])["p"] == 0.5
+    tenths = np.array([2, 1, 1, 6, -3, 4, 2, -6])  # many equal sums, which in tenths differ in their last digits
+    assert sign_flip_test(tenths / 10)["p"] == sign_flip_test(tenths)["p"] == 150 / 256
+    for bad in ([], [np.nan], [[1.0]]):
+        with pytest.raises(ValueError, match="finite"):
+            sign_flip_test(bad)
+    with pytest.raises(ValueError, match="at least one sample"):
+        sign_flip_test(np.ones(30), num_samples=0)
+
+
+@pytest.mark.parametrize("n", [5, 11])
+def test_exact_sign_flip_equals_scipy(n):
+    x = np.random.default_rng(n).normal(0.4, size=n).round(1)
+    theirs = stats.permutation_test((x, np.zeros(n)), lambda a, b, axis: np.mean(a - b, axis=axis), permutation_type="samples", n_resamples=np.inf, vectorized=True)
+    ours = sign_flip_test(x)
+    assert ours["exact"] and ours["p"] == pytest.approx(theirs.pvalue, abs=1e-12) and 0 < ours["p"] < 1
+
+
+def test_random_sign_flips_approach_the_exact_ones(monkeypatch):
+    x = np.random.default_rng(3).normal(0.4, size=18)
+    exact = sign_flip_test(x)["p"]
+    monkeypatch.setattr("shared.metrics.statistics.EXACT_UP_TO", 0)
+    random = sign_flip_test(x, num_samples=20000)
+    assert not random["exact"] and random["p"] == pytest.approx(exact, abs=3 * (exact * (1 - exact) / 20000) ** 0.5)
+    assert random == sign_flip_test(x, num_samples=20000)
+    assert sign_flip_test(np.ones(40), num_samples=999)["p"] == 1 / 1000  # never 0
+    # 15 of 25 for a: as far or farther, 2 P(K >= 15) = .424; farther alone would be .230
+    votes = np.repeat([1, -1], [15, 10])
+    assert sign_flip_test(votes, num_samples=20000)["p"] == pytest.approx(2 * stats.binom.sf(14, 25, 0.5), abs=0.011)
+
+
+def test_sign_flip_of_right_and_wrong_is_mcnemar():
+    rng = np.random.default_rng(0)
+    a, b = rng.random(60) < 0.8, rng.random(60) < 0.6
+    assert 10 < mcnemar_exact(a, b)["only_a"] + mcnemar_exact(a, b)["only_b"]
+    keep = np.flatnonzero(a != b)[:16]  # few enough to try all signs
+    ours, theirs = sign_flip_test(a[keep] * 1.0 - b[keep]), mcnemar_exact(a[keep], b[keep])
+    assert ours["p"] == pytest.approx(theirs["p"], abs=1e-12) and 0.001 < ours["p"] < 1
+    # every row three times: McNemar believes it has three times the cases, the test by group is not moved
+    tripled = np.repeat(keep, 3)
+    assert sign_flip_test(a[tripled] * 1.0 - b[tripled], groups=tripled)["p"] == pytest.approx(ours["p"])
+    assert mcnemar_exact(a[tripled], b[tripled])["p"] < theirs["p"] / 2
+
+
+def exact_mcnemar_power(n, delta, discordant):
+    power = 0.0
+    for d in range(n + 1):  # number of discordant cases; of these Binomial(d, share) favour a
+        k = np.arange(d + 1)
+        p = np.minimum(1, 2 * np.minimum(stats.binom.cdf(k, d, 0.5), stats.binom.sf(k - 1, d, 0.5)))
+        power += stats.binom.pmf(d, n, discordant) * stats.binom.pmf(k, d, 0.5 + delta / discordant / 2)[p <= 0.05].sum()
+    return power
+
+
+def test_cases_needed():
+    assert cases_needed(0.05, 0.30) == 940 and cases_needed(-0.10, 0.30) == 234
+    assert 0.75 < exact_mcnemar_power(234, 0.10, 0.30) < 0.81  # as the docstring says, a few points short of 0.8
+    assert cases_needed(0.1, 0.3, power=0.9) > 234 > cases_needed(0.1, 0.3, alpha=0.1)
+    # everything discordant and all for one side: z_a^2 = 3.84 -> 4
+    assert cases_needed(1.0, 1.0) == 4
+    for arguments, message in [((0.0, 0.3), "delta"), ((0.4, 0.3), "at least that share"), ((0.1, 1.2), "discordant"), ((0.1, 0.3, 1.0), "power"), ((0.1, 0.3, 0.8, 0.0), "alpha")]:
+        with pytest.raises(ValueError, match=message):
+            cases_needed(*arguments)
 
 
 def test_mcnemar_by_hand():
@@ -279,3 +563,46 @@ def test_holm_by_hand():
     assert holm([]) == []
     with pytest.raises(ValueError, match="between 0 and 1"):
         holm([0.5, float("nan")])
+
+
+def test_benjamini_hochberg_by_hand_and_scipy():
+    # sorted .01 .02 .03 .50 times 4/1 4/2 4/3 4/4 = .04 .04 .04 .50
+    assert benjamini_hochberg([0.03, 0.01, 0.5, 0.02]) == pytest.approx([0.04, 0.04, 0.5, 0.04])
+    assert benjamini_hochberg([0.01, None]) == [0.02, None]  # the undefined one still counts
+    assert benjamini_hochberg([]) == []
+    p = np.random.default_rng(0).random(40) ** 3
+    p[5] = p[6]
+    assert benjamini_hochberg(p) == pytest.approx(stats.false_discovery_control(p), abs=1e-15)
+    assert all(b <= h for b, h in zip(benjamini_hochberg(p), holm(p), strict=True))  # never stricter
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        benjamini_hochberg([1.5])
+
+
+# --- coverage of all intervals: benchmarks/coverage.py with fewer repetitions ---
+
+
+def test_coverage_truths_are_those_of_a_large_sample():
+    for name, draw in coverage.SCENARIOS.items():
+        case = draw(np.random.default_rng(0), 60_000)
+        value = case.metric(*(np.sum(c) for c in case.columns))
+        assert value == pytest.approx(case.truth, abs=0.04 if name.startswith("heavy") else 0.012), name
+
+
+@pytest.mark.slow
+def test_coverage_of_every_interval(tmp_path, capsys):
+    coverage.main(["--repetitions", "300", "--clusters", "5", "100", "--num-samples", "500", "--out-dir", str(tmp_path)])
+    result = json.loads((tmp_path / "coverage.json").read_text())
+    held = {(data, name): (cells["5"]["coverage"], cells["100"]["coverage"]) for data, rows in result["coverage"].items() for name, cells in rows.items()}
+    slack = 2 * (0.05 * 0.95 / 300) ** 0.5  # two Monte Carlo standard errors
+    for (data, name), (five, hundred) in held.items():
+        if name.endswith("rows"):  # the groups ignored
+            assert hundred < 0.93, (data, name)
+        elif not data.startswith("heavy"):
+            assert 0.93 - slack < hundred < 0.97 + slack, (data, name)
+        if name == "percentile" and data.endswith("clustered"):
+            assert five < 0.90, (data, name)
+    assert held["heavy-tailed mean, clustered", "studentised"][1] > held["heavy-tailed mean, clustered", "percentile"][1]
+    assert result["rejection_rates"]["sign_flip_test, by group"]["100"]["rejected"] < 0.05 + slack
+    assert result["rejection_rates"]["mcnemar_exact, rows"]["100"]["rejected"] > 0.08
+    assert result["rejection_rates"]["sign_flip_test, by group"]["5"]["rejected"] == 0
+    assert "| share 0.8, clustered | Wilson, rows |" in capsys.readouterr().out
