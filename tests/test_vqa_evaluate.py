@@ -1,0 +1,465 @@
+"""evaluate.py: measured on scripted answerers whose flip rates are known, and once from end to end with a tiny model."""
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from shared.metrics.statistics import cases_needed
+from shared.models.loading import load_vlm
+from vqa_sft_grpo import evaluate as script
+from vqa_sft_grpo.evaluate import evaluate, load_images, majority_answers, record_of, shuffled_images
+from vqa_sft_grpo.infer import Answerer, answer_span, pixel_boxes
+from vqa_sft_grpo.measures import aurc_row, best_constant_box, risk_coverage, summarise
+from vqa_sft_grpo.prompting import boxes_to_model, build_prompt, parse_response
+from vqa_sft_grpo.report import Document
+
+QUESTION = "Is there a bright patch?"
+ALSO = "What is the colour of the sky?"
+
+
+def make_row(number, answer, region=None, image="", answer_type="closed", question=QUESTION, group=None, **more):
+    return {
+        "id": f"r{number}", "dataset": "phantom", "split": "test", "image": str(image), "question": question, "answer": answer, "answer_type": answer_type, "question_type": "yes_no",
+        "content_type": "presence", "group": group or f"g{number // 2}", "region": region, "width": 96, "height": 80, "policy": "by patient", "overlap": False, "output": json.dumps({"answer": answer}),
+        "needs_image": True, "instruction": "", "input": question,
+    } | more  # fmt: skip
+
+
+@pytest.fixture
+def films(tmp_path):
+    """24 grey films: half of them with a bright patch of 24 x 20 pixels at a place of its own, which is the region of their question."""
+    rng, rows = np.random.default_rng(0), []
+    for i in range(24):
+        image = rng.integers(60, 90, (80, 96)).astype(np.uint8)
+        region = None
+        if i % 2 == 0:
+            x, y = int(rng.integers(0, 70)), int(rng.integers(0, 58))
+            image[y : y + 20, x : x + 24] = 230
+            region = [[x, y, x + 24, y + 20]]
+        path = tmp_path / f"film{i}.png"
+        Image.fromarray(image).save(path)
+        rows.append(make_row(i, "yes" if region else "no", region, path))
+    return rows
+
+
+def options(**changes):
+    return SimpleNamespace(prompts=["json", "think"], counterfactual_cases=100, random_regions=5, fills=["inpaint", "mean", "noise"], seed=0, **changes)
+
+
+def boxes_of(bright):
+    rows, columns = np.nonzero(bright)
+    return [] if not len(rows) else boxes_to_model([[int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1]], bright.shape[1], bright.shape[0])
+
+
+class Scripted:
+    """A model in the form evaluate() wants: respond(image or None) -> yes, no or None (says nothing), how sure it is (log-probability) and boxes."""
+
+    def __init__(self, respond):
+        self.respond, self.seen = respond, []
+
+    def generate(self, prompts, images):
+        self.seen += [image is None for image in images]
+        return [self.text(prompt, image) for prompt, image in zip(prompts, images, strict=True)]
+
+    def text(self, prompt, image):
+        answer, _, boxes = self.respond(image)
+        if answer is None:
+            return ""
+        if prompt.startswith(build_prompt(QUESTION, "json")[:40]) and "JSON" in prompt:
+            return json.dumps({"caption": "a film", "boxes": boxes, "answer": answer})
+        return f"<think>I look.</think><answer>{answer}</answer>"
+
+    def score(self, prompts, images, texts):
+        out = []
+        for image, text in zip(images, texts, strict=True):
+            answer, sure, _ = self.respond(image)
+            said = parse_response(text).answer
+            score = None if said is None else -sure if said == answer else -3.0
+            out.append({"answer": score, "response": score and score / 2})
+        return out
+
+
+def looks(image):
+    """Says yes where it sees a bright patch."""
+    if image is None:
+        return "no", 0.5, []
+    bright = image > 170
+    return ("yes", 0.1, boxes_of(bright)) if bright.sum() > 100 else ("no", 0.2, [])
+
+
+def blind(image):
+    return "yes", 0.1, []
+
+
+class AnyEdit:
+    """Changes its answer for every picture that it has not seen at first: sensitive, but not to the region."""
+
+    def __init__(self, images):
+        self.known = {image.tobytes() for image in images}
+
+    def __call__(self, image):
+        return ("yes", 0.1, []) if image is None or image.tobytes() in self.known else ("no", 0.1, [])
+
+
+# --- the counterfactual test has known answers here ---
+
+
+def test_who_looks_at_the_region_has_a_delta_of_one(films):
+    images, _ = load_images(films)
+    metrics, predictions, cases, _, _ = evaluate(Scripted(looks), films, images, [], options())
+    test = metrics["counterfactual"]["gold"]
+    assert 8 <= test["all_fills"]["n"] <= 12 and len(cases) == test["all_fills"]["n"]
+    assert test["all_fills"]["flip_roi"] == 1 and test["all_fills"]["flip_random"] == 0
+    assert test["all_fills"]["delta"]["value"] == test["all_fills"]["delta"]["low"] == 1
+    assert test["all_fills"]["delta"]["p"] == pytest.approx(2 / 2 ** len({films[c["row"]]["group"] for c in cases}))
+    assert test["all_fills"]["necessity"]["value"] == pytest.approx(2.9)  # from -0.1 to -3.0
+    assert test["all_fills"]["necessity_response"]["value"] == pytest.approx(1.45) and test["all_fills"]["necessity_response"]["n"] == len(cases)
+    assert test["all_fills"]["correct_to_wrong"]["value"] == 1
+    assert test["fills_agree_in_sign"] and test["identity"]["jpeg"]["flipped"] == test["identity"]["shift"]["flipped"] == 0
+    for one in test["by_fill"].values():
+        assert one["mcnemar"]["only_a"] == one["n"] and one["mcnemar"]["only_b"] == 0
+        assert one["cases_needed"] == cases_needed(1.0, 1.0)
+    assert "self" not in metrics["counterfactual"]  # who says no has no box
+    told = [p["counterfactual"] for p in predictions if p["counterfactual"]]
+    assert all(t["delta_cf_roi"] == pytest.approx(2.9) and t["delta_cf_rand"] == pytest.approx(0) and t["stability"] == 1 for t in told)
+
+
+def test_who_does_not_look_has_a_delta_of_zero(films):
+    images, _ = load_images(films)
+    metrics = evaluate(Scripted(blind), films, images, [], options())[0]
+    every = metrics["counterfactual"]["gold"]["all_fills"]
+    assert every["flip_roi"] == every["flip_random"] == every["delta"]["value"] == every["necessity"]["value"] == 0
+    assert every["delta"]["p"] == 1 and every["cases_needed"] is None and not metrics["counterfactual"]["gold"]["fills_agree_in_sign"]
+    assert metrics["rows"]["json prompt"]["closed"]["value"] == 0.5
+    assert metrics["needs_image"]["blank image"]["value"] == metrics["needs_image"]["question only"]["value"] == 0
+
+
+def test_who_changes_with_every_edit_has_a_delta_of_zero_and_a_high_floor(films):
+    images, _ = load_images(films)
+    test = evaluate(Scripted(AnyEdit(images)), films, images, [], options())[0]["counterfactual"]["gold"]
+    assert test["all_fills"]["flip_roi"] == test["all_fills"]["flip_random"] == 1
+    assert test["all_fills"]["delta"]["value"] == 0 and test["identity"]["jpeg"]["flipped"] == test["identity"]["shift"]["flipped"] == 1
+
+
+def test_silence_after_an_edit_is_unparsed_and_no_flip(films):
+    images, _ = load_images(films)
+    known = {image.tobytes() for image in images}
+
+    def falls_silent(image):
+        return ("yes" if image is None or image.tobytes() in known else None), 0.1, []
+
+    every = evaluate(Scripted(falls_silent), films, images, [], options())[0]["counterfactual"]["gold"]["all_fills"]
+    assert every["unparsed_roi"] == every["unparsed_random"] == 1 and every["flip_roi"] == every["delta"]["value"] == 0
+
+
+def test_own_boxes_are_used_where_gold_is_unknown_and_marked(films):
+    images, _ = load_images(films)
+    unknown = [row | {"region": None} for row in films]
+    metrics = evaluate(Scripted(looks), unknown, images, [], options())[0]["counterfactual"]
+    assert "gold" not in metrics and metrics["self"]["all_fills"]["delta"]["value"] == 1
+    assert metrics["not_taken"]["self"]["no box of its own"] == 12
+
+
+def test_cases_are_drawn_by_the_seed_and_capped(films):
+    images, _ = load_images(films)
+    few = options()
+    few.counterfactual_cases = 4
+    drawn = [[c["row"] for c in evaluate(Scripted(looks), films, images, [], few)[2]] for _ in range(2)]
+    few.seed = 5
+    other = [c["row"] for c in evaluate(Scripted(looks), films, images, [], few)[2]]
+    assert drawn[0] == drawn[1] != other and len(other) == 4
+
+
+# --- controls, denominators ---
+
+
+def test_controls_show_what_the_image_adds(films):
+    images, _ = load_images(films)
+    train = [make_row(100 + i, "no", question=QUESTION) for i in range(3)] + [make_row(110, "blue", question=ALSO, answer_type="open")]
+    metrics, predictions, *_ = evaluate(Scripted(looks), films, images, train, options())
+    rows = metrics["rows"]
+    assert list(rows) == ["json prompt", "think prompt", "question only", "blank image", "shuffled image", "majority answer"]
+    assert rows["json prompt"]["accuracy"]["value"] == rows["think prompt"]["accuracy"]["value"] == 1
+    assert rows["question only"]["accuracy"]["value"] == rows["blank image"]["accuracy"]["value"] == rows["majority answer"]["accuracy"]["value"] == 0.5
+    assert metrics["needs_image"]["blank image"]["value"] == 0.5 and metrics["needs_image"]["blank image"]["low"] > 0
+    assert metrics["json"]["json"]["valid"] == metrics["json"]["think"]["valid"] == 1
+    assert metrics["boxes"]["box_rate"]["value"] == 0.5 and metrics["boxes"]["iou"]["n"] == 12 and metrics["boxes"]["iou"]["value"] > 0.9
+    assert metrics["boxes"]["constant_box"] is None
+    assert predictions[0]["json prompt"]["correct"] and predictions[0]["gold"] == "yes" and predictions[0]["majority answer"]["answer"] == "no"
+
+
+def test_unreadable_images_and_silence_stay_in_the_denominator(films, tmp_path):
+    bad = tmp_path / "broken.png"
+    bad.write_bytes(b"no picture")
+    rows = films + [make_row(99, "yes", [[1, 1, 30, 30]], bad, group="g99")]
+    images, errors = load_images(rows)
+    assert images[-1] is None and [e["path"] for e in errors] == [str(bad)]
+    metrics, predictions, *_ = evaluate(Scripted(looks), rows, images, [], options())
+    for name, row in metrics["rows"].items():
+        assert row["n"] == row["accuracy"]["n"] == 25, name
+    assert metrics["rows"]["json prompt"]["accuracy"]["value"] == pytest.approx(24 / 25) and not predictions[-1]["json prompt"]["parsed"]
+    assert metrics["boxes"]["iou"]["n"] == 13
+    silent = evaluate(Scripted(lambda image: (None, 0.0, [])), films, images[:-1], [], options())[0]
+    assert silent["rows"]["json prompt"]["accuracy"]["value"] == 0 and silent["counterfactual"]["cases"] == 0
+    assert silent["confidence"]["all rows"]["answer log-probability"]["n_without_value"] == 24
+
+
+def test_a_shuffled_image_is_of_another_group(films):
+    images, _ = load_images(films)
+    moved = shuffled_images(films, images, seed=0)
+    own = {}
+    for row, image in zip(films, images, strict=True):
+        own.setdefault(row["group"], []).append(image)
+    for row, image in zip(films, moved, strict=True):
+        assert not any(image is mine for mine in own[row["group"]])
+    assert len({id(image) for image in moved}) == 12  # every group lends one
+    assert shuffled_images(films[:2], images[:2], seed=0) is None
+
+
+def test_majority_is_per_question_then_per_kind():
+    train = [make_row(i, a) for i, a in enumerate(["no", "no", "yes"])] + [make_row(5, "blue", question=ALSO, answer_type="open"), make_row(6, "red", question="Which colour?", answer_type="open"), make_row(7, "red", question="Which colour?", answer_type="open")]
+    asked = [make_row(10, "yes"), make_row(11, "yes", question="Is it new?"), make_row(12, "x", question=ALSO.upper(), answer_type="open"), make_row(13, "x", question="What else?", answer_type="open")]
+    assert majority_answers(asked, train) == ["no", "no", "blue", "red"]
+    assert majority_answers(asked, []) is None
+
+
+def test_summary_by_hand():
+    rows = [make_row(0, "yes"), make_row(1, "no"), make_row(2, "left lung", answer_type="open"), make_row(3, "heart", answer_type="open")]
+    image = np.zeros((10, 10), np.uint8)
+    texts = ["yes or no", "no", "left left left left", "heart"]
+    records = [record_of(row, json.dumps({"answer": text}), "json", image) for row, text in zip(rows, texts, strict=True)]
+    table = summarise(rows, records)
+    assert table["closed"] | {"low": None, "high": None} == {"value": 0.5, "low": None, "high": None, "n": 2}  # both yes and no is wrong
+    assert table["open_exact"]["value"] == 0.5 and table["open_recall"]["value"] == pytest.approx((0.5 + 1) / 2)
+    assert table["open_precision"]["value"] == pytest.approx((0.25 + 1) / 2) and table["accuracy"]["value"] == 0.5
+    assert table["parsed"]["value"] == 0.75
+    assert table["llava_med"]["closed"] == 1 and table["llava_med"]["recall"] == pytest.approx((0.8 + 1) / 2)  # their rules, their numbers
+    assert table["medevalkit"]["closed"] == 0.5
+
+
+def test_intervals_draw_whole_groups():
+    rows = [make_row(i, "yes", group=f"g{i // 10}") for i in range(200)]
+    records = [record_of(row, "yes" if (i // 10) % 2 else "no", "json", None) for i, row in enumerate(rows)]  # all rows of a group agree
+    clustered = summarise(rows, records)["accuracy"]
+    alone = summarise([row | {"group": row["id"]} for row in rows], records)["accuracy"]
+    assert clustered["value"] == alone["value"] == 0.5
+    assert clustered["high"] - clustered["low"] > 2.5 * (alone["high"] - alone["low"])  # sqrt(10) = 3.2
+
+
+# --- boxes ---
+
+
+def test_best_constant_box_is_found_on_training_rows():
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(40):
+        dx, dy = rng.integers(-2, 3, 2)
+        rows.append(make_row(i, "yes", [[24 + int(dx), 20 + int(dy), 72 + int(dx), 60 + int(dy)]]))
+    x0, y0, x1, y1 = best_constant_box(rows)
+    assert abs(x0 * 96 - 24) <= 6 and abs(x1 * 96 - 72) <= 6 and abs(y0 * 80 - 20) <= 5 and abs(y1 * 80 - 60) <= 5
+    assert best_constant_box([make_row(0, "yes")]) is None
+
+
+def test_boxes_of_a_response_are_pixels_in_order():
+    found = parse_response('{"boxes": [[500, 0, 0, 1000], [10, 10, 10, 500]], "answer": "yes"}')
+    assert pixel_boxes(found, (80, 96)) == [[0, 0, 48, 80]]
+
+
+# --- confidence ---
+
+
+def test_risk_coverage_by_hand():
+    coverage, risk, aurc = risk_coverage([0.9, 0.8, 0.7, None], [True, False, True, False])
+    assert coverage.tolist() == [0.25, 0.5, 0.75, 1] and risk == pytest.approx([0, 1 / 2, 1 / 3, 2 / 4])
+    assert aurc == pytest.approx((0 + 1 / 2 + 1 / 3 + 1 / 2) / 4)
+    assert risk_coverage([1, 1, 1, 1], [True, False, False, True])[2] == 0.5  # ties share their errors: no order, the error rate
+
+
+def test_aurc_lies_between_perfect_and_no_order():
+    rng = np.random.default_rng(0)
+    correct = rng.random(300) < 0.7
+    row = aurc_row(list(correct + rng.normal(0, 1, 300)), correct, np.arange(300))
+    assert row["perfect"] < row["low"] < row["value"] < row["high"] < row["no_order"]
+
+
+def test_similarity_thresholds_use_all_rows_as_coverage(films):
+    images, _ = load_images(films)
+    encoder = {"a film": [1.0, 0.0], QUESTION: [0.45, np.sqrt(1 - 0.45**2)]}
+    metrics = evaluate(Scripted(looks), films, images, [], options(), encoder=lambda texts: np.array([encoder[t] for t in texts]))[0]
+    table = metrics["confidence"]["thresholds"]
+    assert [(r["threshold"], r["n"], r["coverage"], r["accuracy"]) for r in table] == [(0.3, 24, 1, 1), (0.4, 24, 1, 1), (0.5, 0, 0, None), (0.6, 0, 0, None)]
+    assert set(metrics["confidence"]["counterfactual cases"]) == {"answer log-probability", "response log-probability", "caption-question similarity", "stability under random edits"}
+
+
+# --- the model's own log-probabilities ---
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return load_vlm("tiny:qwen2vl", device="cpu")
+
+
+def test_scores_are_the_mean_log_probabilities_of_the_answers_tokens(tiny):
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, (112, 112)).astype(np.uint8) for _ in range(3)]
+    images.append(images[0])
+    prompts = [build_prompt(q, "json") for q in (QUESTION, "Is it?", ALSO, QUESTION)]
+    texts = ['{"caption": "yes yes", "answer": "yes"}', '{"answer": "no effusion"}', "", '{"answer": "left"}']
+    scores = Answerer(tiny, batch_size=3).score(prompts, images, texts)
+    assert scores[2] == {"answer": None, "response": None}
+    for i in (0, 1, 3):  # one at a time, without padding, by the logits of the whole sequence
+        answerer = Answerer(tiny, batch_size=1)
+        inputs = answerer.inputs(prompts, images, [i], answers=[texts[i]])
+        labels = inputs.tensors.pop("labels")[0]
+        with torch.inference_mode():
+            logp = tiny.model(**inputs.tensors).logits[0].log_softmax(-1)
+        where = (labels != -100).nonzero()[:, 0]
+        tokens = labels[where].tolist()
+        values = [float(logp[p - 1, t]) for p, t in zip(where.tolist(), tokens, strict=True)]
+        assert scores[i]["response"] == pytest.approx(np.mean(values[:-1]), abs=1e-4)  # without the token that ends it
+        first, last = answer_span(texts[i])
+        lengths = np.cumsum([0] + [len(tiny.tokenizer.decode([t])) for t in tokens])
+        chosen = [v for v, a, b in zip(values, lengths, lengths[1:], strict=False) if a < last and b > first]
+        assert scores[i]["answer"] == pytest.approx(np.mean(chosen), abs=1e-4)
+    assert abs(scores[0]["answer"] - Answerer(tiny, 4).score([prompts[0]], [images[1]], [texts[0]])[0]["answer"]) > 1e-3  # the image counts
+
+
+def test_answers_keep_their_order_in_batches_and_without_image(tiny):
+    rng = np.random.default_rng(1)
+    images = [rng.integers(0, 256, (60 + 20 * i, 90)).astype(np.uint8) for i in range(5)]
+    prompts = [build_prompt(QUESTION + " Really?" * i, "think") for i in range(5)]
+    together, alone = (Answerer(tiny, batch_size=n, max_new_tokens=6).generate(prompts, images) for n in (3, 1))
+    assert together == alone
+    assert len(Answerer(tiny, 2, 4).generate(prompts, [None] * 5)) == 5
+
+
+def test_a_batch_that_does_not_fit_is_halved(tiny, capsys):
+    answerer = Answerer(tiny, batch_size=8)
+    seen = []
+
+    def work(rows):
+        if len(rows) > 2:
+            raise torch.OutOfMemoryError
+        seen.append(rows)
+        return [10 * r for r in rows]
+
+    assert answerer.in_batches(work, [1, 5, 3, 2, 4]) == [0, 10, 20, 30, 40]
+    assert seen == [[1, 4], [2, 3], [0]] and answerer.batch_size == 2 and "batches of 2" in capsys.readouterr().out
+    answerer.batch_size = 1
+    with pytest.raises(torch.OutOfMemoryError):
+        answerer.in_batches(lambda rows: work([0, 1, 2]), [1])
+
+
+@pytest.mark.parametrize(
+    ("text", "span"),
+    [('{"caption": "no effusion", "answer": "no"}', "no"), ("<think>yes it is</think><answer>yes</answer>", "yes"), ("maybe left", "maybe left"), ("{{{", "{{{")],
+)
+def test_answer_span(text, span):
+    first, last = answer_span(text)
+    assert text[first:last] == span and (first > text.find("answer") or "answer" not in text)
+
+
+# --- the script ---
+
+
+@pytest.fixture
+def rows_file(films, tmp_path):
+    train = [dict(films[i], id=f"t{i}", split="train", group=f"t{i}") for i in range(6)]
+    path = tmp_path / "rows.json"
+    path.write_text("\n".join(json.dumps(row) for row in films + train))
+    return path
+
+
+@pytest.fixture
+def scripted_model(monkeypatch, tiny):
+    """The script with a scripted answerer in place of the model's answers."""
+    monkeypatch.setattr(script, "Answerer", lambda *a: Scripted(looks))
+    monkeypatch.setattr(script, "load_model", lambda args, device: tiny)
+
+
+def test_script_on_a_file_of_rows(rows_file, scripted_model, tmp_path, capsys):
+    script.main(["--data", str(rows_file), "--model", "tiny", "--out-dir", "run", "--counterfactual-cases", "6", "--device", "cpu", "--seed", "3"])
+    metrics = json.loads(Path("run/metrics.json").read_text())
+    assert metrics["n"] == 24 and metrics["counterfactual"]["cases"] == 6 and metrics["seed"] == 3 and metrics["dataset"]["train_rows"] == 6
+    assert metrics["boxes"]["constant_box"] and metrics["boxes"]["iou_over_constant_box"]["value"] > 0
+    assert metrics["sentence_encoder"] == "tiny:bert" and metrics["overlap"] is False
+    lines = [json.loads(line) for line in Path("run/predictions.jsonl").read_text().splitlines()]
+    assert len(lines) == 24 and sum(line["counterfactual"] is not None for line in lines) == 6
+    report, page = Path("run/report.md").read_text(), Path("run/report.html").read_text()
+    assert "Answers change more often without the gold region than without random regions of its size, with every fill." in report
+    assert "random weights" in report and "PHANTOM" in report and "figures/strip.png" in report
+    assert page.count("data:image/png;base64,") == 2 and not re.search(r"(src|href)=.(?!data:)", page)  # nothing is loaded from elsewhere
+    with Image.open("run/figures/strip.png") as picture:
+        assert picture.width > 600
+
+
+def test_the_think_prompt_alone_has_no_boxes(rows_file, scripted_model):
+    script.main(["--data", str(rows_file), "--model", "tiny", "--out-dir", "run", "--counterfactual-cases", "2", "--device", "cpu", "--prompts", "think", "--limit", "10"])
+    metrics = json.loads(Path("run/metrics.json").read_text())
+    assert metrics["boxes"] is None and metrics["main_prompt"] == "think" and metrics["n"] == 10 and metrics["rows"]["think prompt"]["accuracy"]["value"] == 1
+    assert metrics["confidence"]["rows_with_caption"] == 0 and "## Boxes" not in Path("run/report.md").read_text()
+
+
+def test_export_for_grpo(rows_file, scripted_model, refused, capsys):
+    out = refused(script.main, ["--data", rows_file, "--model", "tiny", "--export-grpo", "g.jsonl", "--out-dir", "x"])
+    assert "--split train or val" in out
+    script.main(["--data", str(rows_file), "--model", "tiny", "--split", "train", "--out-dir", "run", "--export-grpo", "made/g.jsonl", "--device", "cpu"])
+    rows = [json.loads(line) for line in Path("made/g.jsonl").read_text().splitlines()]
+    assert len(rows) == 6 and all(row["valid_json"] and row["answer_correct"] and row["caption"] == "a film" for row in rows)
+    assert {"image_path", "question", "gold", "region", "group"} <= rows[0].keys()
+    tested = [row for row in rows if row["delta_cf_roi"] is not None]
+    assert tested and all(row["delta_cf_roi"] == pytest.approx(2.9) and row["delta_cf_rand"] == pytest.approx(0) for row in tested)
+    assert all(row["delta_cf_roi"] is None for row in rows if row["gold"] == "no")
+
+
+def test_overlap_is_stamped(films, rows_file, scripted_model, capsys):
+    rows_file.write_text("\n".join(json.dumps(row | {"policy": "official", "overlap": True}) for row in films))
+    script.main(["--data", str(rows_file), "--model", "tiny", "--out-dir", "run", "--counterfactual-cases", "0", "--device", "cpu"])
+    metrics = json.loads(Path("run/metrics.json").read_text())
+    assert metrics["overlap"] is True and metrics["policy"] == "official" and any("OVERLAP" in w for w in metrics["warnings"])
+    assert "**OVERLAP" in Path("run/report.md").read_text() and "No case could be tested." in Path("run/report.md").read_text()
+
+
+def test_bad_arguments_and_files_are_refused(refused, tmp_path):
+    assert "--allow-overlap" in refused(script.main, ["--policy", "official"])
+    assert "no such file or data set" in refused(script.main, ["--data", "mnist"])
+    assert "at least 5" in refused(script.main, ["--random-regions", "2"])
+    assert "at least two" in refused(script.main, ["--fills", "mean"])
+    (tmp_path / "empty.json").write_text("")
+    assert "no rows" in refused(script.main, ["--data", tmp_path / "empty.json", "--model", "tiny"])
+
+
+def test_dry_run_of_everything(capsys):
+    """An untrained model: hardly an answer can be read, and the report has to live with that."""
+    script.main(["--dry-run", "--studies", "2", "--limit", "4", "--out-dir", "run"])
+    metrics = json.loads(Path("run/metrics.json").read_text())
+    assert metrics["n"] == 4 and metrics["rows"]["json prompt"]["n"] == 4 and metrics["tiny"] and metrics["dataset"]["phantom"]
+    assert sum(metrics["json"]["json"]["levels"].values()) == 4 and Path("run/report.html").stat().st_size > 10_000
+    assert "The tiny model is untrained" in Path("run/report.md").read_text()
+
+
+@pytest.mark.realdata
+def test_real_vqa_rad_rows_and_their_question_only_baseline(real_data):
+    """The most frequent answer per question, from the training rows of the official split, is a known number."""
+    folder = real_data("vqa_rad").parent
+    args = SimpleNamespace(data="vqa_rad", split="test", policy="official", seed=0, data_dir=str(folder), studies=None, limit=None)
+    rows, train_rows, facts = script.load_rows(args)
+    assert len(rows) == 451 and len(train_rows) > 2500 and facts["overlap"] and all(row["region"] is None for row in rows)
+    majority = majority_answers(rows, train_rows)
+    right = [script.scores_of(row, answer)["correct"] for row, answer in zip(rows, majority, strict=True)]
+    closed = np.mean([r for r, row in zip(right, rows, strict=True) if row["answer_type"] == "closed"])
+    assert 0.45 < closed < 0.60
+
+
+def test_a_document_escapes_what_models_write():
+    doc = Document()
+    doc.text("**bold** <script>alert(1)</script> `x<y`")
+    doc.table(["a|b"], [["<img src=x>"], ["two\nlines"]])
+    page, text = doc.html("t<"), doc.markdown()
+    assert "<script>" not in page and "<img src=x>" not in page and "<strong>bold</strong>" in page and "<title>t&lt;</title>" in page
+    assert "| a\\|b |" in text and "| two lines |" in text

@@ -1,0 +1,326 @@
+"""
+What evaluate.py computes from answers: rates with intervals, boxes, confidence, and the comparison of region and random regions.
+
+Every rate is over all rows it speaks of, and its interval draws whole image groups.
+"""
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import shared  # noqa: F401, isort: skip  # before transformers
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import AutoModel, AutoTokenizer
+
+from shared.metrics.statistics import (
+    bootstrap_interval,
+    cases_needed,
+    effective_clusters,
+    holm,
+    mcnemar_exact,
+    sign_flip_test,
+)
+from shared.models.loading import load_part
+from shared.models.tiny import is_tiny, tiny_folder
+from shared.runtime import InputError
+from vqa_sft_grpo.counterfactual import region_iou
+from vqa_sft_grpo.prompting import REPAIR_LEVELS
+from vqa_sft_grpo.scoring import column_means
+
+THRESHOLDS = (0.3, 0.4, 0.5, 0.6)  # of the caption-question similarity
+
+
+# -------------------------------------------------------------------------------------------------------------- metrics
+
+def rate(values, groups):
+    """Mean of values (booleans or numbers, every row) with its interval over groups -> {"value", "low", "high", "n"}."""
+    if len(values) == 0:
+        return {"value": None, "low": None, "high": None, "n": 0}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # few groups: the report says how many there are
+        found = bootstrap_interval(lambda v, n: v / n, np.asarray(values, float), np.ones(len(values)), groups=groups, of_sums=True)
+    return {k: found[k] for k in ("value", "low", "high")} | {"n": len(values)}
+
+
+def is_open(row):
+    return row["answer_type"].lower() == "open"
+
+
+def summarise(rows, records):
+    """Everything that is measured of one set of answers."""
+    groups = np.array([row["group"] for row in rows])
+    opened = np.array([is_open(row) for row in rows], dtype=bool)
+
+    def column(name, chosen):
+        return rate([r[name] for r, c in zip(records, chosen, strict=True) if c], groups[chosen])
+
+    everything = np.ones(len(rows), dtype=bool)
+    others = {}
+    for script_name in ("llava_med", "medevalkit"):
+        means = column_means([r[script_name] for r in records])
+        others[script_name] = {name: value["mean"] for name, value in means.items()} | {"n_closed": means.get("closed", {"n": 0})["n"]}
+    return {
+        "n": len(rows), "accuracy": column("correct", everything), "closed": column("correct", ~opened), "open_exact": column("exact", opened),
+        "open_recall": column("recall", opened), "open_precision": column("precision", opened), "open_f1": column("f1", opened),
+        "parsed": column("parsed", everything), "contradiction": column("contradiction", everything), "synonyms": column("synonyms", everything), **others,
+    }  # fmt: skip
+
+
+def strata(rows, records):
+    """Per answer, question and content type: n, accuracy, and for open rows recall and F1."""
+    tables = {}
+    for key in ("answer_type", "question_type", "content_type"):
+        names = sorted({str(row[key]) for row in rows if row.get(key)})
+        if not names:
+            continue
+        tables[key] = {}
+        for name in names:
+            chosen = [i for i, row in enumerate(rows) if str(row.get(key)) == name]
+            groups = [rows[i]["group"] for i in chosen]
+            opened = [i for i in chosen if is_open(rows[i])]
+            tables[key][name] = {"accuracy": rate([records[i]["correct"] for i in chosen], groups), "unparsed": sum(not records[i]["parsed"] for i in chosen)} | {
+                f"open_{m}": rate([records[i][m] for i in opened], [rows[i]["group"] for i in opened]) for m in ("recall", "f1")
+            }
+    return tables
+
+
+def paired_difference(a, b, groups):
+    """Mean of a - b over rows with its interval, and the sign-flip test over groups."""
+    difference = np.asarray(a, float) - np.asarray(b, float)
+    return rate(difference, groups) | {"p": sign_flip_test(difference, groups)["p"] if len(difference) else None}
+
+
+def best_constant_box(rows, cells=16):
+    """
+    The box [x0, y0, x1, y1], in shares of width and height, with the best mean IoU over the regions of training rows, of all
+    boxes on a grid of cells x cells; None when no row has a region.
+    """
+    known = [row for row in rows if row.get("region")]
+    if not known:
+        return None
+    edges = np.arange(cells)
+
+    def cover(low, high):  # share of each cell between low and high
+        return np.clip(np.minimum(edges + 1, high * cells) - np.maximum(edges, low * cells), 0, 1)
+
+    gold = np.zeros((len(known), cells + 1, cells + 1))
+    for sums, row in zip(gold, known, strict=True):
+        w, h = row["width"], row["height"]
+        boxes = [np.outer(cover(y0 / h, y1 / h), cover(x0 / w, x1 / w)) for x0, y0, x1, y1 in row["region"]]
+        sums[1:, 1:] = np.max(boxes, axis=0).cumsum(0).cumsum(1)
+    first, last = np.triu_indices(cells + 1, 1)  # all intervals of an axis
+    area = gold[:, -1, -1][:, None]
+    best = (-1.0, None)
+    for y0, y1 in zip(first, last, strict=True):
+        band = gold[:, y1] - gold[:, y0]
+        inside = band[:, last] - band[:, first]  # (rows, intervals of x)
+        ious = (inside / (area + (y1 - y0) * (last - first) - inside)).mean(0)
+        if ious.max() > best[0]:
+            i = int(ious.argmax())
+            best = (float(ious[i]), [float(first[i] / cells), float(y0 / cells), float(last[i] / cells), float(y1 / cells)])
+    return best[1]
+
+
+def measure_boxes(rows, records, images, train_rows):
+    """Box rate over all rows; IoU with the gold region over all rows that have one (no box: 0), beside the constant box."""
+    groups = [row["group"] for row in rows]
+    known = [i for i, row in enumerate(rows) if row.get("region")]
+    constant = best_constant_box(train_rows)
+
+    def ious(boxes_of):
+        return [0.0 if images[i] is None else region_iou(boxes_of(i), rows[i]["region"], *images[i].shape[:2]) for i in known]
+
+    def scaled(i):
+        h, w = images[i].shape[:2]
+        return [[constant[0] * w, constant[1] * h, constant[2] * w, constant[3] * h]]
+
+    known_groups = [groups[i] for i in known]
+    found = {"box_rate": rate([bool(r["boxes"]) for r in records], groups), "iou": rate(model := ious(lambda i: records[i]["boxes"]), known_groups), "constant_box": constant}
+    if constant:
+        fixed = ious(scaled)
+        found |= {"iou_constant_box": rate(fixed, known_groups), "iou_over_constant_box": paired_difference(model, fixed, known_groups)}
+    return found
+
+
+def json_success(records):
+    """Share of valid responses (levels 0 and 1) and how many needed which repair."""
+    levels = Counter(r["level"] for r in records)
+    return {"valid": sum(r["valid"] for r in records) / len(records), "levels": {str(level): levels.get(level, 0) for level in REPAIR_LEVELS}}
+
+
+# ----------------------------------------------------------------------------------------------------------- confidence
+
+class SentenceEncoder:
+    """Texts -> unit vectors: mean of a BERT-like encoder's last layer over the tokens."""
+
+    def __init__(self, name, device):
+        self.name = name
+        folder = str(tiny_folder(name)) if is_tiny(name) else name
+        self.model = load_part(AutoModel, folder, name=name, device=device, unused_weights=True)
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=Path(folder).is_dir())
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(f"--sentence-encoder: {name} has no tokenizer that can be read; copy its tokenizer files into it") from error
+        self.device = device
+
+    @torch.inference_mode()
+    def __call__(self, texts, batch_size=64):
+        distinct = list(dict.fromkeys(texts))
+        vectors = []
+        for start in range(0, len(distinct), batch_size):
+            tokens = self.tokenizer(distinct[start : start + batch_size], padding=True, truncation=True, max_length=256, return_tensors="pt").to(self.device)
+            mask = tokens["attention_mask"][..., None]
+            hidden = self.model(**tokens).last_hidden_state.float()
+            vectors.append(F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1).cpu())
+        place = {text: i for i, text in enumerate(distinct)}
+        return torch.cat(vectors)[[place[t] for t in texts]].numpy()
+
+
+def caption_similarity(rows, records, encoder):
+    """Cosine of caption and question per row, None without a caption."""
+    has = [i for i, r in enumerate(records) if r["caption"]]
+    similarity = [None] * len(rows)
+    if has:
+        cosines = (encoder([records[i]["caption"] for i in has]) * encoder([rows[i]["question"] for i in has])).sum(1)
+        for i, c in zip(has, cosines, strict=True):
+            similarity[i] = float(c)
+    return similarity
+
+
+def risk_coverage(confidence, correct):
+    """
+    confidence (N,) numbers or None (least of all), correct (N,) booleans -> (coverage (N,), risk (N,), AURC). risk[k]: error rate of
+    the k + 1 rows answered first; equal confidences share their errors evenly. AURC: mean risk (Geifman & El-Yaniv 2017).
+    """
+    c = np.array([-np.inf if v is None else v for v in confidence], dtype=float)
+    order = np.argsort(-c, kind="stable")
+    errors = 1.0 - np.asarray(correct, float)[order]
+    _, tie = np.unique(-c[order], return_inverse=True)
+    errors = (np.bincount(tie, errors) / np.bincount(tie))[tie]
+    ranks = np.arange(1, len(c) + 1)
+    risk = errors.cumsum() / ranks
+    return ranks / len(c), risk, float(risk.mean())
+
+
+def aurc_row(confidence, correct, groups):
+    """AURC with its interval, beside those of a perfect order and of no order (the error rate)."""
+    correct = np.asarray(correct, bool)
+    values = np.array([-np.inf if v is None else v for v in confidence], dtype=float)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        interval = bootstrap_interval(lambda v, y: risk_coverage(v, y)[2], values, correct, groups=groups, num_samples=500)
+    return {k: interval[k] for k in ("value", "low", "high")} | {
+        "n": len(correct), "n_without_value": int(np.isneginf(values).sum()), "perfect": risk_coverage(correct.astype(float), correct)[2], "no_order": float(1 - correct.mean()),
+    }  # fmt: skip
+
+
+def at_thresholds(similarity, logprob, correct):
+    """
+    Answer only where caption and question are at least this similar: coverage of all rows and accuracy there, beside the accuracy on
+    as many rows chosen by the answer's log-probability.
+    """
+    _, risk, _ = risk_coverage(logprob, correct)
+    rows = []
+    for t in THRESHOLDS:
+        kept = [c for s, c in zip(similarity, correct, strict=True) if s is not None and s >= t]
+        rows.append({
+            "threshold": t, "n": len(kept), "coverage": len(kept) / len(correct), "accuracy": sum(kept) / len(kept) if kept else None,
+            "accuracy_by_logprob": float(1 - risk[len(kept) - 1]) if kept else None,
+        })  # fmt: skip
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------------- counterfactual
+#
+# A case: {"row": number of its row, "source": "gold" or "self", "plan": Plan, "was_correct": bool, "edits": {(what, fill, number):
+# {"answer", "flipped", "unparsed", "wrong_now", "drop", "drop_response"}}} with what "identity", "roi" or "random" (see evaluate.py).
+
+def edit_values(case, what, key, fills, numbers):
+    """Values of one key over fills and random regions -> float (fills, numbers), NaN where undefined."""
+    return np.array([[np.nan if (v := case["edits"][what, fill, n][key]) is None else v for n in range(numbers)] for fill in fills], dtype=float)
+
+
+def means(roi, rand):
+    return {"roi": float(roi.mean()), "random": float(rand.mean())} if len(roi) else {"roi": None, "random": None}
+
+
+def compare_cases(cases, rows, fills, k):
+    """
+    Region against random regions, averaged over `fills`, for one set of cases -> dict. delta: share of answers that change without the
+    region minus the mean share without a random one; unparsed answers do not count as changed and are given apart. necessity: the same
+    of the drops in log-probability of the answer, necessity_response: of the whole response. McNemar's test pairs the region with the first random one, which needs a single fill.
+    """
+    if not cases:
+        return {"n": 0}
+    groups = [rows[case["row"]]["group"] for case in cases]
+    result = {"n": len(cases), "num_groups": len(set(groups))}
+    tables = {}
+    for key in ("flipped", "unparsed", "wrong_now", "drop", "drop_response"):
+        roi = np.array([edit_values(c, "roi", key, fills, 1) for c in cases])  # (cases, fills, 1)
+        rand = np.array([edit_values(c, "random", key, fills, k) for c in cases])  # (cases, fills, k)
+        tables[key] = roi, rand
+    flip_roi, flip_rand = tables["flipped"]
+    result |= {name: float(tables[key][j].mean()) for name, key, j in (
+        ("flip_roi", "flipped", 0), ("flip_random", "flipped", 1), ("unparsed_roi", "unparsed", 0), ("unparsed_random", "unparsed", 1),
+    )}  # fmt: skip
+    result["delta"] = paired_difference(flip_roi.mean((1, 2)), flip_rand.mean((1, 2)), groups)
+    right = np.array([c["was_correct"] for c in cases])
+    wrong_roi, wrong_rand = (t.mean((1, 2))[right] for t in tables["wrong_now"])
+    result["correct_to_wrong"] = paired_difference(wrong_roi, wrong_rand, np.array(groups)[right]) | means(wrong_roi, wrong_rand)
+    for name, key in (("necessity", "drop"), ("necessity_response", "drop_response")):
+        drop_roi, drop_rand = (t.mean((1, 2)) for t in tables[key])
+        known = ~np.isnan(drop_roi) & ~np.isnan(drop_rand)
+        result[name] = paired_difference(drop_roi[known], drop_rand[known], np.array(groups)[known]) | means(drop_roi[known], drop_rand[known])
+    if len(fills) == 1:
+        result["mcnemar"] = mcnemar_exact(flip_roi[:, 0, 0] == 1, flip_rand[:, 0, 0] == 1)
+    delta, discordant = result["delta"]["value"], float((flip_roi != flip_rand).mean())
+    result["discordant"] = discordant
+    result["cases_needed"] = cases_needed(delta, max(discordant, abs(delta))) if abs(delta) > 1e-9 else None
+    result["design_effect"] = effective_clusters(groups, flip_roi.mean((1, 2)) - flip_rand.mean((1, 2)))["design_effect"] if len(cases) > 1 else None
+    return result
+
+
+def kind_of(row):
+    """What is asked about: SLAKE's and the phantom's content type; VQA-RAD has that as its question type."""
+    return str(row["question_type"] if row["dataset"] == "vqa_rad" else row["content_type"])
+
+
+def measure_counterfactual(cases, rows, fills, k):
+    """Per source of the region (gold, self): all fills together, each alone, by kind of question, and the floor of the identity edits."""
+    measured = {}
+    for source in ("gold", "self"):
+        some = [c for c in cases if c["source"] == source]
+        if not some:
+            continue
+        overall = compare_cases(some, rows, fills, k)
+        by_fill = {fill: compare_cases(some, rows, [fill], k) for fill in fills}
+        for f, p in zip(by_fill.values(), holm([f["delta"]["p"] for f in by_fill.values()]), strict=True):
+            f["delta"]["p_holm"] = p
+        types = sorted({kind_of(rows[c["row"]]) for c in some})
+        by_type = {t: compare_cases([c for c in some if kind_of(rows[c["row"]]) == t], rows, fills, k) for t in types}
+        for t, p in zip(by_type.values(), holm([t["delta"]["p"] for t in by_type.values()]), strict=True):
+            t["delta"]["p_holm"] = p
+        signs = {np.sign(f["delta"]["value"]) for f in by_fill.values()}
+        floor = {}
+        for name in ("jpeg", "shift"):
+            edits = [c["edits"]["identity", name, 0] for c in some]
+            drops = [abs(e["drop"]) for e in edits if e["drop"] is not None]
+            floor[name] = {"flipped": float(np.mean([e["flipped"] for e in edits])), "unparsed": float(np.mean([e["unparsed"] for e in edits])), "mean_absolute_drop": float(np.mean(drops)) if drops else None}
+        measured[source] = {"all_fills": overall, "by_fill": by_fill, "by_type": by_type, "fills_agree_in_sign": len(signs) == 1 and 0 not in signs, "identity": floor}
+    return measured
+
+
+def case_summary(case, fills, k):
+    """What predictions.jsonl says of a case; stability: share of random-region edits that leave the answer as it is."""
+    flips, drops = ({what: edit_values(case, what, key, fills, 1 if what == "roi" else k) for what in ("roi", "random")} for key in ("flipped", "drop"))
+    changed = (edit_values(case, "random", "flipped", fills, k) + edit_values(case, "random", "unparsed", fills, k)) > 0
+
+    def mean(values):
+        return None if np.isnan(values).any() else float(values.mean())
+
+    return {
+        "source": case["source"], "roi": case["plan"].roi, "random": case["plan"].random, "flip_roi": mean(flips["roi"]), "flip_random": mean(flips["random"]),
+        "delta_cf_roi": mean(drops["roi"]), "delta_cf_rand": mean(drops["random"]), "stability": float(1 - changed.mean()),
+        "answers": {f"{what} {fill} {number}": e["answer"] for (what, fill, number), e in case["edits"].items()},
+    }  # fmt: skip
