@@ -28,9 +28,9 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
+from shared.data.augment import augment
 from shared.data.phantom import phantom_classification
 from shared.runtime import positive_int, run_facts, seed_everything, write_json
-from task1_classification.augment import augment
 from task1_classification.model import build_model, normalise
 
 NORMALISATION = {"mean": [0.57], "std": [0.17]}

@@ -31,6 +31,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from shared.data.augment import STRENGTHS, augment, shifted_copies
 from shared.data.medmnist import SIZES, load_images, load_phantom
 from shared.metrics.classification import official_auc_accuracy
 from shared.runtime import (
@@ -55,7 +56,6 @@ from shared.runtime import (
     write_json,
     write_jsonl,
 )  # fmt: skip
-from task1_classification.augment import STRENGTHS, augment, shifted_copies
 from task1_classification.figures import draw_training
 from task1_classification.model import (
     ARCHITECTURES,

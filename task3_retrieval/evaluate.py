@@ -29,6 +29,9 @@ import torch
 from sklearn.decomposition import PCA
 from sklearn.metrics import cohen_kappa_score, roc_auc_score
 
+from shared.data.augment import (
+    shifted_copies,  # the same changes that validation is judged under, see train.py
+)
 from shared.data.medmnist import load_images, load_phantom
 from shared.metrics.retrieval import (
     chance,
@@ -60,9 +63,6 @@ from shared.runtime import (
     script_parser,
     seed_everything,
     write_json,
-)
-from task1_classification.augment import (
-    shifted_copies,  # the same changes that validation is judged under, see train.py
 )
 from task1_classification.model import find_classifier, load_classifier, predict_logits, to_probabilities
 from task3_retrieval.embed import EMBEDDING_KIND, load_embedder

@@ -31,6 +31,7 @@ from torch import nn
 from torch.distributed.nn.functional import all_gather
 from tqdm import tqdm
 
+from shared.data.augment import STRENGTHS, augment, shifted_copies
 from shared.data.medmnist import load_images, load_phantom
 from shared.metrics.retrieval import class_means, content_codes, retrieval_values
 from shared.runtime import (
@@ -55,10 +56,6 @@ from shared.runtime import (
     write_json,
     write_jsonl,
 )  # fmt: skip
-
-# The classifier's own changes of framing and exposure: the embedding has to ignore what the classifier learned to ignore, and
-# the two are judged on the same shifted validation images, which would drift apart in a copy of that file.
-from task1_classification.augment import STRENGTHS, augment, shifted_copies
 from task1_classification.model import build_model, choose_stem, find_classifier, load_classifier, normalise
 from task3_retrieval.embed import EMBEDDING_KIND
 from task3_retrieval.figures import draw_training

@@ -10,9 +10,9 @@ import torch
 import torchvision
 from sklearn.metrics import balanced_accuracy_score
 
+from shared.data.augment import affine, augment, blur, shifted_copies
 from shared.data.medmnist import load_phantom
 from shared.runtime import InputError, save_checkpoint
-from task1_classification.augment import affine, augment, blur, shifted_copies
 from task1_classification.model import (
     FORMAT,
     build_model,
