@@ -60,13 +60,14 @@ from shared.data.audit import (
 )
 from shared.data.download import DataNotFound
 from shared.data.phantom import DEFAULT, PREVALENCE, TOGETHER, PhantomSettings, phantom_study
-from shared.data.phantom_findings import ORDER
+from shared.data.phantom_findings import LEVELS, ORDER
 from shared.data.phantom_text import NOUNS, SIZES, SUMMARY
 from shared.metrics.labels import PARENTS
 from shared.runtime import (
     InputError,
     atomic_file,
     fraction,
+    not_negative,
     positive_int,
     script,
     script_parser,
@@ -102,6 +103,7 @@ def parse_args(argv=None):
     g.add_argument("--image-size", type=int, default=112, metavar="N", help="pixels per side, 28 to 512 (%(default)s)")
     g.add_argument("--conditions", nargs="+", metavar="NAME", help=f"draw and ask about these only: {', '.join(ORDER)}")
     g.add_argument("--prevalence", type=fraction, metavar="P", help="chance of each condition in patients who are not well, 0 to 1 (default: its own, 0.07 to 0.2)")
+    g.add_argument("--severities", type=not_negative, nargs=3, metavar="W", help="weights of mild, moderate and severe findings: 0 0 1 is an easy course (default: 35 40 25)")
     args = parser.parse_args(argv)
     args.data = args.data.lower().replace("-", "_")
     if args.dry_run:
@@ -113,8 +115,10 @@ def parse_args(argv=None):
         parser.error("--policy official trains on images and reworded questions of the test set: add --allow-overlap if that is meant, or take clean-train")
     if not 28 <= args.image_size <= 512:
         parser.error(f"--image-size must be between 28 and 512 pixels, not {args.image_size}")
-    if args.data not in ("phantom", "auto") and (args.studies or args.conditions or args.prevalence is not None):
-        parser.error("--studies, --conditions and --prevalence are for --data phantom")
+    if args.data not in ("phantom", "auto") and (args.studies or args.conditions or args.severities or args.prevalence is not None):
+        parser.error("--studies, --conditions, --prevalence and --severities are for --data phantom")
+    if args.severities and not any(args.severities):
+        parser.error("--severities needs one weight above 0")
     for name in args.conditions or ():
         if name not in ORDER:
             parser.error(f"--conditions {name}: the phantom draws {', '.join(ORDER)}")
@@ -134,7 +138,7 @@ def main(argv=None):
             raise InputError(f"{path} is a folder; name a file")
     rows, audit = make_rows(
         args.data, args.split, args.data_dir, args.policy, args.seed, image_dir=output.parent / "phantom_images", studies=args.studies,
-        image_size=args.image_size, settings=phantom_settings(args.conditions, args.prevalence), limit=args.limit,
+        image_size=args.image_size, settings=phantom_settings(args.conditions, args.prevalence, args.severities), limit=args.limit,
     )  # fmt: skip
     write_rows(output, rows)
     written = [output]
@@ -309,14 +313,15 @@ def slake_region(row):
 
 # ------------------------------------------------------------------------------------------------------------- phantom
 
-def phantom_settings(conditions=None, prevalence=None):
-    """The default hospital, or one that has only some conditions, each with the given chance."""
-    if conditions is None and prevalence is None:
+def phantom_settings(conditions=None, prevalence=None, severities=None):
+    """The default hospital, or one that has only some conditions, each with the given chance, of these severities."""
+    if conditions is None and prevalence is None and severities is None:
         return DEFAULT
     chosen = conditions or [name for name in ORDER if name in PREVALENCE]
     return PhantomSettings(
         prevalence={name: PREVALENCE[name] if prevalence is None else prevalence for name in chosen},
         together={pair: chance for pair, chance in TOGETHER.items() if set(pair) <= set(chosen)},
+        severities=severities or LEVELS,
     )
 
 

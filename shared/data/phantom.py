@@ -46,7 +46,7 @@ from shared.data.phantom_body import (
     draw_position,
     organ_boxes,
 )
-from shared.data.phantom_findings import CHRONIC, ORDER, SEVERITIES, SIGN, ZONES, Finding, place, place_blob
+from shared.data.phantom_findings import CHRONIC, LEVELS, ORDER, SEVERITIES, SIGN, ZONES, Finding, place, place_blob
 from shared.data.phantom_lateral import lateral_film
 from shared.data.phantom_text import write_questions, write_report
 from shared.metrics.labels import CONDITIONS, PARENTS
@@ -83,7 +83,8 @@ class PhantomSettings:
     above). normal: share of patients to whom nothing of this applies. uncertain: share of findings that the report
     only suspects. omitted: share of findings the report forgets. shortcut: (condition, agreement): a bright triangle
     in a lower corner that is there as often as `agreement` when the condition is, and as rarely when it is not; 0.5 is
-    no shortcut. guessable: 0: the words of a closed question do not tell its answer; 1: they tell it always.
+    no shortcut. severities: how often findings are mild, moderate and severe, as weights: (0, 0, 1) for a course that a
+    small model can pass. guessable: 0: the words of a closed question do not tell its answer; 1: they tell it always.
     """
 
     prevalence: dict = field(default_factory=lambda: dict(PREVALENCE))
@@ -93,6 +94,7 @@ class PhantomSettings:
     omitted: float = 0.0
     shortcut: tuple = ()
     guessable: float = 0.0
+    severities: tuple = LEVELS
 
     def __post_init__(self):
         for name, value in self.prevalence.items():
@@ -108,6 +110,9 @@ class PhantomSettings:
         for name in ("normal", "uncertain", "omitted", "guessable"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} is {getattr(self, name)}, not between 0 and 1")
+        if len(self.severities) != 3 or min(self.severities) < 0 or not sum(self.severities):
+            raise ValueError(f"severities are {self.severities!r}, expected three weights, of mild, moderate and severe")
+        object.__setattr__(self, "severities", tuple(self.severities))
         object.__setattr__(self, "_key", self.key())
         if self.shortcut and (len(self.shortcut) != 2 or self.shortcut[0] not in CONDITIONS):
             raise ValueError(f"shortcut is {self.shortcut!r}, expected (condition, agreement)")
@@ -128,6 +133,7 @@ class PhantomSettings:
             self.omitted,
             tuple(self.shortcut),
             self.guessable,
+            self.severities,
         ]
         return repr(parts)
 
@@ -372,7 +378,7 @@ def _plan(seed, index, settings):
         number = 100 + ORDER.index(name)
         d = Draws(seed, patient, number) if name in CHRONIC else Draws(seed, index, number)
         # Placed in the plain frame, so that removing a large heart moves nothing else.
-        truth += place(name, d, Frame(anatomy, position))
+        truth += place(name, d, Frame(anatomy, position), settings.severities)
     shortcut = False
     if settings.shortcut:
         name, agreement = settings.shortcut

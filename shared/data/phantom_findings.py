@@ -543,20 +543,20 @@ DRAW = {
 }
 
 
-_LEVELS = (35, 40, 25)  # mild, moderate, severe
+LEVELS = (35, 40, 25)  # mild, moderate, severe
 
 
-def place(name, d, frame):
+def place(name, d, frame, severities=LEVELS):
     """Findings of one condition, placed in a frame: truth, geometry and outlines."""
-    found = _place(name, d, frame)
+    found = _place(name, d, frame, severities)
     for finding in found:
         finding.depth = d.u(-0.22, 0.34)
     return found
 
 
-def _place(name, d, frame):
+def _place(name, d, frame, severities):
     side = d.pick(("right", "left"))
-    severity = d.pick(SEVERITIES, _LEVELS)
+    severity = d.pick(SEVERITIES, severities)
     if name == "Cardiomegaly":
         level = SEVERITIES.index(severity)
         ratio = (0.56, 0.62, 0.68)[level] + d.u(-0.02, 0.03)
