@@ -222,13 +222,25 @@ def phantom_text():
         for question in study.questions:
             texts += [question.text, question.answer, question.answer.capitalize(), "Answer yes or no."]
             texts += [paraphrase.text for paraphrase in question.paraphrases]
-    return tuple(texts + ["system\nYou are a helpful assistant.", "user\n", "model\n", "assistant\n", "[INST] ", " [/INST]", "\n\n"] * 100)
+    return tuple(texts + ["system\nYou are a helpful assistant.", "user\n", "model\n", "assistant\n", "[INST] ", " [/INST]", "\n\n", *FORMS] * 100)
+
+
+# The fixed words of prompts and structured answers. Real tokenizers know them; here they would be spelled letter by letter, and an
+# answer of twenty words would be longer than the text of a whole report.
+FORMS = (
+    'Answer the question about the medical image with one JSON object and nothing else: "caption": what the image shows, "reasoning": what settles',
+    'the question, "boxes": [[x0, y0, x1, y1], ...] where to look, coordinates from 0 to 1000 across width and height, "answer": a few words.',
+    "Leave out what you do not know, except the answer. First write what you see between <think> and </think>, then the answer in a few words",
+    "between <answer> and </answer>.\nQuestion:",
+    '{"caption": "Frontal', '.", "reasoning": "Seen:', '.", "boxes": [[', ']], "answer": "', '"}', '.", "answer": "', ".</think><answer>", "</answer>", "<think>Frontal",
+)  # fmt: skip
 
 
 def byte_bpe(vocab, special_tokens, bos=None):
     """Byte-level BPE: every text comes back exactly, nothing is unknown. With bos it is put first, as the real tokenizer does."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    # Digits one by one, as Qwen2 and Gemma have them: a coordinate is then the same three tokens wherever it stands.
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab, special_tokens=special_tokens, show_progress=False, min_frequency=2,

@@ -1,0 +1,673 @@
+import itertools
+import json
+import math
+import weakref
+from collections import defaultdict
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from vqa_sft_grpo.grpo import (
+    KL_ESTIMATORS,
+    LOSSES,
+    RATIO_LEVELS,
+    SCALES,
+    check_first_step,
+    combine_metrics,
+    completion_mask,
+    group_advantages,
+    has_signal,
+    normalise_then_sum,
+    policy_loss,
+    selected_logprobs,
+)
+
+EPS = {"eps_low": 0.2, "eps_high": 0.28}
+MAX_LENGTH = 9
+
+
+# --------------------------------------------------- the definitions once more, in numpy, rollout by rollout and token by token
+
+def numpy_advantages(rewards, group_size, scale):
+    out = []
+    known = [r for r in rewards if not math.isnan(r)]
+    for start in range(0, len(rewards), group_size):
+        group = rewards[start : start + group_size]
+        defined = [r for r in group if not math.isnan(r)]
+        for r in group:
+            if math.isnan(r) or len(set(defined)) < 2:
+                out.append(0.0)
+            else:
+                divisor = {"group": np.std(defined, ddof=1) + 1e-4, "batch": np.std(known, ddof=1) + 1e-4, "none": 1.0}[scale]
+                out.append((r - np.mean(defined)) / divisor)
+    return np.array(out)
+
+
+def numpy_loss(logp, old, ref, advantages, mask, loss, level, beta, kl, delta=None, eps_low=0.2, eps_high=0.28):
+    sums, means, all_tokens = [], [], 0
+    for i in range(len(logp)):
+        tokens = [t for t in range(logp.shape[1]) if mask[i, t]]
+        total = 0.0
+        for t in tokens:
+            over = tokens if level == "sequence" else [t]
+            ratio = math.exp(sum(logp[i, s] - old[i, s] for s in over) / len(over))
+            unclipped = min(ratio, delta) if delta else ratio
+            surrogate = min(unclipped * advantages[i], min(max(ratio, 1 - eps_low), 1 + eps_high) * advantages[i])
+            x = ref[i, t] - logp[i, t]
+            estimate = {"k1": -x, "k2": x * x / 2, "k3": math.exp(x) - x - 1, "k3_corrected": (math.exp(x) - x - 1) * ratio}[kl]
+            total += -surrogate + beta * estimate
+        sums.append(total)
+        means.append(total / len(tokens) if tokens else 0.0)
+        all_tokens += len(tokens)
+    return {"grpo": np.mean(means), "dr_grpo": sum(sums) / (len(logp) * MAX_LENGTH), "dapo": sum(sums) / all_tokens, "bnpo": sum(sums) / all_tokens}[loss]
+
+
+def numpy_gradient(function, x, step=1e-6):
+    gradient = np.zeros_like(x)
+    for index in np.ndindex(x.shape):
+        up, down = x.copy(), x.copy()
+        up[index] += step
+        down[index] -= step
+        gradient[index] = (function(up) - function(down)) / (2 * step)
+    return gradient
+
+
+def rollouts(seed=6, b=8, t=6, spread=0.35):
+    """Log-probabilities of three policies whose ratios lie below, in and above the clipping range; rewards, mask with gaps of length."""
+    rng = np.random.default_rng(seed)
+    logp = -rng.exponential(1.0, (b, t))
+    drift = rng.standard_normal((b, 1)) + rng.standard_normal((b, t))  # a part per rollout, so that their means differ too
+    old, ref = logp + spread * drift, logp + 0.5 * rng.standard_normal((b, t))
+    mask = np.arange(t) < rng.integers(1, t + 1, (b, 1))
+    mask[0], mask[3] = True, False  # a full one, and one that was taken out
+    rewards = rng.choice([0, 0.3, 1, 1.5], b).astype(float)
+    rewards[:2] = 0, 1
+    return logp, old, ref, mask, rewards
+
+
+def tensors(*arrays):
+    return [torch.from_numpy(a) for a in arrays]
+
+
+def options(loss, **more):
+    return EPS | {"loss": loss, "max_completion_length": MAX_LENGTH} | more
+
+
+# -------------------------------------------------------------------------------------------------------------- the loss
+
+@pytest.mark.parametrize(("loss", "scale", "level"), list(itertools.product(LOSSES, SCALES, RATIO_LEVELS)))
+def test_loss_and_gradient_equal_the_closed_form_and_its_finite_differences(loss, scale, level):
+    logp, old, ref, mask, rewards = rollouts()
+    rewards[5] = np.nan
+    advantages, _ = group_advantages(rewards, 4, scale)
+    assert advantages.dtype == torch.float64 and np.abs(numpy_advantages(rewards, 4, scale)).max() > 0.5
+    np.testing.assert_allclose(advantages, numpy_advantages(rewards, 4, scale), atol=1e-12)
+
+    for kl, delta in [(kl, None) for kl in KL_ESTIMATORS] + [("k3", 1.4)]:
+        x = torch.from_numpy(logp).requires_grad_()
+        value, metrics = policy_loss(x, *tensors(old, ref), advantages, torch.from_numpy(mask), **options(loss, ratio_level=level, beta=0.3, kl=kl, delta=delta))
+        value.backward()
+
+        def closed_form(z, kl=kl, delta=delta):
+            return numpy_loss(z, old, ref, advantages.numpy(), mask, loss, level, 0.3, kl, delta)
+
+        assert value.item() == pytest.approx(closed_form(logp), abs=1e-12)
+        np.testing.assert_allclose(x.grad, numpy_gradient(closed_form, logp), atol=2e-8)
+        assert torch.all(x.grad[torch.from_numpy(~mask)] == 0)
+    assert metrics["clip_low"] and metrics["clip_high"] and metrics["clip_delta"]  # the rollouts hold all cases, at both levels
+    assert (metrics["tokens"], metrics["ratios"]) == (mask.sum(), 7 if level == "sequence" else mask.sum())  # of 8 rollouts one is empty
+
+
+@pytest.mark.parametrize(("loss", "level"), list(itertools.product(LOSSES, RATIO_LEVELS)))
+def test_gradcheck(loss, level):
+    logp, old, ref, mask, rewards = rollouts(1, b=4, t=4)
+    advantages, _ = group_advantages(rewards, 4)
+    x = torch.from_numpy(logp).requires_grad_()
+    for kl in KL_ESTIMATORS:
+        assert torch.autograd.gradcheck(
+            lambda z, kl=kl: policy_loss(z, *tensors(old, ref), advantages, torch.from_numpy(mask), **options(loss, ratio_level=level, beta=0.5, kl=kl))[0], x
+        )
+
+
+def test_a_case_by_hand():
+    # Two rollouts, A = +1 and -1; ratios 1.5 (clipped to 1.28), 1 | 0.5 (clipped to 0.8). Losses of the tokens: -1.28, -1 | 0.8.
+    old = torch.zeros(2, 2, dtype=torch.float64) - 1
+    logp = old + torch.tensor([[1.5, 1.0], [0.5, 9.0]], dtype=torch.float64).log()
+    mask, advantages = torch.tensor([[1, 1], [1, 0]]), torch.tensor([1.0, -1.0])
+    expected = {"grpo": (-1.14 + 0.8) / 2, "dr_grpo": -1.48 / (2 * 9), "dapo": -1.48 / 3, "bnpo": -1.48 / 3}
+    for loss, number in expected.items():
+        value, metrics = policy_loss(logp, old, None, advantages, mask, **options(loss))
+        assert value.item() == pytest.approx(number)
+    third = pytest.approx(1 / 3)
+    assert metrics["clip_low"] == third and metrics["clip_high"] == third and metrics["clip_region"] == pytest.approx(2 / 3)
+    assert metrics["ratio_mean"] == pytest.approx(1) and metrics["ratio_min"] == pytest.approx(0.5) and metrics["ratio_max"] == pytest.approx(1.5)
+    assert (metrics["tokens"], metrics["ratios"]) == (3, 3) and "kl" not in metrics and "entropy" not in metrics
+
+    # One ratio per rollout: sqrt(1.5 * 1) = 1.2247 is inside the range, 0.5 is not.
+    value, metrics = policy_loss(logp, old, None, advantages, mask, **options("grpo", ratio_level="sequence"))
+    assert value.item() == pytest.approx((-(1.5**0.5) + 0.8) / 2)
+    assert metrics["clip_low"] == 0.5 and metrics["clip_high"] == 0 and metrics["ratios"] == 2
+
+    # The ratio of a negative advantage is not bounded from above, unless by delta.
+    high = old + math.log(5)
+    for delta, number in ((None, 5.0), (2.0, 2.0)):
+        value, metrics = policy_loss(high, old, None, torch.tensor([-1.0, -1.0]), mask, **options("dapo", delta=delta))
+        assert value.item() == pytest.approx(number) and metrics["clip_region"] == 0
+    assert metrics["clip_delta"] == 1
+
+
+@pytest.mark.parametrize(("loss", "level", "kl"), list(itertools.product(LOSSES, RATIO_LEVELS, KL_ESTIMATORS)))
+def test_first_step_has_ratio_1_kl_0_nothing_clipped_and_the_policy_gradient(loss, level, kl):
+    logp, _, _, mask, rewards = rollouts(2)
+    advantages, _ = group_advantages(rewards, 4)
+    gradients = []
+    for old in (None, torch.from_numpy(logp.copy())):
+        x = torch.from_numpy(logp).requires_grad_()
+        value, metrics = policy_loss(x, old, x.detach().clone(), advantages, torch.from_numpy(mask), **options(loss, ratio_level=level, beta=0.7, kl=kl))
+        value.backward()
+        check_first_step(metrics, tolerance=0)
+        assert metrics["ratio_min"] == metrics["ratio_max"] == 1 and metrics["clip_region"] == 0 and metrics["kl"] == 0
+        gradients.append(x.grad)
+    assert torch.equal(*gradients)
+    if loss == "grpo" and level == "token" and kl != "k1":  # at KL 0 only k1 has a gradient: of the size of beta, but of mean zero
+        lengths = np.maximum(mask.sum(1, keepdims=True), 1)
+        np.testing.assert_allclose(gradients[0], -advantages.numpy()[:, None] * mask / lengths / len(mask), atol=1e-15)
+
+
+def test_check_first_step_says_what_is_wrong():
+    logp, old, ref, mask, rewards = map(torch.from_numpy, rollouts())
+    advantages = group_advantages(rewards, 4)[0]
+    check_first_step(policy_loss(logp, logp + 5e-4, logp, advantages, mask)[1])
+    check_first_step(policy_loss(logp, None, ref, advantages, mask)[1], fresh_reference=False)
+    check_first_step(policy_loss(logp, old, ref, advantages, torch.zeros_like(mask))[1])  # no token, nothing to check
+    with pytest.raises(RuntimeError, match="KL 0.* instead of 0"):
+        check_first_step(policy_loss(logp, None, ref, advantages, mask)[1])
+    with pytest.raises(RuntimeError, match="ratio_min .* ratio_max .* clipped"):
+        check_first_step(policy_loss(logp, old, logp, advantages, mask)[1])
+    with pytest.raises(RuntimeError, match="ratio_min nan"):
+        check_first_step(policy_loss(logp * torch.nan, None, None, advantages, mask)[1])
+
+
+@pytest.mark.parametrize(("loss", "level"), list(itertools.product(LOSSES, RATIO_LEVELS)))
+def test_loss_does_not_depend_on_padding_or_order(loss, level):
+    logp, old, ref, mask, rewards = rollouts(3)
+    advantages = group_advantages(rewards, 4)[0]
+    settings = options(loss, ratio_level=level, beta=0.2)
+
+    def run(*arrays):
+        x, old, ref, mask, advantages = tensors(*arrays)
+        x.requires_grad_()
+        value, metrics = policy_loss(x, old, ref, advantages, mask, entropy=-ref, **settings)
+        value.backward()
+        return value.item(), x.grad.numpy(), metrics
+
+    value, gradient, metrics = run(logp, old, ref, mask, advantages.numpy())
+    rubbish = np.where(mask, 0, np.resize([np.nan, np.inf, -np.inf, 1e9], mask.shape))
+    beyond = np.full((len(mask), 3), np.nan)
+    padded = [np.concatenate([a + rubbish, beyond], 1) for a in (logp, old, ref)]
+    value_2, gradient_2, metrics_2 = run(*padded, np.concatenate([mask, beyond > 0], 1), advantages.numpy())
+    assert value_2 == pytest.approx(value, rel=1e-14) and metrics_2 == pytest.approx(metrics, rel=1e-14)
+    np.testing.assert_allclose(gradient_2, np.pad(gradient, ((0, 0), (0, 3))), atol=1e-16)
+
+    order = np.random.default_rng(0).permutation(len(logp))
+    value_3, gradient_3, metrics_3 = run(logp[order], old[order], ref[order], mask[order], advantages.numpy()[order])
+    assert value_3 == pytest.approx(value, rel=1e-13) and metrics_3 == pytest.approx(metrics, rel=1e-13)
+    np.testing.assert_allclose(gradient_3, gradient[order], atol=1e-15)
+
+
+@pytest.mark.parametrize(("loss", "level"), list(itertools.product(LOSSES, RATIO_LEVELS)))
+@pytest.mark.parametrize("sizes", [(4, 4), (1, 2, 5)])
+def test_micro_batches_add_up_to_the_step(loss, level, sizes):
+    logp, old, ref, mask, rewards = tensors(*rollouts(4))
+    advantages = group_advantages(rewards, 4)[0]
+    settings = options(loss, ratio_level=level, beta=0.2)
+    x = logp.clone().requires_grad_()
+    value, metrics = policy_loss(x, old, ref, advantages, mask, entropy=-ref, **settings)
+    value.backward()
+
+    y, losses, parts = logp.clone().requires_grad_(), [], []
+    for part in torch.arange(8).split(sizes):
+        piece, m = policy_loss(y[part], old[part], ref[part], advantages[part], mask[part], entropy=-ref[part], total_tokens=int(mask.sum()), total_sequences=8, **settings)
+        piece.backward()
+        losses.append(piece.item())
+        parts.append(m)
+    assert combine_metrics(parts) == pytest.approx(metrics, rel=1e-12)
+    if loss != "bnpo":
+        assert sum(losses) == pytest.approx(value.item(), rel=1e-12)
+        torch.testing.assert_close(y.grad, x.grad, rtol=0, atol=1e-15)
+    else:  # each part is divided by its own tokens: the average of the parts' losses, and not that of the whole
+        alone = [policy_loss(logp[p], old[p], ref[p], advantages[p], mask[p], **settings)[0].item() for p in torch.arange(8).split(sizes)]
+        assert sum(losses) == pytest.approx(np.average(alone, weights=sizes), rel=1e-12)
+        assert sum(losses) != pytest.approx(value.item(), rel=1e-3)
+
+
+def test_one_ratio_per_rollout_gives_all_its_tokens_the_same_gradient():
+    logp, old, _, mask, rewards = tensors(*rollouts(5, spread=0.1))
+    logp.requires_grad_()
+    policy_loss(logp, old, None, group_advantages(rewards, 4)[0], mask, **options("dapo", ratio_level="sequence"))[0].backward()
+    rows = [g[m] for g, m in zip(logp.grad, mask, strict=True) if m.any()]
+    assert all(torch.allclose(g, g[0].expand_as(g), atol=1e-16) for g in rows) and sum(g.abs().max() > 0 for g in rows) >= 4
+
+
+def test_kl_measured_with_beta_0_changes_nothing():
+    logp, old, ref, mask, rewards = tensors(*rollouts(6))
+    values = []
+    for reference in (None, ref):
+        x = logp.clone().requires_grad_()
+        value, metrics = policy_loss(x, old, reference, group_advantages(rewards, 4)[0], mask, kl="k3", **EPS)
+        value.backward()
+        values.append((value.item(), x.grad.tolist()))
+    assert values[0] == values[1]
+    assert metrics["kl"] == pytest.approx((((ref - logp).exp() - (ref - logp) - 1)[mask]).mean().item())
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.8])
+def test_what_the_kl_estimators_descend_on(shift):
+    """One token of five, so the expectation over samples of the old policy is a sum: the claims of the module's docstring, exactly."""
+    generator = torch.Generator().manual_seed(0)
+    scores, other, noise = (torch.randn(5, generator=generator, dtype=torch.float64) for _ in range(3))
+    scores.requires_grad_()
+    ref, old = other.log_softmax(0), (scores.detach() + shift * noise).log_softmax(0)  # shift 0: on policy
+
+    def gradient(value):
+        return torch.autograd.grad(value, scores, retain_graph=True)[0]
+
+    def of_estimator(kl):
+        logp = scores.log_softmax(0)[:, None]  # five rollouts of one token, each counted by how often the old policy draws it
+        per_token = torch.stack([policy_loss(logp[[i]], old[[i], None], ref[[i], None], torch.zeros(1), torch.ones(1, 1), beta=1.0, kl=kl)[0] for i in range(5)])
+        return (old.exp() * per_token).sum()
+
+    logp = scores.log_softmax(0)
+    reverse, forward = (logp.exp() * (logp - ref)).sum(), (ref.exp() * (ref - logp)).sum()
+    torch.testing.assert_close(of_estimator("k3_corrected"), reverse)
+    torch.testing.assert_close(gradient(of_estimator("k3_corrected")), gradient(reverse), rtol=0, atol=1e-14)
+    others = {kl: gradient(of_estimator(kl)) for kl in ("k1", "k2", "k3")}
+    expected = {"k1": torch.zeros(5, dtype=torch.float64), "k2": gradient(reverse), "k3": gradient(forward)}
+    for kl, g in others.items():
+        assert torch.allclose(g, expected[kl], atol=1e-14) == (shift == 0), kl
+    if shift == 0:
+        for kl in ("k1", "k3"):
+            torch.testing.assert_close(of_estimator(kl), reverse)  # as a number both are right, k2 is not
+        assert abs(of_estimator("k2") - reverse) > 0.01 and (gradient(reverse) - gradient(forward)).abs().max() > 0.01
+
+
+def test_a_micro_batch_without_tokens_has_loss_0_and_no_gradient():
+    logp, old, ref, mask, rewards = tensors(*rollouts())
+    logp.requires_grad_()
+    parts = []
+    for loss in LOSSES:
+        value, metrics = policy_loss(logp, old, ref, group_advantages(rewards, 4)[0], torch.zeros_like(mask), beta=0.1, **options(loss))
+        assert value.item() == 0 and torch.equal(torch.autograd.grad(value, logp)[0], torch.zeros_like(logp))
+        assert metrics["tokens"] == 0 and metrics["kl"] is None and metrics["ratio_max"] is None
+        parts.append(metrics)
+    full = policy_loss(logp, old, ref, group_advantages(rewards, 4)[0], mask)[1]
+    assert combine_metrics([parts[0], full]) == pytest.approx(full) and combine_metrics(parts) == parts[0]
+
+
+def test_low_precision_is_computed_in_float32():
+    logp, old, ref, mask, rewards = tensors(*rollouts())
+    low = [x.bfloat16() for x in (logp, old, ref)]
+    value, _ = policy_loss(*low, group_advantages(rewards, 4)[0], mask, beta=0.1)
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value.double(), policy_loss(*(x.double() for x in low), group_advantages(rewards, 4)[0], mask, beta=0.1)[0], rtol=1e-5, atol=1e-6)
+
+
+def test_policy_loss_refuses():
+    x, a, m = torch.zeros(2, 3), torch.zeros(2), torch.ones(2, 3)
+    for words, settings in {
+        "loss is one of grpo, dr_grpo, bnpo, dapo, not 'ppo'": {"loss": "ppo"},
+        "ratio_level is one of": {"ratio_level": "word"},
+        "kl is one of": {"kl": "k4"},
+        "beta needs ref_logp": {"beta": 0.1},
+        "dr_grpo needs max_completion_length": {"loss": "dr_grpo"},
+        "delta must be above": {"delta": 1.1},
+        "must have the shape of logp": {"entropy": torch.zeros(2, 1)},
+    }.items():
+        with pytest.raises(ValueError, match=words):
+            policy_loss(x, None, None, a, m, **settings)
+    with pytest.raises(ValueError, match="advantages \\(B,\\)"):
+        policy_loss(x, None, None, a[:, None], m)
+
+
+# -------------------------------------------------------------------------------------------------- advantages and masks
+
+def test_advantages_by_hand():
+    # Group 1: mean 0.5, sample std sqrt(1/3). Group 2: 2 and 4, mean 3, sample std sqrt(2); one undefined. 3 and 4: nothing to compare.
+    rewards = [0, 1, 0, 1, 2, None, 4, None, 1, 1, 1, 1, float("nan"), None, 5, None]
+    advantages, stats = group_advantages(rewards, 4)
+    one, two = 0.5 / ((1 / 3) ** 0.5 + 1e-4), 1 / (2**0.5 + 1e-4)
+    np.testing.assert_allclose(advantages, [-one, one, -one, one, -two, 0, two, 0] + [0] * 8, atol=1e-15)
+    known = [0, 1, 0, 1, 2, 4, 1, 1, 1, 1, 5]
+    assert stats == {
+        "reward": pytest.approx(np.mean(known)), "reward_std": pytest.approx(np.std(known, ddof=1)),
+        "groups": 4, "zero_variance_groups": 2, "frac_reward_zero_std": 0.5, "undefined_rewards": 5,
+    }  # fmt: skip
+    assert has_signal(rewards, 4).tolist() == [True, True, False, False]
+    np.testing.assert_allclose(group_advantages(rewards, 4, "none")[0][:8], [-0.5, 0.5, -0.5, 0.5, -1, 0, 1, 0])
+    np.testing.assert_allclose(group_advantages(rewards, 4, "batch")[0][:2], np.array([-0.5, 0.5]) / (np.std(known, ddof=1) + 1e-4))
+    assert json.loads(json.dumps(stats)) == stats
+    empty = group_advantages([None] * 4, 2)
+    assert empty[0].tolist() == [0] * 4 and empty[1]["reward"] is None and empty[1]["reward_std"] is None
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_advantages_sum_to_0_and_see_only_differences_within_a_prompt(scale):
+    rng = np.random.default_rng(0)
+    rewards = rng.random((5, 4))
+    rewards[1, 2] = np.nan
+    advantages = group_advantages(rewards.ravel(), 4, scale)[0].view(5, 4)
+    np.testing.assert_allclose(advantages.sum(1), 0, atol=1e-12)
+    everywhere = group_advantages(rewards.ravel() + 7.5, 4, scale)[0].view(5, 4)
+    np.testing.assert_allclose(everywhere, advantages, atol=1e-9)
+
+    rewards[3] += 2  # one prompt is easier
+    changed = group_advantages(rewards.ravel(), 4, scale)[0].view(5, 4)
+    if scale != "batch":
+        np.testing.assert_allclose(changed, advantages, atol=1e-9)
+    else:  # the std of all rewards grew, so all advantages shrink by one and the same factor
+        factor = changed[0, 0] / advantages[0, 0]
+        assert 0.1 < factor < 0.9
+        np.testing.assert_allclose(changed, factor * advantages, atol=1e-12)
+
+    rows, columns = rng.permutation(5), rng.permutation(4)
+    shuffled = group_advantages(rewards[rows][:, columns].ravel(), 4, scale)[0].view(5, 4)
+    np.testing.assert_allclose(shuffled, changed[rows][:, columns], atol=1e-12)
+
+
+def test_equal_rewards_up_to_rounding_have_no_advantage():
+    rewards = [0.1 + 0.2, 0.3, 0.3, 0.3, 0, 0, 0, 1e-5]
+    advantages, stats = group_advantages(rewards, 4)
+    assert advantages[:4].tolist() == [0] * 4 and advantages[7] > 0.04 and stats["zero_variance_groups"] == 1
+
+
+def test_advantages_take_tensors_and_refuse_what_is_no_group():
+    assert torch.equal(group_advantages(torch.tensor([0.0, 1.0]), 2)[0], group_advantages([0, 1], 2)[0])
+    for rewards, size, words in (([1, 2, 3], 2, "not whole groups of 2"), ([], 2, "not whole groups"), ([1, 2], 1, "at least 2"), ([1, torch.inf], 2, "infinite"), ([[1], [2]], 2, "1 dimension, got shape \\(2, 1\\)")):
+        with pytest.raises(ValueError, match=words):
+            group_advantages(rewards, size)
+    with pytest.raises(ValueError, match="scale is one of"):
+        group_advantages([1, 2], 2, "std")
+
+
+def test_normalise_then_sum():
+    # Two prompts, two rewards: the second has a hundred times the range of the first, and the same weight.
+    rewards = np.array([[0, 100], [1, 0], [1, 100], [0, 0], [0, 0], [0, 0], [1, 300], [1, np.nan]], dtype=float)
+    weights = [1.0, 0.5]
+    expected = np.zeros(8)
+    for start in (0, 4):
+        for k, weight in enumerate(weights):
+            column = rewards[start : start + 4, k]
+            expected[start : start + 4] += weight * np.nan_to_num((column - np.nanmean(column)) / (np.nanstd(column, ddof=1) + 1e-4))
+    expected = (expected - expected.mean()) / (expected.std(ddof=1) + 1e-4)
+    np.testing.assert_allclose(normalise_then_sum(rewards, weights, 4), expected, atol=1e-12)
+    assert expected[2] > expected[1] > expected[0] > expected[3]  # a point of the first reward counts twice as much as the second's 100
+
+    rewards[7] = np.nan
+    advantages = normalise_then_sum(rewards.tolist(), weights, 4)
+    assert advantages[7] == 0 and advantages[:7].abs().min() > 0.01
+    with pytest.raises(ValueError, match="2 rewards per rollout and 3 weights"):
+        normalise_then_sum(rewards, [1, 1, 1], 4)
+
+
+def test_completion_mask():
+    ids = torch.tensor([[5, 6, 2, 0], [5, 6, 7, 8], [3, 2, 2, 3], [5, 5, 5, 2]])
+    mask, truncated = completion_mask(ids, {2, 3})
+    assert mask.int().tolist() == [[1, 1, 1, 0], [1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 1, 1]]
+    assert truncated.tolist() == [False, True, False, False]
+
+
+# ----------------------------------------------------------------------------------------------------- log-probabilities
+
+def plain_logprobs(hidden, weight, ids, temperature=1.0, bias=None, suppress=()):
+    logits = F.linear(hidden, weight, bias) / temperature
+    logits[..., list(suppress)] = -torch.inf
+    logp = logits.log_softmax(-1)
+    return logp.gather(-1, ids[..., None])[..., 0], torch.special.entr(logp.exp()).sum(-1)
+
+
+def head(seed=0, b=3, t=7, d=16, vocabulary=53, dtype=torch.float32):
+    g = torch.Generator().manual_seed(seed)
+    hidden, weight, bias = (torch.randn(*shape, generator=g, dtype=dtype) for shape in ((b, t, d), (vocabulary, d), (vocabulary,)))
+    return hidden.requires_grad_(), weight.requires_grad_(), bias.requires_grad_(), torch.randint(4, vocabulary, (b, t), generator=g)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize(("chunk", "temperature", "suppress"), [(1, 1.0, ()), (4, 0.7, (0, 3)), (21, 1.3, ()), (500, 1.0, (1,))])
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_selected_logprobs_equal_the_plain_path(with_bias, chunk, temperature, suppress, dtype, atol):
+    hidden, weight, bias, ids = head(dtype=dtype)
+    inputs = [hidden, weight] + [bias] * with_bias
+    outcome = []
+    for function, more in ((selected_logprobs, {"chunk": chunk}), (plain_logprobs, {})):
+        logp, entropy = function(hidden, weight, ids, temperature=temperature, bias=bias if with_bias else None, suppress=suppress, **more)
+        outcome.append((logp, entropy, *torch.autograd.grad((logp * torch.linspace(-1, 2, 21, dtype=dtype).view(3, 7)).sum(), inputs)))
+    assert outcome[0][0].shape == (3, 7) and not outcome[0][1].requires_grad and outcome[0][0].dtype == dtype
+    for ours, plain in zip(*outcome, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=0, atol=atol)
+
+
+def test_selected_logprobs_gradcheck_and_finite_differences_of_a_loss_on_top():
+    hidden, weight, bias, ids = head(b=2, t=3, d=4, vocabulary=11, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda h, w, b: selected_logprobs(h, w, ids, 0.8, 4, b, suppress=(2,))[0], (hidden, weight, bias))
+    old = selected_logprobs(hidden, weight, ids)[0].detach() + 0.05
+
+    def loss(h):
+        logp, entropy = selected_logprobs(h, weight, ids, chunk=4)
+        return policy_loss(logp, old, old - 0.3, torch.tensor([1.0, -1.0]), torch.ones(2, 3), beta=0.2, entropy=entropy)[0]
+
+    assert torch.autograd.gradcheck(loss, hidden)
+
+
+def test_selected_logprobs_does_only_what_is_asked_for():
+    hidden, weight, bias, ids = head()
+    logp, entropy = selected_logprobs(hidden, weight.detach(), ids, with_entropy=False)
+    logp.sum().backward()
+    assert entropy is None and hidden.grad is not None and weight.grad is None  # a frozen head, as with LoRA
+    with torch.no_grad():
+        assert not selected_logprobs(hidden, weight, ids)[0].requires_grad
+    none = torch.zeros(0, dtype=torch.long)
+    empty = hidden.reshape(-1, 16)[:0]
+    selected_logprobs(empty, weight, none)[0].sum().backward()  # all rollouts masked: nothing, but no error
+    assert weight.grad.abs().max() == 0
+    suppressed = selected_logprobs(hidden, weight, torch.full_like(ids, 2), suppress=(2,))[0]
+    assert torch.all(suppressed == -torch.inf)
+    for arguments, words in (((hidden, weight, ids[:, :3]), "do not fit"), ((hidden, weight[:, :5], ids), "do not fit"), ((hidden, weight, ids, 0), "temperature"), ((hidden, weight, ids, 1, 0), "chunk")):
+        with pytest.raises(ValueError, match=words):
+            selected_logprobs(*arguments)
+
+
+def test_selected_logprobs_in_bfloat16_and_under_autocast():
+    hidden, weight, _, ids = (x.detach() for x in head(d=64, vocabulary=211))
+    low = (hidden.bfloat16().requires_grad_(), weight.bfloat16().requires_grad_())
+    results = []
+    for function in (selected_logprobs, lambda h, w, i: (F.linear(h, w).float().log_softmax(-1).gather(-1, i[..., None])[..., 0], None)):
+        logp, _ = function(*low, ids)
+        results.append((logp, *torch.autograd.grad(logp.sum(), low)))
+    assert results[0][0].dtype == torch.float32 and results[0][1].dtype == results[0][2].dtype == torch.bfloat16
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=0, atol=1e-5)
+    for ours, plain in zip(results[0][1:], results[1][1:], strict=True):
+        torch.testing.assert_close(ours, plain, rtol=0.02, atol=0.02)  # a step of bfloat16
+
+    expected = selected_logprobs(hidden, weight, ids)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        h = hidden.bfloat16().requires_grad_()  # what a block under autocast hands on
+        logp = selected_logprobs(h, weight, ids)[0]
+        logp.sum().backward()
+    assert logp.dtype == torch.float32 and h.grad.dtype == torch.bfloat16
+    assert (logp - expected).abs().max() < 0.2
+    torch.testing.assert_close(logp, selected_logprobs(h.float(), weight, ids)[0], rtol=0, atol=0)
+
+
+class Allocations(TorchDispatchMode):
+    """Every tensor that an operation makes, in forward and backward: the largest, and how many bytes live at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest, self.live, self.peak, self.known = 0, 0, 0, set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in tree_iter(out):
+            if isinstance(x, torch.Tensor):
+                self.largest = max(self.largest, x.numel())
+                self.add(x.untyped_storage())
+        return out
+
+    def add(self, storage):
+        if storage.data_ptr() not in self.known and storage.nbytes():
+            self.known.add(storage.data_ptr())
+            self.live += storage.nbytes()
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self.free, storage.data_ptr(), storage.nbytes())
+
+    def free(self, address, size):
+        self.known.discard(address)
+        self.live -= size
+
+
+def allocations(function, tokens, vocabulary=1000, d=8, frozen=True):
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(tokens, d, generator=g, requires_grad=True), torch.randn(vocabulary, d, generator=g, requires_grad=not frozen)
+    ids = torch.randint(vocabulary, (tokens,), generator=g)
+    with Allocations() as seen:
+        logp, entropy = function(hidden, weight, ids)
+        logp.sum().backward()
+        assert entropy.shape == ids.shape and hidden.grad is not None
+    return seen
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_no_array_of_tokens_times_vocabulary_ever_exists(frozen):
+    tokens, vocabulary, chunk, d = 300, 1000, 16, 8
+
+    def chunked(hidden, weight, ids):
+        return selected_logprobs(hidden, weight, ids, chunk=chunk)
+
+    seen = allocations(chunked, tokens, vocabulary, d, frozen)
+    assert chunk * vocabulary == seen.largest  # and nothing larger
+    whole = 4 * tokens * vocabulary
+    rest = 4 * (tokens * (2 * d + 8) + (0 if frozen else 4 * vocabulary * d))  # gradients of hidden and head, per-token numbers
+    assert seen.peak <= 3 * 4 * chunk * vocabulary + rest < 0.4 * whole
+    plain = allocations(plain_logprobs, tokens, vocabulary, d, frozen)
+    assert plain.largest == tokens * vocabulary and plain.peak > 2 * whole  # the measurement sees it where it happens
+
+    twice = allocations(chunked, 2 * tokens, vocabulary, d, frozen)
+    assert twice.largest == seen.largest and twice.peak - seen.peak <= 4 * tokens * (2 * d + 8)  # grows by the tokens' own numbers only
+
+
+# --------------------------------------------------------------------------------------------------------------- TRL
+
+@pytest.mark.parity
+@pytest.mark.parametrize(("loss", "level"), list(itertools.product(LOSSES, RATIO_LEVELS)))
+def test_loss_gradient_and_metrics_equal_trl(loss, level):
+    """TRL's own loss method on made-up log-probabilities: a micro-batch of 8 of a step of 24 rollouts and 77 tokens."""
+    trl = pytest.importorskip("trl")
+    logp, old, ref, mask, rewards = tensors(*rollouts())
+    mask[3, :2] = True  # for TRL an empty rollout has an undefined share of clipped tokens
+    advantages = group_advantages(rewards, 4)[0]
+    entropy = -ref
+    for kl, delta, beta, on_policy in itertools.product(("k3", "k3_corrected"), (None, 1.4), (0.0, 0.3), (False, True)):
+        gradients, x = [], logp.clone().requires_grad_()
+        trainer = SimpleNamespace(
+            _get_per_token_logps_and_entropies=lambda *a, x=x, **o: (x, entropy, None), aux_loss_enabled=False, top_entropy_quantile=1.0, off_policy_mask_threshold=None,
+            importance_sampling_level=level, beta=beta, loss_type=loss, epsilon_low=EPS["eps_low"], epsilon_high=EPS["eps_high"], use_vllm=False, max_completion_length=MAX_LENGTH,
+            args=SimpleNamespace(use_bias_correction_kl=kl == "k3_corrected", delta=delta, steps_per_generation=3), model=SimpleNamespace(training=True),
+            accelerator=SimpleNamespace(num_processes=1, reduce=lambda v, reduction: v, gather=lambda v: v), current_gradient_accumulation_steps=3,
+            _entropy_bonus_enabled=False, _metrics={"train": defaultdict(list)},
+        )  # fmt: skip
+        inputs = {"prompt_ids": mask[:, :1].long(), "prompt_mask": mask[:, :1], "completion_ids": mask.long(), "completion_mask": mask.long()}
+        inputs |= {"advantages": advantages, "num_items_in_batch": torch.tensor(77), "ref_per_token_logps": ref, "old_per_token_logps": None if on_policy else old}
+        theirs = trl.GRPOTrainer._compute_loss(trainer, None, inputs)
+        settings = options(loss, ratio_level=level, beta=beta, kl=kl, delta=delta, total_tokens=77, total_sequences=24, entropy=entropy)
+        ours, metrics = policy_loss(x, None if on_policy else old, ref, advantages, mask, **settings)
+        assert ours.item() == pytest.approx(theirs.item(), abs=1e-12)
+        gradients = [torch.autograd.grad(value, x)[0] for value in (ours, theirs)]
+        torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
+        logged = {name: values[0] for name, values in trainer._metrics["train"].items()}
+        pairs = {"clip_low": "clip_ratio/low_mean", "clip_high": "clip_ratio/high_mean", "clip_region": "clip_ratio/region_mean", "entropy": "entropy"} | ({"kl": "kl"} if beta else {})
+        for name, their_name in pairs.items():
+            assert metrics[name] == pytest.approx(logged[their_name], rel=1e-5), name  # they average in float32
+
+
+@pytest.mark.parity
+@pytest.mark.slow
+def test_a_run_of_trl_has_our_advantages_log_probabilities_losses_and_gradients(tmp_path):
+    """Two prompts with images, G = 4, one rollout phase of two micro-batches, taken twice: the second pass has ratios other than 1."""
+    trl = pytest.importorskip("trl")
+    datasets = pytest.importorskip("datasets")
+    from peft import LoraConfig
+    from PIL import Image
+    from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
+
+    from shared.models.tiny import tiny_folder
+
+    seen = SimpleNamespace(rewards=None, advantages=[], losses=[], logps=[], gradients=[], metrics=[], clipped=[])
+
+    class Compared(trl.GRPOTrainer):
+        def _generate_and_score_completions(self, inputs):
+            out = super()._generate_and_score_completions(inputs)
+            seen.advantages.append((out["advantages"], group_advantages(seen.rewards, 4)[0]))
+            return out
+
+        def _compute_loss(self, model, inputs):
+            theirs = super()._compute_loss(model, inputs)
+            base = self.accelerator.unwrap_model(model).get_base_model()
+            ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+            attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+            length = inputs["completion_ids"].shape[1]
+            names = ("pixel_values", "image_grid_thw", "mm_token_type_ids")
+            hidden = base.model(input_ids=ids, attention_mask=attention, use_cache=False, **{n: inputs[n] for n in names}).last_hidden_state[:, -length - 1 : -1]
+            logp, entropy = selected_logprobs(hidden, base.lm_head.weight, inputs["completion_ids"], temperature=0.9, chunk=5)
+            with torch.no_grad():
+                their_logp, their_entropy, _ = self._get_per_token_logps_and_entropies(
+                    model, ids, attention, length, compute_entropy=True, num_images=inputs["num_images"], **{n: inputs[n] for n in names}
+                )
+            mask = inputs["completion_mask"].bool()
+            seen.logps.append(max((logp - their_logp)[mask].abs().max().item(), (entropy - their_entropy)[mask].abs().max().item()))
+            ours, metrics = policy_loss(
+                logp, inputs.get("old_per_token_logps"), inputs["ref_per_token_logps"], inputs["advantages"], mask, loss="dapo", eps_low=0.05, eps_high=0.08,
+                beta=0.04, total_tokens=inputs["num_items_in_batch"].item(), entropy=entropy,
+            )  # fmt: skip
+            seen.losses.append((ours.item(), theirs.item()))
+            seen.metrics.append((metrics, {name: values[-1] for name, values in self._metrics["train"].items()}))
+            parameters = [p for p in model.parameters() if p.requires_grad]
+            seen.gradients.append([torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters, retain_graph=True)]) for loss in (ours, theirs)])
+            return theirs
+
+    def reward(completion_ids, **_):
+        seen.rewards = [None if i == 6 else len(set(ids)) / 10 + sum(ids) % 7 for i, ids in enumerate(completion_ids)]
+        return seen.rewards
+
+    folder = tiny_folder("tiny:qwen2vl")
+    set_seed(0)
+    images = [Image.fromarray(np.random.default_rng(i).integers(0, 255, (56, 56), dtype=np.uint8)).convert("RGB") for i in range(2)]
+    rows = {"prompt": [[{"role": "user", "content": text}] for text in ("Is there an effusion?", "Which side?")], "image": images}
+    config = trl.GRPOConfig(
+        output_dir=str(tmp_path / "trl"), use_cpu=True, bf16=False, report_to=[], save_strategy="no", disable_tqdm=True, max_steps=2, learning_rate=0.1, lr_scheduler_type="constant",
+        per_device_train_batch_size=4, gradient_accumulation_steps=2, num_generations=4, num_iterations=2, max_completion_length=8, temperature=0.9, beta=0.04,
+        epsilon=0.05, epsilon_high=0.08, gradient_checkpointing=False, logging_steps=100, dataloader_pin_memory=False,
+    )  # fmt: skip
+    trainer = Compared(
+        model=AutoModelForImageTextToText.from_pretrained(folder), processing_class=AutoProcessor.from_pretrained(folder), args=config, reward_funcs=reward,
+        train_dataset=datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image()), peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]),
+    )  # fmt: skip
+    trainer.train()
+
+    (theirs, ours), *more = seen.advantages
+    assert not more and len(seen.losses) == 4 and theirs[6] == ours[6] == 0 and ours.abs().max() > 0.5
+    torch.testing.assert_close(ours.float(), theirs, rtol=0, atol=1e-5)
+    assert max(seen.logps) < 1e-5
+    for (ours, theirs), gradients, (metrics, logged) in zip(seen.losses, seen.gradients, seen.metrics, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-5)
+        assert gradients[1].abs().max() > 1e-3
+        torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
+        for name, their_name in {"kl": "kl", "entropy": "entropy", "clip_region": "clip_ratio/region_mean"}.items():
+            assert metrics[name] == pytest.approx(logged[their_name], abs=1e-5)
+    first, last = seen.metrics[0][0], seen.metrics[3][0]
+    check_first_step(first, tolerance=1e-5)
+    assert last["ratio_max"] > 1.01 and last["kl"] > 1e-4 and last["clip_region"] > 0
