@@ -122,24 +122,42 @@ def best_constant_box(rows, cells=16):
     return best[1]
 
 
+PLACE = 0.25  # a region up to this share of the image is a place; a larger one, such as both lungs, says where to search
+
+
+def is_place(row):
+    """Is the row's region a place in the image, rather than most of it?"""
+    area = sum((x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in row.get("region") or ())
+    return 0 < area <= PLACE * row["width"] * row["height"]
+
+
 def measure_boxes(rows, records, images, train_rows):
-    """Box rate over all rows; IoU with the gold region over all rows that have one (no box: 0), beside the constant box."""
-    groups = [row["group"] for row in rows]
+    """
+    Box rate over all rows; IoU with the gold region over all rows that have one (no box: 0) and, as "places", over those whose
+    region is one: a box that always covers both lungs is nearly right for every "no". Each beside its own best constant box.
+    """
     known = [i for i, row in enumerate(rows) if row.get("region")]
-    constant = best_constant_box(train_rows)
+    found = {"box_rate": rate([bool(r["boxes"]) for r in records], [row["group"] for row in rows])}
+    found |= against_constant_box(known, rows, records, images, train_rows)
+    found["places"] = against_constant_box([i for i in known if is_place(rows[i])], rows, records, images, [r for r in train_rows if is_place(r)])
+    return found
+
+
+def against_constant_box(chosen, rows, records, images, train_rows):
+    """Mean IoU over the rows with these numbers, and of the constant box that is best for the training rows."""
+    constant, groups = best_constant_box(train_rows), [rows[i]["group"] for i in chosen]
 
     def ious(boxes_of):
-        return [0.0 if images[i] is None else region_iou(boxes_of(i), rows[i]["region"], *images[i].shape[:2]) for i in known]
+        return [0.0 if images[i] is None else region_iou(boxes_of(i), rows[i]["region"], *images[i].shape[:2]) for i in chosen]
 
     def scaled(i):
         h, w = images[i].shape[:2]
         return [[constant[0] * w, constant[1] * h, constant[2] * w, constant[3] * h]]
 
-    known_groups = [groups[i] for i in known]
-    found = {"box_rate": rate([bool(r["boxes"]) for r in records], groups), "iou": rate(model := ious(lambda i: records[i]["boxes"]), known_groups), "constant_box": constant}
+    found = {"iou": rate(model := ious(lambda i: records[i]["boxes"]), groups), "constant_box": constant}
     if constant:
         fixed = ious(scaled)
-        found |= {"iou_constant_box": rate(fixed, known_groups), "iou_over_constant_box": paired_difference(model, fixed, known_groups)}
+        found |= {"iou_constant_box": rate(fixed, groups), "iou_over_constant_box": paired_difference(model, fixed, groups)}
     return found
 
 

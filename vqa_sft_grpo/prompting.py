@@ -39,15 +39,14 @@ PLAIN_LENGTH = 200  # characters; a longer text without any mark is not an answe
 MAX_DEPTH = 16  # nested brackets; ours has 3
 MAX_OBJECTS = 50  # of the objects in one text, so many from the end are looked at
 
-UNITS = {"model": "coordinates from 0 to 1000 across width and height", "pixels": "coordinates in pixels of the image"}
+UNITS = {"model": "from 0 to 1000", "pixels": "in pixels"}
 INSTRUCTIONS = {
     "json": (
-        'Answer the question about the medical image with one JSON object and nothing else: "caption": what the image shows, '
-        '"reasoning": what settles the question, "boxes": [[x0, y0, x1, y1], ...] where to look, {units}, '
-        '"answer": a few words. Leave out what you do not know, except the answer.'
+        'Answer the question with one JSON object: "caption": what the image shows, "reasoning": what settles it, '
+        '"boxes": [[x0, y0, x1, y1], ...] where to look, {units}, "answer": a few words.'
     ),
     "think": (
-        "Answer the question about the medical image. First write what you see between <think> and </think>, "
+        "Answer the question. First write what you see between <think> and </think>, "
         "then the answer in a few words between <answer> and </answer>."
     ),
 }

@@ -166,16 +166,17 @@ def json_section(doc, metrics):
 def boxes_section(doc, boxes):
     doc.heading("Boxes")
     rows = [["responses with a box", with_interval(boxes["box_rate"]), boxes["box_rate"]["n"]]]
-    if boxes["iou"]["n"]:
-        rows.append(["mean IoU with the gold region (no box: 0)", with_interval(boxes["iou"], number), boxes["iou"]["n"]])
-        if boxes["constant_box"]:
-            rows.append(["the same of the best constant box", with_interval(boxes["iou_constant_box"], number), boxes["iou_constant_box"]["n"]])
-            rows.append(["difference", with_interval(boxes["iou_over_constant_box"], number), boxes["iou_over_constant_box"]["n"]])
+    for of, part in (("the gold region", boxes), ("a gold region of at most a quarter of the image", boxes["places"])):
+        if part["iou"]["n"]:
+            rows.append([f"mean IoU with {of} (no box: 0)", with_interval(part["iou"], number), part["iou"]["n"]])
+            if part["constant_box"]:
+                rows.append(["the same of its best constant box", with_interval(part["iou_constant_box"], number), part["iou_constant_box"]["n"]])
+                rows.append(["difference", with_interval(part["iou_over_constant_box"], number), part["iou_over_constant_box"]["n"]])
     doc.table(["", "value", "n"], rows)
     if not boxes["iou"]["n"]:
         doc.text("No gold regions are known for these rows: no IoU.")
     elif boxes["constant_box"]:
-        doc.text(f"The constant box, {', '.join(f'{v:.2f}' for v in boxes['constant_box'])} in shares of width and height, was chosen on training rows. Several boxes count as their union.")
+        doc.text(f"The constant box, {', '.join(f'{v:.2f}' for v in boxes['constant_box'])} in shares of width and height, was chosen on training rows, and for the smaller regions another. Several boxes count as their union.")
     else:
         doc.text("No training row has a region, so there is no constant box to compare with.")
 

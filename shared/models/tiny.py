@@ -228,9 +228,8 @@ def phantom_text():
 # The fixed words of prompts and structured answers. Real tokenizers know them; here they would be spelled letter by letter, and an
 # answer of twenty words would be longer than the text of a whole report.
 FORMS = (
-    'Answer the question about the medical image with one JSON object and nothing else: "caption": what the image shows, "reasoning": what settles',
-    'the question, "boxes": [[x0, y0, x1, y1], ...] where to look, coordinates from 0 to 1000 across width and height, "answer": a few words.',
-    "Leave out what you do not know, except the answer. First write what you see between <think> and </think>, then the answer in a few words",
+    'Answer the question with one JSON object: "caption": what the image shows, "reasoning": what settles it, "boxes": [[x0, y0, x1, y1], ...] where',
+    'to look, from 0 to 1000, "answer": a few words. First write what you see between <think> and </think>, then the answer in a few words',
     "between <answer> and </answer>.\nQuestion:",
     '{"caption": "Frontal', '.", "reasoning": "Seen:', '.", "boxes": [[', ']], "answer": "', '"}', '.", "answer": "', ".</think><answer>", "</answer>", "<think>Frontal",
 )  # fmt: skip
