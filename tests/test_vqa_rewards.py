@@ -1,0 +1,462 @@
+"""What a rollout earns: formulas worked out by hand, each term on cases for and against, the edited images, and the report of why."""
+import json
+import random
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from shared.data.phantom import phantom_study
+from shared.runtime import InputError
+from vqa_sft_grpo import rewards
+from vqa_sft_grpo.counterfactual import FILLS
+from vqa_sft_grpo.prepare_data import grpo_row, make_rows, phantom_study_rows
+from vqa_sft_grpo.prompting import boxes_to_model, build_prompt, build_target, instruction, parse_response
+from vqa_sft_grpo.rewards import (
+    AnswerFrequencies,
+    EditPlan,
+    RewardSettings,
+    answer_alone,
+    answer_to_score,
+    explain,
+    ignored_fields,
+    measure_drops,
+    parse_weights,
+    plan_edits,
+    rollout_terms,
+    score_rollouts,
+)
+
+YES_NO = {"id": "a", "question": "Is there a pleural effusion?", "gold": "yes", "answer_type": "closed", "region": [[20, 40, 60, 80]], "width": 100, "height": 100}
+SIDE = {"id": "b", "question": "Is the nodule on the left or the right?", "gold": "left", "answer_type": "closed"}
+OPEN = {"id": "c", "question": "What abnormality is seen in the left lower zone?", "gold": "pleural effusion", "answer_type": "open"}
+
+
+def written(**fields):
+    return json.dumps(fields)
+
+
+def earned(row, settings=None, drops=(None, None), frequencies=None, tokens=None, **fields):
+    return rollout_terms(row, written(**fields), settings or RewardSettings(), frequencies, *drops, tokens)
+
+
+# --- composition ---
+
+
+def test_gated_by_hand():
+    boxes = boxes_to_model([[20, 40, 60, 60]], 100, 100)  # half of the gold box: IoU 0.5
+    right = earned(YES_NO, drops=(0.9, [0.1, 0.3]), boxes=boxes, answer="yes")  # V = 0.9 - 0.2
+    assert right["reward"] == pytest.approx(1 * (1 + 0.3 * 0.7) + 0.15 * 0.5)
+    assert (right["format"], right["answer"], right["consistency"], right["counterfactual"]) == (1.0, 1.0, 0.5, pytest.approx(0.7))
+    assert earned(YES_NO, drops=(0.1, [0.5]), boxes=boxes, answer="yes")["reward"] == pytest.approx(1 + 0.15 * 0.5 - 0.3 * 0.4)
+    assert earned(YES_NO, drops=(0.9, [0.2]), boxes=boxes, answer="no")["reward"] == pytest.approx(0.15 * 0.5)  # looking is no income
+    assert earned(YES_NO, drops=(0.1, [0.5]), boxes=boxes, answer="no")["reward"] == pytest.approx(0.15 * 0.5 - 0.3 * 0.4)
+    assert earned(YES_NO, drops=(9.0, [0.0]), answer="yes")["reward"] == pytest.approx(1.3)  # V is at most 1, no box earns 0
+    assert earned(YES_NO, drops=(-9.0, [0.0]), answer="no")["reward"] == pytest.approx(-0.3)
+    assert earned(YES_NO, answer="yes", reasoning="No pleural effusion.")["reward"] == pytest.approx(1 - 0.2)
+    assert earned(YES_NO, answer="yes", caption=YES_NO["question"])["reward"] == pytest.approx(1 - 0.2)
+    closed = earned(YES_NO, drops=(-9.0, [0.0]), answer="yes", boxes=boxes, extra=1)
+    assert closed["gate"] == 0 and closed["reward"] == 0  # neither income nor V behind a closed gate
+    assert earned(YES_NO, answer="yes", extra=1, caption=YES_NO["question"])["reward"] == pytest.approx(-0.2)
+
+
+def test_additive_by_hand():
+    settings = RewardSettings("additive")
+    boxes = boxes_to_model([[20, 40, 60, 60]], 100, 100)
+    assert earned(YES_NO, settings, (0.9, [0.2]), boxes=boxes, answer="yes")["reward"] == pytest.approx(0.2 + 0.4 + 0.2 * 0.5 + 0.2 * 0.7)
+    assert earned(YES_NO, settings, (0.9, [0.2]), boxes=boxes, answer="no")["reward"] == pytest.approx(0.2 + 0.2 * 0.5 + 0.2 * 0.7)
+    assert earned(YES_NO, settings, reasoning="No pleural effusion.", answer="yes")["reward"] == pytest.approx(0.2 + 0.4 - 0.2)
+    assert rollout_terms(YES_NO, "yes", settings)["reward"] == pytest.approx(0.4)  # no gate: a bare answer is paid
+    assert earned(YES_NO, RewardSettings("additive", "1,0,0,0"), answer="no")["reward"] == 1.0
+
+
+def test_weights_scale_their_own_terms():
+    case = dict(row=YES_NO, drops=(0.9, [0.2]), boxes=boxes_to_model([[20, 40, 60, 60]], 100, 100), answer="yes", caption=YES_NO["question"])
+    assert earned(settings=RewardSettings(weights="0.4,0.4,0.2,0.2"), **case)["reward"] == pytest.approx(1.21 + 0.075 - 0.4)
+    assert earned(settings=RewardSettings(weights="0.2,0.2,0.2,0.2"), **case)["reward"] == pytest.approx(0.605 + 0.075 - 0.2)
+    assert earned(settings=RewardSettings(weights="0.2,0.4,0.4,0.2"), **case)["reward"] == pytest.approx(1.21 + 0.15 - 0.2)
+    assert earned(settings=RewardSettings(weights="0.2,0.4,0.2,0"), **case)["reward"] == pytest.approx(1.0 + 0.075 - 0.2)
+    assert earned(settings=RewardSettings(weights="0,0.8,0,0"), **case)["reward"] == pytest.approx(2.0)
+
+
+def test_cap_hides_no_deduction():
+    frequencies = AnswerFrequencies([dict(OPEN, gold="x-ray")] * 40 + [OPEN])
+    target = dict(OPEN, region=[[20, 40, 60, 80]], width=100, height=100)
+    best = earned(target, None, (1.0, [0.0]), frequencies, boxes=boxes_to_model([[20, 40, 60, 80]], 100, 100), answer="pleural effusion")
+    assert best["class_weight"] == 2.0 and best["reward"] == pytest.approx(1.5 + 0.15)
+    assert earned(target, None, (1.0, [0.0]), frequencies, answer="pleural effusion")["reward"] == pytest.approx(1.5)
+    assert earned(target, None, (0.0, [1.0]), frequencies, answer="pleural effusion", tokens=256)["reward"] == pytest.approx(1.5 - 0.3 - 0.2)
+
+
+@pytest.mark.parametrize("weights", ["0.2,0.4,0.2", "a,b,c,d", "0.2,0.4,0.2,-1", "0,0,0,0", "nan,1,1,1", "inf,1,1,1", None, 3])
+def test_wrong_weights(weights):
+    with pytest.raises(InputError, match="four numbers"):
+        parse_weights(weights)
+
+
+def test_settings():
+    assert parse_weights(" 0.2, 0.4,0.2,0.2") == rewards.DEFAULT_WEIGHTS == RewardSettings().weights
+    with pytest.raises(InputError, match="gated and additive"):
+        RewardSettings("product")
+    with pytest.raises(InputError, match="style"):
+        RewardSettings(style="xml")
+
+
+# --- rows of older files ---
+
+
+def test_older_rows():
+    old = {"image_path": "x.png", "question": OPEN["question"], "gold": "pleural effusion"}
+    terms = rollout_terms(old, written(answer="pleural effusion"))
+    assert terms["reward"] == 1.0 and terms["kind"] == "open"
+    assert terms["box"] is terms["consistency"] is terms["counterfactual"] is None
+    assert rollout_terms(dict(old, gold="No", question="Is it big?"), written(answer="no"))["kind"] == "yes/no"
+    assert rollout_terms(dict(old, gold="left", question=SIDE["question"]), written(answer="left"))["kind"] == "choice"
+    scored = old | {"delta_cf_roi": 0.9, "delta_cf_rand": 0.1, "valid_json": True, "answer_correct": True}
+    assert rollout_terms(scored, written(answer="pleural effusion")) == terms
+    note = ignored_fields([old, scored, scored])
+    assert all(f"{name} (2 rows)" in note for name in ("delta_cf_roi", "delta_cf_rand", "valid_json", "answer_correct")) and "ignored" in note
+    assert ignored_fields([old, YES_NO]) == ""
+
+
+# --- frequency ---
+
+
+def test_frequencies_by_hand():
+    def asked(answer, n, **more):
+        return [dict(YES_NO, gold=answer, split="train") | more] * n
+
+    frequencies = AnswerFrequencies(asked("yes", 2) + asked("No", 7) + asked("yes", 99, split="val") + asked("yes", 99, split="test"))
+    assert frequencies.weight(dict(YES_NO, gold="yes")) == pytest.approx((9 + 2) / (2 * 3))
+    assert frequencies.weight(dict(YES_NO, gold="no")) == pytest.approx((9 + 2) / (2 * 8))
+    assert frequencies.weight(SIDE) == 1.0  # no such question in training
+    assert AnswerFrequencies(asked("yes", 1) + asked("no", 500)).weight(YES_NO) == 2.0
+    choices = AnswerFrequencies([dict(SIDE, gold="left")] * 100)
+    assert choices.weight(SIDE) == pytest.approx(102 / (2 * 101)) and choices.weight(dict(SIDE, gold="right")) == 2.0
+    opened = AnswerFrequencies([dict(OPEN, gold=f"finding {i % 20}") for i in range(20)] + [dict(OPEN, gold="x-ray")] * 60)
+    assert opened.weight(dict(OPEN, gold="x-ray")) == 0.5 and opened.weight(dict(OPEN, gold="never seen")) == 2.0
+    assert earned(YES_NO, frequencies=frequencies, answer="yes")["answer"] == pytest.approx(11 / 6)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.7, 0.9, 0.99])
+def test_constant_answer_earns_a_half_at_most(share):
+    rows = [dict(YES_NO, gold="no" if i < 1000 * share else "yes") for i in range(1000)]
+    frequencies = AnswerFrequencies(rows)
+    weights = np.array([frequencies.weight(row) for row in rows])
+    right = np.array([row["gold"] == "no" for row in rows])
+    assert (weights * right).mean() < 0.505
+    assert weights.mean() - (weights * right).mean() > min(0.4, 1.5 * (1 - share))  # what seeing would add
+
+
+# --- gate ---
+
+
+@pytest.mark.parametrize("text, why", [
+    (written(answer="yes"), ""), ("```json\n" + written(answer="yes") + "\n```", ""), (written(caption="Film.", reasoning="Seen.", boxes=[[1, 2, 3, 4]], answer="yes"), ""),
+    ("", "no answer"), ("yes", "strict"), ("The answer is " + written(answer="yes"), "other text"), (written(answer="yes") * 2, "other text"),
+    (written(answer="yes", confidence=1), "unknown field"), (written(caption="Film."), "no answer"), (written(answer=["yes", "no"]), "no answer"),
+    (written(answer=True), "text"), (written(answer="yes", caption=["Film."]), "text"), (written(answer="yes", boxes=[1, 2, 3, 4]), "boxes"),
+    (written(answer="yes", boxes=[[1, 2, 3]]), "boxes"), (written(answer="yes", boxes="none"), "boxes"), ('{"answer": "yes", "answer": "no"}', "two different"),
+    ('{"answer": "yes",}', "strict"), ('{"answer": "yes"', "strict"), (written(answer="yes", caption="<|image_pad|>"), "tokens"), (written(answer="yes", caption="<image>"), "tokens"),
+    (build_prompt(YES_NO["question"]), ""), ("<think>x</think><answer>yes</answer>", "strict"),
+])  # fmt: skip
+def test_gate(text, why):
+    terms = rollout_terms(YES_NO, text)
+    if text == build_prompt(YES_NO["question"]):
+        assert terms["gate"] == 0 and terms["reward"] < 0
+        return
+    assert (terms["gate"] == 1) == (why == "") and why in terms["gate_why"]
+    assert (terms["reward"] > 0) == (terms["gate"] == 1)
+    assert (answer_to_score(text) is not None) == (terms["gate"] == 1)
+
+
+def test_think_style():
+    settings = RewardSettings(style="think")
+    terms = rollout_terms(YES_NO, "<think>There is fluid.</think><answer>yes</answer>", settings)
+    assert terms["gate"] == 1 and terms["reward"] == 1.0 and terms["box"] is None
+    assert rollout_terms(YES_NO, "<think>No pleural effusion.</think><answer>yes</answer>", settings)["contradiction"] == -1
+    assert rollout_terms(YES_NO, "<answer>yes</answer><answer>no</answer>", settings)["reward"] <= 0
+    assert rollout_terms(YES_NO, written(answer="yes"), settings)["gate"] == 0
+
+
+# --- answer ---
+
+
+@pytest.mark.parametrize("row, answer, accuracy", [
+    (YES_NO, "yes", 1), (YES_NO, "Yes, a small one.", 1), (YES_NO, "no", 0), (YES_NO, "yes or no", 0), (YES_NO, "yes and no", 0), (YES_NO, "possibly yes", 0), (YES_NO, "y\u0435s", 0),
+    (YES_NO, "not yes", 0), (YES_NO, YES_NO["question"], 0), (YES_NO, "unclear", 0), (YES_NO, "", 0),
+    (SIDE, "left", 1), (SIDE, "on the left", 1), (SIDE, "left or right", 0), (SIDE, "left, right", 0), (SIDE, "both", 0), (SIDE, "not right", 0), (SIDE, "probably left", 0),
+    (OPEN, "pleural effusion", 1), (OPEN, "Pleural effusions.", 1), (OPEN, "effusion", (2 / 3) ** 2), (OPEN, "pleural effusion pleural effusion", (2 / 3) ** 2), (OPEN, "no pleural effusion", 0),
+    (OPEN, "pleural effusion or nodule", 0), (OPEN, "maybe pleural effusion", 0), (OPEN, "nodule", 0), (OPEN, "pleural effusion, nodule", 0.64),
+    (dict(OPEN, gold="left lung"), "right lung", 0), (dict(OPEN, gold="mass or nodule"), "mass or nodule", 1), (dict(OPEN, gold="possible pneumonia"), "possible pneumonia", 1),
+    (dict(OPEN, gold="hyperdense"), "hypodense", 0), (dict(OPEN, gold="hyperdense"), "hyperdense and hypodense", 0),
+])  # fmt: skip
+def test_accuracy(row, answer, accuracy):
+    assert earned(row, answer=answer)["accuracy"] == pytest.approx(accuracy)
+
+
+@pytest.mark.parametrize("k", [2, 3, 4, 6])
+def test_listing_earns_less_than_guessing(k):
+    candidates = ["nodule", "atelectasis", "consolidation", "pneumothorax", "mass", "edema"][:k]
+    listed = [earned(dict(OPEN, gold=gold), answer=", ".join(candidates))["reward"] for gold in candidates]
+    assert np.mean(listed) < 1 / k - 0.02
+
+
+# --- box ---
+
+
+@pytest.mark.parametrize("boxes, value", [
+    ([[200, 400, 600, 800]], 1.0), ([[200, 400, 600, 600]], 0.5), ([[200, 400, 400, 800], [400, 400, 600, 800]], 1.0), ([[600, 800, 1000, 1000]], 0.0), ([], 0.0),
+    ([[0, 0, 1000, 1000]], 0.0), ([[100, 100, 900, 950]], 0.0), ([[0, 0, 100, 100]], 0.0), ([[200, 400, 600, 800], [0, 0, 100, 100]], 0.0), ([[1200, 1200, 1400, 1400]], 0.0),
+    ([[600, 800, 200, 400]], 0.0), ([[200, 400, 600, 800]] * 4, 0.5),
+])  # fmt: skip
+def test_box(boxes, value):
+    terms = earned(YES_NO, boxes=boxes, answer="yes")
+    assert terms["box"] == pytest.approx(value, abs=0.01)
+    assert bool(terms["box_why"]) == (value == 0 or len(boxes) > 2)
+
+
+def test_box_undefined():
+    for row in (SIDE, dict(YES_NO, region=None), dict(YES_NO, width=None), dict(YES_NO, region=[[0, 0, 100, 90]])):
+        assert earned(row, boxes=[[200, 400, 600, 800]], answer="yes")["box"] is None
+
+
+# --- contradiction ---
+
+
+ZONE = {"question": "In which zone is the nodule: upper, mid or lower?", "gold": "lower", "answer_type": "closed"}
+NORMAL = {"question": "Is this film normal?", "gold": "yes", "answer_type": "closed"}
+LESION = {"question": "Is there a lung nodule or mass?", "gold": "yes", "answer_type": "closed"}
+FREE = {"question": "Is this film free of consolidation?", "gold": "yes", "answer_type": "closed"}
+ORGAN = {"question": "Which organ is abnormal?", "gold": "liver", "answer_type": "open"}
+
+
+@pytest.mark.parametrize("row, reasoning, answer, value", [
+    (YES_NO, "No pleural effusion.", "yes", -1), (YES_NO, "There is no effusion.", "yes", -1), (YES_NO, "Seen: left pleural effusion.", "no", -1), (YES_NO, "Yes.", "no", -1),
+    (YES_NO, "No pleural effusion.", "no", 0), (YES_NO, "Seen: left pleural effusion.", "yes", 0), (YES_NO, "Seen: nodule.", "no", 0), (YES_NO, "The heart is large.", "yes", 0),
+    (YES_NO, "Pleural effusion, no pneumothorax.", "yes", 0), (YES_NO, "", "yes", None), (YES_NO, None, "yes", None),
+    (LESION, "Seen: nodule in the right upper lung zone.", "yes", 0), (LESION, "No lung nodules or masses.", "no", 0), (LESION, "No lung nodules or masses.", "yes", -1),
+    (LESION, "A lung nodule, no mass.", "yes", 0),
+    (NORMAL, "Nothing abnormal.", "yes", 0), (NORMAL, "The film is abnormal.", "yes", -1), (NORMAL, "Seen: cardiomegaly.", "no", 0), (NORMAL, "The film is normal.", "no", -1),
+    (FREE, "No consolidation.", "yes", 0), (FREE, "Seen: consolidation.", "no", 0),
+    (SIDE, "Seen: nodule in the right upper lung zone.", "left", -1), (SIDE, "Seen: nodule in the left upper lung zone.", "left", 0), (SIDE, "Right effusion and left nodule.", "left", 0),
+    (ZONE, "Seen: nodule in the right upper lung zone.", "lower", -1), (ZONE, "Seen: nodule in the right lower lung zone.", "lower", 0), (ZONE, "It is not upper.", "lower", 0),
+    (OPEN, "No pleural effusion.", "pleural effusion", -1), (OPEN, "Seen: pleural effusion, no nodule.", "pleural effusion", 0), (OPEN, "Fluid along the chest wall.", "pleural effusion", 0),
+    (ORGAN, "The spleen is enlarged.", "liver", -1), (ORGAN, "The liver is enlarged, the spleen is not.", "liver", 0), (ORGAN, "It is enlarged.", "liver", 0),
+    (dict(OPEN, gold="small"), "Seen: large pleural effusion.", "small", -1), (dict(OPEN, gold="small"), "Seen: small pleural effusion in the large left lung.", "small", 0),
+])  # fmt: skip
+def test_contradiction(row, reasoning, answer, value):
+    terms = earned(row, reasoning=reasoning, answer=answer) if reasoning is not None else earned(row, answer=answer)
+    assert terms["contradiction"] == value, terms["contradiction_why"]
+    assert bool(terms["contradiction_why"]) == (value == -1)
+
+
+# --- penalties ---
+
+
+def test_copying():
+    for caption in (YES_NO["question"], "Is there pleural effusion", "A film. Is there a pleural effusion? Yes.", re.search('"caption": ([^,]+)', instruction("json"))[1]):
+        assert earned(YES_NO, caption=caption, answer="yes")["copying"] == 1, caption
+    for caption in ("There is no pleural effusion.", "Frontal chest x-ray with left pleural effusion.", "Pleural effusion", ""):
+        assert earned(YES_NO, caption=caption, answer="yes")["copying"] == 0, caption
+    assert rollout_terms(YES_NO, build_prompt(YES_NO["question"]))["copying"] == 1
+
+
+def test_repetition():
+    def share(**fields):
+        return earned(OPEN, **fields)["repetition"]
+
+    assert share(answer="effusion effusion effusion effusion") == 1.0
+    assert share(answer="pleural effusion") == share(answer="no") == 0
+    assert share(caption="The lungs are clear. " * 20, answer="x") > 0.9
+    assert share(caption="Frontal chest x-ray with cardiomegaly, left pleural effusion and nodule in the right upper lung zone.", answer="x") == 0
+    assert share(caption="Mass in the left upper lung zone and nodule in the left upper lung zone.", answer="x") == 0
+    # 10 words, 8 triples, 4 different: half of them repeat, which is 0.1 above 0.4
+    assert share(caption="b c d e b c d e b c", answer="x") == pytest.approx(0.1 / 0.6)
+
+
+def test_length():
+    values = [earned(YES_NO, answer="yes", tokens=n)["length"] for n in (1, 128, 160, 192, 256, 400)]
+    assert values == pytest.approx([0, 0, 0.25, 0.5, 1, 1])
+    assert earned(YES_NO, RewardSettings(max_tokens=64), answer="yes", tokens=48)["length"] == pytest.approx(0.5)
+    assert earned(YES_NO, answer="yes", caption=" ".join(f"word{i}" for i in range(300)))["penalty"] == 1.0
+
+
+# --- what gold and noise earn ---
+
+
+def gold_terms(row):
+    terms = rollout_terms(row, build_target(row))
+    return terms["gate"], terms["accuracy"], terms["penalty"], terms["contradiction"] in (0, None), terms["box"] in (None, 1.0)
+
+
+def test_gold_of_the_phantom_earns_everything():
+    rows = [row for i in range(120) for row in phantom_study_rows(phantom_study(3, i, 64), "train", Path("x"))]
+    bad = [(row["question"], row["output"], found) for row in rows if (found := gold_terms(row)) != (1, 1, 0, True, True)]
+    assert len(rows) > 500 and not bad, bad[:3]
+
+
+@pytest.mark.slow
+@pytest.mark.realdata
+@pytest.mark.parametrize("name, folder, least", [("vqa_rad", "vqa_rad", 0.97), ("slake", "slake", 0.99)])
+def test_gold_of_real_rows(name, folder, least, real_data):
+    rows, _ = make_rows(name, "all", str(real_data(folder).parent))
+    found = [gold_terms(row) for row in rows]
+    print(name, len(rows), [row["answer"] for row, f in zip(rows, found, strict=True) if f[1] != 1][:20])
+    assert all(f[0] == 1 for f in found) and all(f[3] for f in found)
+    assert np.mean([f[1] == 1 for f in found]) >= least
+    assert np.mean([f[2] == 0 for f in found]) >= 0.999
+
+
+def test_any_text():
+    draw = random.Random(0)
+    pieces = [*'{}[]",:', "yes", " no ", "left", "\u200b", "\ud800", "NaN", '"answer": ', '"boxes": ', "[[0, 0, 1e999, 1]]", "<answer>", "\n", "or", "```", "caption", "1" * 30, "\x00"]
+    for _ in range(400):
+        text = "".join(draw.choices(pieces, k=draw.randrange(25)))
+        if draw.random() < 0.3:
+            text = '{"answer": "' + text.replace('"', "") + '"}'
+        for row in (YES_NO, SIDE, OPEN):
+            terms = rollout_terms(row, text, d_roi=draw.uniform(-5, 5), d_rand=[draw.uniform(-5, 5)])
+            assert -0.7 - 1e-9 <= terms["reward"] <= 1.65 + 1e-9
+            json.dumps(terms, allow_nan=False)
+            assert set(terms) == set(rewards.MEANINGS)
+
+
+# --- edited images ---
+
+
+@pytest.fixture(scope="module")
+def film():
+    for index in range(100):
+        study = phantom_study(0, index, 64)
+        for row in phantom_study_rows(study, "train", Path("x")):
+            if row["region"] and not plan_edits(row, study.image).why:
+                return grpo_row(row, Path(".")), study.image
+    raise AssertionError("no phantom row with room for random regions")
+
+
+def test_plan_edits(film):
+    row, image = film
+    plan = plan_edits(row, image, k=3, seed=5)
+    assert len(plan.images) == 5 and plan.images[0] is image and not plan.why and plan.fill == "inpaint"
+    for number, (edited, boxes) in enumerate(zip(plan.images[1:], [plan.roi, *plan.random], strict=True)):
+        inside = np.zeros(image.shape[:2], bool)
+        for x0, y0, x1, y1 in boxes:
+            inside[y0:y1, x0:x1] = True
+        changed = edited != image if image.ndim == 2 else (edited != image).any(2)
+        assert changed.any() and not (changed & ~inside).any(), number
+    again, other = plan_edits(row, image, k=3, seed=5), plan_edits(row, image, k=3, seed=6)
+    assert all((a == b).all() for a, b in zip(plan.images, again.images, strict=True)) and plan.random == again.random != other.random
+    assert {plan_edits(row, image, fill="mixed", seed=[1, step]).fill for step in range(12)} <= set(FILLS)
+    assert len({plan_edits(row, image, fill="mixed", seed=[1, step]).fill for step in range(12)}) > 1
+    assert plan_edits(dict(row, region=None), image) == EditPlan(why="no gold region")
+    assert plan_edits(dict(row, region=[[0, 0, 64, 64]]), image).why == "region too large"
+    with pytest.raises(InputError, match="no fill 'black'"):
+        plan_edits(row, image, fill="black")
+
+
+class Scorer:
+    """score() of a model whose answer hangs on the brightness of one place, and that likes `believes`."""
+
+    def __init__(self, boxes, image, believes):
+        self.boxes, self.level, self.believes, self.calls, self.images = boxes, self.look(boxes, image), believes, 0, 0
+
+    @staticmethod
+    def look(boxes, image):
+        return np.mean([image[y0:y1, x0:x1].mean() for x0, y0, x1, y1 in boxes])
+
+    def __call__(self, images, questions, answers):
+        self.calls, self.images = self.calls + 1, self.images + len(images)
+        seen = [abs(self.look(self.boxes, image) - self.level) for image in images]
+        return [(-0.1 - change) if answer == self.believes else (-2.0 + change) for change, answer in zip(seen, answers, strict=True)]
+
+
+def test_drops_tell_where_a_policy_looks(film):
+    row, image = film
+    row = dict(row, question="Is there an effusion?", gold="yes", answer_type="closed")
+    plan, nothing = plan_edits(row, image, k=4), EditPlan(why="no gold region")
+    score = Scorer(plan.roi, image, "yes")
+    texts = [written(answer="yes"), written(answer="no"), "no object", written(answer="yes", caption="A film.")]
+    answers = [answer_to_score(text) for text in texts]
+    assert answers == ["yes", "no", None, "yes"]
+    drops = measure_drops(score, [row["question"]] * 5, [*answers, "yes"], [plan] * 4 + [nothing])
+    assert score.calls == 1 and score.images == 2 * 6  # two distinct answers, 2 + 4 images each
+    expected = abs(Scorer.look(plan.roi, plan.images[1]) - score.level)
+    assert drops[0]["d_roi"] == pytest.approx(expected) and drops[0] == drops[3] and len(drops[0]["d_rand_each"]) == 4
+    assert drops[1]["d_roi"] == pytest.approx(-expected)
+    assert drops[2]["d_roi"] is None and "no answer" in drops[2]["counterfactual_why"] and drops[4]["counterfactual_why"] == "no gold region"
+    terms = score_rollouts([row] * 4, texts, drops=drops[:4])
+    assert terms[0]["counterfactual"] > 0.5 and terms[0]["reward"] > 1.1 and terms[1]["counterfactual"] < 0
+
+    elsewhere = Scorer(plan.random[0], image, "yes")  # right, for what stands somewhere else
+    (found,) = score_rollouts([row], texts[:1], drops=measure_drops(elsewhere, [row["question"]], ["yes"], [plan]))
+    assert found["counterfactual"] < 0 and found["reward"] < 1
+    (blind,) = score_rollouts([row], texts[:1], drops=measure_drops(lambda images, q, a: [-0.3] * len(images), [row["question"]], ["yes"], [plan]))
+    assert blind["counterfactual"] == 0 and blind["reward"] == 1
+
+
+def test_scores_that_are_no_numbers(film):
+    row, image = film
+    plan = plan_edits(row, image, k=2)
+    for bad in (float("nan"), float("-inf"), None):
+        (found,) = measure_drops(lambda images, q, a, bad=bad: [-1.0, bad, -1.0, -1.0], ["?"], ["yes"], [plan])
+        assert found["d_roi"] is None and "not finite" in found["counterfactual_why"]
+    with pytest.raises(ValueError, match="3 log-probabilities for 4 images"):
+        measure_drops(lambda images, q, a: [0.0] * 3, ["?"], ["yes"], [plan])
+    assert measure_drops(None, ["?"], [None], [plan])[0]["d_roi"] is None  # nothing to score: not called
+    terms = rollout_terms(YES_NO, written(answer="yes"), d_roi=float("nan"), d_rand=[0.0])
+    assert terms["counterfactual"] is None and terms["reward"] == 1 and terms["counterfactual_why"]
+
+
+@pytest.mark.slow
+def test_drops_of_a_real_model(film):
+    """The tiny model through infer.Answerer: the numbers are those of single passes, and the pixels matter."""
+    from shared.models.loading import load_vlm
+    from vqa_sft_grpo.infer import Answerer
+
+    row, image = film
+    plan = plan_edits(row, image, k=2)
+    answerer = Answerer(load_vlm("tiny:qwen2vl", quant="none", device="cpu", family="qwen2vl"), batch_size=3)
+
+    def score(images, questions, answers):
+        found = answerer.score([build_prompt(q) for q in questions], images, [answer_alone(a)[0] for a in answers])
+        return [f["answer"] for f in found]
+
+    drops = measure_drops(score, [row["question"]] * 2, ["yes", "left lung"], [plan] * 2)
+    alone = [score([edited], [row["question"]], ["left lung"])[0] for edited in plan.images]
+    assert [drops[1]["d_roi"], *drops[1]["d_rand_each"]] == pytest.approx([alone[0] - a for a in alone[1:]], abs=1e-4)
+    assert all(drop["d_roi"] != 0 for drop in drops) and drops[0] != drops[1]
+
+
+@pytest.mark.parametrize("style", ["json", "think"])
+@pytest.mark.parametrize("answer", ["yes", 'the "left" lung', "línea\u00e9", "a\\b", "5 < 6"])
+def test_answer_alone(style, answer):
+    text, (first, last) = answer_alone(answer, style)
+    found = parse_response(text, style)
+    assert found.level == 0 and found.answer == answer
+    assert text[first:last] == (json.dumps(answer, ensure_ascii=False)[1:-1] if style == "json" else answer)
+
+
+# --- why ---
+
+
+@pytest.mark.parametrize("composition", ["gated", "additive"])
+def test_explanation_adds_up(composition):
+    settings = RewardSettings(composition)
+    frequencies = AnswerFrequencies([YES_NO] * 3 + [dict(YES_NO, gold="no")])
+    boxes = boxes_to_model([[20, 40, 60, 60]], 100, 100)
+    for text, drops, words in [
+        (written(boxes=boxes, answer="yes"), (0.9, [0.2, 0.1]), ["'yes' is right", "IoU 0.5", "V +0.75", "+0.900", "no reasoning"]),
+        (written(reasoning="No pleural effusion.", answer="yes"), (0.1, [0.4]), ["the reasoning says no, the answer yes", "V -0.30", "no box"]),
+        (written(answer="possibly yes", caption=YES_NO["question"]), (None, None), ["hedged", "V undefined: not measured", "copied 1"]),
+        (written(answer="no", boxes=[[0, 0, 1000, 1000]]), (0.5, [0.0]), ["the opposite", "more than 60% of the image"]),
+        ("yes!", (None, None), ["gate 0: not strict"]),
+    ]:  # fmt: skip
+        terms = rollout_terms(YES_NO, text, settings, frequencies, *drops)
+        lines = explain(YES_NO, text, terms, settings)
+        summands = [float(m[1]) for line in lines if (m := re.match(r"  ([+-]\d+\.\d{3}) ", line))]
+        assert sum(summands) == pytest.approx(terms["reward"], abs=0.003) and f"reward {terms['reward']:+.3f} ({composition})" in lines
+        assert all(word in "\n".join(lines) for word in words), (words, lines)
+    opened = explain(OPEN, written(answer="effusion"), rollout_terms(OPEN, written(answer="effusion")))
+    assert any("right in part, squared F1 0.44" in line for line in opened)

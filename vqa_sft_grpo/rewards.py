@@ -1,0 +1,537 @@
+"""
+What one rollout earns, term by term, and why.
+
+    plan = plan_edits(row, image, k=4, seed=0)                    # once per prompt: the images that the counterfactual term needs
+    drops = measure_drops(score, questions, answers, plans)       # one call of score() for all rollouts of a step
+    terms = score_rollouts(rows, texts, settings, frequencies, drops, tokens)    # one dict per rollout, all of it for the log
+    terms[0]["reward"]; print("\\n".join(explain(rows[0], texts[0], terms[0])))
+
+Terms of a rollout; None where a row does not define one (no region, no reasoning): it then counts as nothing.
+
+    gate            1 when the text is one JSON object of the four known fields (or <think>..</think><answer>..</answer>) and
+                    nothing else, at most in a code fence, without image or chat tokens; else 0
+    A answer        closed: 1 for the right label. open: squared F1 of words, each counted at most as often as the gold answer has
+                    it. Squared, since to list k candidates (F1 2/(k+1)) must earn less than to guess one of them (1/k).
+                    0 for an answer that says both, hedges, or contradicts the gold one (left for right, "no mass" for "mass").
+                    Times the inverse frequency of the gold answer in the training rows, 0.5 to 2
+    B box           IoU of all boxes together with the gold region, 0 for none, a placeholder, or more than 60 % of the image; times
+                    (n + 1) / boxes where there are more than n + 1 boxes for n gold ones; None without gold
+    C contradiction -1 when the reasoning contradicts the answer (yes or no, side, zone, organ, negation), else 0; None without reasoning
+    V counterfactual  clip((d_roi - mean_k d_rand) / 1 nat, -1, 1): how much less likely the policy finds its OWN answer when the
+                    gold region is taken out of the image, minus the same for random regions of equal area; None without gold region
+    P penalty       too long + repetition + question or instruction copied, each 0 to 1, together at most 1
+
+composition="gated", the default; f, a, s, v are the four weights divided by their defaults 0.2, 0.4, 0.2, 0.2:
+
+    R = gate (min(1.5 max(1, a), a A (1 + 0.3 v V+)) + 0.15 s B + 0.3 v V-) - 0.2 f P + 0.2 s C
+    V+ = max(V, 0) where the answer is right (A before its frequency above 0.5), else 0;    V- = min(V, 0)
+
+With the default weights R lies in [-0.7, 1.65]. Only the answer's part is capped at 1.5: a cap on the whole would hide box and
+penalties of every right answer whose frequency weight is near 2 (zoo.py: a caption of 300 words then cost 0.03 instead of 0.2).
+
+composition="additive", the plain weighted sum that is usual, for comparison (what it lets through: zoo.py):
+
+    R = w_format (gate - P) + w_answer A + w_consistency (B + C) + w_counterfactual V
+
+Format is a gate and no income: paid for, it would pay every wrong answer alike. V multiplies A: looking at the right place
+earns nothing without being right, and being right for another reason costs. V is measured on the gold region (a
+model chooses its own box so as to look good) and on this rollout (what is read from a file is the same for all rollouts of a
+prompt, so that the group's mean takes it away: delta_cf_roi, delta_cf_rand, valid_json and answer_correct of older files are
+ignored, see ignored_fields).
+
+What V can do. The answer is scored as a response of its own, without the rollout's reasoning: after "Seen: left effusion" the
+word "left" hardly depends on the image. So rollouts of one prompt with equal answers have equal V: it sets right answers further
+apart from wrong ones where the model looks at the region, and nearer where it does not. Advantages divided by the
+group's standard deviation undo most of that; scale_rewards "none" or "batch" keeps it.
+"""
+import functools
+import json
+import math
+import re
+import zlib
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from shared.runtime import InputError
+from vqa_sft_grpo.counterfactual import FILLS, fill_region, plan_regions, region_iou, region_mask, whole_boxes
+from vqa_sft_grpo.prompting import FIELDS, boxes_from_model, check_style, instruction, parse_response
+from vqa_sft_grpo.scoring import (
+    COMMON,
+    NEGATORS,
+    OPPOSITES,
+    choice,
+    negated,
+    normalise,
+    options_of,
+    polarity,
+    score_answer,
+    words_and_marks,
+)
+
+COMPOSITIONS = ("gated", "additive")
+TERMS = ("format", "answer", "consistency", "counterfactual")
+DEFAULT_WEIGHTS = (0.2, 0.4, 0.2, 0.2)
+IGNORED = ("delta_cf_roi", "delta_cf_rand", "valid_json", "answer_correct")  # of rows that evaluate.py --export-grpo wrote
+RIGHT = 0.5  # of A, before the frequency: above it V+ counts
+NATS = 1.0  # a drop of the log-probability by this much makes V = 1
+MOST = 1.5  # that the answer's part of the reward can be
+CAP = 2.0  # of the frequency weight, and 1 / CAP its floor: an answer that is always the same must not be forgotten either
+TOO_LARGE = 0.6  # share of the image
+COPIED = 0.8  # of a sentence
+PLACEHOLDERS = ([0, 0, 100, 100], [0, 0, 1, 1], [0, 0, 10, 10])  # boxes of prompts and examples
+SPECIAL = re.compile(r"<\|[a-z_]+\|>|<(?:image|video|s|/s|pad)>", re.IGNORECASE)
+HEDGES = {"or", "either", "maybe", "perhaps", "possibly", "possible", "probably", "likely", "might", "could", "unsure", "uncertain", "unclear", "unknown", "cannot", "versus", "vs", "depend"}
+ORGANS = set("lung heart liver spleen kidney stomach bladder brain colon intestine rectum esophagus trachea pancreas aorta spine larynx eye".split())
+OPPOSITE_WORDS = [pair for pair in OPPOSITES if pair != ("yes", "no")] + [("small", "large")]
+
+MEANINGS = {  # of what a rollout's dict holds, for the head of a log
+    "reward": "what the rollout earned",
+    "format": "gate - penalty", "answer": "A: accuracy x class_weight", "consistency": "B + C", "counterfactual": "V",
+    "gate": "1: exactly one object of known fields, or the two marks; 0 otherwise", "gate_why": "why the gate is closed",
+    "level": "what had to be mended to read it, prompting.REPAIR_LEVELS", "said": "the answer that was read", "kind": "yes/no, choice, closed or open",
+    "accuracy": "A before the frequency weight", "class_weight": "inverse frequency of the gold answer in the training rows, 0.5 to 2",
+    "correct": "right by the strict score of the evaluation", "parsed": "an answer of the kind asked for", "opposite": "contradicts the gold answer", "hedged": "leaves a way out",
+    "box": "B: IoU with the gold region", "box_why": "why it is 0", "contradiction": "C: -1 where the reasoning contradicts the answer", "contradiction_why": "how",
+    "length": "too long, 0 to 1", "repetition": "share of repeated words, 0 to 1", "copying": "1: a sentence is the question or the instruction", "penalty": "P: their sum, at most 1",
+    "d_roi": "drop of the answer's log-probability without the gold region, nats per token", "d_rand": "mean of the same over random regions", "d_rand_each": "for each of them",
+    "counterfactual_why": "why V is undefined",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RewardSettings:
+    """composition: of COMPOSITIONS. weights: of TERMS, or the text "0.2,0.4,0.2,0.2". max_tokens: the longest response that can be sampled."""
+
+    composition: str = "gated"
+    weights: tuple = DEFAULT_WEIGHTS
+    max_tokens: int = 256
+    style: str = "json"
+
+    def __post_init__(self):
+        object.__setattr__(self, "weights", parse_weights(self.weights))
+        check_style(self.style)
+        if self.composition not in COMPOSITIONS:
+            raise InputError(f"there is no reward composition '{self.composition}'; there are {' and '.join(COMPOSITIONS)}")
+
+
+def parse_weights(weights):
+    """ "0.2,0.4,0.2,0.2" or four numbers, of format, answer, consistency and counterfactual -> tuple of floats; InputError."""
+    parts = weights.split(",") if isinstance(weights, str) else weights
+    try:
+        numbers = tuple(float(part) for part in parts)
+    except (TypeError, ValueError):
+        numbers = ()
+    if len(numbers) != len(TERMS) or not all(0 <= n < math.inf for n in numbers) or not any(numbers):
+        raise InputError(f"the reward weights are {weights!r}; give four numbers of at least 0, not all 0, for {', '.join(TERMS)}: 0.2,0.4,0.2,0.2")
+    return numbers
+
+
+def ignored_fields(rows):
+    """-> one sentence that names the fields of rows of older files that no reward reads, "" where there are none."""
+    counts = Counter(name for row in rows for name in IGNORED if name in row)
+    if not counts:
+        return ""
+    return f"the rows hold {', '.join(f'{name} ({n} rows)' for name, n in counts.items())}: ignored, since rewards are measured on each rollout and never read from a file"
+
+
+def gold_of(row):
+    return row["gold"] if "gold" in row else row["answer"]
+
+
+def answer_type_of(row):
+    """Of older files, which do not say: closed when the gold answer is yes or no, or the question offers options."""
+    if row.get("answer_type"):
+        return row["answer_type"]
+    return "closed" if normalise(gold_of(row)) in (["yes"], ["no"]) or options_of(row["question"]) else "open"
+
+
+# -------------------------------------------------------------------------------------------------------- answer frequency
+
+def answer_class(row):
+    """-> (group of questions with the same possible answers, the gold answer's class in it, number of classes or None: open-ended)."""
+    return class_of(gold_of(row), answer_type_of(row), row["question"])
+
+
+@functools.lru_cache(maxsize=8192)
+def class_of(gold, answer_type, question):
+    kind = score_answer(None, gold, answer_type, question)["kind"]
+    said = " ".join(normalise(gold))
+    if kind == "choice":
+        options = [" ".join(tokens) for tokens, _ in options_of(question)]
+        return "choice: " + " | ".join(sorted(options)), options[choice(gold, question)], len(options)
+    return kind, said, 2 if kind == "yes/no" else None
+
+
+class AnswerFrequencies:
+    """
+    Inverse frequencies of gold answers, from training rows only: rows of another split are left out.
+
+    weight(row) = (n + m) / (m (n_c + 1)) within [1/CAP, CAP]: n training rows of the group (yes/no; questions with the same
+    options; open), n_c of them with this answer, m possible answers (open: those that occur). One is added to each count, so
+    an answer that never occurred has a weight too. A constant answer to questions with m possible ones earns about 1/m on
+    average, however often it is right, and never more than about a half.
+    """
+
+    def __init__(self, rows):
+        self.counts, self.classes = {}, {}
+        for row in rows:
+            if row.get("split", "train") == "train":
+                group, answer, classes = answer_class(row)
+                self.counts.setdefault(group, Counter())[answer] += 1
+                self.classes[group] = classes
+
+    def weight(self, row):
+        group, answer, classes = answer_class(row)
+        if not (counts := self.counts.get(group)):
+            return 1.0
+        classes = classes or len(counts)
+        weight = (counts.total() + classes) / (classes * (counts[answer] + 1))
+        return min(CAP, max(1 / CAP, weight))
+
+
+# ---------------------------------------------------------------------------------------------------------- counterfactual
+
+@dataclass
+class EditPlan:
+    """images: [as it is, without the region, without random region 1, ... K], uint8; empty where `why` says that none can be made."""
+
+    images: list = field(default_factory=list)
+    why: str = ""
+    roi: list = field(default_factory=list)
+    random: list = field(default_factory=list)
+    fill: str = ""
+
+
+def plan_edits(row, image, k=4, fill="inpaint", seed=0):
+    """
+    The 2 + k images on which each answer to this row is scored; they do not depend on the rollout. image: uint8 (H, W) or
+    (H, W, 3); row: its "region" is the gold region in pixels. fill: one of counterfactual.FILLS, or "mixed": drawn by the
+    seed (with the step in the seed, a policy cannot get used to one). -> EditPlan.
+    """
+    if fill != "mixed" and fill not in FILLS:
+        raise InputError(f"there is no fill '{fill}'; there are {', '.join(FILLS)} and mixed")
+    seed = [*np.atleast_1d(seed).tolist(), zlib.crc32(f"{row.get('id', '')} {row['question']}".encode())]
+    if not row.get("region"):
+        return EditPlan(why="no gold region")
+    plan = plan_regions(image, row["region"], k, seed)
+    if plan.why:
+        return EditPlan(why=plan.why)
+    if fill == "mixed":
+        fill = FILLS[np.random.default_rng(seed).integers(len(FILLS))]
+    edited = [fill_region(image, boxes, fill, seed=[*seed, number]) for number, boxes in enumerate([plan.roi, *plan.random])]
+    return EditPlan([image, *edited], "", plan.roi, plan.random, fill)
+
+
+def answer_alone(answer, style="json"):
+    """The answer as a whole response, for scoring it without the rollout's reasoning (see above) -> (text, (first, one past the last) character of the answer)."""
+    if style == "json":
+        shown = json.dumps(answer, ensure_ascii=False)[1:-1]
+        before, after = '{"answer": "', '"}'
+    else:
+        shown, before, after = answer, "<think></think><answer>", "</answer>"
+    return before + shown + after, (len(before), len(before) + len(shown))
+
+
+def measure_drops(score, questions, answers, plans):
+    """
+    score(images, questions, answers) -> log-probabilities, one float each (mean nats per token of the answer; None or a number
+    that is not finite: cannot be scored). With an infer.Answerer: [s["answer"] for s in answerer.score([build_prompt(q) for q in
+    questions], images, [answer_alone(a)[0] for a in answers])]. questions, answers, plans: one per rollout; an answer of None, and a plan without
+    images, is not scored. score() is called once, with every distinct (plan, answer) 2 + K times in the order of plan.images.
+    -> per rollout {"d_roi", "d_rand_each", "counterfactual_why"}: drops, original minus edited.
+    """
+    jobs = {}
+    for question, answer, plan in zip(questions, answers, plans, strict=True):
+        if answer is not None and plan.images:
+            jobs.setdefault((id(plan), answer), (question, answer, plan))
+    found = {}
+    if jobs:
+        flat = [(image, question, answer) for question, answer, plan in jobs.values() for image in plan.images]
+        logps = list(score(*(list(column) for column in zip(*flat, strict=True))))
+        if len(logps) != len(flat):
+            raise ValueError(f"score() gave {len(logps)} log-probabilities for {len(flat)} images")
+        start = 0
+        for key, (_, _, plan) in jobs.items():
+            part = logps[start : start + len(plan.images)]
+            start += len(plan.images)
+            found[key] = None if any(p is None or not math.isfinite(p) for p in part) else [float(part[0]) - float(p) for p in part[1:]]
+    results = []
+    for answer, plan in zip(answers, plans, strict=True):
+        why = "no answer to score" if answer is None else plan.why
+        drops = found.get((id(plan), answer))
+        if not why and drops is None:
+            why = "the log-probability of the answer is not finite"
+        results.append({"d_roi": None, "d_rand_each": None, "counterfactual_why": why} if why else {"d_roi": drops[0], "d_rand_each": drops[1:], "counterfactual_why": ""})
+    return results
+
+
+def answer_to_score(text, settings=RewardSettings()):  # noqa: B008 - frozen
+    """-> the answer of a rollout whose V can matter, else None: behind a closed gate it counts nothing, so it need not be measured."""
+    found = parse_response(text, settings.style)
+    return None if gate_problem(text, found, settings.style) else found.answer
+
+
+# ------------------------------------------------------------------------------------------------------------ the terms
+
+def gate_problem(text, found, style):
+    """-> "" for a text that passes the gate, else why not."""
+    if SPECIAL.search(text):
+        return "image or chat tokens in the text"
+    if not found.valid:
+        return found.problem or ("no answer" if found.answer is None else "other text around the object" if found.level == 2 else f"not strict (repair level {found.level})")
+    if style == "json":
+        data = found.data
+        if set(data) - set(FIELDS):
+            return f"unknown field '{min(set(data) - set(FIELDS))[:40]}'"
+        if any(not isinstance(data[name], str) for name in ("answer", "caption", "reasoning") if name in data):
+            return "a field that should be text is none"
+        if "boxes" in data and (not isinstance(data["boxes"], list) or len(found.boxes) != len(data["boxes"])):
+            return "boxes are not a list of [x0, y0, x1, y1]"
+    return ""
+
+
+def hedged(answer, gold):
+    """The answer leaves a way out in words that the gold answer does not have."""
+    return bool((HEDGES & set(words_and_marks(answer))) - set(normalise(gold)))
+
+
+@functools.lru_cache(maxsize=8192)  # the rollouts of a group give few different answers
+def accuracy_of(answer, gold, answer_type, question):
+    """-> (A before the frequency, dict of score_answer, hedged)."""
+    score = score_answer(answer, gold, answer_type, question)
+    away = answer is not None and hedged(answer, gold)
+    value = score["f1"] ** 2 if score["kind"] == "open" else float(score["correct"])
+    return (0.0 if away or score["contradiction"] else value), score, away
+
+
+def box_term(row, found):
+    """-> (B, why it is 0). None: the row has no gold region, or one so large that a box says nothing."""
+    region, width, height = row.get("region"), row.get("width"), row.get("height")
+    if not region or not width or not height:
+        return None, ""
+    if region_mask(whole_boxes(region, height, width), height, width).mean() > TOO_LARGE:
+        return None, ""
+    if not found.boxes:
+        return 0.0, "no box"
+    if any([round(v) for v in box] in PLACEHOLDERS for box in found.boxes):
+        return 0.0, "placeholder"
+    # to the nearest pixel: 28.99 of a box written in thousandths is the gold 29, and outwards it would cover a pixel more
+    boxes = [[round(v) for v in box] for box in boxes_from_model(found.boxes, width, height)]
+    inside = whole_boxes(boxes, height, width)
+    if not inside:
+        return 0.0, "no box with an area inside of the image"
+    if region_mask(inside, height, width).mean() > TOO_LARGE:
+        return 0.0, f"more than {TOO_LARGE:.0%} of the image"
+    value = region_iou(boxes, region, height, width)
+    if not value:
+        return 0.0, "outside of the gold region"
+    allowed = len(region) + 1
+    if len(boxes) > allowed:  # boxes of everything are sure to hit something
+        return value * allowed / len(boxes), f"{len(boxes)} boxes for {len(region)}"
+    return value, ""
+
+
+def contradiction_term(reasoning, answer, question, kind):
+    """-> (C, how). None without reasoning. Says -1 only where words settle it: what the reasoning leaves open is no contradiction."""
+    if not isinstance(reasoning, str) or not reasoning.strip() or answer is None:
+        return None, ""
+    reasoning = re.sub(r"\b(?:nothing|neither|nor)\b", "no", reasoning.lower())
+    thought, said, asked = words_and_marks(reasoning), words_and_marks(answer), words_and_marks(question)
+    denied = negated(thought)
+    affirmed = set(thought) - denied - NEGATORS - {"."}
+    topic = set(asked) - COMMON - NEGATORS - {"."}
+    if kind == "yes/no":
+        mine, theirs = polarity(answer, question), polarity(reasoning, question)
+        plain = not (NEGATORS | {"absent", "free"}) & set(asked)  # "Is the film free of effusion?" turns yes and no round
+        if mine and theirs and mine != theirs and not (topic & affirmed):
+            return -1.0, f"the reasoning says {theirs}, the answer {mine}"
+        if plain and mine == "no" and topic and topic <= affirmed:
+            return -1.0, "the reasoning states what the answer denies"
+        if plain and mine == "yes" and (pair := opposed(topic, affirmed)):
+            return -1.0, f"the question says {pair[0]}, the reasoning {pair[1]}, the answer yes"
+        return 0.0, ""
+    mine, theirs = choice(answer, question), choice(reasoning, question)
+    if mine is not None and theirs is not None and mine != theirs:
+        return -1.0, "the reasoning names another option"
+    if pair := opposed(set(said), affirmed):
+        return -1.0, f"the answer says {pair[0]}, the reasoning {pair[1]}"
+    words = set(said) - negated(said) - COMMON - NEGATORS - {"."}
+    if words and words <= denied and not words & affirmed:
+        return -1.0, "the reasoning denies the answer"
+    here, there = ORGANS & set(said), ORGANS & affirmed
+    if len(here) == len(there) == 1 and here != there:
+        return -1.0, f"the answer is about the {here.pop()}, the reasoning about the {there.pop()}"
+    return 0.0, ""
+
+
+def opposed(said, affirmed):
+    """-> (word, opposite) of which `said` has the first only and `affirmed` the second only, or None."""
+    for a, b in OPPOSITE_WORDS:
+        for word, other in ((a, b), (b, a)):
+            if word in said and other not in said and other in affirmed and word not in affirmed:
+                return word, other
+    return None
+
+
+def sentences(text):
+    """-> lists of tokens, one per clause between punctuation marks."""
+    parts, clause = [], []
+    for token in [*words_and_marks(text), "."]:
+        if token != ".":
+            clause.append(token)
+        elif clause:
+            parts.append(clause)
+            clause = []
+    return parts
+
+
+def common_length(a, b):
+    """Length of the longest common subsequence of two token lists."""
+    row = [0] * (len(b) + 1)
+    for x in a:
+        before = 0
+        for j, y in enumerate(b, 1):
+            before, row[j] = row[j], before + 1 if x == y else max(row[j], row[j - 1])
+    return row[-1]
+
+
+@functools.lru_cache(maxsize=2048)
+def prompt_sentences(question, style):
+    """What can be copied: the sentences of the question, and those of the instruction with at least three words."""
+    return [s for s in sentences(question) if len(s) > 2] + [s for s in sentences(instruction(style)) if len(s) > 2]
+
+
+def copying_term(texts, question, style):
+    """1.0 where a sentence has more than COPIED of its words in common, in order, with a sentence of the prompt (of the longer of the two), else 0.0."""
+    for text in texts:
+        for sentence in sentences(text)[:50]:
+            for prompt in prompt_sentences(question, style):
+                longer, shorter = max(len(sentence), len(prompt)), min(len(sentence), len(prompt))
+                if shorter > COPIED * longer and common_length(sentence, prompt) > COPIED * longer:
+                    return 1.0
+    return 0.0
+
+
+def repetition_term(texts):
+    """
+    0 to 1: the largest share, over the texts, of words that repeat the one before, or of three words in a row that came before
+    (from 8 words on; what is above 0.4, stretched to 0..1: "nodule in the left lung zone, mass in the left lung zone" is a list).
+    """
+    worst = 0.0
+    for text in texts:
+        words = normalise(text)
+        if len(words) > 1:
+            worst = max(worst, sum(a == b for a, b in zip(words, words[1:], strict=False)) / (len(words) - 1))
+        if len(words) >= 8:
+            triples = list(zip(words, words[1:], words[2:], strict=False))
+            worst = max(worst, (0.6 - len(set(triples)) / len(triples)) / 0.6)
+    return worst
+
+
+def length_term(tokens, max_tokens):
+    """0 up to half of what can be sampled, then rising to 1 at the limit: a rollout that is cut off loses all of it."""
+    return min(1.0, max(0.0, tokens / max_tokens - 0.5) * 2)
+
+
+# -------------------------------------------------------------------------------------------------------------- together
+
+def rollout_terms(row, text, settings=RewardSettings(), frequencies=None, d_roi=None, d_rand=None, tokens=None, counterfactual_why=""):  # noqa: B008 - frozen
+    """
+    Everything about one rollout -> a dict of plain values with the keys of MEANINGS.
+
+    row: question, gold (or answer), and where known answer_type, region, width, height. text: the new tokens, decoded
+    without the token that ends them but with all other special tokens, so that these are seen. frequencies: AnswerFrequencies, None: no weighting. d_roi: drop of the answer's
+    log-probability without the gold region; d_rand: of the random ones, a list; both None: not measured, V is undefined.
+    tokens: number of new tokens; None: words and punctuation marks are counted instead.
+    """
+    style, question, gold = settings.style, row["question"], gold_of(row)
+    found = parse_response(text, style)
+    why = gate_problem(text, found, style)
+    gate = 0.0 if why else 1.0
+    accuracy, score, away = accuracy_of(found.answer, gold, answer_type_of(row), question)
+    weight = frequencies.weight(row) if frequencies is not None else 1.0
+    data = found.data or {}
+    written = [data[name] for name in ("caption", "reasoning", "answer") if isinstance(data.get(name), str)] if found.data else [text]
+
+    box, box_why = box_term(row, found) if style == "json" else (None, "")
+    contradiction, contradiction_why = contradiction_term(data.get("reasoning"), found.answer, question, score["kind"])
+    tokens = len(re.findall(r"\w+|[^\w\s]", text)) if tokens is None else tokens
+    length, repetition, copying = length_term(tokens, settings.max_tokens), repetition_term(written), copying_term(written, question, style)
+    penalty = min(1.0, length + repetition + copying)
+
+    value, mean_rand = None, None
+    if d_roi is not None and d_rand:
+        if all(math.isfinite(d) for d in (d_roi, *d_rand)):
+            mean_rand = sum(d_rand) / len(d_rand)
+            value = min(1.0, max(-1.0, (d_roi - mean_rand) / NATS))
+        else:
+            d_roi, d_rand, counterfactual_why = None, None, "a drop is not finite"
+    elif not counterfactual_why:
+        counterfactual_why = "not measured"
+    known = [part for part in (box, contradiction) if part is not None]
+    terms = {
+        "reward": None, "format": gate - penalty, "answer": accuracy * weight, "consistency": sum(known) if known else None, "counterfactual": value,
+        "gate": gate, "gate_why": why, "level": found.level, "said": found.answer, "kind": score["kind"],
+        "accuracy": accuracy, "class_weight": weight, "correct": bool(score["correct"]), "parsed": bool(score["parsed"]), "opposite": bool(score["contradiction"]), "hedged": away,
+        "box": box, "box_why": box_why, "contradiction": contradiction, "contradiction_why": contradiction_why,
+        "length": length, "repetition": repetition, "copying": copying, "penalty": penalty,
+        "d_roi": d_roi, "d_rand": mean_rand, "d_rand_each": list(d_rand) if d_rand else None, "counterfactual_why": "" if value is not None else counterfactual_why,
+    }  # fmt: skip
+    terms["reward"] = compose(terms, settings)
+    return terms
+
+
+def compose(terms, settings):
+    """The terms of a rollout -> its reward, by the formula of settings.composition."""
+    return sum(parts(terms, settings).values())
+
+
+def parts(terms, settings):
+    """The summands of the reward, by name: what explain() lists."""
+    box, contradiction, v = (terms[name] or 0.0 for name in ("box", "contradiction", "counterfactual"))
+    if settings.composition == "additive":
+        return {name: weight * (terms[name] or 0.0) for name, weight in zip(TERMS, settings.weights, strict=True)}
+    f, a, s, c = (w / default for w, default in zip(settings.weights, DEFAULT_WEIGHTS, strict=True))
+    gate, answer, cap = terms["gate"], a * terms["answer"], MOST * max(1.0, a)
+    looked = max(v, 0.0) if terms["accuracy"] > RIGHT else 0.0
+    alone, together = min(cap, answer), min(cap, answer * (1 + 0.3 * c * looked))
+    return {
+        "answer": gate * alone, "looked at the region": gate * (together - alone), "looked elsewhere": gate * 0.3 * c * min(v, 0.0),
+        "box": gate * 0.15 * s * box, "contradiction": 0.2 * s * contradiction, "penalty": -0.2 * f * terms["penalty"],
+    }  # fmt: skip
+
+
+def score_rollouts(rows, texts, settings=RewardSettings(), frequencies=None, drops=None, tokens=None):  # noqa: B008 - frozen
+    """rollout_terms of a batch. drops: of measure_drops, or None: V undefined; tokens: numbers of new tokens, or None."""
+    n = len(texts)
+    drops, tokens = drops or [{}] * n, tokens if tokens is not None else [None] * n
+    return [
+        rollout_terms(row, text, settings, frequencies, drop.get("d_roi"), drop.get("d_rand_each"), count, drop.get("counterfactual_why", ""))
+        for row, text, drop, count in zip(rows, texts, drops, tokens, strict=True)
+    ]
+
+
+def explain(row, text, terms, settings=RewardSettings()):  # noqa: B008 - frozen
+    """Why a rollout earned what it earned -> lines of text: each summand with what it comes from; they add up to the reward."""
+    t, gold = terms, gold_of(row)
+    lines = [f"question: {row['question']}", f"gold:     {gold}", f"rollout:  {text.strip()[:500]}", f"reward {t['reward']:+.3f} ({settings.composition})"]
+    verdict = "right" if t["correct"] else "no answer that can be read" if not t["parsed"] else "the opposite of the gold answer" if t["opposite"] else f"right in part, squared F1 {t['accuracy']:.2f}" if t["kind"] == "open" else "wrong"
+    answer = f"'{t['said']}' is {verdict}{', but hedged: counts 0' if t['hedged'] else ''}; A {t['accuracy']:.2f} x {t['class_weight']:.2f} for how rare the gold answer is"
+    gate = f"{t['gate']:.0f}" + (f": {t['gate_why']}; nothing but penalties counts" if t["gate_why"] and settings.composition == "gated" else f": {t['gate_why']}" if t["gate_why"] else "")
+    penalty = f"too long {t['length']:.2f}, repetition {t['repetition']:.2f}, copied {t['copying']:.0f}"
+    box = "no gold region" if t["box"] is None else f"IoU {t['box']:.2f}" + (f" ({t['box_why']})" if t["box_why"] else "")
+    against = "no reasoning" if t["contradiction"] is None else t["contradiction_why"] or "reasoning and answer agree, or cannot be compared"
+    if t["counterfactual"] is None:
+        looked = f"V undefined: {t['counterfactual_why']}"
+    else:
+        looked = f"without the region the answer loses {t['d_roi']:+.3f} nats per token, without a random one {t['d_rand']:+.3f}: V {t['counterfactual']:+.2f}"
+    lines.append(f"  gate {gate}")
+    sources = {
+        "additive": {"format": f"gate {t['gate']:.0f} - ({penalty})", "answer": answer, "consistency": f"box: {box}; {against}", "counterfactual": looked},
+        "gated": {"answer": answer, "looked at the region": looked + ("" if t["accuracy"] > RIGHT else "; counts upwards for right answers only"), "looked elsewhere": "" if t["counterfactual"] is None else "the random regions matter more" if t["counterfactual"] < 0 else "no",
+                  "box": box, "contradiction": against, "penalty": penalty},
+    }[settings.composition]  # fmt: skip
+    summands = parts(terms, settings)
+    return lines + [f"  {value:+.3f} {name}: {sources[name]}" for name, value in summands.items()]
