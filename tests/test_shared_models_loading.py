@@ -157,7 +157,7 @@ def test_lora_learns_and_leaves_the_base_untouched(family, quant, tmp_path):
     optimizer = torch.optim.AdamW([p for p in vlm.model.parameters() if p.requires_grad], lr=1e-2)
     inputs = batch(vlm, ["yes", "no"])
     losses = []
-    for _ in range(8):
+    for _ in range(16):
         loss = vlm.model(**inputs, use_cache=False).loss
         loss.backward()
         optimizer.step()
