@@ -306,7 +306,9 @@ vectors = torch.cat(all_gather(F.normalize(ddp(x[rank::2]), dim=1)))
 supervised_contrastive(vectors, torch.cat([y[r::2] for r in range(2)])).backward()
 for p, g in zip(net.parameters(), alone):
     torch.testing.assert_close(p.grad, g)
-print("equal on rank", rank)
+print(f"equal on rank {{rank}}\\n", end="", flush=True)
+dist.barrier()
+dist.destroy_process_group()
 """)
     process = start_script(["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", script], tmp_path)
     assert process.wait(900) == 0, (tmp_path / "output.txt").read_text()[-2000:]
