@@ -1,5 +1,5 @@
 """
-What every script needs and must not do differently: arguments, seed, device, memory, checkpoints, JSON, run folders.
+What every script needs and must not do differently: arguments, seed, device, memory, checkpoints, JSON, CSV, reports, run folders.
 
 A script reads:
 
@@ -14,6 +14,7 @@ A script reads:
 """
 import argparse
 import contextlib
+import csv
 import functools
 import gc
 import json
@@ -257,6 +258,22 @@ def is_main_process():
     return int(os.environ.get("RANK", 0)) == 0
 
 
+# ------------------------------------------------------------------------------------------------------------ training
+
+def learning_rate(step, num_steps, warmup_steps, highest):
+    """Of step 0 .. num_steps - 1: a linear warm-up to `highest`, then a cosine down to zero."""
+    if step < warmup_steps:
+        return highest * (step + 1) / warmup_steps
+    return highest * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, num_steps - warmup_steps)))
+
+
+def refuse_other_settings(now, then, path, may_differ=()):
+    """To resume, the settings {name: value} given now must be those of the checkpoint at `path`, all but those named in `may_differ`."""
+    changed = [f"--{k.replace('_', '-')} {then.get(k)} (now {v})" for k, v in now.items() if k not in may_differ and then.get(k) != v]
+    if changed:
+        raise InputError(f"{path} was written with {', '.join(changed)}; give the same to resume, or start a new run")
+
+
 class StopSignal:
     """
     Lets a loop finish its step and save when the run is told to stop:
@@ -387,6 +404,30 @@ def read_json(path):
 def write_jsonl(path, rows):
     with atomic_file(path, "w") as file:
         file.writelines(json.dumps(plain(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+
+
+def write_csv(path, rows):
+    """rows: dicts with the same names, at least one."""
+    with atomic_file(path, "w") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_report(run_dir, text, figures, hand_in=None, prefix=""):
+    """
+    report.md in the run folder; with hand_in, a path such as reports/task.md, a copy there with its pictures in figures/ beside
+    it, their names beginning with `prefix`. text: Markdown with {figures} in front of each picture's name; figures: {name: file name}.
+    """
+    with atomic_file(run_dir / "report.md", "w") as file:
+        file.write(text.replace("{figures}", "figures/"))
+    if hand_in is None:
+        return
+    (hand_in.parent / "figures").mkdir(parents=True, exist_ok=True)
+    for name in figures.values():
+        shutil.copy(run_dir / "figures" / name, hand_in.parent / "figures" / f"{prefix}{name}")
+    with atomic_file(hand_in, "w") as file:
+        file.write(text.replace("{figures}", f"figures/{prefix}"))
 
 
 # ---------------------------------------------------------------------------------------------------------- run folders

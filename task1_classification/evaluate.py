@@ -53,11 +53,12 @@ from shared.runtime import (
     script_parser,
     seed_everything,
     write_json,
+    write_report,
 )  # fmt: skip
 from task1_classification.explain import GradCAM
 from task1_classification.figures import draw_calibration, draw_confusion, draw_curves, draw_gallery
 from task1_classification.model import find_classifier, load_classifier, predict_logits, to_probabilities
-from task1_classification.report import BINARY_COLUMNS, HAND_IN, report_table, report_text, write_report
+from task1_classification.report import BINARY_COLUMNS, HAND_IN, report_table, report_text
 
 TASK = "task1_classification"
 
@@ -270,12 +271,13 @@ def main(argv=None):
         "model": facts["architecture"], "stem": facts["stem"], "checkpoint": str(files[0]), "seed": seed, "threshold": facts["threshold"], "temperature": facts["temperature"],
         **measured, "runs": runs, "over_seeds": spread, "settings": {k: v for k, v in vars(args).items() if k != "config"}, **run_facts(started, device),
     })  # fmt: skip
+    hand_in = not (args.dry_run or args.limit)
     report = report_text(data, args, facts, files, measured, runs, spread, figures)
-    write_report(run_dir, report, figures, hand_in=not (args.dry_run or args.limit))
+    write_report(run_dir, report, figures, HAND_IN if hand_in else None, "task1_")
     print(report_table(measured["rows"], data.task))
     if len(runs) > 1:
         print("over seeds: " + ", ".join(f"{k} {v['mean']:.4f} ± {v['std']:.4f}" for k, v in spread.items()))
-    print(f"results in {run_dir} ({time.time() - started:.0f} s)" + ("" if args.dry_run or args.limit else f"; hand-in report: {HAND_IN}"))
+    print(f"results in {run_dir} ({time.time() - started:.0f} s)" + (f"; hand-in report: {HAND_IN}" if hand_in else ""))
 
 
 def headline(labels, probabilities, facts, task):

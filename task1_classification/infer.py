@@ -11,7 +11,6 @@ square and scales it to the size the network was trained on.
 Writes to the run folder: predictions.csv; errors.csv with the files that could not be used; heatmaps/*.png.
 For research and teaching only: this is not a medical device, and no output of it is medical advice.
 """
-import csv
 import sys
 import time
 from pathlib import Path
@@ -26,13 +25,13 @@ from PIL import Image
 from shared.data.images import find_images, read_image, to_square
 from shared.runtime import (
     InputError,
-    atomic_file,
     open_run_dir,
     pick_device,
     positive_int,
     run_facts,
     script,
     script_parser,
+    write_csv,
     write_json,
 )
 from task1_classification.explain import GradCAM, overlay
@@ -134,13 +133,6 @@ def decision_of(probability, facts):
         return {"probability": float(probability.max()), "decision": "; ".join(called) or "none", **columns}
     best = int(probability.argmax())
     return {"probability": float(probability[best]), "decision": names[best], **columns}
-
-
-def write_csv(path, rows):
-    with atomic_file(path, "w") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def write_heatmaps(folder, model, images, names, facts, layer, device, batch_size):

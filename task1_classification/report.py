@@ -1,8 +1,5 @@
-"""The report of evaluate.py as Markdown: tables, intervals, figures; also the hand-in copy under reports/."""
-import shutil
+"""The report of evaluate.py as Markdown: tables, intervals, figures."""
 from pathlib import Path
-
-from shared.runtime import atomic_file
 
 HAND_IN = Path("reports/task1_classification_report.md")
 BINARY_COLUMNS = ("accuracy", "precision", "recall", "specificity", "f1", "balanced_accuracy", "mcc", "auc", "pr_auc")
@@ -75,16 +72,3 @@ def report_text(data, args, facts, files, measured, runs, spread, figures):
         "For research and teaching only; not a medical device, no medical advice.", "",
     ]  # fmt: skip
     return "\n".join(text)
-
-
-def write_report(run_dir, text, figures, hand_in):
-    """report.md in the run folder, and the hand-in copy with its pictures under reports/."""
-    with atomic_file(run_dir / "report.md", "w") as file:
-        file.write(text.replace("{figures}", "figures/"))
-    if not hand_in:
-        return
-    (HAND_IN.parent / "figures").mkdir(parents=True, exist_ok=True)
-    for file_name in figures.values():
-        shutil.copy(run_dir / "figures" / file_name, HAND_IN.parent / "figures" / f"task1_{file_name}")
-    with atomic_file(HAND_IN, "w") as file:
-        file.write(text.replace("{figures}", "figures/task1_"))

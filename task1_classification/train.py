@@ -41,12 +41,14 @@ from shared.runtime import (
     atomic_file,
     fraction,
     free_gpu,
+    learning_rate,
     load_checkpoint,
     not_negative,
     open_run_dir,
     pick_device,
     positive_float,
     positive_int,
+    refuse_other_settings,
     run_facts,
     save_checkpoint,
     script,
@@ -127,13 +129,6 @@ def weights_of_classes(labels, num_classes, task):
     return len(labels) / (num_classes * counts)
 
 
-def learning_rate(step, num_steps, warmup_steps, highest):
-    """Linear warm-up, then a cosine down to zero."""
-    if step < warmup_steps:
-        return highest * (step + 1) / warmup_steps
-    return highest * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, num_steps - warmup_steps)))
-
-
 def pixel_statistics(images, most=20_000):
     """Mean and standard deviation per channel, pixels as 0..1, over at most `most` images: uint8 (N, C, H, W) -> dict of lists."""
     pixels = images[:most].transpose(0, 1).flatten(1).float() / 255  # (C, N * H * W)
@@ -188,7 +183,7 @@ def train_one(args, data, seed, run_dir, device, dtype, rank, world_size):
     last_path = run_dir / "last.pt"
     if args.resume and last_path.exists():
         state = load_checkpoint(last_path, ("settings", "model", "optimizer", "epoch"), what="training state")
-        refuse_other_settings(state, args, data, seed, last_path)
+        refuse_other_run(state, args, data, seed, last_path)
         for part, name in ((model, "model"), (average, "average"), (optimizer, "optimizer"), (scaler, "scaler")):
             part.load_state_dict(state[name])
         first_epoch, first_step, totals, history, best = (state[k] for k in ("epoch", "step", "totals", "history", "best"))
@@ -297,11 +292,9 @@ def settings_of(args):
     return {k: v for k, v in vars(args).items() if k not in ("data_dir", "out_dir", "resume", "overwrite", "config", "device", "seed", "seeds")}
 
 
-def refuse_other_settings(state, args, data, seed, path):
-    now, then = settings_of(args) | {"seed": seed}, state["settings"] | {"seed": state["seed"]}
-    changed = [f"--{k.replace('_', '-')} {then.get(k)} (now {v})" for k, v in now.items() if k != "epochs" and then.get(k) != v]
-    if changed:
-        raise InputError(f"{path} was written with {', '.join(changed)}; give the same to resume, or start a new run")
+def refuse_other_run(state, args, data, seed, path):
+    then = state["settings"]
+    refuse_other_settings(settings_of(args) | {"seed": seed}, then | {"seed": state["seed"]}, path, may_differ=("epochs",))
     if state["sha256"] != data.sha256:
         raise InputError(f"{path} was trained on other data than {data.source}; give the same file, or start a new run")
     if args.epochs < state["epoch"]:

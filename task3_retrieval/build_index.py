@@ -30,7 +30,6 @@ from shared.data.images import find_images, read_image, to_square
 from shared.data.medmnist import SIZES, SPLITS, load_images, load_phantom
 from shared.runtime import (
     InputError,
-    atomic_file,
     open_run_dir,
     pick_device,
     positive_int,
@@ -39,6 +38,7 @@ from shared.runtime import (
     script_parser,
     seed_everything,
     start_distributed,
+    write_csv,
     write_json,
 )  # fmt: skip
 from task1_classification.model import find_classifier
@@ -126,7 +126,8 @@ def main(argv=None):
     if rank > 0:
         return
     index.save(run_dir / "index")
-    write_errors(run_dir, errors)
+    if errors:
+        write_csv(run_dir / "errors.csv", errors)
     write_json(run_dir / "metrics.json", {
         "n": len(index), "n_errors": len(errors), "dim": index.dim, "index": args.index, "metric": args.metric, "backend": index.backend, "split": args.split if not args.images else None,
         "dataset": cases["datasets"], "labels": label_counts(index), "model": embedder.facts(), "typical_distance": index.metadata["typical"],
@@ -169,7 +170,8 @@ def update(args, device, rank, world_size):
     if rank > 0:
         return
     index.save(folder)
-    write_errors(folder.parent, errors)
+    if errors:
+        write_csv(folder.parent / "errors.csv", errors)
     print(f"{folder}: {before} images before, {len(index)} now{f', {len(errors)} files skipped ({folder.parent}/errors.csv)' if errors else ''}: " + ", ".join(f"{n} {c}" for n, c in label_counts(index).items()))
 
 
@@ -301,14 +303,6 @@ def label_counts(index):
     counts = {name: int((index.labels == i).sum()) for i, name in enumerate(index.label_names)}
     unknown = int((index.labels == UNKNOWN).sum())
     return counts | ({"unknown": unknown} if unknown else {})
-
-
-def write_errors(folder, errors):
-    if errors:
-        with atomic_file(folder / "errors.csv", "w") as file:
-            writer = csv.DictWriter(file, fieldnames=["path", "error"])
-            writer.writeheader()
-            writer.writerows(errors)
 
 
 if __name__ == "__main__":

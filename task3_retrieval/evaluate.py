@@ -63,11 +63,12 @@ from shared.runtime import (
     script_parser,
     seed_everything,
     write_json,
+    write_report,
 )
 from task1_classification.model import find_classifier, load_classifier, predict_logits, to_probabilities
 from task3_retrieval.embed import EMBEDDING_KIND, load_embedder
 from task3_retrieval.figures import draw_distances, draw_map, draw_neighbours, draw_precision
-from task3_retrieval.report import report_text, table, write_report
+from task3_retrieval.report import HAND_IN, report_text, table
 
 TASK = "task3_retrieval"
 SCALE = {"cosine": "cosine {:.3f}", "l2": "distance {:.2f}"}
@@ -462,9 +463,9 @@ def main(argv=None):
         "settings": {k: v for k, v in vars(args).items() if k != "config"}, **run_facts(started, device),
     })  # fmt: skip
     hand_in = not (args.dry_run or args.limit or args.queries != "test")
-    write_report(run_dir, report_text(data, args, embed, measured, labels, figures), figures, hand_in)
+    write_report(run_dir, report_text(data, args, embed, measured, labels, figures), figures, HAND_IN if hand_in else None, "task3_")
     print(table(measured["tables"]["across"], data.label_names))
-    print(f"results in {run_dir} ({time.time() - started:.0f} s)" + ("; hand-in report: reports/task3_retrieval.md" if hand_in else ""))
+    print(f"results in {run_dir} ({time.time() - started:.0f} s)" + (f"; hand-in report: {HAND_IN}" if hand_in else ""))
 
 
 if __name__ == "__main__":

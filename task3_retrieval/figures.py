@@ -2,17 +2,12 @@
 import matplotlib
 import numpy as np
 
+from task1_classification.figures import save
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 COLORS = ("tab:green", "tab:red", "tab:blue", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan", "tab:orange", "tab:gray")  # by class
-
-
-def save(figure, path, title):
-    figure.suptitle(title, fontsize=10)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def draw_training(path, history, title):

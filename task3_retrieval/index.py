@@ -21,7 +21,6 @@ what is in them. The manifest is written last and in one step, so an interrupted
 """
 import contextlib
 import csv
-import hashlib
 import io
 import math
 import sys
@@ -33,6 +32,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 import torch
 
+from shared.data.download import sha256_of
 from shared.runtime import InputError, atomic_file, read_json, write_json
 
 try:
@@ -484,14 +484,6 @@ def write_named(folder, pattern, write):
         path = folder / pattern.format(digest[:12])
         temporary.replace(path)
     return {"name": path.name, "sha256": digest, "bytes": path.stat().st_size}
-
-
-def sha256_of(path):
-    sha256 = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            sha256.update(block)
-    return sha256.hexdigest()
 
 
 def checked_file(folder, entry):

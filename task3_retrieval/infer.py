@@ -14,7 +14,6 @@ Writes to the run folder: neighbours.csv, predictions.csv (vote, classifier, war
 figures/gallery_*.png, page.html, metrics.json. Figures and page show the films of the gallery: treat them like the films.
 For research and teaching only: this is not a medical device, and no output of it is medical advice.
 """
-import csv
 import os
 import sys
 import time
@@ -32,7 +31,6 @@ from shared.data.medmnist import SPLITS, load_phantom
 from shared.metrics.retrieval import knn_vote
 from shared.runtime import (
     InputError,
-    atomic_file,
     load_checkpoint,
     newest_run,
     open_run_dir,
@@ -41,11 +39,12 @@ from shared.runtime import (
     run_facts,
     script,
     script_parser,
+    write_csv,
     write_json,
 )  # fmt: skip
 from task1_classification.explain import GradCAM
 from task1_classification.model import KEYS, find_classifier, load_classifier, predict_logits, to_probabilities
-from task3_retrieval.build_index import DRY_RUN, case_name, channels_last, read_files, write_errors
+from task3_retrieval.build_index import DRY_RUN, case_name, channels_last, read_files
 from task3_retrieval.embed import channels_first, embedder_like, fit_images
 from task3_retrieval.gallery import PAGE, Pictures, draw_gallery, file_picture, grey_tile, heat_maps, to_rgb, write_page
 from task3_retrieval.index import BACKENDS, UNKNOWN, CaseIndex, find_index
@@ -134,7 +133,8 @@ def main(argv=None):
     predictions = [c["row"] for c in cases]
     write_csv(run_dir / "predictions.csv", predictions)
     write_csv(run_dir / "neighbours.csv", [n for c in cases for n in c["found"]])
-    write_errors(run_dir, errors)
+    if errors:
+        write_csv(run_dir / "errors.csv", errors)
     missing = show(args, run_dir, index, cases, pictures, classifier, facts, device)
     write_json(run_dir / "metrics.json", {
         "n": len(cases), "n_errors": len(errors), "k": args.k, "where": where, "n_queries_in_gallery": int((itself >= 0).sum()), "n_pictures_missing": missing,
@@ -284,13 +284,6 @@ def show(args, run_dir, index, cases, pictures, classifier, facts, device):
         notes.append(f"{len(missing)} pictures of the gallery could not be found; a grey square stands for them.")
     write_page(run_dir / "page.html", drawn, index.label_names, title, unit, notes)
     return len(missing)
-
-
-def write_csv(path, rows):
-    with atomic_file(path, "w") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,5 @@
-"""The report of evaluate.py as Markdown: tables, intervals, figures; also the hand-in copy under reports/."""
-import shutil
+"""The report of evaluate.py as Markdown: tables, intervals, figures."""
 from pathlib import Path
-
-from shared.runtime import atomic_file
 
 HAND_IN = Path("reports/task3_retrieval.md")
 CAPTIONS = {
@@ -117,16 +114,3 @@ def report_text(data, args, embed, measured, labels, figures):
         text += [f"{CAPTIONS[name]}:", "", f"![{CAPTIONS[name]}]({{figures}}{file})", ""]
     text += ["For research and teaching only; not a medical device, no medical advice.", ""]
     return "\n".join(text)
-
-
-def write_report(run_dir, text, figures, hand_in):
-    """report.md in the run folder, and the hand-in copy with its pictures under reports/."""
-    with atomic_file(run_dir / "report.md", "w") as file:
-        file.write(text.replace("{figures}", "figures/"))
-    if not hand_in:
-        return
-    (HAND_IN.parent / "figures").mkdir(parents=True, exist_ok=True)
-    for file_name in figures.values():
-        shutil.copy(run_dir / "figures" / file_name, HAND_IN.parent / "figures" / f"task3_{file_name}")
-    with atomic_file(HAND_IN, "w") as file:
-        file.write(text.replace("{figures}", "figures/task3_"))

@@ -41,12 +41,14 @@ from shared.runtime import (
     fraction,
     free_gpu,
     is_main_process,
+    learning_rate,
     load_checkpoint,
     not_negative,
     open_run_dir,
     pick_device,
     positive_float,
     positive_int,
+    refuse_other_settings,
     run_facts,
     save_checkpoint,
     script,
@@ -56,7 +58,14 @@ from shared.runtime import (
     write_json,
     write_jsonl,
 )  # fmt: skip
-from task1_classification.model import build_model, choose_stem, find_classifier, load_classifier, normalise
+from task1_classification.model import (
+    build_model,
+    choose_stem,
+    find_classifier,
+    load_classifier,
+    normalise,
+    predict_logits,
+)
 from task3_retrieval.embed import EMBEDDING_KIND
 from task3_retrieval.figures import draw_training
 
@@ -149,16 +158,9 @@ class Embedding(nn.Module):
 
 # ------------------------------------------------------------------------------------------------------------ judgement
 
-@torch.inference_mode()
 def embed(network, images, normalisation, device, dtype, batch_size=256):
     """images uint8 or float 0..1 (N, C, H, W) -> float32 (N, D) of unit length, on the CPU."""
-    network.eval()
-    vectors = []
-    for batch in images.split(batch_size):
-        batch = normalise(batch.to(device), normalisation).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32):
-            vectors.append(network(batch).float().cpu())
-    return torch.cat(vectors).numpy()
+    return predict_logits(network, images, normalisation, device, dtype, batch_size).numpy()
 
 
 def judge(network, data, copies, copied, normalisation, device, dtype):
@@ -187,13 +189,6 @@ def epoch_order(labels, balanced, seed):
         return torch.randperm(len(labels), generator=generator)
     weights = 1 / torch.bincount(labels).float()
     return torch.multinomial(weights[labels], len(labels), replacement=True, generator=generator)
-
-
-def learning_rate(step, num_steps, warmup_steps, highest):
-    """Linear warm-up, then a cosine down to zero."""
-    if step < warmup_steps:
-        return highest * (step + 1) / warmup_steps
-    return highest * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, num_steps - warmup_steps)))
 
 
 # ------------------------------------------------------------------------------------------------------------- training
@@ -231,7 +226,7 @@ def train(args, data, classifier, facts, weights, run_dir, device, dtype, rank, 
     last_path = run_dir / "last.pt"
     if args.resume and last_path.exists():
         state = load_checkpoint(last_path, ("settings", "network", "optimizer", "epoch"), what="training state")
-        refuse_other_settings(state, args, data, facts, last_path)
+        refuse_other_run(state, args, data, facts, last_path)
         for part, name in ((network, "network"), (average, "average"), (optimizer, "optimizer"), (scaler, "scaler")):
             part.load_state_dict(state[name])
         first_epoch, first_step, totals, history, best = (state[k] for k in ("epoch", "step", "totals", "history", "best"))
@@ -335,11 +330,9 @@ def settings_of(args):
     return {k: v for k, v in vars(args).items() if k not in ("data_dir", "out_dir", "resume", "overwrite", "config", "device", "cnn_weights")}
 
 
-def refuse_other_settings(state, args, data, facts, path):
-    now, then = settings_of(args), state["settings"]
-    changed = [f"--{k.replace('_', '-')} {then.get(k)} (now {v})" for k, v in now.items() if k != "epochs" and then.get(k) != v]
-    if changed:
-        raise InputError(f"{path} was written with {', '.join(changed)}; give the same to resume, or start a new run")
+def refuse_other_run(state, args, data, facts, path):
+    then = state["settings"]
+    refuse_other_settings(settings_of(args), then, path, may_differ=("epochs",))
     if state["sha256"] != data.sha256:
         raise InputError(f"{path} was trained on other data than {data.source}; give the same file, or start a new run")
     if state["start"] != facts["start"]:

@@ -1,5 +1,6 @@
-"""runtime.py: arguments, refusals, files that are whole or absent, run folders, signals."""
+"""runtime.py: arguments, refusals, learning rate, files that are whole or absent, run folders, signals."""
 import argparse
+import csv
 import json
 import math
 import os
@@ -18,6 +19,7 @@ from shared.runtime import (
     atomic_file,
     check_plain,
     fraction,
+    learning_rate,
     load_checkpoint,
     newest_run,
     next_number,
@@ -28,6 +30,7 @@ from shared.runtime import (
     positive_float,
     positive_int,
     read_json,
+    refuse_other_settings,
     resume_dir,
     run_facts,
     save_checkpoint,
@@ -35,8 +38,10 @@ from shared.runtime import (
     script_parser,
     seed_everything,
     start_distributed,
+    write_csv,
     write_json,
     write_jsonl,
+    write_report,
 )  # fmt: skip
 
 # --- arguments ---
@@ -205,6 +210,26 @@ def test_run_facts():
     assert peak_memory("cpu")["peak_ram_gib"] >= facts["peak_ram_gib"]
 
 
+# --- training ---
+
+
+def test_learning_rate():
+    assert [learning_rate(step, 12, 4, 0.8) for step in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8])
+    assert learning_rate(8, 12, 4, 0.8) == pytest.approx(0.4)  # half of the cosine: half of the rate
+    assert learning_rate(6, 12, 4, 0.8) == pytest.approx(0.8 * (1 + math.sqrt(0.5)) / 2)
+    assert learning_rate(12, 12, 4, 0.8) == pytest.approx(0)
+    assert learning_rate(0, 10, 0, 0.8) == pytest.approx(0.8) and learning_rate(0, 1, 1, 0.8) == pytest.approx(0.8)
+
+
+def test_settings_that_differ_are_named():
+    then = {"lr": 0.1, "batch_size": 8, "epochs": 3, "gone": True}
+    refuse_other_settings({"lr": 0.1, "batch_size": 8, "epochs": 5}, then, "last.pt", may_differ=("epochs",))
+    with pytest.raises(InputError, match=r"^last.pt was written with --batch-size 8 \(now 16\), --new None \(now 1\); give the same to resume, or start a new run$"):
+        refuse_other_settings({"lr": 0.1, "batch_size": 16, "epochs": 5, "new": 1}, then, "last.pt", may_differ=("epochs",))
+    with pytest.raises(InputError, match=r"--epochs 3 \(now 5\)"):
+        refuse_other_settings({"epochs": 5}, then, "last.pt")
+
+
 # --- files ---
 
 
@@ -291,6 +316,26 @@ def test_json_is_plain():
     assert read_json("a.json") == expected == plain(value) and "NaN" not in Path("a.json").read_text() and "für" in Path("a.json").read_text("utf-8")
     write_jsonl("a.jsonl", [{"a": np.float64("nan")}, {"a": 2}])
     assert Path("a.jsonl").read_text() == '{"a": null}\n{"a": 2}\n'
+
+
+def test_csv_comes_back_as_it_was():
+    rows = [{"path": 'a, "b".png', "error": "two\nlines"}, {"path": "für.png", "error": ""}]
+    write_csv("a.csv", rows)
+    with open("a.csv", encoding="utf-8", newline="") as file:
+        assert list(csv.DictReader(file)) == rows
+
+
+def test_report_and_its_copy():
+    run_dir, text = Path("run"), "# Für\n![curve]({figures}curve.png)\n"
+    (run_dir / "figures").mkdir(parents=True)
+    for name in ("curve", "not_shown"):
+        (run_dir / "figures" / f"{name}.png").write_bytes(name.encode())
+    write_report(run_dir, text, {"curve": "curve.png"})
+    assert (run_dir / "report.md").read_text("utf-8") == "# Für\n![curve](figures/curve.png)\n"
+    assert [p.name for p in Path().iterdir()] == ["run"]  # no copy unless asked for
+    write_report(run_dir, text, {"curve": "curve.png"}, Path("reports/task.md"), "task_")
+    assert Path("reports/task.md").read_text("utf-8") == "# Für\n![curve](figures/task_curve.png)\n"
+    assert [(p.name, p.read_bytes()) for p in Path("reports/figures").iterdir()] == [("task_curve.png", b"curve")]
 
 
 def test_json_that_cannot_be_read():

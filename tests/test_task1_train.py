@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 
 import task1_classification.train as train_script
-from shared.runtime import save_checkpoint
+from shared.runtime import learning_rate, save_checkpoint
 from task1_classification.model import load_classifier, normalise, predict_logits
-from task1_classification.train import backward, learning_rate, loss_of, main, parse_args, weights_of_classes
+from task1_classification.train import backward, loss_of, main, parse_args, weights_of_classes
 
 ROOT = Path(__file__).resolve().parents[1]
 PATIENCE = 900  # seconds for a process of a few, on a machine that is busy
@@ -425,14 +425,6 @@ def test_two_processes_train_one_network(real_run, own_folder, start_script):
 
 
 # --- the parts, against closed forms ---
-
-
-def test_learning_rate():
-    assert [learning_rate(step, 12, 4, 0.8) for step in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8])
-    assert learning_rate(8, 12, 4, 0.8) == pytest.approx(0.4)  # half of the cosine: half of the rate
-    assert learning_rate(6, 12, 4, 0.8) == pytest.approx(0.8 * (1 + math.sqrt(0.5)) / 2)
-    assert learning_rate(12, 12, 4, 0.8) == pytest.approx(0)
-    assert learning_rate(0, 10, 0, 0.8) == pytest.approx(0.8) and learning_rate(0, 1, 1, 0.8) == pytest.approx(0.8)
 
 
 def test_the_epochs_report_the_learning_rate_of_their_last_step(small_network, write_medmnist):

@@ -18,7 +18,7 @@ A query without any relevant item (R = 0) has no R-prec, AP, RR and nDCG: NaN, l
 import numpy as np
 from scipy.stats import hypergeom
 
-from shared.metrics.statistics import percentile_interval, resample_counts
+from shared.metrics.statistics import none_if_nan, percentile_interval, resample_counts
 
 KS = (1, 3, 5, 10)
 
@@ -185,21 +185,17 @@ def summarise(values, labels, num_classes, draws=None, baseline=None):
     for i, row in enumerate(result):
         for j, name in enumerate(values):
             low, high = (None, None) if draws is None else percentile_interval(draws[:, i, j])[:2]
-            result[row][name] = {"value": _or_none(mean[i, j]), "low": low, "high": high}
+            result[row][name] = {"value": none_if_nan(mean[i, j]), "low": low, "high": high}
             if baseline is None:
                 continue
             gaps = draws[:, i, j] - baseline[1][:, i, j]
             low, high, undefined = percentile_interval(gaps)
             tail, num_defined = min((gaps <= 0).sum(), (gaps >= 0).sum()), len(gaps) - undefined
             result[row][name] |= {
-                "difference": _or_none(mean[i, j] - means(baseline[0])[i, j]), "difference_low": low, "difference_high": high,
+                "difference": none_if_nan(mean[i, j] - means(baseline[0])[i, j]), "difference_low": low, "difference_high": high,
                 "p": min(1.0, float(2 * (1 + tail) / (num_defined + 1))) if num_defined else None,
             }  # fmt: skip
     return result
-
-
-def _or_none(value):
-    return None if np.isnan(value) else float(value)
 
 
 # --- chance ---

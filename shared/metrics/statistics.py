@@ -251,7 +251,8 @@ def _numbers(values):
     return np.where(np.isfinite(values), values, np.nan)
 
 
-def _or_none(value):
+def none_if_nan(value):
+    """A number as a float that JSON can hold; None where it is undefined (NaN)."""
     return None if np.isnan(value) else float(value)
 
 
@@ -302,7 +303,7 @@ def studentised_interval(value, se, draws, draw_ses, confidence=0.95):
         if len(ts) == 0 or np.isnan(value + se):
             return None, None, len(draws) - len(ts)
         ends = value - se * np.quantile(ts, [(1 + confidence) / 2, (1 - confidence) / 2])
-    return _or_none(_number(ends[0])), _or_none(_number(ends[1])), len(draws) - len(ts)
+    return none_if_nan(_number(ends[0])), none_if_nan(_number(ends[1])), len(draws) - len(ts)
 
 
 METHODS = ("percentile", "bca", "studentised", "jackknife")
@@ -345,7 +346,7 @@ def bootstrap_interval(metric, *arrays, groups=None, strata=None, num_samples=20
         se = _jackknife_se(left_out[None], all_once)[0]
     if method == "jackknife":
         half = se * student_t.ppf((1 + confidence) / 2, max(1, num_units - 1))
-        return dict(value=_or_none(value), low=_or_none(value - half), high=_or_none(value + half), num_samples=0,
+        return dict(value=none_if_nan(value), low=none_if_nan(value - half), high=none_if_nan(value + half), num_samples=0,
                     num_undefined=int(np.isnan(left_out).sum()))
     draws, draw_ses = [], []
     for counts in _draw(pools, num_samples, seed):
@@ -359,7 +360,7 @@ def bootstrap_interval(metric, *arrays, groups=None, strata=None, num_samples=20
         low, high, num_undefined = bca_interval(value, draws, left_out, confidence)
     else:
         low, high, num_undefined = studentised_interval(value, se, draws, np.concatenate(draw_ses), confidence)
-    return dict(value=_or_none(value), low=low, high=high, num_samples=num_samples, num_undefined=num_undefined)
+    return dict(value=none_if_nan(value), low=low, high=high, num_samples=num_samples, num_undefined=num_undefined)
 
 
 def _warn_if_few(groups):
@@ -454,7 +455,7 @@ def paired_bootstrap(metric, labels, scores_a, scores_b, groups=None, strata=Non
     num_defined = num_samples - num_undefined
     tail = min((draws <= 0).sum(), (draws >= 0).sum())  # NaN is in neither
     p = min(1.0, float(2 * (1 + tail) / (num_defined + 1))) if num_defined else None
-    return dict(value_a=_or_none(value_a), value_b=_or_none(value_b), difference=_or_none(value_a - value_b),
+    return dict(value_a=none_if_nan(value_a), value_b=none_if_nan(value_b), difference=none_if_nan(value_a - value_b),
                 low=low, high=high, p=p, num_samples=num_samples, num_undefined=num_undefined)
 
 
