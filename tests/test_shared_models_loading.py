@@ -179,6 +179,19 @@ def test_lora_learns_and_leaves_the_base_untouched(family, quant, tmp_path):
     assert any(p.requires_grad for p in on.model.parameters())
 
 
+def test_the_processor_beside_an_adapter_is_taken(tmp_path):
+    """The adapter was trained on images of another size than the model's own processor makes."""
+    vlm = add_lora(load_vlm(str(tiny_folder("tiny:qwen2vl", **SMALL))), rank=4)
+    own = dict(vlm.processor.image_processor.size)
+    vlm.model.save_pretrained(tmp_path / "adapter")
+    assert dict(load_vlm(vlm.name, adapter=tmp_path / "adapter").processor.image_processor.size) == own  # none is there
+    vlm.processor.image_processor.size = own | {"longest_edge": own["longest_edge"] // 4}
+    vlm.processor.save_pretrained(tmp_path / "adapter")
+    again = load_vlm(vlm.name, adapter=tmp_path / "adapter")
+    assert dict(again.processor.image_processor.size) == own | {"longest_edge": own["longest_edge"] // 4}
+    assert again.tokenizer.padding_side == "left"
+
+
 def test_adapters_that_do_not_fit(tmp_path):
     small = str(tiny_folder("tiny:qwen2vl", **SMALL))
     vlm = add_lora(load_vlm(small), rank=4)

@@ -20,6 +20,7 @@ from vqa_sft_grpo.counterfactual import (
     region_mask,
     whole_boxes,
 )
+from vqa_sft_grpo.prompting import boxes_from_model, boxes_to_model
 
 
 def noisy(shape=(80, 100), seed=0):
@@ -38,6 +39,20 @@ def test_iou_of_regions_by_hand():
     assert region_iou([[0, 0, 10, 10]], [[5, 0, 15, 10]], 20, 20) == pytest.approx(50 / 150)
     assert region_iou([[0, 0, 10, 10], [5, 0, 15, 10]], [[0, 0, 15, 10]], 20, 20) == 1  # overlapping boxes count once
     assert region_iou([], [[0, 0, 5, 5]], 20, 20) == 0
+
+
+def test_a_box_written_in_thousandths_comes_back_as_itself():
+    """Outwards, 28.99 to 57.01 would be 28 to 58: a small box would lose a tenth of its overlap with itself."""
+    for side in (112, 500, 1024):
+        for x in range(0, side - 10, 7):
+            gold = [[x, 3, x + 10, 12]]
+            written = boxes_from_model(boxes_to_model(gold, side, side), side, side)
+            if side <= 500:  # from 1,000 pixels on, a thousandth is more than half a pixel
+                assert region_iou(written, gold, side, side) == 1
+            else:
+                assert region_iou(written, gold, side, side) > 0.7
+    assert region_iou([[0.4, 0.4, 0.45, 0.45]], [[0, 0, 5, 5]], 20, 20) == 0  # nothing is left of it
+    assert whole_boxes([[28.99, 0, 57.01, 3]], 60, 60) == [[28, 0, 58, 3]]  # an edit takes all of the region
 
 
 def test_boxes_that_touch_move_together():

@@ -175,6 +175,48 @@ def test_cases_are_drawn_by_the_seed_and_capped(films):
     assert drawn[0] == drawn[1] != other and len(other) == 4
 
 
+# --- films drawn anew ---
+
+
+def with_redrawn(films, folder):
+    """The question of each film with a patch gets it without the patch, and (but for the first) without a corner that nobody asks about."""
+    rows = []
+    for number, row in enumerate(films):
+        if row["region"]:
+            image = np.asarray(Image.open(row["image"])).copy()
+            other = image.copy()
+            other[:4, :4] = 0
+            (x0, y0, x1, y1) = row["region"][0]
+            image[y0:y1, x0:x1] = 75
+            for field, pixels in (("redrawn", image), ("redrawn_other", other)):
+                if field == "redrawn" or number:
+                    row = row | {field: str(folder / f"{field}{number}.png")}
+                    Image.fromarray(pixels).save(row[field])
+        rows.append(row)
+    return rows
+
+
+@pytest.mark.parametrize(("respond", "without", "other", "both"), [(looks, 1, 0, 1), (blind, 0, 0, 0), (AnyEdit, 1, 1, 1)])
+def test_films_drawn_anew_tell_who_sees_the_finding(films, tmp_path, respond, without, other, both):
+    rows = with_redrawn(films, tmp_path)
+    images, _ = load_images(rows)
+    metrics, predictions, *_ = evaluate(Scripted(AnyEdit(images) if respond is AnyEdit else respond), rows, images, [], options())
+    test = metrics["redrawn"]
+    assert (test["without"]["value"], test["other"]["value"], test["both_right"]["value"]) == (without, other, both)
+    assert test["without"]["n"] == test["both_right"]["n"] == 12 and test["other"]["n"] == test["difference"]["n"] == 11
+    assert test["difference"]["value"] == without - other and test["unparsed"] == {"redrawn": 0, "redrawn_other": 0}
+    assert predictions[0]["redrawn"]["answer"] and "redrawn_other" not in predictions[0] and "redrawn" not in predictions[1]
+
+
+def test_no_answer_about_a_film_drawn_anew_is_no_change(films, tmp_path):
+    rows = with_redrawn(films, tmp_path)
+    Path(rows[0]["redrawn"]).write_bytes(b"no picture")
+    images, _ = load_images(rows)
+    test = evaluate(Scripted(looks), rows, images, [], options())[0]["redrawn"]
+    assert test["without"]["value"] == test["both_right"]["value"] == pytest.approx(11 / 12) and test["unparsed"]["redrawn"] == 1
+    assert evaluate(Scripted(looks), films, images, [], options())[0]["redrawn"] is None
+
+
 # --- controls, denominators ---
 
 
@@ -396,6 +438,16 @@ def test_script_on_a_file_of_rows(rows_file, scripted_model, tmp_path, capsys):
     assert page.count("data:image/png;base64,") == 2 and not re.search(r"(src|href)=.(?!data:)", page)  # nothing is loaded from elsewhere
     with Image.open("run/figures/strip.png") as picture:
         assert picture.width > 600
+
+
+def test_films_drawn_anew_are_in_the_report(films, rows_file, scripted_model, tmp_path):
+    lines = rows_file.read_text().splitlines()
+    rows_file.write_text("\n".join([*map(json.dumps, with_redrawn(films, tmp_path)), *lines[24:]]))
+    script.main(["--data", str(rows_file), "--model", "tiny", "--out-dir", "run", "--counterfactual-cases", "0", "--device", "cpu", "--prompts", "json"])
+    report = Path("run/report.md").read_text()
+    assert "| right about both films: yes with it, no without it | 100.0 [100.0, 100.0] | 12 |" in report and "figures/redrawn.png" in report
+    with Image.open("run/figures/redrawn.png") as picture:
+        assert picture.width > 400 and picture.height > 400  # two films, three pictures each
 
 
 def test_the_think_prompt_alone_has_no_boxes(rows_file, scripted_model):

@@ -13,10 +13,12 @@ from PIL import Image
 from shared.data.phantom import phantom_study
 from shared.data.phantom_export import export_slake, export_vqa_rad
 from shared.runtime import InputError
+from vqa_sft_grpo.counterfactual import region_mask
 from vqa_sft_grpo.prepare_data import (
     GRPO_FIELDS,
     PHANTOM_START,
     ROW_FIELDS,
+    ancestors,
     grpo_row,
     main,
     make_rows,
@@ -127,6 +129,35 @@ def test_boxes_lie_on_what_was_drawn(phantom):
             assert inside > 0.8 * change.sum() > 0, row
             checked += 1
     assert checked >= 4
+
+
+def test_films_drawn_anew_lack_what_was_asked_and_nothing_else(tmp_path):
+    """Checked against the study itself: outside of the finding's box the film is the same, inside it is not."""
+    settings = phantom_settings(["Pleural Effusion", "Consolidation"], 0.6, (0, 0, 1))
+    rows, _ = make_rows("phantom", "test", image_dir=tmp_path / "films", studies=16, settings=settings)
+    drawn = {row["image"]: phantom_study(0, PHANTOM_START["test"] + i, 112, settings) for i in range(16) for row in rows if f"_{PHANTOM_START['test'] + i}_" in row["image"]}
+    asked = [row for row in rows if "redrawn" in row]
+    assert len(asked) >= 5 and all((row in asked) == (row["content_type"] == "presence" and row["answer"] == "yes") for row in rows)
+    assert any("redrawn_other" in row for row in asked) and any("redrawn_other" not in row for row in asked)
+    for row in asked:
+        study = drawn[row["image"]]
+        condition = next(q.condition for q in study.questions if q.text == row["question"])
+        gone = [f.name for f in study.truth if condition in ancestors(f.condition)]
+        film, without = (np.asarray(Image.open(row[field])).astype(int) for field in ("image", "redrawn"))
+        assert (without == study.without(*gone).image).all() and study.without(*gone).labels[condition] == 0
+        change = np.abs(film - without)
+        mask = region_mask(row["region"], 112, 112)
+        assert change[mask].sum() > 0.9 * change.sum() > 1000
+        if "redrawn_other" in row:
+            kept = [name for f in study.truth if (name := f.name) not in gone]
+            assert (np.asarray(Image.open(row["redrawn_other"])) == study.without(kept[0]).image).all() and study.without(kept[0]).labels[condition] == 1
+    write_rows(tmp_path / "rows.json", rows)
+    again = {row["id"]: row for row in read_rows(tmp_path / "rows.json")}
+    assert all(again[row["id"]].get(field) == row.get(field) for row in rows for field in ("image", "redrawn", "redrawn_other"))
+    assert not any("redrawn" in row for row in make_rows("phantom", "train", image_dir=tmp_path / "train", studies=10, settings=settings)[0] if row["split"] == "train")
+    Path(asked[0]["redrawn"]).unlink()
+    with pytest.raises(InputError, match="images of .* are not there"):
+        read_rows(tmp_path / "rows.json")
 
 
 def test_phantom_films_and_splits(phantom):

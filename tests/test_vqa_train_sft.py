@@ -64,6 +64,27 @@ def assert_close(a, b, tolerance=2e-6):
         assert (a[name] - b[name]).abs().max() < tolerance, name
 
 
+# --- rows without an image ---
+
+
+def test_blank_rows_are_grey_and_say_nothing_but_the_answer(rows_file, rows):
+    args = parse_args(short(rows_file, "--blank-share", "0.5"))
+    train, _, facts = train_script.load_rows(args)
+    assert len(train) == 18 and facts["train_rows"] == 12 and facts["blank_rows"] == 6
+    for row in train[12:]:
+        first = next(r for r in train[:12] if r["id"] == row["id"])
+        assert json.loads(row["output"]) == {"answer": first["answer"]} and (row["image"] == 128).all() and row["image"].shape == (first["height"], first["width"])
+    assert len({id(row["image"]) for row in train[12:]}) == 1  # prepared once
+    other, again = train_script.blank_rows(rows, 0.5, 1), train_script.blank_rows(rows, 0.5, 0)
+    assert [r["id"] for r in other] != [r["id"] for r in again] == [r["id"] for r in train_script.blank_rows(rows, 0.5, 0)]
+    assert train_script.blank_rows(rows, 0.0, 0) == []
+
+
+def test_a_run_with_blank_rows(rows_file):
+    main(short(rows_file, "--blank-share", "0.5", "--steps", "2", "--out-dir", "blank"))
+    assert json.loads(Path("blank/metrics.json").read_text())["dataset"]["blank_rows"] == 6
+
+
 # --- loss ---
 
 @pytest.mark.parametrize("family", ["qwen2vl", "gemma3", "llava"])
@@ -119,8 +140,9 @@ def test_images_of_different_sizes(vlm, rows, tmp_path):
         Image.fromarray(np.full((60, 110), 40 + i, np.uint8)).save(row["image"])
     store, examples = examples_of(vlm, changed, ("json",))
     assert len({len(e.prompt) - len(build_prompt(changed[e.row]["question"], "json")) for e in examples}) > 1 and len(set(store.grids)) == 2
-    plain, shared = (batch_loss(vlm, examples, store, share_prompt=share) for share in (False, True))
-    assert torch.equal(plain[0], shared[0])
+    for batch in (examples, examples[::-1]):  # whichever image comes first
+        plain, shared = (batch_loss(vlm, batch, store, share_prompt=share) for share in (False, True))
+        assert torch.equal(plain[0], shared[0])
 
 
 def test_answer_and_boxes_have_weights_of_their_own(vlm, rows):

@@ -67,9 +67,16 @@ def region_mask(boxes, height, width):
     return mask
 
 
+def nearest(boxes):
+    return [[round(v) for v in box] for box in boxes or ()]
+
+
 def region_iou(boxes, others, height, width):
-    """Intersection over union of two regions, each the union of its boxes; 0 when either is empty."""
-    a, b = (region_mask(whole_boxes(some, height, width), height, width) for some in (boxes, others))
+    """
+    Intersection over union of two regions in pixels, each the union of its boxes; 0 when either is empty. Edges count to the
+    nearest pixel: 28.99, of a box written in thousandths, is the gold 29, and rounded outwards it would cover a pixel more.
+    """
+    a, b = (region_mask(whole_boxes(nearest(some), height, width), height, width) for some in (boxes, others))
     union = (a | b).sum()
     return float((a & b).sum() / union) if a.any() and b.any() else 0.0
 

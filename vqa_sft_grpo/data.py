@@ -174,6 +174,20 @@ class Example:
         return len(self.prompt) + len(self.target)
 
 
+def prompt_tokens(vlm, question, style, grid):
+    """The user's turn about one image -> int32 (L,), with as many image tokens as the grid (rows, columns) has cells."""
+    text, _ = render(vlm.processor, vlm.processor.chat_template, build_prompt(question, style), 1, None, None)
+    marked = mark_images(vlm.family, vlm.tokenizer, text, 1)
+    return np.array(spread(token_ids(vlm.tokenizer, [marked])[0], vlm.image_token_id, [grid]), np.int32)
+
+
+def around_answer(vlm):
+    """-> what the chat template writes in front of an answer and after it."""
+    stand_in = "\u00a4answer\u00a4"
+    _, ending = render(vlm.processor, vlm.processor.chat_template, "?", 1, None, stand_in)
+    return ending.split(stand_in)
+
+
 def make_examples(vlm, rows, images, styles, max_length=2048, answer_weight=1.0, box_weight=1.0):
     """
     rows of prepare_data.py, images.number_of[i] being the image of row i -> Examples, row by row, style by style.
@@ -182,17 +196,9 @@ def make_examples(vlm, rows, images, styles, max_length=2048, answer_weight=1.0,
     their features, or an answer without its end.
     """
     placeholders = FAMILIES[vlm.family].image_tokens
-    processor, tokenizer = vlm.processor, vlm.tokenizer
-    stand_in = "\u00a4answer\u00a4"
-    _, ending = render(processor, processor.chat_template, "?", 1, None, stand_in)
-    before, after = ending.split(stand_in)  # what the template writes around an answer
-
-    @functools.cache
-    def prompt_tokens(question, style, grid):
-        text, _ = render(processor, processor.chat_template, build_prompt(question, style), 1, None, None)
-        marked = mark_images(vlm.family, tokenizer, text, 1)
-        return np.array(spread(token_ids(tokenizer, [marked])[0], vlm.image_token_id, [grid]), np.int32)
-
+    tokenizer = vlm.tokenizer
+    before, after = around_answer(vlm)
+    tokens_of = functools.cache(functools.partial(prompt_tokens, vlm))
     examples = []
     for i, row in enumerate(rows):
         grid = images.grids[images.number_of[i]]
@@ -207,7 +213,7 @@ def make_examples(vlm, rows, images, styles, max_length=2048, answer_weight=1.0,
                 characters[len(before) + boxes.start() : len(before) + boxes.end()] = box_weight
             characters[len(before) + target.rfind(MARKS[style]) + len(MARKS[style]) :] = answer_weight
             weights = np.array([characters[end - 1] for _, end in encoded["offset_mapping"]], np.float32)
-            example = Example(i, style, images.number_of[i], prompt_tokens(row["question"], style, grid), np.array(encoded["input_ids"], np.int32), weights)
+            example = Example(i, style, images.number_of[i], tokens_of(row["question"], style, grid), np.array(encoded["input_ids"], np.int32), weights)
             if example.length > max_length:
                 tokens = grid[0] * grid[1]
                 raise InputError(
@@ -295,12 +301,12 @@ def padded(rows, fill, side):
     return torch.from_numpy(out)
 
 
-def image_tensors(vlm, batch, images):
-    """What the forward pass wants to see of images whose features are ready: any value in place of the pixels, and the grids."""
+def image_tensors(vlm, grids):
+    """What the forward pass wants to see of images whose features are ready: any value in place of the pixels, and the (rows, columns) of each."""
     tensors = {"pixel_values": torch.zeros(1, device=vlm.device, dtype=vlm.dtype)}
     if vlm.family == "qwen2vl":
         merge = vlm.processor.image_processor.merge_size
-        tensors["image_grid_thw"] = torch.tensor([[1, r * merge, c * merge] for r, c in (images.grids[e.image] for e in batch)], device=vlm.device)
+        tensors["image_grid_thw"] = torch.tensor([[1, r * merge, c * merge] for r, c in grids], device=vlm.device)
     return tensors
 
 
@@ -315,7 +321,7 @@ def plain_logits(vlm, batch, images, feature_of):
     longest = max(len(e.target) for e in batch)
     targets = padded([e.target for e in batch], IGNORED, "left").to(vlm.device)
     weights = padded_weights([e.weights for e in batch], longest, "left").to(vlm.device)
-    tensors = {"input_ids": ids, "attention_mask": mask} | image_tensors(vlm, batch, images)
+    tensors = {"input_ids": ids, "attention_mask": mask} | image_tensors(vlm, [images.grids[e.image] for e in batch])
     if vlm.family in KINDS:
         tensors[KINDS[vlm.family]] = (ids == vlm.image_token_id).long()
     with ready_features(vlm, [feature_of[e.image] for e in batch]):
@@ -344,7 +350,7 @@ def shared_lengths(batch, image_token_id):
         shortest = min(map(len, prompts))
         same = np.all([p[:shortest] == prompts[0][:shortest] for p in prompts], axis=0)
         common = min(shortest - 1, shortest if same.all() else int(same.argmin()))
-        if common <= int(np.flatnonzero(prompts[0] == image_token_id)[-1]):
+        if common <= max(int(np.flatnonzero(p == image_token_id)[-1]) for p in prompts):
             return None
         lengths[style] = common
     return lengths
@@ -363,7 +369,7 @@ def shared_prompt_logits(vlm, batch, images, feature_of, cut):
     mask = (ids >= 0).long()
     ids = ids.clamp(min=0).masked_fill(mask == 0, pad)
     is_image = ((ids == vlm.image_token_id) & mask.bool()).long()
-    extra = image_tensors(vlm, batch, images)
+    extra = image_tensors(vlm, [images.grids[e.image] for e in batch])
     if vlm.family == "qwen2vl":
         positions = vlm.base.model.get_rope_index(ids, is_image, image_grid_thw=extra["image_grid_thw"], attention_mask=mask)[0]  # (3, B, L)
     else:
@@ -374,7 +380,7 @@ def shared_prompt_logits(vlm, batch, images, feature_of, cut):
     first = [next(i for i, e in enumerate(batch) if (e.image, e.style) == group) for group in groups]
     columns = begin.shape[1]
     tensors = {"input_ids": ids[first, :columns], "attention_mask": mask[first, :columns], "position_ids": positions[..., first, :columns]}
-    tensors |= image_tensors(vlm, [batch[i] for i in first], images)
+    tensors |= image_tensors(vlm, [images.grids[image] for image, _ in groups])
     if kind:
         tensors[kind] = is_image[first, :columns]
     cache = DynamicCache(config=vlm.config.get_text_config())

@@ -20,6 +20,8 @@ Counterfactual  region removed against K random regions of its size and share of
                 response reasons before it answers, the answer follows from the reasoning, and only the response's drop can show that
                 the region mattered. The region is the gold one;
                 where none is known the model's own, counted apart ("self"): a model can choose it to look good.
+Redrawn         phantom only: the same film drawn anew without the finding asked about, and without another one (prepare_data.py).
+                No fill can leave a trace there, and the right answer is known, so it needs no random regions beside it
 
 Writes to the run folder: metrics.json, predictions.jsonl, report.md, report.html (self-contained), figures/*.png, errors.csv.
 For research and teaching only; nothing here is medical advice.
@@ -53,11 +55,12 @@ from shared.runtime import (
     script,
     script_parser,
     seed_everything,
+    write_csv,
     write_json,
     write_jsonl,
 )
 from vqa_sft_grpo.counterfactual import FILLS, blank, fill_region, identity_edits, plan_regions
-from vqa_sft_grpo.infer import TASK, Answerer, add_model_options, load_model, pixel_boxes, to_bytes, write_errors
+from vqa_sft_grpo.infer import TASK, Answerer, add_model_options, load_model, pixel_boxes, to_bytes
 from vqa_sft_grpo.measures import (
     SentenceEncoder,
     at_thresholds,
@@ -67,12 +70,13 @@ from vqa_sft_grpo.measures import (
     json_success,
     measure_boxes,
     measure_counterfactual,
+    measure_redrawn,
     paired_difference,
     risk_coverage,
     strata,
     summarise,
 )
-from vqa_sft_grpo.prepare_data import NAMES, POLICIES, grpo_row, make_rows, read_rows
+from vqa_sft_grpo.prepare_data import NAMES, POLICIES, REDRAWN, grpo_row, make_rows, read_rows
 from vqa_sft_grpo.prompting import STYLES, build_prompt, parse_response
 from vqa_sft_grpo.report import draw_risk_coverage, draw_strip, write_report
 from vqa_sft_grpo.scoring import (
@@ -369,6 +373,7 @@ def evaluate(answerer, rows, images, train_rows, args, encoder=None):
     signals = {"answer log-probability": logprob, "response log-probability": [score["response"] for score in scores]} | ({"caption-question similarity": similarity} if similarity else {})
     tested = sorted(summaries)
     on_cases = {name: [values[i] for i in tested] for name, values in signals.items()} | {"stability under random edits": [summaries[i]["stability"] for i in tested]}
+    redrawn = ask_redrawn(answerer, rows, main_style)
     confidence = {"all rows": {name: aurc_row(values, correct, groups) for name, values in signals.items()}}
     if len(tested) > 1:
         confidence["counterfactual cases"] = {name: aurc_row(values, [correct[i] for i in tested], [groups[i] for i in tested]) for name, values in on_cases.items()}
@@ -384,6 +389,7 @@ def evaluate(answerer, rows, images, train_rows, args, encoder=None):
         "boxes": measure_boxes(rows, records, images, train_rows) if main_style == "json" else None,
         "needs_image": {name: paired_difference(correct, [r["correct"] for r in answers[name]], groups) for name in CONTROLS if name in answers},
         "confidence": confidence,
+        "redrawn": measure_redrawn(rows, records, redrawn),
         "counterfactual": {"cases": len(cases), "asked_for": args.counterfactual_cases, "random_regions": args.random_regions, "fills": args.fills, "not_taken": refused, **measure_counterfactual(cases, rows, args.fills, args.random_regions)},
     }  # fmt: skip
     predictions = []
@@ -393,12 +399,23 @@ def evaluate(answerer, rows, images, train_rows, args, encoder=None):
             **{k: row.get(k) for k in ("id", "image", "question", "answer_type", "question_type", "content_type", "group", "region")}, "gold": row["answer"],
             **{name: {k: r[k] for k in kept if k in r} for name, r in ((name, some[i]) for name, some in answers.items())},
             **({"majority answer": {"answer": majority[i], "correct": answers["majority answer"][i]["correct"]}} if majority else {}),
+            **{field: {k: answered[i][k] for k in ("response", "answer")} for field, answered in redrawn.items() if i in answered},
             "answer_logprob": logprob[i], "response_logprob": scores[i]["response"], "caption_similarity": similarity[i] if similarity else None, "counterfactual": summaries.get(i),
         })  # fmt: skip
     curves = {"all rows": {name: risk_coverage(values, correct)[:2] for name, values in signals.items()}}
     if len(tested) > 1:
         curves["counterfactual cases"] = {name: risk_coverage(values, [correct[i] for i in tested])[:2] for name, values in on_cases.items()}
     return metrics, predictions, cases, records, curves
+
+
+def ask_redrawn(answerer, rows, style):
+    """The questions whose film was drawn anew without a finding -> {"redrawn", "redrawn_other": {row number: record}}; a film that cannot be read gives no answer."""
+    asked = {}
+    for field in REDRAWN:
+        chosen = [i for i, row in enumerate(rows) if row.get(field)]
+        some = [rows[i] | {"image": rows[i][field]} for i in chosen]
+        asked[field] = dict(zip(chosen, ask(answerer, some, load_images(some)[0], style), strict=True)) if chosen else {}
+    return asked
 
 
 def say(name, rows, records):
@@ -430,6 +447,24 @@ def telling_cases(cases, rows, records, images, args, most=4, least=2):
             drop = "" if edit["drop"] is None else f" ({-edit['drop']:+.2f})"
             panels.append({"image": pictures[name], "name": f"without it: {name[1]}" if name[0] == "roi" else f"random: {name[1]}", "below": f"{edit['answer']}{drop}", "changed": edit["flipped"] or edit["unparsed"], "boxes": [(box, "red") for box in plan.roi] if name[0] == "roi" else [(box, "tab:blue") for box in plan.random[0]]})
         strips.append({"text": f"{what}: {row['question']} gold: {row['answer']}", "panels": panels})
+    return strips
+
+
+def redrawn_strips(rows, records, predictions, most=2):
+    """Pictures of films drawn anew: the first two on which the answer follows the finding and nothing else, and the first two on which it does not."""
+    chosen, seen = {True: [], False: []}, set()
+    for i, row in enumerate(rows):
+        if row["image"] not in seen and all(field in predictions[i] for field in REDRAWN):
+            seen.add(row["image"])
+            keys = [answer_key(predictions[i][field]["answer"], row["question"], "yes/no") for field in REDRAWN]
+            chosen[records[i]["key"] == keys[1] == "yes" and keys[0] == "no"].append((i, keys))
+    strips = []
+    for i, keys in chosen[True][:most] + chosen[False][:most]:
+        row, region = rows[i], [(box, "red") for box in rows[i]["region"]]
+        panels = [{"image": load_image(str(row["image"])), "name": "as it is", "below": f"{records[i]['answer']}", "changed": False, "boxes": region}]
+        for field, key, name in zip(REDRAWN, keys, ("without it", "without another finding"), strict=True):
+            panels.append({"image": load_image(str(row[field])), "name": name, "below": f"{predictions[i][field]['answer']}", "changed": key != records[i]["key"], "boxes": region})
+        strips.append({"text": f"{row['question']} gold: {row['answer']}", "panels": panels})
     return strips
 
 
@@ -475,10 +510,12 @@ def main(argv=None):
     figures = {"risk_coverage": draw_risk_coverage(run_dir / "figures" / "risk_coverage.png", curves, where)}
     if cases:
         figures["strip"] = draw_strip(run_dir / "figures" / "strip.png", telling_cases(cases, rows, records, images, args), f"{where}; number: change of the log-probability per token of the original answer; red: changed")
+    if strips := redrawn_strips(rows, records, predictions):
+        figures["redrawn"] = draw_strip(run_dir / "figures" / "redrawn.png", strips, where)
     write_json(run_dir / "metrics.json", metrics)
     write_jsonl(run_dir / "predictions.jsonl", predictions)
     if errors:
-        write_errors(run_dir / "errors.csv", errors)
+        write_csv(run_dir / "errors.csv", errors)
     write_report(run_dir, metrics, figures)
     if args.export_grpo:
         write_jsonl(args.export_grpo, export_rows(rows, records, predictions, Path(args.export_grpo).parent))

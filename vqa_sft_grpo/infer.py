@@ -12,7 +12,6 @@ Writes to the run folder: answers.jsonl, boxes/*.png with the boxes of a respons
 the images that could not be used, metrics.json.
 For research and teaching only: this is not a medical device, and no output of it is medical advice.
 """
-import csv
 import json
 import sys
 import textwrap
@@ -29,7 +28,7 @@ from PIL import Image, ImageDraw
 
 from shared.data.images import find_images, read_image
 from shared.models.inputs import build_inputs, generate_text, preprocess_images, render
-from shared.models.loading import FAMILIES, QUANTS, load_processor, load_vlm
+from shared.models.loading import FAMILIES, QUANTS, load_vlm
 from shared.runtime import (
     InputError,
     atomic_file,
@@ -42,6 +41,7 @@ from shared.runtime import (
     script,
     script_parser,
     seed_everything,
+    write_csv,
     write_json,
     write_jsonl,
 )  # fmt: skip
@@ -180,11 +180,9 @@ def model_of(model, adapter, default=BASE_MODEL):
 
 
 def load_model(args, device):
-    """The options of add_model_options -> VLM; the processor is the one saved with the adapter, whose image size it was trained with."""
+    """The options of add_model_options -> VLM."""
     name, adapter = model_of(args.model, args.adapter)
     vlm = load_vlm(name, quant=args.quant, device=device, adapter=adapter, family="qwen2vl")
-    if adapter and any((Path(adapter) / f).is_file() for f in ("preprocessor_config.json", "processor_config.json")):
-        vlm.processor = load_processor(adapter, adapter)
     if vlm.tiny and not adapter:
         print("note: this tiny model is untrained, its answers mean nothing")
     return vlm
@@ -283,7 +281,7 @@ def main(argv=None):
                 picture.save(file, "PNG")
     write_jsonl(run_dir / "answers.jsonl", rows)
     if errors:
-        write_errors(run_dir / "errors.csv", errors)
+        write_csv(run_dir / "errors.csv", errors)
     unread = sum(row["answer"] is None for row in rows)
     write_json(run_dir / "metrics.json", {"n": len(rows), "n_without_answer": unread, "n_errors": len(errors), "prompt": args.prompt, **vlm.facts(), **run_facts(started, device)})
     for row in rows[:20]:
@@ -308,13 +306,6 @@ def pixel_boxes(response, shape):
     boxes = boxes_from_model(response.boxes, shape[1], shape[0])
     boxes = [[min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1)] for x0, y0, x1, y1 in boxes]
     return [[x0, y0, x1, y1] for x0, y0, x1, y1 in boxes if x1 > x0 and y1 > y0]
-
-
-def write_errors(path, errors):
-    with atomic_file(path, "w") as file:
-        writer = csv.DictWriter(file, fieldnames=list(errors[0]))
-        writer.writeheader()
-        writer.writerows(errors)
 
 
 if __name__ == "__main__":

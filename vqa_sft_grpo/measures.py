@@ -329,6 +329,32 @@ def measure_counterfactual(cases, rows, fills, k):
     return measured
 
 
+def measure_redrawn(rows, records, redrawn):
+    """
+    Answers about films drawn anew without a finding (see prepare_data.py) -> dict, or None where there are none. redrawn: {"redrawn",
+    "redrawn_other": {row number: record}}. without: share of answers that change when the finding asked about is gone, other: when
+    another one is gone, difference: on the rows that have both; both_right: yes with the finding and no without it. Every row with such
+    a film counts; an answer that cannot be read has not changed, and is counted apart.
+    """
+    if not redrawn["redrawn"]:
+        return None
+
+    def changed(i, record):
+        return None not in (record["key"], records[i]["key"]) and record["key"] != records[i]["key"]
+
+    def over(values):  # {row number: value}
+        return rate(list(values.values()), [rows[i]["group"] for i in values])
+
+    without, other = ({i: changed(i, record) for i, record in redrawn[field].items()} for field in ("redrawn", "redrawn_other"))
+    paired = [i for i in without if i in other]
+    return {
+        "without": over(without), "other": over(other),
+        "difference": paired_difference([without[i] for i in paired], [other[i] for i in paired], [rows[i]["group"] for i in paired]),
+        "both_right": over({i: bool(records[i]["correct"]) and record["key"] == "no" for i, record in redrawn["redrawn"].items()}),
+        "unparsed": {field: sum(record["key"] is None for record in some.values()) for field, some in redrawn.items()},
+    }  # fmt: skip
+
+
 def case_summary(case, fills, k):
     """What predictions.jsonl says of a case; stability: share of random-region edits that leave the answer as it is."""
     flips, drops = ({what: edit_values(case, what, key, fills, 1 if what == "roi" else k) for what in ("roi", "random")} for key in ("flipped", "drop"))

@@ -22,6 +22,9 @@ A row:
                                  phantom, which are always the same); null: not known (VQA-RAD)
     region                       gold boxes [[x0, y0, x1, y1]] in pixels of the stored image that the answer needs, or null
     width, height                of the image, pixels
+    redrawn, redrawn_other       validation and test rows of the phantom whose answer is yes to a condition: the same film drawn
+                                 without what the question asks about, and without another finding (where there is one): the
+                                 same patient, position and noise, and no trace of an edit
     policy, overlap              the split policy, and whether it lets images of the test set into training
 
 Policies (--policy); validation is a tenth of the training images, SLAKE's own for SLAKE:
@@ -86,6 +89,8 @@ PHANTOM_STUDIES = {"train": 1000, "val": 100, "test": 300}
 PHANTOM_START = {"train": 0, "val": 8_000_000, "test": 16_000_000}  # far apart and multiples of eight: no patient is in two splits
 SHARED_FIELDS = ("id", "dataset", "split", "question", "answer_type", "group")
 ROW_FIELDS = (*SHARED_FIELDS, "instruction", "input", "output", "image", "answer", "question_type", "content_type", "region", "width", "height", "policy")
+REDRAWN = ("redrawn", "redrawn_other")
+FILMS = ("image", *REDRAWN)  # fields with a path
 GRPO_FIELDS = ("image_path", "question", "gold")
 
 
@@ -342,8 +347,10 @@ def phantom_rows(split, seed, image_dir, studies=None, image_size=112, settings=
             study = phantom_study(seed, PHANTOM_START[part] + number, image_size, settings)
             asked = phantom_study_rows(study, part, image_dir)
             if asked:
-                with atomic_file(Path(asked[0]["image"])) as file:
-                    Image.fromarray(study.image).save(file, "PNG")
+                save_film(study, asked[0]["image"])
+            if part != "train":  # nothing is measured there
+                for row, question in zip(asked, study.questions, strict=True):
+                    row |= redrawn_films(study, question, row["image"])
             part_rows += asked
             if limit and len(part_rows) >= limit:
                 break
@@ -370,6 +377,28 @@ def phantom_study_rows(study, split, image_dir):
             {"caption": caption, "reasoning": phantom_reasoning(study, question), "boxes": region}, "by patient", False,
         ))  # fmt: skip
     return rows
+
+
+def save_film(study, path):
+    with atomic_file(Path(path)) as file:
+        Image.fromarray(study.image).save(file, "PNG")
+
+
+def redrawn_films(study, question, path):
+    """
+    For "is there a ...?" with the answer yes: {"redrawn": film without all findings that make it true, "redrawn_other": film without
+    one other finding, if there is one}, paths beside the film's own; {} for other questions. The right answers there are no and yes.
+    """
+    if question.content != "presence" or question.answer != "yes":
+        return {}
+    asked = [f.name for f in study.drawn if question.condition in ancestors(f.condition)]
+    others = [f.name for f in study.drawn if f.name not in asked]
+    films = {}
+    for field, names in zip(REDRAWN, (asked, others[:1]), strict=True):
+        if names:
+            films[field] = path.removesuffix(".png") + f"_without_{'_'.join(names)}.png".replace(" ", "-")
+            save_film(study.without(*names), films[field])
+    return films
 
 
 def finding_phrase(finding, with_size=False):
@@ -483,7 +512,7 @@ def portable(image, folder):
 
 def write_rows(path, rows):
     """One JSON object per line, atomically."""
-    write_jsonl(path, [row | {"image": portable(row["image"], Path(path).parent)} for row in rows])
+    write_jsonl(path, [row | {key: portable(row[key], Path(path).parent) for key in FILMS if key in row} for row in rows])
 
 
 def grpo_row(row, folder):
@@ -518,7 +547,7 @@ def read_rows(path, splits=None, fields=ROW_FIELDS):
         check_row(row, fields, f"{path}, row {number}")
         if wanted is None or row.get("split") in wanted:
             row = dict(row)
-            for key in {"image", "image_path"} & row.keys():
+            for key in {"image_path", *FILMS} & row.keys():
                 row[key] = os.path.normpath(path.resolve().parent / row[key])
                 if row[key] not in here:
                     here[row[key]] = os.path.isfile(row[key])
@@ -539,7 +568,7 @@ def check_row(row, fields, where):
     missing = [field for field in fields if field not in row]
     if missing:
         raise InputError(f"{where} lacks {', '.join(missing)}; make the file again with vqa_sft_grpo/prepare_data.py")
-    for key in {"image", "image_path", "question", "answer", "gold", "output"} & row.keys():
+    for key in {"image_path", *FILMS, "question", "answer", "gold", "output"} & row.keys():
         if not isinstance(row[key], str) or not row[key].strip():
             raise InputError(f"{where}: '{key}' must be a text that is not empty")
     if row.get("answer_type", "open") not in ("closed", "open"):

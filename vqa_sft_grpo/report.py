@@ -121,6 +121,8 @@ def build(metrics, figures):
     if metrics["boxes"]:
         boxes_section(doc, metrics["boxes"])
     counterfactual_section(doc, metrics["counterfactual"], figures)
+    if metrics["redrawn"]:
+        redrawn_section(doc, metrics["redrawn"], figures)
     confidence_section(doc, metrics, figures)
     strata_section(doc, metrics)
     doc.text(f"{metrics['seconds']:.0f} s on {metrics['hardware']['gpu'] or metrics['hardware']['device']}, {metrics['date']}. For research and teaching only; not a medical device, no medical advice.")
@@ -246,6 +248,22 @@ def counterfactual_section(doc, cf, figures):
         ])  # fmt: skip
     if "strip" in figures:
         doc.figure(figures["strip"], "Cases chosen by rule: the largest and the smallest difference between region and random regions. Red: region of interest; blue: random regions; below each picture the answer given to it.")
+
+
+def redrawn_section(doc, test, figures):
+    doc.heading("When the finding is really not there")
+    doc.text(
+        "Films of the phantom drawn anew, same patient, position and noise: without what the question asks about, and without another finding. Questions whether a condition is there, all with the answer yes. "
+        "A model that sees the finding says no in the first case and yes in the second; no fill is involved, and these shares are not comparable with those of the fills above. "
+        f"Answers that cannot be read have not changed: {test['unparsed']['redrawn']} and {test['unparsed']['redrawn_other']}."
+    )
+    lines = (
+        ("answers change without the finding asked about", test["without"]), ("answers change without another finding", test["other"]),
+        ("difference, films that have both", test["difference"]), ("right about both films: yes with it, no without it", test["both_right"]),
+    )  # fmt: skip
+    doc.table(["", "share", "n", "p"], [[name, with_interval(value), value["n"], p_value(value.get("p")) if "p" in value else ""] for name, value in lines])
+    if "redrawn" in figures:
+        doc.figure(figures["redrawn"], "The first two films on which the answer changes without the finding and stays without another one, and the first two of the others. Red: the region of the question; red text: the answer has changed.")
 
 
 def confidence_section(doc, metrics, figures):

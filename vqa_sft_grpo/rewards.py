@@ -18,7 +18,8 @@ Terms of a rollout; None where a row does not define one (no region, no reasonin
                     (n + 1) / boxes where there are more than n + 1 boxes for n gold ones; None without gold
     C contradiction -1 when the reasoning contradicts the answer (yes or no, side, zone, organ, negation), else 0; None without reasoning
     V counterfactual  clip((d_roi - mean_k d_rand) / 1 nat, -1, 1): how much less likely the policy finds its OWN answer when the
-                    gold region is taken out of the image, minus the same for random regions of equal area; None without gold region
+                    gold region is taken out of the image, minus the same for random regions of equal area; None without gold region,
+                    and where the gold answer is no: there is nothing to take out
     P penalty       too long + repetition + question or instruction copied, each 0 to 1, together at most 1
 
 composition="gated", the default; f, a, s, v are the four weights divided by their defaults 0.2, 0.4, 0.2, 0.2:
@@ -40,9 +41,9 @@ prompt, so that the group's mean takes it away: delta_cf_roi, delta_cf_rand, val
 ignored, see ignored_fields).
 
 What V can do. The answer is scored as a response of its own, without the rollout's reasoning: after "Seen: left effusion" the
-word "left" hardly depends on the image. So rollouts of one prompt with equal answers have equal V: it sets right answers further
-apart from wrong ones where the model looks at the region, and nearer where it does not. Advantages divided by the
-group's standard deviation undo most of that; scale_rewards "none" or "batch" keeps it.
+word "left" hardly depends on the image. So rollouts of one prompt with equal answers have equal V: as a number it sets right answers
+further apart from wrong ones where the model looks at the region, and nearer where it does not, but never one right answer
+from another. What teaches a policy to look is the other half of the gradient, through V itself: slope() and train_grpo.py.
 """
 import functools
 import json
@@ -55,7 +56,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from shared.runtime import InputError
-from vqa_sft_grpo.counterfactual import FILLS, fill_region, plan_regions, region_iou, region_mask, whole_boxes
+from vqa_sft_grpo.counterfactual import FILLS, fill_region, nearest, plan_regions, region_iou, region_mask, whole_boxes
 from vqa_sft_grpo.prompting import FIELDS, boxes_from_model, check_style, instruction, parse_response
 from vqa_sft_grpo.scoring import (
     COMMON,
@@ -215,6 +216,8 @@ def plan_edits(row, image, k=4, fill="inpaint", seed=0):
     seed = [*np.atleast_1d(seed).tolist(), zlib.crc32(f"{row.get('id', '')} {row['question']}".encode())]
     if not row.get("region"):
         return EditPlan(why="no gold region")
+    if normalise(gold_of(row)) == ["no"]:  # the region of such a question is where something would be: without it the answer still is no
+        return EditPlan(why="the gold answer is no: there is nothing to take out")
     plan = plan_regions(image, row["region"], k, seed)
     if plan.why:
         return EditPlan(why=plan.why)
@@ -317,8 +320,7 @@ def box_term(row, found):
         return 0.0, "no box"
     if any([round(v) for v in box] in PLACEHOLDERS for box in found.boxes):
         return 0.0, "placeholder"
-    # to the nearest pixel: 28.99 of a box written in thousandths is the gold 29, and outwards it would cover a pixel more
-    boxes = [[round(v) for v in box] for box in boxes_from_model(found.boxes, width, height)]
+    boxes = nearest(boxes_from_model(found.boxes, width, height))
     inside = whole_boxes(boxes, height, width)
     if not inside:
         return 0.0, "no box with an area inside of the image"
@@ -501,6 +503,24 @@ def parts(terms, settings):
         "answer": gate * alone, "looked at the region": gate * (together - alone), "looked elsewhere": gate * 0.3 * c * min(v, 0.0),
         "box": gate * 0.15 * s * box, "contradiction": 0.2 * s * contradiction, "penalty": -0.2 * f * terms["penalty"],
     }  # fmt: skip
+
+
+def slope(terms, settings):
+    """
+    Derivative of a right answer's reward by V; 0 for a wrong one, where V is undefined or clipped, and where the answer's part is capped.
+
+    V is a function of the policy's own weights, so the gradient of the expected reward has two parts: E[R grad log p], which
+    GRPO estimates, and E[dR/dV grad V]. The first alone cannot set apart two policies that give the same answers. Wrong
+    answers are left out of the second: it makes the answer likelier on films with a random region filled in, and there it is wrong too.
+    """
+    v = terms["counterfactual"]
+    if v is None or abs(v) >= 1 or terms["accuracy"] <= RIGHT:
+        return 0.0
+    if settings.composition == "additive":
+        return settings.weights[TERMS.index("counterfactual")]
+    _, a, _, c = (w / default for w, default in zip(settings.weights, DEFAULT_WEIGHTS, strict=True))
+    answer = a * terms["answer"] if v >= 0 else 1.0
+    return terms["gate"] * 0.3 * c * answer if v < 0 or answer * (1 + 0.3 * c * v) < MOST * max(1.0, a) else 0.0
 
 
 def score_rollouts(rows, texts, settings=RewardSettings(), frequencies=None, drops=None, tokens=None):  # noqa: B008 - frozen

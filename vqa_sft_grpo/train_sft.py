@@ -18,8 +18,12 @@ a model folder; either way with the processor, and evaluate.py, infer.py and tra
 What is trained. --train lora: low-rank adapters in the language model, all else frozen; the features of the frozen vision tower
 can be computed once (--cache-features). --train full: everything, for models that start from random weights. The loss is the mean
 over the learned tokens of the whole batch, however it is cut into passes: answer and end token, never prompt or image.
+--blank-share adds rows whose image is a plain grey picture and whose target is their own answer alone, with no caption and no
+box: over many rows these answers are those of the question's prior, so a model that sees nothing is taught to give that prior and
+to describe nothing. Without it a grey picture is unlike all training images, and what a model writes there is no baseline.
 Validation writes answers (greedy) and scores them strictly; the test split is never read.
 """
+import json
 import math
 import random
 import shutil
@@ -33,6 +37,7 @@ sys.path.insert(0, str(ROOT))  # finds shared/ from any folder; in a notebook, c
 
 import shared  # noqa: F401, isort: skip  # before transformers
 import matplotlib
+import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
@@ -46,12 +51,14 @@ from shared.runtime import (
     add_resume,
     fraction,
     free_gpu,
+    learning_rate,
     load_checkpoint,
     not_negative,
     open_run_dir,
     pick_device,
     positive_float,
     positive_int,
+    refuse_other_settings,
     run_facts,
     save_checkpoint,
     script,
@@ -61,7 +68,7 @@ from shared.runtime import (
     write_json,
     write_jsonl,
 )  # fmt: skip
-from vqa_sft_grpo.counterfactual import region_iou
+from vqa_sft_grpo.counterfactual import blank, region_iou
 from vqa_sft_grpo.data import ImageStore, batch_loss, epoch_batches, make_examples
 from vqa_sft_grpo.infer import BASE_MODEL, Answerer
 from vqa_sft_grpo.prepare_data import make_rows, phantom_settings, read_rows
@@ -82,6 +89,7 @@ def parse_args(argv=None):
     g.add_argument("--films", type=positive_int, default=6000, help="phantom: films to draw, and a tenth more for validation (%(default)s)")
     g.add_argument("--conditions", nargs="+", metavar="NAME", help="phantom: draw and ask about these only (default: all)")
     g.add_argument("--styles", nargs="+", default=list(STYLES), choices=STYLES, help="prompt styles; each row is learned in each (default: both)")
+    g.add_argument("--blank-share", type=fraction, default=0.0, metavar="P", help="add this share of the training rows once more, with a grey picture and the answer alone (%(default)s)")
     g.add_argument("--max-length", type=positive_int, default=2048, metavar="TOKENS", help="longest example, image included; a longer one stops the run (%(default)s)")
     g.add_argument("--max-pixels", type=positive_int, default=262_144, help="Qwen2-VL: images are scaled down to this area; 784 pixels are one token (%(default)s)")
     g.add_argument("--cache-gib", type=positive_float, default=2.0, metavar="GIB", help="memory for images prepared once, and for features (%(default)s)")
@@ -145,11 +153,22 @@ def load_rows(args):
         names, policies = ("+".join(sorted({r[key] for r in rows})) for key in ("dataset", "policy"))
         facts = {"name": names, "policy": policies, "overlap": any(r["overlap"] for r in rows), "source": args.data, "sha256": sha256_of(Path(args.data))}
     train, held_out = ([r for r in rows if r["split"] == split][: args.limit] for split in ("train", "val"))
+    blanks = blank_rows(train, args.blank_share, args.seed)
     if not train or not held_out:
         raise InputError(f"{args.data} has {len(train)} rows to train on and {len(held_out)} for validation, and both are needed: make it with prepare_data.py --split train")
     chosen = sorted(random.Random(args.seed).sample(range(len(held_out)), min(args.eval_rows, len(held_out))))
     phantom = any(r["dataset"] == "phantom" for r in rows)
-    return train, [held_out[i] for i in chosen], facts | {"phantom": phantom, "train_rows": len(train), "val_rows": len(held_out)}
+    return train + blanks, [held_out[i] for i in chosen], facts | {"phantom": phantom, "train_rows": len(train), "blank_rows": len(blanks), "val_rows": len(held_out)}
+
+
+def blank_rows(rows, share, seed):
+    """A random share of the rows with a grey picture of their size in place of the image, and the answer as the whole target."""
+    grey, blanks = {}, []
+    for row in random.Random(seed).sample(rows, round(share * len(rows))):
+        size = row["height"], row["width"]
+        grey.setdefault(size, blank(np.empty(size, np.uint8)))  # one picture per size: it is prepared once
+        blanks.append(row | {"image": grey[size], "output": json.dumps({"answer": row["answer"]}, ensure_ascii=False)})
+    return blanks
 
 
 # ---------------------------------------------------------------------------------------------------------- validation
@@ -200,13 +219,6 @@ def rank_of(row):
 
 
 # ------------------------------------------------------------------------------------------------------------ training
-
-def learning_rate(step, num_steps, warmup_steps, highest):
-    """Linear warm-up, then a cosine down to zero."""
-    if step < warmup_steps:
-        return highest * (step + 1) / warmup_steps
-    return highest * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, num_steps - warmup_steps)))
-
 
 class BatchOrder:
     """The batch of every step of a run, known from seed and step alone: nothing has to be stored to go on in the middle."""
@@ -311,7 +323,7 @@ def train(args, vlm, train_rows, val_rows, facts, run_dir, rank, world_size):
     last_path = run_dir / "last.pt"
     if args.resume and last_path.exists():
         state = load_checkpoint(last_path, ("settings", "weights", "optimizer", "step"), what="training state")
-        refuse_other_settings(state, args, facts, last_path)
+        refuse_other_run(state, args, facts, last_path)
         if set(state["weights"]) != set(named):
             raise InputError(f"{last_path} holds the weights of another model; give the same --model and --train")
         with torch.no_grad():
@@ -406,10 +418,8 @@ def data_of(facts):
     return facts.get("sha256") or facts["settings"]
 
 
-def refuse_other_settings(state, args, facts, path):
-    changed = [f"--{k.replace('_', '-')} {state['settings'].get(k)} (now {v})" for k, v in settings_of(args).items() if state["settings"].get(k) != v]
-    if changed:
-        raise InputError(f"{path} was written with {', '.join(changed)}; give the same to resume, or start a new run")
+def refuse_other_run(state, args, facts, path):
+    refuse_other_settings(settings_of(args), state["settings"], path)
     if state["data"] != data_of(facts):
         raise InputError(f"{path} was trained on other rows than those of {args.data}; give the same file, or start a new run")
 

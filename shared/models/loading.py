@@ -287,8 +287,9 @@ def load_vlm(name, quant="none", device="cpu", dtype="auto", adapter=None, famil
     Load a vision-language model -> VLM, in evaluation mode, nothing frozen.
 
     name: hub name, folder, "tiny:<family>" or "tiny" (then `family` says which); quant: see QUANTS; device: torch.device or
-    its name; dtype: "auto", or the name of one to compute in; adapter: folder or hub name of a LoRA adapter; attention:
-    "sdpa" or "eager". InputError for everything a user can mend.
+    its name; dtype: "auto", or the name of one to compute in; adapter: folder or hub name of a LoRA adapter, whose own processor
+    is taken where its folder holds one: it has the image size of the training; attention: "sdpa" or "eager". InputError for
+    everything a user can mend.
     """
     from shared.models import llava_med, memory  # both import this module
 
@@ -325,6 +326,8 @@ def load_vlm(name, quant="none", device="cpu", dtype="auto", adapter=None, famil
     suppress_image_tokens(vlm)
     if adapter is not None:
         load_adapter(vlm, adapter, trainable_adapter)
+        if any((Path(adapter) / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
+            vlm.processor = load_processor(adapter, adapter)
     return vlm
 
 

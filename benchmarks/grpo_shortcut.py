@@ -1,0 +1,259 @@
+"""
+Does the reward keep a model from learning a shortcut? GRPO on made-up films where a mark in a corner gives the answer away.
+
+Usage:
+    python benchmarks/grpo_shortcut.py                     # three seeds, on two cores; the README says how long
+    python benchmarks/grpo_shortcut.py --seeds 0 --small   # the short form for tests
+
+"Is there a pleural effusion?" on films with a severe effusion or none, half and half. A weak model is fine-tuned on films whose mark
+says nothing (it is there by chance), and is then trained by GRPO on films where the mark is there exactly when the effusion is:
+
+    answer      the reward is the answer alone (weights 0,1,0,0 of the additive composition)
+    default     the reward as it comes: gated, with V, and its own gradient
+    no gradient the default without the reward's own gradient (--cf-gradient 0)
+
+Measured on films of other patients, greedy: accuracy with the mark as in training, without any mark, and with the mark turned
+round; and on films with an effusion how many answers change when its region is filled in, minus the same for random regions.
+Intervals draw patients. Writes metrics.json and shortcut.png to --out-dir.
+"""
+import argparse
+import json
+import random
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1] if "__file__" in globals() else Path.cwd()
+sys.path.insert(0, str(ROOT))
+
+import shared  # noqa: F401, isort: skip  # before transformers
+import matplotlib
+import numpy as np
+import torch
+from PIL import Image
+
+from shared.data.phantom import PhantomSettings
+from shared.metrics.statistics import bootstrap_interval
+from shared.models.loading import load_vlm
+from shared.runtime import atomic_file, load_checkpoint, positive_int, run_facts, script, seed_everything, write_json
+from vqa_sft_grpo import train_grpo, train_sft
+from vqa_sft_grpo.data import ImageStore, make_examples, read_pixels
+from vqa_sft_grpo.prepare_data import make_rows, write_rows
+from vqa_sft_grpo.prompting import parse_response
+from vqa_sft_grpo.rewards import plan_edits
+from vqa_sft_grpo.rollouts import make_prompts, never_drawn, sample, stop_tokens
+from vqa_sft_grpo.scoring import score_answer
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+CONDITION = "Pleural Effusion"
+ARMS = {
+    "answer": ["--composition", "additive", "--weights", "0,1,0,0"],
+    "default": [],
+    "no gradient": ["--cf-gradient", "0"],
+}
+MARK = 8  # columns at the left edge, of 112, that are white in a marked film: as of a film holder
+WRITING, ENOUGH = 100, 0.58  # steps on shuffled answers; validation accuracy at which fine-tuning stops
+MARKS = {"as in training": 1.0, "no mark": None, "turned round": 0.0}  # agreement of the mark with the effusion
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(%(default)s)")
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS, help="(all)")
+    parser.add_argument("--films", type=positive_int, default=2000, help="training films (%(default)s)")
+    parser.add_argument("--test-films", type=positive_int, default=600, help="(%(default)s)")
+    parser.add_argument("--sft-steps", type=positive_int, default=400, help="of fine-tuning, 32 films each (%(default)s)")
+    parser.add_argument("--steps", type=positive_int, default=300, help="of GRPO, 16 films x 8 answers each (%(default)s)")
+    parser.add_argument("--lr", type=float, default=1e-3, help="of GRPO (%(default)s)")
+    parser.add_argument("--small", action="store_true", help="a few minutes, one seed's worth of films")
+    parser.add_argument("--out-dir", type=Path, default=Path("outputs/benchmarks/grpo_shortcut"))
+    args = parser.parse_args(argv)
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------------------- films
+
+def film_rows(split, films, agreement, seed, folder):
+    """
+    One question about the effusion per film, answered with the answer alone. agreement: share of films whose mark says what is
+    true (a mark for yes, none for no); 0.5: by chance; None: no mark at all.
+    """
+    settings = PhantomSettings(prevalence={CONDITION: 0.75}, together={}, severities=(0, 0, 1))
+    rows, _ = make_rows("phantom", split, seed=seed, image_dir=folder / "films", studies=films, settings=settings)
+    marked = folder / f"marked_{seed}_{agreement}"
+    marked.mkdir(parents=True, exist_ok=True)
+    kept, draw = {}, random.Random(seed)
+    for row in rows:
+        if row["content_type"] == "presence" and "effusion" in row["question"].lower() and row["image"] not in kept:
+            truthful = agreement is not None and draw.random() < agreement
+            image = np.array(read_pixels(row["image"]))
+            if agreement is not None and (row["answer"] == "yes") == truthful:
+                image[:, :MARK] = 255
+            path = marked / Path(row["image"]).name
+            Image.fromarray(image).save(path)
+            kept[row["image"]] = row | {"image": str(path.resolve()), "output": json.dumps({"answer": row["answer"]})}
+    return list(kept.values())
+
+
+# ----------------------------------------------------------------------------------------------------------- weak model
+
+def fine_tune_weakly(args, folder, seed):
+    """
+    A model that writes well and sees badly -> its folder. First the answers are shuffled, so that it learns to write; then they are
+    right until it answers ENOUGH of the validation films: stopped there, it is at the beginning of seeing.
+    """
+    rows = film_rows("train", args.films, 0.5, 10 * seed, folder)
+    train_rows, val_rows = ([r for r in rows if r["split"] == split] for split in ("train", "val"))
+    shuffled = [r["output"] for r in train_rows]
+    random.Random(seed).shuffle(shuffled)
+    settings = train_sft.parse_args(["--model", "tiny", "--styles", "json", "--batch-size", "32", "--per-image", "1", "--steps", "600", "--seed", str(seed)])
+    settings.checkpointing = False
+    seed_everything(seed)
+    vlm = load_vlm("tiny:qwen2vl")
+    store = ImageStore(vlm.processor, [r["image"] for r in train_rows])
+    orders = [train_sft.BatchOrder(make_examples(vlm, some, store, ("json",)), settings) for some in ([r | {"output": o} for r, o in zip(train_rows, shuffled, strict=True)], train_rows)]
+    parameters = list(vlm.model.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    for step in range(settings.steps):
+        vlm.model.train()
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * min(1.0, (step + 1) / 60)
+        train_sft.backward(vlm, orders[step >= WRITING].at(step)[1], store, 32, scaler, settings, 0, 1)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if step >= WRITING and step % 5 == 4:
+            vlm.model.eval()
+            accuracy = np.mean(answers_to(vlm, val_rows)[0])
+            if accuracy >= ENOUGH:
+                break
+    print(f"seed {seed}: fine-tuned for {step + 1} steps, validation accuracy {accuracy:.3f}", flush=True)
+    train_sft.save_model(vlm, folder / f"sft_{seed}", {"name": "phantom, mark by chance"})
+    return folder / f"sft_{seed}"
+
+
+# --------------------------------------------------------------------------------------------------------------- tests
+
+def answers_to(vlm, rows, regions=0, seed=0):
+    """
+    Greedy answers to rows -> (right (N,), flips (M, 2), groups of those M): for films with an effusion, whether the answer changes
+    when its region is filled in, and the share of `regions` random regions whose filling changes it.
+    """
+    images = [np.array(read_pixels(r["image"])) for r in rows]
+    said = write_answers(vlm, [r["question"] for r in rows], images)
+    right = np.array([bool(score_answer(a, r["answer"], r["answer_type"], r["question"])["correct"]) for a, r in zip(said, rows, strict=True)])
+    flips, groups = [], []
+    if regions:
+        for row, image, answer in zip(rows, images, said, strict=True):
+            plan = plan_edits(row, image, regions, "mixed", seed) if row["answer"] == "yes" else None
+            if plan is not None and plan.images:
+                edited = write_answers(vlm, [row["question"]] * (1 + regions), plan.images[1:])
+                flips.append((edited[0] != answer, np.mean([e != answer for e in edited[1:]])))
+                groups.append(row["group"])
+    return right, np.array(flips, float).reshape(-1, 2), groups
+
+
+@torch.no_grad()
+def write_answers(vlm, questions, images):
+    texts = []
+    for start in range(0, len(questions), 64):
+        prompts = make_prompts(vlm, questions[start : start + 64], "json", images[start : start + 64])
+        groups, _ = sample(vlm, prompts, 1, 16, suppress=never_drawn(vlm), stop_ids=stop_tokens(vlm))
+        texts += [vlm.tokenizer.decode(group[0], skip_special_tokens=True) for group in groups]
+    return [parse_response(text).answer for text in texts]
+
+
+def interval(values, groups):
+    """Mean with its interval over patients -> {value, low, high, n}."""
+    values = np.asarray(values, float)
+    found = bootstrap_interval(np.mean, values, groups=np.array(groups))
+    return {name: found[name] for name in ("value", "low", "high")} | {"n": len(values)}
+
+
+def measure(vlm, films):
+    """-> accuracy per kind of mark, and flips on the films marked as in training."""
+    numbers = {}
+    for name, rows in films.items():
+        right, flips, groups = answers_to(vlm, rows, regions=5 if name == "as in training" else 0)
+        numbers[name] = interval(right, [r["group"] for r in rows])
+        if len(flips):
+            numbers["flips"] = {"region": float(flips[:, 0].mean()), "random": float(flips[:, 1].mean()), "difference": interval(flips[:, 0] - flips[:, 1], groups)}
+    return numbers
+
+
+# ---------------------------------------------------------------------------------------------------------------- main
+
+def draw(path, results):
+    """Accuracy per kind of mark and flip difference: one dot per seed, a bar at their mean."""
+    figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.6), layout="constrained", width_ratios=(3, 1))
+    arms = list(next(iter(results.values())))
+    for axis, columns in ((axes[0], list(MARKS)), (axes[1], ["flips"])):
+        for a, arm in enumerate(arms):
+            for c, column in enumerate(columns):
+                numbers = [r[arm][column]["difference"] if column == "flips" else r[arm][column] for r in results.values()]
+                values = [n["value"] for n in numbers]
+                x = c + (a - (len(arms) - 1) / 2) * 0.8 / len(arms)
+                axis.bar(x, np.mean(values), 0.7 / len(arms), color=f"C{a}", alpha=0.45, label=arm if c == 0 else None)
+                for k, n in enumerate(numbers):
+                    at = x + (k - (len(numbers) - 1) / 2) * 0.12 / len(arms)
+                    axis.errorbar(at, n["value"], [[n["value"] - n["low"]], [n["high"] - n["value"]]], fmt="o", ms=3, lw=1, color=f"C{a}")
+        axis.set_xticks(range(len(columns)), columns if columns != ["flips"] else ["region - random"])
+        axis.grid(axis="y", alpha=0.3)
+    axes[0].axhline(0.5, color="grey", lw=0.8)
+    axes[0].set(ylim=(0, 1.02), ylabel="share right", title="accuracy, by mark on the test films")
+    axes[1].axhline(0, color="grey", lw=0.8)
+    axes[1].set(ylabel="share of answers that change", title="flips")
+    axes[0].legend(frameon=False, fontsize=8, ncols=len(arms), loc="lower left")
+    with atomic_file(path) as file:
+        figure.savefig(file, dpi=150, format="png")
+    plt.close(figure)
+
+
+@script
+def main(argv=None):
+    args = parse_args(argv)
+    started, folder = time.time(), args.out_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    results = {}
+    for seed in args.seeds:
+        films = {name: film_rows("test", args.test_films, agreement, 10 * seed + 2, folder) for name, agreement in MARKS.items()}
+        write_rows(folder / "grpo.json", film_rows("train", args.films, 1.0, 10 * seed + 1, folder))
+        weak = fine_tune_weakly(args, folder, seed)
+        results[seed] = {"before": measure(load_vlm(weak), films)}
+        for arm in args.arms:
+            run = folder / f"{arm.replace(' ', '_')}_{seed}"
+            train_grpo.main([
+                "--sft-ckpt", str(weak), "--data-jsonl", str(folder / "grpo.json"), "--out-dir", str(run), "--overwrite", "--batch-size", "16", "--num-generations", "8", "--lora-rank", "32",
+                "--max-new-tokens", "16", "--cf-regions", "2", "--steps", str(args.steps), "--lr", str(args.lr), "--seed", str(seed), "--device", "cpu", *ARMS[arm],
+            ])  # fmt: skip
+            results[seed][arm] = measure(last_policy(weak, run), films)
+            show(seed, results[seed])
+            write_json(folder / "metrics.json", {"dataset": "phantom", "condition": CONDITION, "results": results, "settings": vars(args) | {"out_dir": str(folder)}, **run_facts(started, "cpu")})
+            draw(folder / "shortcut.png", results)
+    print(f"results in {folder} ({time.time() - started:.0f} s)")
+    return results
+
+
+def last_policy(weak, run):
+    """The policy after the last step: the one that validation would choose looks best where the mark is."""
+    vlm = train_grpo.load_policy(train_grpo.parse_args(["--sft-ckpt", str(weak), "--lora-rank", "32"]), torch.device("cpu"))
+    state = load_checkpoint(run / "last.pt", ("weights",))
+    with torch.no_grad():
+        for name, p in train_grpo.trained_parameters(vlm).items():
+            p.copy_(state["weights"][name])
+    return vlm
+
+
+def show(seed, of_seed):
+    print(f"| seed {seed} | {' | '.join(MARKS)} | flips: region | random | difference |\n|---|---|---|---|---|---|---|")
+    for arm, numbers in of_seed.items():
+        shares = [f"{numbers[name]['value']:.3f} [{numbers[name]['low']:.3f}, {numbers[name]['high']:.3f}]" for name in MARKS]
+        d = numbers["flips"]["difference"]
+        print(f"| {arm} | {' | '.join(shares)} | {numbers['flips']['region']:.3f} | {numbers['flips']['random']:.3f} | {d['value']:.3f} [{d['low']:.3f}, {d['high']:.3f}] |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,459 @@
+"""train_grpo.py: gradients are those of the formulas however a step is cut, the reference is the model as it was given, and a killed run goes on as if nothing had happened."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import vqa_sft_grpo.train_grpo as script
+from shared.models.loading import add_lora, load_vlm
+from shared.runtime import InputError
+from vqa_sft_grpo.infer import model_of
+from vqa_sft_grpo.prepare_data import main as prepare
+from vqa_sft_grpo.rewards import AnswerFrequencies, RewardSettings, compose, slope
+from vqa_sft_grpo.rollouts import Fits, answer_logprobs, completion_logprobs, never_drawn
+from vqa_sft_grpo.train_grpo import (
+    as_reference,
+    joined,
+    load_policy,
+    load_rows,
+    loss_and_gradient,
+    main,
+    parse_args,
+    reward_gradient,
+    roll_out,
+    row_at,
+    trained_parameters,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+SCALER = torch.amp.GradScaler("cpu", enabled=False)
+
+
+@pytest.fixture(scope="module")
+def rows_file(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rows")
+    prepare(["--data", "phantom", "--studies", "10", "--image-size", "56", "--output", str(folder / "train.json"), "--grpo-output", str(folder / "grpo.jsonl")])
+    return folder / "grpo.jsonl"
+
+
+def options(rows_file, *more):
+    return ["--model", "tiny", "--data-jsonl", str(rows_file), "--device", "cpu", "--batch-size", "2", "--num-generations", "3", "--max-new-tokens", "10", "--cf-regions", "2", "--eval-rows", "4", *map(str, more)]
+
+
+WRITTEN = ['{"answer": "yes"}', '{"answer": "no"}', '{"answer": "yes", "boxes": [[100, 100, 700, 900]]}', '{"caption": "a film", "answer": "no"}', "nothing to read"]
+
+
+@pytest.fixture(scope="module")
+def step(rows_file):
+    """A policy that is not its reference any more, and a batch whose rollouts are readable answers: what an untrained model never writes."""
+    args = parse_args(options(rows_file, "--scale-rewards", "group", "--beta", "0.1"))
+    rows, _, _ = load_rows(args)
+    vlm = load_policy(args, CPU)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in trained_parameters(vlm).values():
+            p.add_(0.05 * torch.randn_like(p))
+    settings = RewardSettings(max_tokens=args.max_new_tokens)
+    chosen = [r for r in rows if r["region"] and r["gold"] == "yes"][:3] + [r for r in rows if r["gold"] == "no"][:1]
+
+    def scripted(vlm, prompts, group_size, *rest):
+        end = vlm.tokenizer.convert_tokens_to_ids("<|im_end|>")
+        groups = [[vlm.tokenizer(WRITTEN[(i + j) % 5])["input_ids"] + [end] * (j != 1) for j in range(group_size)] for i in range(len(prompts))]
+        logp, _, mask = completion_logprobs(vlm, prompts, groups, args.temperature, never_drawn(vlm))
+        lines = [line[m].tolist() for line, m in zip(logp, mask, strict=True)]
+        return groups, [lines[i : i + group_size] for i in range(0, len(lines), group_size)]
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(script, "sample", torch.no_grad()(scripted))
+    batch = roll_out(vlm, chosen, list(range(4)), args, settings, AnswerFrequencies(rows), Fits(5), torch.Generator())
+    patch.undo()
+    return args, vlm, batch, settings
+
+
+def gradient(vlm, work):
+    vlm.model.zero_grad(set_to_none=True)
+    result = work()
+    found = {n: p.grad.clone() for n, p in trained_parameters(vlm).items() if p.grad is not None}
+    vlm.model.zero_grad(set_to_none=True)
+    return result, found
+
+
+def assert_same(a, b, tolerance=1e-6):
+    assert a.keys() == b.keys() and max(g.abs().max() for g in a.values()) > 100 * tolerance
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=tolerance, msg=name)
+
+
+# --- one step ---
+
+def test_rollouts_are_scored_on_what_the_policy_wrote(step):
+    _, vlm, batch, _ = step
+    assert len(batch.terms) == len(batch.texts) == 12 and batch.texts[0] == WRITTEN[0]
+    by_text = {(n // 3, text): terms for n, (text, terms) in enumerate(zip(batch.texts, batch.terms, strict=True))}
+    assert by_text[0, WRITTEN[0]]["correct"] and by_text[0, WRITTEN[0]]["counterfactual"] is not None
+    assert batch.terms[-1]["counterfactual_why"].startswith(("the gold answer is no", "no gold region"))
+    question = batch.rows[0]["question"]
+    with torch.no_grad():  # d_roi of the log, from scratch
+        whole, without = (answer_logprobs(vlm, script.make_prompts(vlm, [question], "json", [image]), [["yes"]], "json").item() for image in batch.plans[0].images[:2])
+    assert by_text[0, WRITTEN[0]]["d_roi"] == pytest.approx(whole - without, abs=1e-3)
+
+
+@pytest.mark.parametrize("loss", ["grpo", "dr_grpo", "dapo"])
+def test_gradient_does_not_depend_on_how_a_step_is_cut(step, loss):
+    """One pass, five rollouts at a time (groups of three are cut in the middle), whole texts instead of shared prompts."""
+    args, vlm, batch, _ = step
+    args = parse_args(["--num-generations", "3", "--max-new-tokens", "10", "--loss", loss, "--beta", "0.1"])
+    advantages = torch.linspace(-1, 1, 12)
+    with torch.no_grad():
+        with as_reference(vlm):
+            ref = script.fixed_logprobs(vlm, batch, args, Fits(4))
+        old = [line + 0.1 for line in script.fixed_logprobs(vlm, batch, args, Fits(12))]
+    found = []
+    for size, checkpointing in ((12, False), (5, False), (12, True)):
+        args.checkpointing = checkpointing
+        found.append(gradient(vlm, lambda size=size: loss_and_gradient(vlm, batch, advantages, old, ref, args, Fits(size), SCALER)))
+    for (value, metrics), grads in found[1:]:
+        assert value == pytest.approx(found[0][0][0], abs=1e-5)
+        assert metrics["kl"] == pytest.approx(found[0][0][1]["kl"], abs=1e-5) and metrics["tokens"] == sum(len(i) for g in batch.groups for i in g)
+        assert_same(found[0][1], grads)
+
+
+def test_out_of_memory_changes_nothing_but_the_size_of_a_pass(step, monkeypatch):
+    args, vlm, batch, settings = step
+    advantages = torch.linspace(-1, 1, 12)
+
+    def run():
+        fits = Fits(12)
+        loss_and_gradient(vlm, batch, advantages, None, None, parse_args(["--num-generations", "3", "--beta", "0"]), fits, SCALER)
+        reward_gradient(vlm, batch, args, settings, fits, SCALER, script.random.Random(0))
+        return fits.size
+
+    wanted = gradient(vlm, run)
+    real, calls = script.logprobs_of, []
+
+    def tight(vlm, batch, start, stop, args, share=True):
+        calls.append(stop - start)
+        if len(calls) == 2 or stop - start > 6:
+            raise torch.OutOfMemoryError("no room")
+        return real(vlm, batch, start, stop, args, share)
+
+    monkeypatch.setattr(script, "logprobs_of", tight)
+    found = gradient(vlm, run)
+    assert wanted[0] == 12 and found[0] == 3 and calls == [12, 6, 3, 3, 3, 3]
+    assert_same(wanted[1], found[1])
+
+
+def test_reward_gradient_is_that_of_the_mean_reward_through_v(step):
+    """By finite differences: the rollouts fixed, the weights moved along a direction, V and reward computed anew; all random regions."""
+    args, vlm, batch, settings = step
+    rows = [r for r in batch.rows for _ in range(3)]
+
+    def mean_reward():
+        drops, _ = script.drops_of(vlm, batch.rows, batch.texts, batch.plans, 3, settings, Fits(8))
+        total = 0.0
+        for terms, drop in zip(batch.terms, drops, strict=True):
+            if slope(terms, settings):
+                v = (drop["d_roi"] - np.mean(drop["d_rand_each"]))
+                total += compose(terms | {"counterfactual": v}, settings)
+        return total / len(rows)
+
+    class Each:
+        """Every random region in turn; their mean is the gradient that one drawn region estimates."""
+
+        def __init__(self, k):
+            self.k = k
+
+        def randrange(self, a, b):
+            return a + self.k % (b - a)
+
+    grads = [gradient(vlm, lambda k=k: reward_gradient(vlm, batch, args, settings, Fits(7), SCALER, Each(k)))[1] for k in range(2)]
+    average = {n: (grads[0][n] + grads[1][n]) / 2 for n in grads[0]}
+    torch.manual_seed(0)
+    direction = {n: torch.randn_like(p) for n, p in trained_parameters(vlm).items()}
+    h, values = 2e-3, []
+    for sign in (1, -2, 1):
+        with torch.no_grad():
+            for n, p in trained_parameters(vlm).items():
+                p.add_(sign * h * direction[n])
+        if sign != 1 or not values:
+            values.append(mean_reward())
+    wanted = -(values[0] - values[1]) / (2 * h)
+    got = sum((average[n] * direction[n]).sum().item() for n in average)
+    assert abs(wanted) > 1e-4 and got == pytest.approx(wanted, rel=0.03, abs=1e-5)
+
+
+@pytest.mark.parametrize("composition", ["gated", "additive"])
+def test_slope_is_the_derivative_of_the_reward(composition):
+    settings = RewardSettings(composition, (0.2, 0.6, 0.2, 0.3))
+    base = {"gate": 1.0, "format": 1.0, "consistency": 0.0, "box": None, "contradiction": None, "penalty": 0.0}
+    for answer, v in ((1.0, 0.4), (1.0, -0.4), (0.9, 0.2)):
+        terms = base | {"answer": answer, "accuracy": 1.0, "counterfactual": v}
+        h = 1e-6
+        wanted = (compose(terms | {"counterfactual": v + h}, settings) - compose(terms | {"counterfactual": v - h}, settings)) / (2 * h)
+        assert slope(terms, settings) == pytest.approx(wanted, abs=1e-6) and wanted > 0.05
+    for change in ({"counterfactual": None}, {"counterfactual": 1.0}, {"counterfactual": -1.0}, {"accuracy": 0.2}):
+        assert slope(base | {"answer": 1.0, "accuracy": 1.0, "counterfactual": 0.4} | change, settings) == 0
+    assert slope(base | {"gate": 0.0, "answer": 1.0, "accuracy": 1.0, "counterfactual": 0.4}, RewardSettings()) == 0
+    assert slope(base | {"answer": 2.0, "accuracy": 1.0, "counterfactual": 0.4}, RewardSettings()) == 0  # the answer's part is capped
+
+
+def test_truncated_rollouts_can_be_left_out(step):
+    _, vlm, batch, _ = step
+    args = parse_args(["--num-generations", "3", "--mask-truncated", "--beta", "0"])
+    advantages = torch.zeros(12)
+    advantages[1::3] = 1.0  # those without end token
+    (value, metrics), grads = gradient(vlm, lambda: loss_and_gradient(vlm, batch, advantages, None, None, args, Fits(12), SCALER))
+    assert value == 0 and max(g.abs().max() for g in grads.values()) == 0
+    assert metrics["tokens"] == sum(len(ids) for group in batch.groups for j, ids in enumerate(group) if j != 1)
+
+
+def test_joined_batches_keep_rows_and_rollouts_together(step):
+    _, _, batch, _ = step
+    both = joined(batch, batch, [1, 3], 3)
+    assert both.places == [1, 3, 0, 1, 2, 3] and both.texts[:3] == batch.texts[3:6] and both.texts[3:6] == batch.texts[9:12] and len(both.terms) == 18
+
+
+# --- policy and reference ---
+
+def forward(vlm, image):
+    prompts = script.make_prompts(vlm, ["Is there an effusion?"], "json", [image])
+    return completion_logprobs(vlm, prompts, [[[5, 6, 7]]])[0]
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sft") / "adapter"
+    vlm = add_lora(load_vlm("tiny:qwen2vl"), rank=4, dropout=0.5)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in trained_parameters(vlm).values():
+            p.add_(0.05 * torch.randn_like(p))
+    vlm.model.save_pretrained(folder)
+    vlm.processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["new adapter", "SFT adapter"])
+def test_reference_is_the_model_as_it_was_given(kind, adapter, rows_file):
+    more = ["--sft-ckpt", str(adapter)] if kind == "SFT adapter" else []
+    vlm = load_policy(parse_args([*options(rows_file), *more]), CPU)
+    image = np.random.default_rng(0).integers(0, 255, (56, 56), dtype=np.uint8)
+    given = forward(load_vlm("tiny:qwen2vl", adapter=str(adapter) if more else None), image).detach()
+    names = set(trained_parameters(vlm))
+    assert names and all("lora_" in n and "reference" not in n for n in names)
+    torch.testing.assert_close(forward(vlm, image), given)  # also: no dropout
+    with torch.no_grad():
+        for p in trained_parameters(vlm).values():
+            p.add_(0.1)
+    moved = forward(vlm, image)
+    with as_reference(vlm):
+        torch.testing.assert_close(forward(vlm, image).detach(), given)
+        assert (forward(vlm, 255 - image) - given).abs().max() > 1e-4  # the reference sees the image too
+    assert (moved - given).abs().max() > 1e-2 and set(trained_parameters(vlm)) == names
+    torch.testing.assert_close(forward(vlm, image), moved)
+    moved.sum().backward()
+    assert all((p.grad is not None) == p.requires_grad for p in vlm.model.parameters())
+
+
+# --- whole runs ---
+
+@pytest.fixture(scope="module", autouse=True)
+def rewards_that_differ():
+    """An untrained model writes nothing that earns anything: here it also earns by the letters it uses, so that there is something to learn."""
+    def spelled(rows, texts, *rest):
+        return [terms | {"reward": terms["reward"] + len(set(text)) / 20} for text, terms in zip(texts, real(rows, texts, *rest), strict=True)]
+
+    patch, real = pytest.MonkeyPatch(), script.score_rollouts
+    patch.setattr(script, "score_rollouts", spelled)
+    yield
+    patch.undo()
+
+
+SHORT = ("--steps", 4, "--lr", "1e-2", "--warmup", 0, "--save-every", 2, "--eval-every", 2)
+
+
+def run(rows_file, folder, *more):
+    main(options(rows_file, *SHORT, "--out-dir", folder, *more))
+
+
+def finals(folder):
+    state = torch.load(folder / "last.pt", weights_only=True)
+    rollouts = [json.loads(line) for line in (folder / "rollouts.jsonl").read_text().splitlines()]
+    return state["weights"], rollouts, [{k: v for k, v in r.items() if not k.startswith(("seconds", "peak"))} for r in state["history"]]
+
+
+@pytest.fixture(scope="module")
+def finished(rows_file, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("grpo") / "run"
+    run(rows_file, folder)
+    return folder
+
+
+def test_a_run_leaves_what_it_says(finished, capsys):
+    weights, rollouts, history = finals(finished)
+    assert [r["step"] for r in history] == [0, 1, 2, 3, 4] and len(rollouts) == 4 * 2 * 3
+    meanings = json.loads((finished / "meanings.json").read_text())
+    assert {k for r in history for k in r} <= set(meanings["history.jsonl"])
+    assert set(rollouts[0]) - {"id", "step", "place", "row", "image", "question", "gold", "text", "advantage"} == set(meanings["rollouts.jsonl"])
+    assert history[1]["ratio_min"] == pytest.approx(1, abs=1e-4) and history[1]["kl"] == pytest.approx(0, abs=1e-6)
+    for name in ("completions.md", "figures/curves.png", "adapter_config.json", "adapter_model.safetensors", "metrics.json", "training.json"):
+        assert (finished / name).stat().st_size > 0, name
+    assert not list(finished.glob(".adapter*")) and not (finished / "reference").exists()
+    name, adapter = model_of(None, finished)
+    assert load_vlm(name, adapter=adapter).adapter == str(finished)  # peft reads it
+
+
+@pytest.mark.parametrize("where", ["between two steps", "in the middle of a rollout"])
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(where, rows_file, finished, tmp_path, monkeypatch):
+    real, calls = script.sample, []
+
+    def dying(*arguments):
+        calls.append(1)
+        if len(calls) == 5:  # validation, steps 1, 2, validation, step 3 in the middle
+            if where.startswith("between"):
+                os.kill(os.getpid(), signal.SIGTERM)
+            else:
+                raise MemoryError
+        return real(*arguments)
+
+    monkeypatch.setattr(script, "sample", dying)
+    with pytest.raises((SystemExit, MemoryError)):
+        run(rows_file, tmp_path / "run")
+    monkeypatch.undo()
+    if not where.startswith("between"):
+        with (tmp_path / "run" / "rollouts.jsonl").open("a") as file:
+            file.write('{"id": "3.0.0", "step": 3}\n{"id": "3.0.1", "st')  # written after the last checkpoint, and cut off
+    main([*options(rows_file, *SHORT), "--resume", str(tmp_path / "run")])
+    found, wanted = finals(tmp_path / "run"), finals(finished)
+    assert found[1] == wanted[1] and found[2] == wanted[2]
+    assert all(torch.equal(found[0][n], wanted[0][n]) for n in wanted[0]) and any(w.any() for n, w in wanted[0].items() if "lora_B" in n)
+
+
+def test_resume_refuses_other_settings_and_rows(rows_file, finished, tmp_path, capsys):
+    for more, words in ((["--lr", "1e-3"], "--lr"), (["--num-generations", "4"], "--num-generations"), (["--data-jsonl", str(rows_file.with_name("train.json"))], "other rows")):
+        with pytest.raises(SystemExit):
+            main([*options(rows_file, *SHORT, *more), "--resume", str(finished)])
+        assert words in capsys.readouterr().err
+
+
+def test_explain_says_why(finished, capsys):
+    rollout = finals(finished)[1][5]
+    main(["--explain", rollout["id"], "--out-dir", str(finished)])
+    said = capsys.readouterr().out
+    assert rollout["question"] in said and f"reward {rollout['reward']:+.3f}" in said and f"advantage {rollout['advantage']:+.3f}" in said
+    with pytest.raises(SystemExit):
+        main(["--explain", "99.0.0", "--out-dir", str(finished)])
+    assert "no rollout 99.0.0" in capsys.readouterr().err
+
+
+def test_explain_draws_the_edited_images(rows_file, tmp_path, capsys):
+    rows = [json.loads(line) for line in rows_file.read_text().splitlines()]
+    chosen = [r for r in rows if r["gold"] == "yes" and r["region"] and r["split"] == "train"][:2] + [r for r in rows if r["split"] == "val"][:2]
+    path = rows_file.with_name("few.jsonl")
+    path.write_text("\n".join(map(json.dumps, chosen)))
+    run(path, tmp_path / "run", "--steps", 1)
+    main(["--explain", "1.0.0", "--out-dir", str(tmp_path / "run")])
+    capsys.readouterr()
+    picture = Image.open(tmp_path / "run" / "figures" / "explain_1.0.0.png")
+    assert picture.width > 4 * 200 and np.asarray(picture).std() > 20
+
+
+def test_inner_steps_resampling_and_other_options(rows_file, tmp_path):
+    run(rows_file, tmp_path / "run", "--steps", 2, "--inner-steps", 2, "--resample", 1, "--loss", "dr_grpo", "--ratio-level", "sequence", "--kl", "k2", "--composition", "additive", "--style", "think", "--mask-truncated", "--scale-rewards", "batch")
+    history = finals(tmp_path / "run")[2]
+    assert history[2]["ratio_max"] != 1 and all("resampled" in r for r in history[1:])
+
+
+def test_a_loss_that_is_not_finite_changes_nothing(rows_file, tmp_path, monkeypatch):
+    real, calls = script.policy_loss, []
+
+    def broken(*arguments, **settings):
+        loss, metrics = real(*arguments, **settings)
+        calls.append(1)
+        return (loss * float("nan") if len(calls) == 2 else loss), metrics
+
+    monkeypatch.setattr(script, "policy_loss", broken)
+    run(rows_file, tmp_path / "run", "--steps", 3)
+    weights, _, history = finals(tmp_path / "run")
+    assert [r.get("skipped") for r in history[1:]] == [0, 1, 0] and history[2]["loss"] is None
+    assert all(torch.isfinite(w).all() for w in weights.values())
+
+
+def test_first_step_is_checked(rows_file, tmp_path, monkeypatch):
+    """Log-probabilities at another temperature than the sampler's: the run stops at once."""
+    real = script.completion_logprobs
+    monkeypatch.setattr(script, "completion_logprobs", lambda vlm, prompts, groups, temperature, *rest: real(vlm, prompts, groups, 2 * temperature, *rest))
+    with pytest.raises(RuntimeError, match="policy that sampled"):
+        run(rows_file, tmp_path / "run")
+
+
+# --- rows and mistakes ---
+
+def test_test_rows_are_never_trained_on(rows_file, tmp_path):
+    rows = [json.loads(line) for line in rows_file.read_text().splitlines()]
+    path = rows_file.with_name("mixed.jsonl")
+    path.write_text("\n".join(json.dumps(r | ({"split": "test", "question": "Test?"} if i % 3 == 0 else {})) for i, r in enumerate(rows)))
+    train, held_out, _ = load_rows(parse_args(options(path)))
+    assert all(r["question"] != "Test?" for r in train + held_out) and len(train) > 20
+
+
+def test_older_files_get_a_tenth_of_their_images_for_validation(rows_file, capsys):
+    rows = [json.loads(line) for line in rows_file.read_text().splitlines()]
+    path = rows_file.with_name("old.jsonl")
+    path.write_text("\n".join(json.dumps({k: r[k] for k in ("image_path", "question", "gold")} | {"delta_cf_roi": 0.9}) for r in rows))
+    train, held_out, _ = load_rows(parse_args(options(path)))
+    assert held_out and not {r["image_path"] for r in train} & {r["image_path"] for r in held_out}
+    assert "delta_cf_roi" in capsys.readouterr().out
+
+
+def test_every_row_comes_once_per_epoch():
+    assert sorted(row_at(p, 7, 3) for p in range(7, 14)) == list(range(7))
+    assert [row_at(p, 50, 3) for p in range(50)] != [row_at(p, 50, 3) for p in range(50, 100)]
+
+
+@pytest.mark.parametrize(("more", "words"), [
+    (["--num-generations", "1"], "at least 2"),
+    (["--weights", "1,2"], "four numbers"),
+    (["--explain", "1.0.0"], "--out-dir"),
+    (["--data-jsonl", "no_such_file.jsonl"], "cannot be read"),
+    (["--sft-ckpt", "no_such_folder"], "no adapter folder"),
+    (["--eps-low", "1.5"], "below 1"),
+])  # fmt: skip
+def test_mistakes_get_one_sentence(more, words, rows_file, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*options(rows_file), *([] if "--explain" in more else ["--out-dir", str(tmp_path / "run")]), *more])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert words in error and "Traceback" not in error and not (tmp_path / "run").exists()
+
+
+def test_rows_without_an_answer_are_refused(tmp_path):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(json.dumps({"question": "Is it?", "gold": "yes"}))
+    with pytest.raises(InputError, match="image_path"):
+        load_rows(parse_args(options(path)))
+
+
+@pytest.mark.slow
+def test_dry_run_and_a_real_kill(rows_file, tmp_path):
+    """As a user runs it: a process, killed hard after its first checkpoint, and resumed."""
+    command = [sys.executable, str(ROOT / "vqa_sft_grpo" / "train_grpo.py"), *options(rows_file, "--steps", 6, "--save-every", 1, "--eval-every", 6)]
+    process = subprocess.Popen([*command, "--out-dir", str(tmp_path / "run")], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    for _ in range(9000):
+        if (tmp_path / "run" / "last.pt").exists() or process.poll() is not None:
+            break
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    done = subprocess.run([*command, "--resume", str(tmp_path / "run")], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "resumed from" in done.stdout, done.stderr
+    assert [r["step"] for r in finals(tmp_path / "run")[2]] == list(range(7))

@@ -1,0 +1,831 @@
+"""
+GRPO: let a fine-tuned vision-language model answer each question several times, and make the better answers likelier.
+
+Usage:
+    python vqa_sft_grpo/prepare_data.py --output data/train.json --dataset both --split train --grpo_output data/grpo_data.jsonl
+    python vqa_sft_grpo/train_grpo.py --base_model Qwen/Qwen2-VL-2B-Instruct --sft_ckpt checkpoints/qwen2vl_sft \
+        --data_jsonl data/grpo_data.jsonl --out_dir checkpoints/qwen2vl_grpo --steps 1000 --batch_size 2 --lr 1e-6 --weights "0.2,0.4,0.2,0.2"
+    python vqa_sft_grpo/train_grpo.py --sft_ckpt checkpoints/tiny_sft --data_jsonl data/phantom_grpo.jsonl --batch_size 16 --num_generations 8 --lr 1e-3
+    python vqa_sft_grpo/train_grpo.py --resume checkpoints/qwen2vl_grpo
+    python vqa_sft_grpo/train_grpo.py --explain 12.1.3 --out_dir checkpoints/qwen2vl_grpo       # step 12, prompt 1, rollout 3: why it earned what it earned
+    python vqa_sft_grpo/train_grpo.py --dry-run                                                 # everything once, seconds
+
+Expected of these: see vqa_sft_grpo/README.md, where each number stands beside its command.
+Writes to the run folder: the adapter with the best validation accuracy (evaluate.py and infer.py take the folder as --sft_ckpt),
+rollouts.jsonl (every rollout with every term of its reward), completions.md (the last ones as a table), history.jsonl and
+meanings.json (what its names mean), figures/curves.png, last.pt (to resume), metrics.json.
+
+One step
+    1  --batch-size questions; the vision tower sees each image once, the prompt goes through the model once, and --num-generations
+       answers are sampled from it
+    2  rewards.py scores each answer. For V, the answer's log-probability is measured again without the gold region and without
+       --cf-regions random ones of the same size
+    3  advantages: better or worse than the other answers to the same question
+    4  one gradient step (--inner-steps: several) on grpo.policy_loss, image included, --micro-batch rollouts at a time
+
+How this differs from the textbook (GRPO in DeepSeekMath, arXiv 2402.03300; trl 1.16.0; formulas in grpo.py)
+    loss       dapo: every token of a step counts alike, also that of a long answer; trl's default as well. --loss grpo is the textbook
+    scaling    none: advantages are not divided by the spread of the group, which would make a difference of 0.01 in box overlap as
+               large as right against wrong (and hide V, see rewards.py). --scale-rewards group is the textbook and trl's default
+    clipping   1 - 0.2 to 1 + 0.28; it only matters with --inner-steps above 1, since otherwise every ratio is 1
+    KL         0.02 of the corrected k3 estimate from the model as it was given: the adapter switched off, or where training goes on
+               with an SFT adapter, a frozen copy of it. trl's default is none
+    V          is part of the reward, and depends on the weights by itself, so the gradient of the expected reward has a second part,
+               E[dR/dV grad V]: --cf-gradient 1 adds it (one random region at a time, drawn anew: unbiased), 0 leaves it out as usual
+    sampling   from the model's own distribution: no top-k or top-p, with which log-probabilities would not be those of what was drawn
+    vision     the tower is frozen: its features are computed once per step and serve sampling, scoring, policy and reference
+    dropout    off, so that the policy that learns is the one that sampled; in the first step of every run its ratios to the
+               sampler's own log-probabilities, clipping and KL are checked, and a mistake stops the run
+"""
+import contextlib
+import functools
+import json
+import math
+import os
+import random
+import shutil
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1] if "__file__" in globals() else Path.cwd()
+sys.path.insert(0, str(ROOT))  # finds shared/ from any folder; in a notebook, cd to the project first
+
+import shared  # noqa: F401, isort: skip  # before transformers
+import matplotlib
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from shared.data.download import sha256_of
+from shared.models.loading import LORA_LAYERS, QUANTS, add_lora, count_parameters, load_processor, load_vlm
+from shared.models.tiny import is_tiny, quietly
+from shared.runtime import (
+    InputError,
+    StopSignal,
+    add_resume,
+    atomic_file,
+    free_gpu,
+    learning_rate,
+    load_checkpoint,
+    not_negative,
+    open_run_dir,
+    peak_memory,
+    pick_device,
+    plain,
+    positive_float,
+    positive_int,
+    read_json,
+    refuse_other_settings,
+    run_facts,
+    save_checkpoint,
+    script,
+    script_parser,
+    seed_everything,
+    write_json,
+    write_jsonl,
+)  # fmt: skip
+from vqa_sft_grpo.alarms import alarms
+from vqa_sft_grpo.counterfactual import FILLS, region_iou
+from vqa_sft_grpo.data import read_pixels
+from vqa_sft_grpo.grpo import (
+    KL_ESTIMATORS,
+    LOSSES,
+    RATIO_LEVELS,
+    SCALES,
+    check_first_step,
+    combine_metrics,
+    group_advantages,
+    has_signal,
+    policy_loss,
+)
+from vqa_sft_grpo.infer import BASE_MODEL, draw_boxes, model_of, with_caption
+from vqa_sft_grpo.prepare_data import GRPO_FIELDS, make_rows, phantom_settings, read_rows
+from vqa_sft_grpo.prompting import STYLES, boxes_from_model, parse_response
+from vqa_sft_grpo.rewards import (
+    COMPOSITIONS,
+    MEANINGS,
+    AnswerFrequencies,
+    RewardSettings,
+    answer_to_score,
+    answer_type_of,
+    explain,
+    gold_of,
+    ignored_fields,
+    measure_drops,
+    plan_edits,
+    score_rollouts,
+    slope,
+)
+from vqa_sft_grpo.rollouts import Fits, answer_logprobs, completion_logprobs, make_prompts, never_drawn, sample, stop_tokens
+from vqa_sft_grpo.scoring import normalise, score_answer
+from vqa_sft_grpo.train_sft import limit_pixels
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+TASK = "vqa_sft_grpo"
+MOST_SKIPPED = 20  # steps in a row without a finite loss or gradient
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.5}  # of a ratio that should be 1: what sampling token by token and all at once differ by
+
+HISTORY = {
+    "step": "1, 2, ...", "reward": "mean over the rollouts", "reward_std": "its sample standard deviation over the rollouts", "frac_reward_zero_std": "share of groups with equal rewards",
+    "resampled": "questions drawn again because their group had equal rewards", "gate": "share of rollouts that pass the gate", "correct": "share of rollouts that are right",
+    "box": "mean overlap with the gold region, where there is one", "contradiction": "share of rollouts whose reasoning contradicts the answer", "penalty": "mean penalty for length, repetition, copying",
+    "v": "mean V of the rollouts that have one", "v_clipped": "share of them at -1 or 1", "gap": "mean over them of drop without the region minus mean drop without a random one, nats per token, not clipped",
+    "most_frequent_answer": "share of the rollouts with the most frequent answer", "most_frequent_gold": "share of the most frequent gold answer",
+    "length": "mean tokens of a rollout", "length_min": "shortest", "length_max": "longest", "truncated": "share without end token",
+    "entropy": "nats per token, of the policy", "kl": "from the reference, nats per token, by --kl", "clip_low": "share of ratios below the clip, advantage negative", "clip_high": "above, advantage positive",
+    "clip_region": "either", "ratio_mean": "of the policy to the policy that sampled", "ratio_min": "lowest", "ratio_max": "highest",
+    "loss": "of the last inner step", "cf_loss": "second part of the gradient's loss, --cf-gradient", "grad_norm": "before clipping", "lr": "learning rate", "skipped": "1: not finite, nothing changed",
+    "tokens": "sampled in this step", "seconds": "of this step", "seconds_sample": "of that, for sampling", "seconds_score": "for rewards", "seconds_update": "for gradients",
+    "peak_gib": "peak memory so far (GPU; without one, of the process)", "val_accuracy": "validation rows answered right, greedy (every --eval-every steps)", "val_valid": "readable without repair",
+    "val_iou": "box overlap", "val_gap": "as gap, of the greedy answers", "alarms": "names of the alarms that ring (alarms.py)",
+}  # fmt: skip
+
+
+def parse_args(argv=None):
+    parser = script_parser(__doc__, task=TASK)
+    g = parser.add_argument_group("data")
+    g.add_argument("--data-jsonl", "--data", dest="data_jsonl", default="data/grpo_data.jsonl", metavar="FILE", help="rows of prepare_data.py --grpo_output (--output does as well), or phantom: drawn here (%(default)s)")
+    g.add_argument("--films", type=positive_int, default=2000, help="phantom: films to draw, and a tenth more for validation (%(default)s)")
+    g.add_argument("--conditions", nargs="+", metavar="NAME", help="phantom: draw and ask about these only (default: all)")
+    g.add_argument("--style", default="json", choices=STYLES, help="prompt style (%(default)s)")
+    g.add_argument("--max-pixels", type=positive_int, default=262_144, help="Qwen2-VL: images are scaled down to this area; 784 pixels are one token (%(default)s)")
+    g = parser.add_argument_group("model")
+    g.add_argument("--model", help=f"hub name, folder or tiny (default: what --sft-ckpt was trained on, else {BASE_MODEL}); also --base-model")
+    g.add_argument("--sft-ckpt", metavar="FOLDER", help="of train_sft.py: an adapter, which is trained on, or a whole model, which gets a new one")
+    g.add_argument("--quant", default="none", choices=QUANTS, help="weights in 4 or 8 bit (%(default)s)")
+    g.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="computing precision (%(default)s)")
+    g.add_argument("--lora-rank", type=positive_int, default=16, help="of a new adapter; alpha is twice that (%(default)s)")
+    g = parser.add_argument_group("rollouts")
+    g.add_argument("--num-generations", type=positive_int, default=4, metavar="G", help="answers per question, at least 2; 8 is better where memory allows (%(default)s)")
+    g.add_argument("--max-new-tokens", type=positive_int, default=256, metavar="TOKENS", help="longest answer (%(default)s)")
+    g.add_argument("--temperature", type=positive_float, default=1.0, help="of sampling and of all log-probabilities (%(default)s)")
+    g.add_argument("--resample", type=int, default=0, metavar="TIMES", help="draw other questions for groups with equal rewards, at most so many times a step (%(default)s)")
+    g = parser.add_argument_group("reward", "see rewards.py")
+    g.add_argument("--weights", default="0.2,0.4,0.2,0.2", help="of format, answer, consistency, counterfactual (%(default)s); 0 for the last: edited images are not looked at")
+    g.add_argument("--composition", default="gated", choices=COMPOSITIONS, help="how the terms make up the reward (%(default)s)")
+    g.add_argument("--cf-regions", type=positive_int, default=4, metavar="K", help="random regions to compare the gold one with (%(default)s)")
+    g.add_argument("--cf-fill", default="mixed", choices=[*FILLS, "mixed"], help="what an edit puts into a region; mixed: another one for each row (%(default)s)")
+    g.add_argument("--cf-gradient", type=not_negative, default=1.0, help="weight of the reward's own gradient through V; 1 is the gradient of the expected reward, 0 leaves it out (%(default)s)")
+    g = parser.add_argument_group("loss", "see grpo.py")
+    g.add_argument("--loss", default="dapo", choices=LOSSES, help="how tokens are averaged (%(default)s)")
+    g.add_argument("--scale-rewards", default="none", choices=SCALES, help="what advantages are divided by (%(default)s)")
+    g.add_argument("--ratio-level", default="token", choices=RATIO_LEVELS, help="one ratio per token or per answer (%(default)s)")
+    g.add_argument("--eps-low", type=positive_float, default=0.2, help="ratios are clipped at 1 - this (%(default)s)")
+    g.add_argument("--eps-high", type=positive_float, default=0.28, help="and at 1 + this (%(default)s)")
+    g.add_argument("--beta", type=not_negative, default=0.02, help="weight of the KL from the reference; 0: it is not computed (%(default)s)")
+    g.add_argument("--kl", default="k3_corrected", choices=KL_ESTIMATORS, help="its estimator (%(default)s)")
+    g.add_argument("--inner-steps", type=positive_int, default=1, metavar="N", help="gradient steps on the same answers (%(default)s)")
+    g.add_argument("--mask-truncated", action="store_true", help="answers without end token are left out of the loss")
+    g = parser.add_argument_group("optimisation")
+    g.add_argument("--steps", type=positive_int, default=1000, help="steps (%(default)s)")
+    g.add_argument("--batch-size", type=positive_int, default=2, metavar="P", help="questions per step (%(default)s)")
+    g.add_argument("--micro-batch", type=positive_int, help="answers (or edited images) per pass; the result stays the same (default: --num-generations, for small models all)")
+    g.add_argument("--lr", type=positive_float, default=1e-6, help="highest learning rate of AdamW; an adapter bears 1e-5, the tiny model 1e-3 (%(default)s)")
+    g.add_argument("--warmup", type=int, default=10, metavar="STEPS", help="steps with rising learning rate, before a cosine to 0 (%(default)s)")
+    g.add_argument("--grad-clip", type=positive_float, default=1.0, help="largest norm of the gradient (%(default)s)")
+    g.add_argument("--checkpointing", action="store_true", help="compute activations again in the backward pass; prompts are then not shared there")
+    g = parser.add_argument_group("validation, saving, looking")
+    g.add_argument("--eval-every", type=positive_int, metavar="STEPS", help="steps between two validations (default: ten in a run)")
+    g.add_argument("--eval-rows", type=positive_int, default=100, metavar="N", help="validation rows that are answered, drawn with --seed (%(default)s)")
+    g.add_argument("--save-every", type=positive_int, default=25, metavar="STEPS", help="steps between two last.pt: what a killed run repeats (%(default)s)")
+    g.add_argument("--explain", metavar="ID", help="no training: print why a rollout of --out-dir (step.prompt.rollout, as in rollouts.jsonl) earned what it earned, and draw its edited images")
+    add_resume(g)
+    args = parser.parse_args(argv)
+    if args.dry_run:
+        args.data_jsonl, args.model, args.device, args.films, args.steps = "phantom", args.model if args.model and is_tiny(args.model) else None if args.sft_ckpt else "tiny", "cpu", 12, 3
+        args.batch_size, args.eval_rows, args.eval_every, args.max_new_tokens = min(args.batch_size, 2), 4, 2, min(args.max_new_tokens, 32)
+    if args.num_generations < 2:
+        parser.error("--num-generations must be at least 2: an answer alone has nothing to be compared with")
+    if args.explain and not args.out_dir:
+        parser.error("--explain needs the run's folder: --out-dir FOLDER")
+    if args.resample < 0 or args.warmup < 0:
+        parser.error("--resample and --warmup must not be negative")
+    if args.eps_low >= 1:
+        parser.error("--eps-low must be below 1")
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------------------- rows
+
+def load_rows(args):
+    """-> (training rows, validation rows, facts for metrics.json). Rows of a test split are left out, whatever the file holds."""
+    if args.data_jsonl.lower() == "phantom":
+        rows, audit = make_rows("phantom", "train", seed=args.seed, image_dir=Path("outputs") / TASK / "phantom_images", studies=args.films, settings=phantom_settings(args.conditions))
+        facts = {"name": "phantom", "policy": audit["policy"], "sha256": f"drawn: {audit['settings_of_phantom']}, {args.films} films, seed {args.seed}"}
+    else:
+        rows = read_rows(args.data_jsonl, fields=("question",))
+        for number, row in enumerate(rows, 1):
+            if not {"image", "image_path"} & row.keys() or not {"answer", "gold"} & row.keys():
+                raise InputError(f"{args.data_jsonl}, row {number} lacks {' or '.join(GRPO_FIELDS)}; make the file again with vqa_sft_grpo/prepare_data.py")
+        names = "+".join(sorted({r.get("dataset", "unknown") for r in rows}))
+        facts = {"name": names, "policy": "+".join(sorted({r.get("policy", "unknown") for r in rows})), "source": args.data_jsonl, "sha256": sha256_of(Path(args.data_jsonl))}
+        if note := ignored_fields(rows):
+            print(f"note: {note}")
+    train = [r for r in rows if r.get("split", "train") == "train"]
+    held_out = [r for r in rows if r.get("split") == "val"]
+    if train and not held_out:  # files of before, without splits: a tenth of the images
+        groups = sorted({group_of(r) for r in train})
+        chosen = set(random.Random(args.seed).sample(groups, len(groups) // 10))
+        train, held_out = ([r for r in train if (group_of(r) in chosen) == taken] for taken in (False, True))
+    train, held_out = train[: args.limit], held_out[: args.limit]
+    if not train or not held_out:
+        raise InputError(f"{args.data_jsonl} has {len(train)} rows to train on and {len(held_out)} for validation, and both are needed: make it with prepare_data.py --split train --grpo_output FILE")
+    held_out = [held_out[i] for i in sorted(random.Random(args.seed).sample(range(len(held_out)), min(args.eval_rows, len(held_out))))]
+    facts |= {"phantom": any(r.get("dataset") == "phantom" for r in rows), "train_rows": len(train), "val_rows": len(held_out), "with_region": sum(bool(r.get("region")) for r in train)}
+    return train, held_out, facts
+
+
+def group_of(row):
+    return str(row.get("group") or row.get("image_path") or row["image"])
+
+
+def image_of(row):
+    """-> uint8 (H, W) or (H, W, 3)."""
+    return np.array(read_pixels(row.get("image_path") or row["image"]))
+
+
+def with_size(row, image):
+    """Rows of older files do not say how large their image is; boxes need it."""
+    return row | {"height": image.shape[0], "width": image.shape[1]}
+
+
+def row_at(place, count, seed):
+    """The row of a place in the endless stream of questions: every row once per epoch, each epoch in an order of its own."""
+    return int(order_of(count, seed, place // count)[place % count])
+
+
+@functools.lru_cache(maxsize=2)
+def order_of(count, seed, epoch):
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
+
+# --------------------------------------------------------------------------------------------------------------- policy
+
+def load_policy(args, device):
+    """-> VLM whose adapter is trained; dropout is off, so that the policy that learns is the one that samples."""
+    name, adapter = model_of(args.model, args.sft_ckpt)
+    tiny = is_tiny(name)
+    vlm = load_vlm(name, quant=args.quant, device=device, dtype="float32" if tiny and args.dtype == "auto" else args.dtype, adapter=adapter, family="qwen2vl", trainable_adapter=True)
+    if adapter:
+        vlm.model.load_adapter(adapter, "reference", is_trainable=False)
+        if any((Path(adapter) / f).is_file() for f in ("preprocessor_config.json", "processor_config.json")):
+            vlm.processor = load_processor(adapter, adapter)
+    else:
+        add_lora(vlm, rank=args.lora_rank, dropout=0.0, layers=LORA_LAYERS, checkpointing=False)
+    if args.checkpointing:
+        vlm.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    limit_pixels(vlm.processor, args.max_pixels)
+    vlm.model.train(args.checkpointing)  # without dropout the two modes compute the same; only training recomputes activations
+    for module in vlm.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return vlm
+
+
+@contextlib.contextmanager
+def as_reference(vlm):
+    """The model as it was given: its adapter off, or the frozen copy of the adapter that it came with."""
+    if "reference" not in vlm.model.peft_config:
+        with vlm.model.disable_adapter():
+            yield
+        return
+    vlm.model.set_adapter("reference")
+    try:
+        yield
+    finally:
+        vlm.model.set_adapter("default")
+
+
+def trained_parameters(vlm):
+    return {name: p for name, p in vlm.model.named_parameters() if p.requires_grad}
+
+
+def text_of(vlm, ids):
+    """New tokens as text: without the one that ends them, but with any other special token, which the reward must see."""
+    return vlm.tokenizer.decode(ids[:-1] if ids[-1] in stop_tokens(vlm) else ids, skip_special_tokens=False)
+
+
+# ------------------------------------------------------------------------------------------------------------- rollouts
+
+class Batch:
+    """The questions of a step with their rollouts. Lists by question: rows, prompts, plans, edited (Prompts of the plan's images), groups, logps; by rollout: texts, terms."""
+
+    def __init__(self, **fields):
+        self.__dict__.update(fields)
+
+    @property
+    def rewards(self):
+        return [t["reward"] for t in self.terms]
+
+
+def roll_out(vlm, rows, places, args, settings, frequencies, fits, generator):
+    """Sample answers to rows and score them -> Batch. generator None: one answer each, the most likely one."""
+    begin = time.time()
+    images = [image_of(row) for row in rows]
+    rows = [with_size(row, image) for row, image in zip(rows, images, strict=True)]
+    prompts = make_prompts(vlm, [r["question"] for r in rows], args.style, images, fits.size)
+    group_size = args.num_generations if generator is not None else 1
+    groups, logps = [], []
+
+    def some(start, stop):
+        found = sample(vlm, prompts[start:stop], group_size, args.max_new_tokens, args.temperature if generator is not None else 1.0, generator, never_drawn(vlm), stop_tokens(vlm))
+        return list(zip(*found, strict=True))
+
+    for ids, logp in Fits(max(1, fits.size // group_size)).parts(some, len(prompts)):
+        groups.append(ids)
+        logps.append(logp)
+    sampled = time.time()
+
+    of_rollout = [row for row in rows for _ in range(group_size)]
+    texts = [text_of(vlm, ids) for group in groups for ids in group]
+    plans, edited, drops = [None] * len(rows), [None] * len(rows), None
+    if settings.weights[3] > 0:
+        plans = [plan_edits(row, image, args.cf_regions, args.cf_fill, [args.seed, place]) for row, image, place in zip(rows, images, places, strict=True)]
+        drops, edited = drops_of(vlm, rows, texts, plans, group_size, settings, fits)
+    terms = score_rollouts(of_rollout, texts, settings, frequencies, drops, [len(ids) for group in groups for ids in group])
+    seconds = {"seconds_sample": sampled - begin, "seconds_score": time.time() - sampled}
+    return Batch(rows=rows, places=places, prompts=prompts, plans=plans, edited=edited, groups=groups, logps=logps, texts=texts, terms=terms, seconds=seconds)
+
+
+def drops_of(vlm, rows, texts, plans, group_size, settings, fits):
+    """-> what measure_drops gives for the rollouts, and per row the Prompts of its edited images."""
+    answers = [answer_to_score(text, settings) for text in texts]
+    needed = [bool(plan.images) and any(a is not None for a in answers[i * group_size : (i + 1) * group_size]) for i, plan in enumerate(plans)]
+    pairs = [(rows[i]["question"], image) for i, plan in enumerate(plans) if needed[i] for image in plan.images]
+    prompts = make_prompts(vlm, [q for q, _ in pairs], settings.style, [image for _, image in pairs], fits.size) if pairs else []
+    place = {id(image): n for n, (_, image) in enumerate(pairs)}
+
+    @torch.no_grad()
+    def score(images, questions, said):
+        jobs = {}  # by image: its answers share one pass over the prompt
+        for n, (image, answer) in enumerate(zip(images, said, strict=True)):
+            jobs.setdefault(place[id(image)], []).append((n, answer))
+        flat = list(jobs.items())
+
+        def some(start, stop):
+            part = flat[start:stop]
+            found = answer_logprobs(vlm, [prompts[i] for i, _ in part], [[answer for _, answer in of_image] for _, of_image in part], settings.style, never_drawn(vlm))
+            return list(zip([n for _, of_image in part for n, _ in of_image], found.tolist(), strict=True))
+
+        return [value for _, value in sorted(fits.parts(some, len(flat)))]
+
+    drops = measure_drops(score, [row["question"] for row in rows for _ in range(group_size)], answers, [plan for plan in plans for _ in range(group_size)])
+    edited = [[prompts[place[id(image)]] for image in plan.images] if needed[i] else None for i, plan in enumerate(plans)]
+    return drops, edited
+
+
+def joined(a, b, keep, group_size):
+    """The questions `keep` of batch a, and then all of b."""
+    fields = {name: [getattr(a, name)[i] for i in keep] + getattr(b, name) for name in ("rows", "places", "prompts", "plans", "edited", "groups", "logps")}
+    fields |= {name: [x for i in keep for x in getattr(a, name)[i * group_size : (i + 1) * group_size]] + getattr(b, name) for name in ("texts", "terms")}
+    return Batch(**fields, seconds={k: a.seconds[k] + b.seconds[k] for k in a.seconds})
+
+
+# ------------------------------------------------------------------------------------------------------------- learning
+
+def logprobs_of(vlm, batch, start, stop, args, share=True):
+    """-> logp, entropy, mask (stop - start, T) of the rollouts start .. stop - 1, padded to the longest of them."""
+    size = args.num_generations
+    first, last = start // size, (stop - 1) // size + 1
+    groups = [batch.groups[q][max(0, start - q * size) : stop - q * size] for q in range(first, last)]
+    return completion_logprobs(vlm, batch.prompts[first:last], groups, args.temperature, never_drawn(vlm), share)
+
+
+@torch.no_grad()
+def fixed_logprobs(vlm, batch, args, fits):
+    """Log-probabilities that no gradient goes through -> list of (tokens of the rollout,) tensors."""
+
+    def some(start, stop):
+        logp, _, mask = logprobs_of(vlm, batch, start, stop, args)
+        return [line[keep] for line, keep in zip(logp, mask, strict=True)]
+
+    return fits.parts(some, len(batch.texts))
+
+
+def padded_logprobs(lines, start, stop, like):
+    """Lines start .. stop - 1 -> (B, T) as `like`, 0 behind the ends."""
+    out = torch.zeros_like(like)
+    for row, line in zip(out, lines[start:stop], strict=True):
+        row[: len(line)] = line
+    return out
+
+
+def loss_and_gradient(vlm, batch, advantages, old, ref, args, fits, scaler):
+    """Adds the gradient of policy_loss over all rollouts to the parameters -> (loss, metrics)."""
+    n = len(batch.texts)
+    ends = set(stop_tokens(vlm))
+    flat = [ids for group in batch.groups for ids in group]
+    counts = [not args.mask_truncated or ids[-1] in ends for ids in flat]
+    total_tokens = sum(len(ids) for ids, counted in zip(flat, counts, strict=True) if counted)
+    while True:
+        total, parts, failed = 0.0, [], None
+        try:
+            for start in range(0, n, fits.size):
+                stop = min(n, start + fits.size)
+                logp, entropy, mask = logprobs_of(vlm, batch, start, stop, args, share=not args.checkpointing)
+                mask = mask & torch.tensor(counts[start:stop], device=mask.device)[:, None]
+                loss, metrics = policy_loss(
+                    logp, None if old is None else padded_logprobs(old, start, stop, logp), None if ref is None else padded_logprobs(ref, start, stop, logp),
+                    advantages[start:stop], mask, loss=args.loss, eps_low=args.eps_low, eps_high=args.eps_high, beta=args.beta, ratio_level=args.ratio_level, kl=args.kl,
+                    max_completion_length=args.max_new_tokens, total_tokens=total_tokens, total_sequences=n, entropy=entropy,
+                )  # fmt: skip
+                scaler.scale(loss).backward()
+                total += loss.item()
+                parts.append(metrics)
+            return total, combine_metrics(parts)
+        except torch.OutOfMemoryError as error:
+            failed = error.with_traceback(None)
+        vlm.model.zero_grad(set_to_none=True)
+        free_gpu()
+        fits.halve(failed)
+
+
+def reward_gradient(vlm, batch, args, settings, fits, scaler, draw):
+    """
+    Adds the gradient of -mean reward through V -> its loss. V = (mean logp without random regions) - (logp without the gold region):
+    what the answer loses on the whole image cancels. One random region, drawn anew, stands for the mean of all.
+    """
+    n, size, jobs = len(batch.texts), args.num_generations, []
+    for q, prompts in enumerate(batch.edited):
+        weights = Counter()
+        for terms in batch.terms[q * size : (q + 1) * size]:
+            if prompts and (w := slope(terms, settings)):
+                weights[terms["said"]] += args.cf_gradient * w / n
+        if weights:
+            jobs.append(((prompts[1], prompts[draw.randrange(2, len(prompts))]), list(weights), list(weights.values())))
+    total, start, fits = 0.0, 0, Fits(max(1, fits.size // 2))
+    while start < len(jobs):
+        part, failed = jobs[start : start + fits.size], None
+        kept = [None if p.grad is None else p.grad.clone() for p in trained_parameters(vlm).values()] if vlm.device.type == "cuda" else None
+        try:
+            prompts = [p for pair, _, _ in part for p in pair]
+            logp = answer_logprobs(vlm, prompts, [said for _, said, _ in part for _ in range(2)], settings.style, never_drawn(vlm), share=not args.checkpointing)
+            signs = torch.tensor([sign * w for _, _, weights in part for sign in (1.0, -1.0) for w in weights], device=logp.device)  # up without the region, down without the random one
+            loss = (signs * logp).sum()
+            scaler.scale(loss).backward()
+            total += loss.item()
+        except torch.OutOfMemoryError as error:
+            failed = error.with_traceback(None)
+        if failed is not None:  # what the part had added already goes
+            for p, grad in zip(trained_parameters(vlm).values(), kept, strict=True):
+                p.grad = grad
+            free_gpu()
+            fits.halve(failed)
+            continue
+        start += len(part)
+    return total
+
+
+def describe(batch, advantages, stats):
+    """The numbers of HISTORY that come from the rollouts."""
+    terms, flat = batch.terms, [ids for group in batch.groups for ids in group]
+    v = [t["counterfactual"] for t in terms if t["counterfactual"] is not None]
+    said, gold = (Counter(" ".join(normalise(a or "")) for a in answers) for answers in ([t["said"] for t in terms], [gold_of(r) for r in batch.rows]))
+    lengths = [len(ids) for ids in flat]
+    return {
+        "reward": stats["reward"], "reward_std": stats["reward_std"], "frac_reward_zero_std": stats["frac_reward_zero_std"],
+        "gate": mean(t["gate"] for t in terms), "correct": mean(t["correct"] for t in terms), "box": mean(t["box"] for t in terms),
+        "contradiction": mean(None if t["contradiction"] is None else -t["contradiction"] for t in terms), "penalty": mean(t["penalty"] for t in terms),
+        "v": mean(v), "v_clipped": mean(abs(x) >= 1 for x in v), "gap": mean(t["d_roi"] - t["d_rand"] for t in terms if t["counterfactual"] is not None),
+        "most_frequent_answer": said.most_common(1)[0][1] / len(terms), "most_frequent_gold": gold.most_common(1)[0][1] / len(batch.rows),
+        "length": mean(lengths), "length_min": min(lengths), "length_max": max(lengths), "tokens": sum(lengths),
+    }  # fmt: skip
+
+
+def mean(values):
+    """Of what is not None; None where there is nothing."""
+    values = [float(v) for v in values if v is not None]
+    return sum(values) / len(values) if values else None
+
+
+def validate(vlm, rows, args, settings, fits):
+    """Greedy answers to validation rows -> {val_accuracy, val_valid, val_iou, val_gap}. Every row counts; what cannot be read is wrong."""
+    numbers = []
+    for start in range(0, len(rows), 64):
+        some = rows[start : start + 64]
+        batch = roll_out(vlm, some, list(range(start, start + len(some))), args, settings, None, fits, None)
+        for row, text, terms in zip(batch.rows, batch.texts, batch.terms, strict=True):
+            found = parse_response(text, args.style)
+            right = score_answer(found.answer, gold_of(row), answer_type_of(row), row["question"])["correct"]
+            boxes = boxes_from_model(found.boxes, row["width"], row["height"])
+            iou = region_iou(boxes, row["region"], row["height"], row["width"]) if row.get("region") and args.style == "json" else None
+            numbers.append((right, found.valid, iou, None if terms["counterfactual"] is None else terms["d_roi"] - terms["d_rand"]))
+    return dict(zip(("val_accuracy", "val_valid", "val_iou", "val_gap"), map(mean, zip(*numbers, strict=True)), strict=True))
+
+
+def rank_of(row):
+    return row["val_accuracy"], row["val_valid"], row["val_gap"] or 0.0
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+def train(args, vlm, train_rows, val_rows, facts, run_dir):
+    """Train into run_dir -> (history, best row)."""
+    settings = RewardSettings(args.composition, args.weights, args.max_new_tokens, args.style)
+    frequencies = AnswerFrequencies(train_rows)
+    named = trained_parameters(vlm)
+    optimizer = torch.optim.AdamW(list(named.values()), lr=args.lr, weight_decay=0.0)
+    scaler = torch.amp.GradScaler(vlm.device.type, enabled=vlm.dtype == torch.float16)
+    fits = Fits(args.micro_batch or (args.batch_size * args.num_generations if count_parameters(vlm.base) < 100e6 else args.num_generations))
+    eval_every = args.eval_every or max(1, args.steps // 10)
+    print(
+        f"{count_parameters(vlm.model, trainable=True):,} of {count_parameters(vlm.model):,} parameters are trained; {len(train_rows)} questions, {facts['with_region']} with a region; "
+        f"{args.steps} steps of {args.batch_size} x {args.num_generations} answers, {fits.size} per pass, lr {args.lr:g}", flush=True,
+    )  # fmt: skip
+    step, place, history, best, ringing, last_path = 0, 0, [], None, {}, run_dir / "last.pt"
+    if args.resume and last_path.exists():
+        state = load_checkpoint(last_path, ("settings", "weights", "optimizer", "step"), what="training state")
+        refuse_other_settings(settings_of(args), state["settings"], last_path)
+        if state["data"] != facts["sha256"]:
+            raise InputError(f"{last_path} was trained on other rows than those of {args.data_jsonl}; give the same file, or start a new run")
+        if set(state["weights"]) != set(named):
+            raise InputError(f"{last_path} holds the weights of another model; give the same --model and --sft-ckpt")
+        with torch.no_grad():
+            for name, p in named.items():
+                p.copy_(state["weights"][name])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        step, place, history, best, fits.size = (state[k] for k in ("step", "place", "history", "best", "fits"))
+        cut_rollouts(run_dir / "rollouts.jsonl", step)
+        print(f"resumed from {last_path} at step {step} of {args.steps}")
+    elif args.resume:
+        cut_rollouts(run_dir / "rollouts.jsonl", 0)
+        print(f"nothing was saved yet in {run_dir}: starting from the beginning")
+    write_json(run_dir / "meanings.json", {"history.jsonl": HISTORY, "rollouts.jsonl": MEANINGS})
+
+    def save():
+        """All it takes to go on exactly here; which questions come, and every random number, follow from seed, step and place."""
+        save_checkpoint(last_path, {
+            "weights": {n: p.detach() for n, p in named.items()}, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "step": step, "place": place,
+            "history": history, "best": best, "fits": fits.size, "settings": settings_of(args), "data": facts["sha256"],
+        })  # fmt: skip
+        write_jsonl(run_dir / "history.jsonl", history)
+
+    def look(row):
+        """Validation: the best adapter is kept."""
+        nonlocal best
+        row |= validate(vlm, val_rows, args, settings, fits)
+        better = best is None or rank_of(row) > rank_of(best)
+        if better:
+            best = dict(row)
+            save_adapter(vlm, run_dir, facts)
+        return "  *" if better else ""
+
+    if step == 0:
+        start = {"step": 0}
+        look(start)
+        history = [start]
+        print(f"before: validation accuracy {start['val_accuracy']:.3f}, valid {start['val_valid']:.3f}" + ("" if start["val_gap"] is None else f", gap {start['val_gap']:.3f}"))
+    bad_in_a_row = 0
+    bar = tqdm(initial=step, total=args.steps, desc="GRPO", leave=False, disable=None)
+    with StopSignal() as stop:
+        while step < args.steps:
+            begin = time.time()
+            generator = torch.Generator(vlm.device).manual_seed(args.seed * 10_000_000 + step)
+            draw = random.Random(f"{args.seed} {step}")
+            batch, resampled, wanted = None, 0, args.batch_size
+            for _ in range(1 + args.resample):
+                places, place = list(range(place, place + wanted)), place + wanted
+                fresh = roll_out(vlm, [train_rows[row_at(p, len(train_rows), args.seed)] for p in places], places, args, settings, frequencies, fits, generator)
+                batch = fresh if batch is None else joined(batch, fresh, keep, args.num_generations)
+                keep = has_signal(batch.rewards, args.num_generations).nonzero()[:, 0].tolist()
+                wanted = args.batch_size - len(keep)
+                if not wanted:
+                    break
+                resampled += wanted
+            resampled -= wanted
+            advantages, stats = group_advantages(batch.rewards, args.num_generations, args.scale_rewards)
+            advantages = advantages.float().to(vlm.device)
+            scored = time.time()
+
+            ref = old = None
+            if args.beta > 0:
+                with as_reference(vlm):
+                    ref = fixed_logprobs(vlm, batch, args, fits)
+            if args.inner_steps > 1:
+                old = fixed_logprobs(vlm, batch, args, fits)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, args.steps, args.warmup, args.lr)
+            skipped = 0
+            for inner in range(args.inner_steps):
+                first = step == inner == 0  # against what the sampler itself found: the passes must see the same
+                before = [torch.tensor(line, device=vlm.device) for group in batch.logps for line in group] if first else old
+                loss, metrics = loss_and_gradient(vlm, batch, advantages, before, ref, args, fits, scaler)
+                if first:
+                    check_first_step(metrics, TOLERANCE[vlm.dtype])
+                cf_loss = reward_gradient(vlm, batch, args, settings, fits, scaler, draw) if args.cf_gradient > 0 and settings.weights[3] > 0 else None
+                scaler.unscale_(optimizer)
+                norm = torch.nn.utils.clip_grad_norm_(list(named.values()), args.grad_clip)
+                if math.isfinite(loss) and torch.isfinite(norm):
+                    scaler.step(optimizer)
+                    bad_in_a_row = 0
+                else:  # nothing is changed; float16 also lowers its scale
+                    skipped, bad_in_a_row = 1, bad_in_a_row + 1
+                    if bad_in_a_row >= MOST_SKIPPED:
+                        raise InputError(f"loss or gradient was not finite {bad_in_a_row} times in a row, up to step {step + 1}: lower --lr, or use --dtype float32; {run_dir} keeps what was saved before")
+                scaler.update()
+                optimizer.zero_grad(set_to_none=True)
+            step += 1
+
+            ends = set(stop_tokens(vlm))
+            row = {"step": step, **describe(batch, advantages, stats), "resampled": resampled, "truncated": mean(ids[-1] not in ends for group in batch.groups for ids in group)}
+            row |= {k: metrics.get(k) for k in ("entropy", "kl", "clip_low", "clip_high", "clip_region", "ratio_mean", "ratio_min", "ratio_max")}
+            row |= {"loss": loss, "cf_loss": cf_loss, "grad_norm": norm.item(), "lr": optimizer.param_groups[0]["lr"], "skipped": skipped, **batch.seconds, "seconds_update": time.time() - scored}
+            row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+            row |= {"seconds": time.time() - begin, "peak_gib": next((v for k, v in peak_memory(vlm.device).items() if v is not None), None)}
+            found = alarms([*history, row])
+            for name, text in found.items():
+                if name not in ringing:
+                    print(f"ALARM at step {step}, {name}: {text}", flush=True)
+            ringing = found
+            row["alarms"] = sorted(found)
+            log_rollouts(run_dir / "rollouts.jsonl", batch, advantages, step, args.num_generations)
+            if step == 1:
+                print(f"first answers, rewards {', '.join(f'{r:.2f}' for r in batch.rewards[: args.num_generations])}: {[t[:80] for t in batch.texts[: min(2, args.num_generations)]]}")
+            star = None
+            if step % eval_every == 0 or step == args.steps:
+                star = look(row)
+            history.append(row)
+            bar.update()
+            if star is not None:
+                recent = history[-min(len(history) - 1, eval_every) :]
+                say = {name: mean(r.get(name) for r in recent) for name in ("reward", "correct", "entropy", "kl", "length", "seconds")}
+                print(f"step {step:5d}/{args.steps}  " + "  ".join(f"{k} {v:.3f}" for k, v in say.items() if v is not None) + f"  val accuracy {row['val_accuracy']:.3f}" + ("" if row["val_gap"] is None else f"  gap {row['val_gap']:.3f}") + star, flush=True)
+                write_completions(run_dir / "completions.md", batch, advantages, step, args.num_generations)
+                draw_curves(run_dir / "figures" / "curves.png", history, f"{'PHANTOM films' if facts['phantom'] else facts['name']}, {vlm.name}")
+            if stop.requested() or step == args.steps or step % args.save_every == 0:
+                save()
+            if stop.requested():
+                print(f"stopped after step {step}; go on with --resume {run_dir}")
+                stop.exit()
+    bar.close()
+    return history, best
+
+
+SETTINGS_ASIDE = ("config", "data_jsonl", "out_dir", "resume", "overwrite", "device", "micro_batch", "save_every", "explain")
+
+
+def settings_of(args):
+    """The arguments that shape the result; a resumed run must agree with the first in all of them."""
+    return {k: v for k, v in vars(args).items() if k not in SETTINGS_ASIDE}
+
+
+# --------------------------------------------------------------------------------------------------------------- output
+
+def save_adapter(vlm, run_dir, facts):
+    """Adapter and processor into the run folder itself, each file replaced whole: --sft_ckpt RUN then finds them."""
+    building = run_dir / ".adapter.part"
+    shutil.rmtree(building, ignore_errors=True)
+    with quietly():
+        vlm.model.save_pretrained(building, selected_adapters=["default"])
+        vlm.processor.save_pretrained(building)
+    write_json(building / "training.json", {"dataset": facts})  # evaluate.py stamps results with it
+    for path in sorted(building.iterdir(), key=lambda p: p.name == "adapter_config.json"):  # the file that makes it an adapter comes last
+        os.replace(path, run_dir / path.name)
+    building.rmdir()
+
+
+def log_rollouts(path, batch, advantages, step, size):
+    """One line per rollout: id, question, text, every term and the advantage; and how to make its edited images again."""
+    with path.open("a", encoding="utf-8") as file:
+        for n, (text, terms) in enumerate(zip(batch.texts, batch.terms, strict=True)):
+            q, row = n // size, batch.rows[n // size]
+            head = {"id": f"{step}.{q}.{n % size}", "step": step, "place": batch.places[q], "row": row.get("id"), "image": row.get("image_path") or row["image"], "question": row["question"], "gold": gold_of(row), "text": text}
+            file.write(json.dumps(plain({**head, "advantage": round(advantages[n].item(), 6), **terms}), ensure_ascii=False) + "\n")
+
+
+def cut_rollouts(path, step):
+    """Drop what a killed run wrote after its last checkpoint; it comes again."""
+    if not path.exists():
+        return
+    with atomic_file(path, "w") as kept, path.open(encoding="utf-8") as file:
+        for line in file:
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.write(line)
+            except ValueError:  # cut off in the middle by the kill
+                continue
+
+
+def write_completions(path, batch, advantages, step, size, most=8):
+    """The rollouts of some questions as a Markdown table."""
+    def cell(text):
+        return str(text).replace("|", "\\|").replace("\n", " ")
+
+    lines = [f"Answers of step {step}. V: how much more the gold region matters than random ones.", ""]
+    for q, row in enumerate(batch.rows[:most]):
+        lines += [f"**{cell(row['question'])}** gold: {cell(gold_of(row))}", "", "| id | reward | advantage | right | box | V | penalty | text |", "|---|---|---|---|---|---|---|---|"]
+        for n in range(q * size, (q + 1) * size):
+            t = batch.terms[n]
+            numbers = ["" if x is None else f"{x:.2f}" for x in (t["reward"], advantages[n].item(), float(t["correct"]), t["box"], t["counterfactual"], t["penalty"])]
+            lines.append(f"| {step}.{q}.{n - q * size} | {' | '.join(numbers)} | {cell(batch.texts[n][:300])} |")
+        lines.append("")
+    with atomic_file(path, "w") as file:
+        file.write("\n".join(lines))
+
+
+CURVES = (
+    (("reward", "mean reward"), ("reward_std", "its spread")), (("correct", "sampled answers"), ("val_accuracy", "validation, greedy")), (("gap", "training"), ("val_gap", "validation")),
+    (("entropy", "entropy"), ("kl", "KL")), (("length", "mean length"), ("length_max", "longest")), (("gate", "pass the gate"), ("frac_reward_zero_std", "groups of equal rewards"), ("truncated", "cut off")),
+)  # fmt: skip
+CURVE_TITLES = ("reward", "share right", "gap: region minus random, nats", "nats per token", "tokens", "shares")
+
+
+def draw_curves(path, history, title):
+    """Six panels over the steps; training numbers as running means of up to 20 steps."""
+    figure, axes = plt.subplots(2, 3, figsize=(11, 5.6), layout="constrained")
+    for axis, lines, name in zip(axes.flat, CURVES, CURVE_TITLES, strict=True):
+        for key, label in lines:
+            points = [(r["step"], r[key]) for r in history if r.get(key) is not None]
+            if not points:
+                continue
+            steps, values = map(np.array, zip(*points, strict=True))
+            if not key.startswith("val_") and len(values) > 40:
+                values = np.array([values[max(0, i - 19) : i + 1].mean() for i in range(len(values))])
+            axis.plot(steps, values, marker="." if key.startswith("val_") or len(values) < 3 else None, label=label, linewidth=1.3)
+        axis.set(title=name, xlabel="step")
+        axis.title.set_fontsize(9)
+        axis.grid(alpha=0.3)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(frameon=False, fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as file:
+        figure.savefig(file, dpi=130, format="png")
+    plt.close(figure)
+
+
+def explain_rollout(args):
+    """--explain ID: the summands of a rollout's reward, and the images on which its V was measured."""
+    run_dir = Path(args.out_dir)
+    path = run_dir / "rollouts.jsonl"
+    if not path.is_file():
+        raise InputError(f"{run_dir} holds no run of train_grpo.py: there is no rollouts.jsonl in it")
+    was = read_json(run_dir / "settings.json")
+    with path.open(encoding="utf-8") as file:
+        found = next((r for line in file if line.startswith(f'{{"id": "{args.explain}"') for r in [json.loads(line)]), None)
+    if found is None:
+        raise InputError(f"{path} has no rollout {args.explain}; ids are step.prompt.rollout, such as 1.0.0")
+    settings = RewardSettings(was["composition"], was["weights"], was["max_new_tokens"], was["style"])
+    rows, _, _ = load_rows(was_args := argparse_namespace(was))
+    row = rows[row_at(found["place"], len(rows), was_args.seed)]
+    if row["question"] != found["question"] or gold_of(row) != found["gold"]:
+        raise InputError(f"{was['data_jsonl']} is not the file that {run_dir} was trained on")
+    print("\n".join(explain(row, found["text"], found, settings)))
+    print(f"  advantage {found['advantage']:+.3f}: against the other answers to this question")
+    image = image_of(row)
+    plan = plan_edits(with_size(row, image), image, was["cf_regions"], was["cf_fill"], [was["seed"], found["place"]])
+    if settings.weights[3] == 0 or not plan.images:
+        return print(f"no edited images: {plan.why or 'the weight of the counterfactual term is 0'}")
+    drops = [None, found["d_roi"], *(found["d_rand_each"] or [None] * len(plan.random))]
+    names = ["as it is", "without the region", *(f"without random {k + 1}" for k in range(len(plan.random)))]
+    pages = [
+        with_caption(draw_boxes(picture, boxes, width=224), name + ("" if drop is None else f"\n{drop:+.3f} nats"), size=12)
+        for picture, boxes, name, drop in zip(plan.images, [plan.roi, plan.roi, *plan.random], names, drops, strict=True)
+    ]
+    sheet = Image.new("RGB", (sum(p.width for p in pages) + 6 * (len(pages) - 1), max(p.height for p in pages)), "white")
+    left = 0
+    for page in pages:
+        sheet.paste(page, (left, 0))
+        left += page.width + 6
+    target = run_dir / "figures" / f"explain_{args.explain}.png"
+    target.parent.mkdir(exist_ok=True)
+    with atomic_file(target) as file:
+        sheet.save(file, "PNG")
+    print(f"edited images (fill: {plan.fill}): {target}")
+
+
+def argparse_namespace(settings):
+    """settings.json -> what parse_args gave then."""
+    from argparse import Namespace
+
+    return Namespace(**settings)
+
+
+@script
+def main(argv=None):
+    args = parse_args(argv)
+    if args.explain:
+        return explain_rollout(args)
+    started = time.time()
+    RewardSettings(args.composition, args.weights, args.max_new_tokens, args.style)  # a mistake in --weights shows before anything is loaded
+    device, _ = pick_device(args.device)
+    train_rows, val_rows, facts = load_rows(args)
+    seed_everything(args.seed)
+    vlm = load_policy(args, device)
+    run_dir = open_run_dir(args, TASK, "train_grpo")
+    history, best = train(args, vlm, train_rows, val_rows, facts, run_dir)
+    write_json(run_dir / "metrics.json", {
+        "dataset": facts, "split": "val", "n": len(val_rows), "first": history[0], "best": best, "last": history[-1], **vlm.facts(), "trainable_parameters": count_parameters(vlm.model, trainable=True),
+        "seed": args.seed, "settings": settings_of(args), **run_facts(started, device),
+    })  # fmt: skip
+    print(f"validation accuracy {history[0]['val_accuracy']:.3f} before, {best['val_accuracy']:.3f} at best (step {best['step']}); measure it on the test rows with python vqa_sft_grpo/evaluate.py --sft_ckpt {run_dir}\nresults in {run_dir} ({time.time() - started:.0f} s)")
+
+
+if __name__ == "__main__":
+    main()
