@@ -13,7 +13,6 @@ images. Epoch 0, the classifier as it came, takes part: if nothing beats it, it 
 Writes to the run folder: best.pt (the embedding: --cnn-weights of the other scripts), last.pt (to resume), history.jsonl,
 metrics.json, figures/curves.png. Expected: see task3_retrieval/README.md.
 """
-import argparse
 import copy
 import math
 import sys
@@ -90,7 +89,7 @@ def parse_args(argv=None):
     g.add_argument("--weight-decay", type=not_negative, default=5e-4, help="L2 penalty on all weights (%(default)s)")
     g.add_argument("--warmup-epochs", type=not_negative, default=0.5, help="epochs of rising learning rate before the cosine (%(default)s)")
     g.add_argument("--ema", type=fraction, default=0.99, help="decay per step of the averaged weights that are kept; 0 = off (%(default)s)")
-    g.add_argument("--balanced", action=argparse.BooleanOptionalAction, default=True, help="draw every class equally often (default: yes)")
+    g.add_argument("--balance", default="anchors", choices=["anchors", "draws", "none"], help="anchors: batches with the classes as frequent as in the gallery, every class weighing the same in the loss; draws: every class drawn equally often; or none (%(default)s)")
     g.add_argument("--augment", default="full", choices=STRENGTHS, help="random changes of each view (%(default)s)")
     g.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="computing precision; auto: 16 bit on CUDA only (%(default)s)")
     g = parser.add_argument_group("runs")
@@ -109,11 +108,11 @@ def parse_args(argv=None):
 
 # -------------------------------------------------------------------------------------------------------------- losses
 
-def supervised_contrastive(vectors, labels, temperature=0.1):
+def supervised_contrastive(vectors, labels, temperature=0.1, class_weights=None):
     """
     vectors (N, D) of unit length, labels (N,) -> mean loss (Khosla et al. 2020, arXiv:2004.11362, the variant L_out): every
     other image of the class should hold a large share of the softmax over all other images. Images without a partner are
-    left out; 0 when none has one.
+    left out; 0 when none has one. class_weights (number of classes,): what an image of each class counts in the mean.
     """
     logits = vectors @ vectors.T / temperature
     itself = torch.eye(len(vectors), dtype=torch.bool, device=vectors.device)
@@ -121,10 +120,10 @@ def supervised_contrastive(vectors, labels, temperature=0.1):
     partners = (labels[:, None] == labels) & ~itself
     counts = partners.sum(1)
     loss = -log_share.masked_fill(~partners, 0).sum(1) / counts.clamp(min=1)
-    return loss[counts > 0].sum() / (counts > 0).sum().clamp(min=1)
+    return weighted_mean(loss[counts > 0], labels[counts > 0], class_weights)
 
 
-def batch_hard_triplet(vectors, labels, margin=0.2):
+def batch_hard_triplet(vectors, labels, margin=0.2, class_weights=None):
     """
     vectors (N, D) of unit length, labels (N,) -> mean over images of max(0, distance to the furthest image of the class -
     distance to the nearest of another + margin) (Hermans et al. 2017, arXiv:1703.07737). Images without both are left out.
@@ -135,7 +134,13 @@ def batch_hard_triplet(vectors, labels, margin=0.2):
     furthest = distance.masked_fill(~same | itself, -torch.inf).amax(1)
     nearest = distance.masked_fill(same, torch.inf).amin(1)
     usable = furthest.isfinite() & nearest.isfinite()
-    return F.relu(furthest[usable] - nearest[usable] + margin).sum() / usable.sum().clamp(min=1)
+    return weighted_mean(F.relu(furthest[usable] - nearest[usable] + margin), labels[usable], class_weights)
+
+
+def weighted_mean(losses, labels, class_weights):
+    """losses (n,) of images of these labels (n,) -> mean; 0 for no images."""
+    weights = torch.ones_like(losses) if class_weights is None else class_weights[labels].to(losses.dtype)
+    return (weights * losses).sum() / weights.sum().clamp(min=1e-8)
 
 
 class Embedding(nn.Module):
@@ -215,6 +220,9 @@ def train(args, data, classifier, facts, weights, run_dir, device, dtype, rank, 
     optimizer = torch.optim.SGD(network.parameters(), lr=args.lr, momentum=0.9, nesterov=True, weight_decay=args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     generator = torch.Generator(device)
+    # A class that fills the gallery is often near by its number alone. Batches with the gallery's own shares let the loss see
+    # that, and the weights keep it from giving up the rare class, which asks less often.
+    class_weights = 1 / torch.bincount(labels).clamp(min=1).float().to(device) if args.balance == "anchors" else None
 
     batch_size = min(args.batch_size, len(images) // world_size * world_size)
     steps = len(images) // batch_size
@@ -259,7 +267,7 @@ def train(args, data, classifier, facts, weights, run_dir, device, dtype, rank, 
                 keep_if_best(history[-1])
         for epoch in range(first_epoch, args.epochs):
             # Every random choice depends on seed, epoch and step alone, so that a resumed run repeats the uninterrupted one
-            order = epoch_order(labels, args.balanced, args.seed * 10_000 + epoch)
+            order = epoch_order(labels, args.balance == "draws", args.seed * 10_000 + epoch)
             started = time.time()
             network.train()
             for step in tqdm(range(first_step, steps), initial=first_step, total=steps, desc=f"epoch {epoch + 1}", leave=False, disable=None if rank == 0 else True):
@@ -280,9 +288,9 @@ def train(args, data, classifier, facts, weights, run_dir, device, dtype, rank, 
                 if world_size > 1:  # every rank compares the images of all; gradients flow back to the rank they came from
                     vectors = torch.cat(all_gather(vectors))
                 if args.loss == "supcon":
-                    loss = supervised_contrastive(vectors, targets, args.temperature)
+                    loss = supervised_contrastive(vectors, targets, args.temperature, class_weights)
                 else:
-                    loss = batch_hard_triplet(vectors, targets, args.margin)
+                    loss = batch_hard_triplet(vectors, targets, args.margin, class_weights)
                 scaler.scale(loss).backward()
                 if math.isfinite(value := loss.item()):
                     scaler.step(optimizer)

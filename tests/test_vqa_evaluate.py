@@ -204,6 +204,7 @@ def test_films_drawn_anew_tell_who_sees_the_finding(films, tmp_path, respond, wi
     test = metrics["redrawn"]
     assert (test["without"]["value"], test["other"]["value"], test["both_right"]["value"]) == (without, other, both)
     assert test["without"]["n"] == test["both_right"]["n"] == 12 and test["other"]["n"] == test["difference"]["n"] == 11
+    assert (test["only_finding"]["n"], test["others_left"]["n"]) == (1, 11) and test["only_finding"]["value"] == test["others_left"]["value"] == both
     assert test["difference"]["value"] == without - other and test["unparsed"] == {"redrawn": 0, "redrawn_other": 0}
     assert predictions[0]["redrawn"]["answer"] and "redrawn_other" not in predictions[0] and "redrawn" not in predictions[1]
 

@@ -7,7 +7,15 @@ from shared.models.loading import load_vlm
 from vqa_sft_grpo.infer import Answerer
 from vqa_sft_grpo.prompting import build_prompt
 from vqa_sft_grpo.rewards import answer_alone
-from vqa_sft_grpo.rollouts import Fits, answer_logprobs, answer_tokens, completion_logprobs, make_prompts, sample, stop_tokens
+from vqa_sft_grpo.rollouts import (
+    Fits,
+    answer_logprobs,
+    answer_tokens,
+    completion_logprobs,
+    make_prompts,
+    sample,
+    stop_tokens,
+)
 
 QUESTIONS = ["Is there an effusion?", "Which side is the large mass on?", "Is it normal or not, and where is the heart?"]
 TEMPERATURE = 1.3

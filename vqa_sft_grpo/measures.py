@@ -333,8 +333,9 @@ def measure_redrawn(rows, records, redrawn):
     """
     Answers about films drawn anew without a finding (see prepare_data.py) -> dict, or None where there are none. redrawn: {"redrawn",
     "redrawn_other": {row number: record}}. without: share of answers that change when the finding asked about is gone, other: when
-    another one is gone, difference: on the rows that have both; both_right: yes with the finding and no without it. Every row with such
-    a film counts; an answer that cannot be read has not changed, and is counted apart.
+    another one is gone, difference: on the rows that have both; both_right: yes with the finding and no without it, also for the films
+    that are normal then (only_finding) and those that are not (others_left): who says yes for any ill film is right about the first only.
+    Every row with such a film counts; an answer that cannot be read has not changed, and is counted apart.
     """
     if not redrawn["redrawn"]:
         return None
@@ -346,11 +347,12 @@ def measure_redrawn(rows, records, redrawn):
         return rate(list(values.values()), [rows[i]["group"] for i in values])
 
     without, other = ({i: changed(i, record) for i, record in redrawn[field].items()} for field in ("redrawn", "redrawn_other"))
+    both = {i: bool(records[i]["correct"]) and record["key"] == "no" for i, record in redrawn["redrawn"].items()}
     paired = [i for i in without if i in other]
     return {
         "without": over(without), "other": over(other),
         "difference": paired_difference([without[i] for i in paired], [other[i] for i in paired], [rows[i]["group"] for i in paired]),
-        "both_right": over({i: bool(records[i]["correct"]) and record["key"] == "no" for i, record in redrawn["redrawn"].items()}),
+        "both_right": over(both), "only_finding": over({i: v for i, v in both.items() if i not in other}), "others_left": over({i: both[i] for i in paired}),
         "unparsed": {field: sum(record["key"] is None for record in some.values()) for field, some in redrawn.items()},
     }  # fmt: skip
 

@@ -260,6 +260,7 @@ def redrawn_section(doc, test, figures):
     lines = (
         ("answers change without the finding asked about", test["without"]), ("answers change without another finding", test["other"]),
         ("difference, films that have both", test["difference"]), ("right about both films: yes with it, no without it", test["both_right"]),
+        ("the same where nothing else is on the film", test["only_finding"]), ("the same where other findings are left", test["others_left"]),
     )  # fmt: skip
     doc.table(["", "share", "n", "p"], [[name, with_interval(value), value["n"], p_value(value.get("p")) if "p" in value else ""] for name, value in lines])
     if "redrawn" in figures:

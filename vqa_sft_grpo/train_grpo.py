@@ -48,6 +48,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parents[1] if "__file__" in globals() else Path.cwd()
 sys.path.insert(0, str(ROOT))  # finds shared/ from any folder; in a notebook, cd to the project first
@@ -67,6 +68,7 @@ from shared.runtime import (
     StopSignal,
     add_resume,
     atomic_file,
+    fraction,
     free_gpu,
     learning_rate,
     load_checkpoint,
@@ -119,7 +121,15 @@ from vqa_sft_grpo.rewards import (
     score_rollouts,
     slope,
 )
-from vqa_sft_grpo.rollouts import Fits, answer_logprobs, completion_logprobs, make_prompts, never_drawn, sample, stop_tokens
+from vqa_sft_grpo.rollouts import (
+    Fits,
+    answer_logprobs,
+    completion_logprobs,
+    make_prompts,
+    never_drawn,
+    sample,
+    stop_tokens,
+)
 from vqa_sft_grpo.scoring import normalise, score_answer
 from vqa_sft_grpo.train_sft import limit_pixels
 
@@ -186,7 +196,7 @@ def parse_args(argv=None):
     g.add_argument("--batch-size", type=positive_int, default=2, metavar="P", help="questions per step (%(default)s)")
     g.add_argument("--micro-batch", type=positive_int, help="answers (or edited images) per pass; the result stays the same (default: --num-generations, for small models all)")
     g.add_argument("--lr", type=positive_float, default=1e-6, help="highest learning rate of AdamW; an adapter bears 1e-5, the tiny model 1e-3 (%(default)s)")
-    g.add_argument("--warmup", type=int, default=10, metavar="STEPS", help="steps with rising learning rate, before a cosine to 0 (%(default)s)")
+    g.add_argument("--warmup", type=fraction, default=0.05, help="share of the steps with rising learning rate, before a cosine to 0 (%(default)s)")
     g.add_argument("--grad-clip", type=positive_float, default=1.0, help="largest norm of the gradient (%(default)s)")
     g.add_argument("--checkpointing", action="store_true", help="compute activations again in the backward pass; prompts are then not shared there")
     g = parser.add_argument_group("validation, saving, looking")
@@ -203,10 +213,10 @@ def parse_args(argv=None):
         parser.error("--num-generations must be at least 2: an answer alone has nothing to be compared with")
     if args.explain and not args.out_dir:
         parser.error("--explain needs the run's folder: --out-dir FOLDER")
-    if args.resample < 0 or args.warmup < 0:
-        parser.error("--resample and --warmup must not be negative")
-    if args.eps_low >= 1:
-        parser.error("--eps-low must be below 1")
+    if args.resample < 0:
+        parser.error("--resample must not be negative")
+    if args.eps_low >= 1 or args.warmup == 1:
+        parser.error("--eps-low and --warmup must be below 1")
     return args
 
 
@@ -537,7 +547,7 @@ def train(args, vlm, train_rows, val_rows, facts, run_dir):
         f"{count_parameters(vlm.model, trainable=True):,} of {count_parameters(vlm.model):,} parameters are trained; {len(train_rows)} questions, {facts['with_region']} with a region; "
         f"{args.steps} steps of {args.batch_size} x {args.num_generations} answers, {fits.size} per pass, lr {args.lr:g}", flush=True,
     )  # fmt: skip
-    step, place, history, best, ringing, last_path = 0, 0, [], None, {}, run_dir / "last.pt"
+    step, place, history, best, told, last_path = 0, 0, [], None, set(), run_dir / "last.pt"
     if args.resume and last_path.exists():
         state = load_checkpoint(last_path, ("settings", "weights", "optimizer", "step"), what="training state")
         refuse_other_settings(settings_of(args), state["settings"], last_path)
@@ -588,7 +598,7 @@ def train(args, vlm, train_rows, val_rows, facts, run_dir):
             begin = time.time()
             generator = torch.Generator(vlm.device).manual_seed(args.seed * 10_000_000 + step)
             draw = random.Random(f"{args.seed} {step}")
-            batch, resampled, wanted = None, 0, args.batch_size
+            batch, keep, resampled, wanted = None, [], 0, args.batch_size
             for _ in range(1 + args.resample):
                 places, place = list(range(place, place + wanted)), place + wanted
                 fresh = roll_out(vlm, [train_rows[row_at(p, len(train_rows), args.seed)] for p in places], places, args, settings, frequencies, fits, generator)
@@ -610,7 +620,7 @@ def train(args, vlm, train_rows, val_rows, facts, run_dir):
             if args.inner_steps > 1:
                 old = fixed_logprobs(vlm, batch, args, fits)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, args.steps, args.warmup, args.lr)
+                group["lr"] = learning_rate(step, args.steps, round(args.warmup * args.steps), args.lr)
             skipped = 0
             for inner in range(args.inner_steps):
                 first = step == inner == 0  # against what the sampler itself found: the passes must see the same
@@ -637,12 +647,12 @@ def train(args, vlm, train_rows, val_rows, facts, run_dir):
             row |= {k: metrics.get(k) for k in ("entropy", "kl", "clip_low", "clip_high", "clip_region", "ratio_mean", "ratio_min", "ratio_max")}
             row |= {"loss": loss, "cf_loss": cf_loss, "grad_norm": norm.item(), "lr": optimizer.param_groups[0]["lr"], "skipped": skipped, **batch.seconds, "seconds_update": time.time() - scored}
             row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-            row |= {"seconds": time.time() - begin, "peak_gib": next((v for k, v in peak_memory(vlm.device).items() if v is not None), None)}
+            peak = peak_memory(vlm.device)
+            row |= {"seconds": time.time() - begin, "peak_gib": peak["peak_gpu_gib"] or peak["peak_ram_gib"]}
             found = alarms([*history, row])
-            for name, text in found.items():
-                if name not in ringing:
-                    print(f"ALARM at step {step}, {name}: {text}", flush=True)
-            ringing = found
+            for name in found.keys() - told:  # once a run; history.jsonl has every step's
+                print(f"ALARM at step {step}, {name}: {found[name]}", flush=True)
+            told |= found.keys()
             row["alarms"] = sorted(found)
             log_rollouts(run_dir / "rollouts.jsonl", batch, advantages, step, args.num_generations)
             if step == 1:
@@ -772,8 +782,8 @@ def explain_rollout(args):
     if found is None:
         raise InputError(f"{path} has no rollout {args.explain}; ids are step.prompt.rollout, such as 1.0.0")
     settings = RewardSettings(was["composition"], was["weights"], was["max_new_tokens"], was["style"])
-    rows, _, _ = load_rows(was_args := argparse_namespace(was))
-    row = rows[row_at(found["place"], len(rows), was_args.seed)]
+    rows, _, _ = load_rows(SimpleNamespace(**was))
+    row = rows[row_at(found["place"], len(rows), was["seed"])]
     if row["question"] != found["question"] or gold_of(row) != found["gold"]:
         raise InputError(f"{was['data_jsonl']} is not the file that {run_dir} was trained on")
     print("\n".join(explain(row, found["text"], found, settings)))
@@ -798,13 +808,6 @@ def explain_rollout(args):
     with atomic_file(target) as file:
         sheet.save(file, "PNG")
     print(f"edited images (fill: {plan.fill}): {target}")
-
-
-def argparse_namespace(settings):
-    """settings.json -> what parse_args gave then."""
-    from argparse import Namespace
-
-    return Namespace(**settings)
 
 
 @script
