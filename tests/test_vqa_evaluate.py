@@ -451,6 +451,14 @@ def test_films_drawn_anew_are_in_the_report(films, rows_file, scripted_model, tm
         assert picture.width > 400 and picture.height > 400  # two films, three pictures each
 
 
+def test_a_model_taught_on_grey_pictures_is_marked(rows_file, scripted_model):
+    Path("model").mkdir()
+    for rows, marked in ((0, False), (7, True)):
+        Path("model/training.json").write_text(json.dumps({"dataset": {"policy": "by patient", "blank_rows": rows}}))
+        script.main(["--data", str(rows_file), "--sft-ckpt", "model", "--out-dir", f"run{rows}", "--counterfactual-cases", "0", "--device", "cpu", "--prompts", "json"])
+        assert ("This model was shown 7 grey pictures in training" in Path(f"run{rows}/report.md").read_text()) == marked
+
+
 def test_the_think_prompt_alone_has_no_boxes(rows_file, scripted_model):
     script.main(["--data", str(rows_file), "--model", "tiny", "--out-dir", "run", "--counterfactual-cases", "2", "--device", "cpu", "--prompts", "think", "--limit", "10"])
     metrics = json.loads(Path("run/metrics.json").read_text())
