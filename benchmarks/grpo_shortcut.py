@@ -3,7 +3,8 @@ Does the reward keep a model from learning a shortcut? GRPO on made-up films whe
 
 Usage:
     python benchmarks/grpo_shortcut.py                     # three seeds, on two cores; the README says how long
-    python benchmarks/grpo_shortcut.py --seeds 0 --small   # the short form for tests
+    python benchmarks/grpo_shortcut.py --agreement 0.5     # the mark says nothing: does GRPO learn to see?
+    python benchmarks/grpo_shortcut.py --seeds 0 --small   # the short form for tests: a few minutes
 
 "Is there a pleural effusion?" on films with a severe effusion or none, half and half. A weak model is fine-tuned on films whose mark
 says nothing (it is there by chance), and is then trained by GRPO on films where the mark is there exactly when the effusion is:
@@ -55,21 +56,23 @@ ARMS = {
 }
 MARK = 8  # columns at the left edge, of 112, that are white in a marked film: as of a film holder
 WRITING, ENOUGH = 100, 0.58  # steps on shuffled answers; validation accuracy at which fine-tuning stops
-MARKS = {"as in training": 1.0, "no mark": None, "turned round": 0.0}  # agreement of the mark with the effusion
+MARKS = {"mark says it": 1.0, "no mark": None, "mark turned round": 0.0}  # agreement of the mark with the effusion
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(%(default)s)")
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS, help="(all)")
+    parser.add_argument("--arms", nargs="+", default=["answer", "default"], choices=ARMS, help="(%(default)s)")
+    parser.add_argument("--agreement", type=float, default=1.0, help="share of GRPO's films whose mark says what is true (%(default)s)")
     parser.add_argument("--films", type=positive_int, default=2000, help="training films (%(default)s)")
     parser.add_argument("--test-films", type=positive_int, default=600, help="(%(default)s)")
-    parser.add_argument("--sft-steps", type=positive_int, default=400, help="of fine-tuning, 32 films each (%(default)s)")
     parser.add_argument("--steps", type=positive_int, default=400, help="of GRPO, 16 films x 8 answers each (%(default)s)")
     parser.add_argument("--lr", type=float, default=5e-4, help="of GRPO (%(default)s)")
-    parser.add_argument("--small", action="store_true", help="a few minutes, one seed's worth of films")
+    parser.add_argument("--small", action="store_true", help="fewer films and steps")
     parser.add_argument("--out-dir", type=Path, default=Path("outputs/benchmarks/grpo_shortcut"))
     args = parser.parse_args(argv)
+    if args.small:
+        args.films, args.test_films, args.steps = 800, 150, 70
     return args
 
 
@@ -177,7 +180,7 @@ def measure(vlm, films):
     """-> accuracy per kind of mark, and flips on the films marked as in training."""
     numbers = {}
     for name, rows in films.items():
-        right, flips, groups = answers_to(vlm, rows, regions=5 if name == "as in training" else 0)
+        right, flips, groups = answers_to(vlm, rows, regions=5 if name == "mark says it" else 0)
         numbers[name] = interval(right, [r["group"] for r in rows])
         if len(flips):
             numbers["flips"] = {"region": float(flips[:, 0].mean()), "random": float(flips[:, 1].mean()), "difference": interval(flips[:, 0] - flips[:, 1], groups)}
@@ -220,7 +223,7 @@ def main(argv=None):
     results = {}
     for seed in args.seeds:
         films = {name: film_rows("test", args.test_films, agreement, 10 * seed + 2, folder) for name, agreement in MARKS.items()}
-        write_rows(folder / "grpo.json", film_rows("train", args.films, 1.0, 10 * seed + 1, folder))
+        write_rows(folder / "grpo.json", film_rows("train", args.films, args.agreement, 10 * seed + 1, folder))
         weak = fine_tune_weakly(args, folder, seed)
         results[seed] = {"before": measure(load_vlm(weak), films)}
         for arm in args.arms:

@@ -143,7 +143,11 @@ def answers_section(doc, metrics):
         [name, *(with_interval(r[c]) for c in columns), percent(r["open_precision"]["value"]), with_interval(r["open_f1"]), percent(None if r["parsed"]["value"] is None else 1 - r["parsed"]["value"]), percent(r["contradiction"]["value"])]
         for name, r in rows.items()
     ])  # fmt: skip
-    doc.text("What the image adds: accuracy with the image minus the control, on the same rows.")
+    taught = (metrics["trained_on"] or {}).get("blank_rows")
+    doc.text(
+        "What the image adds: accuracy with the image minus the control, on the same rows."
+        + (f" This model was shown {taught} grey pictures in training, with answers of the training rows (--blank-share): that it gives the most likely answer there was taught. The images of other groups were not." if taught else "")
+    )
     doc.table(["control", "difference", "p (sign flip over groups)"], [[name, with_interval(d), p_value(d["p"])] for name, d in metrics["needs_image"].items()])
     doc.heading("Other ways of counting", 3)
     doc.text(

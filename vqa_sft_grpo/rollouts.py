@@ -59,9 +59,10 @@ def never_drawn(vlm):
 
 class Fits:
     """
-    How many rollouts (or prompts) go through the model at a time: halved when the GPU memory runs out, and so for the rest of the run.
+    How many rollouts (or edited images) go through the model at a time: halved when the GPU memory runs out, and so for the rest of the run.
 
-        results = fits.parts(work, n)       # work(start, stop) -> list; the results of all parts, joined
+        results = fits.parts(work, n)           # work(start, stop) -> list; the results of all parts, joined
+        fits.parts(work, n, each=8)             # items that stand for eight rollouts each
     """
 
     def __init__(self, size):
@@ -73,15 +74,17 @@ class Fits:
         self.size //= 2
         print(f"out of GPU memory: going on with {self.size} at a time", flush=True)
 
-    def parts(self, work, n):
+    def parts(self, work, n, each=1):
         results, start = [], 0
         while start < n:
-            stop, failed = min(n, start + self.size), None
+            stop, failed = min(n, start + max(1, self.size // each)), None
             try:
                 results += work(start, stop)
             except torch.OutOfMemoryError as error:
                 failed = error.with_traceback(None)  # its frames would hold on to the memory
             if failed is not None:
+                if stop - start == 1:
+                    raise failed
                 free_gpu()
                 self.halve(failed)
                 continue

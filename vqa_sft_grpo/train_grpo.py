@@ -61,7 +61,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from shared.data.download import sha256_of
-from shared.models.loading import LORA_LAYERS, QUANTS, add_lora, count_parameters, load_processor, load_vlm
+from shared.models.loading import LORA_LAYERS, QUANTS, add_lora, count_parameters, load_vlm
 from shared.models.tiny import is_tiny, quietly
 from shared.runtime import (
     InputError,
@@ -283,8 +283,6 @@ def load_policy(args, device):
     vlm = load_vlm(name, quant=args.quant, device=device, dtype="float32" if tiny and args.dtype == "auto" else args.dtype, adapter=adapter, family="qwen2vl", trainable_adapter=True)
     if adapter:
         vlm.model.load_adapter(adapter, "reference", is_trainable=False)
-        if any((Path(adapter) / f).is_file() for f in ("preprocessor_config.json", "processor_config.json")):
-            vlm.processor = load_processor(adapter, adapter)
     else:
         add_lora(vlm, rank=args.lora_rank, dropout=0.0, layers=LORA_LAYERS, checkpointing=False)
     if args.checkpointing:
@@ -346,7 +344,7 @@ def roll_out(vlm, rows, places, args, settings, frequencies, fits, generator):
         found = sample(vlm, prompts[start:stop], group_size, args.max_new_tokens, args.temperature if generator is not None else 1.0, generator, never_drawn(vlm), stop_tokens(vlm))
         return list(zip(*found, strict=True))
 
-    for ids, logp in Fits(max(1, fits.size // group_size)).parts(some, len(prompts)):
+    for ids, logp in fits.parts(some, len(prompts), each=group_size):
         groups.append(ids)
         logps.append(logp)
     sampled = time.time()
@@ -468,9 +466,9 @@ def reward_gradient(vlm, batch, args, settings, fits, scaler, draw):
                 weights[terms["said"]] += args.cf_gradient * w / n
         if weights:
             jobs.append(((prompts[1], prompts[draw.randrange(2, len(prompts))]), list(weights), list(weights.values())))
-    total, start, fits = 0.0, 0, Fits(max(1, fits.size // 2))
+    total, start = 0.0, 0
     while start < len(jobs):
-        part, failed = jobs[start : start + fits.size], None
+        part, failed = jobs[start : start + max(1, fits.size // 2)], None
         kept = [None if p.grad is None else p.grad.clone() for p in trained_parameters(vlm).values()] if vlm.device.type == "cuda" else None
         try:
             prompts = [p for pair, _, _ in part for p in pair]
@@ -723,12 +721,13 @@ def cut_rollouts(path, step):
 
 
 def write_completions(path, batch, advantages, step, size, most=8):
-    """The rollouts of some questions as a Markdown table."""
+    """The rollouts of some questions as Markdown tables, those first whose rewards differ most."""
     def cell(text):
         return str(text).replace("|", "\\|").replace("\n", " ")
 
     lines = [f"Answers of step {step}. V: how much more the gold region matters than random ones.", ""]
-    for q, row in enumerate(batch.rows[:most]):
+    for q in sorted(range(len(batch.rows)), key=lambda q: -np.ptp(batch.rewards[q * size : (q + 1) * size]))[:most]:
+        row = batch.rows[q]
         lines += [f"**{cell(row['question'])}** gold: {cell(gold_of(row))}", "", "| id | reward | advantage | right | box | V | penalty | text |", "|---|---|---|---|---|---|---|---|"]
         for n in range(q * size, (q + 1) * size):
             t = batch.terms[n]

@@ -17,7 +17,7 @@ The log-probability drops of the counterfactual term come from a simulated score
     blind      region and random regions alike: mean 0, deviation 0.05
     elsewhere  region 0.05 and 0.15; random regions 0.6 and 0.3: right for another reason, such as a marker in a corner
     random     answers drawn anew each time from a uniform distribution: the drops are exactly 0, though such answers change most
-It is given where the gold region takes 0.5 % to 30 % of the image; larger ones leave no room for random regions.
+It is given where the gold answer is not "no" and the gold region takes 0.5 % to 30 % of the image; larger ones leave no room for random regions.
 """
 import difflib
 import itertools
@@ -42,7 +42,7 @@ from shared.runtime import open_run_dir, positive_int, run_facts, script, script
 from vqa_sft_grpo.counterfactual import region_mask, whole_boxes
 from vqa_sft_grpo.prepare_data import phantom_study_rows
 from vqa_sft_grpo.prompting import boxes_from_model, boxes_to_model, build_prompt, instruction, parse_response
-from vqa_sft_grpo.rewards import AnswerFrequencies, RewardSettings, answer_class, compose, rollout_terms
+from vqa_sft_grpo.rewards import AnswerFrequencies, RewardSettings, answer_class, compose, gold_of, rollout_terms
 from vqa_sft_grpo.scoring import normalise, options_of, overlap
 
 TASK = "vqa_sft_grpo"
@@ -104,7 +104,7 @@ class Case:
 
     @cached_property
     def has_room(self):
-        if not self.row["region"]:
+        if not self.row["region"] or gold_of(self.row) == "no":  # as plan_edits sees it
             return False
         h, w = self.row["height"], self.row["width"]
         return ROOM[0] <= region_mask(whole_boxes(self.row["region"], h, w), h, w).mean() <= ROOM[1]
