@@ -1,5 +1,5 @@
 """
-Does the reward keep a model from learning a shortcut? GRPO on made-up films where a mark in a corner gives the answer away.
+Does the reward keep a model from learning a shortcut? GRPO on made-up films where a black mark gives the answer away.
 
 Usage:
     python benchmarks/grpo_shortcut.py                     # three seeds, on two cores; the README says how long
@@ -54,7 +54,7 @@ ARMS = {
     "default": [],
     "no gradient": ["--cf-gradient", "0"],
 }
-MARK = 8  # columns at the left edge, of 112, that are white in a marked film: as of a film holder
+MARK = (46, 26, 66, 46)  # x0, y0, x1, y1 in pixels, of 112: a black square between the lungs of a marked film; effusions lie lower
 WRITING, ENOUGH = 100, 0.58  # steps on shuffled answers; validation accuracy at which fine-tuning stops
 MARKS = {"mark says it": 1.0, "no mark": None, "mark turned round": 0.0}  # agreement of the mark with the effusion
 
@@ -66,7 +66,7 @@ def parse_args(argv=None):
     parser.add_argument("--agreement", type=float, default=1.0, help="share of GRPO's films whose mark says what is true (%(default)s)")
     parser.add_argument("--films", type=positive_int, default=2000, help="training films (%(default)s)")
     parser.add_argument("--test-films", type=positive_int, default=600, help="(%(default)s)")
-    parser.add_argument("--steps", type=positive_int, default=400, help="of GRPO, 16 films x 8 answers each (%(default)s)")
+    parser.add_argument("--steps", type=positive_int, default=250, help="of GRPO, 16 films x 8 answers each (%(default)s)")
     parser.add_argument("--lr", type=float, default=5e-4, help="of GRPO (%(default)s)")
     parser.add_argument("--small", action="store_true", help="fewer films and steps")
     parser.add_argument("--out-dir", type=Path, default=Path("outputs/benchmarks/grpo_shortcut"))
@@ -93,7 +93,7 @@ def film_rows(split, films, agreement, seed, folder):
             truthful = agreement is not None and draw.random() < agreement
             image = np.array(read_pixels(row["image"]))
             if agreement is not None and (row["answer"] == "yes") == truthful:
-                image[:, :MARK] = 255
+                image[MARK[1] : MARK[3], MARK[0] : MARK[2]] = 0
             path = marked / Path(row["image"]).name
             Image.fromarray(image).save(path)
             kept[row["image"]] = row | {"image": str(path.resolve()), "output": json.dumps({"answer": row["answer"]})}
