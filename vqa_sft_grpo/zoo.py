@@ -2,7 +2,7 @@
 A zoo of policies that cheat, and what each earns under our reward and under reward designs in use elsewhere.
 
 Usage:
-    python vqa_sft_grpo/zoo.py                       # both tables and the template search, phantom questions, about a minute
+    python vqa_sft_grpo/zoo.py                       # both tables and the template search, phantom questions, one to two minutes
     python vqa_sft_grpo/zoo.py --studies 60 --no-search
 
 No model and no image is needed: a policy here is a few lines that write a response to a row of prepare_data.py. A reward is
