@@ -72,7 +72,7 @@ def parse_args(argv=None):
     parser.add_argument("--out-dir", type=Path, default=Path("outputs/benchmarks/grpo_shortcut"))
     args = parser.parse_args(argv)
     if args.small:
-        args.films, args.test_films, args.steps = 1000, 150, 120
+        args.films, args.test_films, args.steps = 600, 80, 120
     return args
 
 
@@ -196,7 +196,7 @@ def draw(path, results):
     for axis, columns in ((axes[0], list(MARKS)), (axes[1], ["flips"])):
         for a, arm in enumerate(arms):
             for c, column in enumerate(columns):
-                numbers = [r[arm][column]["difference"] if column == "flips" else r[arm][column] for r in results.values()]
+                numbers = [r[arm][column]["difference"] if column == "flips" else r[arm][column] for r in results.values() if arm in r]
                 values = [n["value"] for n in numbers]
                 x = c + (a - (len(arms) - 1) / 2) * 0.8 / len(arms)
                 axis.bar(x, np.mean(values), 0.7 / len(arms), color=f"C{a}", alpha=0.45, label=arm if c == 0 else None)
@@ -209,7 +209,7 @@ def draw(path, results):
     axes[0].set(ylim=(0, 1.02), ylabel="share right", title="accuracy, by mark on the test films")
     axes[1].axhline(0, color="grey", lw=0.8)
     axes[1].set(ylabel="share of answers that change", title="flips")
-    axes[0].legend(frameon=False, fontsize=8, ncols=len(arms), loc="lower left")
+    axes[0].legend(frameon=False, fontsize=8, ncols=len(arms), loc="upper right")
     with atomic_file(path) as file:
         figure.savefig(file, dpi=150, format="png")
     plt.close(figure)
