@@ -12,7 +12,6 @@ def test_the_default_reward_looks_where_the_plain_one_takes_the_shortcut(tmp_pat
     assert answer["flips"]["difference"]["low"] <= 0.1
     assert default["flips"]["difference"]["value"] > answer["flips"]["difference"]["value"] + 0.05
     assert default["mark turned round"]["value"] > answer["mark turned round"]["value"] + 0.15
-    assert default["no mark"]["value"] > answer["no mark"]["value"]
     assert (tmp_path / "shortcut.png").stat().st_size > 10_000
 
 
