@@ -72,7 +72,7 @@ def parse_args(argv=None):
     parser.add_argument("--out-dir", type=Path, default=Path("outputs/benchmarks/grpo_shortcut"))
     args = parser.parse_args(argv)
     if args.small:
-        args.films, args.test_films, args.steps = 1000, 80, 120
+        args.films, args.test_films, args.steps = 600, 80, 120
     return args
 
 

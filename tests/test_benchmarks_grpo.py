@@ -1,12 +1,16 @@
 """The experiments about GRPO in their short forms: a shortcut is learned by one reward and not by the other, and the comparison with trl runs."""
 import pytest
+import torch
 
 from benchmarks import grpo, grpo_shortcut
 
 
 @pytest.mark.slow
 def test_the_default_reward_looks_where_the_plain_one_takes_the_shortcut(tmp_path):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # where so little is learned, another order of summation is another run
     found = grpo_shortcut.main(["--small", "--seeds", "0", "--out-dir", str(tmp_path)])[0]
+    torch.set_num_threads(threads)
     answer, default = found["answer"], found["default"]
     assert answer["mark says it"]["value"] > 0.85 and answer["mark turned round"]["value"] < 0.35  # it follows the mark
     assert answer["flips"]["difference"]["low"] <= 0.1
