@@ -1,22 +1,7 @@
-"""The experiments about GRPO in their short forms: a shortcut is learned by one reward and not by the other, and the comparison with trl runs."""
+"""The comparison with trl runs in its short form; the shortcut experiment (benchmarks/grpo_shortcut.py) is too uncertain in three minutes."""
 import pytest
-import torch
 
-from benchmarks import grpo, grpo_shortcut
-
-
-@pytest.mark.slow
-def test_the_default_reward_looks_where_the_plain_one_takes_the_shortcut(tmp_path):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # where so little is learned, another order of summation is another run
-    found = grpo_shortcut.main(["--small", "--seeds", "0", "--out-dir", str(tmp_path)])[0]
-    torch.set_num_threads(threads)
-    answer, default = found["answer"], found["default"]
-    assert answer["mark says it"]["value"] > 0.85 and answer["mark turned round"]["value"] < 0.35  # it follows the mark
-    assert answer["flips"]["difference"]["low"] <= 0.1
-    assert default["flips"]["difference"]["value"] > answer["flips"]["difference"]["value"] + 0.05
-    assert default["mark turned round"]["value"] > answer["mark turned round"]["value"] + 0.15
-    assert (tmp_path / "shortcut.png").stat().st_size > 10_000
+from benchmarks import grpo
 
 
 @pytest.mark.slow
