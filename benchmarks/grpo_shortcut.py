@@ -4,7 +4,6 @@ Does the reward keep a model from learning a shortcut? GRPO on made-up films whe
 Usage:
     python benchmarks/grpo_shortcut.py                     # three seeds, on two cores; the README says how long
     python benchmarks/grpo_shortcut.py --agreement 0.5     # the mark says nothing: does GRPO learn to see?
-    python benchmarks/grpo_shortcut.py --seeds 0 --small   # the short form for tests: a few minutes
 
 "Is there a pleural effusion?" on films with a severe effusion or none, half and half. A weak model is fine-tuned on films whose mark
 says nothing (it is there by chance), and is then trained by GRPO on films where the mark is there exactly when the effusion is:
@@ -68,12 +67,8 @@ def parse_args(argv=None):
     parser.add_argument("--test-films", type=positive_int, default=600, help="(%(default)s)")
     parser.add_argument("--steps", type=positive_int, default=250, help="of GRPO, 16 films x 8 answers each (%(default)s)")
     parser.add_argument("--lr", type=float, default=5e-4, help="of GRPO (%(default)s)")
-    parser.add_argument("--small", action="store_true", help="fewer films and steps")
     parser.add_argument("--out-dir", type=Path, default=Path("outputs/benchmarks/grpo_shortcut"))
-    args = parser.parse_args(argv)
-    if args.small:
-        args.films, args.test_films, args.steps = 600, 80, 120
-    return args
+    return parser.parse_args(argv)
 
 
 # ---------------------------------------------------------------------------------------------------------------- films

@@ -1,4 +1,4 @@
-"""The comparison with trl runs in its short form; the shortcut experiment (benchmarks/grpo_shortcut.py) is too uncertain in three minutes."""
+"""benchmarks/grpo.py in its short form."""
 import pytest
 
 from benchmarks import grpo
