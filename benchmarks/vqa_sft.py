@@ -3,7 +3,7 @@ Supervised fine-tuning of train_sft.py against trl's SFTTrainer: the same tiny m
 
 Usage:
     pip install -r requirements-dev.txt
-    python benchmarks/vqa_sft.py                   # about 15 minutes on two cores; leave the machine alone meanwhile
+    python benchmarks/vqa_sft.py                   # 8 minutes on two cores; leave the machine alone meanwhile
     python benchmarks/vqa_sft.py --small           # the short form for tests: everything runs, the numbers mean nothing
 
 Rows:
