@@ -22,7 +22,6 @@ from vqa_sft_grpo.grpo import (
     completion_mask,
     group_advantages,
     has_signal,
-    normalise_then_sum,
     policy_loss,
     selected_logprobs,
 )
@@ -392,26 +391,6 @@ def test_advantages_take_tensors_and_refuse_what_is_no_group():
             group_advantages(rewards, size)
     with pytest.raises(ValueError, match="scale is one of"):
         group_advantages([1, 2], 2, "std")
-
-
-def test_normalise_then_sum():
-    # Two prompts, two rewards: the second has a hundred times the range of the first, and the same weight.
-    rewards = np.array([[0, 100], [1, 0], [1, 100], [0, 0], [0, 0], [0, 0], [1, 300], [1, np.nan]], dtype=float)
-    weights = [1.0, 0.5]
-    expected = np.zeros(8)
-    for start in (0, 4):
-        for k, weight in enumerate(weights):
-            column = rewards[start : start + 4, k]
-            expected[start : start + 4] += weight * np.nan_to_num((column - np.nanmean(column)) / (np.nanstd(column, ddof=1) + 1e-4))
-    expected = (expected - expected.mean()) / (expected.std(ddof=1) + 1e-4)
-    np.testing.assert_allclose(normalise_then_sum(rewards, weights, 4), expected, atol=1e-12)
-    assert expected[2] > expected[1] > expected[0] > expected[3]  # a point of the first reward counts twice as much as the second's 100
-
-    rewards[7] = np.nan
-    advantages = normalise_then_sum(rewards.tolist(), weights, 4)
-    assert advantages[7] == 0 and advantages[:7].abs().min() > 0.01
-    with pytest.raises(ValueError, match="2 rewards per rollout and 3 weights"):
-        normalise_then_sum(rewards, [1, 1, 1], 4)
 
 
 def test_completion_mask():

@@ -17,7 +17,7 @@ How this differs from the textbook (GRPO as in DeepSeekMath, arXiv 2402.03300)
                alone is not blind to a constant added to one prompt's rewards: that rescales every advantage by a common factor.
     undefined  a reward of None or NaN is left out of mean and std and its rollout gets advantage 0, as does every rollout of a group with
                equal rewards or fewer than two defined ones: such a group has nothing to say (the paper has neither case).
-    several    rewards are summed before the mean is taken; normalise_then_sum gives each reward its own z score first (GDPO, 2601.05242).
+    several    rewards are summed before the mean is taken (GDPO, 2601.05242, takes a z score of each first).
     loss       grpo     mean over rollouts of the mean over their tokens: the textbook; long wrong answers are punished less per token
                dr_grpo  sum over tokens / (rollouts * max_completion_length), a constant (2503.20783)
                dapo     sum over tokens / tokens of the whole step (2503.14476)
@@ -59,11 +59,11 @@ def _choose(name, value, choices):
 
 # ---------------------------------------------------------------------------------------------------------- advantages
 
-def _groups(rewards, group_size, ndim=1):
-    """Numbers, None or NaN, N of them or N rows -> float64 (N / G, G) or (N / G, G, K), NaN where undefined."""
+def _groups(rewards, group_size):
+    """N numbers, None or NaN -> float64 (N / G, G), NaN where undefined."""
     rewards = torch.from_numpy(np.array(rewards.tolist() if torch.is_tensor(rewards) else rewards, dtype=np.float64))  # None becomes NaN
-    if rewards.ndim != ndim:
-        raise ValueError(f"rewards must have {ndim} dimension{'s'[: ndim - 1]}, got shape {tuple(rewards.shape)}")
+    if rewards.ndim != 1:
+        raise ValueError(f"rewards must have 1 dimension, got shape {tuple(rewards.shape)}")
     if group_size < 2:
         raise ValueError(f"group_size must be at least 2, got {group_size}: a rollout alone has nothing to be compared with")
     if len(rewards) == 0 or len(rewards) % group_size:
@@ -106,20 +106,6 @@ def group_advantages(rewards, group_size, scale="group"):
     zero = int((~signal).sum())
     stats = {"reward": mean, "reward_std": std, "groups": len(grouped), "zero_variance_groups": zero, "frac_reward_zero_std": zero / len(grouped)}
     return advantages, stats | {"undefined_rewards": int(grouped.isnan().sum())}
-
-
-def normalise_then_sum(rewards, weights, group_size):
-    """
-    rewards (N, K), None or NaN = undefined; weights (K,) -> advantages float64 (N,), as GDPO does (arXiv 2601.05242): z score of each
-    reward in its group, weighted sum, z score over the batch. So a reward's range no longer decides how much it counts, but also a
-    difference of a hundredth, if it is the only one of a group, counts like a whole point.
-    """
-    grouped = _groups(rewards, group_size, ndim=2)
-    if grouped.shape[2] != len(weights):
-        raise ValueError(f"{grouped.shape[2]} rewards per rollout and {len(weights)} weights")
-    z = (grouped - grouped.nanmean(1, keepdim=True)) / (_std(grouped, 1) + STD_EPSILON)
-    total = (z * torch.as_tensor(weights, dtype=z.dtype)).nansum(2).masked_fill(grouped.isnan().all(2), torch.nan).flatten()
-    return ((total - total.nanmean()) / (_std(total, 0) + STD_EPSILON)).nan_to_num(nan=0.0)
 
 
 # ---------------------------------------------------------------------------------------------------------------- loss

@@ -324,13 +324,7 @@ def train(args, vlm, train_rows, val_rows, facts, run_dir, rank, world_size):
     if args.resume and last_path.exists():
         state = load_checkpoint(last_path, ("settings", "weights", "optimizer", "step"), what="training state")
         refuse_other_run(state, args, facts, last_path)
-        if set(state["weights"]) != set(named):
-            raise InputError(f"{last_path} holds the weights of another model; give the same --model and --train")
-        with torch.no_grad():
-            for name, p in named.items():
-                p.copy_(state["weights"][name])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
+        restore(state, named, optimizer, scaler, last_path)
         step, history, best, micro_batch, totals = (state[k] for k in ("step", "history", "best", "micro_batch", "totals"))
         del state
         say(f"resumed from {last_path} at step {step} of {order.num_steps}")
@@ -416,6 +410,17 @@ def settings_of(args):
 def data_of(facts):
     """What tells one set of rows from another."""
     return facts.get("sha256") or facts["settings"]
+
+
+def restore(state, named, optimizer, scaler, path):
+    """Weights (of the parameters `named`), optimiser and scale from the checkpoint `state` read from `path`. InputError when it is of another model."""
+    if set(state["weights"]) != set(named) or any(state["weights"][name].shape != p.shape for name, p in named.items()):
+        raise InputError(f"{path} holds the weights of another model; give the same arguments that choose the model, or start a new run")
+    with torch.no_grad():
+        for name, p in named.items():
+            p.copy_(state["weights"][name])
+    optimizer.load_state_dict(state["optimizer"])
+    scaler.load_state_dict(state["scaler"])
 
 
 def refuse_other_run(state, args, facts, path):
