@@ -2,11 +2,12 @@
 Does the reward keep a model from learning a shortcut? GRPO on made-up films where a black mark gives the answer away.
 
 Usage:
-    python benchmarks/grpo_shortcut.py                     # three seeds, on two cores; the README says how long
-    python benchmarks/grpo_shortcut.py --agreement 0.5     # the mark says nothing: does GRPO learn to see?
+    python benchmarks/grpo_shortcut.py                     # three seeds; the README says how long
+    python benchmarks/grpo_shortcut.py --agreement 0.5     # GRPO's mark says nothing: does it learn to see?
+    python benchmarks/grpo_shortcut.py --small --seeds 0   # the short form for tests: three minutes on two cores
 
-"Is there a pleural effusion?" on films with a severe effusion or none, half and half. A weak model is fine-tuned on films whose mark
-says nothing (it is there by chance), and is then trained by GRPO on films where the mark is there exactly when the effusion is:
+"Is there a pleural effusion?" on films with a severe effusion or none, half and half. A weak model is fine-tuned, on films
+whose mark is right six times in ten, until it begins to see. GRPO then trains it on films where the mark is there exactly when the effusion is:
 
     answer      the reward is the answer alone (weights 0,1,0,0 of the additive composition)
     default     the reward as it comes: gated, with V, and its own gradient
@@ -35,13 +36,23 @@ from PIL import Image
 from shared.data.phantom import PhantomSettings
 from shared.metrics.statistics import bootstrap_interval
 from shared.models.loading import load_vlm
-from shared.runtime import atomic_file, load_checkpoint, positive_int, run_facts, script, seed_everything, write_json
+from shared.runtime import (
+    InputError,
+    atomic_file,
+    fraction,
+    load_checkpoint,
+    positive_int,
+    run_facts,
+    script,
+    seed_everything,
+    write_json,
+)
 from vqa_sft_grpo import train_grpo, train_sft
 from vqa_sft_grpo.data import ImageStore, make_examples, read_pixels
 from vqa_sft_grpo.prepare_data import make_rows, write_rows
 from vqa_sft_grpo.prompting import parse_response
 from vqa_sft_grpo.rewards import plan_edits
-from vqa_sft_grpo.rollouts import make_prompts, never_drawn, sample, stop_tokens
+from vqa_sft_grpo.rollouts import answer_logprobs, make_prompts, never_drawn, sample, stop_tokens
 from vqa_sft_grpo.scoring import score_answer
 
 matplotlib.use("Agg")
@@ -54,7 +65,8 @@ ARMS = {
     "no gradient": ["--cf-gradient", "0"],
 }
 MARK = (46, 26, 66, 46)  # x0, y0, x1, y1 in pixels, of 112: a black square between the lungs of a marked film; effusions lie lower
-WRITING, ENOUGH = 100, 0.58  # steps on shuffled answers; validation accuracy at which fine-tuning stops
+HINT = 0.6  # share of fine-tuning's films whose mark says what is true
+WRITING, SEEING = 50, 0.05  # its steps on shuffled answers; nats by which the effusion moves the log-odds of yes when it stops
 MARKS = {"mark says it": 1.0, "no mark": None, "mark turned round": 0.0}  # agreement of the mark with the effusion
 
 
@@ -62,48 +74,61 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(%(default)s)")
     parser.add_argument("--arms", nargs="+", default=["answer", "default"], choices=ARMS, help="(%(default)s)")
-    parser.add_argument("--agreement", type=float, default=1.0, help="share of GRPO's films whose mark says what is true (%(default)s)")
+    parser.add_argument("--agreement", type=fraction, default=1.0, help="share of GRPO's films whose mark says what is true (%(default)s)")
     parser.add_argument("--films", type=positive_int, default=2000, help="training films (%(default)s)")
     parser.add_argument("--test-films", type=positive_int, default=600, help="(%(default)s)")
-    parser.add_argument("--steps", type=positive_int, default=250, help="of GRPO, 16 films x 8 answers each (%(default)s)")
+    parser.add_argument("--steps", type=positive_int, default=150, help="of GRPO, 16 films x 8 answers each (%(default)s)")
     parser.add_argument("--lr", type=float, default=5e-4, help="of GRPO (%(default)s)")
+    parser.add_argument("--small", action="store_true", help="fewer films and steps")
     parser.add_argument("--out-dir", type=Path, default=Path("outputs/benchmarks/grpo_shortcut"))
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.small:
+        args.films, args.test_films, args.steps = 1000, 150, 70
+    return args
 
 
 # ---------------------------------------------------------------------------------------------------------------- films
 
-def film_rows(split, films, agreement, seed, folder):
-    """
-    One question about the effusion per film, answered with the answer alone. agreement: share of films whose mark says what is
-    true (a mark for yes, none for no); 0.5: by chance; None: no mark at all.
-    """
+def film_rows(split, films, seed, folder):
+    """One question about the effusion per film, answered with the answer alone -> rows of prepare_data.py."""
     settings = PhantomSettings(prevalence={CONDITION: 0.75}, together={}, severities=(0, 0, 1))
     rows, _ = make_rows("phantom", split, seed=seed, image_dir=folder / "films", studies=films, settings=settings)
-    marked = folder / f"marked_{seed}_{agreement}"
-    marked.mkdir(parents=True, exist_ok=True)
-    kept, draw = {}, random.Random(seed)
+    asked = {r["image"]: r for r in reversed(rows) if r["content_type"] == "presence" and "effusion" in r["question"].lower()}
+    return [r | {"output": json.dumps({"answer": r["answer"]})} for r in asked.values()]
+
+
+def marked(rows, agreement, seed, folder):
+    """
+    The same rows with marked films. agreement: share of films whose mark says what is true (a mark for yes, none for no); 0.5: by
+    chance; None: no mark at all.
+    """
+    if agreement is None:
+        return rows
+    folder = folder / f"marked_{seed}_{agreement}"
+    folder.mkdir(parents=True, exist_ok=True)
+    draw, out = random.Random(seed), []
     for row in rows:
-        if row["content_type"] == "presence" and "effusion" in row["question"].lower() and row["image"] not in kept:
-            truthful = agreement is not None and draw.random() < agreement
-            image = np.array(read_pixels(row["image"]))
-            if agreement is not None and (row["answer"] == "yes") == truthful:
-                image[MARK[1] : MARK[3], MARK[0] : MARK[2]] = 0
-            path = marked / Path(row["image"]).name
-            Image.fromarray(image).save(path)
-            kept[row["image"]] = row | {"image": str(path.resolve()), "output": json.dumps({"answer": row["answer"]})}
-    return list(kept.values())
+        image = np.array(read_pixels(row["image"]))
+        if (row["answer"] == "yes") == (draw.random() < agreement):
+            image[MARK[1] : MARK[3], MARK[0] : MARK[2]] = 0
+        path = folder / Path(row["image"]).name
+        Image.fromarray(image).save(path)
+        out.append(row | {"image": str(path.resolve())})
+    return out
 
 
 # ----------------------------------------------------------------------------------------------------------- weak model
 
 def fine_tune_weakly(args, folder, seed):
     """
-    A model that writes well and sees badly -> its folder. First the answers are shuffled, so that it learns to write; then they are
-    right until it answers ENOUGH of the validation films: stopped there, it is at the beginning of seeing.
+    A model that writes well and sees badly -> its folder. First the answers are shuffled, so that it learns to write; then they are right
+    until the effusion moves its log-odds by SEEING nats on validation films without marks: it begins to see, and its answers are still a
+    matter of chance. (Accuracy cannot tell that moment: the model says now yes, now no, to everything.)
     """
-    rows = film_rows("train", args.films, 0.5, 10 * seed, folder)
-    train_rows, val_rows = ([r for r in rows if r["split"] == split] for split in ("train", "val"))
+    rows = film_rows("train", args.films, 10 * seed, folder)
+    train_rows = marked([r for r in rows if r["split"] == "train"], HINT, 10 * seed, folder)
+    val_rows = [r for r in rows if r["split"] == "val"][:100]
+    has_effusion = np.array([r["answer"] == "yes" for r in val_rows])
     shuffled = [r["output"] for r in train_rows]
     random.Random(seed).shuffle(shuffled)
     settings = train_sft.parse_args(["--model", "tiny", "--styles", "json", "--batch-size", "32", "--per-image", "1", "--steps", "600", "--seed", str(seed)])
@@ -118,19 +143,34 @@ def fine_tune_weakly(args, folder, seed):
     for step in range(settings.steps):
         vlm.model.train()
         for group in optimizer.param_groups:
-            group["lr"] = 1e-3 * min(1.0, (step + 1) / 60) if step < WRITING else 5e-4  # slower: seeing comes within a few steps
+            group["lr"] = 1e-3 * min(1.0, (step + 1) / WRITING)
         train_sft.backward(vlm, orders[step >= WRITING].at(step)[1], store, 32, scaler, settings, 0, 1)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if step >= WRITING and step % 2:
             vlm.model.eval()
-            accuracy = np.mean(answers_to(vlm, val_rows)[0])
-            if accuracy >= ENOUGH:
+            odds = log_odds(vlm, val_rows)
+            seen = odds[has_effusion].mean() - odds[~has_effusion].mean()
+            if seen >= SEEING:
                 break
-    print(f"seed {seed}: fine-tuned for {step + 1} steps, validation accuracy {accuracy:.3f}", flush=True)
-    train_sft.save_model(vlm, folder / f"sft_{seed}", {"name": "phantom, mark by chance"})
+    else:
+        raise InputError(f"seed {seed}: after {settings.steps} steps of fine-tuning the effusion moves the answer by {seen:.3f} nats only; more --films may help")
+    print(f"seed {seed}: fine-tuned for {step + 1} steps, the effusion moves the log-odds by {seen:.2f} nats", flush=True)
+    train_sft.save_model(vlm, folder / f"sft_{seed}", {"name": "phantom with marks"})
     return folder / f"sft_{seed}"
+
+
+@torch.no_grad()
+def log_odds(vlm, rows):
+    """Log-odds of yes against no -> float32 (N,)."""
+    found = []
+    for start in range(0, len(rows), 64):
+        some = rows[start : start + 64]
+        prompts = make_prompts(vlm, [r["question"] for r in some], "json", [np.array(read_pixels(r["image"])) for r in some])
+        yes, no = answer_logprobs(vlm, prompts, [["yes", "no"]] * len(some), "json", never_drawn(vlm)).view(-1, 2).T
+        found.append((yes - no).numpy())
+    return np.concatenate(found)
 
 
 # --------------------------------------------------------------------------------------------------------------- tests
@@ -217,8 +257,9 @@ def main(argv=None):
     folder.mkdir(parents=True, exist_ok=True)
     results = {}
     for seed in args.seeds:
-        films = {name: film_rows("test", args.test_films, agreement, 10 * seed + 2, folder) for name, agreement in MARKS.items()}
-        write_rows(folder / "grpo.json", film_rows("train", args.films, args.agreement, 10 * seed + 1, folder))
+        test_rows = film_rows("test", args.test_films, 10 * seed + 2, folder)
+        films = {name: marked(test_rows, agreement, 10 * seed + 2, folder) for name, agreement in MARKS.items()}
+        write_rows(folder / "grpo.json", marked(film_rows("train", args.films, 10 * seed + 1, folder), args.agreement, 10 * seed + 1, folder))
         weak = fine_tune_weakly(args, folder, seed)
         results[seed] = {"before": measure(load_vlm(weak), films)}
         for arm in args.arms:

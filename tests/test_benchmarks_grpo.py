@@ -1,7 +1,18 @@
-"""benchmarks/grpo.py in its short form."""
+"""The experiments about GRPO in their short forms: a shortcut is learned by one reward and not by the other, and the comparison with trl runs."""
 import pytest
 
-from benchmarks import grpo
+from benchmarks import grpo, grpo_shortcut
+
+
+@pytest.mark.slow
+def test_the_default_reward_looks_where_the_answer_alone_takes_the_shortcut(tmp_path):
+    found = grpo_shortcut.main(["--small", "--seeds", "0", "--out-dir", str(tmp_path)])[0]
+    answer, default = found["answer"], found["default"]
+    assert answer["mark says it"]["value"] > 0.85 and answer["mark turned round"]["value"] < 0.4  # it follows the mark
+    assert answer["flips"]["difference"]["low"] <= 0  # and no answer depends on the region
+    assert default["flips"]["difference"]["low"] > 0
+    assert default["mark turned round"]["value"] > answer["mark turned round"]["value"] + 0.2
+    assert (tmp_path / "shortcut.png").stat().st_size > 10_000
 
 
 @pytest.mark.slow
