@@ -4,7 +4,7 @@ Does the reward keep a model from learning a shortcut? GRPO on made-up films whe
 Usage:
     python benchmarks/grpo_shortcut.py                     # three seeds; the README says how long
     python benchmarks/grpo_shortcut.py --agreement 0.5     # GRPO's mark says nothing: does it learn to see?
-    python benchmarks/grpo_shortcut.py --small --seeds 0   # the short form for tests: three minutes on two cores
+    python benchmarks/grpo_shortcut.py --small --seeds 96  # the short form for tests: three to four minutes on a free core
 
 "Is there a pleural effusion?" on films with a severe effusion or none, half and half. A weak model is fine-tuned, on films
 whose mark is right six times in ten, until it begins to see. GRPO then trains it on films where the mark is there exactly when the effusion is:
@@ -83,7 +83,7 @@ def parse_args(argv=None):
     parser.add_argument("--out-dir", type=Path, default=Path("outputs/benchmarks/grpo_shortcut"))
     args = parser.parse_args(argv)
     if args.small:
-        args.films, args.test_films, args.steps = 1000, 150, 70
+        args.films, args.test_films, args.steps = 1000, 150, 80
     return args
 
 
