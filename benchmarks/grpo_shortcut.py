@@ -4,7 +4,7 @@ Does the reward keep a model from learning a shortcut? GRPO on made-up films whe
 Usage:
     python benchmarks/grpo_shortcut.py                     # three seeds; the README says how long
     python benchmarks/grpo_shortcut.py --agreement 0.5     # GRPO's mark says nothing: does it learn to see?
-    python benchmarks/grpo_shortcut.py --small --seeds 96  # the short form for tests: three to four minutes on a free core
+    python benchmarks/grpo_shortcut.py --small --seeds 96  # the short form for tests
 
 "Is there a pleural effusion?" on films with a severe effusion or none, half and half. A weak model is fine-tuned, on films
 whose mark is right six times in ten, until it begins to see. GRPO then trains it on films where the mark is there exactly when the effusion is:
@@ -266,7 +266,7 @@ def main(argv=None):
             run = folder / f"{arm.replace(' ', '_')}_{seed}"
             train_grpo.main([
                 "--sft-ckpt", str(weak), "--data-jsonl", str(folder / "grpo.json"), "--out-dir", str(run), "--overwrite", "--batch-size", "16", "--num-generations", "8", "--lora-rank", "32",
-                "--max-new-tokens", "16", "--cf-regions", "2", "--steps", str(args.steps), "--lr", str(args.lr), "--seed", str(seed), "--device", "cpu", *ARMS[arm],
+                "--max-new-tokens", "16", "--cf-regions", "2", "--steps", str(args.steps), "--eval-every", str(args.steps), "--lr", str(args.lr), "--seed", str(seed), "--device", "cpu", *ARMS[arm],
             ])  # fmt: skip
             results[seed][arm] = measure(last_policy(weak, run), films)
             show(seed, results[seed])
