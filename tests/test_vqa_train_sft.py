@@ -22,7 +22,7 @@ from vqa_sft_grpo.infer import model_of
 from vqa_sft_grpo.prepare_data import main as prepare
 from vqa_sft_grpo.prepare_data import read_rows
 from vqa_sft_grpo.prompting import build_prompt, build_target
-from vqa_sft_grpo.train_sft import backward, main, parse_args, settings_of
+from vqa_sft_grpo.train_sft import backward, main, parse_args, restore, settings_of
 
 ROOT = Path(__file__).resolve().parents[1]
 PATIENCE = 900  # seconds for a process of a few, on a machine that is busy
@@ -471,3 +471,15 @@ def test_the_documented_command_finds_its_settings(own_folder):
 ])
 def test_what_is_refused(arguments, words, refused):
     assert words in refused(main, arguments)
+
+
+@pytest.mark.parametrize("weights", [{"other": torch.zeros(2)}, {"w": torch.zeros(3)}])
+def test_the_weights_of_another_model_are_refused(weights):
+    w = torch.nn.Parameter(torch.ones(2))
+    optimizer, scaler = torch.optim.AdamW([w]), torch.amp.GradScaler("cpu", enabled=False)
+    state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+    with pytest.raises(InputError, match="last.pt holds the weights of another model"):
+        restore(state | {"weights": weights}, {"w": w}, optimizer, scaler, "last.pt")
+    assert w.tolist() == [1, 1]
+    restore(state | {"weights": {"w": torch.tensor([2.0, 3.0])}}, {"w": w}, optimizer, scaler, "last.pt")
+    assert w.tolist() == [2, 3]

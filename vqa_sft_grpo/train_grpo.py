@@ -141,6 +141,7 @@ TASK = "vqa_sft_grpo"
 MOST_SKIPPED = 20  # steps in a row without a finite loss or gradient
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}  # mean distance in nats of log-probabilities computed token by token and all at once
 
+
 def parse_args(argv=None):
     parser = script_parser(__doc__, task=TASK)
     g = parser.add_argument_group("data")
@@ -584,14 +585,14 @@ def train(args, vlm, train_rows, val_rows, facts, run_dir):
             if args.beta > 0:
                 with as_reference(vlm):
                     ref = fixed_logprobs(vlm, batch, args, fits)
-            if args.inner_steps > 1:
+            if step == 0:
+                old = check_sampler(vlm, batch, args, fits)
+            elif args.inner_steps > 1:
                 old = fixed_logprobs(vlm, batch, args, fits)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, args.steps, round(args.warmup * args.steps), args.lr)
             skipped = 0
             for inner in range(args.inner_steps):
-                if step == inner == 0:
-                    old = check_sampler(vlm, batch, args, fits)
                 loss, metrics = loss_and_gradient(vlm, batch, advantages, old, ref, args, fits, scaler)
                 if step == inner == 0:
                     check_first_step(metrics, TOLERANCE[vlm.dtype])
