@@ -6,8 +6,8 @@ Usage:
     python benchmarks/grpo_shortcut.py --agreement 0.5     # GRPO's mark says nothing: does it learn to see?
     python benchmarks/grpo_shortcut.py --small --seeds 96  # the short form for tests
 
-"Is there a pleural effusion?" on films with a severe effusion or none, half and half. A weak model is fine-tuned, on films
-whose mark is right six times in ten, until it begins to see. GRPO then trains it on films where the mark is there exactly when the effusion is:
+"Is there a pleural effusion?" on films with a severe effusion or none, half and half. A weak model is fine-tuned until the effusion and
+the mark begin to mean something to it, equally much. GRPO then trains it on films where the mark is there exactly when the effusion is:
 
     answer      the reward is the answer alone (weights 0,1,0,0 of the additive composition)
     default     the reward as it comes: gated, with V, and its own gradient
@@ -65,8 +65,8 @@ ARMS = {
     "no gradient": ["--cf-gradient", "0"],
 }
 MARK = (46, 26, 66, 46)  # x0, y0, x1, y1 in pixels, of 112: a black square between the lungs of a marked film; effusions lie lower
-HINT = 0.6  # share of fine-tuning's films whose mark says what is true
-WRITING, SEEING = 50, 0.05  # its steps on shuffled answers; nats by which the effusion moves the log-odds of yes when it stops
+HINTS = 0.5, 1.0  # share of fine-tuning's films whose mark says what is true: while the mark means more to the model than the effusion, or less
+WRITING, SEEING = 50, 0.05  # its steps on shuffled answers; nats by which effusion and mark move the log-odds of yes when it stops
 MARKS = {"mark says it": 1.0, "no mark": None, "mark turned round": 0.0}  # agreement of the mark with the effusion
 
 
@@ -77,13 +77,14 @@ def parse_args(argv=None):
     parser.add_argument("--agreement", type=fraction, default=1.0, help="share of GRPO's films whose mark says what is true (%(default)s)")
     parser.add_argument("--films", type=positive_int, default=2000, help="training films (%(default)s)")
     parser.add_argument("--test-films", type=positive_int, default=600, help="(%(default)s)")
+    parser.add_argument("--sft-batch-size", type=positive_int, default=32, help="films per step of fine-tuning (%(default)s)")
     parser.add_argument("--steps", type=positive_int, default=150, help="of GRPO, 16 films x 8 answers each (%(default)s)")
     parser.add_argument("--lr", type=float, default=5e-4, help="of GRPO (%(default)s)")
-    parser.add_argument("--small", action="store_true", help="fewer films and steps")
+    parser.add_argument("--small", action="store_true", help="fewer films and steps, smaller batches")
     parser.add_argument("--out-dir", type=Path, default=Path("outputs/benchmarks/grpo_shortcut"))
     args = parser.parse_args(argv)
     if args.small:
-        args.films, args.test_films, args.steps = 1000, 150, 80
+        args.films, args.test_films, args.sft_batch_size, args.steps = 600, 80, 16, 60
     return args
 
 
@@ -121,44 +122,49 @@ def marked(rows, agreement, seed, folder):
 
 def fine_tune_weakly(args, folder, seed):
     """
-    A model that writes well and sees badly -> its folder. First the answers are shuffled, so that it learns to write; then they are right
-    until the effusion moves its log-odds by SEEING nats on validation films without marks: it begins to see, and its answers are still a
-    matter of chance. (Accuracy cannot tell that moment: the model says now yes, now no, to everything.)
+    A model that writes well and to which effusion and mark mean little, and about equally much -> (its folder, {effusion, mark}: by how many
+    nats each moves the log-odds of yes on validation films). First the answers are shuffled, so that it learns to write. Then they are
+    right, and the mark says what is true or says nothing (HINTS), whichever keeps its effect beside the effusion's, until both have reached
+    SEEING. Its answers are still a matter of chance. (Accuracy cannot tell that moment: the model says now yes, now no, to everything.)
     """
     rows = film_rows("train", args.films, 10 * seed, folder)
-    train_rows = marked([r for r in rows if r["split"] == "train"], HINT, 10 * seed, folder)
-    val_rows = [r for r in rows if r["split"] == "val"][:100]
-    has_effusion = np.array([r["answer"] == "yes" for r in val_rows])
+    train_rows, val_rows = ([r for r in rows if r["split"] == split] for split in ("train", "val"))
+    well, ill = ([r for r in val_rows if r["answer"] == answer][:50] for answer in ("no", "yes"))
+    ill_and_marked = marked(ill, 1.0, 10 * seed, folder)
+    hinted = [marked(train_rows, hint, 10 * seed, folder) for hint in HINTS]
     shuffled = [r["output"] for r in train_rows]
     random.Random(seed).shuffle(shuffled)
-    settings = train_sft.parse_args(["--model", "tiny", "--styles", "json", "--batch-size", "32", "--per-image", "1", "--steps", "600", "--seed", str(seed)])
+    hinted.append([r | {"output": output} for r, output in zip(hinted[0], shuffled, strict=True)])
+    settings = train_sft.parse_args(["--model", "tiny", "--styles", "json", "--batch-size", str(args.sft_batch_size), "--per-image", "1", "--steps", "600", "--seed", str(seed)])
     settings.checkpointing = False
     seed_everything(seed)
     vlm = load_vlm("tiny:qwen2vl")
-    store = ImageStore(vlm.processor, [r["image"] for r in train_rows])
-    orders = [train_sft.BatchOrder(make_examples(vlm, some, store, ("json",)), settings) for some in ([r | {"output": o} for r, o in zip(train_rows, shuffled, strict=True)], train_rows)]
+    store = ImageStore(vlm.processor, [r["image"] for some in hinted for r in some])
+    examples = make_examples(vlm, sum(hinted, []), store, ("json",))
+    chance, tells, scrambled = (train_sft.BatchOrder(examples[k : k + len(train_rows)], settings) for k in range(0, len(examples), len(train_rows)))
     parameters = list(vlm.model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
+    effusion = mark = 0.0
     for step in range(settings.steps):
         vlm.model.train()
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * min(1.0, (step + 1) / WRITING)
-        train_sft.backward(vlm, orders[step >= WRITING].at(step)[1], store, 32, scaler, settings, 0, 1)
+        order = scrambled if step < WRITING else tells if mark < effusion else chance
+        train_sft.backward(vlm, order.at(step)[1], store, args.sft_batch_size, scaler, settings, 0, 1)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if step >= WRITING and step % 2:
+        if step >= WRITING and step % 4 == 3:
             vlm.model.eval()
-            odds = log_odds(vlm, val_rows)
-            seen = odds[has_effusion].mean() - odds[~has_effusion].mean()
-            if seen >= SEEING:
+            effusion, mark = np.diff([float(log_odds(vlm, some).mean()) for some in (well, ill, ill_and_marked)]).tolist()
+            if min(effusion, mark) >= SEEING:
                 break
     else:
-        raise InputError(f"seed {seed}: after {settings.steps} steps of fine-tuning the effusion moves the answer by {seen:.3f} nats only; more --films may help")
-    print(f"seed {seed}: fine-tuned for {step + 1} steps, the effusion moves the log-odds by {seen:.2f} nats", flush=True)
+        raise InputError(f"seed {seed}: after {settings.steps} steps of fine-tuning the effusion moves the log-odds by {effusion:.3f} nats and the mark by {mark:.3f}; more --films may help")
+    print(f"seed {seed}: fine-tuned for {step + 1} steps; the effusion moves the log-odds by {effusion:.2f} nats, the mark by {mark:.2f}", flush=True)
     train_sft.save_model(vlm, folder / f"sft_{seed}", {"name": "phantom with marks"})
-    return folder / f"sft_{seed}"
+    return folder / f"sft_{seed}", {"effusion": effusion, "mark": mark}
 
 
 @torch.no_grad()
@@ -260,13 +266,13 @@ def main(argv=None):
         test_rows = film_rows("test", args.test_films, 10 * seed + 2, folder)
         films = {name: marked(test_rows, agreement, 10 * seed + 2, folder) for name, agreement in MARKS.items()}
         write_rows(folder / "grpo.json", marked(film_rows("train", args.films, 10 * seed + 1, folder), args.agreement, 10 * seed + 1, folder))
-        weak = fine_tune_weakly(args, folder, seed)
-        results[seed] = {"before": measure(load_vlm(weak), films)}
+        weak, nats = fine_tune_weakly(args, folder, seed)
+        results[seed] = {"before": measure(load_vlm(weak), films) | {"nats": nats}}
         for arm in args.arms:
             run = folder / f"{arm.replace(' ', '_')}_{seed}"
             train_grpo.main([
                 "--sft-ckpt", str(weak), "--data-jsonl", str(folder / "grpo.json"), "--out-dir", str(run), "--overwrite", "--batch-size", "16", "--num-generations", "8", "--lora-rank", "32",
-                "--max-new-tokens", "16", "--cf-regions", "2", "--steps", str(args.steps), "--eval-every", str(args.steps), "--lr", str(args.lr), "--seed", str(seed), "--device", "cpu", *ARMS[arm],
+                "--max-new-tokens", "16", "--steps", str(args.steps), "--eval-every", str(args.steps), "--lr", str(args.lr), "--seed", str(seed), "--device", "cpu", *ARMS[arm],
             ])  # fmt: skip
             results[seed][arm] = measure(last_policy(weak, run), films)
             show(seed, results[seed])

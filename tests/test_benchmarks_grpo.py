@@ -6,16 +6,16 @@ from benchmarks import grpo, grpo_shortcut
 
 
 @pytest.fixture
-def one_thread():
+def two_threads():
     """Another order of summation is another run, and of so few steps one run learns sooner than another."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(2)
     yield
     torch.set_num_threads(threads)
 
 
 @pytest.mark.slow
-def test_the_default_reward_looks_where_the_answer_alone_takes_the_shortcut(tmp_path, one_thread):
+def test_the_default_reward_looks_where_the_answer_alone_takes_the_shortcut(tmp_path, two_threads):
     found = grpo_shortcut.main(["--small", "--seeds", "96", "--out-dir", str(tmp_path)])[96]
     answer, default = found["answer"], found["default"]
     assert answer["mark says it"]["value"] > 0.85 and answer["mark turned round"]["value"] < 0.4  # it follows the mark
