@@ -21,6 +21,7 @@ from vqa_sft_grpo.rewards import (
     answer_to_score,
     explain,
     ignored_fields,
+    lend_regions,
     measure_drops,
     parse_weights,
     plan_edits,
@@ -352,6 +353,12 @@ def test_plan_edits(film):
     assert len({plan_edits(row, image, fill="mixed", seed=[1, step]).fill for step in range(12)}) > 1
     assert plan_edits(dict(row, region=None), image) == EditPlan(why="no gold region")
     assert plan_edits(dict(row, region=[[0, 0, 64, 64]]), image).why == "region too large"
+    no = dict(row, gold="no", region=[[0, 0, 64, 64]])  # where something would be: nothing is taken out there
+    assert "no other row" in plan_edits(no, image).why
+    lend_regions([no, row], [row])
+    assert "lent" not in row
+    of_no = plan_edits(no, image, k=3, seed=5)
+    assert not of_no.roi and of_no.random == plan.random and len(of_no.images) == 4
     with pytest.raises(InputError, match="no fill 'black'"):
         plan_edits(row, image, fill="black")
 
@@ -392,6 +399,13 @@ def test_drops_tell_where_a_policy_looks(film):
     elsewhere = Scorer(plan.random[0], image, "yes")  # right, for what stands somewhere else
     (found,) = score_rollouts([row], texts[:1], drops=measure_drops(elsewhere, [row["question"]], ["yes"], [plan]))
     assert found["counterfactual"] < 0 and found["reward"] < 1
+    no = dict(row, gold="no")
+    lend_regions([no], [row])
+    plan_of_no = plan_edits(no, image, k=4)
+    for boxes, believes, lowest, highest in ((plan.roi, "no", -0.1, 0.0), (plan_of_no.random[0], "no", -1.0, -0.01)):  # the random regions change nothing, or they do
+        (drop,) = measure_drops(Scorer(boxes, image, believes), [no["question"]], ["no"], [plan_of_no])
+        (found,) = score_rollouts([no], [written(answer="no")], drops=[drop])
+        assert drop["d_roi"] is None and len(drop["d_rand_each"]) == 4 and lowest <= found["counterfactual"] <= highest
     (blind,) = score_rollouts([row], texts[:1], drops=measure_drops(lambda images, q, a: [-0.3] * len(images), [row["question"]], ["yes"], [plan]))
     assert blind["counterfactual"] == 0 and blind["reward"] == 1
 

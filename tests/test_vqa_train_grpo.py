@@ -17,7 +17,7 @@ from shared.models.loading import add_lora, load_vlm
 from shared.runtime import InputError
 from vqa_sft_grpo.infer import model_of
 from vqa_sft_grpo.prepare_data import main as prepare
-from vqa_sft_grpo.rewards import AnswerFrequencies, RewardSettings, compose, slope
+from vqa_sft_grpo.rewards import AnswerFrequencies, RewardSettings, compose, rollout_terms, slopes
 from vqa_sft_grpo.rollouts import Fits, answer_logprobs, completion_logprobs, never_drawn
 from vqa_sft_grpo.train_grpo import (
     as_reference,
@@ -63,7 +63,8 @@ def step(rows_file):
         for p in trained_parameters(vlm).values():
             p.add_(0.05 * torch.randn_like(p))
     settings = RewardSettings(max_tokens=args.max_new_tokens)
-    chosen = [r for r in rows if r["region"] and r["gold"] == "yes"][:3] + [r for r in rows if r["gold"] == "no"][:1]
+    of_no = next(r for r in rows if r["gold"] == "no" and script.plan_edits(r, script.image_of(r), 2, "mixed", [args.seed, 3]).images)  # with room for random regions
+    chosen = [r for r in rows if r["region"] and r["gold"] == "yes"][:3] + [of_no]
 
     def scripted(vlm, prompts, group_size, *rest):
         end = vlm.tokenizer.convert_tokens_to_ids("<|im_end|>")
@@ -100,7 +101,7 @@ def test_rollouts_are_scored_on_what_the_policy_wrote(step):
     assert len(batch.terms) == len(batch.texts) == 12 and batch.texts[0] == WRITTEN[0]
     by_text = {(n // 3, text): terms for n, (text, terms) in enumerate(zip(batch.texts, batch.terms, strict=True))}
     assert by_text[0, WRITTEN[0]]["correct"] and by_text[0, WRITTEN[0]]["counterfactual"] is not None
-    assert batch.terms[-1]["counterfactual_why"].startswith(("the gold answer is no", "no gold region"))
+    assert any(t["counterfactual"] is not None and t["d_roi"] is None for t in batch.terms[9:])  # a gold no: random regions alone
     question = batch.rows[0]["question"]
     with torch.no_grad():  # d_roi of the log, from scratch
         whole, without = (answer_logprobs(vlm, script.make_prompts(vlm, [question], "json", [image]), [["yes"]], "json").item() for image in batch.plans[0].images[:2])
@@ -153,23 +154,34 @@ def test_out_of_memory_changes_nothing_but_the_size_of_a_pass(step, monkeypatch)
 
 
 def test_reward_gradient_is_that_of_the_mean_reward_through_v(step):
-    """By finite differences: the rollouts fixed, the weights moved along a direction, V and reward computed anew; all random regions."""
+    """By finite differences: the rollouts fixed, the weights moved along a direction, V and reward computed anew; all random regions. Yes, yes at the limit, and no."""
     args, vlm, batch, settings = step
-    rows = [r for r in batch.rows for _ in range(3)]
     vlm.model.double()  # in float32 the differences would be mostly rounding
     vlm.dtype = torch.float64
     _, edited = script.drops_of(vlm, batch.rows, batch.texts, batch.plans, 3, settings, Fits(8))
-    batch = joined(batch, batch, range(4), 3)  # a copy, twice as long
-    batch = script.Batch(rows=batch.rows[:4], plans=batch.plans[:4], texts=batch.texts[:12], terms=batch.terms[:12], edited=edited)
+    terms = [dict(t) for t in batch.terms]
+    limited = next(n for n, t in enumerate(terms) if any(slopes(t, settings)))
+    terms[limited] |= {"d_roi": 2.0, "counterfactual": 0.3}  # at its limit: only the random regions count
+    of_no = next(n for n, t in enumerate(terms) if t["correct"] and n // 3 == 3)
+    terms[of_no] |= {"counterfactual": -0.2}  # a gold no: the random regions against the film as it is
+    batch = script.Batch(rows=batch.rows, plans=batch.plans, texts=batch.texts, terms=terms, edited=edited)
+    counted = [n for n, t in enumerate(terms) if any(slopes(t, settings))]
+    assert len(counted) > 2 and batch.plans[3].images and not batch.plans[3].roi
+
+    @torch.no_grad()
+    def edited_logps():
+        """-> (rollouts that count, 3): log-probability of the answer on the film that random regions are compared with, and without each random one."""
+        return torch.stack([answer_logprobs(vlm, edited[n // 3][-3:], [[terms[n]["said"]]] * 3, "json", never_drawn(vlm)) for n in counted])
+
+    start = edited_logps()
 
     def mean_reward():
-        drops, _ = script.drops_of(vlm, batch.rows, batch.texts, batch.plans, 3, settings, Fits(8))
+        """The answer's log-probability on the whole image stays what it was."""
         total = 0.0
-        for terms, drop in zip(batch.terms, drops, strict=True):
-            if slope(terms, settings):
-                v = (drop["d_roi"] - np.mean(drop["d_rand_each"]))
-                total += compose(terms | {"counterfactual": v}, settings)
-        return total / len(rows)
+        for n, (roi, *random) in zip(counted, (edited_logps() - start).tolist(), strict=True):
+            v = terms[n]["counterfactual"] + np.mean(random) - (0.0 if n == limited else roi)
+            total += compose(terms[n] | {"counterfactual": v}, settings)
+        return total / len(terms)
 
     class Each:
         """Every random region in turn; their mean is the gradient that one drawn region estimates."""
@@ -199,18 +211,29 @@ def test_reward_gradient_is_that_of_the_mean_reward_through_v(step):
 
 
 @pytest.mark.parametrize("composition", ["gated", "additive"])
-def test_slope_is_the_derivative_of_the_reward(composition):
+def test_slopes_are_the_derivatives_of_the_reward(composition):
     settings = RewardSettings(composition, (0.2, 0.6, 0.2, 0.3))
-    base = {"gate": 1.0, "format": 1.0, "consistency": 0.0, "box": None, "contradiction": None, "penalty": 0.0}
-    for answer, v in ((1.0, 0.4), (1.0, -0.4), (0.9, 0.2)):
-        terms = base | {"answer": answer, "accuracy": 1.0, "counterfactual": v}
+    row = {"id": "1", "question": "Is there an effusion?", "gold": "yes", "answer_type": "closed"}
+
+    def terms_at(d_roi, d_rand, answer="yes", gold="yes"):
+        return rollout_terms(row | {"gold": gold}, json.dumps({"answer": answer}), settings, d_roi=d_roi, d_rand=[d_rand, d_rand])
+
+    def derivative(a, b, d_roi, d_rand, gold="yes"):
         h = 1e-6
-        wanted = (compose(terms | {"counterfactual": v + h}, settings) - compose(terms | {"counterfactual": v - h}, settings)) / (2 * h)
-        assert slope(terms, settings) == pytest.approx(wanted, abs=1e-6) and wanted > 0.05
-    for change in ({"counterfactual": None}, {"counterfactual": 1.0}, {"counterfactual": -1.0}, {"accuracy": 0.2}):
-        assert slope(base | {"answer": 1.0, "accuracy": 1.0, "counterfactual": 0.4} | change, settings) == 0
-    assert slope(base | {"gate": 0.0, "answer": 1.0, "accuracy": 1.0, "counterfactual": 0.4}, RewardSettings()) == 0
-    assert slope(base | {"answer": 2.0, "accuracy": 1.0, "counterfactual": 0.4}, RewardSettings()) == 0  # the answer's part is capped
+        return (terms_at(d_roi + h * a, d_rand + h * b, gold, gold)["reward"] - terms_at(d_roi - h * a, d_rand - h * b, gold, gold)["reward"]) / (2 * h)
+
+    for d_roi, d_rand in ((0.5, 0.1), (0.1, 0.5), (0.3, -0.2), (4.0, 0.3), (4.0, 1.7)):
+        by_roi, by_rand = derivative(1, 0, d_roi, d_rand), derivative(0, 1, d_roi, d_rand)
+        assert slopes(terms_at(d_roi, d_rand), settings) == pytest.approx((by_roi, -by_rand), abs=1e-6)
+        assert by_rand < -0.05 and (by_roi > 0.05 if d_roi < 1 else by_roi == 0)  # a drop of 4 nats does not hide the random one's
+    by_rand = derivative(0, 1, 0.5, 0.3, "no")
+    assert derivative(1, 0, 0.5, 0.3, "no") == 0 and by_rand < -0.05  # of a gold no: only the random regions, against the film as it is
+    assert slopes(terms_at(0.5, 0.3, "no", "no"), settings) == pytest.approx((-by_rand, -by_rand), abs=1e-6)
+    assert min(slopes(terms_at(-0.5, 0.6), settings)) > 0.05 and terms_at(-0.5, 0.6)["counterfactual"] == -1  # where it is needed most
+    for none in (terms_at(None, 0.1), terms_at(1.0, -0.1), terms_at(0.5, 0.1, "no"), terms_at(0.5, -0.1, "no", "no"), terms_at(0.5, 0.3, "yes", "no")):
+        assert slopes(none, settings) == (0, 0)
+    assert slopes(terms_at(0.5, 0.1) | {"gate": 0.0}, RewardSettings()) == (0, 0)
+    assert slopes(terms_at(0.5, 0.1) | {"answer": 2.0}, RewardSettings()) == (0, 0)  # the answer's part is capped
 
 
 def test_truncated_rollouts_can_be_left_out(step):

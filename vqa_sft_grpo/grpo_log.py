@@ -22,7 +22,7 @@ HISTORY = {
     "step": "1, 2, ...", "reward": "mean over the rollouts", "reward_std": "its sample standard deviation over the rollouts", "frac_reward_zero_std": "share of groups with equal rewards",
     "resampled": "questions drawn again because their group had equal rewards", "gate": "share of rollouts that pass the gate", "correct": "share of rollouts that are right",
     "box": "mean overlap with the gold region, where there is one", "contradiction": "share of rollouts whose reasoning contradicts the answer", "penalty": "mean penalty for length, repetition, copying",
-    "v": "mean V of the rollouts that have one", "v_clipped": "share of them at -1 or 1", "gap": "mean over them of drop without the region minus mean drop without a random one, nats per token, not clipped",
+    "v": "mean V of the rollouts that have one", "v_clipped": "share at -1 or 1 of those with a region to take out", "gap": "mean over these of drop without the region minus mean drop without a random one, nats per token, not clipped",
     "most_frequent_answer": "share of the rollouts with the most frequent answer", "most_frequent_gold": "share of the most frequent gold answer",
     "length": "mean tokens of a rollout", "length_min": "shortest", "length_max": "longest", "truncated": "share without end token",
     "entropy": "nats per token, of the policy", "kl": "from the reference, nats per token, by --kl", "clip_low": "share of ratios below the clip, advantage negative", "clip_high": "above, advantage positive",
@@ -50,7 +50,7 @@ def describe(batch, advantages, stats):
         "reward": stats["reward"], "reward_std": stats["reward_std"], "frac_reward_zero_std": stats["frac_reward_zero_std"],
         "gate": mean(t["gate"] for t in terms), "correct": mean(t["correct"] for t in terms), "box": mean(t["box"] for t in terms),
         "contradiction": mean(None if t["contradiction"] is None else -t["contradiction"] for t in terms), "penalty": mean(t["penalty"] for t in terms),
-        "v": mean(v), "v_clipped": mean(abs(x) >= 1 for x in v), "gap": mean(t["d_roi"] - t["d_rand"] for t in terms if t["counterfactual"] is not None),
+        "v": mean(v), "v_clipped": mean(abs(t["counterfactual"]) >= 1 for t in terms if t["d_roi"] is not None), "gap": mean(t["d_roi"] - t["d_rand"] for t in terms if t["d_roi"] is not None),
         "most_frequent_answer": said.most_common(1)[0][1] / len(terms), "most_frequent_gold": gold.most_common(1)[0][1] / len(batch.rows),
         "length": mean(lengths), "length_min": min(lengths), "length_max": max(lengths), "tokens": sum(lengths),
     }  # fmt: skip
@@ -129,10 +129,10 @@ def draw_curves(path, history, title):
 
 def draw_edits(path, plan, drops):
     """The images of a plan side by side, each with its box and what its edit did to the log-probability of the answer (nats per token, None: not measured)."""
-    names = ["as it is", "without the region", *(f"without random {k + 1}" for k in range(len(plan.random)))]
+    names = ["as it is"] + ["without the region"] * bool(plan.roi) + [f"without random {k + 1}" for k in range(len(plan.random))]
     pages = [
         with_caption(draw_boxes(picture, boxes, width=224), name + ("" if drop is None else f"\n{drop:+.3f} nats"), size=12)
-        for picture, boxes, name, drop in zip(plan.images, [plan.roi, plan.roi, *plan.random], names, drops, strict=True)
+        for picture, boxes, name, drop in zip(plan.images, [plan.roi] + [plan.roi] * bool(plan.roi) + plan.random, names, drops, strict=True)
     ]
     sheet = Image.new("RGB", (sum(p.width for p in pages) + 6 * (len(pages) - 1), max(p.height for p in pages)), "white")
     left = 0

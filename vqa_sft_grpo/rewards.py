@@ -17,9 +17,12 @@ Terms of a rollout; None where a row does not define one (no region, no reasonin
     B box           IoU of all boxes together with the gold region, 0 for none, a placeholder, or more than 60 % of the image; times
                     (n + 1) / boxes where there are more than n + 1 boxes for n gold ones; None without gold
     C contradiction -1 when the reasoning contradicts the answer (yes or no, side, zone, organ, negation), else 0; None without reasoning
-    V counterfactual  clip((d_roi - mean_k d_rand) / 1 nat, -1, 1): how much less likely the policy finds its OWN answer when the
-                    gold region is taken out of the image, minus the same for random regions of equal area; None without gold region,
-                    and where the gold answer is no: there is nothing to take out
+    V counterfactual  clip(min(d_roi, 1) - mean_k d_rand, -1, 1), in nats: how much less likely the policy finds its OWN answer when
+                    the gold region is taken out of the image, minus the same for random regions of equal area. d_roi is limited by
+                    itself, so that a large one cannot hide that a random region matters too. Where the gold answer is no there is
+                    nothing to take out, and V = clip(-mean_k d_rand, -1, 0): regions filled in at random must not turn it into a
+                    yes (without this a policy may take any filled region for a yes: README). None without gold region; a gold no
+                    is lent that of another row, for the size
     P penalty       too long + repetition + question or instruction copied, each 0 to 1, together at most 1
 
 composition="gated", the default; f, a, s, v are the four weights divided by their defaults 0.2, 0.4, 0.2, 0.2:
@@ -43,7 +46,7 @@ ignored, see ignored_fields).
 What V can do. The answer is scored as a response of its own, without the rollout's reasoning: after "Seen: left effusion" the
 word "left" hardly depends on the image. So rollouts of one prompt with equal answers have equal V: as a number it sets right answers
 further apart from wrong ones where the model looks at the region, and nearer where it does not, but never one right answer
-from another. What teaches a policy to look is the other half of the gradient, through V itself: slope() and train_grpo.py.
+from another. What teaches a policy to look is the other half of the gradient, through V itself: slopes() and train_grpo.py.
 """
 import functools
 import json
@@ -76,7 +79,7 @@ TERMS = ("format", "answer", "consistency", "counterfactual")
 DEFAULT_WEIGHTS = (0.2, 0.4, 0.2, 0.2)
 IGNORED = ("delta_cf_roi", "delta_cf_rand", "valid_json", "answer_correct")  # of rows that evaluate.py --export-grpo wrote
 RIGHT = 0.5  # of A, before the frequency: above it V+ counts
-NATS = 1.0  # a drop of the log-probability by this much makes V = 1
+NATS = 1.0  # a drop of the log-probability by this much makes V = 1; no larger one counts for more
 MOST = 1.5  # that the answer's part of the reward can be
 CAP = 2.0  # of the frequency weight, and 1 / CAP its floor: an answer that is always the same must not be forgotten either
 TOO_LARGE = 0.6  # share of the image
@@ -96,7 +99,7 @@ MEANINGS = {  # of what a rollout's dict holds, for the head of a log
     "correct": "right by the strict score of the evaluation", "parsed": "an answer of the kind asked for", "opposite": "contradicts the gold answer", "hedged": "leaves a way out",
     "box": "B: IoU with the gold region", "box_why": "why it is 0", "contradiction": "C: -1 where the reasoning contradicts the answer", "contradiction_why": "how",
     "length": "too long, 0 to 1", "repetition": "share of repeated words, 0 to 1", "copying": "1: a sentence is the question or the instruction", "penalty": "P: their sum, at most 1",
-    "d_roi": "drop of the answer's log-probability without the gold region, nats per token", "d_rand": "mean of the same over random regions", "d_rand_each": "for each of them",
+    "d_roi": "drop of the answer's log-probability without the gold region, nats per token; None: nothing is taken out", "d_rand": "mean of the same over random regions", "d_rand_each": "for each of them",
     "counterfactual_why": "why V is undefined",
 }  # fmt: skip
 
@@ -139,6 +142,10 @@ def ignored_fields(rows):
 
 def gold_of(row):
     return row["gold"] if "gold" in row else row["answer"]
+
+
+def is_no(row):
+    return normalise(gold_of(row)) == ["no"]
 
 
 def answer_type_of(row):
@@ -196,7 +203,7 @@ class AnswerFrequencies:
 
 @dataclass
 class EditPlan:
-    """images: [as it is, without the region, without random region 1, ... K], uint8; empty where `why` says that none can be made."""
+    """images: [as it is, without the region if roi names one, without random region 1, ... K], uint8; empty where `why` says that none can be made."""
 
     images: list = field(default_factory=list)
     why: str = ""
@@ -208,23 +215,42 @@ class EditPlan:
 def plan_edits(row, image, k=4, fill="inpaint", seed=0):
     """
     The 2 + k images on which each answer to this row is scored; they do not depend on the rollout. image: uint8 (H, W) or
-    (H, W, 3); row: its "region" is the gold region in pixels. fill: one of counterfactual.FILLS, or "mixed": drawn by the
-    seed (with the step in the seed, a policy cannot get used to one). -> EditPlan.
+    (H, W, 3); row: its "region" is the gold region in pixels. Where the gold answer is no they are 1 + k, the random regions
+    being of the size and shape of "lent", the gold region of another row in shares of width and height. fill: one of
+    counterfactual.FILLS, or "mixed": drawn by the seed (with the step in the seed, a policy cannot get used to one). -> EditPlan.
     """
     if fill != "mixed" and fill not in FILLS:
         raise InputError(f"there is no fill '{fill}'; there are {', '.join(FILLS)} and mixed")
     seed = [*np.atleast_1d(seed).tolist(), zlib.crc32(f"{row.get('id', '')} {row['question']}".encode())]
-    if not row.get("region"):
-        return EditPlan(why="no gold region")
-    if normalise(gold_of(row)) == ["no"]:  # the region of such a question is where something would be: without it the answer still is no
-        return EditPlan(why="the gold answer is no: there is nothing to take out")
-    plan = plan_regions(image, row["region"], k, seed)
+    height, width = image.shape[:2]
+    nothing = is_no(row)  # its own region, if any, is where something would be
+    boxes = [[x0 * width, y0 * height, x1 * width, y1 * height] for x0, y0, x1, y1 in row.get("lent") or ()] if nothing else row.get("region")
+    if not boxes:
+        return EditPlan(why="the gold answer is no: there is nothing to take out, and no other row has a region to lend" if nothing else "no gold region")
+    plan = plan_regions(image, boxes, k, seed)
     if plan.why:
         return EditPlan(why=plan.why)
+    roi = [] if nothing else plan.roi
     if fill == "mixed":
         fill = FILLS[np.random.default_rng(seed).integers(len(FILLS))]
-    edited = [fill_region(image, boxes, fill, seed=[*seed, number]) for number, boxes in enumerate([plan.roi, *plan.random])]
-    return EditPlan([image, *edited], "", plan.roi, plan.random, fill)
+    edited = [fill_region(image, boxes, fill, seed=[*seed, number]) for number, boxes in enumerate([roi] * bool(roi) + plan.random)]
+    return EditPlan([image, *edited], "", roi, plan.random, fill)
+
+
+def lend_regions(rows, lenders):
+    """
+    Gives each row with the gold answer no a "lent": the gold region of one of `lenders` (training rows), of the same question
+    if there is one, in shares of width and height. Which one follows from the row's id. Rows without a lender stay as they are.
+    """
+    pool = {}
+    for row in lenders:
+        if row.get("region") and row.get("width") and row.get("height") and not is_no(row):
+            shares = [[x0 / row["width"], y0 / row["height"], x1 / row["width"], y1 / row["height"]] for x0, y0, x1, y1 in row["region"]]
+            for key in (row["question"], None):
+                pool.setdefault(key, []).append(shares)
+    for row in rows:
+        if is_no(row) and (some := pool.get(row["question"]) or pool.get(None)):
+            row["lent"] = some[zlib.crc32(f"lent {row.get('id', '')} {row['question']}".encode()) % len(some)]
 
 
 def answer_alone(answer, style="json"):
@@ -242,8 +268,8 @@ def measure_drops(score, questions, answers, plans):
     score(images, questions, answers) -> log-probabilities, one float each (mean nats per token of the answer; None or a number
     that is not finite: cannot be scored). With an infer.Answerer: [s["answer"] for s in answerer.score([build_prompt(q) for q in
     questions], images, [answer_alone(a)[0] for a in answers])]. questions, answers, plans: one per rollout; an answer of None, and a plan without
-    images, is not scored. score() is called once, with every distinct (plan, answer) 2 + K times in the order of plan.images.
-    -> per rollout {"d_roi", "d_rand_each", "counterfactual_why"}: drops, original minus edited.
+    images, is not scored. score() is called once, with every distinct (plan, answer) as often as there are plan.images, in their order.
+    -> per rollout {"d_roi", "d_rand_each", "counterfactual_why"}: drops, original minus edited; d_roi None where the plan takes no region out.
     """
     jobs = {}
     for question, answer, plan in zip(questions, answers, plans, strict=True):
@@ -266,7 +292,8 @@ def measure_drops(score, questions, answers, plans):
         drops = found.get((id(plan), answer))
         if not why and drops is None:
             why = "the log-probability of the answer is not finite"
-        results.append({"d_roi": None, "d_rand_each": None, "counterfactual_why": why} if why else {"d_roi": drops[0], "d_rand_each": drops[1:], "counterfactual_why": ""})
+        d_roi = [None] if why or not plan.roi else drops[:1]
+        results.append({"d_roi": d_roi[0], "d_rand_each": None if why else drops[len(plan.roi) > 0 :], "counterfactual_why": why})
     return results
 
 
@@ -445,7 +472,7 @@ def rollout_terms(row, text, settings=RewardSettings(), frequencies=None, d_roi=
 
     row: question, gold (or answer), and where known answer_type, region, width, height. text: the new tokens, decoded
     without the token that ends them but with all other special tokens, so that these are seen. frequencies: AnswerFrequencies, None: no weighting. d_roi: drop of the answer's
-    log-probability without the gold region; d_rand: of the random ones, a list; both None: not measured, V is undefined.
+    log-probability without the gold region (not read where the gold answer is no); d_rand: of the random ones, a list; None: not measured, V is undefined.
     tokens: number of new tokens; None: words and punctuation marks are counted instead.
     """
     style, question, gold = settings.style, row["question"], gold_of(row)
@@ -463,11 +490,12 @@ def rollout_terms(row, text, settings=RewardSettings(), frequencies=None, d_roi=
     length, repetition, copying = length_term(tokens, settings.max_tokens), repetition_term(written), copying_term(written, question, style)
     penalty = min(1.0, length + repetition + copying)
 
-    value, mean_rand = None, None
-    if d_roi is not None and d_rand:
-        if all(math.isfinite(d) for d in (d_roi, *d_rand)):
+    value, mean_rand, d_roi = None, None, None if is_no(row) else d_roi
+    if d_rand and (is_no(row) or d_roi is not None):
+        if all(math.isfinite(d) for d in (d_roi or 0.0, *d_rand)):
             mean_rand = sum(d_rand) / len(d_rand)
-            value = min(1.0, max(-1.0, (d_roi - mean_rand) / NATS))
+            best = 0.0 if is_no(row) else min(d_roi, NATS)
+            value = min(0.0 if is_no(row) else 1.0, max(-1.0, (best - mean_rand) / NATS))
         else:
             d_roi, d_rand, counterfactual_why = None, None, "a drop is not finite"
     elif not counterfactual_why:
@@ -505,22 +533,29 @@ def parts(terms, settings):
     }  # fmt: skip
 
 
-def slope(terms, settings):
+def slopes(terms, settings):
     """
-    Derivative of a right answer's reward by V; 0 for a wrong one, where V is undefined or clipped, and where the answer's part is capped.
+    What the reward of a right answer gains through V when the answer becomes less likely by a nat on the film that random regions
+    are compared with (the one without the gold region; for a gold no, the film as it is), and likelier on films without a random
+    one -> (float, float), both at least 0. 0, 0 for a wrong answer, where V is undefined or can rise no further, and where the answer's part is
+    capped; the first is 0 where d_roi is at its limit. At V = -1 the reward falls no further, but there a policy needs the slope most: it stays.
 
     V is a function of the policy's own weights, so the gradient of the expected reward has two parts: E[R grad log p], which
     GRPO estimates, and E[dR/dV grad V]. The first alone cannot set apart two policies that give the same answers. Wrong
     answers are left out of the second: it makes the answer likelier on films with a random region filled in, and there it is wrong too.
+    With d_roi at its limit V also rises when a right answer becomes less likely on the film as it is: that is left out as well.
     """
     v = terms["counterfactual"]
-    if v is None or abs(v) >= 1 or terms["accuracy"] <= RIGHT:
-        return 0.0
-    if settings.composition == "additive":
-        return settings.weights[TERMS.index("counterfactual")]
+    takes_out = terms["d_roi"] is not None
+    if v is None or v >= (1 if takes_out else 0) or terms["accuracy"] <= RIGHT:
+        return 0.0, 0.0
     _, a, _, c = (w / default for w, default in zip(settings.weights, DEFAULT_WEIGHTS, strict=True))
-    answer = a * terms["answer"] if v >= 0 else 1.0
-    return terms["gate"] * 0.3 * c * answer if v < 0 or answer * (1 + 0.3 * c * v) < MOST * max(1.0, a) else 0.0
+    if settings.composition == "additive":
+        by_v = settings.weights[TERMS.index("counterfactual")]
+    else:
+        answer = a * terms["answer"] if v >= 0 else 1.0
+        by_v = terms["gate"] * 0.3 * c * answer if v < 0 or answer * (1 + 0.3 * c * v) < MOST * max(1.0, a) else 0.0
+    return 0.0 if takes_out and terms["d_roi"] >= NATS else by_v / NATS, by_v / NATS
 
 
 def score_rollouts(rows, texts, settings=RewardSettings(), frequencies=None, drops=None, tokens=None):  # noqa: B008 - frozen
@@ -545,12 +580,14 @@ def explain(row, text, terms, settings=RewardSettings()):  # noqa: B008 - frozen
     against = "no reasoning" if t["contradiction"] is None else t["contradiction_why"] or "reasoning and answer agree, or cannot be compared"
     if t["counterfactual"] is None:
         looked = f"V undefined: {t['counterfactual_why']}"
+    elif t["d_roi"] is None:
+        looked = f"without a random region the answer loses {t['d_rand']:+.3f} nats per token: V {t['counterfactual']:+.2f}; there is no finding to take out"
     else:
         looked = f"without the region the answer loses {t['d_roi']:+.3f} nats per token, without a random one {t['d_rand']:+.3f}: V {t['counterfactual']:+.2f}"
     lines.append(f"  gate {gate}")
     sources = {
         "additive": {"format": f"gate {t['gate']:.0f} - ({penalty})", "answer": answer, "consistency": f"box: {box}; {against}", "counterfactual": looked},
-        "gated": {"answer": answer, "looked at the region": looked + ("" if t["accuracy"] > RIGHT else "; counts upwards for right answers only"), "looked elsewhere": "" if t["counterfactual"] is None else "the random regions matter more" if t["counterfactual"] < 0 else "no",
+        "gated": {"answer": answer, "looked at the region": looked + ("" if t["accuracy"] > RIGHT else "; counts upwards for right answers only"), "looked elsewhere": "" if t["counterfactual"] is None else "the random regions matter" if t["counterfactual"] < 0 else "no",
                   "box": box, "contradiction": against, "penalty": penalty},
     }[settings.composition]  # fmt: skip
     summands = parts(terms, settings)

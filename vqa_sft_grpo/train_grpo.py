@@ -31,7 +31,8 @@ How this differs from the textbook (GRPO in DeepSeekMath, arXiv 2402.03300; trl 
     KL         0.02 of the corrected k3 estimate from the model as it was given: the adapter switched off, or where training goes on
                with an SFT adapter, a frozen copy of it. trl's default is none
     V          is part of the reward, and depends on the weights by itself, so the gradient of the expected reward has a second part,
-               E[dR/dV grad V]: --cf-gradient 1 adds it (one random region at a time, drawn anew: unbiased), 0 leaves it out as usual
+               E[dR/dV grad V]: --cf-gradient 1 adds it (one random region at a time, drawn anew), 0 leaves it out as usual. An answer
+               counts once in it, whatever its length, where most losses divide the first part by the number of tokens
     sampling   from the model's own distribution: no top-k or top-p, with which log-probabilities would not be those of what was drawn
     vision     the tower is frozen: its features are computed once per step and serve sampling, scoring, policy and reference
     dropout    off, so that the policy that learns is the one that sampled; the first step of every run compares its log-probabilities
@@ -46,7 +47,6 @@ import random
 import shutil
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -121,10 +121,11 @@ from vqa_sft_grpo.rewards import (
     explain,
     gold_of,
     ignored_fields,
+    lend_regions,
     measure_drops,
     plan_edits,
     score_rollouts,
-    slope,
+    slopes,
 )
 from vqa_sft_grpo.rollouts import (
     Fits,
@@ -166,7 +167,7 @@ def parse_args(argv=None):
     g.add_argument("--composition", default="gated", choices=COMPOSITIONS, help="how the terms make up the reward (%(default)s)")
     g.add_argument("--cf-regions", type=positive_int, default=4, metavar="K", help="random regions to compare the gold one with (%(default)s)")
     g.add_argument("--cf-fill", default="mixed", choices=[*FILLS, "mixed"], help="what an edit puts into a region; mixed: another one for each row (%(default)s)")
-    g.add_argument("--cf-gradient", type=not_negative, default=1.0, help="weight of the reward's own gradient through V; 1 is the gradient of the expected reward, 0 leaves it out (%(default)s)")
+    g.add_argument("--cf-gradient", type=not_negative, default=1.0, help="weight of the reward's own gradient through V, 0 leaves it out (%(default)s)")
     g = parser.add_argument_group("loss", "see grpo.py")
     g.add_argument("--loss", default="dapo", choices=LOSSES, help="how tokens are averaged (%(default)s)")
     g.add_argument("--scale-rewards", default="none", choices=SCALES, help="what advantages are divided by (%(default)s)")
@@ -231,6 +232,7 @@ def load_rows(args):
     train, held_out = train[: args.limit], held_out[: args.limit]
     if not train or not held_out:
         raise InputError(f"{args.data_jsonl} has {len(train)} rows to train on and {len(held_out)} for validation, and both are needed: make it with prepare_data.py --split train --grpo_output FILE")
+    lend_regions(train + held_out, train)
     held_out = [held_out[i] for i in sorted(random.Random(args.seed).sample(range(len(held_out)), min(args.eval_rows, len(held_out))))]
     facts |= {"phantom": any(r.get("dataset") == "phantom" for r in rows), "train_rows": len(train), "val_rows": len(held_out), "with_region": sum(bool(r.get("region")) for r in train)}
     return train, held_out, facts
@@ -454,17 +456,18 @@ def loss_and_gradient(vlm, batch, advantages, old, ref, args, fits, scaler):
 
 def reward_gradient(vlm, batch, args, settings, fits, scaler, draw):
     """
-    Adds the gradient of -mean reward through V -> its loss. V = (mean logp without random regions) - (logp without the gold region):
-    what the answer loses on the whole image cancels. One random region, drawn anew, stands for the mean of all.
+    Adds the gradient of -mean reward through V -> its loss: right answers become less likely without their gold region (a gold no: on the
+    film as it is) and likelier without a random one, drawn anew each time for the mean of all.
     """
     n, size, jobs = len(batch.texts), args.num_generations, []
-    for q, prompts in enumerate(batch.edited):
-        weights = Counter()
+    for q, (plan, prompts) in enumerate(zip(batch.plans, batch.edited, strict=True)):
+        weights = {}  # by answer: of its log-probability on the one film, and on the other
         for terms in batch.terms[q * size : (q + 1) * size]:
-            if prompts and (w := slope(terms, settings)):
-                weights[terms["said"]] += args.cf_gradient * w / n
+            if prompts and any(pair := slopes(terms, settings)):
+                weights[terms["said"]] = np.add(weights.get(terms["said"], 0.0), pair)
         if weights:
-            jobs.append(((prompts[1], prompts[draw.randrange(2, len(prompts))]), list(weights), list(weights.values())))
+            first = 1 if plan.roi else 0
+            jobs.append(((prompts[first], prompts[draw.randrange(first + 1, len(prompts))]), list(weights), np.stack(list(weights.values()), 1) * [[1.0], [-1.0]] * args.cf_gradient / n))
     total, start = 0.0, 0
     while start < len(jobs):
         part, failed = jobs[start : start + max(1, fits.size // 2)], None
@@ -472,8 +475,7 @@ def reward_gradient(vlm, batch, args, settings, fits, scaler, draw):
         try:
             prompts = [p for pair, _, _ in part for p in pair]
             logp = answer_logprobs(vlm, prompts, [said for _, said, _ in part for _ in range(2)], settings.style, never_drawn(vlm), share=not args.checkpointing)
-            signs = torch.tensor([sign * w for _, _, weights in part for sign in (1.0, -1.0) for w in weights], device=logp.device)  # of the loss: less likely without the region, likelier without the random one
-            loss = (signs * logp).sum()
+            loss = (torch.cat([torch.tensor(weights.ravel()) for _, _, weights in part]).to(logp) * logp).sum()
             scaler.scale(loss).backward()
             total += loss.item()
         except torch.OutOfMemoryError as error:
@@ -498,7 +500,7 @@ def validate(vlm, rows, args, settings, fits):
             found = parse_response(text, args.style)
             boxes = boxes_from_model(found.boxes, row["width"], row["height"])
             iou = region_iou(boxes, row["region"], row["height"], row["width"]) if row.get("region") and args.style == "json" else None
-            numbers.append((terms["correct"], found.valid, iou, None if terms["counterfactual"] is None else terms["d_roi"] - terms["d_rand"]))
+            numbers.append((terms["correct"], found.valid, iou, None if terms["d_roi"] is None else terms["d_roi"] - terms["d_rand"]))
     return dict(zip(("val_accuracy", "val_valid", "val_iou", "val_gap"), map(mean, zip(*numbers, strict=True)), strict=True))
 
 
@@ -691,7 +693,7 @@ def explain_rollout(args):
     if settings.weights[3] == 0 or not plan.images:
         return print(f"no edited images: {plan.why or 'the weight of the counterfactual term is 0'}")
     target = run_dir / "figures" / f"explain_{args.explain}.png"
-    draw_edits(target, plan, [None, found["d_roi"], *(found["d_rand_each"] or [None] * len(plan.random))])
+    draw_edits(target, plan, [None] + [found["d_roi"]] * bool(plan.roi) + (found["d_rand_each"] or [None] * len(plan.random)))
     print(f"edited images (fill: {plan.fill}): {target}")
 
 

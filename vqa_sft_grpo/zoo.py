@@ -42,7 +42,7 @@ from shared.runtime import open_run_dir, positive_int, run_facts, script, script
 from vqa_sft_grpo.counterfactual import region_mask, whole_boxes
 from vqa_sft_grpo.prepare_data import phantom_study_rows
 from vqa_sft_grpo.prompting import boxes_from_model, boxes_to_model, build_prompt, instruction, parse_response
-from vqa_sft_grpo.rewards import AnswerFrequencies, RewardSettings, answer_class, compose, gold_of, rollout_terms
+from vqa_sft_grpo.rewards import AnswerFrequencies, RewardSettings, answer_class, compose, is_no, rollout_terms
 from vqa_sft_grpo.scoring import normalise, options_of, overlap
 
 TASK = "vqa_sft_grpo"
@@ -104,7 +104,9 @@ class Case:
 
     @cached_property
     def has_room(self):
-        if not self.row["region"] or gold_of(self.row) == "no":  # as plan_edits sees it
+        if is_no(self.row):  # another row lends its region
+            return True
+        if not self.row["region"]:
             return False
         h, w = self.row["height"], self.row["width"]
         return ROOM[0] <= region_mask(whole_boxes(self.row["region"], h, w), h, w).mean() <= ROOM[1]
@@ -150,7 +152,7 @@ def moved(box, draw):
 
 
 def simulated_drops(case, sight, right):
-    """-> (d_roi, [d_rand]) of the simulated scorer, or (None, None) without room; the same for all policies with this sight."""
+    """-> (d_roi, [d_rand]) of the simulated scorer, or (None, None) without room; the same for all policies with this sight. d_roi of a gold no is not read."""
     if not case.has_room:
         return None, None
     draw = np.random.default_rng([case.seed, 1])
