@@ -6,7 +6,7 @@ import pytest
 
 from vqa_sft_grpo import rewards, zoo
 from vqa_sft_grpo.prompting import parse_response
-from vqa_sft_grpo.rewards import RewardSettings, rollout_terms
+from vqa_sft_grpo.rewards import RewardSettings, is_no, rollout_terms
 
 KINDS = ("all", "yes_no", "choice", "open")
 # What the honest policy is ahead by, at least, overall and for each kind of question that needs the image
@@ -145,7 +145,9 @@ def test_being_right_for_another_reason_costs(cases, found):
 def test_simulated_scorer(cases):
     room = [case for case in cases[0] if case.has_room]
     assert len(room) > 30 and all(zoo.simulated_drops(c, "looks", True) == (None, None) for c in cases[0] if not c.has_room)
-    means = {(sight, right): np.mean([[d[0], np.mean(d[1])] for c in room if (d := zoo.simulated_drops(c, sight, right))], axis=0) for sight in ("looks", "blind", "elsewhere", "random") for right in (True, False)}
+    assert all((zoo.simulated_drops(c, "looks", True)[0] is None) == is_no(c.row) for c in room)  # where the answer is no, nothing is taken out
+    some = [case for case in room if not is_no(case.row)]
+    means = {(sight, right): np.mean([[d[0], np.mean(d[1])] for c in some if (d := zoo.simulated_drops(c, sight, right))], axis=0) for sight in ("looks", "blind", "elsewhere", "random") for right in (True, False)}
     assert means["looks", True] == pytest.approx([1.0, 0.05], abs=0.2) and means["looks", False] == pytest.approx([0.2, 0.05], abs=0.2)
     assert means["blind", True] == pytest.approx([0, 0], abs=0.03) and means["elsewhere", True] == pytest.approx([0.05, 0.6], abs=0.1)
     assert tuple(means["random", False]) == (0, 0)

@@ -152,7 +152,7 @@ def moved(box, draw):
 
 
 def simulated_drops(case, sight, right):
-    """-> (d_roi, [d_rand]) of the simulated scorer, or (None, None) without room; the same for all policies with this sight. d_roi of a gold no is not read."""
+    """-> (d_roi, [d_rand]) of the simulated scorer, or (None, None) without room; the same for all policies with this sight. d_roi None: gold no, nothing to take out."""
     if not case.has_room:
         return None, None
     draw = np.random.default_rng([case.seed, 1])
@@ -161,7 +161,7 @@ def simulated_drops(case, sight, right):
         "looks": ((1.0, 0.4) if right else (0.2, 0.4), (0.05, 0.15)), "blind": ((0.0, 0.05), (0.0, 0.05)),
         "elsewhere": ((0.05, 0.15), (0.6, 0.3)), "random": ((0.0, 0.0), (0.0, 0.0)),
     }[sight]  # fmt: skip
-    return float(mean + spread * roi), [float(other + other_spread * r) for r in rand]
+    return None if is_no(case.row) else float(mean + spread * roi), [float(other + other_spread * r) for r in rand]
 
 
 # ------------------------------------------------------------------------------------------------------------- policies
