@@ -47,7 +47,7 @@ def earned(row, settings=None, drops=(None, None), frequencies=None, tokens=None
 
 def test_gated_by_hand():
     boxes = boxes_to_model([[20, 40, 60, 60]], 100, 100)  # half of the gold box: IoU 0.5
-    right = earned(YES_NO, drops=(0.9, [0.1, 0.3]), boxes=boxes, answer="yes")  # V = 0.9 - 0.2
+    right = earned(YES_NO, drops=(0.9, [0.1, 0.2]), boxes=boxes, answer="yes")  # V = 0.9 - 0.2, the larger
     assert right["reward"] == pytest.approx(1 * (1 + 0.3 * 0.7) + 0.15 * 0.5)
     assert (right["format"], right["answer"], right["consistency"], right["counterfactual"]) == (1.0, 1.0, 0.5, pytest.approx(0.7))
     assert earned(YES_NO, drops=(0.1, [0.5]), boxes=boxes, answer="yes")["reward"] == pytest.approx(1 + 0.15 * 0.5 - 0.3 * 0.4)
@@ -399,6 +399,8 @@ def test_drops_tell_where_a_policy_looks(film):
     elsewhere = Scorer(plan.random[0], image, "yes")  # right, for what stands somewhere else
     (found,) = score_rollouts([row], texts[:1], drops=measure_drops(elsewhere, [row["question"]], ["yes"], [plan]))
     assert found["counterfactual"] < 0 and found["reward"] < 1
+    sees_both = rollout_terms(row, texts[0], d_roi=3.0, d_rand=[0.0, 0.0, 0.8, 0.0])  # one random region covered something else that counts: neither the mean nor a large d_roi hides it
+    assert sees_both["counterfactual"] == pytest.approx(0.2) and sees_both["d_rand"] == pytest.approx(0.2)
     no = dict(row, gold="no")
     lend_regions([no], [row])
     plan_of_no = plan_edits(no, image, k=4)
@@ -461,7 +463,7 @@ def test_explanation_adds_up(composition):
     frequencies = AnswerFrequencies([YES_NO] * 3 + [dict(YES_NO, gold="no")])
     boxes = boxes_to_model([[20, 40, 60, 60]], 100, 100)
     for text, drops, words in [
-        (written(boxes=boxes, answer="yes"), (0.9, [0.2, 0.1]), ["'yes' is right", "IoU 0.5", "V +0.75", "+0.900", "no reasoning"]),
+        (written(boxes=boxes, answer="yes"), (0.9, [0.15, 0.1]), ["'yes' is right", "IoU 0.5", "V +0.75", "+0.900", "no reasoning"]),
         (written(reasoning="No pleural effusion.", answer="yes"), (0.1, [0.4]), ["the reasoning says no, the answer yes", "V -0.30", "no box"]),
         (written(answer="possibly yes", caption=YES_NO["question"]), (None, None), ["hedged", "V undefined: not measured", "copied 1"]),
         (written(answer="no", boxes=[[0, 0, 1000, 1000]]), (0.5, [0.0]), ["the opposite", "more than 60% of the image"]),

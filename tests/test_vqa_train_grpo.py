@@ -135,7 +135,7 @@ def test_out_of_memory_changes_nothing_but_the_size_of_a_pass(step, monkeypatch)
     def run():
         fits = Fits(12)
         loss_and_gradient(vlm, batch, advantages, None, None, parse_args(["--num-generations", "3", "--beta", "0"]), fits, SCALER)
-        reward_gradient(vlm, batch, args, settings, fits, SCALER, script.random.Random(0))
+        reward_gradient(vlm, batch, args, settings, fits, SCALER)
         return fits.size
 
     wanted = gradient(vlm, run)
@@ -154,7 +154,7 @@ def test_out_of_memory_changes_nothing_but_the_size_of_a_pass(step, monkeypatch)
 
 
 def test_reward_gradient_is_that_of_the_mean_reward_through_v(step):
-    """By finite differences: the rollouts fixed, the weights moved along a direction, V and reward computed anew; all random regions. Yes, yes at the limit, and no."""
+    """By finite differences: the rollouts fixed, the weights moved along a direction, V and reward computed anew. Yes, yes at the limit, and no."""
     args, vlm, batch, settings = step
     vlm.model.double()  # in float32 the differences would be mostly rounding
     vlm.dtype = torch.float64
@@ -170,7 +170,7 @@ def test_reward_gradient_is_that_of_the_mean_reward_through_v(step):
 
     @torch.no_grad()
     def edited_logps():
-        """-> (rollouts that count, 3): log-probability of the answer on the film that random regions are compared with, and without each random one."""
+        """-> (rollouts that count, 3): log-probability of the answer on the film that random regions are compared with, and without each of the two random ones."""
         return torch.stack([answer_logprobs(vlm, edited[n // 3][-3:], [[terms[n]["said"]]] * 3, "json", never_drawn(vlm)) for n in counted])
 
     start = edited_logps()
@@ -179,21 +179,11 @@ def test_reward_gradient_is_that_of_the_mean_reward_through_v(step):
         """The answer's log-probability on the whole image stays what it was."""
         total = 0.0
         for n, (roi, *random) in zip(counted, (edited_logps() - start).tolist(), strict=True):
-            v = terms[n]["counterfactual"] + np.mean(random) - (0.0 if n == limited else roi)
+            v = terms[n]["counterfactual"] + random[int(np.argmax(terms[n]["d_rand_each"]))] - (0.0 if n == limited else roi)
             total += compose(terms[n] | {"counterfactual": v}, settings)
         return total / len(terms)
 
-    class Each:
-        """Every random region in turn; their mean is the gradient that one drawn region estimates."""
-
-        def __init__(self, k):
-            self.k = k
-
-        def randrange(self, a, b):
-            return a + self.k % (b - a)
-
-    grads = [gradient(vlm, lambda k=k: reward_gradient(vlm, batch, args, settings, Fits(7), SCALER, Each(k)))[1] for k in range(2)]
-    average = {n: (grads[0][n] + grads[1][n]) / 2 for n in grads[0]}
+    _, grads = gradient(vlm, lambda: reward_gradient(vlm, batch, args, settings, Fits(7), SCALER))
     torch.manual_seed(0)
     direction = {n: torch.randn_like(p) for n, p in trained_parameters(vlm).items()}
     h, values = 1e-5, []
@@ -204,7 +194,7 @@ def test_reward_gradient_is_that_of_the_mean_reward_through_v(step):
         if sign != 1 or not values:
             values.append(mean_reward())
     wanted = -(values[0] - values[1]) / (2 * h)
-    got = sum((average[n] * direction[n]).sum().item() for n in average)
+    got = sum((grads[n] * direction[n]).sum().item() for n in grads)
     assert abs(wanted) > 1e-4 and got == pytest.approx(wanted, rel=0.01)
     vlm.model.float()
     vlm.dtype = torch.float32
@@ -216,7 +206,7 @@ def test_slopes_are_the_derivatives_of_the_reward(composition):
     row = {"id": "1", "question": "Is there an effusion?", "gold": "yes", "answer_type": "closed"}
 
     def terms_at(d_roi, d_rand, answer="yes", gold="yes"):
-        return rollout_terms(row | {"gold": gold}, json.dumps({"answer": answer}), settings, d_roi=d_roi, d_rand=[d_rand, d_rand])
+        return rollout_terms(row | {"gold": gold}, json.dumps({"answer": answer}), settings, d_roi=d_roi, d_rand=[d_rand - 0.2, d_rand])
 
     def derivative(a, b, d_roi, d_rand, gold="yes"):
         h = 1e-6

@@ -17,11 +17,12 @@ Terms of a rollout; None where a row does not define one (no region, no reasonin
     B box           IoU of all boxes together with the gold region, 0 for none, a placeholder, or more than 60 % of the image; times
                     (n + 1) / boxes where there are more than n + 1 boxes for n gold ones; None without gold
     C contradiction -1 when the reasoning contradicts the answer (yes or no, side, zone, organ, negation), else 0; None without reasoning
-    V counterfactual  clip(min(d_roi, 1) - mean_k d_rand, -1, 1), in nats: how much less likely the policy finds its OWN answer when
-                    the gold region is taken out of the image, minus the same for random regions of equal area. d_roi is limited by
-                    itself, so that a large one cannot hide that a random region matters too. Where the gold answer is no there is
-                    nothing to take out, and V = clip(-mean_k d_rand, -1, 0): regions filled in at random must not turn it into a
-                    yes (without this a policy may take any filled region for a yes: README). None without gold region; a gold no
+    V counterfactual  clip(min(d_roi, 1) - max_k d_rand, -1, 1), in nats: how much less likely the policy finds its OWN answer when
+                    the gold region is taken out of the image, minus the same for random regions of equal area. Of these the one that matters most
+                    counts, not their mean: an answer that also hangs on something else, which one of four regions happens to cover, must not pass.
+                    d_roi is limited by itself, so that a large one cannot hide that. Where the gold answer is no there is
+                    nothing to take out, and V = clip(-max_k d_rand, -1, 0): regions filled in at random must not turn it into a
+                    yes (without this a policy may take any filled region for a yes). None without gold region; a gold no
                     is lent that of another row, for the size
     P penalty       too long + repetition + question or instruction copied, each 0 to 1, together at most 1
 
@@ -495,7 +496,7 @@ def rollout_terms(row, text, settings=RewardSettings(), frequencies=None, d_roi=
         if all(math.isfinite(d) for d in (d_roi or 0.0, *d_rand)):
             mean_rand = sum(d_rand) / len(d_rand)
             best = 0.0 if is_no(row) else min(d_roi, NATS)
-            value = min(0.0 if is_no(row) else 1.0, max(-1.0, (best - mean_rand) / NATS))
+            value = min(0.0 if is_no(row) else 1.0, max(-1.0, (best - max(d_rand)) / NATS))
         else:
             d_roi, d_rand, counterfactual_why = None, None, "a drop is not finite"
     elif not counterfactual_why:
@@ -536,8 +537,8 @@ def parts(terms, settings):
 def slopes(terms, settings):
     """
     What the reward of a right answer gains through V when the answer becomes less likely by a nat on the film that random regions
-    are compared with (the one without the gold region; for a gold no, the film as it is), and likelier on films without a random
-    one -> (float, float), both at least 0. 0, 0 for a wrong answer, where V is undefined or can rise no further, and where the answer's part is
+    are compared with (the one without the gold region; for a gold no, the film as it is), and likelier on the one without the random
+    region that matters most -> (float, float), both at least 0. 0, 0 for a wrong answer, where V is undefined or can rise no further, and where the answer's part is
     capped; the first is 0 where d_roi is at its limit. At V = -1 the reward falls no further, but there a policy needs the slope most: it stays.
 
     V is a function of the policy's own weights, so the gradient of the expected reward has two parts: E[R grad log p], which
@@ -581,13 +582,13 @@ def explain(row, text, terms, settings=RewardSettings()):  # noqa: B008 - frozen
     if t["counterfactual"] is None:
         looked = f"V undefined: {t['counterfactual_why']}"
     elif t["d_roi"] is None:
-        looked = f"without a random region the answer loses {t['d_rand']:+.3f} nats per token: V {t['counterfactual']:+.2f}; there is no finding to take out"
+        looked = f"without a random region the answer loses at most {max(t['d_rand_each']):+.3f} nats per token: V {t['counterfactual']:+.2f}; there is no finding to take out"
     else:
-        looked = f"without the region the answer loses {t['d_roi']:+.3f} nats per token, without a random one {t['d_rand']:+.3f}: V {t['counterfactual']:+.2f}"
+        looked = f"without the region the answer loses {t['d_roi']:+.3f} nats per token, without a random one at most {max(t['d_rand_each']):+.3f}: V {t['counterfactual']:+.2f}"
     lines.append(f"  gate {gate}")
     sources = {
         "additive": {"format": f"gate {t['gate']:.0f} - ({penalty})", "answer": answer, "consistency": f"box: {box}; {against}", "counterfactual": looked},
-        "gated": {"answer": answer, "looked at the region": looked + ("" if t["accuracy"] > RIGHT else "; counts upwards for right answers only"), "looked elsewhere": "" if t["counterfactual"] is None else "the random regions matter" if t["counterfactual"] < 0 else "no",
+        "gated": {"answer": answer, "looked at the region": looked + ("" if t["accuracy"] > RIGHT else "; counts upwards for right answers only"), "looked elsewhere": "" if t["counterfactual"] is None else "a random region matters" if t["counterfactual"] < 0 else "no",
                   "box": box, "contradiction": against, "penalty": penalty},
     }[settings.composition]  # fmt: skip
     summands = parts(terms, settings)

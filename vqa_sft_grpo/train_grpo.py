@@ -31,8 +31,8 @@ How this differs from the textbook (GRPO in DeepSeekMath, arXiv 2402.03300; trl 
     KL         0.02 of the corrected k3 estimate from the model as it was given: the adapter switched off, or where training goes on
                with an SFT adapter, a frozen copy of it. trl's default is none
     V          is part of the reward, and depends on the weights by itself, so the gradient of the expected reward has a second part,
-               E[dR/dV grad V]: --cf-gradient 1 adds it (one random region at a time, drawn anew), 0 leaves it out as usual. An answer
-               counts once in it, whatever its length, where most losses divide the first part by the number of tokens
+               E[dR/dV grad V]: --cf-gradient 1 adds it, 0 leaves it out as usual. An answer counts once in it, whatever its length,
+               where most losses divide the first part by the number of tokens
     sampling   from the model's own distribution: no top-k or top-p, with which log-probabilities would not be those of what was drawn
     vision     the tower is frozen: its features are computed once per step and serve sampling, scoring, policy and reference
     dropout    off, so that the policy that learns is the one that sampled; the first step of every run compares its log-probabilities
@@ -454,28 +454,28 @@ def loss_and_gradient(vlm, batch, advantages, old, ref, args, fits, scaler):
         fits.halve(failed)
 
 
-def reward_gradient(vlm, batch, args, settings, fits, scaler, draw):
+def reward_gradient(vlm, batch, args, settings, fits, scaler):
     """
     Adds the gradient of -mean reward through V -> its loss: right answers become less likely without their gold region (a gold no: on the
-    film as it is) and likelier without a random one, drawn anew each time for the mean of all.
+    film as it is) and likelier without the random region that they depend on most.
     """
     n, size, jobs = len(batch.texts), args.num_generations, []
     for q, (plan, prompts) in enumerate(zip(batch.plans, batch.edited, strict=True)):
-        weights = {}  # by answer: of its log-probability on the one film, and on the other
+        found = {}  # by answer: the random region that matters most to it, and what both log-probabilities count
         for terms in batch.terms[q * size : (q + 1) * size]:
             if prompts and any(pair := slopes(terms, settings)):
-                weights[terms["said"]] = np.add(weights.get(terms["said"], 0.0), pair)
-        if weights:
-            first = 1 if plan.roi else 0
-            jobs.append(((prompts[first], prompts[draw.randrange(first + 1, len(prompts))]), list(weights), np.stack(list(weights.values()), 1) * [[1.0], [-1.0]] * args.cf_gradient / n))
+                found.setdefault(terms["said"], (int(np.argmax(terms["d_rand_each"])), []))[1].append(pair)
+        first = 1 if plan.roi else 0
+        for said, (worst, pairs) in found.items():
+            jobs.append((prompts[first], prompts[first + 1 + worst], said, np.sum(pairs, 0) * [1, -1] * args.cf_gradient / n))
     total, start = 0.0, 0
     while start < len(jobs):
         part, failed = jobs[start : start + max(1, fits.size // 2)], None
         kept = [None if p.grad is None else p.grad.clone() for p in trained_parameters(vlm).values()] if vlm.device.type == "cuda" else None
         try:
-            prompts = [p for pair, _, _ in part for p in pair]
-            logp = answer_logprobs(vlm, prompts, [said for _, said, _ in part for _ in range(2)], settings.style, never_drawn(vlm), share=not args.checkpointing)
-            loss = (torch.cat([torch.tensor(weights.ravel()) for _, _, weights in part]).to(logp) * logp).sum()
+            prompts, answers = [p for *pair, _, _ in part for p in pair], [[said] for *_, said, _ in part for _ in range(2)]
+            logp = answer_logprobs(vlm, prompts, answers, settings.style, never_drawn(vlm), share=not args.checkpointing)
+            loss = (torch.tensor(np.concatenate([weights for *_, weights in part])).to(logp) * logp).sum()
             scaler.scale(loss).backward()
             total += loss.item()
         except torch.OutOfMemoryError as error:
@@ -567,7 +567,6 @@ def train(args, vlm, train_rows, val_rows, facts, run_dir):
         while step < args.steps:
             begin = time.time()
             generator = torch.Generator(vlm.device).manual_seed(args.seed * 10_000_000 + step)
-            draw = random.Random(f"{args.seed} {step}")
             batch, keep, resampled, wanted = None, [], 0, args.batch_size
             for _ in range(1 + args.resample):
                 places, place = list(range(place, place + wanted)), place + wanted
@@ -598,7 +597,7 @@ def train(args, vlm, train_rows, val_rows, facts, run_dir):
                 loss, metrics = loss_and_gradient(vlm, batch, advantages, old, ref, args, fits, scaler)
                 if step == inner == 0:
                     check_first_step(metrics, TOLERANCE[vlm.dtype])
-                cf_loss = reward_gradient(vlm, batch, args, settings, fits, scaler, draw) if args.cf_gradient > 0 and settings.weights[3] > 0 else None
+                cf_loss = reward_gradient(vlm, batch, args, settings, fits, scaler) if args.cf_gradient > 0 and settings.weights[3] > 0 else None
                 scaler.unscale_(optimizer)
                 norm = torch.nn.utils.clip_grad_norm_(list(named.values()), args.grad_clip)
                 if math.isfinite(loss) and torch.isfinite(norm):
