@@ -15,6 +15,8 @@ the mark begin to mean something to it, equally much. GRPO then trains it on fil
 
 Measured on films of other patients, greedy: accuracy with the mark as in training, without any mark, and with the mark turned
 round; and on films with an effusion how many answers change when its region is filled in, minus the same for random regions.
+Beside the greedy accuracy without mark stands the sampled one, the mean probability of the right one of yes and no, which is what GRPO raises: a
+weak start that leans by a hair to the right side is right on many films when greedy, and on half of them when sampled.
 Intervals draw patients. Writes metrics.json and shortcut.png to --out-dir.
 """
 import argparse
@@ -78,7 +80,7 @@ def parse_args(argv=None):
     parser.add_argument("--films", type=positive_int, default=2000, help="training films (%(default)s)")
     parser.add_argument("--test-films", type=positive_int, default=600, help="(%(default)s)")
     parser.add_argument("--sft-batch-size", type=positive_int, default=32, help="films per step of fine-tuning (%(default)s)")
-    parser.add_argument("--steps", type=positive_int, default=150, help="of GRPO, 16 films x 8 answers each (%(default)s)")
+    parser.add_argument("--steps", type=positive_int, default=300, help="of GRPO, 16 films x 8 answers each (%(default)s)")
     parser.add_argument("--lr", type=float, default=5e-4, help="of GRPO (%(default)s)")
     parser.add_argument("--small", action="store_true", help="fewer films and steps, smaller batches")
     parser.add_argument("--out-dir", type=Path, default=Path("outputs/benchmarks/grpo_shortcut"))
@@ -169,7 +171,7 @@ def fine_tune_weakly(args, folder, seed):
 
 @torch.no_grad()
 def log_odds(vlm, rows):
-    """Log-odds of yes against no -> float32 (N,)."""
+    """Log-odds of yes against no, of the answers as whole responses -> float32 (N,)."""
     found = []
     for start in range(0, len(rows), 64):
         some = rows[start : start + 64]
@@ -218,13 +220,16 @@ def interval(values, groups):
 
 
 def measure(vlm, films):
-    """-> accuracy per kind of mark, and flips on the films marked as in training."""
+    """-> accuracy per kind of mark, sampled without mark, and flips on the films marked as in training."""
     numbers = {}
     for name, rows in films.items():
         right, flips, groups = answers_to(vlm, rows, regions=5 if name == "mark says it" else 0)
         numbers[name] = interval(right, [r["group"] for r in rows])
         if len(flips):
             numbers["flips"] = {"region": float(flips[:, 0].mean()), "random": float(flips[:, 1].mean()), "difference": interval(flips[:, 0] - flips[:, 1], groups)}
+    rows = films["no mark"]
+    towards = log_odds(vlm, rows) * [1 if r["answer"] == "yes" else -1 for r in rows]
+    numbers["no mark, sampled"] = interval(1 / (1 + np.exp(-towards)), [r["group"] for r in rows])
     return numbers
 
 
@@ -293,11 +298,13 @@ def last_policy(weak, run):
 
 
 def show(seed, of_seed):
-    print(f"| seed {seed} | {' | '.join(MARKS)} | flips: region | random | difference |\n|---|---|---|---|---|---|---|")
+    columns = list(MARKS)
+    columns.insert(columns.index("no mark") + 1, "no mark, sampled")
+    print(f"| seed {seed} | {' | '.join(columns)} | flips: region | random | difference |\n|{'---|' * (len(columns) + 4)}")
     for arm, numbers in of_seed.items():
-        shares = [f"{numbers[name]['value']:.3f} [{numbers[name]['low']:.3f}, {numbers[name]['high']:.3f}]" for name in MARKS]
-        d = numbers["flips"]["difference"]
-        print(f"| {arm} | {' | '.join(shares)} | {numbers['flips']['region']:.3f} | {numbers['flips']['random']:.3f} | {d['value']:.3f} [{d['low']:.3f}, {d['high']:.3f}] |", flush=True)
+        shares, flips = [numbers[name] for name in columns] + [numbers["flips"]["difference"]], numbers["flips"]
+        *shares, difference = [f"{n['value']:.1%} [{100 * n['low']:.1f}, {100 * n['high']:.1f}]" for n in shares]
+        print(f"| {arm} | {' | '.join(shares)} | {flips['region']:.1%} | {flips['random']:.1%} | {difference} |", flush=True)
 
 
 if __name__ == "__main__":
