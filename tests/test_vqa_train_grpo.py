@@ -17,7 +17,15 @@ from shared.models.loading import add_lora, load_vlm
 from shared.runtime import InputError
 from vqa_sft_grpo.infer import model_of
 from vqa_sft_grpo.prepare_data import main as prepare
-from vqa_sft_grpo.rewards import AnswerFrequencies, RewardSettings, compose, rollout_terms, slopes
+from vqa_sft_grpo.rewards import (
+    AnswerFrequencies,
+    EditPlan,
+    RewardSettings,
+    compose,
+    images_of_v,
+    rollout_terms,
+    slope,
+)
 from vqa_sft_grpo.rollouts import Fits, answer_logprobs, completion_logprobs, never_drawn
 from vqa_sft_grpo.train_grpo import (
     as_reference,
@@ -160,27 +168,32 @@ def test_reward_gradient_is_that_of_the_mean_reward_through_v(step):
     vlm.dtype = torch.float64
     _, edited = script.drops_of(vlm, batch.rows, batch.texts, batch.plans, 3, settings, Fits(8))
     terms = [dict(t) for t in batch.terms]
-    limited = next(n for n, t in enumerate(terms) if any(slopes(t, settings)))
-    terms[limited] |= {"d_roi": 2.0, "counterfactual": 0.3}  # at its limit: only the random regions count
+    limited = next(n for n, t in enumerate(terms) if slope(t, settings))
+    terms[limited] |= {"d_roi": 2.0, "d_rand_each": [0.7, 0.5], "counterfactual": 0.3}  # at its limit: the random region against the film as it is
     of_no = next(n for n, t in enumerate(terms) if t["correct"] and n // 3 == 3)
-    terms[of_no] |= {"counterfactual": -0.2}  # a gold no: the random regions against the film as it is
+    terms[of_no] |= {"d_rand_each": [-0.1, 0.2], "counterfactual": -0.2}  # a gold no: the same
     batch = script.Batch(rows=batch.rows, plans=batch.plans, texts=batch.texts, terms=terms, edited=edited)
-    counted = [n for n, t in enumerate(terms) if any(slopes(t, settings))]
+    counted = [n for n, t in enumerate(terms) if slope(t, settings)]
     assert len(counted) > 2 and batch.plans[3].images and not batch.plans[3].roi
 
     @torch.no_grad()
-    def edited_logps():
-        """-> (rollouts that count, 3): log-probability of the answer on the film that random regions are compared with, and without each of the two random ones."""
-        return torch.stack([answer_logprobs(vlm, edited[n // 3][-3:], [[terms[n]["said"]]] * 3, "json", never_drawn(vlm)) for n in counted])
+    def drops():
+        """-> (without the region or None, [without random ones]) of each rollout that counts."""
+        found = []
+        for n in counted:
+            logp, *others = answer_logprobs(vlm, edited[n // 3], [[terms[n]["said"]]] * len(edited[n // 3]), "json", never_drawn(vlm)).tolist()
+            found.append((None if n == of_no else logp - others[0], [logp - other for other in others[-2:]]))
+        return found
 
-    start = edited_logps()
+    start = drops()
 
     def mean_reward():
-        """The answer's log-probability on the whole image stays what it was."""
+        """The drops of the terms, and by how much they have changed."""
         total = 0.0
-        for n, (roi, *random) in zip(counted, (edited_logps() - start).tolist(), strict=True):
-            v = terms[n]["counterfactual"] + random[int(np.argmax(terms[n]["d_rand_each"]))] - (0.0 if n == limited else roi)
-            total += compose(terms[n] | {"counterfactual": v}, settings)
+        for n, (roi, random), (roi_then, random_then) in zip(counted, drops(), start, strict=True):
+            d_rand = max(d + now - then for d, now, then in zip(terms[n]["d_rand_each"], random, random_then, strict=True))
+            best = 0.0 if n == of_no else min(1.0, terms[n]["d_roi"] + roi - roi_then)
+            total += compose(terms[n] | {"counterfactual": best - d_rand}, settings)
         return total / len(terms)
 
     _, grads = gradient(vlm, lambda: reward_gradient(vlm, batch, args, settings, Fits(7), SCALER))
@@ -201,7 +214,7 @@ def test_reward_gradient_is_that_of_the_mean_reward_through_v(step):
 
 
 @pytest.mark.parametrize("composition", ["gated", "additive"])
-def test_slopes_are_the_derivatives_of_the_reward(composition):
+def test_slope_is_the_derivative_of_the_reward_by_v(composition):
     settings = RewardSettings(composition, (0.2, 0.6, 0.2, 0.3))
     row = {"id": "1", "question": "Is there an effusion?", "gold": "yes", "answer_type": "closed"}
 
@@ -212,18 +225,23 @@ def test_slopes_are_the_derivatives_of_the_reward(composition):
         h = 1e-6
         return (terms_at(d_roi + h * a, d_rand + h * b, gold, gold)["reward"] - terms_at(d_roi - h * a, d_rand - h * b, gold, gold)["reward"]) / (2 * h)
 
+    taken, not_taken = EditPlan(roi=[[0, 0, 1, 1]], random=[0, 0]), EditPlan(random=[0, 0])
     for d_roi, d_rand in ((0.5, 0.1), (0.1, 0.5), (0.3, -0.2), (4.0, 0.3), (4.0, 1.7)):
+        terms = terms_at(d_roi, d_rand)
         by_roi, by_rand = derivative(1, 0, d_roi, d_rand), derivative(0, 1, d_roi, d_rand)
-        assert slopes(terms_at(d_roi, d_rand), settings) == pytest.approx((by_roi, -by_rand), abs=1e-6)
-        assert by_rand < -0.05 and (by_roi > 0.05 if d_roi < 1 else by_roi == 0)  # a drop of 4 nats does not hide the random one's
+        assert slope(terms, settings) == pytest.approx(-by_rand, abs=1e-6) and by_rand < -0.05
+        assert by_roi == pytest.approx(-by_rand if d_roi < 1 else 0, abs=1e-6)  # a drop of 4 nats does not hide the random one's
+        assert images_of_v(terms, taken) == (1 if d_roi < 1 else 0, 3)
+    assert images_of_v(terms | {"d_rand_each": [0.4, 0.3]}, taken) == (0, 2)
     by_rand = derivative(0, 1, 0.5, 0.3, "no")
     assert derivative(1, 0, 0.5, 0.3, "no") == 0 and by_rand < -0.05  # of a gold no: only the random regions, against the film as it is
-    assert slopes(terms_at(0.5, 0.3, "no", "no"), settings) == pytest.approx((-by_rand, -by_rand), abs=1e-6)
-    assert min(slopes(terms_at(-0.5, 0.6), settings)) > 0.05 and terms_at(-0.5, 0.6)["counterfactual"] == -1  # where it is needed most
+    of_no = terms_at(0.5, 0.3, "no", "no")
+    assert slope(of_no, settings) == pytest.approx(-by_rand, abs=1e-6) and images_of_v(of_no, not_taken) == (0, 2)
+    assert slope(terms_at(-0.5, 0.6), settings) > 0.05 and terms_at(-0.5, 0.6)["counterfactual"] == -1  # where it is needed most
     for none in (terms_at(None, 0.1), terms_at(1.0, -0.1), terms_at(0.5, 0.1, "no"), terms_at(0.5, -0.1, "no", "no"), terms_at(0.5, 0.3, "yes", "no")):
-        assert slopes(none, settings) == (0, 0)
-    assert slopes(terms_at(0.5, 0.1) | {"gate": 0.0}, RewardSettings()) == (0, 0)
-    assert slopes(terms_at(0.5, 0.1) | {"answer": 2.0}, RewardSettings()) == (0, 0)  # the answer's part is capped
+        assert slope(none, settings) == 0
+    assert slope(terms_at(0.5, 0.1) | {"gate": 0.0}, RewardSettings()) == 0
+    assert slope(terms_at(0.5, 0.1) | {"answer": 2.0}, RewardSettings()) == 0  # the answer's part is capped
 
 
 def test_truncated_rollouts_can_be_left_out(step):

@@ -47,7 +47,7 @@ ignored, see ignored_fields).
 What V can do. The answer is scored as a response of its own, without the rollout's reasoning: after "Seen: left effusion" the
 word "left" hardly depends on the image. So rollouts of one prompt with equal answers have equal V: as a number it sets right answers
 further apart from wrong ones where the model looks at the region, and nearer where it does not, but never one right answer
-from another. What teaches a policy to look is the other half of the gradient, through V itself: slopes() and train_grpo.py.
+from another. What teaches a policy to look is the other half of the gradient, through V itself: slope(), images_of_v() and train_grpo.py.
 """
 import functools
 import json
@@ -534,29 +534,34 @@ def parts(terms, settings):
     }  # fmt: skip
 
 
-def slopes(terms, settings):
+def slope(terms, settings):
     """
-    What the reward of a right answer gains through V when the answer becomes less likely by a nat on the film that random regions
-    are compared with (the one without the gold region; for a gold no, the film as it is), and likelier on the one without the random
-    region that matters most -> (float, float), both at least 0. 0, 0 for a wrong answer, where V is undefined or can rise no further, and where the answer's part is
-    capped; the first is 0 where d_roi is at its limit. At V = -1 the reward falls no further, but there a policy needs the slope most: it stays.
+    Derivative of a right answer's reward by V; 0 for a wrong answer, where V is undefined or can rise no further, and where the answer's
+    part is capped. At V = -1 the reward falls no further, but there a policy needs the slope most: it stays.
 
     V is a function of the policy's own weights, so the gradient of the expected reward has two parts: E[R grad log p], which
     GRPO estimates, and E[dR/dV grad V]. The first alone cannot set apart two policies that give the same answers. Wrong
     answers are left out of the second: it makes the answer likelier on films with a random region filled in, and there it is wrong too.
-    With d_roi at its limit V also rises when a right answer becomes less likely on the film as it is: that is left out as well.
     """
     v = terms["counterfactual"]
-    takes_out = terms["d_roi"] is not None
-    if v is None or v >= (1 if takes_out else 0) or terms["accuracy"] <= RIGHT:
-        return 0.0, 0.0
+    if v is None or v >= (0 if terms["d_roi"] is None else 1) or terms["accuracy"] <= RIGHT:
+        return 0.0
     _, a, _, c = (w / default for w, default in zip(settings.weights, DEFAULT_WEIGHTS, strict=True))
     if settings.composition == "additive":
-        by_v = settings.weights[TERMS.index("counterfactual")]
-    else:
-        answer = a * terms["answer"] if v >= 0 else 1.0
-        by_v = terms["gate"] * 0.3 * c * answer if v < 0 or answer * (1 + 0.3 * c * v) < MOST * max(1.0, a) else 0.0
-    return 0.0 if takes_out and terms["d_roi"] >= NATS else by_v / NATS, by_v / NATS
+        return settings.weights[TERMS.index("counterfactual")]
+    answer = a * terms["answer"] if v >= 0 else 1.0
+    return terms["gate"] * 0.3 * c * answer if v < 0 or answer * (1 + 0.3 * c * v) < MOST * max(1.0, a) else 0.0
+
+
+def images_of_v(terms, plan):
+    """
+    Places in plan.images of the two on which V rises when the rollout's answer becomes less likely on the first, and likelier on the
+    second, each by 1 / NATS per nat: without the gold region and without the random one that matters most. Where d_roi is at its limit, or nothing
+    is taken out, the first is the image as it is. (So V never makes an answer likelier everywhere: without that first part a model that
+    is asked to bear random regions learned to say no to everything, within 25 steps of GRPO.)
+    """
+    worst = 1 + bool(plan.roi) + max(range(len(plan.random)), key=terms["d_rand_each"].__getitem__)
+    return (0 if terms["d_roi"] is None or terms["d_roi"] >= NATS else 1), worst
 
 
 def score_rollouts(rows, texts, settings=RewardSettings(), frequencies=None, drops=None, tokens=None):  # noqa: B008 - frozen

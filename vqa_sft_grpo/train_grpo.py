@@ -115,17 +115,19 @@ from vqa_sft_grpo.prompting import STYLES, boxes_from_model, parse_response
 from vqa_sft_grpo.rewards import (
     COMPOSITIONS,
     MEANINGS,
+    NATS,
     AnswerFrequencies,
     RewardSettings,
     answer_to_score,
     explain,
     gold_of,
     ignored_fields,
+    images_of_v,
     lend_regions,
     measure_drops,
     plan_edits,
     score_rollouts,
-    slopes,
+    slope,
 )
 from vqa_sft_grpo.rollouts import (
     Fits,
@@ -456,26 +458,23 @@ def loss_and_gradient(vlm, batch, advantages, old, ref, args, fits, scaler):
 
 def reward_gradient(vlm, batch, args, settings, fits, scaler):
     """
-    Adds the gradient of -mean reward through V -> its loss: right answers become less likely without their gold region (a gold no: on the
-    film as it is) and likelier without the random region that they depend on most.
+    Adds the gradient of -mean reward through V -> its loss: right answers become less likely without their gold region (where that is at its
+    limit, or there is none, on the image as it is) and likelier without the random region that they depend on most.
     """
-    n, size, jobs = len(batch.texts), args.num_generations, []
-    for q, (plan, prompts) in enumerate(zip(batch.plans, batch.edited, strict=True)):
-        found = {}  # by answer: the random region that matters most to it, and what both log-probabilities count
-        for terms in batch.terms[q * size : (q + 1) * size]:
-            if prompts and any(pair := slopes(terms, settings)):
-                found.setdefault(terms["said"], (int(np.argmax(terms["d_rand_each"])), []))[1].append(pair)
-        first = 1 if plan.roi else 0
-        for said, (worst, pairs) in found.items():
-            jobs.append((prompts[first], prompts[first + 1 + worst], said, np.sum(pairs, 0) * [1, -1] * args.cf_gradient / n))
+    n, size, jobs = len(batch.texts), args.num_generations, {}
+    for i, terms in enumerate(batch.terms):
+        if batch.edited[i // size] and (by_v := slope(terms, settings)):
+            key = i // size, terms["said"], *images_of_v(terms, batch.plans[i // size])  # equal answers to a question share a pass
+            jobs[key] = jobs.get(key, 0.0) + args.cf_gradient * by_v / NATS / n
+    jobs = [(batch.edited[q][less], batch.edited[q][more], said, weight) for (q, said, less, more), weight in jobs.items()]
     total, start = 0.0, 0
     while start < len(jobs):
         part, failed = jobs[start : start + max(1, fits.size // 2)], None
         kept = [None if p.grad is None else p.grad.clone() for p in trained_parameters(vlm).values()] if vlm.device.type == "cuda" else None
         try:
-            prompts, answers = [p for *pair, _, _ in part for p in pair], [[said] for *_, said, _ in part for _ in range(2)]
-            logp = answer_logprobs(vlm, prompts, answers, settings.style, never_drawn(vlm), share=not args.checkpointing)
-            loss = (torch.tensor(np.concatenate([weights for *_, weights in part])).to(logp) * logp).sum()
+            prompts, said = [p for less, more, *_ in part for p in (less, more)], [[said] for _, _, said, _ in part for _ in range(2)]
+            less, more = answer_logprobs(vlm, prompts, said, settings.style, never_drawn(vlm), share=not args.checkpointing).view(-1, 2).T
+            loss = (torch.tensor([weight for *_, weight in part]).to(less) * (less - more)).sum()
             scaler.scale(loss).backward()
             total += loss.item()
         except torch.OutOfMemoryError as error:
