@@ -4,7 +4,7 @@ Does the reward keep a model from learning a shortcut? GRPO on made-up films whe
 Usage:
     python benchmarks/grpo_shortcut.py                     # three seeds; the README says how long
     python benchmarks/grpo_shortcut.py --agreement 0.5     # GRPO's mark says nothing: does it learn to see?
-    python benchmarks/grpo_shortcut.py --small --seeds 96  # the short form for tests
+    python benchmarks/grpo_shortcut.py --small --seeds 96 --arms answer default   # the short form for tests
 
 "Is there a pleural effusion?" on films with a severe effusion or none, half and half. A weak model is fine-tuned until the effusion and
 the mark begin to mean something to it, equally much. GRPO then trains it on films where the mark is there exactly when the effusion is:
@@ -75,7 +75,7 @@ MARKS = {"mark says it": 1.0, "no mark": None, "mark turned round": 0.0}  # agre
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(%(default)s)")
-    parser.add_argument("--arms", nargs="+", default=["answer", "default"], choices=ARMS, help="(%(default)s)")
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS, help="(%(default)s)")
     parser.add_argument("--agreement", type=fraction, default=1.0, help="share of GRPO's films whose mark says what is true (%(default)s)")
     parser.add_argument("--films", type=positive_int, default=2000, help="training films (%(default)s)")
     parser.add_argument("--test-films", type=positive_int, default=600, help="(%(default)s)")
