@@ -16,12 +16,13 @@ def two_threads():
 
 @pytest.mark.slow
 def test_the_default_reward_looks_where_the_answer_alone_takes_the_shortcut(tmp_path, two_threads):
-    found = grpo_shortcut.main(["--small", "--seeds", "96", "--out-dir", str(tmp_path)])[96]
+    found = grpo_shortcut.main(["--small", "--seeds", "96", "--arms", "answer", "default", "--out-dir", str(tmp_path)])[96]
     answer, default = found["answer"], found["default"]
     assert answer["mark says it"]["value"] > 0.85 and answer["mark turned round"]["value"] < 0.4  # it follows the mark
     assert answer["flips"]["difference"]["low"] <= 0  # and no answer depends on the region
     assert default["flips"]["difference"]["low"] > 0
     assert default["mark turned round"]["value"] > answer["mark turned round"]["value"] + 0.2
+    assert default["no mark"]["value"] > answer["no mark"]["value"] + 0.1
     assert (tmp_path / "shortcut.png").stat().st_size > 10_000
 
 
