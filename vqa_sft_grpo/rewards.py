@@ -546,9 +546,9 @@ def slope(terms, settings):
     v = terms["counterfactual"]
     if v is None or v >= (0 if terms["d_roi"] is None else 1) or terms["accuracy"] <= RIGHT:
         return 0.0
-    _, a, _, c = (w / default for w, default in zip(settings.weights, DEFAULT_WEIGHTS, strict=True))
     if settings.composition == "additive":
         return settings.weights[TERMS.index("counterfactual")]
+    _, a, _, c = (w / default for w, default in zip(settings.weights, DEFAULT_WEIGHTS, strict=True))
     answer = a * terms["answer"] if v >= 0 else 1.0
     return terms["gate"] * 0.3 * c * answer if v < 0 or answer * (1 + 0.3 * c * v) < MOST * max(1.0, a) else 0.0
 
