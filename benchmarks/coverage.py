@@ -10,6 +10,7 @@ questions about one image do) whose chances vary from group to group with an int
 name: the groups are ignored, for contrast. An interval that could not be given, or has no end on one side, counts as a miss.
 Prints two markdown tables with Monte Carlo standard errors and writes --out-dir/coverage.json.
 """
+
 import argparse
 import sys
 import time
@@ -119,7 +120,9 @@ def paired_difference(rng, num_groups):
     return Case(groups, [a * 1.0 - b, np.ones(len(groups))], ratio, 0.04)
 
 
-EDGES = np.linspace(-1.5, 2.5, 9)  # scores in ten steps, so that the AUC is a function of sums too: counts per step and class
+EDGES = np.linspace(
+    -1.5, 2.5, 9
+)  # scores in ten steps, so that the AUC is a function of sums too: counts per step and class
 
 
 def auc_of_counts(*counts):
@@ -141,7 +144,9 @@ def auc(rng, groups, group_label):
     num_groups = len(group_label)
     label = group_label[groups]
     within = len(groups) > num_groups  # groups of one row: independent cases
-    score = label + (np.sqrt(ICC) * rng.normal(size=num_groups)[groups] + np.sqrt(1 - ICC) * rng.normal(size=len(groups)))
+    score = label + (
+        np.sqrt(ICC) * rng.normal(size=num_groups)[groups] + np.sqrt(1 - ICC) * rng.normal(size=len(groups))
+    )
     step = np.digitize(score, EDGES)
     columns = [(step == s) & (label == y) for y in (1, 0) for s in range(10)]
     case = Case(groups, columns, auc_of_counts, true_auc())
@@ -172,8 +177,11 @@ SCENARIOS = {
 
 def all_intervals(case, num_samples, seed):
     """-> {name: (low, high)}"""
+
     def interval(groups, method):
-        result = bootstrap_interval(case.metric, *case.columns, groups=groups, num_samples=num_samples, seed=seed, method=method, of_sums=True)
+        result = bootstrap_interval(
+            case.metric, *case.columns, groups=groups, num_samples=num_samples, seed=seed, method=method, of_sums=True
+        )
         return result["low"], result["high"]
 
     result = dict(case.others)
@@ -191,12 +199,18 @@ def measure_coverage(draw, num_groups, repetitions, num_samples, seed):
         effective.append(effective_clusters(case.groups)["effective_groups"])
         for name, (low, high) in all_intervals(case, num_samples, int(rng.integers(2**31))).items():
             defined = low is not None and high is not None
-            rows.setdefault(name, []).append((defined and low <= case.truth <= high, defined, high - low if defined else np.nan))
+            rows.setdefault(name, []).append(
+                (defined and low <= case.truth <= high, defined, high - low if defined else np.nan)
+            )
     result = {}
     for name, values in rows.items():
         covered, defined, width = np.array(values, dtype=float).T
-        result[name] = dict(coverage=covered.mean(), se=standard_error(covered.mean(), repetitions), undefined=1 - defined.mean(),
-                            median_width=np.median(width[defined == 1]) if defined.any() else None)
+        result[name] = dict(
+            coverage=covered.mean(),
+            se=standard_error(covered.mean(), repetitions),
+            undefined=1 - defined.mean(),
+            median_width=np.median(width[defined == 1]) if defined.any() else None,
+        )
     return result, float(np.mean(effective))
 
 
@@ -210,7 +224,10 @@ def measure_tests(num_groups, repetitions, seed):
         rejected["sign_flip_test, by group"] += sign_flip_test(difference, groups, 999, repetition)["p"] < 0.05
         rejected["sign_flip_test, rows"] += sign_flip_test(difference, None, 999, repetition)["p"] < 0.05
         rejected["mcnemar_exact, rows"] += mcnemar_exact(a, b)["p"] < 0.05
-    return {name: dict(rejected=count / repetitions, se=standard_error(count / repetitions, repetitions)) for name, count in rejected.items()}
+    return {
+        name: dict(rejected=count / repetitions, se=standard_error(count / repetitions, repetitions))
+        for name, count in rejected.items()
+    }
 
 
 def standard_error(share, n):
@@ -231,9 +248,23 @@ def verdict(cells, repetitions):
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repetitions", type=positive_int, default=1000, help="data sets per cell; the standard error at 95 %% is 0.7 points with 1000, 1.3 with 300 (%(default)s)")
-    parser.add_argument("--clusters", type=positive_int, nargs="+", default=[5, 10, 30, 100, 200], metavar="G", help="numbers of groups (%(default)s)")
-    parser.add_argument("--num-samples", type=positive_int, default=1000, help="bootstrap resamples per interval (%(default)s)")
+    parser.add_argument(
+        "--repetitions",
+        type=positive_int,
+        default=1000,
+        help="data sets per cell; the standard error at 95 %% is 0.7 points with 1000, 1.3 with 300 (%(default)s)",
+    )
+    parser.add_argument(
+        "--clusters",
+        type=positive_int,
+        nargs="+",
+        default=[5, 10, 30, 100, 200],
+        metavar="G",
+        help="numbers of groups (%(default)s)",
+    )
+    parser.add_argument(
+        "--num-samples", type=positive_int, default=1000, help="bootstrap resamples per interval (%(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out-dir", type=Path, default=Path("outputs/benchmarks"))
     args = parser.parse_args(argv)
@@ -260,25 +291,43 @@ def main(argv=None):
         for g in args.clusters:
             for name, cell in measure_tests(g, args.repetitions, args.seed).items():
                 tests.setdefault(name, {})[g] = cell
-    verdicts = {s: {name: verdict(cells, args.repetitions) for name, cells in rows.items()} for s, rows in coverage.items()}
+    verdicts = {
+        s: {name: verdict(cells, args.repetitions) for name, cells in rows.items()} for s, rows in coverage.items()
+    }
 
     columns = " | ".join(f"G = {g}" for g in args.clusters)
     rule = "|---" * (len(args.clusters) + 1) + "|"
-    print(f"\nCoverage in % (± Monte Carlo standard error) of intervals of nominal 95 %, {args.repetitions} repetitions; in brackets: % of the\n"
-          f"repetitions without an interval, when above 0.5. {args.clusters} groups of 1 to 11 rows count like "
-          f"{', '.join(f'{effective[g]:.1f}' for g in args.clusters)} of equal size.\n")
+    print(
+        f"\nCoverage in % (± Monte Carlo standard error) of intervals of nominal 95 %, {args.repetitions} repetitions; in brackets: % of the\n"
+        f"repetitions without an interval, when above 0.5. {args.clusters} groups of 1 to 11 rows count like "
+        f"{', '.join(f'{effective[g]:.1f}' for g in args.clusters)} of equal size.\n"
+    )
     print(f"| data | interval | {columns} | within 93-97 % (± 2 standard errors)? |\n{rule}---|---|")
     for scenario, rows in coverage.items():
         for name, cells in rows.items():
-            texts = [percent(c["coverage"], c["se"]) + (f" [{100 * c['undefined']:.0f}]" if c["undefined"] > 0.005 else "") for c in cells.values()]
+            texts = [
+                percent(c["coverage"], c["se"]) + (f" [{100 * c['undefined']:.0f}]" if c["undefined"] > 0.005 else "")
+                for c in cells.values()
+            ]
             print(f"| {scenario} | {name} | {' | '.join(texts)} | {verdicts[scenario][name]} |")
-    print(f"\nRejections in % at p < 0.05 between two equally good models on clustered rows (a valid test has at most 5)\n\n| test | {columns} |\n{rule}")
+    print(
+        f"\nRejections in % at p < 0.05 between two equally good models on clustered rows (a valid test has at most 5)\n\n| test | {columns} |\n{rule}"
+    )
     for name, cells in tests.items():
         print(f"| {name} | {' | '.join(percent(c['rejected'], c['se']) for c in cells.values())} |")
-    write_json(args.out_dir / "coverage.json", {
-        "nominal": 0.95, "icc": ICC, "coverage": coverage, "verdicts": verdicts, "rejection_rates": tests, "effective_groups": effective,
-        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}, **run_facts(started, "cpu"),
-    })  # fmt: skip
+    write_json(
+        args.out_dir / "coverage.json",
+        {
+            "nominal": 0.95,
+            "icc": ICC,
+            "coverage": coverage,
+            "verdicts": verdicts,
+            "rejection_rates": tests,
+            "effective_groups": effective,
+            "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+            **run_facts(started, "cpu"),
+        },
+    )
     print(f"\n{time.time() - started:.0f} s; written to {args.out_dir / 'coverage.json'}")
 
 

@@ -18,6 +18,7 @@ rollout has --tokens tokens. The reward is the same function of the tokens for a
 round, taking turns. Seconds per step: median over the steps after the first ones and the rounds. Memory: growth of the process's
 peak over what it held with model and libraries loaded. Prints a table and writes --out-dir/metrics.json.
 """
+
 import argparse
 import json
 import statistics
@@ -53,7 +54,9 @@ def parse_args(argv=None):
     parser.add_argument("--prompts", type=positive_int, default=4, help="questions per step (%(default)s)")
     parser.add_argument("--num-generations", type=positive_int, default=8, help="answers to each (%(default)s)")
     parser.add_argument("--tokens", type=positive_int, default=64, help="length of an answer (%(default)s)")
-    parser.add_argument("--image-size", type=positive_int, default=224, help="pixels; 28 x 28 are a token (%(default)s)")
+    parser.add_argument(
+        "--image-size", type=positive_int, default=224, help="pixels; 28 x 28 are a token (%(default)s)"
+    )
     parser.add_argument("--steps", type=positive_int, default=6, help="steps that are timed (%(default)s)")
     parser.add_argument("--skip", type=positive_int, default=2, help="steps before the clock starts (%(default)s)")
     parser.add_argument("--rounds", type=positive_int, default=3, help="turns of each row (%(default)s)")
@@ -63,7 +66,16 @@ def parse_args(argv=None):
     parser.add_argument("--one", choices=ROWS, help=argparse.SUPPRESS)  # the process of one row
     args = parser.parse_args(argv)
     if args.small:
-        args.vocab, args.prompts, args.num_generations, args.tokens, args.image_size, args.steps, args.skip, args.rounds = 2048, 2, 2, 6, 56, 2, 1, 1
+        (
+            args.vocab,
+            args.prompts,
+            args.num_generations,
+            args.tokens,
+            args.image_size,
+            args.steps,
+            args.skip,
+            args.rounds,
+        ) = 2048, 2, 2, 6, 56, 2, 1, 1
     return args
 
 
@@ -83,23 +95,54 @@ def reward_of(ids):
 
 # ---------------------------------------------------------------------------------------------------------------- rows
 
+
 def train_ours(args, rows, clock, shared_prompts, with_v):
-    settings = train_grpo.parse_args([
-        "--sft-ckpt", str(args.out_dir / "model"), "--num-generations", str(args.num_generations), "--batch-size", str(args.prompts), "--max-new-tokens", str(args.tokens), "--loss", "dapo",
-        "--scale-rewards", "group", "--beta", "0.02", "--lr", str(LR), "--dtype", "float32", "--device", "cpu",
-    ])  # fmt: skip
+    settings = train_grpo.parse_args(
+        [
+            "--sft-ckpt",
+            str(args.out_dir / "model"),
+            "--num-generations",
+            str(args.num_generations),
+            "--batch-size",
+            str(args.prompts),
+            "--max-new-tokens",
+            str(args.tokens),
+            "--loss",
+            "dapo",
+            "--scale-rewards",
+            "group",
+            "--beta",
+            "0.02",
+            "--lr",
+            str(LR),
+            "--dtype",
+            "float32",
+            "--device",
+            "cpu",
+        ]
+    )
     vlm = train_grpo.load_policy(settings, torch.device("cpu"))
-    settings.checkpointing = not shared_prompts  # the log-probability pass shares prompts unless activations are recomputed
+    settings.checkpointing = (
+        not shared_prompts
+    )  # the log-probability pass shares prompts unless activations are recomputed
     trained = list(train_grpo.trained_parameters(vlm).values())
-    optimizer, scaler, fits = torch.optim.AdamW(trained, lr=LR), torch.amp.GradScaler("cpu", enabled=False), Fits(args.prompts * args.num_generations)
+    optimizer, scaler, fits = (
+        torch.optim.AdamW(trained, lr=LR),
+        torch.amp.GradScaler("cpu", enabled=False),
+        Fits(args.prompts * args.num_generations),
+    )
     reward = RewardSettings(weights=(0.2, 0.4, 0.2, 0.2 if with_v else 0.0), max_tokens=args.tokens)
-    if with_v:  # random text has no answer in it: here every rollout counts as if it were one, the same for all of a question
+    if (
+        with_v
+    ):  # random text has no answer in it: here every rollout counts as if it were one, the same for all of a question
         train_grpo.answer_to_score = lambda text, settings: "yes"
     train_grpo.sample = lambda vlm, prompts, *rest: sample(vlm, prompts, *rest[:-1], stop_ids=[])
     clock.held, clock.ready = reset_peak(), time.perf_counter()
     for step in range(args.skip + args.steps):
         some = [rows[(step * args.prompts + i) % len(rows)] for i in range(args.prompts)]
-        batch = train_grpo.roll_out(vlm, some, list(range(args.prompts)), settings, reward, None, fits, torch.Generator().manual_seed(step))
+        batch = train_grpo.roll_out(
+            vlm, some, list(range(args.prompts)), settings, reward, None, fits, torch.Generator().manual_seed(step)
+        )
         ids = [ids for group in batch.groups for ids in group]
         advantages = group_advantages([reward_of(i) for i in ids], args.num_generations, "group")[0].float()
         with train_grpo.as_reference(vlm):
@@ -133,18 +176,48 @@ def train_trl(args, rows, clock, checkpointing):
 
     count = args.prompts * args.num_generations
     config = GRPOConfig(
-        output_dir=str(args.out_dir / "trl"), use_cpu=True, bf16=False, report_to=[], save_strategy="no", disable_tqdm=True, logging_strategy="no", max_steps=args.skip + args.steps,
-        learning_rate=LR, lr_scheduler_type="constant", per_device_train_batch_size=count, gradient_accumulation_steps=1, num_generations=args.num_generations, num_iterations=1,
-        max_completion_length=args.tokens, temperature=1.0, beta=0.02, loss_type="dapo", gradient_checkpointing=checkpointing, dataloader_pin_memory=False, weight_decay=0.0,
-    )  # fmt: skip
+        output_dir=str(args.out_dir / "trl"),
+        use_cpu=True,
+        bf16=False,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        logging_strategy="no",
+        max_steps=args.skip + args.steps,
+        learning_rate=LR,
+        lr_scheduler_type="constant",
+        per_device_train_batch_size=count,
+        gradient_accumulation_steps=1,
+        num_generations=args.num_generations,
+        num_iterations=1,
+        max_completion_length=args.tokens,
+        temperature=1.0,
+        beta=0.02,
+        loss_type="dapo",
+        gradient_checkpointing=checkpointing,
+        dataloader_pin_memory=False,
+        weight_decay=0.0,
+    )
     model = AutoModelForImageTextToText.from_pretrained(args.out_dir / "model")
     model.generation_config.eos_token_id = None  # nothing ends a rollout but its length, as in ours
     processor = AutoProcessor.from_pretrained(args.out_dir / "model")
-    data = datasets.Dataset.from_dict({"prompt": [[{"role": "user", "content": build_prompt(r["question"])}] for r in rows], "image": [Image.open(r["image"]).convert("RGB") for r in rows]})
+    data = datasets.Dataset.from_dict(
+        {
+            "prompt": [[{"role": "user", "content": build_prompt(r["question"])}] for r in rows],
+            "image": [Image.open(r["image"]).convert("RGB") for r in rows],
+        }
+    )
     trainer = GRPOTrainer(
-        model=model, processing_class=processor, args=config, reward_funcs=reward, train_dataset=data.cast_column("image", datasets.Image()),
-        peft_config=LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules=LORA_LAYERS, task_type="CAUSAL_LM"), callbacks=[Tick()],
-    )  # fmt: skip
+        model=model,
+        processing_class=processor,
+        args=config,
+        reward_funcs=reward,
+        train_dataset=data.cast_column("image", datasets.Image()),
+        peft_config=LoraConfig(
+            r=16, lora_alpha=32, lora_dropout=0.0, target_modules=LORA_LAYERS, task_type="CAUSAL_LM"
+        ),
+        callbacks=[Tick()],
+    )
     trainer.generation_config.eos_token_id = None
     trainer.train()
     return statistics.mean(lengths)
@@ -163,7 +236,15 @@ def run_one(args):
     else:
         length = train_ours(args, rows, clock, "nothing shared" not in args.one, "with V" in args.one)
     ends = clock.ends[args.skip - 1 :]
-    print(json.dumps({"seconds_per_step": statistics.median(b - a for a, b in zip(ends, ends[1:], strict=False)), "peak_growth_mib": memory("VmHWM") - clock.held, "tokens_per_rollout": length}))
+    print(
+        json.dumps(
+            {
+                "seconds_per_step": statistics.median(b - a for a, b in zip(ends, ends[1:], strict=False)),
+                "peak_growth_mib": memory("VmHWM") - clock.held,
+                "tokens_per_rollout": length,
+            }
+        )
+    )
 
 
 @script
@@ -172,27 +253,62 @@ def main(argv=None):
     if args.one:
         return run_one(args)
     started = time.time()
-    rows, _ = make_rows("phantom", "train", image_dir=args.out_dir / "phantom_images", studies=30, image_size=args.image_size)
-    write_rows(args.out_dir / "rows.json", [r for r in rows if r["region"] and r["answer"] == "yes"] if "ours, with V" in args.rows else rows)
+    rows, _ = make_rows(
+        "phantom", "train", image_dir=args.out_dir / "phantom_images", studies=30, image_size=args.image_size
+    )
+    write_rows(
+        args.out_dir / "rows.json",
+        [r for r in rows if r["region"] and r["answer"] == "yes"] if "ours, with V" in args.rows else rows,
+    )
     build_model(args)
     found = {name: [] for name in args.rows}
-    same = [f"--{key}={getattr(args, key.replace('-', '_'))}" for key in ("vocab", "prompts", "num-generations", "tokens", "steps", "skip", "out-dir")]
+    same = [
+        f"--{key}={getattr(args, key.replace('-', '_'))}"
+        for key in ("vocab", "prompts", "num-generations", "tokens", "steps", "skip", "out-dir")
+    ]
     for _ in range(args.rounds):
         for name in args.rows:
             done = subprocess.run([sys.executable, __file__, "--one", name, *same], capture_output=True, text=True)
             if done.returncode:
-                raise InputError(f"the row '{name}' ended with: {(done.stderr.strip().splitlines() or ['nothing'])[-1]}")
+                raise InputError(
+                    f"the row '{name}' ended with: {(done.stderr.strip().splitlines() or ['nothing'])[-1]}"
+                )
             found[name].append(json.loads(done.stdout.strip().splitlines()[-1]))
-    table = {name: {key: statistics.median(r[key] for r in rounds) for key in rounds[0]} for name, rounds in found.items()}
+    table = {
+        name: {key: statistics.median(r[key] for r in rounds) for key in rounds[0]} for name, rounds in found.items()
+    }
     print("| row | seconds per step | peak growth MiB | tokens per rollout |\n|---|---|---|---|")
     for name, row in table.items():
-        print(f"| {name} | {row['seconds_per_step']:.2f} | {row['peak_growth_mib']:.0f} | {row['tokens_per_rollout']:.0f} |")
+        print(
+            f"| {name} | {row['seconds_per_step']:.2f} | {row['peak_growth_mib']:.0f} | {row['tokens_per_rollout']:.0f} |"
+        )
     ratios = {}
-    for a, b in (("trl", "ours"), ("trl, checkpointing", "ours"), ("trl", "ours, nothing shared"), ("trl", "ours, with V")):
+    for a, b in (
+        ("trl", "ours"),
+        ("trl, checkpointing", "ours"),
+        ("trl", "ours, nothing shared"),
+        ("trl", "ours, with V"),
+    ):
         if a in table and b in table:
-            ratios[f"{a} / {b}"] = {"time": table[a]["seconds_per_step"] / table[b]["seconds_per_step"], "memory": table[b]["peak_growth_mib"] / table[a]["peak_growth_mib"]}
-            print(f"{b} against {a}: {ratios[f'{a} / {b}']['time']:.2f} x as fast, {ratios[f'{a} / {b}']['memory']:.2f} x the memory growth")
-    write_json(args.out_dir / "metrics.json", {"rows": table, "rounds": found, "ratios": ratios, "dataset": "phantom", "model": "tiny:qwen2vl", "settings": vars(args) | {"out_dir": str(args.out_dir)}, **run_facts(started, "cpu")})
+            ratios[f"{a} / {b}"] = {
+                "time": table[a]["seconds_per_step"] / table[b]["seconds_per_step"],
+                "memory": table[b]["peak_growth_mib"] / table[a]["peak_growth_mib"],
+            }
+            print(
+                f"{b} against {a}: {ratios[f'{a} / {b}']['time']:.2f} x as fast, {ratios[f'{a} / {b}']['memory']:.2f} x the memory growth"
+            )
+    write_json(
+        args.out_dir / "metrics.json",
+        {
+            "rows": table,
+            "rounds": found,
+            "ratios": ratios,
+            "dataset": "phantom",
+            "model": "tiny:qwen2vl",
+            "settings": vars(args) | {"out_dir": str(args.out_dir)},
+            **run_facts(started, "cpu"),
+        },
+    )
     print(f"results in {args.out_dir}")
     return table
 

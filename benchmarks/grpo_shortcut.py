@@ -19,6 +19,7 @@ Beside the greedy accuracy without mark stands the sampled one, the mean probabi
 weak start that leans by a hair to the right side is right on many films when greedy, and on half of them when sampled.
 Intervals draw patients. Writes metrics.json and shortcut.png to --out-dir.
 """
+
 import argparse
 import json
 import random
@@ -35,9 +36,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from shared.data.phantom import PhantomSettings
 from shared.metrics.statistics import bootstrap_interval
 from shared.models.loading import load_vlm
+from shared.phantom import PhantomSettings
 from shared.runtime import (
     InputError,
     atomic_file,
@@ -50,7 +51,7 @@ from shared.runtime import (
     write_json,
 )
 from vqa_sft_grpo import train_grpo, train_sft
-from vqa_sft_grpo.data import ImageStore, make_examples, read_pixels
+from vqa_sft_grpo.examples import ImageStore, make_examples, read_pixels
 from vqa_sft_grpo.prepare_data import make_rows, write_rows
 from vqa_sft_grpo.prompting import parse_response
 from vqa_sft_grpo.rewards import plan_edits
@@ -66,9 +67,20 @@ ARMS = {
     "default": [],
     "no gradient": ["--cf-gradient", "0"],
 }
-MARK = (46, 26, 66, 46)  # x0, y0, x1, y1 in pixels, of 112: a black square between the lungs of a marked film; effusions lie lower
-HINTS = 0.5, 1.0  # share of fine-tuning's films whose mark says what is true: while the mark means more to the model than the effusion, or less
-WRITING, SEEING = 50, 0.05  # its steps on shuffled answers; nats by which effusion and mark move the log-odds of yes when it stops
+MARK = (
+    46,
+    26,
+    66,
+    46,
+)  # x0, y0, x1, y1 in pixels, of 112: a black square between the lungs of a marked film; effusions lie lower
+HINTS = (
+    0.5,
+    1.0,
+)  # share of fine-tuning's films whose mark says what is true: while the mark means more to the model than the effusion, or less
+WRITING, SEEING = (
+    50,
+    0.05,
+)  # its steps on shuffled answers; nats by which effusion and mark move the log-odds of yes when it stops
 MARKS = {"mark says it": 1.0, "no mark": None, "mark turned round": 0.0}  # agreement of the mark with the effusion
 
 
@@ -76,11 +88,20 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(%(default)s)")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS, help="(%(default)s)")
-    parser.add_argument("--agreement", type=fraction, default=1.0, help="share of GRPO's films whose mark says what is true (%(default)s)")
+    parser.add_argument(
+        "--agreement",
+        type=fraction,
+        default=1.0,
+        help="share of GRPO's films whose mark says what is true (%(default)s)",
+    )
     parser.add_argument("--films", type=positive_int, default=2000, help="training films (%(default)s)")
     parser.add_argument("--test-films", type=positive_int, default=600, help="(%(default)s)")
-    parser.add_argument("--sft-batch-size", type=positive_int, default=32, help="films per step of fine-tuning (%(default)s)")
-    parser.add_argument("--steps", type=positive_int, default=300, help="of GRPO, 16 films x 8 answers each (%(default)s)")
+    parser.add_argument(
+        "--sft-batch-size", type=positive_int, default=32, help="films per step of fine-tuning (%(default)s)"
+    )
+    parser.add_argument(
+        "--steps", type=positive_int, default=300, help="of GRPO, 16 films x 8 answers each (%(default)s)"
+    )
     parser.add_argument("--lr", type=float, default=5e-4, help="of GRPO (%(default)s)")
     parser.add_argument("--small", action="store_true", help="fewer films and steps, smaller batches")
     parser.add_argument("--out-dir", type=Path, default=Path("outputs/benchmarks/grpo_shortcut"))
@@ -92,11 +113,14 @@ def parse_args(argv=None):
 
 # ---------------------------------------------------------------------------------------------------------------- films
 
+
 def film_rows(split, films, seed, folder):
     """One question about the effusion per film, answered with the answer alone -> rows of prepare_data.py."""
     settings = PhantomSettings(prevalence={CONDITION: 0.75}, together={}, severities=(0, 0, 1))
     rows, _ = make_rows("phantom", split, seed=seed, image_dir=folder / "films", studies=films, settings=settings)
-    asked = {r["image"]: r for r in reversed(rows) if r["content_type"] == "presence" and "effusion" in r["question"].lower()}
+    asked = {
+        r["image"]: r for r in reversed(rows) if r["content_type"] == "presence" and "effusion" in r["question"].lower()
+    }
     return [r | {"output": json.dumps({"answer": r["answer"]})} for r in asked.values()]
 
 
@@ -122,6 +146,7 @@ def marked(rows, agreement, seed, folder):
 
 # ----------------------------------------------------------------------------------------------------------- weak model
 
+
 def fine_tune_weakly(args, folder, seed):
     """
     A model that writes well and to which effusion and mark mean little, and about equally much -> (its folder, {effusion, mark}: by how many
@@ -137,13 +162,31 @@ def fine_tune_weakly(args, folder, seed):
     shuffled = [r["output"] for r in train_rows]
     random.Random(seed).shuffle(shuffled)
     hinted.append([r | {"output": output} for r, output in zip(hinted[0], shuffled, strict=True)])
-    settings = train_sft.parse_args(["--model", "tiny", "--styles", "json", "--batch-size", str(args.sft_batch_size), "--per-image", "1", "--steps", "600", "--seed", str(seed)])
+    settings = train_sft.parse_args(
+        [
+            "--model",
+            "tiny",
+            "--styles",
+            "json",
+            "--batch-size",
+            str(args.sft_batch_size),
+            "--per-image",
+            "1",
+            "--steps",
+            "600",
+            "--seed",
+            str(seed),
+        ]
+    )
     settings.checkpointing = False
     seed_everything(seed)
     vlm = load_vlm("tiny:qwen2vl")
     store = ImageStore(vlm.processor, [r["image"] for some in hinted for r in some])
     examples = make_examples(vlm, sum(hinted, []), store, ("json",))
-    chance, tells, scrambled = (train_sft.BatchOrder(examples[k : k + len(train_rows)], settings) for k in range(0, len(examples), len(train_rows)))
+    chance, tells, scrambled = (
+        train_sft.BatchOrder(examples[k : k + len(train_rows)], settings)
+        for k in range(0, len(examples), len(train_rows))
+    )
     parameters = list(vlm.model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
@@ -159,12 +202,19 @@ def fine_tune_weakly(args, folder, seed):
         optimizer.zero_grad(set_to_none=True)
         if step >= WRITING and step % 4 == 3:
             vlm.model.eval()
-            effusion, mark = np.diff([float(log_odds(vlm, some).mean()) for some in (well, ill, ill_and_marked)]).tolist()
+            effusion, mark = np.diff(
+                [float(log_odds(vlm, some).mean()) for some in (well, ill, ill_and_marked)]
+            ).tolist()
             if min(effusion, mark) >= SEEING:
                 break
     else:
-        raise InputError(f"seed {seed}: after {settings.steps} steps of fine-tuning the effusion moves the log-odds by {effusion:.3f} nats and the mark by {mark:.3f}; more --films may help")
-    print(f"seed {seed}: fine-tuned for {step + 1} steps; the effusion moves the log-odds by {effusion:.2f} nats, the mark by {mark:.2f}", flush=True)
+        raise InputError(
+            f"seed {seed}: after {settings.steps} steps of fine-tuning the effusion moves the log-odds by {effusion:.3f} nats and the mark by {mark:.3f}; more --films may help"
+        )
+    print(
+        f"seed {seed}: fine-tuned for {step + 1} steps; the effusion moves the log-odds by {effusion:.2f} nats, the mark by {mark:.2f}",
+        flush=True,
+    )
     train_sft.save_model(vlm, folder / f"sft_{seed}", {"name": "phantom with marks"})
     return folder / f"sft_{seed}", {"effusion": effusion, "mark": mark}
 
@@ -175,13 +225,16 @@ def log_odds(vlm, rows):
     found = []
     for start in range(0, len(rows), 64):
         some = rows[start : start + 64]
-        prompts = make_prompts(vlm, [r["question"] for r in some], "json", [np.array(read_pixels(r["image"])) for r in some])
+        prompts = make_prompts(
+            vlm, [r["question"] for r in some], "json", [np.array(read_pixels(r["image"])) for r in some]
+        )
         yes, no = answer_logprobs(vlm, prompts, [["yes", "no"]] * len(some), "json", never_drawn(vlm)).view(-1, 2).T
         found.append((yes - no).numpy())
     return np.concatenate(found)
 
 
 # --------------------------------------------------------------------------------------------------------------- tests
+
 
 def answers_to(vlm, rows, regions=0, seed=0):
     """
@@ -190,7 +243,12 @@ def answers_to(vlm, rows, regions=0, seed=0):
     """
     images = [np.array(read_pixels(r["image"])) for r in rows]
     said = write_answers(vlm, [r["question"] for r in rows], images)
-    right = np.array([bool(score_answer(a, r["answer"], r["answer_type"], r["question"])["correct"]) for a, r in zip(said, rows, strict=True)])
+    right = np.array(
+        [
+            bool(score_answer(a, r["answer"], r["answer_type"], r["question"])["correct"])
+            for a, r in zip(said, rows, strict=True)
+        ]
+    )
     flips, groups = [], []
     if regions:
         for row, image, answer in zip(rows, images, said, strict=True):
@@ -226,7 +284,11 @@ def measure(vlm, films):
         right, flips, groups = answers_to(vlm, rows, regions=5 if name == "mark says it" else 0)
         numbers[name] = interval(right, [r["group"] for r in rows])
         if len(flips):
-            numbers["flips"] = {"region": float(flips[:, 0].mean()), "random": float(flips[:, 1].mean()), "difference": interval(flips[:, 0] - flips[:, 1], groups)}
+            numbers["flips"] = {
+                "region": float(flips[:, 0].mean()),
+                "random": float(flips[:, 1].mean()),
+                "difference": interval(flips[:, 0] - flips[:, 1], groups),
+            }
     rows = films["no mark"]
     towards = log_odds(vlm, rows) * [1 if r["answer"] == "yes" else -1 for r in rows]
     numbers["no mark, sampled"] = interval(1 / (1 + np.exp(-towards)), [r["group"] for r in rows])
@@ -235,6 +297,7 @@ def measure(vlm, films):
 
 # ---------------------------------------------------------------------------------------------------------------- main
 
+
 def draw(path, results):
     """Accuracy per kind of mark and flip difference: one dot per seed, a bar at their mean."""
     figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.6), layout="constrained", width_ratios=(3, 1))
@@ -242,13 +305,25 @@ def draw(path, results):
     for axis, columns in ((axes[0], list(MARKS)), (axes[1], ["flips"])):
         for a, arm in enumerate(arms):
             for c, column in enumerate(columns):
-                numbers = [r[arm][column]["difference"] if column == "flips" else r[arm][column] for r in results.values() if arm in r]
+                numbers = [
+                    r[arm][column]["difference"] if column == "flips" else r[arm][column]
+                    for r in results.values()
+                    if arm in r
+                ]
                 values = [n["value"] for n in numbers]
                 x = c + (a - (len(arms) - 1) / 2) * 0.8 / len(arms)
                 axis.bar(x, np.mean(values), 0.7 / len(arms), color=f"C{a}", alpha=0.45, label=arm if c == 0 else None)
                 for k, n in enumerate(numbers):
                     at = x + (k - (len(numbers) - 1) / 2) * 0.12 / len(arms)
-                    axis.errorbar(at, n["value"], [[n["value"] - n["low"]], [n["high"] - n["value"]]], fmt="o", ms=3, lw=1, color=f"C{a}")
+                    axis.errorbar(
+                        at,
+                        n["value"],
+                        [[n["value"] - n["low"]], [n["high"] - n["value"]]],
+                        fmt="o",
+                        ms=3,
+                        lw=1,
+                        color=f"C{a}",
+                    )
         axis.set_xticks(range(len(columns)), columns if columns != ["flips"] else ["region - random"])
         axis.grid(axis="y", alpha=0.3)
     axes[0].axhline(0.5, color="grey", lw=0.8)
@@ -270,18 +345,56 @@ def main(argv=None):
     for seed in args.seeds:
         test_rows = film_rows("test", args.test_films, 10 * seed + 2, folder)
         films = {name: marked(test_rows, agreement, 10 * seed + 2, folder) for name, agreement in MARKS.items()}
-        write_rows(folder / "grpo.json", marked(film_rows("train", args.films, 10 * seed + 1, folder), args.agreement, 10 * seed + 1, folder))
+        write_rows(
+            folder / "grpo.json",
+            marked(film_rows("train", args.films, 10 * seed + 1, folder), args.agreement, 10 * seed + 1, folder),
+        )
         weak, nats = fine_tune_weakly(args, folder, seed)
         results[seed] = {"before": measure(load_vlm(weak), films) | {"nats": nats}}
         for arm in args.arms:
             run = folder / f"{arm.replace(' ', '_')}_{seed}"
-            train_grpo.main([
-                "--sft-ckpt", str(weak), "--data-jsonl", str(folder / "grpo.json"), "--out-dir", str(run), "--overwrite", "--batch-size", "16", "--num-generations", "8", "--lora-rank", "32",
-                "--max-new-tokens", "16", "--steps", str(args.steps), "--eval-every", str(args.steps), "--lr", str(args.lr), "--seed", str(seed), "--device", "cpu", *ARMS[arm],
-            ])  # fmt: skip
+            train_grpo.main(
+                [
+                    "--sft-ckpt",
+                    str(weak),
+                    "--data-jsonl",
+                    str(folder / "grpo.json"),
+                    "--out-dir",
+                    str(run),
+                    "--overwrite",
+                    "--batch-size",
+                    "16",
+                    "--num-generations",
+                    "8",
+                    "--lora-rank",
+                    "32",
+                    "--max-new-tokens",
+                    "16",
+                    "--steps",
+                    str(args.steps),
+                    "--eval-every",
+                    str(args.steps),
+                    "--lr",
+                    str(args.lr),
+                    "--seed",
+                    str(seed),
+                    "--device",
+                    "cpu",
+                    *ARMS[arm],
+                ]
+            )
             results[seed][arm] = measure(last_policy(weak, run), films)
             show(seed, results[seed])
-            write_json(folder / "metrics.json", {"dataset": "phantom", "condition": CONDITION, "results": results, "settings": vars(args) | {"out_dir": str(folder)}, **run_facts(started, "cpu")})
+            write_json(
+                folder / "metrics.json",
+                {
+                    "dataset": "phantom",
+                    "condition": CONDITION,
+                    "results": results,
+                    "settings": vars(args) | {"out_dir": str(folder)},
+                    **run_facts(started, "cpu"),
+                },
+            )
             draw(folder / "shortcut.png", results)
     print(f"results in {folder} ({time.time() - started:.0f} s)")
     return results
@@ -289,7 +402,9 @@ def main(argv=None):
 
 def last_policy(weak, run):
     """The policy after the last step: the one that validation would choose looks best where the mark is."""
-    vlm = train_grpo.load_policy(train_grpo.parse_args(["--sft-ckpt", str(weak), "--lora-rank", "32"]), torch.device("cpu"))
+    vlm = train_grpo.load_policy(
+        train_grpo.parse_args(["--sft-ckpt", str(weak), "--lora-rank", "32"]), torch.device("cpu")
+    )
     state = load_checkpoint(run / "last.pt", ("weights",))
     with torch.no_grad():
         for name, p in train_grpo.trained_parameters(vlm).items():
@@ -300,11 +415,16 @@ def last_policy(weak, run):
 def show(seed, of_seed):
     columns = list(MARKS)
     columns.insert(columns.index("no mark") + 1, "no mark, sampled")
-    print(f"| seed {seed} | {' | '.join(columns)} | flips: region | random | difference |\n|{'---|' * (len(columns) + 4)}")
+    print(
+        f"| seed {seed} | {' | '.join(columns)} | flips: region | random | difference |\n|{'---|' * (len(columns) + 4)}"
+    )
     for arm, numbers in of_seed.items():
         shares, flips = [numbers[name] for name in columns] + [numbers["flips"]["difference"]], numbers["flips"]
         *shares, difference = [f"{n['value']:.1%} [{100 * n['low']:.1f}, {100 * n['high']:.1f}]" for n in shares]
-        print(f"| {arm} | {' | '.join(shares)} | {flips['region']:.1%} | {flips['random']:.1%} | {difference} |", flush=True)
+        print(
+            f"| {arm} | {' | '.join(shares)} | {flips['region']:.1%} | {flips['random']:.1%} | {difference} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

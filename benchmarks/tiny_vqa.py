@@ -12,6 +12,7 @@ place, and with the film of another patient. Only the first may leave 50 %. Expe
 
 An answer is read off as the larger of the logits of "yes" and "no" after the prompt. Writes --out-dir/metrics.json and history.jsonl.
 """
+
 import argparse
 import random
 import sys
@@ -25,10 +26,10 @@ import shared  # noqa: F401, isort: skip  # before transformers
 import numpy as np
 import torch
 
-from shared.data.phantom import phantom_study
 from shared.metrics.statistics import wilson_interval
 from shared.models.inputs import build_inputs
 from shared.models.loading import load_vlm
+from shared.phantom import phantom_study
 from shared.runtime import (
     pick_device,
     positive_float,
@@ -76,10 +77,27 @@ def parse_args(argv=None):
     parser.add_argument("--steps", type=positive_int, default=1200, help="optimiser steps (%(default)s)")
     parser.add_argument("--batch-size", type=positive_int, default=32, help="questions per step (%(default)s)")
     parser.add_argument("--lr", type=positive_float, default=1e-3, help="peak learning rate of AdamW (%(default)s)")
-    parser.add_argument("--studies", type=positive_int, default=12000, help="phantom studies to train on; drawing 1000 takes 6 s (%(default)s)")
-    parser.add_argument("--test-studies", type=positive_int, default=1000, help="phantom studies of other patients (%(default)s)")
-    parser.add_argument("--conditions", nargs="*", default=["Cardiomegaly", "Enlarged Cardiomediastinum", "Edema"], help="which conditions are asked about; none named: all. These three are what any network sees first (%(default)s)")
-    parser.add_argument("--eval-every", type=positive_int, default=100, help="steps between two looks at 300 training questions and 300 fresh ones (%(default)s)")
+    parser.add_argument(
+        "--studies",
+        type=positive_int,
+        default=12000,
+        help="phantom studies to train on; drawing 1000 takes 6 s (%(default)s)",
+    )
+    parser.add_argument(
+        "--test-studies", type=positive_int, default=1000, help="phantom studies of other patients (%(default)s)"
+    )
+    parser.add_argument(
+        "--conditions",
+        nargs="*",
+        default=["Cardiomegaly", "Enlarged Cardiomediastinum", "Edema"],
+        help="which conditions are asked about; none named: all. These three are what any network sees first (%(default)s)",
+    )
+    parser.add_argument(
+        "--eval-every",
+        type=positive_int,
+        default=100,
+        help="steps between two looks at 300 training questions and 300 fresh ones (%(default)s)",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out-dir", type=Path, default=Path("outputs/benchmarks/tiny_vqa"))
     return parser.parse_args(argv)
@@ -92,20 +110,28 @@ def main(argv=None):
     seed_everything(args.seed)
     device, _ = pick_device("cpu")
     films, cases = make_cases(0, args.studies, args.conditions)
-    watch_films, watch_cases = make_cases(TEST_START // 2, max(8, args.test_studies // 4), args.conditions)  # to follow the training
+    watch_films, watch_cases = make_cases(
+        TEST_START // 2, max(8, args.test_studies // 4), args.conditions
+    )  # to follow the training
     test_films, test_cases = make_cases(TEST_START, args.test_studies, args.conditions)
-    print(f"{len(films)} films with {len(cases)} questions to train on, {len(test_films)} with {len(test_cases)} to test; {time.time() - started:.0f} s")
+    print(
+        f"{len(films)} films with {len(cases)} questions to train on, {len(test_films)} with {len(test_cases)} to test; {time.time() - started:.0f} s"
+    )
 
     vlm = load_vlm(args.model, device=device)
     optimizer = torch.optim.AdamW(vlm.model.parameters(), lr=args.lr, weight_decay=0.01, betas=(0.9, 0.95))
     warmup = min(50, args.steps // 4 + 1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / warmup, 0.5 * (1 + np.cos(np.pi * step / args.steps))))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, 0.5 * (1 + np.cos(np.pi * step / args.steps)))
+    )
     draw = random.Random(args.seed)
     history, total, begin = [], 0.0, time.time()
     for step in range(1, args.steps + 1):
         vlm.model.train()
         some = draw.choices(cases, k=args.batch_size)
-        inputs = build_inputs(vlm, [q for _, q, _ in some], [films[f] for f, _, _ in some], answers=[a for _, _, a in some])
+        inputs = build_inputs(
+            vlm, [q for _, q, _ in some], [films[f] for f, _, _ in some], answers=[a for _, _, a in some]
+        )
         loss = vlm.model(**inputs.tensors, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vlm.model.parameters(), 1.0)
@@ -115,24 +141,54 @@ def main(argv=None):
         total += loss.item()
         if step % args.eval_every == 0 or step == args.steps:
             seen, watched = (accuracy(vlm, f, c[:300]) for f, c in ((films, cases), (watch_films, watch_cases)))
-            row = {"step": step, "loss": total / ((step - 1) % args.eval_every + 1), "train_accuracy": seen[0] / seen[1], "fresh_accuracy": watched[0] / watched[1]}
+            row = {
+                "step": step,
+                "loss": total / ((step - 1) % args.eval_every + 1),
+                "train_accuracy": seen[0] / seen[1],
+                "fresh_accuracy": watched[0] / watched[1],
+            }
             history.append(row | {"seconds": round(time.time() - begin, 1)})
             total = 0.0
-            print("  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in history[-1].items()), flush=True)
+            print(
+                "  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in history[-1].items()),
+                flush=True,
+            )
 
     grey = np.full_like(test_films, int(test_films.mean()))
     rows = {}
-    for name, shown in (("its own film", test_films), ("a grey picture", grey), ("another patient's film", np.roll(test_films, len(test_films) // 2, axis=0))):
+    for name, shown in (
+        ("its own film", test_films),
+        ("a grey picture", grey),
+        ("another patient's film", np.roll(test_films, len(test_films) // 2, axis=0)),
+    ):
         correct, n = accuracy(vlm, shown, test_cases)
         rows[name] = {"accuracy": correct / n, "ci": wilson_interval(correct, n), "n": n}
     yes = sum(a == "yes" for _, _, a in test_cases)
-    rows["always the more frequent answer"] = {"accuracy": max(yes, len(test_cases) - yes) / len(test_cases), "ci": None, "n": len(test_cases)}
+    rows["always the more frequent answer"] = {
+        "accuracy": max(yes, len(test_cases) - yes) / len(test_cases),
+        "ci": None,
+        "n": len(test_cases),
+    }
     print("\n| shown | accuracy | 95 % interval |\n|---|---|---|")
     for name, row in rows.items():
-        print(f"| {name} | {row['accuracy']:.3f} | " + (f"{row['ci'][0]:.3f} to {row['ci'][1]:.3f} |" if row["ci"] else "|"))
-    facts = {"dataset": "phantom", "split": "test (other patients)", "settings": vars(args) | {"out_dir": str(args.out_dir)}, "seed": args.seed}
+        print(
+            f"| {name} | {row['accuracy']:.3f} | "
+            + (f"{row['ci'][0]:.3f} to {row['ci'][1]:.3f} |" if row["ci"] else "|")
+        )
+    facts = {
+        "dataset": "phantom",
+        "split": "test (other patients)",
+        "settings": vars(args) | {"out_dir": str(args.out_dir)},
+        "seed": args.seed,
+    }
     write_jsonl(args.out_dir / "history.jsonl", history)
-    write_json(args.out_dir / "metrics.json", {"rows": rows, "seconds_per_step": (time.time() - begin) / args.steps} | facts | vlm.facts() | run_facts(started, device))
+    write_json(
+        args.out_dir / "metrics.json",
+        {"rows": rows, "seconds_per_step": (time.time() - begin) / args.steps}
+        | facts
+        | vlm.facts()
+        | run_facts(started, device),
+    )
     print(f"results in {args.out_dir}")
     return rows
 

@@ -19,6 +19,7 @@ examples/s: over the steps after the first ones, median of the rounds. Memory: g
 model, rows and libraries loaded (Linux resets its peak for that). "before": seconds from there to the first step.
 Prints a table and writes --out-dir/metrics.json.
 """
+
 import argparse
 import json
 import statistics
@@ -36,7 +37,7 @@ from PIL import Image
 
 from shared.models.loading import add_lora, load_vlm
 from shared.runtime import InputError, positive_int, run_facts, script, seed_everything, write_json
-from vqa_sft_grpo.data import ImageStore, make_examples
+from vqa_sft_grpo.examples import ImageStore, make_examples
 from vqa_sft_grpo.prepare_data import make_rows, read_rows, write_rows
 from vqa_sft_grpo.prompting import build_prompt, build_target
 from vqa_sft_grpo.train_sft import BatchOrder, backward
@@ -65,12 +66,15 @@ def parse_args(argv=None):
 
 # -------------------------------------------------------------------------------------------------------------- memory
 
+
 def reset_peak():
     """From here on the peak of this process counts anew (Linux). -> MiB it holds now."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError as error:
-        raise InputError("this benchmark needs Linux: it resets the process's peak memory through /proc/self/clear_refs") from error
+        raise InputError(
+            "this benchmark needs Linux: it resets the process's peak memory through /proc/self/clear_refs"
+        ) from error
     return memory("VmRSS")
 
 
@@ -81,6 +85,7 @@ def memory(name):
 
 
 # ---------------------------------------------------------------------------------------------------------------- rows
+
 
 class Clock:
     """Notes when each step ended."""
@@ -96,7 +101,22 @@ class Clock:
 
 
 def train_ours(args, rows, vlm, clock, lora, share, cache):
-    options = ["--model", "tiny", "--train", "lora" if lora else "full", "--batch-size", args.batch_size, "--steps", args.skip + args.steps, "--per-image", 4 if share else 1, "--styles", "json", "--lr", LR]
+    options = [
+        "--model",
+        "tiny",
+        "--train",
+        "lora" if lora else "full",
+        "--batch-size",
+        args.batch_size,
+        "--steps",
+        args.skip + args.steps,
+        "--per-image",
+        4 if share else 1,
+        "--styles",
+        "json",
+        "--lr",
+        LR,
+    ]
     sft = sft_args(options)
     sft.checkpointing = not share  # backward() shares beginnings of prompts unless activations are recomputed
     sft.micro_batch = args.batch_size
@@ -142,11 +162,34 @@ def train_trl(args, rows, vlm, clock, checkpointing):
         }
 
     config = SFTConfig(
-        output_dir=str(args.out_dir / "trl"), per_device_train_batch_size=args.batch_size, max_steps=args.skip + args.steps, learning_rate=LR, weight_decay=0.01, max_grad_norm=1.0,
-        gradient_checkpointing=checkpointing, completion_only_loss=True, max_length=None, optim="adamw_torch", lr_scheduler_type="constant", use_cpu=True, bf16=False, tf32=False,
-        save_strategy="no", report_to="none", logging_strategy="no", disable_tqdm=True, dataloader_drop_last=True, dataloader_pin_memory=False,
-    )  # fmt: skip
-    trainer = SFTTrainer(model=vlm.model, args=config, train_dataset=Dataset.from_list([row_of(r) for r in rows]), processing_class=vlm.processor, callbacks=[Tick()])
+        output_dir=str(args.out_dir / "trl"),
+        per_device_train_batch_size=args.batch_size,
+        max_steps=args.skip + args.steps,
+        learning_rate=LR,
+        weight_decay=0.01,
+        max_grad_norm=1.0,
+        gradient_checkpointing=checkpointing,
+        completion_only_loss=True,
+        max_length=None,
+        optim="adamw_torch",
+        lr_scheduler_type="constant",
+        use_cpu=True,
+        bf16=False,
+        tf32=False,
+        save_strategy="no",
+        report_to="none",
+        logging_strategy="no",
+        disable_tqdm=True,
+        dataloader_drop_last=True,
+        dataloader_pin_memory=False,
+    )
+    trainer = SFTTrainer(
+        model=vlm.model,
+        args=config,
+        train_dataset=Dataset.from_list([row_of(r) for r in rows]),
+        processing_class=vlm.processor,
+        callbacks=[Tick()],
+    )
     trainer.train()
     return args.steps * args.batch_size
 
@@ -165,8 +208,18 @@ def run_one(args):
     if args.one.startswith("trl"):
         count = train_trl(args, rows, vlm, clock, args.one != "trl")
     else:
-        count = train_ours(args, rows, vlm, clock, "LoRA" in args.one, "nothing shared" not in args.one, "cached" in args.one)
-    print(json.dumps({"examples_per_second": count / clock.seconds(), "peak_growth_mib": memory("VmHWM") - held, "before_seconds": clock.ready - clock.begin}))
+        count = train_ours(
+            args, rows, vlm, clock, "LoRA" in args.one, "nothing shared" not in args.one, "cached" in args.one
+        )
+    print(
+        json.dumps(
+            {
+                "examples_per_second": count / clock.seconds(),
+                "peak_growth_mib": memory("VmHWM") - held,
+                "before_seconds": clock.ready - clock.begin,
+            }
+        )
+    )
 
 
 @script
@@ -183,19 +236,43 @@ def main(argv=None):
         for name in args.rows:
             done = subprocess.run([sys.executable, __file__, "--one", name, *same], capture_output=True, text=True)
             if done.returncode:
-                raise InputError(f"the row '{name}' ended with: {(done.stderr.strip().splitlines() or ['nothing'])[-1]}")
+                raise InputError(
+                    f"the row '{name}' ended with: {(done.stderr.strip().splitlines() or ['nothing'])[-1]}"
+                )
             found[name].append(json.loads(done.stdout.strip().splitlines()[-1]))
-    table = {name: {key: statistics.median(r[key] for r in rounds) for key in rounds[0]} for name, rounds in found.items()}
+    table = {
+        name: {key: statistics.median(r[key] for r in rounds) for key in rounds[0]} for name, rounds in found.items()
+    }
     print("| row | examples/s | peak growth MiB | before, s |\n|---|---|---|---|")
     for name, row in table.items():
-        print(f"| {name} | {row['examples_per_second']:.1f} | {row['peak_growth_mib']:.0f} | {row['before_seconds']:.1f} |")
+        print(
+            f"| {name} | {row['examples_per_second']:.1f} | {row['peak_growth_mib']:.0f} | {row['before_seconds']:.1f} |"
+        )
     ratios = {}
-    for a, b in (("ours", "trl"), ("ours", "trl, checkpointing"), ("ours, nothing shared", "trl"), ("ours, LoRA, cached", "ours, LoRA")):
+    for a, b in (
+        ("ours", "trl"),
+        ("ours", "trl, checkpointing"),
+        ("ours, nothing shared", "trl"),
+        ("ours, LoRA, cached", "ours, LoRA"),
+    ):
         if a in table and b in table:
-            ratios[f"{a} / {b}"] = {"speed": table[a]["examples_per_second"] / table[b]["examples_per_second"], "memory": table[a]["peak_growth_mib"] / table[b]["peak_growth_mib"]}
-            print(f"{a} against {b}: {ratios[f'{a} / {b}']['speed']:.2f} x the speed, {ratios[f'{a} / {b}']['memory']:.2f} x the memory growth")
-    facts = {"dataset": "phantom", "rows_of_data": len([r for r in rows if r["split"] == "train"]), "model": "tiny:qwen2vl", "settings": vars(args) | {"out_dir": str(args.out_dir)}}
-    write_json(args.out_dir / "metrics.json", {"rows": table, "rounds": found, "ratios": ratios} | facts | run_facts(started, "cpu"))
+            ratios[f"{a} / {b}"] = {
+                "speed": table[a]["examples_per_second"] / table[b]["examples_per_second"],
+                "memory": table[a]["peak_growth_mib"] / table[b]["peak_growth_mib"],
+            }
+            print(
+                f"{a} against {b}: {ratios[f'{a} / {b}']['speed']:.2f} x the speed, {ratios[f'{a} / {b}']['memory']:.2f} x the memory growth"
+            )
+    facts = {
+        "dataset": "phantom",
+        "rows_of_data": len([r for r in rows if r["split"] == "train"]),
+        "model": "tiny:qwen2vl",
+        "settings": vars(args) | {"out_dir": str(args.out_dir)},
+    }
+    write_json(
+        args.out_dir / "metrics.json",
+        {"rows": table, "rounds": found, "ratios": ratios} | facts | run_facts(started, "cpu"),
+    )
     print(f"results in {args.out_dir}")
     return table
 

@@ -6,6 +6,7 @@ A torchvision wheel built for CUDA beside a CPU-only torch cannot load its C++ o
 are decoded with Pillow), so declaring their names is enough. A healthy torchvision must not meet the declaration first:
 try the import, and declare only when it failed for this very reason.
 """
+
 import os
 import sys
 
@@ -29,6 +30,7 @@ def make_torchvision_importable():
     global _library
     try:
         import torchvision  # noqa: F401
+
         return "ok" if _library is None else "declared"
     except ModuleNotFoundError as error:
         if error.name != "torchvision":
@@ -43,6 +45,7 @@ def make_torchvision_importable():
     for schema in OPERATORS:
         _library.define(schema)
     import torchvision  # noqa: F401
+
     return "declared"
 
 

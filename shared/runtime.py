@@ -12,6 +12,7 @@ A script reads:
         ...
         write_json(run_dir / "metrics.json", {...} | run_facts(started, device))
 """
+
 import argparse
 import contextlib
 import csv
@@ -142,21 +143,41 @@ def script_parser(doc, task, data=None):
     g = parser.add_argument_group("run")
     g.add_argument("--config", metavar="FILE", help="YAML or JSON file with the same names; flags given here win")
     g.add_argument("--seed", type=int, default=0, help="seed of every random choice (%(default)s)")
-    g.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to compute (%(default)s)")
+    g.add_argument(
+        "--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to compute (%(default)s)"
+    )
     g.add_argument("--out-dir", metavar="DIR", help=f"results folder (default: a new outputs/{task}/<script>/<number>)")
     g.add_argument("--overwrite", action="store_true", help="replace the run that --out-dir already holds")
-    g.add_argument("--dry-run", action="store_true", help="everything once on a few phantom images, on the CPU, in seconds")
+    g.add_argument(
+        "--dry-run", action="store_true", help="everything once on a few phantom images, on the CPU, in seconds"
+    )
     g.add_argument("--limit", type=positive_int, metavar="N", help="use only the first N cases of each split")
     if data is not None:
         g = parser.add_argument_group("data")
-        g.add_argument("--data", default="auto", metavar="NAME", help=f"data set; auto = {data} where it can be had, else the phantom (%(default)s)")
-        g.add_argument("--data-dir", metavar="DIR", default=os.environ.get("MEDVLM_DATA") or "data", help="folder with the data files; $MEDVLM_DATA, else data (%(default)s)")
+        g.add_argument(
+            "--data",
+            default="auto",
+            metavar="NAME",
+            help=f"data set; auto = {data} where it can be had, else the phantom (%(default)s)",
+        )
+        g.add_argument(
+            "--data-dir",
+            metavar="DIR",
+            default=os.environ.get("MEDVLM_DATA") or "data",
+            help="folder with the data files; $MEDVLM_DATA, else data (%(default)s)",
+        )
     return parser
 
 
 def add_resume(group):
     """--resume for scripts that train: a path, or alone together with --out-dir."""
-    group.add_argument("--resume", nargs="?", const=True, metavar="PATH", help="go on from a run folder or its last.pt; alone: from --out-dir")
+    group.add_argument(
+        "--resume",
+        nargs="?",
+        const=True,
+        metavar="PATH",
+        help="go on from a run folder or its last.pt; alone: from --out-dir",
+    )
 
 
 def positive_int(text):
@@ -193,6 +214,7 @@ def fraction(text):
 
 # ----------------------------------------------------------------------------------- seed, device, memory, several GPUs
 
+
 def seed_everything(seed):
     """Seed Python, NumPy and torch (all devices)."""
     random.seed(seed)
@@ -214,7 +236,11 @@ def pick_device(name="auto", dtype="auto"):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
         why = {"cuda": "a CUDA GPU is there", "mps": "an Apple GPU is there", "cpu": "no GPU is there"}[name]
-    device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()) if name == "cuda" else torch.device(name)
+    device = (
+        torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        if name == "cuda"
+        else torch.device(name)
+    )
     if device.type == "cuda":
         torch.cuda.set_device(device)
         why += f": {torch.cuda.get_device_name(device)}"
@@ -260,6 +286,7 @@ def is_main_process():
 
 # ------------------------------------------------------------------------------------------------------------ training
 
+
 def learning_rate(step, num_steps, warmup_steps, highest):
     """Of step 0 .. num_steps - 1: a linear warm-up to `highest`, then a cosine down to zero."""
     if step < warmup_steps:
@@ -269,7 +296,11 @@ def learning_rate(step, num_steps, warmup_steps, highest):
 
 def refuse_other_settings(now, then, path, may_differ=()):
     """To resume, the settings {name: value} given now must be those of the checkpoint at `path`, all but those named in `may_differ`."""
-    changed = [f"--{k.replace('_', '-')} {then.get(k)} (now {v})" for k, v in now.items() if k not in may_differ and then.get(k) != v]
+    changed = [
+        f"--{k.replace('_', '-')} {then.get(k)} (now {v})"
+        for k, v in now.items()
+        if k not in may_differ and then.get(k) != v
+    ]
     if changed:
         raise InputError(f"{path} was written with {', '.join(changed)}; give the same to resume, or start a new run")
 
@@ -322,6 +353,7 @@ class StopSignal:
 
 
 # ------------------------------------------------------------------------------------------------- checkpoints and JSON
+
 
 @contextlib.contextmanager
 def atomic_file(path, mode="wb"):
@@ -451,7 +483,9 @@ def open_run_dir(args, task, name):
             raise InputError("--resume PATH goes on in the folder of PATH; leave --out-dir out")
         run_dir = resume_dir(resume)
     if resume and not (run_dir / "settings.json").exists():
-        raise InputError(f"--resume: there is nothing to go on with in {run_dir}; leave --resume out to start a run there")
+        raise InputError(
+            f"--resume: there is nothing to go on with in {run_dir}; leave --resume out to start a run there"
+        )
     if not is_main_process():  # rank 0 creates the folder and tells the others
         return Path(broadcast_text(None))
     if run_dir is None:
@@ -459,11 +493,16 @@ def open_run_dir(args, task, name):
         clear_run(run_dir)
     elif (run_dir / "settings.json").exists() and not resume:
         if not args.overwrite:
-            raise InputError(f"{run_dir} already holds a run; go on with --resume, replace it with --overwrite, or name another --out-dir")
+            raise InputError(
+                f"{run_dir} already holds a run; go on with --resume, replace it with --overwrite, or name another --out-dir"
+            )
         clear_run(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     if not resume:
-        write_json(run_dir / "settings.json", {k: v for k, v in vars(args).items() if k != "config"} | {"command": " ".join(sys.argv)})
+        write_json(
+            run_dir / "settings.json",
+            {k: v for k, v in vars(args).items() if k != "config"} | {"command": " ".join(sys.argv)},
+        )
     print(f"results go to {run_dir}", flush=True)
     return Path(broadcast_text(str(run_dir)))
 
@@ -494,7 +533,9 @@ def resume_dir(path):
     if not path.exists():
         raise InputError(f"--resume: there is nothing at {path}")
     run_dir = path if path.is_dir() else path.parent
-    return run_dir.parent if run_dir.name.startswith("seed") and (run_dir.parent / "settings.json").exists() else run_dir
+    return (
+        run_dir.parent if run_dir.name.startswith("seed") and (run_dir.parent / "settings.json").exists() else run_dir
+    )
 
 
 def newest_run(task, name, holding):
@@ -509,7 +550,12 @@ def run_facts(started, device):
     return {
         "seconds": round(time.time() - started, 2),
         **peak_memory(device),
-        "hardware": {"device": str(device), "gpu": gpu, "cpu_threads": torch.get_num_threads(), "machine": platform.machine()},
+        "hardware": {
+            "device": str(device),
+            "gpu": gpu,
+            "cpu_threads": torch.get_num_threads(),
+            "machine": platform.machine(),
+        },
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__},
         "date": time.strftime("%Y-%m-%d"),
     }

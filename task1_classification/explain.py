@@ -8,6 +8,7 @@ Where did the network look? Grad-CAM (Selvaraju et al. 2017, arXiv:1610.02391) f
 A map has the size of its layer: 7x7 at 28 pixels means that every cell covers 4x4 pixels, whatever the enlarged picture
 suggests. A stock ResNet-18 ends in a 1x1 map at 28 pixels, where Grad-CAM is a constant.
 """
+
 import matplotlib
 import numpy as np
 import torch
@@ -27,7 +28,9 @@ class GradCAM:
         if layer == "auto":
             layer = deepest_layer(model, image_size, channels)
         if layer not in modules or layer == "":
-            raise InputError(f"the network has no layer '{layer}'; its stages are {', '.join(n for n, _ in model.named_children())}")
+            raise InputError(
+                f"the network has no layer '{layer}'; its stages are {', '.join(n for n, _ in model.named_children())}"
+            )
         self.name, self.module, self.hook, self.activation = layer, modules[layer], None, None
 
     def __enter__(self):
@@ -40,7 +43,9 @@ class GradCAM:
 
     def keep(self, module, inputs, output):
         self.activation = output
-        return output.clone() if isinstance(output, torch.Tensor) else None  # an in-place ReLU that follows changes the copy
+        return (
+            output.clone() if isinstance(output, torch.Tensor) else None
+        )  # an in-place ReLU that follows changes the copy
 
     def __call__(self, images, targets=None, normalised=True):
         """
@@ -56,7 +61,9 @@ class GradCAM:
                 raise InputError(f"layer '{self.name}' gives {tuple(self.activation.shape)}, not a map (N, C, h, w)")
             both = torch.cat([-logits, logits], dim=1) if logits.shape[1] == 1 else logits
             targets = both.argmax(1) if targets is None else torch.as_tensor(targets, device=logits.device)
-            score = both.gather(1, targets[:, None]).sum()  # images do not meet in eval mode, so one backward serves all
+            score = both.gather(
+                1, targets[:, None]
+            ).sum()  # images do not meet in eval mode, so one backward serves all
             (gradient,) = torch.autograd.grad(score, self.activation)
         weights = gradient.mean((2, 3), keepdim=True)  # (N, C, 1, 1)
         maps = (weights * self.activation.detach()).sum(1).relu()  # (N, h, w)
@@ -70,7 +77,9 @@ def deepest_layer(model, image_size, channels):
     """Name of the last of layer1..layer4 whose map at this image size is at least MIN_MAP cells wide."""
     sizes, hooks = {}, []
     for name in ("layer1", "layer2", "layer3", "layer4"):
-        hooks.append(getattr(model, name).register_forward_hook(lambda m, i, out, name=name: sizes.update({name: out.shape[-1]})))
+        hooks.append(
+            getattr(model, name).register_forward_hook(lambda m, i, out, name=name: sizes.update({name: out.shape[-1]}))
+        )
     try:
         weight = next(model.parameters())
         with torch.inference_mode():
@@ -89,7 +98,12 @@ def overlay(images, maps, strength=0.45, scale=1):
     size = (images.shape[2] * scale, images.shape[3] * scale)
     base = F.interpolate(images.float() / 255, size=size, mode="bicubic", align_corners=False).clamp(0, 1)
     base = base.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
-    heat = F.interpolate(maps[:, None].float(), size=size, mode="bilinear", align_corners=False)[:, 0].clamp(0, 1).cpu().numpy()
+    heat = (
+        F.interpolate(maps[:, None].float(), size=size, mode="bilinear", align_corners=False)[:, 0]
+        .clamp(0, 1)
+        .cpu()
+        .numpy()
+    )
     color = matplotlib.colormaps["inferno"](heat)[..., :3]
     share = strength * np.sqrt(heat)[..., None] + 0.0
     return ((base * (1 - share) + color * share) * 255).round().astype(np.uint8)

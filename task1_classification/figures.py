@@ -1,4 +1,5 @@
 """The pictures of train.py and evaluate.py: training curves, confusion matrix, ROC and precision-recall curves, calibration, and Grad-CAM of failures."""
+
 import matplotlib
 import numpy as np
 import torch
@@ -25,10 +26,19 @@ def draw_training(path, histories, title):
     for i, rows in enumerate(histories.values()):
         epochs = [r["epoch"] for r in rows]
         for axis, key, color, label in (
-            (left, "train_loss", "tab:blue", "training (changed images)"), (left, "val_loss", "tab:orange", "validation"),
-            (right, "val_auc", "tab:orange", "validation"), (right, "val_auc_shifted", "tab:green", "validation and its shifted copies"),
-        ):  # fmt: skip
-            axis.plot(epochs, [r[key] for r in rows], color=color, alpha=0.8, marker="." if len(rows) < 3 else None, label=label if i == 0 else None)
+            (left, "train_loss", "tab:blue", "training (changed images)"),
+            (left, "val_loss", "tab:orange", "validation"),
+            (right, "val_auc", "tab:orange", "validation"),
+            (right, "val_auc_shifted", "tab:green", "validation and its shifted copies"),
+        ):
+            axis.plot(
+                epochs,
+                [r[key] for r in rows],
+                color=color,
+                alpha=0.8,
+                marker="." if len(rows) < 3 else None,
+                label=label if i == 0 else None,
+            )
     left.set(xlabel="epoch", ylabel="loss", ylim=(0, None))
     right.set(xlabel="epoch", ylabel="AUC")
     for axis in (left, right):
@@ -46,7 +56,15 @@ def draw_confusion(path, matrix, names, title):
     axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
     for i in range(n):
         for j in range(n):
-            axis.text(j, i, f"{matrix[i, j]}\n{share[i, j]:.0%}" if n <= 4 else str(matrix[i, j]), ha="center", va="center", fontsize=10 if n <= 4 else 7, color="white" if share[i, j] > 0.6 else "black")
+            axis.text(
+                j,
+                i,
+                f"{matrix[i, j]}\n{share[i, j]:.0%}" if n <= 4 else str(matrix[i, j]),
+                ha="center",
+                va="center",
+                fontsize=10 if n <= 4 else 7,
+                color="white" if share[i, j] > 0.6 else "black",
+            )
     axis.set_xticks(range(n), names, rotation=0 if n <= 3 else 45, ha="center" if n <= 3 else "right")
     axis.set_yticks(range(n), names)
     axis.set(xlabel="called", ylabel="true")
@@ -71,8 +89,15 @@ def draw_curves(path, curves, prevalence, points, title):
     roc.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle=":", label="guessing")
     if prevalence is not None:
         pr.axhline(prevalence, color="grey", linewidth=0.8, linestyle=":", label="guessing")
-    roc.set(xlabel="1 - specificity", ylabel="recall (sensitivity)", xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
-    pr.set(xlabel="recall (sensitivity)", ylabel="precision", xlim=(-0.01, 1.01), ylim=(min(0.5, (prevalence or 0) - 0.05), 1.01))
+    roc.set(
+        xlabel="1 - specificity", ylabel="recall (sensitivity)", xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal"
+    )
+    pr.set(
+        xlabel="recall (sensitivity)",
+        ylabel="precision",
+        xlim=(-0.01, 1.01),
+        ylim=(min(0.5, (prevalence or 0) - 0.05), 1.01),
+    )
     for axis in (roc, pr):
         axis.legend(fontsize=7, frameon=False, loc="lower right" if axis is roc else "lower left")
         axis.grid(alpha=0.3)
@@ -87,7 +112,9 @@ def draw_calibration(path, labels, versions, title):
         bins = reliability_bins(labels, probabilities, 10)
         x, y = [b["confidence"] for b in bins], [b["rate"] for b in bins]
         error = [[b["rate"] - b["low"] for b in bins], [b["high"] - b["rate"] for b in bins]]
-        axis.errorbar(x, y, np.maximum(error, 0), marker="o", markersize=4, linewidth=1, capsize=2, alpha=0.8, label=name)
+        axis.errorbar(
+            x, y, np.maximum(error, 0), marker="o", markersize=4, linewidth=1, capsize=2, alpha=0.8, label=name
+        )
     axis.set(xlabel="predicted probability", ylabel="share that is ill", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
     axis.legend(fontsize=8, frameon=False)
     axis.grid(alpha=0.3)
@@ -100,7 +127,9 @@ def draw_gallery(path, groups, images, captions, cam, targets, normalisation, de
     images uint8 (N, C, H, W), captions and targets by index.
     """
     columns = max(len(v) for v in groups.values())
-    figure, axes = plt.subplots(len(groups), columns, figsize=(2.05 * columns, 1.55 * len(groups) + 0.5), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        len(groups), columns, figsize=(2.05 * columns, 1.55 * len(groups) + 0.5), layout="constrained", squeeze=False
+    )
     for axis in axes.flat:
         axis.axis("off")
     for row, (name, indices) in zip(axes, groups.items(), strict=True):

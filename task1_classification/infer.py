@@ -11,6 +11,7 @@ square and scales it to the size the network was trained on.
 Writes to the run folder: predictions.csv; errors.csv with the files that could not be used; heatmaps/*.png.
 For research and teaching only: this is not a medical device, and no output of it is medical advice.
 """
+
 import sys
 import time
 from pathlib import Path
@@ -45,12 +46,22 @@ def parse_args(argv=None):
     parser = script_parser(__doc__, task=TASK)
     g = parser.add_argument_group("images")
     g.add_argument("images", nargs="*", metavar="PATH", help="image files, folders (searched through) or glob patterns")
-    g.add_argument("--batch-size", type=positive_int, default=256, help="images at a time; lower it if out of memory (%(default)s)")
+    g.add_argument(
+        "--batch-size", type=positive_int, default=256, help="images at a time; lower it if out of memory (%(default)s)"
+    )
     g = parser.add_argument_group("model")
-    g.add_argument("--checkpoint", metavar="FILE", help="best.pt of a training run (default: models/task1_model.pth, else ./task1_model.pth)")
+    g.add_argument(
+        "--checkpoint",
+        metavar="FILE",
+        help="best.pt of a training run (default: models/task1_model.pth, else ./task1_model.pth)",
+    )
     g = parser.add_argument_group("output")
     g.add_argument("--heatmaps", action="store_true", help="also write Grad-CAM overlays, 448 pixels wide")
-    g.add_argument("--layer", default="auto", help="layer of the heat maps; auto: the deepest with a map of at least 7x7 (%(default)s)")
+    g.add_argument(
+        "--layer",
+        default="auto",
+        help="layer of the heat maps; auto: the deepest with a map of at least 7x7 (%(default)s)",
+    )
     args = parser.parse_args(argv)
     if not args.images and not args.dry_run:
         parser.error("name at least one image file, folder or pattern (or --dry-run)")
@@ -65,13 +76,20 @@ def main(argv=None):
     started = time.time()
     device, dtype = pick_device(args.device)
     model, facts = classifier_for(args, device)
-    print(f"classifier: {facts['architecture']}, trained on {'PHANTOM images' if facts['dataset']['phantom'] else facts['dataset']['name']} at {facts['image_size']} px, answers {', '.join(facts['label_names'])}")
+    print(
+        f"classifier: {facts['architecture']}, trained on {'PHANTOM images' if facts['dataset']['phantom'] else facts['dataset']['name']} at {facts['image_size']} px, answers {', '.join(facts['label_names'])}"
+    )
     paths = find_images(args.images)[: args.limit] if args.images else []
     inputs, names, errors = [], [], []
     if args.dry_run:
-        from shared.data.phantom import phantom_study
+        from shared.phantom import phantom_study
 
-        inputs = [torch.from_numpy(to_square(phantom_study(args.seed, i, 224).image / 255, facts["image_size"], facts["channels"])) for i in range(4)]
+        inputs = [
+            torch.from_numpy(
+                to_square(phantom_study(args.seed, i, 224).image / 255, facts["image_size"], facts["channels"])
+            )
+            for i in range(4)
+        ]
         names = [f"phantom-{i}" for i in range(4)]
     for path in paths:
         try:
@@ -84,27 +102,51 @@ def main(argv=None):
         raise InputError(f"none of the {len(paths)} files could be used{detail}")
 
     if args.heatmaps:
-        GradCAM(model, args.layer, facts["image_size"], facts["channels"])  # an unknown layer is refused before anything is written
+        GradCAM(
+            model, args.layer, facts["image_size"], facts["channels"]
+        )  # an unknown layer is refused before anything is written
     run_dir = open_run_dir(args, TASK, "infer")
     images = torch.stack(inputs)  # uint8 (N, C, size, size)
     logits = predict_logits(model, images, facts["normalisation"], device, dtype, args.batch_size)
     probabilities = to_probabilities(logits, facts["task"], facts["temperature"])
     odd = unusualness(facts["typicality"], images)
-    rows = [{"path": name, **decision_of(p, facts), "unusualness": round(min(float(u), 999.0), 3), "unlike_training": bool(u > 1)} for name, p, u in zip(names, probabilities, odd, strict=True)]
+    rows = [
+        {
+            "path": name,
+            **decision_of(p, facts),
+            "unusualness": round(min(float(u), 999.0), 3),
+            "unlike_training": bool(u > 1),
+        }
+        for name, p, u in zip(names, probabilities, odd, strict=True)
+    ]
 
     write_csv(run_dir / "predictions.csv", rows)
     if errors:
         write_csv(run_dir / "errors.csv", errors)
     if args.heatmaps:
         write_heatmaps(run_dir / "heatmaps", model, images, names, facts, args.layer, device, args.batch_size)
-    write_json(run_dir / "metrics.json", {"n": len(rows), "n_errors": len(errors), "n_unlike_training": sum(r["unlike_training"] for r in rows), "dataset": facts["dataset"], "model": facts["architecture"], **run_facts(started, device)})
+    write_json(
+        run_dir / "metrics.json",
+        {
+            "n": len(rows),
+            "n_errors": len(errors),
+            "n_unlike_training": sum(r["unlike_training"] for r in rows),
+            "dataset": facts["dataset"],
+            "model": facts["architecture"],
+            **run_facts(started, device),
+        },
+    )
     for row in rows[:20]:
-        print(f"  {row['path']}: {row['decision']} ({row['probability']:.3f}){'  WARNING: unlike the training images' if row['unlike_training'] else ''}")
+        print(
+            f"  {row['path']}: {row['decision']} ({row['probability']:.3f}){'  WARNING: unlike the training images' if row['unlike_training'] else ''}"
+        )
     if len(rows) > 20:
         print(f"  ... and {len(rows) - 20} more")
     for error in errors:
         print(f"  skipped {error['path']}: {error['error']}", file=sys.stderr)
-    print(f"{len(rows)} images classified, {len(errors)} skipped, {sum(r['unlike_training'] for r in rows)} unlike the training images; results in {run_dir}")
+    print(
+        f"{len(rows)} images classified, {len(errors)} skipped, {sum(r['unlike_training'] for r in rows)} unlike the training images; results in {run_dir}"
+    )
 
 
 def classifier_for(args, device):
@@ -116,7 +158,9 @@ def classifier_for(args, device):
         train(["--dry-run"])
         path = Path("outputs") / TASK / "train" / "dry-run" / "best.pt"
     if path is None:
-        raise InputError("there is no classifier at models/task1_model.pth; train one with python task1_classification/train.py, or give --checkpoint")
+        raise InputError(
+            "there is no classifier at models/task1_model.pth; train one with python task1_classification/train.py, or give --checkpoint"
+        )
     print(f"checkpoint: {path}")
     return load_classifier(path, device)
 
@@ -145,7 +189,9 @@ def write_heatmaps(folder, model, images, names, facts, layer, device, batch_siz
             for picture in overlay(batch, maps.cpu(), scale=max(1, 448 // facts["image_size"])):
                 Image.fromarray(picture).save(folder / f"{number:05d}_{Path(names[number]).stem}.png")
                 number += 1
-        print(f"heat maps: Grad-CAM on {cam.name}, {maps.shape[2]}x{maps.shape[1]} cells, each {facts['image_size'] / maps.shape[2]:.1f} of {facts['image_size']} pixels wide")
+        print(
+            f"heat maps: Grad-CAM on {cam.name}, {maps.shape[2]}x{maps.shape[1]} cells, each {facts['image_size'] / maps.shape[2]:.1f} of {facts['image_size']} pixels wide"
+        )
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ The classifier of task 1: a torchvision ResNet with a stem for small images, its
 
 Tasks 2 and 3 read the checkpoint through `load_classifier` too.
 """
+
 import sys
 from pathlib import Path
 
@@ -22,9 +23,23 @@ ARCHITECTURES = ("resnet18", "resnet50")
 STEMS = ("auto", "3x3", "3x3-stride2", "7x7")
 FORMAT = "task1-classifier-1"
 KEYS = (
-    "format", "architecture", "stem", "num_outputs", "channels", "image_size", "task", "label_names", "state_dict",
-    "normalisation", "temperature", "threshold", "dataset", "seed", "validation", "typicality",
-)  # fmt: skip
+    "format",
+    "architecture",
+    "stem",
+    "num_outputs",
+    "channels",
+    "image_size",
+    "task",
+    "label_names",
+    "state_dict",
+    "normalisation",
+    "temperature",
+    "threshold",
+    "dataset",
+    "seed",
+    "validation",
+    "typicality",
+)
 
 
 def build_model(architecture="resnet18", num_outputs=1, channels=1, image_size=28, stem="auto", pretrained=False):
@@ -42,7 +57,9 @@ def build_model(architecture="resnet18", num_outputs=1, channels=1, image_size=2
     try:
         model = torchvision.models.get_model(architecture, weights=weights)
     except OSError as error:  # URLError, HTTPError, and a cache folder that cannot be written
-        raise InputError(f"--pretrained: the ImageNet weights could not be fetched ({error}); save {weights.url} in {torch.hub.get_dir()}/checkpoints, or leave --pretrained out") from error
+        raise InputError(
+            f"--pretrained: the ImageNet weights could not be fetched ({error}); save {weights.url} in {torch.hub.get_dir()}/checkpoints, or leave --pretrained out"
+        ) from error
     stem = choose_stem(stem, image_size)
     old = model.conv1
     if stem == "7x7":
@@ -104,13 +121,26 @@ def classifier_checkpoint(best, args, data, normalisation, seed):
     temperature = fit_temperature(best["val_logits"].squeeze(1).numpy(), labels.numpy(), task)
     repeats = len(best["all_logits"]) // len(labels)
     return {
-        "format": FORMAT, "architecture": args.arch, "stem": choose_stem(args.stem, data.size), "num_outputs": data.num_outputs,
-        "channels": data.channels, "image_size": data.size, "task": task, "label_names": data.label_names,
-        "state_dict": best["state_dict"], "normalisation": normalisation, "temperature": temperature,
-        "threshold": decision_threshold(to_probabilities(best["all_logits"], task, temperature), torch.cat([labels] * repeats), task),
-        "dataset": data.facts(), "seed": seed, "validation": best["row"], "augment": args.augment,
+        "format": FORMAT,
+        "architecture": args.arch,
+        "stem": choose_stem(args.stem, data.size),
+        "num_outputs": data.num_outputs,
+        "channels": data.channels,
+        "image_size": data.size,
+        "task": task,
+        "label_names": data.label_names,
+        "state_dict": best["state_dict"],
+        "normalisation": normalisation,
+        "temperature": temperature,
+        "threshold": decision_threshold(
+            to_probabilities(best["all_logits"], task, temperature), torch.cat([labels] * repeats), task
+        ),
+        "dataset": data.facts(),
+        "seed": seed,
+        "validation": best["row"],
+        "augment": args.augment,
         "typicality": fit_typicality(data.images["train"], data.images["val"]),
-    }  # fmt: skip
+    }
 
 
 @torch.inference_mode()
@@ -134,8 +164,12 @@ def load_classifier(path, device="cpu"):
     if state["format"] != FORMAT:
         raise InputError(f"{path} is a '{state['format']}' file, not a '{FORMAT}'; train the classifier again")
     if state["architecture"] not in ARCHITECTURES:
-        raise InputError(f"{path} holds a {state['architecture']}, which this version does not know ({', '.join(ARCHITECTURES)})")
-    model = build_model(state["architecture"], state["num_outputs"], state["channels"], state["image_size"], state["stem"])
+        raise InputError(
+            f"{path} holds a {state['architecture']}, which this version does not know ({', '.join(ARCHITECTURES)})"
+        )
+    model = build_model(
+        state["architecture"], state["num_outputs"], state["channels"], state["image_size"], state["stem"]
+    )
     try:
         model.load_state_dict(state.pop("state_dict"))
     except RuntimeError as error:

@@ -1,4 +1,5 @@
 """The report of evaluate.py as Markdown: tables, intervals, figures."""
+
 from pathlib import Path
 
 HAND_IN = Path("reports/task1_classification_report.md")
@@ -37,38 +38,72 @@ def report_text(data, args, facts, files, measured, runs, spread, figures):
     text += [
         f"{facts['architecture']} (stem {facts['stem']}), {data.size} pixels, trained from {facts['dataset']['source']}; checkpoint `{files[0]}`, seed {facts['seed']}, epoch {validation['epoch']}.",
         f"Measured on {n} {args.split} images. Training: {len(data.images['train'])} images, validation: {len(data.images['val'])}; validation AUC {validation['val_auc']:.4f}. Epoch, threshold and temperature were chosen on validation images only.",
-        "", "## Results", "", report_table(rows, data.task), "",
-    ]  # fmt: skip
+        "",
+        "## Results",
+        "",
+        report_table(rows, data.task),
+        "",
+    ]
     if data.task == "binary-class":
         chosen, against = rows["network, threshold from validation"], measured["against_pixels"]
-        text += [f"Threshold from validation: {facts['threshold']:.3f}; temperature {facts['temperature']:.3f}. Probabilities above the threshold are called {data.label_names[1]}.", ""]
+        text += [
+            f"Threshold from validation: {facts['threshold']:.3f}; temperature {facts['temperature']:.3f}. Probabilities above the threshold are called {data.label_names[1]}.",
+            "",
+        ]
         text += ["| threshold from validation | value | 95 % interval | method |", "|---|---|---|---|"]
         for name, interval in measured["intervals"].items():
             value = chosen["auc" if name == "auc_bootstrap" else name]
-            text.append(f"| {name.replace('_', ' ')} | {number(value)} | {number(interval['low'])} to {number(interval['high'])} | {interval['method']} |")
+            text.append(
+                f"| {name.replace('_', ' ')} | {number(value)} | {number(interval['low'])} to {number(interval['high'])} | {interval['method']} |"
+            )
         text += [
-            "", f"Counts: {chosen['tp']} true positives, {chosen['fp']} false positives, {chosen['tn']} true negatives, {chosen['fn']} false negatives. Brier score {chosen['brier']:.4f}, expected calibration error {chosen['ece']:.4f}.",
-            "", f"Against the pixel baseline: AUC difference {against['auc']['difference']:.4f} [{number(against['auc']['low'], 4)}, {number(against['auc']['high'], 4)}] (DeLong, {p_value(against['auc']['p'])}); {against['accuracy']['only_a']} images only the network gets right, {against['accuracy']['only_b']} only the baseline (exact McNemar, {p_value(against['accuracy']['p'])}).",
-            "", "The row \"prior corrected\" adapts the probabilities to the share of ill cases estimated from these images without their labels (Saerens et al. 2002).", "",
-        ]  # fmt: skip
+            "",
+            f"Counts: {chosen['tp']} true positives, {chosen['fp']} false positives, {chosen['tn']} true negatives, {chosen['fn']} false negatives. Brier score {chosen['brier']:.4f}, expected calibration error {chosen['ece']:.4f}.",
+            "",
+            f"Against the pixel baseline: AUC difference {against['auc']['difference']:.4f} [{number(against['auc']['low'], 4)}, {number(against['auc']['high'], 4)}] (DeLong, {p_value(against['auc']['p'])}); {against['accuracy']['only_a']} images only the network gets right, {against['accuracy']['only_b']} only the baseline (exact McNemar, {p_value(against['accuracy']['p'])}).",
+            "",
+            'The row "prior corrected" adapts the probabilities to the share of ill cases estimated from these images without their labels (Saerens et al. 2002).',
+            "",
+        ]
     else:
-        text += [f"95 % bootstrap intervals in MedMNIST's definition: AUC {number(measured['intervals']['auc']['low'])} to {number(measured['intervals']['auc']['high'])}, accuracy {number(measured['intervals']['accuracy']['low'])} to {number(measured['intervals']['accuracy']['high'])}.", ""]
+        text += [
+            f"95 % bootstrap intervals in MedMNIST's definition: AUC {number(measured['intervals']['auc']['low'])} to {number(measured['intervals']['auc']['high'])}, accuracy {number(measured['intervals']['accuracy']['low'])} to {number(measured['intervals']['accuracy']['high'])}.",
+            "",
+        ]
         table = rows["network"].get("per_class") or rows["network"]["per_label"]
         text += ["| class | n | recall | precision | F1 | AUC |", "|---|---|---|---|---|---|"]
-        text += [f"| {data.label_names[r['label']]} | {r.get('num_positive', r['n'])} | {number(r.get('recall'))} | {number(r.get('precision'))} | {number(r.get('f1'))} | {number(r.get('auc'))} |" for r in table] + [""]
+        text += [
+            f"| {data.label_names[r['label']]} | {r.get('num_positive', r['n'])} | {number(r.get('recall'))} | {number(r.get('precision'))} | {number(r.get('f1'))} | {number(r.get('auc'))} |"
+            for r in table
+        ] + [""]
     if "medmnist" in measured:
         m = measured["medmnist"]
-        text += [f"By `medmnist.Evaluator` (threshold 0.5, uncalibrated): AUC {m['auc']:.4f}, ACC {m['accuracy']:.4f}.", ""]
+        text += [
+            f"By `medmnist.Evaluator` (threshold 0.5, uncalibrated): AUC {m['auc']:.4f}, ACC {m['accuracy']:.4f}.",
+            "",
+        ]
     if spread:
-        text += [f"## Over {len(runs)} seeds ({', '.join(str(r['seed']) for r in runs)})", "", "| | mean | standard deviation |", "|---|---|---|"]
+        text += [
+            f"## Over {len(runs)} seeds ({', '.join(str(r['seed']) for r in runs)})",
+            "",
+            "| | mean | standard deviation |",
+            "|---|---|---|",
+        ]
         text += [f"| {k.replace('_', ' ')} | {v['mean']:.4f} | {v['std']:.4f} |" for k, v in spread.items()] + [""]
     text += ["## Figures", ""]
-    captions = {"confusion": "Confusion matrix", "roc_pr": "ROC and precision-recall curves", "calibration": "Calibration before and after temperature scaling", "failures": "Films chosen by rule, with Grad-CAM"}
+    captions = {
+        "confusion": "Confusion matrix",
+        "roc_pr": "ROC and precision-recall curves",
+        "calibration": "Calibration before and after temperature scaling",
+        "failures": "Films chosen by rule, with Grad-CAM",
+    }
     for name, file in figures.items():
         text += [f"{captions[name]}:", "", f"![{captions[name]}]({{figures}}{file})", ""]
     size = measured["heat_maps"]["native_size"]
     text += [
-        f"The heat maps come from {measured['heat_maps']['layer']} and have {size[1]}x{size[0]} cells; they show where this layer's evidence for the call lies, not where the disease is.", "",
-        "For research and teaching only; not a medical device, no medical advice.", "",
-    ]  # fmt: skip
+        f"The heat maps come from {measured['heat_maps']['layer']} and have {size[1]}x{size[0]} cells; they show where this layer's evidence for the call lies, not where the disease is.",
+        "",
+        "For research and teaching only; not a medical device, no medical advice.",
+        "",
+    ]
     return "\n".join(text)

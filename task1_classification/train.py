@@ -14,6 +14,7 @@ Writes to the run folder: best.pt (the classifier), last.pt (to resume), history
 (with several --seeds in seed0/, seed1/, ...), and besides models/task1_model.pth and reports/figures/task1_curves.png.
 Never reads the test split: evaluate.py does.
 """
+
 import copy
 import functools
 import math
@@ -32,7 +33,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from shared.data.augment import STRENGTHS, augment, shifted_copies
-from shared.data.medmnist import SIZES, load_images, load_phantom
+from shared.data.image_sets import SIZES, load_images, load_phantom
 from shared.metrics.classification import official_auc_accuracy
 from shared.runtime import (
     InputError,
@@ -57,7 +58,7 @@ from shared.runtime import (
     start_distributed,
     write_json,
     write_jsonl,
-)  # fmt: skip
+)
 from task1_classification.figures import draw_training
 from task1_classification.model import (
     ARCHITECTURES,
@@ -68,7 +69,7 @@ from task1_classification.model import (
     normalise,
     predict_logits,
     to_probabilities,
-)  # fmt: skip
+)
 
 TASK = "task1_classification"
 MODEL_PATH = Path("models/task1_model.pth")  # where tasks 2 and 3 look
@@ -79,21 +80,52 @@ def parse_args(argv=None):
     parser = script_parser(__doc__, task=TASK, data="PneumoniaMNIST")
     g = parser.add_argument_group("images")
     g.add_argument("--image-size", type=int, default=28, choices=SIZES, help="pixels per side (%(default)s)")
-    g.add_argument("--augment", default="full", choices=STRENGTHS, help="random changes of the training images (%(default)s)")
+    g.add_argument(
+        "--augment", default="full", choices=STRENGTHS, help="random changes of the training images (%(default)s)"
+    )
     g = parser.add_argument_group("model")
     g.add_argument("--arch", default="resnet18", choices=ARCHITECTURES, help="network (%(default)s)")
-    g.add_argument("--stem", default="auto", choices=STEMS, help="first layer; auto: 3x3-stride2 up to 64 pixels, else 7x7 (%(default)s)")
+    g.add_argument(
+        "--stem",
+        default="auto",
+        choices=STEMS,
+        help="first layer; auto: 3x3-stride2 up to 64 pixels, else 7x7 (%(default)s)",
+    )
     g.add_argument("--pretrained", action="store_true", help="start from torchvision's ImageNet weights (a download)")
     g = parser.add_argument_group("optimisation")
     g.add_argument("--epochs", type=positive_int, default=10, help="passes over the training images (%(default)s)")
-    g.add_argument("--batch-size", type=positive_int, default=64, help="images per step over all GPUs; at least 2 (%(default)s)")
-    g.add_argument("--lr", type=positive_float, default=0.05, help="highest learning rate of SGD with momentum 0.9 (%(default)s)")
+    g.add_argument(
+        "--batch-size", type=positive_int, default=64, help="images per step over all GPUs; at least 2 (%(default)s)"
+    )
+    g.add_argument(
+        "--lr", type=positive_float, default=0.05, help="highest learning rate of SGD with momentum 0.9 (%(default)s)"
+    )
     g.add_argument("--weight-decay", type=not_negative, default=5e-4, help="L2 penalty on all weights (%(default)s)")
-    g.add_argument("--warmup-epochs", type=not_negative, default=1.0, help="epochs of rising learning rate before the cosine (%(default)s)")
-    g.add_argument("--label-smoothing", type=fraction, default=0.0, help="share of each label spread over all classes (%(default)s)")
+    g.add_argument(
+        "--warmup-epochs",
+        type=not_negative,
+        default=1.0,
+        help="epochs of rising learning rate before the cosine (%(default)s)",
+    )
+    g.add_argument(
+        "--label-smoothing",
+        type=fraction,
+        default=0.0,
+        help="share of each label spread over all classes (%(default)s)",
+    )
     g.add_argument("--class-weights", action="store_true", help="weigh every class alike in the loss")
-    g.add_argument("--ema", type=fraction, default=0.99, help="decay per step of the averaged weights that are kept; 0 = off (%(default)s)")
-    g.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="computing precision; auto: 16 bit on CUDA only (%(default)s)")
+    g.add_argument(
+        "--ema",
+        type=fraction,
+        default=0.99,
+        help="decay per step of the averaged weights that are kept; 0 = off (%(default)s)",
+    )
+    g.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        help="computing precision; auto: 16 bit on CUDA only (%(default)s)",
+    )
     g = parser.add_argument_group("runs")
     g.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="train once per seed, in place of --seed")
     add_resume(g)
@@ -105,7 +137,12 @@ def parse_args(argv=None):
     if args.seeds and len(set(args.seeds)) < len(args.seeds):
         parser.error("--seeds names a seed twice")
     if args.dry_run:
-        args.data, args.device, args.epochs, args.batch_size = "phantom", "cpu", min(args.epochs, 2), min(args.batch_size, 16)
+        args.data, args.device, args.epochs, args.batch_size = (
+            "phantom",
+            "cpu",
+            min(args.epochs, 2),
+            min(args.batch_size, 16),
+        )
     return args
 
 
@@ -116,7 +153,9 @@ def loss_of(logits, labels, task, class_weights, smoothing):
     targets = labels.float().view(len(labels), -1)  # (N, 1) for a binary set
     weights = None
     if class_weights is not None:
-        weights = class_weights[labels][:, None] if task == "binary-class" else torch.where(targets == 1, class_weights, 1.0)
+        weights = (
+            class_weights[labels][:, None] if task == "binary-class" else torch.where(targets == 1, class_weights, 1.0)
+        )
     return F.binary_cross_entropy_with_logits(logits, targets * (1 - smoothing) + smoothing / 2, weight=weights)
 
 
@@ -141,10 +180,14 @@ def validate(model, data, copies, normalisation, device, dtype):
     logits of the plain images, logits of all copies one after the other).
     """
     labels, task = data.labels["val"], data.task
-    logits = [predict_logits(model, images, normalisation, device, dtype) for images in copies.values()]  # plain images first
+    logits = [
+        predict_logits(model, images, normalisation, device, dtype) for images in copies.values()
+    ]  # plain images first
     scores = [official_auc_accuracy(labels.numpy(), to_probabilities(z, task).numpy(), task) for z in logits]
     if None in (s["auc"] for s in scores):
-        raise InputError(f"a label of {data.name} has no positive, or no negative, validation image, so that there is no AUC to choose by; raise --limit")
+        raise InputError(
+            f"a label of {data.name} has no positive, or no negative, validation image, so that there is no AUC to choose by; raise --limit"
+        )
     numbers = {
         "val_loss": float(loss_of(logits[0], labels, task, None, 0.0)),
         "val_auc": scores[0]["auc"],
@@ -161,23 +204,33 @@ def train_one(args, data, seed, run_dir, device, dtype, rank, world_size):
     images, labels = data.images["train"], data.labels["train"]
     normalisation = pixel_statistics(images)
     copies = shifted_copies(data.images["val"])
-    if device.type == "cuda" and images.numel() < 2 * 2**30:  # small sets live on the GPU, larger ones go over batch by batch
+    if (
+        device.type == "cuda" and images.numel() < 2 * 2**30
+    ):  # small sets live on the GPU, larger ones go over batch by batch
         images, labels = images.to(device), labels.to(device)
 
     model = build_model(args.arch, data.num_outputs, data.channels, data.size, args.stem, args.pretrained)
     model = model.to(device, memory_format=torch.channels_last)
-    average = copy.deepcopy(model)  # EMA of the weights: steadier than any single step; this is what is validated and kept
+    average = copy.deepcopy(
+        model
+    )  # EMA of the weights: steadier than any single step; this is what is validated and kept
     averaged, current = ([v for v in m.state_dict().values() if v.is_floating_point()] for m in (average, model))
     averaged_running, running = ([v for v in m.buffers() if v.is_floating_point()] for m in (average, model))
-    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, nesterov=True, weight_decay=args.weight_decay)
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=args.lr, momentum=0.9, nesterov=True, weight_decay=args.weight_decay
+    )
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     generator = torch.Generator(device)
-    class_weights = weights_of_classes(labels, max(2, data.num_outputs), data.task).to(device) if args.class_weights else None
+    class_weights = (
+        weights_of_classes(labels, max(2, data.num_outputs), data.task).to(device) if args.class_weights else None
+    )
 
     batch_size = min(args.batch_size, len(images))
     steps = len(images) // batch_size  # per epoch; the few images left over by an epoch's order are left out of it
     num_steps, warmup_steps = args.epochs * steps, round(args.warmup_epochs * steps)
-    say(f"seed {seed}: {args.arch}, {sum(p.numel() for p in model.parameters()):,} parameters, stem {choose_stem(args.stem, data.size)}; {args.epochs} epochs of {steps} steps of {batch_size} images")
+    say(
+        f"seed {seed}: {args.arch}, {sum(p.numel() for p in model.parameters()):,} parameters, stem {choose_stem(args.stem, data.size)}; {args.epochs} epochs of {steps} steps of {batch_size} images"
+    )
 
     first_epoch, first_step, totals, history, best = 0, 0, {"loss": 0.0, "steps": 0, "skipped": 0}, [], None
     last_path = run_dir / "last.pt"
@@ -186,8 +239,14 @@ def train_one(args, data, seed, run_dir, device, dtype, rank, world_size):
         refuse_other_run(state, args, data, seed, last_path)
         for part, name in ((model, "model"), (average, "average"), (optimizer, "optimizer"), (scaler, "scaler")):
             part.load_state_dict(state[name])
-        first_epoch, first_step, totals, history, best = (state[k] for k in ("epoch", "step", "totals", "history", "best"))
-        say(f"resumed from {last_path}: epoch {first_epoch + 1}, step {first_step} of {steps}" if first_epoch < args.epochs else f"{last_path} has all its epochs")
+        first_epoch, first_step, totals, history, best = (
+            state[k] for k in ("epoch", "step", "totals", "history", "best")
+        )
+        say(
+            f"resumed from {last_path}: epoch {first_epoch + 1}, step {first_step} of {steps}"
+            if first_epoch < args.epochs
+            else f"{last_path} has all its epochs"
+        )
         del state
     elif args.resume:
         say(f"no epoch was finished in {run_dir}: starting from the beginning")
@@ -197,20 +256,41 @@ def train_one(args, data, seed, run_dir, device, dtype, rank, world_size):
         """All it takes to go on exactly here. best.pt and history.jsonl are written from the same state, and after it."""
         if rank > 0:
             return
-        save_checkpoint(last_path, {
-            "model": model.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-            "epoch": epoch, "step": step, "totals": totals, "history": history, "best": best, "seed": seed,
-            "settings": settings_of(args), "sha256": data.sha256,
-        })  # fmt: skip
+        save_checkpoint(
+            last_path,
+            {
+                "model": model.state_dict(),
+                "average": average.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict(),
+                "epoch": epoch,
+                "step": step,
+                "totals": totals,
+                "history": history,
+                "best": best,
+                "seed": seed,
+                "settings": settings_of(args),
+                "sha256": data.sha256,
+            },
+        )
 
     micro_batch = batch_size
     with StopSignal() as stop:
         for epoch in range(first_epoch, args.epochs):
             # Every random choice depends on seed, epoch and step alone, so that a resumed run repeats the uninterrupted one
-            order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed * 10_000 + epoch)).to(images.device)
+            order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed * 10_000 + epoch)).to(
+                images.device
+            )
             started = time.time()
             model.train()
-            bar = tqdm(range(first_step, steps), initial=first_step, total=steps, desc=f"epoch {epoch + 1}", leave=False, disable=None if rank == 0 else True)
+            bar = tqdm(
+                range(first_step, steps),
+                initial=first_step,
+                total=steps,
+                desc=f"epoch {epoch + 1}",
+                leave=False,
+                disable=None if rank == 0 else True,
+            )
             for step in bar:
                 now = epoch * steps + step
                 for group in optimizer.param_groups:
@@ -221,22 +301,39 @@ def train_one(args, data, seed, run_dir, device, dtype, rank, world_size):
                 batch = normalise(batch, normalisation)[rank::world_size].contiguous(memory_format=torch.channels_last)
                 target = labels[index][rank::world_size].to(device)
 
-                loss, micro_batch = backward(network, batch, target, micro_batch, optimizer, scaler, dtype, functools.partial(loss_of, task=data.task, class_weights=class_weights, smoothing=args.label_smoothing))
+                loss, micro_batch = backward(
+                    network,
+                    batch,
+                    target,
+                    micro_batch,
+                    optimizer,
+                    scaler,
+                    dtype,
+                    functools.partial(
+                        loss_of, task=data.task, class_weights=class_weights, smoothing=args.label_smoothing
+                    ),
+                )
                 if world_size > 1:
                     dist.all_reduce(loss)  # so that all ranks report, and skip, alike
                     loss /= world_size
                 if math.isfinite(loss := loss.item()):
                     scaler.step(optimizer)
                     scaler.update()
-                    decay = min(args.ema, (1 + now) / (10 + now))  # a short memory at first, while the weights move fast
+                    decay = min(
+                        args.ema, (1 + now) / (10 + now)
+                    )  # a short memory at first, while the weights move fast
                     torch._foreach_lerp_(averaged, current, 1 - decay)
                     totals["loss"] += loss
                     totals["steps"] += 1
                 else:
                     totals["skipped"] += 1
-                    torch._foreach_copy_(running, averaged_running)  # the running statistics have seen the same infinities
+                    torch._foreach_copy_(
+                        running, averaged_running
+                    )  # the running statistics have seen the same infinities
                     if totals["skipped"] > 20 or totals["skipped"] == steps:
-                        raise InputError(f"the loss is not finite in epoch {epoch + 1} ({totals['skipped']} steps skipped); lower --lr. {last_path.parent} keeps the epochs before")
+                        raise InputError(
+                            f"the loss is not finite in epoch {epoch + 1} ({totals['skipped']} steps skipped); lower --lr. {last_path.parent} keeps the epochs before"
+                        )
                 if stop.requested():
                     save(epoch, step + 1)
                     say(f"stopped in epoch {epoch + 1}; go on with --resume {run_dir}")
@@ -245,13 +342,28 @@ def train_one(args, data, seed, run_dir, device, dtype, rank, world_size):
             numbers, plain_logits, all_logits = validate(average, data, copies, normalisation, device, dtype)
             seconds = time.time() - started
             row = {
-                "epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"], "train_loss": totals["loss"] / max(1, totals["steps"]), **numbers,
-                "skipped_steps": totals["skipped"], "seconds": seconds, "images_per_second": (steps - first_step) * batch_size / seconds,
-            }  # fmt: skip
+                "epoch": epoch + 1,
+                "lr": optimizer.param_groups[0]["lr"],
+                "train_loss": totals["loss"] / max(1, totals["steps"]),
+                **numbers,
+                "skipped_steps": totals["skipped"],
+                "seconds": seconds,
+                "images_per_second": (steps - first_step) * batch_size / seconds,
+            }
             history.append(row)
-            if best is None or (row["val_auc_shifted"], -row["val_loss"]) > (best["row"]["val_auc_shifted"], -best["row"]["val_loss"]):
-                best = {"row": row, "state_dict": {k: v.clone().cpu() for k, v in average.state_dict().items()}, "val_logits": plain_logits, "all_logits": all_logits}
-            say(f"epoch {epoch + 1:3d}/{args.epochs}  loss {row['train_loss']:.4f}  val loss {row['val_loss']:.4f}  AUC {row['val_auc']:.4f}  shifted {row['val_auc_shifted']:.4f}  accuracy {row['val_accuracy']:.4f}  {seconds:.1f} s{'  *' if best['row'] is row else ''}")
+            if best is None or (row["val_auc_shifted"], -row["val_loss"]) > (
+                best["row"]["val_auc_shifted"],
+                -best["row"]["val_loss"],
+            ):
+                best = {
+                    "row": row,
+                    "state_dict": {k: v.clone().cpu() for k, v in average.state_dict().items()},
+                    "val_logits": plain_logits,
+                    "all_logits": all_logits,
+                }
+            say(
+                f"epoch {epoch + 1:3d}/{args.epochs}  loss {row['train_loss']:.4f}  val loss {row['val_loss']:.4f}  AUC {row['val_auc']:.4f}  shifted {row['val_auc_shifted']:.4f}  accuracy {row['val_accuracy']:.4f}  {seconds:.1f} s{'  *' if best['row'] is row else ''}"
+            )
             first_step, totals = 0, {"loss": 0.0, "steps": 0, "skipped": 0}
             save(epoch + 1, 0)
             if rank == 0:
@@ -289,12 +401,18 @@ def backward(network, images, labels, micro_batch, optimizer, scaler, dtype, los
 
 def settings_of(args):
     """The arguments that shape the result; a resumed run must agree with the first in all of them but epochs."""
-    return {k: v for k, v in vars(args).items() if k not in ("data_dir", "out_dir", "resume", "overwrite", "config", "device", "seed", "seeds")}
+    return {
+        k: v
+        for k, v in vars(args).items()
+        if k not in ("data_dir", "out_dir", "resume", "overwrite", "config", "device", "seed", "seeds")
+    }
 
 
 def refuse_other_run(state, args, data, seed, path):
     then = state["settings"]
-    refuse_other_settings(settings_of(args) | {"seed": seed}, then | {"seed": state["seed"]}, path, may_differ=("epochs",))
+    refuse_other_settings(
+        settings_of(args) | {"seed": seed}, then | {"seed": state["seed"]}, path, may_differ=("epochs",)
+    )
     if state["sha256"] != data.sha256:
         raise InputError(f"{path} was trained on other data than {data.source}; give the same file, or start a new run")
     if args.epochs < state["epoch"]:
@@ -312,7 +430,9 @@ def publish(classifier, args, run_dir):
     if MODEL_PATH.exists():
         there, mine = load_checkpoint(MODEL_PATH, ("dataset",), what="classifier")["dataset"], classifier["dataset"]
         if not there["phantom"] and there["name"] != mine["name"]:
-            return print(f"{MODEL_PATH} left alone: it was trained on {there['name']}, this run on {mine['name']}; delete it to have it replaced, or give {run_dir}/best.pt to the other scripts")
+            return print(
+                f"{MODEL_PATH} left alone: it was trained on {there['name']}, this run on {mine['name']}; delete it to have it replaced, or give {run_dir}/best.pt to the other scripts"
+            )
     save_checkpoint(MODEL_PATH, classifier)
     print(f"classifier for the other tasks: {MODEL_PATH}")
 
@@ -324,37 +444,66 @@ def main(argv=None):
     device, dtype = pick_device(args.device, args.dtype)
     rank, world_size = start_distributed(device)
     if args.batch_size < 2 * world_size:
-        raise InputError(f"--batch-size {args.batch_size} is too small for {world_size} processes; each needs two images")
-    data = load_phantom(args.image_size, {"train": 96, "val": 32, "test": 32}) if args.dry_run else load_images(args.data, args.data_dir, args.image_size)
+        raise InputError(
+            f"--batch-size {args.batch_size} is too small for {world_size} processes; each needs two images"
+        )
+    data = (
+        load_phantom(args.image_size, {"train": 96, "val": 32, "test": 32})
+        if args.dry_run
+        else load_images(args.data, args.data_dir, args.image_size)
+    )
     if args.limit:
         data.limit(args.limit)
     if rank == 0:
         print(data, *(f"  {split}: {counts_of(data, split)}" for split in ("train", "val")), sep="\n")
     for split in ("train", "val"):
         if data.task == "binary-class" and len(data.labels[split].unique()) < 2:
-            raise InputError(f"the {split} images of {data.name} are all of one class{'; raise --limit' if args.limit else ''}")
+            raise InputError(
+                f"the {split} images of {data.name} are all of one class{'; raise --limit' if args.limit else ''}"
+            )
 
     seeds = args.seeds or [args.seed]
     run_dir = open_run_dir(args, TASK, "train")
     classifiers, histories = [], {}
     for seed in seeds:
-        classifier, histories[seed] = train_one(args, data, seed, run_dir if len(seeds) == 1 else run_dir / f"seed{seed}", device, dtype, rank, world_size)
+        classifier, histories[seed] = train_one(
+            args, data, seed, run_dir if len(seeds) == 1 else run_dir / f"seed{seed}", device, dtype, rank, world_size
+        )
         classifiers.append(classifier)
         free_gpu()
     if rank > 0:
         return
 
-    rows = [{"seed": c["seed"], **c["validation"], "threshold": c["threshold"], "temperature": c["temperature"]} for c in classifiers]
+    rows = [
+        {"seed": c["seed"], **c["validation"], "threshold": c["threshold"], "temperature": c["temperature"]}
+        for c in classifiers
+    ]
     best = max(classifiers, key=lambda c: (c["validation"]["val_auc_shifted"], -c["validation"]["val_loss"]))
-    write_json(run_dir / "metrics.json", {
-        "dataset": data.facts(), "split": "val", "n": len(data.labels["val"]), "model": args.arch, "seeds": seeds, "best_seed": best["seed"], "runs": rows,
-        **{f"{key}_{name}": f([r[key] for r in rows]) for key in ("val_auc", "val_auc_shifted", "val_accuracy", "val_loss") for name, f in (("mean", statistics.mean), ("std", spread))},
-        "settings": settings_of(args), **run_facts(started, device),
-    })  # fmt: skip
+    write_json(
+        run_dir / "metrics.json",
+        {
+            "dataset": data.facts(),
+            "split": "val",
+            "n": len(data.labels["val"]),
+            "model": args.arch,
+            "seeds": seeds,
+            "best_seed": best["seed"],
+            "runs": rows,
+            **{
+                f"{key}_{name}": f([r[key] for r in rows])
+                for key in ("val_auc", "val_auc_shifted", "val_accuracy", "val_loss")
+                for name, f in (("mean", statistics.mean), ("std", spread))
+            },
+            "settings": settings_of(args),
+            **run_facts(started, device),
+        },
+    )
     title = f"{'PHANTOM images, ' if data.phantom else ''}{data.name} {data.size} px, {args.arch}, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
     draw_training(run_dir / "figures" / "curves.png", histories, title)
     publish(best, args, run_dir)
-    print(f"best epoch of seed {best['seed']}: {best['validation']['epoch']}, validation AUC {best['validation']['val_auc']:.4f}; measure it on the test images with python task1_classification/evaluate.py\nresults in {run_dir} ({time.time() - started:.0f} s)")
+    print(
+        f"best epoch of seed {best['seed']}: {best['validation']['epoch']}, validation AUC {best['validation']['val_auc']:.4f}; measure it on the test images with python task1_classification/evaluate.py\nresults in {run_dir} ({time.time() - started:.0f} s)"
+    )
 
 
 def spread(values):
@@ -364,8 +513,14 @@ def spread(values):
 
 def counts_of(data, split):
     labels = data.labels[split]
-    counts = labels.sum(0).int().tolist() if data.multi_label else torch.bincount(labels, minlength=len(data.label_names)).tolist()
-    return f"{len(labels)} images; " + ", ".join(f"{name} {count}" for name, count in zip(data.label_names, counts, strict=True))
+    counts = (
+        labels.sum(0).int().tolist()
+        if data.multi_label
+        else torch.bincount(labels, minlength=len(data.label_names)).tolist()
+    )
+    return f"{len(labels)} images; " + ", ".join(
+        f"{name} {count}" for name, count in zip(data.label_names, counts, strict=True)
+    )
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ turned or altogether different picture. The unusualness of an image is the large
 a multiple of what 99.5 % of the validation images stay below; above 1 it gets a warning. It is a coarse check: the README
 gives the share of several kinds of foreign images that it notices.
 """
+
 import torch
 import torch.nn.functional as F
 

@@ -14,6 +14,7 @@ The labels file has the columns file and label, and split where wanted; a file i
 Writes to the run folder: index/ (manifest.json, vectors, cases, FAISS's file), metrics.json. The images are not copied: index/
 holds their vectors, names and labels. Vectors can tell whose film it is: treat an index like the images it was made from.
 """
+
 import csv
 import sys
 import time
@@ -26,8 +27,8 @@ import shared  # noqa: F401, isort: skip  # before torchvision
 import numpy as np
 import torch.distributed as dist
 
+from shared.data.image_sets import SIZES, SPLITS, load_images, load_phantom
 from shared.data.images import find_images, read_image, to_square
-from shared.data.medmnist import SIZES, SPLITS, load_images, load_phantom
 from shared.runtime import (
     InputError,
     open_run_dir,
@@ -40,7 +41,7 @@ from shared.runtime import (
     start_distributed,
     write_csv,
     write_json,
-)  # fmt: skip
+)
 from task1_classification.model import find_classifier
 from task3_retrieval.embed import embedder_like, load_embedder
 from task3_retrieval.index import BACKENDS, KINDS, METRICS, UNKNOWN, CaseIndex, find_index
@@ -52,32 +53,77 @@ DRY_RUN = {"train": 96, "val": 32, "test": 32}  # phantom images
 def parse_args(argv=None):
     parser = script_parser(__doc__, task=TASK, data="what the CNN was trained on (other backbones: PneumoniaMNIST)")
     g = parser.add_argument_group("images")
-    g.add_argument("--split", default=None, choices=[*SPLITS, "all"], help="images of the data set to put in (default: train)")
-    g.add_argument("--image-size", type=int, choices=SIZES, help="pixels per side of the data set's images (default: the CNN's; else 28)")
-    g.add_argument("--images", nargs="+", metavar="PATH", help="instead of a data set: image files, folders (searched through) or glob patterns")
-    g.add_argument("--labels", metavar="CSV", help="labels of --images: columns file, label and, if there are several, split")
+    g.add_argument(
+        "--split", default=None, choices=[*SPLITS, "all"], help="images of the data set to put in (default: train)"
+    )
+    g.add_argument(
+        "--image-size",
+        type=int,
+        choices=SIZES,
+        help="pixels per side of the data set's images (default: the CNN's; else 28)",
+    )
+    g.add_argument(
+        "--images",
+        nargs="+",
+        metavar="PATH",
+        help="instead of a data set: image files, folders (searched through) or glob patterns",
+    )
+    g.add_argument(
+        "--labels", metavar="CSV", help="labels of --images: columns file, label and, if there are several, split"
+    )
     g = parser.add_argument_group("vectors")
-    g.add_argument("--backbone", help="cnn, pixels, a torchvision name, random:NAME, a SigLIP or CLIP model folder, vlm:MODEL (default: cnn)")
-    g.add_argument("--cnn-weights", metavar="FILE", help="checkpoint of task 1 or of task3_retrieval/train.py (default: models/task1_model.pth, else ./task1_model.pth)")
-    g.add_argument("--allow-other-dataset", action="store_true", help="use weights that were trained on another data set")
-    g.add_argument("--input-size", type=positive_int, metavar="PIXELS", help="side of the network's input (default: torchvision 224, pixels the image's own)")
-    g.add_argument("--batch-size", type=positive_int, default=256, help="images at a time; lower it if out of memory (%(default)s)")
+    g.add_argument(
+        "--backbone",
+        help="cnn, pixels, a torchvision name, random:NAME, a SigLIP or CLIP model folder, vlm:MODEL (default: cnn)",
+    )
+    g.add_argument(
+        "--cnn-weights",
+        metavar="FILE",
+        help="checkpoint of task 1 or of task3_retrieval/train.py (default: models/task1_model.pth, else ./task1_model.pth)",
+    )
+    g.add_argument(
+        "--allow-other-dataset", action="store_true", help="use weights that were trained on another data set"
+    )
+    g.add_argument(
+        "--input-size",
+        type=positive_int,
+        metavar="PIXELS",
+        help="side of the network's input (default: torchvision 224, pixels the image's own)",
+    )
+    g.add_argument(
+        "--batch-size", type=positive_int, default=256, help="images at a time; lower it if out of memory (%(default)s)"
+    )
     g = parser.add_argument_group("index")
-    g.add_argument("--index", default=None, choices=KINDS, help="flat: exact; hnsw, ivfpq: approximate, for large galleries (default: flat)")
-    g.add_argument("--metric", default=None, choices=METRICS, help="Euclidean distance, or cosine similarity (default: l2)")
-    g.add_argument("--backend", default="auto", choices=BACKENDS, help="auto: faiss where it is installed (%(default)s)")
+    g.add_argument(
+        "--index",
+        default=None,
+        choices=KINDS,
+        help="flat: exact; hnsw, ivfpq: approximate, for large galleries (default: flat)",
+    )
+    g.add_argument(
+        "--metric", default=None, choices=METRICS, help="Euclidean distance, or cosine similarity (default: l2)"
+    )
+    g.add_argument(
+        "--backend", default="auto", choices=BACKENDS, help="auto: faiss where it is installed (%(default)s)"
+    )
     g.add_argument("--update", metavar="INDEX", help="an index, or its run folder, to change in place")
     g.add_argument("--add", action="store_true", help="with --update: add the images of --split or --images")
-    g.add_argument("--remove", type=int, nargs="+", metavar="ID", help="with --update: remove these ids (see index/cases-*.csv)")
+    g.add_argument(
+        "--remove", type=int, nargs="+", metavar="ID", help="with --update: remove these ids (see index/cases-*.csv)"
+    )
     args = parser.parse_args(argv)
     if args.update is None and (args.add or args.remove):
         parser.error("--add and --remove change an existing index: name it with --update")
     if args.update is not None:
         if not args.add and not args.remove:
             parser.error("--update needs --add, --remove, or both")
-        fixed = [f"--{n}" for n in ("index", "metric", "backbone", "input_size", "out_dir") if getattr(args, n) is not None]
+        fixed = [
+            f"--{n}" for n in ("index", "metric", "backbone", "input_size", "out_dir") if getattr(args, n) is not None
+        ]
         if fixed or args.dry_run:
-            parser.error(f"--update keeps what the index was built with and changes it in place: leave {(fixed or ['--dry-run'])[0].replace('_', '-')} out")
+            parser.error(
+                f"--update keeps what the index was built with and changes it in place: leave {(fixed or ['--dry-run'])[0].replace('_', '-')} out"
+            )
     if args.images and (args.data != "auto" or args.split or args.image_size):
         parser.error("--images stands instead of a data set: leave --data, --split and --image-size out")
     if args.labels and not args.images:
@@ -105,21 +151,39 @@ def main(argv=None):
             print("dry run without task 1 weights: --backbone pixels")
     embedder = None
     if args.backbone == "cnn" or args.images:
-        embedder = load_embedder(args.backbone, args.cnn_weights, None, device, args.input_size, batch_size=args.batch_size)
+        embedder = load_embedder(
+            args.backbone, args.cnn_weights, None, device, args.input_size, batch_size=args.batch_size
+        )
     if args.images:
         cases = file_cases(args, [])
     else:
         data = load_data(args, embedder)
         if embedder is None:
-            embedder = load_embedder(args.backbone, args.cnn_weights, data, device, args.input_size, batch_size=args.batch_size)
+            embedder = load_embedder(
+                args.backbone, args.cnn_weights, data, device, args.input_size, batch_size=args.batch_size
+            )
         embedder.check_dataset(data.name, args.allow_other_dataset or args.dry_run)
         cases = dataset_cases(data, args.split)
     vectors, good, errors = embed_cases(embedder, cases, rank, world_size)
     embedded = time.time()
 
-    metadata = {"embedder": embedder.facts(), "label_names": cases["label_names"], "datasets": cases["datasets"], "date": time.strftime("%Y-%m-%d")}
+    metadata = {
+        "embedder": embedder.facts(),
+        "label_names": cases["label_names"],
+        "datasets": cases["datasets"],
+        "date": time.strftime("%Y-%m-%d"),
+    }
     columns = [[cases[c][i] for i in good] for c in ("labels", "names", "splits")]
-    index = CaseIndex(vectors, np.arange(len(good)), np.array(columns[0]), *columns[1:], metadata, args.index, args.metric, args.backend)
+    index = CaseIndex(
+        vectors,
+        np.arange(len(good)),
+        np.array(columns[0]),
+        *columns[1:],
+        metadata,
+        args.index,
+        args.metric,
+        args.backend,
+    )
     index.fit_typical()
     built = time.time()
     run_dir = open_run_dir(args, TASK, "build_index")
@@ -128,14 +192,33 @@ def main(argv=None):
     index.save(run_dir / "index")
     if errors:
         write_csv(run_dir / "errors.csv", errors)
-    write_json(run_dir / "metrics.json", {
-        "n": len(index), "n_errors": len(errors), "dim": index.dim, "index": args.index, "metric": args.metric, "backend": index.backend, "split": args.split if not args.images else None,
-        "dataset": cases["datasets"], "labels": label_counts(index), "model": embedder.facts(), "typical_distance": index.metadata["typical"],
-        "seconds_embedding": round(embedded - started, 3), "seconds_building": round(built - embedded, 3),
-        "bytes": sum(p.stat().st_size for p in (run_dir / "index").iterdir()), **run_facts(started, device),
-    })  # fmt: skip
-    print(f"{len(index)} images of {index.dim} numbers, {args.index} with {args.metric} ({index.backend}): " + ", ".join(f"{n} {c}" for n, c in label_counts(index).items()))
-    print(f"embedded in {embedded - started:.1f} s, indexed in {built - embedded:.1f} s{f', {len(errors)} files skipped (errors.csv)' if errors else ''}; index in {run_dir / 'index'}")
+    write_json(
+        run_dir / "metrics.json",
+        {
+            "n": len(index),
+            "n_errors": len(errors),
+            "dim": index.dim,
+            "index": args.index,
+            "metric": args.metric,
+            "backend": index.backend,
+            "split": args.split if not args.images else None,
+            "dataset": cases["datasets"],
+            "labels": label_counts(index),
+            "model": embedder.facts(),
+            "typical_distance": index.metadata["typical"],
+            "seconds_embedding": round(embedded - started, 3),
+            "seconds_building": round(built - embedded, 3),
+            "bytes": sum(p.stat().st_size for p in (run_dir / "index").iterdir()),
+            **run_facts(started, device),
+        },
+    )
+    print(
+        f"{len(index)} images of {index.dim} numbers, {args.index} with {args.metric} ({index.backend}): "
+        + ", ".join(f"{n} {c}" for n, c in label_counts(index).items())
+    )
+    print(
+        f"embedded in {embedded - started:.1f} s, indexed in {built - embedded:.1f} s{f', {len(errors)} files skipped (errors.csv)' if errors else ''}; index in {run_dir / 'index'}"
+    )
 
 
 def update(args, device, rank, world_size):
@@ -160,7 +243,9 @@ def update(args, device, rank, world_size):
             embedder.check_dataset(data.name, args.allow_other_dataset)
             cases = dataset_cases(data, args.split)
             if index.metadata["label_names"] not in ([], cases["label_names"]):
-                raise InputError(f"the index has the labels {', '.join(index.metadata['label_names'])}, {data.name} has {', '.join(cases['label_names'])}; build an index of its own")
+                raise InputError(
+                    f"the index has the labels {', '.join(index.metadata['label_names'])}, {data.name} has {', '.join(cases['label_names'])}; build an index of its own"
+                )
         vectors, good, errors = embed_cases(embedder, cases, rank, world_size)
         columns = [[cases[c][i] for i in good] for c in ("labels", "names", "splits")]
         index.add(vectors, index.next_id() + np.arange(len(good)), np.array(columns[0]), *columns[1:])
@@ -172,16 +257,22 @@ def update(args, device, rank, world_size):
     index.save(folder)
     if errors:
         write_csv(folder.parent / "errors.csv", errors)
-    print(f"{folder}: {before} images before, {len(index)} now{f', {len(errors)} files skipped ({folder.parent}/errors.csv)' if errors else ''}: " + ", ".join(f"{n} {c}" for n, c in label_counts(index).items()))
+    print(
+        f"{folder}: {before} images before, {len(index)} now{f', {len(errors)} files skipped ({folder.parent}/errors.csv)' if errors else ''}: "
+        + ", ".join(f"{n} {c}" for n, c in label_counts(index).items())
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------- cases
+
 
 def load_data(args, embedder, known=None):
     """--data -> ImageSet, at the size of the CNN where there is one; auto: the set of the index, of the CNN, else PneumoniaMNIST."""
     if args.dry_run:
         return load_phantom(28, DRY_RUN)
-    size = args.image_size or (embedder.settings["image_size"] if embedder is not None and embedder.settings["image_size"] in SIZES else 28)
+    size = args.image_size or (
+        embedder.settings["image_size"] if embedder is not None and embedder.settings["image_size"] in SIZES else 28
+    )
     home = known or (embedder is not None and embedder.trained_on)
     data = load_images(home if home and args.data.lower() == "auto" else args.data, args.data_dir, size)
     if args.limit:
@@ -193,14 +284,19 @@ def load_data(args, embedder, known=None):
 def dataset_cases(data, split):
     """An ImageSet -> what goes into the index: images uint8 (N, H, W) or (N, H, W, 3), and a list each of labels, names, splits."""
     if data.multi_label:
-        raise InputError(f"{data.name} has several labels per image; the search counts and filters by one, so take a set with one")
+        raise InputError(
+            f"{data.name} has several labels per image; the search counts and filters by one, so take a set with one"
+        )
     splits = SPLITS if split == "all" else (split,)
     images = np.concatenate([channels_last(data.images[s]) for s in splits])
     return {
-        "images": images, "labels": np.concatenate([data.labels[s].numpy() for s in splits]).tolist(), "label_names": list(data.label_names),
-        "names": [case_name(data.name, s, i) for s in splits for i in range(len(data.images[s]))], "splits": [s for s in splits for _ in range(len(data.images[s]))],
+        "images": images,
+        "labels": np.concatenate([data.labels[s].numpy() for s in splits]).tolist(),
+        "label_names": list(data.label_names),
+        "names": [case_name(data.name, s, i) for s in splits for i in range(len(data.images[s]))],
+        "splits": [s for s in splits for _ in range(len(data.images[s]))],
         "datasets": {data.name: data.facts()},
-    }  # fmt: skip
+    }
 
 
 def case_name(dataset, split, position):
@@ -223,14 +319,20 @@ def file_cases(args, label_names):
         keys = [path.relative_to(root).as_posix() for root in roots if path.is_relative_to(root)] + [path.name]
         found.append(next((rows[k] for k in keys if k in rows), {"label": "", "split": ""}))
     if rows and not any(r["label"] for r in found):
-        raise InputError(f"none of the {len(rows)} files named in {args.labels} is among the {len(paths)} images; name them relative to --images")
+        raise InputError(
+            f"none of the {len(rows)} files named in {args.labels} is among the {len(paths)} images; name them relative to --images"
+        )
     label_names = list(label_names) + sorted({r["label"] for r in found} - set(label_names) - {""})
     if args.labels:
         print(f"labels of {sum(bool(r['label']) for r in found)} of {len(paths)} images from {args.labels}")
     return {
-        "images": paths, "labels": [label_names.index(r["label"]) if r["label"] else UNKNOWN for r in found], "label_names": label_names,
-        "names": [str(p) for p in paths], "splits": [r["split"] or "files" for r in found], "datasets": {},
-    }  # fmt: skip
+        "images": paths,
+        "labels": [label_names.index(r["label"]) if r["label"] else UNKNOWN for r in found],
+        "label_names": label_names,
+        "names": [str(p) for p in paths],
+        "splits": [r["split"] or "files" for r in found],
+        "datasets": {},
+    }
 
 
 def read_labels(path):
@@ -240,7 +342,9 @@ def read_labels(path):
             reader = csv.DictReader(file)
             missing = {"file", "label"} - set(reader.fieldnames or ())
             if missing:
-                raise InputError(f"{path} has no column {' and no column '.join(sorted(missing))}; it has {', '.join(reader.fieldnames or ['nothing'])}")
+                raise InputError(
+                    f"{path} has no column {' and no column '.join(sorted(missing))}; it has {', '.join(reader.fieldnames or ['nothing'])}"
+                )
             rows = {}
             for row in reader:
                 entry = {"label": (row["label"] or "").strip(), "split": (row.get("split") or "").strip()}
@@ -275,11 +379,17 @@ def embed_cases(embedder, cases, rank=0, world_size=1):
     if world_size > 1:
         everyone = [None] * world_size
         dist.all_gather_object(everyone, (vectors, good, errors))
-        vectors, good, errors = np.concatenate([e[0] for e in everyone]), sum((e[1] for e in everyone), []), sum((e[2] for e in everyone), [])
+        vectors, good, errors = (
+            np.concatenate([e[0] for e in everyone]),
+            sum((e[1] for e in everyone), []),
+            sum((e[2] for e in everyone), []),
+        )
         order = np.argsort(good)
         vectors, good = vectors[order], [good[i] for i in order]
     if not good:
-        raise InputError(f"none of the {len(cases['images'])} images could be used; {errors[0]['path']}: {errors[0]['error']}")
+        raise InputError(
+            f"none of the {len(cases['images'])} images could be used; {errors[0]['path']}: {errors[0]['error']}"
+        )
     for error in errors if rank == 0 else ():
         print(f"  skipped {error['path']}: {error['error']}", file=sys.stderr)
     return vectors, good, errors

@@ -13,6 +13,7 @@ Images -> vectors, for retrieval. One function for every backbone, one object th
 
 Vectors are not normalised here: the index does that, and writes down whether it did.
 """
+
 import hashlib
 import json
 import sys
@@ -75,11 +76,20 @@ class Embedder:
     def check_dataset(self, name, allow_other=False):
         """InputError when the weights were trained on another data set than `name`, unless that is allowed."""
         if self.trained_on not in (None, name) and not allow_other:
-            raise InputError(f"{self.weights} was trained on {self.trained_on}, not on {name}; give --cnn-weights trained on it, or --allow-other-dataset to use them all the same")
+            raise InputError(
+                f"{self.weights} was trained on {self.trained_on}, not on {name}; give --cnn-weights trained on it, or --allow-other-dataset to use them all the same"
+            )
 
     def facts(self):
         """What an index and metrics files say about where the vectors came from."""
-        return {"backbone": self.name, "dim": self.dim, "digest": self.digest, "settings": self.settings, "weights": self.weights, "trained_on": self.trained_on}
+        return {
+            "backbone": self.name,
+            "dim": self.dim,
+            "digest": self.digest,
+            "settings": self.settings,
+            "weights": self.weights,
+            "trained_on": self.trained_on,
+        }
 
 
 def channels_first(images):
@@ -94,11 +104,24 @@ def fit_images(images, size, channels):
         luma = torch.tensor([0.299, 0.587, 0.114], device=images.device).view(1, 3, 1, 1)
         images = (images * luma).sum(1, keepdim=True).round().to(torch.uint8)
     if size is not None and images.shape[2:] != (size, size):
-        images = F.interpolate(images.float(), size=(size, size), mode="bicubic", antialias=True, align_corners=False).clamp(0, 255).round().to(torch.uint8)
+        images = (
+            F.interpolate(images.float(), size=(size, size), mode="bicubic", antialias=True, align_corners=False)
+            .clamp(0, 255)
+            .round()
+            .to(torch.uint8)
+        )
     return images.expand(-1, channels, -1, -1)
 
 
-def load_embedder(backbone="cnn", cnn_weights=None, data=None, device="cpu", image_size=None, allow_other_dataset=False, batch_size=256):
+def load_embedder(
+    backbone="cnn",
+    cnn_weights=None,
+    data=None,
+    device="cpu",
+    image_size=None,
+    allow_other_dataset=False,
+    batch_size=256,
+):
     """
     backbone: see the top of this file; cnn_weights: checkpoint of task 1 or task 3, or its run folder (default:
     models/task1_model.pth, else ./task1_model.pth); data: the ImageSet to be embedded, against which the weights' data set is
@@ -112,7 +135,9 @@ def load_embedder(backbone="cnn", cnn_weights=None, data=None, device="cpu", ima
     if backbone == "cnn":
         return load_cnn(cnn_weights, data, image_size, allow_other_dataset, common)
     if backbone == "pixels":
-        return load_pixels(image_size or (data.size if data is not None else 28), data.channels if data is not None else 1, common)
+        return load_pixels(
+            image_size or (data.size if data is not None else 28), data.channels if data is not None else 1, common
+        )
     name = backbone.removeprefix("random:")
     if name in torchvision.models.list_models(module=torchvision.models):
         return load_torchvision(backbone, name, image_size, common)
@@ -130,7 +155,9 @@ def embedder_like(facts, cnn_weights=None, device="cpu", batch_size=256):
     """
     backbone, settings = facts["backbone"], facts["settings"]
     if backbone == "pixels":
-        return load_pixels(settings["image_size"], settings["channels"], dict(batch_size=batch_size, device=torch.device(device)))
+        return load_pixels(
+            settings["image_size"], settings["channels"], dict(batch_size=batch_size, device=torch.device(device))
+        )
     if backbone == "cnn" and cnn_weights is None and Path(facts["weights"]).is_file():
         cnn_weights = facts["weights"]
     size = settings["image_size"] if backbone != "cnn" else None
@@ -165,7 +192,9 @@ def load_cnn(path, data, image_size, allow_other_dataset, common):
         head = nn.Identity()
     size = facts["image_size"]
     if image_size not in (None, size):
-        raise InputError(f"{path} was trained at {size} px, not {image_size}; leave the size out, or give other --cnn-weights")
+        raise InputError(
+            f"{path} was trained at {size} px, not {image_size}; leave the size out, or give other --cnn-weights"
+        )
     model.fc = nn.Identity()
     model.to(common["device"], memory_format=torch.channels_last).eval()
     head.to(common["device"]).eval()
@@ -175,11 +204,21 @@ def load_cnn(path, data, image_size, allow_other_dataset, common):
         return head(model(normalise(images, normalisation).contiguous(memory_format=torch.channels_last)))
 
     settings = {
-        "image_size": size, "channels": facts["channels"], "architecture": facts["architecture"], "stem": facts["stem"],
-        "normalisation": normalisation, "projection": [list(layer.weight.shape) for layer in head.modules() if isinstance(layer, nn.Linear)],
-    }  # fmt: skip
-    dim = settings["projection"][-1][0] if settings["projection"] else model_width(vectors, settings["channels"], settings["image_size"], common["device"])
-    embedder = Embedder("cnn", dim, digest_of(model, head), settings, str(path), facts["dataset"]["name"], vectors, **common)
+        "image_size": size,
+        "channels": facts["channels"],
+        "architecture": facts["architecture"],
+        "stem": facts["stem"],
+        "normalisation": normalisation,
+        "projection": [list(layer.weight.shape) for layer in head.modules() if isinstance(layer, nn.Linear)],
+    }
+    dim = (
+        settings["projection"][-1][0]
+        if settings["projection"]
+        else model_width(vectors, settings["channels"], settings["image_size"], common["device"])
+    )
+    embedder = Embedder(
+        "cnn", dim, digest_of(model, head), settings, str(path), facts["dataset"]["name"], vectors, **common
+    )
     if data is not None:
         embedder.check_dataset(data.name, allow_other_dataset)
     return embedder
@@ -188,9 +227,15 @@ def load_cnn(path, data, image_size, allow_other_dataset, common):
 def build_embedding(state, path):
     """Checkpoint of task3_retrieval/train.py -> (ResNet with its weights, projection, settings)."""
     missing = [k for k in EMBEDDING_KEYS if k not in state]
-    missing += [f"settings[{k!r}]" for k in ("architecture", "stem", "channels", "image_size", "normalisation", "dataset") if k not in state.get("settings", {})]
+    missing += [
+        f"settings[{k!r}]"
+        for k in ("architecture", "stem", "channels", "image_size", "normalisation", "dataset")
+        if k not in state.get("settings", {})
+    ]
     if missing:
-        raise InputError(f"{path} is not a task 3 embedding of this version: it lacks {', '.join(missing)}; train it again with python task3_retrieval/train.py")
+        raise InputError(
+            f"{path} is not a task 3 embedding of this version: it lacks {', '.join(missing)}; train it again with python task3_retrieval/train.py"
+        )
     settings = state["settings"]
     model = build_model(settings["architecture"], 1, settings["channels"], settings["image_size"], settings["stem"])
     model.fc = nn.Identity()
@@ -228,7 +273,9 @@ def load_torchvision(backbone, name, image_size, common):
         try:
             model = torchvision.models.get_model(name, weights=weights)
         except OSError as error:  # URLError, HTTPError, and a cache folder that cannot be written
-            raise InputError(f"--backbone {name}: its weights could not be fetched ({error}); save {weights.url} in {torch.hub.get_dir()}/checkpoints, or use random:{name} for the untrained network") from error
+            raise InputError(
+                f"--backbone {name}: its weights could not be fetched ({error}); save {weights.url} in {torch.hub.get_dir()}/checkpoints, or use random:{name} for the untrained network"
+            ) from error
         preset = weights.transforms()
         normalisation = {"mean": list(preset.mean), "std": list(preset.std)}
     last = next((n for n, m in reversed(list(model.named_modules())) if isinstance(m, nn.Linear)), None)
@@ -240,8 +287,23 @@ def load_torchvision(backbone, name, image_size, common):
     def vectors(images):
         return model(normalise(images, normalisation))
 
-    settings = {"image_size": image_size or 224, "channels": 3, "normalisation": normalisation, "without": last, "weights": str(weights) if weights else f"random, seed {RANDOM_SEED}"}
-    return Embedder(backbone, model_width(vectors, settings["channels"], settings["image_size"], common["device"]), digest_of(model), settings, weights and weights.url, None, vectors, **common)
+    settings = {
+        "image_size": image_size or 224,
+        "channels": 3,
+        "normalisation": normalisation,
+        "without": last,
+        "weights": str(weights) if weights else f"random, seed {RANDOM_SEED}",
+    }
+    return Embedder(
+        backbone,
+        model_width(vectors, settings["channels"], settings["image_size"], common["device"]),
+        digest_of(model),
+        settings,
+        weights and weights.url,
+        None,
+        vectors,
+        **common,
+    )
 
 
 def load_transformer(backbone, device, common):
@@ -253,11 +315,16 @@ def load_transformer(backbone, device, common):
 
     name = backbone.removeprefix("vlm:")
     if not Path(name).expanduser().is_dir() and not name.startswith("tiny:") and "/" not in name:
-        raise InputError(f"there is no --backbone {backbone}: it is cnn, pixels, a torchvision name such as resnet50, random:resnet18, a model folder, or vlm: and a model")
+        raise InputError(
+            f"there is no --backbone {backbone}: it is cnn, pixels, a torchvision name such as resnet50, random:resnet18, a model folder, or vlm: and a model"
+        )
     try:
         source, config = find_model(name)
     except InputError as error:  # its advice is about --model, which scripts with a language model have
-        raise InputError(str(error).split("; to try")[0].split("; --model tiny")[0].replace("--model", "--backbone") + "; tiny:siglip works without it") from error
+        raise InputError(
+            str(error).split("; to try")[0].split("; --model tiny")[0].replace("--model", "--backbone")
+            + "; tiny:siglip works without it"
+        ) from error
     common["batch_size"] = min(common["batch_size"], 32)  # large images: 32 of 896 px are 0.3 GB before the first layer
     if backbone.startswith("vlm:") or config.get("model_type") in {f.model_type for f in FAMILIES.values()}:
         vlm = load_vlm(name, device=device)
@@ -270,31 +337,45 @@ def load_transformer(backbone, device, common):
                 tokens = tower(values, grid_thw=inputs.grid_thw.to(device)).last_hidden_state
                 return torch.stack([t.float().mean(0) for t in tokens.split(inputs.grid_thw.prod(1).tolist())])
             tokens = tower(values).last_hidden_state.float()
-            return tokens[:, 1:].mean(1) if vlm.family == "llava" else tokens.mean(1)  # CLIP's first token stands for no place
+            return (
+                tokens[:, 1:].mean(1) if vlm.family == "llava" else tokens.mean(1)
+            )  # CLIP's first token stands for no place
 
         model, processing = tower, processor.image_processor
     else:
         model = load_part(AutoModel, source, name=name, device=device)
         if not hasattr(model, "get_image_features"):
-            raise InputError(f"{name} is a {config.get('model_type')} model without image features; give a SigLIP- or CLIP-type model, or vlm: and a vision-language model")
+            raise InputError(
+                f"{name} is a {config.get('model_type')} model without image features; give a SigLIP- or CLIP-type model, or vlm: and a vision-language model"
+            )
         try:
             processing = AutoImageProcessor.from_pretrained(source, local_files_only=Path(source).is_dir())
         except (OSError, ValueError) as error:
-            raise InputError(f"{name} has no image processor: copy preprocessor_config.json from the model's page into it") from error
+            raise InputError(
+                f"{name} has no image processor: copy preprocessor_config.json from the model's page into it"
+            ) from error
         dtype = next(model.parameters()).dtype
 
         def vectors(images):
-            features = model.get_image_features(pixel_values=preprocess_images(processing, list(images.cpu())).values.to(device, dtype))
+            features = model.get_image_features(
+                pixel_values=preprocess_images(processing, list(images.cpu())).values.to(device, dtype)
+            )
             return getattr(features, "pooler_output", features)  # a tensor before transformers 5
 
     size = {k: v for k, v in dict(processing.size).items() if v is not None}
     side = size.get("height") or size["shortest_edge"]
     settings = {
-        "image_size": None, "read_size": side if side <= 1024 else 448,  # Qwen2-VL's sizes are areas: it takes images as they come
-        "channels": 3, "model_type": config.get("model_type"), "processor": type(processing).__name__, "processor_size": size,
+        "image_size": None,
+        "read_size": side if side <= 1024 else 448,  # Qwen2-VL's sizes are areas: it takes images as they come
+        "channels": 3,
+        "model_type": config.get("model_type"),
+        "processor": type(processing).__name__,
+        "processor_size": size,
         "normalisation": {"mean": list(processing.image_mean), "std": list(processing.image_std)},
-    }  # fmt: skip
-    return Embedder(backbone, model_width(vectors, 3, 56, device), digest_of(model), settings, str(source), None, vectors, **common)
+    }
+    return Embedder(
+        backbone, model_width(vectors, 3, 56, device), digest_of(model), settings, str(source), None, vectors, **common
+    )
 
 
 @torch.inference_mode()

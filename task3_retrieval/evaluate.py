@@ -14,6 +14,7 @@ Nothing is chosen or fitted here, except the limit of the warning for foreign im
 Writes to the run folder: metrics.json, predictions.csv (one row per query), report.md, figures/*.png; and the hand-in copy
 reports/task3_retrieval.md with reports/figures/task3_*.png.
 """
+
 import csv
 import dataclasses
 import sys
@@ -29,10 +30,8 @@ import torch
 from sklearn.decomposition import PCA
 from sklearn.metrics import cohen_kappa_score, roc_auc_score
 
-from shared.data.augment import (
-    shifted_copies,  # the same changes that validation is judged under, see train.py
-)
-from shared.data.medmnist import load_images, load_phantom
+from shared.data.augment import shifted_copies  # the same changes that validation is judged under, see train.py
+from shared.data.image_sets import load_images, load_phantom
 from shared.metrics.retrieval import (
     chance,
     chance_vote,
@@ -80,19 +79,50 @@ MOST_LOO = 2000  # images up to which leave-one-out resamples the gallery too
 def parse_args(argv=None):
     parser = script_parser(__doc__, task=TASK, data="PneumoniaMNIST")
     g = parser.add_argument_group("embedding")
-    g.add_argument("--backbone", default="cnn", help="what makes the vectors; cnn, pixels, a torchvision name, a model folder: see embed.py (%(default)s)")
-    g.add_argument("--cnn-weights", metavar="PATH", help="best.pt or run folder of train.py, or a task 1 classifier (default: newest run of train.py, else models/task1_model.pth)")
-    g.add_argument("--classifier", metavar="FILE", help="task 1 classifier to compare the vote with (default: models/task1_model.pth, else ./task1_model.pth)")
-    g.add_argument("--allow-other-dataset", action="store_true", help="use weights that were trained on another data set")
-    g.add_argument("--metric", default="cosine", choices=["cosine", "l2"], help="similarity of the vectors (%(default)s)")
-    g.add_argument("--image-size", type=int, default=28, choices=[28, 64, 128, 224], help="pixels per side of the data file (%(default)s)")
-    g.add_argument("--batch-size", type=positive_int, default=256, help="images at a time; lower it if out of memory (%(default)s)")
+    g.add_argument(
+        "--backbone",
+        default="cnn",
+        help="what makes the vectors; cnn, pixels, a torchvision name, a model folder: see embed.py (%(default)s)",
+    )
+    g.add_argument(
+        "--cnn-weights",
+        metavar="PATH",
+        help="best.pt or run folder of train.py, or a task 1 classifier (default: newest run of train.py, else models/task1_model.pth)",
+    )
+    g.add_argument(
+        "--classifier",
+        metavar="FILE",
+        help="task 1 classifier to compare the vote with (default: models/task1_model.pth, else ./task1_model.pth)",
+    )
+    g.add_argument(
+        "--allow-other-dataset", action="store_true", help="use weights that were trained on another data set"
+    )
+    g.add_argument(
+        "--metric", default="cosine", choices=["cosine", "l2"], help="similarity of the vectors (%(default)s)"
+    )
+    g.add_argument(
+        "--image-size",
+        type=int,
+        default=28,
+        choices=[28, 64, 128, 224],
+        help="pixels per side of the data file (%(default)s)",
+    )
+    g.add_argument(
+        "--batch-size", type=positive_int, default=256, help="images at a time; lower it if out of memory (%(default)s)"
+    )
     g = parser.add_argument_group("search")
     g.add_argument("--queries", default="test", choices=["test", "val"], help="images that ask (%(default)s)")
     g.add_argument("--vote", type=positive_int, default=5, metavar="K", help="neighbours that vote; odd (%(default)s)")
-    g.add_argument("--resamples", type=positive_int, default=2000, help="bootstrap resamples; leave-one-out takes a quarter of them (%(default)s)")
+    g.add_argument(
+        "--resamples",
+        type=positive_int,
+        default=2000,
+        help="bootstrap resamples; leave-one-out takes a quarter of them (%(default)s)",
+    )
     g = parser.add_argument_group("report")
-    g.add_argument("--show", type=int, nargs="+", metavar="INDEX", help="queries of the demonstration picture (default: 0 20 70)")
+    g.add_argument(
+        "--show", type=int, nargs="+", metavar="INDEX", help="queries of the demonstration picture (default: 0 20 70)"
+    )
     g.add_argument("--cases", type=positive_int, default=6, help="failures shown and listed (%(default)s)")
     args = parser.parse_args(argv)
     if args.vote % 2 == 0:
@@ -103,6 +133,7 @@ def parse_args(argv=None):
 
 
 # -------------------------------------------------------------------------------------------------------------- search
+
 
 def prepare(vectors, metric):
     """float32 (N, D) -> float64; for cosine of unit length (a vector of zeros stays one), rounded to float32 as in index.py."""
@@ -160,8 +191,19 @@ def evaluate_system(embed, metric, data, args, codes, labels):
     vectors = {split: embed(pictures(data.images[split])) for split in {"train", "val", queries}}
     settings = dict(metric=metric, num_classes=num_classes, k=args.vote)
     system = {"embed": embed, "metric": metric, "vectors": vectors}
-    for name, (split, gallery) in {"across": (queries, "train"), "within": (queries, queries), "val": ("val", "train")}.items():
-        system[name] = search(vectors[split], vectors[gallery], query_labels=labels[split], gallery_labels=labels[gallery], same=(codes[split], codes[gallery]), **settings)
+    for name, (split, gallery) in {
+        "across": (queries, "train"),
+        "within": (queries, queries),
+        "val": ("val", "train"),
+    }.items():
+        system[name] = search(
+            vectors[split],
+            vectors[gallery],
+            query_labels=labels[split],
+            gallery_labels=labels[gallery],
+            same=(codes[split], codes[gallery]),
+            **settings,
+        )
     return system
 
 
@@ -172,6 +214,7 @@ def pictures(images):
 
 # ------------------------------------------------------------------------------------------------------ what is measured
 
+
 def compare_all(systems, data, args, codes, labels):
     """Tables {protocol: {system: {"micro" | "macro" | class: {metric: numbers}}}}; the floor of all differences is pixels, cosine."""
     queries, num_classes, tables = args.queries, len(data.label_names), {}
@@ -181,15 +224,27 @@ def compare_all(systems, data, args, codes, labels):
         for name, system in systems.items():
             if protocol == "within" and len(y) <= MOST_LOO:
                 v = prepare(system["vectors"][queries], system["metric"])
-                draws[name] = leave_one_out_draws(similarities(v, v, system["metric"]), y, num_classes, codes[queries][:, None] == codes[queries], vote_k=args.vote, num_samples=max(1, args.resamples // 4), seed=args.seed)
+                draws[name] = leave_one_out_draws(
+                    similarities(v, v, system["metric"]),
+                    y,
+                    num_classes,
+                    codes[queries][:, None] == codes[queries],
+                    vote_k=args.vote,
+                    num_samples=max(1, args.resamples // 4),
+                    seed=args.seed,
+                )
             else:
-                draws[name] = query_draws(system[protocol]["values"], y, num_classes, codes[queries], args.resamples, args.seed)
+                draws[name] = query_draws(
+                    system[protocol]["values"], y, num_classes, codes[queries], args.resamples, args.seed
+                )
         rows = tables[protocol] = {}
         for name, system in systems.items():
             baseline = None if name == floor else (systems[floor][protocol]["values"], draws[floor])
             rows[name] = summarise(system[protocol]["values"], y, num_classes, draws[name], baseline)
         left = systems[floor][protocol]["left"]
-        same = np.bincount(labels[gallery], minlength=num_classes)[y] - (len(labels[gallery]) - left)  # copies have the same label
+        same = np.bincount(labels[gallery], minlength=num_classes)[y] - (
+            len(labels[gallery]) - left
+        )  # copies have the same label
         expected = chance(same, left)
         if num_classes == 2:
             expected["vote"] = chance_vote(same, left, args.vote)
@@ -200,8 +255,13 @@ def compare_all(systems, data, args, codes, labels):
 def against(systems, args, labels, codes, num_classes, first, second):
     """Paired difference of two systems on the headline protocol."""
     y = labels[args.queries]
-    draws = [query_draws(systems[name]["across"]["values"], y, num_classes, codes[args.queries], args.resamples, args.seed) for name in (first, second)]
-    return summarise(systems[first]["across"]["values"], y, num_classes, draws[0], (systems[second]["across"]["values"], draws[1]))
+    draws = [
+        query_draws(systems[name]["across"]["values"], y, num_classes, codes[args.queries], args.resamples, args.seed)
+        for name in (first, second)
+    ]
+    return summarise(
+        systems[first]["across"]["values"], y, num_classes, draws[0], (systems[second]["across"]["values"], draws[1])
+    )
 
 
 def view_recall(system, data, queries, codes):
@@ -247,10 +307,25 @@ def foreign_detection(system, data, args):
     for kind, images in foreign_images(data.images[args.queries], args.seed).items():
         vectors = prepare(system["embed"](pictures(images)), system["metric"])
         step = max(1, BLOCK // len(gallery))
-        nearest = [np.partition(similarities(vectors[i : i + step], gallery, system["metric"]), -1 - k, axis=1)[:, -1 - k] for i in range(0, n, step)]
+        nearest = [
+            np.partition(similarities(vectors[i : i + step], gallery, system["metric"]), -1 - k, axis=1)[:, -1 - k]
+            for i in range(0, n, step)
+        ]
         far = as_distance(np.concatenate(nearest), system["metric"])
-        interval = bootstrap_interval(roc_auc_score, np.repeat([0, 1], n), np.concatenate([usual, far]), groups=np.tile(np.arange(n), 2), num_samples=min(500, args.resamples), seed=args.seed)
-        result[kind] = {"auroc": interval["value"], "low": interval["low"], "high": interval["high"], "warned": float((far > limit).mean())}
+        interval = bootstrap_interval(
+            roc_auc_score,
+            np.repeat([0, 1], n),
+            np.concatenate([usual, far]),
+            groups=np.tile(np.arange(n), 2),
+            num_samples=min(500, args.resamples),
+            seed=args.seed,
+        )
+        result[kind] = {
+            "auroc": interval["value"],
+            "low": interval["low"],
+            "high": interval["high"],
+            "warned": float((far > limit).mean()),
+        }
         distances[kind] = far
     return {"k": k + 1, "limit": limit, "kinds": result}, distances
 
@@ -267,11 +342,23 @@ def explanation_checks(found, y, gallery_labels, num_classes, k, seed, times=200
     def balanced(called):
         return float(np.mean([(called[y == c] == c).mean() for c in classes]))
 
-    shuffled = [balanced(knn_vote(first, left, similarity, rng.permutation(gallery_labels), num_classes, k)[0]) for _ in range(times)]
-    result = {"vote": balanced(found["called"]), "shuffled_mean": float(np.mean(shuffled)), "shuffled_low": float(np.quantile(shuffled, 0.025)), "shuffled_high": float(np.quantile(shuffled, 0.975)), "num_shuffles": times}
+    shuffled = [
+        balanced(knn_vote(first, left, similarity, rng.permutation(gallery_labels), num_classes, k)[0])
+        for _ in range(times)
+    ]
+    result = {
+        "vote": balanced(found["called"]),
+        "shuffled_mean": float(np.mean(shuffled)),
+        "shuffled_low": float(np.quantile(shuffled, 0.025)),
+        "shuffled_high": float(np.quantile(shuffled, 0.975)),
+        "num_shuffles": times,
+    }
     if (np.minimum(left, first.shape[1]) >= 2 * k).all():
         next_called, _ = knn_vote(first[:, k:], left - k, similarity[:, k:], gallery_labels, num_classes, k)
-        result |= {"vote_stays_without_neighbours": float((next_called == found["called"]).mean()), "vote_without_neighbours": balanced(next_called)}
+        result |= {
+            "vote_stays_without_neighbours": float((next_called == found["called"]).mean()),
+            "vote_without_neighbours": balanced(next_called),
+        }
     return result
 
 
@@ -287,18 +374,30 @@ def agreement(found, y, classifier, facts, images, device, dtype, batch_size):
     low, high = wilson_interval(int(same.sum()), n)
     right, vote_right = answers == y, found["called"] == y
     numbers = {
-        "agree": float(same.mean()), "low": low, "high": high, "kappa": float(cohen_kappa_score(answers, found["called"])) if len(np.unique([answers, found["called"]])) > 1 else None,
-        "accuracy_classifier": float(right.mean()), "accuracy_vote": float(vote_right.mean()), "mcnemar": mcnemar_exact(vote_right, right),
-        "num_disagree": int((~same).sum()), "accuracy_when_agreed": float(vote_right[same].mean()) if same.any() else None,
+        "agree": float(same.mean()),
+        "low": low,
+        "high": high,
+        "kappa": float(cohen_kappa_score(answers, found["called"]))
+        if len(np.unique([answers, found["called"]])) > 1
+        else None,
+        "accuracy_classifier": float(right.mean()),
+        "accuracy_vote": float(vote_right.mean()),
+        "mcnemar": mcnemar_exact(vote_right, right),
+        "num_disagree": int((~same).sum()),
+        "accuracy_when_agreed": float(vote_right[same].mean()) if same.any() else None,
         "accuracy_vote_when_not": float(vote_right[~same].mean()) if (~same).any() else None,
-    }  # fmt: skip
+    }
     return numbers, answers, probabilities
 
 
 def copies_matter(system, labels, codes, args, num_classes):
     """What the treatment of copies does to leave-one-out: P@1 and mAP with copies out, only the query out, nothing out."""
     y, vectors, own = labels[args.queries], system["vectors"][args.queries], np.arange(len(labels[args.queries]))
-    cases = {"query and copies left out": (codes[args.queries], codes[args.queries]), "only the query left out": (own, own), "query left in (wrong)": (own, own + len(own))}
+    cases = {
+        "query and copies left out": (codes[args.queries], codes[args.queries]),
+        "only the query left out": (own, own),
+        "query left in (wrong)": (own, own + len(own)),
+    }
     rows = {}
     for name, same in cases.items():
         values = search(vectors, vectors, system["metric"], y, y, num_classes, same, args.vote)["values"]
@@ -318,20 +417,53 @@ def write_predictions(path, found, system, data, labels, args, answers, probabil
     with atomic_file(path, "w") as file:
         writer = csv.writer(file)
         values = [n for n in found["values"] if n != "vote"]
-        writer.writerow(["id", "label", "vote", "vote_share", "correct", "neighbours", "neighbour_labels", "similarities", "distance_k", "unlike_gallery", *values, "classifier", "classifier_probability", "agree"])
+        writer.writerow(
+            [
+                "id",
+                "label",
+                "vote",
+                "vote_share",
+                "correct",
+                "neighbours",
+                "neighbour_labels",
+                "similarities",
+                "distance_k",
+                "unlike_gallery",
+                *values,
+                "classifier",
+                "classifier_probability",
+                "agree",
+            ]
+        )
         for q, y in enumerate(labels[args.queries]):
             n = min(k, found["left"][q])
             rows, similarity = found["first"][q, :n], found["similarity"][q, :n]
             distance = as_distance(similarity[-1], system["metric"])
-            answer = ["", "", ""] if answers is None else [names[answers[q]], f"{probabilities[q]:.6f}", int(answers[q] == found["called"][q])]
-            writer.writerow([
-                f"{args.queries}/{q}", names[y], names[found["called"][q]], f"{found['share'][q].max():.3f}", int(found["called"][q] == y), " ".join(f"train/{r}" for r in rows),
-                " ".join(str(v) for v in labels["train"][rows]), " ".join(f"{s:.5f}" for s in similarity), f"{distance:.5f}", int(distance > limit),
-                *("" if np.isnan(found["values"][v][q]) else f"{found['values'][v][q]:.6f}" for v in values), *answer,
-            ])  # fmt: skip
+            answer = (
+                ["", "", ""]
+                if answers is None
+                else [names[answers[q]], f"{probabilities[q]:.6f}", int(answers[q] == found["called"][q])]
+            )
+            writer.writerow(
+                [
+                    f"{args.queries}/{q}",
+                    names[y],
+                    names[found["called"][q]],
+                    f"{found['share'][q].max():.3f}",
+                    int(found["called"][q] == y),
+                    " ".join(f"train/{r}" for r in rows),
+                    " ".join(str(v) for v in labels["train"][rows]),
+                    " ".join(f"{s:.5f}" for s in similarity),
+                    f"{distance:.5f}",
+                    int(distance > limit),
+                    *("" if np.isnan(found["values"][v][q]) else f"{found['values'][v][q]:.6f}" for v in values),
+                    *answer,
+                ]
+            )
 
 
 # ---------------------------------------------------------------------------------------------------------------- main
+
 
 def headline_embedder(args, data, device):
     """--backbone and --cnn-weights -> (its name in the tables, Embedder)."""
@@ -344,10 +476,14 @@ def headline_embedder(args, data, device):
             weights = Path("outputs") / TASK / "train" / "dry-run"
         else:
             weights = newest_run(TASK, "train", "best.pt") or find_classifier()
-    embed = load_embedder(args.backbone, weights, data, device, allow_other_dataset=args.allow_other_dataset, batch_size=args.batch_size)
+    embed = load_embedder(
+        args.backbone, weights, data, device, allow_other_dataset=args.allow_other_dataset, batch_size=args.batch_size
+    )
     if args.backbone != "cnn":
         return args.backbone, embed
-    return ("trained embedding" if load_checkpoint(embed.weights).get("kind") == EMBEDDING_KIND else "task 1 features"), embed
+    return (
+        "trained embedding" if load_checkpoint(embed.weights).get("kind") == EMBEDDING_KIND else "task 1 features"
+    ), embed
 
 
 def draw_all(folder, systems, title, data, labels, args, wrong, detected, where):
@@ -362,25 +498,64 @@ def draw_all(folder, systems, title, data, labels, args, wrong, detected, where)
 
     def row(q):
         n = min(args.vote, found["left"][q])
-        neighbours = [(gallery[r], labels["train"][r], f"train {r}\n{SCALE[args.metric].format(s)}") for r, s in zip(found["first"][q, :n], found["similarity"][q, :n], strict=True)]
-        return (queries[q], y[q], f"{args.queries} {q}: {names[y[q]]}\nvote: {names[found['called'][q]]} {found['share'][q].max():.0%}"), neighbours
+        neighbours = [
+            (gallery[r], labels["train"][r], f"train {r}\n{SCALE[args.metric].format(s)}")
+            for r, s in zip(found["first"][q, :n], found["similarity"][q, :n], strict=True)
+        ]
+        return (
+            queries[q],
+            y[q],
+            f"{args.queries} {q}: {names[y[q]]}\nvote: {names[found['called'][q]]} {found['share'][q].max():.0%}",
+        ), neighbours
 
     draw_neighbours(path("visual_results"), [row(q) for q in args.show], names, where)
     if len(wrong):
-        draw_neighbours(path("failures"), [row(q) for q in wrong[: args.cases]], names, f"{where}\nwrong votes, most confident first ({min(len(wrong), args.cases)} of {len(wrong)})")
-    draw_precision(path("precision"), {name: precision_curve(s["across"], y, labels["train"], len(names)) for name, s in systems.items()}, names, where)
+        draw_neighbours(
+            path("failures"),
+            [row(q) for q in wrong[: args.cases]],
+            names,
+            f"{where}\nwrong votes, most confident first ({min(len(wrong), args.cases)} of {len(wrong)})",
+        )
+    draw_precision(
+        path("precision"),
+        {name: precision_curve(s["across"], y, labels["train"], len(names)) for name, s in systems.items()},
+        names,
+        where,
+    )
     project = PCA(n_components=2, random_state=args.seed).fit(prepare(systems[title]["vectors"]["train"], args.metric))
-    flat = {split: project.transform(prepare(systems[title]["vectors"][split], args.metric)) for split in ("train", args.queries)}
-    draw_map(path("map"), flat["train"], labels["train"], flat[args.queries], y, wrong, names, args.queries, project.explained_variance_ratio_, where)
+    flat = {
+        split: project.transform(prepare(systems[title]["vectors"][split], args.metric))
+        for split in ("train", args.queries)
+    }
+    draw_map(
+        path("map"),
+        flat["train"],
+        labels["train"],
+        flat[args.queries],
+        y,
+        wrong,
+        names,
+        args.queries,
+        project.explained_variance_ratio_,
+        where,
+    )
     numbers, distances = detected
-    draw_distances(path("distances"), distances, numbers, {"cosine": "1 - cosine similarity", "l2": "Euclidean distance"}[args.metric], where)
+    draw_distances(
+        path("distances"),
+        distances,
+        numbers,
+        {"cosine": "1 - cosine similarity", "l2": "Euclidean distance"}[args.metric],
+        where,
+    )
     return figures
 
 
 def precision_curve(found, y, gallery_labels, num_classes):
     """Mean precision among the first 1, 2, ... 50 neighbours, per class: (num_classes, most)."""
     right = (gallery_labels[found["first"]] == y[:, None]).cumsum(1) / np.arange(1, found["first"].shape[1] + 1)
-    return np.stack([right[y == c].mean(0) if (y == c).any() else np.full(right.shape[1], np.nan) for c in range(num_classes)])
+    return np.stack(
+        [right[y == c].mean(0) if (y == c).any() else np.full(right.shape[1], np.nan) for c in range(num_classes)]
+    )
 
 
 @script
@@ -389,7 +564,11 @@ def main(argv=None):
     started = time.time()
     seed_everything(args.seed)
     device, dtype = pick_device(args.device)
-    data = load_phantom(28, {"train": 96, "val": 32, "test": 48}) if args.dry_run else load_images(args.data, args.data_dir, args.image_size)
+    data = (
+        load_phantom(28, {"train": 96, "val": 32, "test": 48})
+        if args.dry_run
+        else load_images(args.data, args.data_dir, args.image_size)
+    )
     if data.multi_label:
         raise InputError(f"{data.name} has several labels per image; similar cases are judged by one label per image")
     if args.limit:
@@ -414,33 +593,72 @@ def main(argv=None):
         classifier, facts = load_classifier(classifier_path, device)
         if facts["dataset"]["name"] != data.name and not args.allow_other_dataset:
             if args.classifier:
-                raise InputError(f"{classifier_path} was trained on {facts['dataset']['name']}, not on {data.name}; give the classifier of that set")
+                raise InputError(
+                    f"{classifier_path} was trained on {facts['dataset']['name']}, not on {data.name}; give the classifier of that set"
+                )
             classifier = None
     run_dir = open_run_dir(args, TASK, "evaluate")
 
     print("searching:")
     plan = {title: (embed, args.metric)}
     if classifier is not None and title == "trained embedding":
-        plan["task 1 features"] = (load_embedder("cnn", classifier_path, data, device, allow_other_dataset=args.allow_other_dataset, batch_size=args.batch_size), args.metric)
+        plan["task 1 features"] = (
+            load_embedder(
+                "cnn",
+                classifier_path,
+                data,
+                device,
+                allow_other_dataset=args.allow_other_dataset,
+                batch_size=args.batch_size,
+            ),
+            args.metric,
+        )
     pixels = load_embedder("pixels", data=data, device=device)
-    plan |= {"raw pixels, cosine": (pixels, "cosine"), "raw pixels, L2": (dataclasses.replace(pixels, name="pixels, not centred", function=lambda images: images.flatten(1).float() / 255), "l2")}
-    plan["untrained ResNet-18"] = (load_embedder("random:resnet18", data=data, device=device, image_size=max(64, data.size), batch_size=args.batch_size), "cosine")
+    plan |= {
+        "raw pixels, cosine": (pixels, "cosine"),
+        "raw pixels, L2": (
+            dataclasses.replace(
+                pixels, name="pixels, not centred", function=lambda images: images.flatten(1).float() / 255
+            ),
+            "l2",
+        ),
+    }
+    plan["untrained ResNet-18"] = (
+        load_embedder(
+            "random:resnet18", data=data, device=device, image_size=max(64, data.size), batch_size=args.batch_size
+        ),
+        "cosine",
+    )
     systems = {name: evaluate_system(e, metric, data, args, codes, labels) for name, (e, metric) in plan.items()}
     found = systems[title]["across"]
 
     measured = {
-        "headline": title, "tables": compare_all(systems, data, args, codes, labels),
+        "headline": title,
+        "tables": compare_all(systems, data, args, codes, labels),
         "intervals": {
             "across": f"percentile bootstrap over queries ({args.resamples} resamples, gallery fixed, byte-identical queries drawn together)",
-            "within": f"percentile bootstrap over images as queries and gallery at once ({max(1, args.resamples // 4)} resamples)" if len(y) <= MOST_LOO else f"percentile bootstrap over queries ({args.resamples} resamples, gallery fixed)",
+            "within": f"percentile bootstrap over images as queries and gallery at once ({max(1, args.resamples // 4)} resamples)"
+            if len(y) <= MOST_LOO
+            else f"percentile bootstrap over queries ({args.resamples} resamples, gallery fixed)",
         },
-        "against_task1": against(systems, args, labels, codes, num_classes, title, "task 1 features") if title == "trained embedding" and "task 1 features" in systems else None,
-        "vote_auc": {name: float(roc_auc_score(y, s["across"]["share"][:, 1])) for name, s in systems.items()} if num_classes == 2 else None,
+        "against_task1": against(systems, args, labels, codes, num_classes, title, "task 1 features")
+        if title == "trained embedding" and "task 1 features" in systems
+        else None,
+        "vote_auc": {name: float(roc_auc_score(y, s["across"]["share"][:, 1])) for name, s in systems.items()}
+        if num_classes == 2
+        else None,
         "view_recall": {name: view_recall(s, data, args.queries, codes) for name, s in systems.items()},
         "explanation": explanation_checks(found, y, labels["train"], num_classes, args.vote, args.seed),
-        "hubness": {name: {p: hubness(s[p]["first"], s[p]["left"], len(labels[g])) for p, g in (("across", "train"), ("within", args.queries))} for name, s in systems.items()},
-        "duplicates": duplicate_report(codes, labels) | {"leave_one_out": copies_matter(systems[title], labels, codes, args, num_classes)},
-    }  # fmt: skip
+        "hubness": {
+            name: {
+                p: hubness(s[p]["first"], s[p]["left"], len(labels[g]))
+                for p, g in (("across", "train"), ("within", args.queries))
+            }
+            for name, s in systems.items()
+        },
+        "duplicates": duplicate_report(codes, labels)
+        | {"leave_one_out": copies_matter(systems[title], labels, codes, args, num_classes)},
+    }
     detected = {name: foreign_detection(s, data, args) for name, s in systems.items() if name != "untrained ResNet-18"}
     measured["foreign"] = {name: numbers for name, (numbers, _) in detected.items()}
     answers = probabilities = None
@@ -448,22 +666,54 @@ def main(argv=None):
     if classifier is None:
         print("no task 1 classifier for this data set: the vote is not compared with one")
     else:
-        measured["agreement"], answers, probabilities = agreement(found, y, classifier, facts, data.images[args.queries], device, dtype, args.batch_size)
+        measured["agreement"], answers, probabilities = agreement(
+            found, y, classifier, facts, data.images[args.queries], device, dtype, args.batch_size
+        )
     wrong = failures(found, y)
     measured["failures"] = {"n": len(wrong), "shown": wrong[: args.cases].tolist()}
     del classifier
     free_gpu()
 
-    write_predictions(run_dir / "predictions.csv", found, systems[title], data, labels, args, answers, probabilities, measured["foreign"][title]["limit"])
+    write_predictions(
+        run_dir / "predictions.csv",
+        found,
+        systems[title],
+        data,
+        labels,
+        args,
+        answers,
+        probabilities,
+        measured["foreign"][title]["limit"],
+    )
     where = f"{'PHANTOM images, ' if data.phantom else ''}{data.name} {data.size} px: {args.queries} (n = {len(y)}) searches train (n = {len(labels['train'])}), {title}, {args.metric}"
     figures = draw_all(run_dir / "figures", systems, title, data, labels, args, wrong, detected[title], where)
-    write_json(run_dir / "metrics.json", {
-        "dataset": data.facts(), "split": args.queries, "gallery": "train", "n": len(y), "n_gallery": len(labels["train"]), "metric": args.metric, "normalised": args.metric == "cosine",
-        "model": embed.facts(), "classifier": classifier_path and str(classifier_path), "seed": args.seed, "vote_k": args.vote, **measured,
-        "settings": {k: v for k, v in vars(args).items() if k != "config"}, **run_facts(started, device),
-    })  # fmt: skip
+    write_json(
+        run_dir / "metrics.json",
+        {
+            "dataset": data.facts(),
+            "split": args.queries,
+            "gallery": "train",
+            "n": len(y),
+            "n_gallery": len(labels["train"]),
+            "metric": args.metric,
+            "normalised": args.metric == "cosine",
+            "model": embed.facts(),
+            "classifier": classifier_path and str(classifier_path),
+            "seed": args.seed,
+            "vote_k": args.vote,
+            **measured,
+            "settings": {k: v for k, v in vars(args).items() if k != "config"},
+            **run_facts(started, device),
+        },
+    )
     hand_in = not (args.dry_run or args.limit or args.queries != "test")
-    write_report(run_dir, report_text(data, args, embed, measured, labels, figures), figures, HAND_IN if hand_in else None, "task3_")
+    write_report(
+        run_dir,
+        report_text(data, args, embed, measured, labels, figures),
+        figures,
+        HAND_IN if hand_in else None,
+        "task3_",
+    )
     print(table(measured["tables"]["across"], data.label_names))
     print(f"results in {run_dir} ({time.time() - started:.0f} s)" + (f"; hand-in report: {HAND_IN}" if hand_in else ""))
 

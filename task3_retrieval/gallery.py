@@ -4,6 +4,7 @@ Similar cases side by side: finds the pictures of an index again, draws them as 
 An index does not copy images. Those of a data set are read from --data-dir (and must be the file the index was built from),
 others from where they were when the index was built.
 """
+
 import base64
 import html
 import io
@@ -18,14 +19,24 @@ import numpy as np
 import torch
 from PIL import Image
 
+from shared.data.image_sets import load_images
 from shared.data.images import read_image, to_square
-from shared.data.medmnist import load_images
 from shared.runtime import InputError, atomic_file
 from task1_classification.explain import GradCAM, overlay
 from task1_classification.model import normalise
 from task3_retrieval.embed import fit_images
 
-COLORS = ("tab:green", "tab:red", "tab:blue", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan", "tab:orange")  # by label
+COLORS = (
+    "tab:green",
+    "tab:red",
+    "tab:blue",
+    "tab:purple",
+    "tab:brown",
+    "tab:pink",
+    "tab:olive",
+    "tab:cyan",
+    "tab:orange",
+)  # by label
 UNKNOWN_COLOR = "tab:gray"
 FILE_SIZE = 224  # pixels per side at which image files are shown
 PAGE = 6  # queries per figure
@@ -44,7 +55,9 @@ class Pictures:
             facts = self.facts[name]
             data = load_images(name, self.data_dir, facts["size"])
             if data.sha256 != facts["sha256"]:
-                raise InputError(f"{data.source} is not the file the index was built from (other SHA-256); give its folder with --data-dir")
+                raise InputError(
+                    f"{data.source} is not the file the index was built from (other SHA-256); give its folder with --data-dir"
+                )
             self.sets[name] = data
         return self.sets[name]
 
@@ -72,7 +85,11 @@ def grey_tile(size=28):
 def to_rgb(picture, side=224):
     """uint8 tensor (C, H, W) -> array (side, side, 3); enlarged without smoothing, so that 28 pixels look like 28 pixels."""
     array = picture.expand(3, -1, -1).permute(1, 2, 0).numpy()
-    return np.array(Image.fromarray(np.ascontiguousarray(array)).resize((side, side), Image.NEAREST if array.shape[0] < side else Image.BICUBIC))
+    return np.array(
+        Image.fromarray(np.ascontiguousarray(array)).resize(
+            (side, side), Image.NEAREST if array.shape[0] < side else Image.BICUBIC
+        )
+    )
 
 
 def heat_maps(classifier, facts, pictures, layer="auto", device="cpu"):
@@ -83,7 +100,10 @@ def heat_maps(classifier, facts, pictures, layer="auto", device="cpu"):
         for some in inputs.split(64):
             out.append(cam(normalise(some.to(device), facts["normalisation"])).cpu())
     maps = torch.cat(out)
-    return [overlay(torch.from_numpy(to_rgb(p)).permute(2, 0, 1)[None], m[None])[0] for p, m in zip(pictures, maps, strict=True)]
+    return [
+        overlay(torch.from_numpy(to_rgb(p)).permute(2, 0, 1)[None], m[None])[0]
+        for p, m in zip(pictures, maps, strict=True)
+    ]
 
 
 def color_of(label, label_names):
@@ -98,16 +118,32 @@ def draw_gallery(path, cases, label_names, title, unit):
     """
     heat = cases[0]["heat"] is not None
     columns = 1 + max(len(c["neighbours"]) for c in cases)
-    figure, axes = plt.subplots(len(cases), columns, figsize=(max(1.55 * columns, 6.5), (1.55 * (1 + heat) + 0.75) * len(cases) + 0.8), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        len(cases),
+        columns,
+        figsize=(max(1.55 * columns, 6.5), (1.55 * (1 + heat) + 0.75) * len(cases) + 0.8),
+        layout="constrained",
+        squeeze=False,
+    )
     for row, case in zip(axes, cases, strict=True):
         tiles = [case, *case["neighbours"]]
         for axis, tile in zip(row, tiles, strict=False):
-            axis.imshow(np.concatenate([tile["picture"], np.full_like(tile["heat"][:6], 255), tile["heat"]]) if heat else tile["picture"])
+            axis.imshow(
+                np.concatenate([tile["picture"], np.full_like(tile["heat"][:6], 255), tile["heat"]])
+                if heat
+                else tile["picture"]
+            )
             axis.set(xticks=[], yticks=[])
             for spine in axis.spines.values():
                 spine.set(color=color_of(tile["label"], label_names), linewidth=3.5)
             if tile is case:
-                axis.set_title(f"query {short(case['name'])}\n{case['label'] or 'label not known'}", fontsize=7.5, fontweight="bold", loc="left", color="tab:red" if case["warn"] else "black")
+                axis.set_title(
+                    f"query {short(case['name'])}\n{case['label'] or 'label not known'}",
+                    fontsize=7.5,
+                    fontweight="bold",
+                    loc="left",
+                    color="tab:red" if case["warn"] else "black",
+                )
             else:
                 axis.set_title(f"{tile['rank']}: {tile['distance']:#.3g}\n{tile['label']}", fontsize=7.5)
         for axis in row[len(tiles) :]:
@@ -132,11 +168,16 @@ def write_page(path, cases, label_names, title, unit, notes):
     parts = [PAGE_HEAD.format(title=html.escape(title))]
     parts += [f"<h1>{html.escape(title)}</h1>", *(f"<p>{html.escape(n)}</p>" for n in notes)]
     for case in cases:
-        verdict = "".join(f"<li{' class=warn' if case['warn'] and 'unlike' in line else ''}>{html.escape(line)}</li>" for line in case["verdict"])
+        verdict = "".join(
+            f"<li{' class=warn' if case['warn'] and 'unlike' in line else ''}>{html.escape(line)}</li>"
+            for line in case["verdict"]
+        )
         parts.append(f"<section><h2>{html.escape(case['name'])}</h2><ul>{verdict}</ul><div class=row>")
         parts.append(tile_html(case, "query", case["label"] or "label not known", label_names))
         for n in case["neighbours"]:
-            parts.append(tile_html(n, f"{n['rank']}: {unit} {n['distance']:#.4g}", f"{n['label']} ({n['split']})", label_names))
+            parts.append(
+                tile_html(n, f"{n['rank']}: {unit} {n['distance']:#.4g}", f"{n['label']} ({n['split']})", label_names)
+            )
         parts.append("</div></section>")
     parts.append("</body></html>\n")
     with atomic_file(path, "w") as file:
@@ -145,7 +186,11 @@ def write_page(path, cases, label_names, title, unit, notes):
 
 def tile_html(tile, head, label, label_names):
     color = matplotlib.colors.to_hex(color_of(tile["label"], label_names))
-    pictures = "".join(f'<img src="{data_uri(tile[key])}" style="border-color:{color}" alt="{html.escape(key)}">' for key in ("picture", "heat") if tile[key] is not None)
+    pictures = "".join(
+        f'<img src="{data_uri(tile[key])}" style="border-color:{color}" alt="{html.escape(key)}">'
+        for key in ("picture", "heat")
+        if tile[key] is not None
+    )
     return f'<figure>{pictures}<figcaption><b>{html.escape(head)}</b><br>{html.escape(label)}<br><span title="{html.escape(tile["name"])}">{html.escape(short(tile["name"], 28))}</span></figcaption></figure>'
 
 

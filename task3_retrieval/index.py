@@ -19,6 +19,7 @@ Without faiss a saved index of any kind is searched exactly, by torch; building 
 Files: manifest.json, and beside it vectors-*.npy (row by row, unit length for cosine), cases-*.csv and index-*.faiss, named by
 what is in them. The manifest is written last and in one step, so an interrupted save leaves the index before it untouched.
 """
+
 import contextlib
 import csv
 import io
@@ -45,7 +46,11 @@ KINDS, METRICS, BACKENDS = ("flat", "hnsw", "ivfpq"), ("l2", "cosine"), ("auto",
 UNKNOWN = -1  # label of an image without one
 SPARE = 16  # candidates fetched beyond k
 MIN_IVFPQ = 1024  # vectors; fewer cannot train 256 codes per part
-SETTINGS = {"flat": {}, "hnsw": {"links": 32, "ef_construction": 200, "ef_search": 64}, "ivfpq": {"lists": None, "parts": None, "probes": 16, "refine": 10}}
+SETTINGS = {
+    "flat": {},
+    "hnsw": {"links": 32, "ef_construction": 200, "ef_search": 64},
+    "ivfpq": {"lists": None, "parts": None, "probes": 16, "refine": 10},
+}
 CHUNK = 2**24  # float64 numbers compared at once (128 MiB)
 TYPICAL_K, TYPICAL_SAMPLE = 10, 5000
 
@@ -57,9 +62,23 @@ class CaseIndex:
     embedder.facts(), "label_names": [...], "dataset": {...}}. InputError for whatever does not fit together.
     """
 
-    def __init__(self, vectors, ids, labels, names, splits, metadata=None, kind="flat", metric="l2", backend="auto", settings=None):
+    def __init__(
+        self,
+        vectors,
+        ids,
+        labels,
+        names,
+        splits,
+        metadata=None,
+        kind="flat",
+        metric="l2",
+        backend="auto",
+        settings=None,
+    ):
         if kind not in KINDS or metric not in METRICS:
-            raise InputError(f"an index is of the kind {', '.join(KINDS)} with the metric {' or '.join(METRICS)}, not {kind} with {metric}")
+            raise InputError(
+                f"an index is of the kind {', '.join(KINDS)} with the metric {' or '.join(METRICS)}, not {kind} with {metric}"
+            )
         self.kind, self.metric, self.backend = kind, metric, pick_backend(backend)
         self.settings = SETTINGS[kind] | (settings or {})
         self.metadata = dict(metadata or {})
@@ -82,12 +101,19 @@ class CaseIndex:
         ids, labels = np.asarray(ids), np.asarray(labels)
         names, splits = list(map(str, names)), list(map(str, splits))
         if not len(ids) == len(labels) == len(names) == len(splits) == n:
-            raise InputError(f"there are {n} vectors, {len(ids)} ids, {len(labels)} labels, {len(names)} names and {len(splits)} splits")
+            raise InputError(
+                f"there are {n} vectors, {len(ids)} ids, {len(labels)} labels, {len(names)} names and {len(splits)} splits"
+            )
         if ids.dtype.kind not in "iu" or labels.dtype.kind not in "iu" or ids.ndim != 1 or labels.ndim != 1:
             raise InputError("ids and labels are whole numbers, one per image")
         if len(np.unique(ids)) < n or ids.min(initial=0) < 0:
             raise InputError("ids must be unique and not negative")
-        return ids.astype(np.int64), labels.astype(np.int64), np.array(names, dtype=object), np.array(splits, dtype=object)
+        return (
+            ids.astype(np.int64),
+            labels.astype(np.int64),
+            np.array(names, dtype=object),
+            np.array(splits, dtype=object),
+        )
 
     def set_cases(self, ids, labels, names, splits):
         self.ids, self.labels, self.names, self.splits = ids, labels, names, splits
@@ -125,7 +151,9 @@ class CaseIndex:
         """-> float32 (n, D), contiguous, of unit length for cosine (a vector of zeros stays one: similarity 0 to everything)."""
         vectors = np.ascontiguousarray(vectors, dtype=np.float32)
         if vectors.ndim != 2 or vectors.shape[1] != self.dim:
-            raise InputError(f"the index holds vectors of {self.dim} numbers, not {vectors.shape[-1]}: they come from another model")
+            raise InputError(
+                f"the index holds vectors of {self.dim} numbers, not {vectors.shape[-1]}: they come from another model"
+            )
         if not np.isfinite(vectors).all():
             raise InputError("the vectors hold NaN or infinite numbers")
         if self.metric == "cosine":
@@ -146,11 +174,17 @@ class CaseIndex:
         if len(queries) == 0:
             raise InputError("there is no query")
         if len(self) == 0 or size == 0:
-            raise InputError("the index is empty: add images to it" if len(self) == 0 else f"no image of the index fits the filter {where}")
+            raise InputError(
+                "the index is empty: add images to it"
+                if len(self) == 0
+                else f"no image of the index fits the filter {where}"
+            )
         excluded = self.excluded_rows(exclude, len(queries), pool)
         most = max(map(len, excluded), default=0)
         if k < 1 or k > size - most:
-            raise InputError(f"k must be from 1 to {size - most}, the number of images to choose from{' after the excluded ones' if most else ''}; not {k}")
+            raise InputError(
+                f"k must be from 1 to {size - most}, the number of images to choose from{' after the excluded ones' if most else ''}; not {k}"
+            )
 
         scores, rows = np.empty((len(queries), k), dtype=np.float32), np.empty((len(queries), k), dtype=np.int64)
         fetch = k + SPARE + most
@@ -162,7 +196,9 @@ class CaseIndex:
                 s[found[part] < 0] = -np.inf
                 self.drop(s, found[part], [excluded[q] for q in part])
                 scores[part], rows[part] = self.best(s, found[part], k)
-            rest = np.flatnonzero(~self.settled(queries, scores[:, -1], far, exact=pool is not None or self.kind == "flat"))
+            rest = np.flatnonzero(
+                ~self.settled(queries, scores[:, -1], far, exact=pool is not None or self.kind == "flat")
+            )
         everything = np.arange(len(self)) if pool is None else pool
         for part in np.array_split(rest, math.ceil(len(rest) * size / CHUNK)) if len(rest) else ():
             s = self.compare_all(queries[part], pool)
@@ -176,7 +212,9 @@ class CaseIndex:
         if not isinstance(where, dict):
             mask = np.asarray(where)
             if mask.dtype != bool or mask.shape != (len(self),):
-                raise InputError(f"a filter is a dict, or one true or false per image ({len(self)}), not {mask.dtype} {mask.shape}")
+                raise InputError(
+                    f"a filter is a dict, or one true or false per image ({len(self)}), not {mask.dtype} {mask.shape}"
+                )
             return mask
         mask = np.ones(len(self), dtype=bool)
         for field, values in where.items():
@@ -187,7 +225,9 @@ class CaseIndex:
             elif field == "split":
                 missing = sorted(set(values) - set(self.splits))
                 if missing:
-                    raise InputError(f"the index has no split {missing[0]!r}; it has {', '.join(sorted(set(self.splits)))}")
+                    raise InputError(
+                        f"the index has no split {missing[0]!r}; it has {', '.join(sorted(set(self.splits)))}"
+                    )
                 mask &= np.isin(self.splits.astype(str), values)
             else:
                 raise InputError(f"images are filtered by label and split, not by {field!r}")
@@ -213,7 +253,13 @@ class CaseIndex:
             inside[pool] = True
         out = []
         for ids in exclude:
-            rows = self.rows_of(np.unique(np.fromiter(ids, dtype=np.int64) if np.ndim(ids) or isinstance(ids, (set, frozenset)) else np.array([ids])))
+            rows = self.rows_of(
+                np.unique(
+                    np.fromiter(ids, dtype=np.int64)
+                    if np.ndim(ids) or isinstance(ids, (set, frozenset))
+                    else np.array([ids])
+                )
+            )
             rows = rows[rows >= 0]
             out.append(rows if inside is None else rows[inside[rows]])
         return out
@@ -226,7 +272,9 @@ class CaseIndex:
         if self.backend == "torch" or pool is not None:
             return self.propose_torch(queries, fetch, pool)
         if self.kind == "hnsw":
-            fetch = min(math.ceil(fetch * self.faiss_index.ntotal / len(self)), self.faiss_index.ntotal)  # some will be retired
+            fetch = min(
+                math.ceil(fetch * self.faiss_index.ntotal / len(self)), self.faiss_index.ntotal
+            )  # some will be retired
             inner(self.faiss_index).hnsw.efSearch = max(self.settings["ef_search"], fetch)
         elif self.kind == "ivfpq":
             fetch = min(max(fetch, (fetch - SPARE) * self.settings["refine"]), len(self))
@@ -265,7 +313,11 @@ class CaseIndex:
         out = []
         for v in (self.torch_vectors if pool is None else self.torch_vectors[pool]).split(max(1, CHUNK // self.dim)):
             v = v.double()
-            out.append((q @ v.T).clamp_(-1, 1) if self.metric == "cosine" else -torch.cdist(q, v, compute_mode="donot_use_mm_for_euclid_dist"))
+            out.append(
+                (q @ v.T).clamp_(-1, 1)
+                if self.metric == "cosine"
+                else -torch.cdist(q, v, compute_mode="donot_use_mm_for_euclid_dist")
+            )
         return torch.cat(out, dim=1).float().numpy()
 
     @staticmethod
@@ -300,14 +352,21 @@ class CaseIndex:
         ids, labels, names, splits = self.check_cases(ids, labels, names, splits, len(vectors))
         known = np.isin(ids, self.ids) | np.isin(ids, list(self.retired))
         if known.any():
-            raise InputError(f"the index already has, or had, the id {ids[known][0]}; new ids start at {self.next_id()}")
+            raise InputError(
+                f"the index already has, or had, the id {ids[known][0]}; new ids start at {self.next_id()}"
+            )
         repeated = set(names) & set(self.names)
         if repeated:
             raise InputError(f"{len(repeated)} of the images are in the index already, {min(repeated)} among them")
         if self.faiss_index is not None:
             self.faiss_index.add_with_ids(vectors, ids)
         self.vectors = np.concatenate([self.vectors, vectors])
-        self.set_cases(*(np.concatenate(pair) for pair in ((self.ids, ids), (self.labels, labels), (self.names, names), (self.splits, splits))))
+        self.set_cases(
+            *(
+                np.concatenate(pair)
+                for pair in ((self.ids, ids), (self.labels, labels), (self.names, names), (self.splits, splits))
+            )
+        )
 
     def remove(self, ids):
         """Forget images, without building anew. InputError for an id the index does not hold."""
@@ -336,9 +395,17 @@ class CaseIndex:
         self.metadata["typical"] = None
         if len(self) >= 20:
             k = min(k, len(self) - 1)
-            rows = np.arange(len(self)) if len(self) <= TYPICAL_SAMPLE else np.sort(np.random.default_rng(seed).choice(len(self), TYPICAL_SAMPLE, replace=False))
+            rows = (
+                np.arange(len(self))
+                if len(self) <= TYPICAL_SAMPLE
+                else np.sort(np.random.default_rng(seed).choice(len(self), TYPICAL_SAMPLE, replace=False))
+            )
             far = self.far(self.search(self.vectors[rows], k, exclude=self.ids[rows])[0][:, -1])
-            self.metadata["typical"] = {"k": k, "n": len(rows), "distance": {str(q): float(np.quantile(far, q)) for q in quantiles}}
+            self.metadata["typical"] = {
+                "k": k,
+                "n": len(rows),
+                "distance": {str(q): float(np.quantile(far, q)) for q in quantiles},
+            }
 
     def far(self, distances):
         """What search returns -> something that grows with the distance, for both metrics."""
@@ -357,14 +424,37 @@ class CaseIndex:
         """Write everything into `folder` (created), replacing the index it may hold in one step."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        files = {"vectors": write_named(folder, "vectors-{}.npy", lambda file: np.save(file, self.vectors)), "cases": write_named(folder, "cases-{}.csv", self.write_cases)}
+        files = {
+            "vectors": write_named(folder, "vectors-{}.npy", lambda file: np.save(file, self.vectors)),
+            "cases": write_named(folder, "cases-{}.csv", self.write_cases),
+        }
         if self.faiss_index is not None:
-            files["faiss"] = write_named(folder, "index-{}.faiss", lambda file: faiss.write_index(self.faiss_index, faiss.PyCallbackIOWriter(file.write)))
-        write_json(folder / "manifest.json", {
-            "format": FORMAT, "kind": self.kind, "metric": self.metric, "normalised": self.metric == "cosine", "dim": self.dim, "count": len(self),
-            "settings": self.settings, "retired": sorted(self.retired), "files": files, "metadata": self.metadata,
-        })  # fmt: skip
-        for pattern in ("vectors-*.npy", "cases-*.csv", "index-*.faiss", ".*.part"):  # of the index before, and of interrupted saves
+            files["faiss"] = write_named(
+                folder,
+                "index-{}.faiss",
+                lambda file: faiss.write_index(self.faiss_index, faiss.PyCallbackIOWriter(file.write)),
+            )
+        write_json(
+            folder / "manifest.json",
+            {
+                "format": FORMAT,
+                "kind": self.kind,
+                "metric": self.metric,
+                "normalised": self.metric == "cosine",
+                "dim": self.dim,
+                "count": len(self),
+                "settings": self.settings,
+                "retired": sorted(self.retired),
+                "files": files,
+                "metadata": self.metadata,
+            },
+        )
+        for pattern in (
+            "vectors-*.npy",
+            "cases-*.csv",
+            "index-*.faiss",
+            ".*.part",
+        ):  # of the index before, and of interrupted saves
             for path in folder.glob(pattern):
                 if path.name not in {f["name"] for f in files.values()}:
                     path.unlink()
@@ -389,7 +479,9 @@ class CaseIndex:
             raise InputError(f"{folder}/manifest.json is not that of a '{FORMAT}' index; build it again")
         try:
             self = cls.__new__(cls)
-            self.kind, self.metric, self.dim, self.settings, self.metadata = (manifest[k] for k in ("kind", "metric", "dim", "settings", "metadata"))
+            self.kind, self.metric, self.dim, self.settings, self.metadata = (
+                manifest[k] for k in ("kind", "metric", "dim", "settings", "metadata")
+            )
             self.retired = set(manifest["retired"])
             files, count = manifest["files"], manifest["count"]
             paths = {part: checked_file(folder, files[part]) for part in files}
@@ -397,8 +489,15 @@ class CaseIndex:
             with open(paths["cases"], encoding="utf-8", newline="") as file:
                 cases = list(csv.DictReader(file))
             if self.vectors.dtype != np.float32 or self.vectors.shape != (count, self.dim) or len(cases) != count:
-                raise InputError(f"{folder} is damaged: it should hold {count} x {self.dim} numbers and as many cases; build it again")
-            columns = ([int(c["id"]) for c in cases], [int(c["label"]) for c in cases], [c["name"] for c in cases], [c["split"] for c in cases])
+                raise InputError(
+                    f"{folder} is damaged: it should hold {count} x {self.dim} numbers and as many cases; build it again"
+                )
+            columns = (
+                [int(c["id"]) for c in cases],
+                [int(c["label"]) for c in cases],
+                [c["name"] for c in cases],
+                [c["split"] for c in cases],
+            )
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{folder} is damaged ({type(error).__name__}: {error}); build the index again") from error
         self.backend = pick_backend(backend)
@@ -409,8 +508,12 @@ class CaseIndex:
         self.faiss_index = None
         if self.backend == "faiss":
             self.faiss_index = faiss.read_index(str(paths["faiss"])) if "faiss" in paths else self.build_faiss()
-            if self.faiss_index.d != self.dim or self.faiss_index.ntotal != count + (len(self.retired) if self.kind == "hnsw" else 0):
-                raise InputError(f"{folder} is damaged: its FAISS part does not hold the {count} x {self.dim} vectors; build it again")
+            if self.faiss_index.d != self.dim or self.faiss_index.ntotal != count + (
+                len(self.retired) if self.kind == "hnsw" else 0
+            ):
+                raise InputError(
+                    f"{folder} is damaged: its FAISS part does not hold the {count} x {self.dim} vectors; build it again"
+                )
         elif self.kind != "flat":
             print(f"faiss is not used: the {self.kind} index in {folder} is searched exactly, by torch", flush=True)
         return self
@@ -419,15 +522,23 @@ class CaseIndex:
         """InputError when queries of this Embedder cannot be compared with the vectors of the index."""
         made = self.metadata.get("embedder") or {}
         if made.get("digest") != embedder.digest:
-            raise InputError(f"{folder} was built with {describe(made)}, the queries are embedded with {describe(embedder.facts())}: give the same weights, or build the index again")
-        changed = [k for k in sorted(set(embedder.settings) | set(made["settings"])) if embedder.settings.get(k) != made["settings"].get(k)]
+            raise InputError(
+                f"{folder} was built with {describe(made)}, the queries are embedded with {describe(embedder.facts())}: give the same weights, or build the index again"
+            )
+        changed = [
+            k
+            for k in sorted(set(embedder.settings) | set(made["settings"]))
+            if embedder.settings.get(k) != made["settings"].get(k)
+        ]
         if changed:
             now = ", ".join(f"{k} {made['settings'].get(k)}, now {embedder.settings.get(k)}" for k in changed)
             raise InputError(f"{folder} was built with other preprocessing ({now}); build it again")
 
 
 def describe(facts):
-    return f"{facts.get('backbone')} {facts.get('weights') or ''} (digest {str(facts.get('digest'))[:12]})".replace("  ", " ")
+    return f"{facts.get('backbone')} {facts.get('weights') or ''} (digest {str(facts.get('digest'))[:12]})".replace(
+        "  ", " "
+    )
 
 
 def find_index(folder):
@@ -435,7 +546,9 @@ def find_index(folder):
     folder = Path(folder)
     place = next((p for p in (folder, folder / "index") if (p / "manifest.json").is_file()), None)
     if place is None:
-        raise InputError(f"there is no finished index in {folder}; build one with python task3_retrieval/build_index.py")
+        raise InputError(
+            f"there is no finished index in {folder}; build one with python task3_retrieval/build_index.py"
+        )
     return place
 
 
@@ -458,12 +571,20 @@ def new_faiss(kind, metric, vectors, settings):
         index.hnsw.efConstruction = settings["ef_construction"]
         return faiss.IndexIDMap2(index)
     if n < MIN_IVFPQ:
-        raise InputError(f"--index ivfpq needs at least {MIN_IVFPQ:,} images to train its codes, there are {n:,}; use --index flat")
-    settings["lists"] = settings["lists"] or max(1, min(round(4 * math.sqrt(n)), n // 39))  # at least 39 vectors for each list
-    settings["parts"] = settings["parts"] or next(dim // d for d in range(min(8, dim), dim + 1) if dim % d == 0)  # 8 numbers a byte
+        raise InputError(
+            f"--index ivfpq needs at least {MIN_IVFPQ:,} images to train its codes, there are {n:,}; use --index flat"
+        )
+    settings["lists"] = settings["lists"] or max(
+        1, min(round(4 * math.sqrt(n)), n // 39)
+    )  # at least 39 vectors for each list
+    settings["parts"] = settings["parts"] or next(
+        dim // d for d in range(min(8, dim), dim + 1) if dim % d == 0
+    )  # 8 numbers a byte
     quantiser = faiss.IndexFlat(dim, measure)
     index = faiss.IndexIVFPQ(quantiser, dim, settings["lists"], settings["parts"], 8, measure)
-    index.cp.min_points_per_centroid = index.pq.cp.min_points_per_centroid = 1  # a small gallery is no reason for a warning
+    index.cp.min_points_per_centroid = index.pq.cp.min_points_per_centroid = (
+        1  # a small gallery is no reason for a warning
+    )
     index.train(vectors[np.random.default_rng(0).permutation(n)[: max(256 * 100, 64 * settings["lists"])]])
     return index
 
@@ -491,5 +612,7 @@ def checked_file(folder, entry):
     if not path.is_file():
         raise InputError(f"{folder} is incomplete: {path.name} is missing; build the index again")
     if sha256_of(path) != entry["sha256"]:
-        raise InputError(f"{path} is damaged: its SHA-256 is not the one written down when it was saved; build the index again")
+        raise InputError(
+            f"{path} is damaged: its SHA-256 is not the one written down when it was saved; build the index again"
+        )
     return path

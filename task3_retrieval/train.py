@@ -13,6 +13,7 @@ images. Epoch 0, the classifier as it came, takes part: if nothing beats it, it 
 Writes to the run folder: best.pt (the embedding: --cnn-weights of the other scripts), last.pt (to resume), history.jsonl,
 metrics.json, figures/curves.png. Expected: see task3_retrieval/README.md.
 """
+
 import copy
 import math
 import sys
@@ -31,7 +32,7 @@ from torch.distributed.nn.functional import all_gather
 from tqdm import tqdm
 
 from shared.data.augment import STRENGTHS, augment, shifted_copies
-from shared.data.medmnist import load_images, load_phantom
+from shared.data.image_sets import load_images, load_phantom
 from shared.metrics.retrieval import class_means, content_codes, retrieval_values
 from shared.runtime import (
     InputError,
@@ -56,7 +57,7 @@ from shared.runtime import (
     start_distributed,
     write_json,
     write_jsonl,
-)  # fmt: skip
+)
 from task1_classification.model import (
     build_model,
     choose_stem,
@@ -75,23 +76,81 @@ CHOSEN_BY = "val_map_shifted"
 def parse_args(argv=None):
     parser = script_parser(__doc__, task=TASK, data="PneumoniaMNIST")
     g = parser.add_argument_group("model")
-    g.add_argument("--cnn-weights", metavar="FILE", help="task 1 classifier to start from (default: models/task1_model.pth, else ./task1_model.pth)")
+    g.add_argument(
+        "--cnn-weights",
+        metavar="FILE",
+        help="task 1 classifier to start from (default: models/task1_model.pth, else ./task1_model.pth)",
+    )
     g.add_argument("--allow-other-dataset", action="store_true", help="start from a classifier of another data set")
-    g.add_argument("--projection", type=int, nargs="*", default=[], metavar="WIDTH", help="widths of linear layers behind the 512 features, ReLU between them, kept for the search: 128, or 512 128 (default: none)")
+    g.add_argument(
+        "--projection",
+        type=int,
+        nargs="*",
+        default=[],
+        metavar="WIDTH",
+        help="widths of linear layers behind the 512 features, ReLU between them, kept for the search: 128, or 512 128 (default: none)",
+    )
     g = parser.add_argument_group("loss")
-    g.add_argument("--loss", default="supcon", choices=["supcon", "triplet"], help="supervised contrastive, or batch-hard triplets (%(default)s)")
-    g.add_argument("--temperature", type=positive_float, default=0.1, help="of supcon; lower looks harder at the nearest (%(default)s)")
-    g.add_argument("--margin", type=positive_float, default=0.2, help="of triplet, in units of distance on the unit sphere (%(default)s)")
+    g.add_argument(
+        "--loss",
+        default="supcon",
+        choices=["supcon", "triplet"],
+        help="supervised contrastive, or batch-hard triplets (%(default)s)",
+    )
+    g.add_argument(
+        "--temperature",
+        type=positive_float,
+        default=0.1,
+        help="of supcon; lower looks harder at the nearest (%(default)s)",
+    )
+    g.add_argument(
+        "--margin",
+        type=positive_float,
+        default=0.2,
+        help="of triplet, in units of distance on the unit sphere (%(default)s)",
+    )
     g = parser.add_argument_group("optimisation")
-    g.add_argument("--epochs", type=positive_int, default=3, help="passes over as many images as the training split has (%(default)s)")
-    g.add_argument("--batch-size", type=positive_int, default=64, help="images per step over all GPUs, each seen as two views (%(default)s)")
-    g.add_argument("--lr", type=positive_float, default=0.005, help="highest learning rate of SGD with momentum 0.9 (%(default)s)")
+    g.add_argument(
+        "--epochs",
+        type=positive_int,
+        default=3,
+        help="passes over as many images as the training split has (%(default)s)",
+    )
+    g.add_argument(
+        "--batch-size",
+        type=positive_int,
+        default=64,
+        help="images per step over all GPUs, each seen as two views (%(default)s)",
+    )
+    g.add_argument(
+        "--lr", type=positive_float, default=0.005, help="highest learning rate of SGD with momentum 0.9 (%(default)s)"
+    )
     g.add_argument("--weight-decay", type=not_negative, default=5e-4, help="L2 penalty on all weights (%(default)s)")
-    g.add_argument("--warmup-epochs", type=not_negative, default=0.5, help="epochs of rising learning rate before the cosine (%(default)s)")
-    g.add_argument("--ema", type=fraction, default=0.99, help="decay per step of the averaged weights that are kept; 0 = off (%(default)s)")
-    g.add_argument("--balance", default="anchors", choices=["anchors", "draws", "none"], help="anchors: batches with the classes as frequent as in the gallery, every class weighing the same in the loss; draws: every class drawn equally often; or none (%(default)s)")
+    g.add_argument(
+        "--warmup-epochs",
+        type=not_negative,
+        default=0.5,
+        help="epochs of rising learning rate before the cosine (%(default)s)",
+    )
+    g.add_argument(
+        "--ema",
+        type=fraction,
+        default=0.99,
+        help="decay per step of the averaged weights that are kept; 0 = off (%(default)s)",
+    )
+    g.add_argument(
+        "--balance",
+        default="anchors",
+        choices=["anchors", "draws", "none"],
+        help="anchors: batches with the classes as frequent as in the gallery, every class weighing the same in the loss; draws: every class drawn equally often; or none (%(default)s)",
+    )
     g.add_argument("--augment", default="full", choices=STRENGTHS, help="random changes of each view (%(default)s)")
-    g.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="computing precision; auto: 16 bit on CUDA only (%(default)s)")
+    g.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        help="computing precision; auto: 16 bit on CUDA only (%(default)s)",
+    )
     g = parser.add_argument_group("runs")
     add_resume(g)
     args = parser.parse_args(argv)
@@ -102,11 +161,18 @@ def parse_args(argv=None):
     if any(width < 1 for width in args.projection):
         parser.error("--projection takes widths of at least 1")
     if args.dry_run:
-        args.data, args.device, args.epochs, args.batch_size, args.allow_other_dataset = "phantom", "cpu", min(args.epochs, 2), min(args.batch_size, 16), True
+        args.data, args.device, args.epochs, args.batch_size, args.allow_other_dataset = (
+            "phantom",
+            "cpu",
+            min(args.epochs, 2),
+            min(args.batch_size, 16),
+            True,
+        )
     return args
 
 
 # -------------------------------------------------------------------------------------------------------------- losses
+
 
 def supervised_contrastive(vectors, labels, temperature=0.1, class_weights=None):
     """
@@ -163,6 +229,7 @@ class Embedding(nn.Module):
 
 # ------------------------------------------------------------------------------------------------------------ judgement
 
+
 def embed(network, images, normalisation, device, dtype, batch_size=256):
     """images uint8 or float 0..1 (N, C, H, W) -> float32 (N, D) of unit length, on the CPU."""
     return predict_logits(network, images, normalisation, device, dtype, batch_size).numpy()
@@ -198,6 +265,7 @@ def epoch_order(labels, balanced, seed):
 
 # ------------------------------------------------------------------------------------------------------------- training
 
+
 def train(args, data, classifier, facts, weights, run_dir, device, dtype, rank, world_size):
     """The loop; returns (embedding checkpoint, history)."""
     seed_everything(args.seed)
@@ -217,7 +285,9 @@ def train(args, data, classifier, facts, weights, run_dir, device, dtype, rank, 
     average = copy.deepcopy(network)  # EMA of the weights: what is judged and kept
     averaged, current = ([v for v in m.state_dict().values() if v.is_floating_point()] for m in (average, network))
     averaged_running, running = ([v for v in m.buffers() if v.is_floating_point()] for m in (average, network))
-    optimizer = torch.optim.SGD(network.parameters(), lr=args.lr, momentum=0.9, nesterov=True, weight_decay=args.weight_decay)
+    optimizer = torch.optim.SGD(
+        network.parameters(), lr=args.lr, momentum=0.9, nesterov=True, weight_decay=args.weight_decay
+    )
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     generator = torch.Generator(device)
     # A class that fills the gallery is often near by its number alone. Batches with the gallery's own shares let the loss see
@@ -228,7 +298,9 @@ def train(args, data, classifier, facts, weights, run_dir, device, dtype, rank, 
     steps = len(images) // batch_size
     num_steps, warmup_steps = args.epochs * steps, round(args.warmup_epochs * steps)
     width = args.projection[-1] if args.projection else facts["features"]
-    say(f"{args.loss} on {width} numbers per image; {args.epochs} epochs of {steps} steps of {batch_size} images, two views each")
+    say(
+        f"{args.loss} on {width} numbers per image; {args.epochs} epochs of {steps} steps of {batch_size} images, two views each"
+    )
 
     first_epoch, first_step, totals, history, best = 0, 0, {"loss": 0.0, "steps": 0, "skipped": 0}, [], None
     last_path = run_dir / "last.pt"
@@ -237,8 +309,14 @@ def train(args, data, classifier, facts, weights, run_dir, device, dtype, rank, 
         refuse_other_run(state, args, data, facts, last_path)
         for part, name in ((network, "network"), (average, "average"), (optimizer, "optimizer"), (scaler, "scaler")):
             part.load_state_dict(state[name])
-        first_epoch, first_step, totals, history, best = (state[k] for k in ("epoch", "step", "totals", "history", "best"))
-        say(f"resumed from {last_path}: epoch {first_epoch + 1}, step {first_step} of {steps}" if first_epoch < args.epochs else f"{last_path} has all its epochs")
+        first_epoch, first_step, totals, history, best = (
+            state[k] for k in ("epoch", "step", "totals", "history", "best")
+        )
+        say(
+            f"resumed from {last_path}: epoch {first_epoch + 1}, step {first_step} of {steps}"
+            if first_epoch < args.epochs
+            else f"{last_path} has all its epochs"
+        )
         del state
     elif args.resume:
         say(f"no epoch was finished in {run_dir}: starting from the beginning")
@@ -246,22 +324,46 @@ def train(args, data, classifier, facts, weights, run_dir, device, dtype, rank, 
 
     def keep_if_best(row):
         nonlocal best
-        if best is None or (row[CHOSEN_BY], row["val_p5_shifted"]) > (best["row"][CHOSEN_BY], best["row"]["val_p5_shifted"]):
+        if best is None or (row[CHOSEN_BY], row["val_p5_shifted"]) > (
+            best["row"][CHOSEN_BY],
+            best["row"]["val_p5_shifted"],
+        ):
             best = {"row": row, "model": plain_state(average.model), "head": plain_state(average.head)}
-        say(f"epoch {row['epoch']:3d}/{args.epochs}  loss {row['train_loss'] or math.nan:.4f}  validation macro mAP {row['val_map']:.4f} P@5 {row['val_p5']:.4f}  shifted mAP {row['val_map_shifted']:.4f} P@5 {row['val_p5_shifted']:.4f}  {row['seconds']:.1f} s{'  *' if best['row'] is row else ''}")
+        say(
+            f"epoch {row['epoch']:3d}/{args.epochs}  loss {row['train_loss'] or math.nan:.4f}  validation macro mAP {row['val_map']:.4f} P@5 {row['val_p5']:.4f}  shifted mAP {row['val_map_shifted']:.4f} P@5 {row['val_p5_shifted']:.4f}  {row['seconds']:.1f} s{'  *' if best['row'] is row else ''}"
+        )
 
     def save(epoch, step):
         """All it takes to go on exactly here."""
         if rank == 0:
-            save_checkpoint(last_path, {
-                "network": network.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-                "epoch": epoch, "step": step, "totals": totals, "history": history, "best": best, "settings": settings_of(args), "sha256": data.sha256, "start": facts["start"],
-            })  # fmt: skip
+            save_checkpoint(
+                last_path,
+                {
+                    "network": network.state_dict(),
+                    "average": average.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "scaler": scaler.state_dict(),
+                    "epoch": epoch,
+                    "step": step,
+                    "totals": totals,
+                    "history": history,
+                    "best": best,
+                    "settings": settings_of(args),
+                    "sha256": data.sha256,
+                    "start": facts["start"],
+                },
+            )
 
     with StopSignal() as stop:
         if not history:  # the classifier as it came; a random projection has no say before it is trained
             started = time.time()
-            row = {"epoch": 0, "lr": None, "train_loss": None, **judge(average, data, copies, copied, normalisation, device, dtype), "skipped_steps": 0}
+            row = {
+                "epoch": 0,
+                "lr": None,
+                "train_loss": None,
+                **judge(average, data, copies, copied, normalisation, device, dtype),
+                "skipped_steps": 0,
+            }
             history.append(row | {"seconds": time.time() - started})
             if not args.projection:
                 keep_if_best(history[-1])
@@ -270,22 +372,37 @@ def train(args, data, classifier, facts, weights, run_dir, device, dtype, rank, 
             order = epoch_order(labels, args.balance == "draws", args.seed * 10_000 + epoch)
             started = time.time()
             network.train()
-            for step in tqdm(range(first_step, steps), initial=first_step, total=steps, desc=f"epoch {epoch + 1}", leave=False, disable=None if rank == 0 else True):
+            for step in tqdm(
+                range(first_step, steps),
+                initial=first_step,
+                total=steps,
+                desc=f"epoch {epoch + 1}",
+                leave=False,
+                disable=None if rank == 0 else True,
+            ):
                 now = epoch * steps + step
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(now, num_steps, warmup_steps, args.lr)
                 generator.manual_seed(args.seed * 10_000_000 + now)
                 index = order[step * batch_size : (step + 1) * batch_size]
                 batch = images[index.to(images.device)].to(device).float() / 255
-                views = torch.stack([augment(batch, generator, args.augment) for _ in range(2)], dim=1)  # (n, 2, C, H, W)
-                views = normalise(views[rank::world_size].flatten(0, 1), normalisation).contiguous(memory_format=torch.channels_last)
+                views = torch.stack(
+                    [augment(batch, generator, args.augment) for _ in range(2)], dim=1
+                )  # (n, 2, C, H, W)
+                views = normalise(views[rank::world_size].flatten(0, 1), normalisation).contiguous(
+                    memory_format=torch.channels_last
+                )
                 targets = labels[index].to(device)
-                targets = torch.cat([targets[r::world_size] for r in range(world_size)]).repeat_interleave(2)  # of all ranks, one after the other
+                targets = torch.cat([targets[r::world_size] for r in range(world_size)]).repeat_interleave(
+                    2
+                )  # of all ranks, one after the other
 
                 optimizer.zero_grad(set_to_none=True)
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                     vectors = trained(views)
-                if world_size > 1:  # every rank compares the images of all; gradients flow back to the rank they came from
+                if (
+                    world_size > 1
+                ):  # every rank compares the images of all; gradients flow back to the rank they came from
                     vectors = torch.cat(all_gather(vectors))
                 if args.loss == "supcon":
                     loss = supervised_contrastive(vectors, targets, args.temperature, class_weights)
@@ -301,19 +418,29 @@ def train(args, data, classifier, facts, weights, run_dir, device, dtype, rank, 
                     totals["steps"] += 1
                 else:
                     totals["skipped"] += 1
-                    torch._foreach_copy_(running, averaged_running)  # the running statistics have seen the same infinities
+                    torch._foreach_copy_(
+                        running, averaged_running
+                    )  # the running statistics have seen the same infinities
                     if totals["skipped"] > 20 or totals["skipped"] == steps:
-                        raise InputError(f"the loss is not finite in epoch {epoch + 1} ({totals['skipped']} steps skipped); lower --lr. {run_dir} keeps the epochs before")
+                        raise InputError(
+                            f"the loss is not finite in epoch {epoch + 1} ({totals['skipped']} steps skipped); lower --lr. {run_dir} keeps the epochs before"
+                        )
                 if stop.requested():
                     save(epoch, step + 1)
                     say(f"stopped in epoch {epoch + 1}; go on with --resume {run_dir}")
                     stop.exit()
 
             numbers = judge(average, data, copies, copied, normalisation, device, dtype)
-            history.append({
-                "epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"], "train_loss": totals["loss"] / max(1, totals["steps"]), **numbers,
-                "skipped_steps": totals["skipped"], "seconds": time.time() - started,
-            })  # fmt: skip
+            history.append(
+                {
+                    "epoch": epoch + 1,
+                    "lr": optimizer.param_groups[0]["lr"],
+                    "train_loss": totals["loss"] / max(1, totals["steps"]),
+                    **numbers,
+                    "skipped_steps": totals["skipped"],
+                    "seconds": time.time() - started,
+                }
+            )
             keep_if_best(history[-1])
             first_step, totals = 0, {"loss": 0.0, "steps": 0, "skipped": 0}
             save(epoch + 1, 0)
@@ -321,9 +448,19 @@ def train(args, data, classifier, facts, weights, run_dir, device, dtype, rank, 
                 write_jsonl(run_dir / "history.jsonl", history)
 
     embedding = {
-        "kind": EMBEDDING_KIND, "model": best["model"], "head": best["head"], "validation": best["row"], "loss": args.loss, "seed": args.seed, "started_from": weights,
-        "settings": {k: facts[k] for k in ("architecture", "stem", "channels", "image_size", "normalisation", "label_names", "task")} | {"dataset": data.facts()},
-    }  # fmt: skip
+        "kind": EMBEDDING_KIND,
+        "model": best["model"],
+        "head": best["head"],
+        "validation": best["row"],
+        "loss": args.loss,
+        "seed": args.seed,
+        "started_from": weights,
+        "settings": {
+            k: facts[k]
+            for k in ("architecture", "stem", "channels", "image_size", "normalisation", "label_names", "task")
+        }
+        | {"dataset": data.facts()},
+    }
     if rank == 0:
         save_checkpoint(run_dir / "best.pt", embedding)
     return embedding, history
@@ -335,7 +472,11 @@ def plain_state(module):
 
 def settings_of(args):
     """The arguments that shape the result; a resumed run must agree with the first in all of them but epochs."""
-    return {k: v for k, v in vars(args).items() if k not in ("data_dir", "out_dir", "resume", "overwrite", "config", "device", "cnn_weights")}
+    return {
+        k: v
+        for k, v in vars(args).items()
+        if k not in ("data_dir", "out_dir", "resume", "overwrite", "config", "device", "cnn_weights")
+    }
 
 
 def refuse_other_run(state, args, data, facts, path):
@@ -356,16 +497,29 @@ def starting_point(args, device):
     path = Path(args.cnn_weights) if args.cnn_weights else None if args.dry_run else find_classifier()
     if path is None and args.dry_run:
         classifier = build_model()
-        facts = {"architecture": "resnet18", "stem": choose_stem("auto", 28), "channels": 1, "image_size": 28, "normalisation": {"mean": [0.5], "std": [0.25]}, "dataset": {"name": "phantom"}}
+        facts = {
+            "architecture": "resnet18",
+            "stem": choose_stem("auto", 28),
+            "channels": 1,
+            "image_size": 28,
+            "normalisation": {"mean": [0.5], "std": [0.25]},
+            "dataset": {"name": "phantom"},
+        }
     elif path is None:
-        raise InputError("there are no task 1 weights at models/task1_model.pth or ./task1_model.pth; train them with python task1_classification/train.py, or give --cnn-weights")
+        raise InputError(
+            "there are no task 1 weights at models/task1_model.pth or ./task1_model.pth; train them with python task1_classification/train.py, or give --cnn-weights"
+        )
     else:
         path = path / "best.pt" if path.is_dir() else path
         classifier, facts = load_classifier(path)
     facts["features"] = classifier.fc.in_features
-    facts["start"] = float(sum(p.detach().double().sum() for p in classifier.parameters()))  # enough to notice another classifier on --resume
+    facts["start"] = float(
+        sum(p.detach().double().sum() for p in classifier.parameters())
+    )  # enough to notice another classifier on --resume
     if is_main_process():
-        print(f"starting from {path or 'a random network'}: {facts['architecture']}, {facts['image_size']} px, trained on {facts['dataset']['name'] if path else 'nothing'}")
+        print(
+            f"starting from {path or 'a random network'}: {facts['architecture']}, {facts['image_size']} px, trained on {facts['dataset']['name'] if path else 'nothing'}"
+        )
     return classifier, facts, path and str(path)
 
 
@@ -376,23 +530,37 @@ def main(argv=None):
     device, dtype = pick_device(args.device, args.dtype)
     rank, world_size = start_distributed(device)
     if args.batch_size < 2 * world_size or args.batch_size % world_size:
-        raise InputError(f"--batch-size {args.batch_size} must be a multiple of the {world_size} processes, with two images or more for each")
+        raise InputError(
+            f"--batch-size {args.batch_size} must be a multiple of the {world_size} processes, with two images or more for each"
+        )
     classifier, facts, weights = starting_point(args, device)
     trained_on = facts["dataset"]["name"]
     name = trained_on if args.data.lower() == "auto" else args.data
-    data = load_phantom(28, {"train": 96, "val": 32, "test": 32}) if args.dry_run else load_images(name, args.data_dir, facts["image_size"])
+    data = (
+        load_phantom(28, {"train": 96, "val": 32, "test": 32})
+        if args.dry_run
+        else load_images(name, args.data_dir, facts["image_size"])
+    )
     if data.name != trained_on and not args.allow_other_dataset:
-        raise InputError(f"{weights} was trained on {trained_on}, not on {data.name}; give --cnn-weights trained on it, or --allow-other-dataset to start from them all the same")
+        raise InputError(
+            f"{weights} was trained on {trained_on}, not on {data.name}; give --cnn-weights trained on it, or --allow-other-dataset to start from them all the same"
+        )
     if data.multi_label:
-        raise InputError(f"{data.name} has several labels per image; similar cases are learned from one label per image")
+        raise InputError(
+            f"{data.name} has several labels per image; similar cases are learned from one label per image"
+        )
     if data.channels != facts["channels"]:
-        raise InputError(f"{weights} reads images of {facts['channels']} channels, {data.name} has {data.channels}; give --cnn-weights that fit")
+        raise InputError(
+            f"{weights} reads images of {facts['channels']} channels, {data.name} has {data.channels}; give --cnn-weights that fit"
+        )
     facts["label_names"], facts["task"] = data.label_names, data.task
     if args.limit:
         data.limit(args.limit)
     for split in ("train", "val"):
         if len(data.labels[split].unique()) < 2:
-            raise InputError(f"the {split} images of {data.name} are all of one class{'; raise --limit' if args.limit else ''}")
+            raise InputError(
+                f"the {split} images of {data.name} are all of one class{'; raise --limit' if args.limit else ''}"
+            )
     if rank == 0:
         print(data)
 
@@ -402,15 +570,35 @@ def main(argv=None):
     if rank > 0:
         return
     best = embedding["validation"]
-    write_json(run_dir / "metrics.json", {
-        "dataset": data.facts(), "split": "val", "n": len(data.labels["val"]), "gallery": "train", "n_gallery": len(data.labels["train"]), "model": facts["architecture"],
-        "started_from": weights, "loss": args.loss, "seed": args.seed, "chosen_by": CHOSEN_BY, "best": best, "before_training": history[0],
-        "settings": settings_of(args), **run_facts(started, device),
-    })  # fmt: skip
-    draw_training(run_dir / "figures" / "curves.png", history, f"{'PHANTOM images, ' if data.phantom else ''}{data.name} {data.size} px, {args.loss}, seed {args.seed}: validation searches training")
+    write_json(
+        run_dir / "metrics.json",
+        {
+            "dataset": data.facts(),
+            "split": "val",
+            "n": len(data.labels["val"]),
+            "gallery": "train",
+            "n_gallery": len(data.labels["train"]),
+            "model": facts["architecture"],
+            "started_from": weights,
+            "loss": args.loss,
+            "seed": args.seed,
+            "chosen_by": CHOSEN_BY,
+            "best": best,
+            "before_training": history[0],
+            "settings": settings_of(args),
+            **run_facts(started, device),
+        },
+    )
+    draw_training(
+        run_dir / "figures" / "curves.png",
+        history,
+        f"{'PHANTOM images, ' if data.phantom else ''}{data.name} {data.size} px, {args.loss}, seed {args.seed}: validation searches training",
+    )
     if best["epoch"] == 0:
         print("no epoch was better than the classifier as it came: best.pt holds its features unchanged")
-    print(f"best epoch {best['epoch']}: macro mAP over validation and its shifted copies {best[CHOSEN_BY]:.4f} (before training {history[0][CHOSEN_BY]:.4f}); measure it with python task3_retrieval/evaluate.py\nresults in {run_dir} ({time.time() - started:.0f} s)")
+    print(
+        f"best epoch {best['epoch']}: macro mAP over validation and its shifted copies {best[CHOSEN_BY]:.4f} (before training {history[0][CHOSEN_BY]:.4f}); measure it with python task3_retrieval/evaluate.py\nresults in {run_dir} ({time.time() - started:.0f} s)"
+    )
 
 
 if __name__ == "__main__":

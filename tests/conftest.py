@@ -1,4 +1,5 @@
 """What several test files share: a folder of their own, small data sets, a small network, one trained classifier."""
+
 import functools
 import os
 import subprocess
@@ -18,8 +19,8 @@ import torchvision
 from matplotlib.figure import Figure
 from torch import nn
 
-from shared.data import medmnist as medmnist_data
-from shared.data.phantom import phantom_classification
+from shared.data import image_sets
+from shared.phantom import phantom_classification
 
 torch.set_num_threads(max(1, min(2, torch.get_num_threads(), os.cpu_count() or 1)))
 
@@ -38,7 +39,7 @@ def own_folder(tmp_path, monkeypatch):
 def small_phantom():
     """`--data phantom` draws few images, so that each test that asks for it takes half a second."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(medmnist_data, "PHANTOM_COUNTS", {"train": 96, "val": 32, "test": 48})
+        patch.setattr(image_sets, "PHANTOM_COUNTS", {"train": 96, "val": 32, "test": 48})
         yield
 
 
@@ -84,7 +85,13 @@ def start_script():
     def start(arguments, folder, **environment):
         command = [sys.executable, *map(str, arguments)]
         with open(Path(folder) / "output.txt", "a") as output:
-            return subprocess.Popen(command, cwd=folder, stdout=output, stderr=output, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment)
+            return subprocess.Popen(
+                command,
+                cwd=folder,
+                stdout=output,
+                stderr=output,
+                env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+            )
 
     return start
 
@@ -106,20 +113,30 @@ def write_medmnist():
 
     def write(folder, name="pneumoniamnist", counts=None, size=28, seed=0):
         counts = counts or {"train": 64, "val": 32, "test": 40}
-        info = medmnist_data.INFO[name]
+        info = image_sets.INFO[name]
         if name == "pneumoniamnist":
             arrays = films(5 + seed, tuple(counts.items()), size)
         else:
-            rng, num_labels, multi = np.random.default_rng(seed), len(info["label"]), info["task"].startswith("multi-label")
+            rng, num_labels, multi = (
+                np.random.default_rng(seed),
+                len(info["label"]),
+                info["task"].startswith("multi-label"),
+            )
             arrays = {}
             for split, n in counts.items():
                 images = rng.integers(20, 90, (n, size, size) + (3,) * (info["n_channels"] == 3))
-                labels = (rng.random((n, num_labels)) < 0.4).astype(np.uint8) if multi else rng.permutation(np.arange(n) % num_labels)[:, None].astype(np.uint8)
+                labels = (
+                    (rng.random((n, num_labels)) < 0.4).astype(np.uint8)
+                    if multi
+                    else rng.permutation(np.arange(n) % num_labels)[:, None].astype(np.uint8)
+                )
                 present = labels if multi else labels == np.arange(num_labels)
                 side = size // 4
                 for patch in range(num_labels):
                     row, column = divmod(patch, 4)
-                    images[:, row * side : (row + 1) * side, column * side : (column + 1) * side][present[:, patch] == 1] += 120
+                    images[:, row * side : (row + 1) * side, column * side : (column + 1) * side][
+                        present[:, patch] == 1
+                    ] += 120
                 arrays[f"{split}_images"], arrays[f"{split}_labels"] = images.astype(np.uint8), labels
         path = Path(folder) / f"{name}{'' if size == 28 else f'_{size}'}.npz"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -136,7 +153,11 @@ class SmallNet(nn.Module):
         super().__init__()
         self.conv1, self.maxpool = nn.Conv2d(3, 64, 3), nn.MaxPool2d(2)
         for i, (before, after) in enumerate([(64, 12), (12, 12), (12, 24), (24, 24)], start=1):
-            block = nn.Sequential(nn.Conv2d(before, after, 3, stride=1 if i == 1 else 2, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU())
+            block = nn.Sequential(
+                nn.Conv2d(before, after, 3, stride=1 if i == 1 else 2, padding=1, bias=False),
+                nn.BatchNorm2d(after),
+                nn.ReLU(),
+            )
             setattr(self, f"layer{i}", block)
         self.fc = nn.Linear(24, 1000)
 
@@ -161,7 +182,24 @@ def tiny_run(tmp_path_factory, small_phantom):
     folder = tmp_path_factory.mktemp("tiny_run")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        train(["--data", "phantom", "--limit", "96", "--epochs", "2", "--batch-size", "16", "--lr", "0.005", "--device", "cpu", "--out-dir", "run"])
-        data = medmnist_data.load_phantom()
+        train(
+            [
+                "--data",
+                "phantom",
+                "--limit",
+                "96",
+                "--epochs",
+                "2",
+                "--batch-size",
+                "16",
+                "--lr",
+                "0.005",
+                "--device",
+                "cpu",
+                "--out-dir",
+                "run",
+            ]
+        )
+        data = image_sets.load_phantom()
     yield SimpleNamespace(folder=folder, run_dir=folder / "run", checkpoint=folder / "run" / "best.pt", data=data)
     (folder / "run" / "last.pt").unlink()

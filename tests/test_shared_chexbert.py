@@ -1,4 +1,5 @@
 """CheXbert in the layout of chexbert.pth: random weights in a tiny encoder, and heads that are set to answer by word."""
+
 import json
 
 import pytest
@@ -18,7 +19,14 @@ def files(tmp_path):
     encoder = tmp_path / "encoder"
     encoder.mkdir()
     (encoder / "vocab.txt").write_text("\n".join(WORDS) + "\n")
-    config = dict(model_type="bert", vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    config = dict(
+        model_type="bert",
+        vocab_size=len(WORDS),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+    )
     (encoder / "config.json").write_text(json.dumps(config))
     torch.manual_seed(0)
     network = CheXbert(BertConfig(**config)).eval()
@@ -40,15 +48,28 @@ def save(path, state):
     return path
 
 
-TEXTS = ["The heart is enlarged.", "no effusion", "", "lungs clear, " * 30, "No pneumonia. Heart is normal.", "effusion " * 600]
+TEXTS = [
+    "The heart is enlarged.",
+    "no effusion",
+    "",
+    "lungs clear, " * 30,
+    "No pneumonia. Heart is normal.",
+    "effusion " * 600,
+]
 
 
 def test_the_layout_is_that_of_the_published_file(files):
     _, _, network = files
     heads = {k: tuple(v.shape) for k, v in layout(network).items() if "linear_heads" in k}
-    assert len(heads) == 28 and heads["module.linear_heads.0.weight"] == (4, 16) and heads["module.linear_heads.13.bias"] == (2,)
+    assert (
+        len(heads) == 28
+        and heads["module.linear_heads.0.weight"] == (4, 16)
+        and heads["module.linear_heads.13.bias"] == (2,)
+    )
     assert all(k.startswith(("module.bert.", "module.linear_heads.")) for k in layout(network))
-    assert "module.bert.pooler.dense.weight" in layout(network) and "module.bert.encoder.layer.1.output.dense.bias" in layout(network)
+    assert "module.bert.pooler.dense.weight" in layout(
+        network
+    ) and "module.bert.encoder.layer.1.output.dense.bias" in layout(network)
 
 
 def test_labels_equal_the_network_run_by_hand_on_one_text_at_a_time(files):
@@ -105,7 +126,9 @@ def test_other_checkpoints_are_refused_in_one_sentence(files, tmp_path, change):
         state["module.linear_heads.13.bias"] = torch.zeros(4)
     path = tmp_path / "other.pth"
     torch.save(state if change == "no state" else {"model_state_dict": state}, path)
-    with pytest.raises(InputError, match="model_state_dict" if change == "no state" else r"linear_heads\.1[34]\.bias") as refusal:
+    with pytest.raises(
+        InputError, match="model_state_dict" if change == "no state" else r"linear_heads\.1[34]\.bias"
+    ) as refusal:
         load_chexbert(path, encoder)
     assert "\n" not in str(refusal.value)
 
@@ -136,7 +159,9 @@ def test_one_text_instead_of_a_list(files):
 def test_the_tokens_of_bert_base_uncased(real_data, files, tmp_path):
     """[CLS], five words, full stop, [SEP] of the official vocabulary."""
     folder = real_data("hub_configs/bert-base-uncased")
-    config = json.loads((folder / "config.json").read_text()) | dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    config = json.loads((folder / "config.json").read_text()) | dict(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "vocab.txt").write_bytes((folder / "vocab.txt").read_bytes())
     network = CheXbert(BertConfig.from_pretrained(tmp_path))

@@ -1,4 +1,5 @@
 """shared/metrics/classification.py: hand-worked cases, scikit-learn, MedMNIST's evaluator, properties."""
+
 import json
 import time
 
@@ -59,11 +60,16 @@ def test_binary_agrees_with_sklearn(decimals):
     called = scores > 0.3
     m = binary_metrics(labels, scores, 0.3)
     expected = dict(
-        accuracy=sk.accuracy_score(labels, called), precision=sk.precision_score(labels, called),
-        recall=sk.recall_score(labels, called), specificity=sk.recall_score(labels, called, pos_label=0),
-        npv=sk.precision_score(labels, called, pos_label=0), f1=sk.f1_score(labels, called),
-        balanced_accuracy=sk.balanced_accuracy_score(labels, called), mcc=sk.matthews_corrcoef(labels, called),
-        brier=sk.brier_score_loss(labels, scores), log_loss=sk.log_loss(labels, scores),
+        accuracy=sk.accuracy_score(labels, called),
+        precision=sk.precision_score(labels, called),
+        recall=sk.recall_score(labels, called),
+        specificity=sk.recall_score(labels, called, pos_label=0),
+        npv=sk.precision_score(labels, called, pos_label=0),
+        f1=sk.f1_score(labels, called),
+        balanced_accuracy=sk.balanced_accuracy_score(labels, called),
+        mcc=sk.matthews_corrcoef(labels, called),
+        brier=sk.brier_score_loss(labels, scores),
+        log_loss=sk.log_loss(labels, scores),
     )
     for name, value in expected.items():
         assert m[name] == pytest.approx(value, abs=1e-12), name
@@ -80,7 +86,8 @@ def test_binary_undefined_is_none_and_json_is_plain():
     m = binary_metrics(np.array([True, False]), np.float32([1, 0]), np.float32(0.5))
     assert json.loads(json.dumps(m, allow_nan=False)) == m and m["log_loss"] < 1e-12
     assert binary_metrics([1] * 50_000 + [0] * 50_000, np.linspace(1, 0, 100_000), 0.25)["mcc"] == pytest.approx(
-        1 / 3**0.5, abs=1e-4)  # tp 50, fp 25, tn 25, fn 0 thousand: 50 * 25 / sqrt(75 * 50 * 50 * 25)
+        1 / 3**0.5, abs=1e-4
+    )  # tp 50, fp 25, tn 25, fn 0 thousand: 50 * 25 / sqrt(75 * 50 * 50 * 25)
 
 
 def test_binary_properties():
@@ -90,20 +97,28 @@ def test_binary_properties():
     for transform in (np.sqrt, np.log, lambda s: 5 * s - 3):
         m = binary_metrics(labels, transform(scores), transform(0.4))
         assert {k: m[k] for k in ("auc", "pr_auc", "tp", "fp")} == pytest.approx(
-            {k: binary_metrics(labels, scores, 0.4)[k] for k in ("auc", "pr_auc", "tp", "fp")})
+            {k: binary_metrics(labels, scores, 0.4)[k] for k in ("auc", "pr_auc", "tp", "fp")}
+        )
     labels, scores = binary_case(4000)
     assert binary_metrics(labels[np.random.default_rng(0).permutation(4000)], scores)["auc"] == pytest.approx(
-        0.5, abs=0.03)
+        0.5, abs=0.03
+    )
     turned, m = binary_metrics(1 - labels, 1 - scores), binary_metrics(labels, scores)
     assert (turned["recall"], turned["npv"]) == pytest.approx((m["specificity"], m["precision"]))
     assert turned["mcc"] == pytest.approx(m["mcc"]) and turned["auc"] == pytest.approx(m["auc"])
 
 
 @pytest.mark.parametrize("function", [binary_metrics, binary_intervals, choose_threshold])
-@pytest.mark.parametrize("labels, scores, message", [
-    ([0, 1], [0.5], "length"), ([0, -1], [0.1, 0.2], "0 or 1"), ([0, 1], [0.1, np.nan], "NaN"), ([], [], "empty"),
-    ([[0, 1]], [[0.1, 0.2]], "shape"),
-])
+@pytest.mark.parametrize(
+    "labels, scores, message",
+    [
+        ([0, 1], [0.5], "length"),
+        ([0, -1], [0.1, 0.2], "0 or 1"),
+        ([0, 1], [0.1, np.nan], "NaN"),
+        ([], [], "empty"),
+        ([[0, 1]], [[0.1, 0.2]], "shape"),
+    ],
+)
 def test_bad_binary_input_is_refused(function, labels, scores, message):
     with pytest.raises(ValueError, match=message):
         function(labels, scores)
@@ -119,8 +134,10 @@ def test_intervals_equal_the_plain_bootstrap(decimals):
     labels, scores = binary_case(60, decimals=decimals)
     fast = binary_intervals(labels, scores, 0.4, num_samples=150, seed=3)
     plain = dict(
-        auc_bootstrap=sk.roc_auc_score, pr_auc=sk.average_precision_score,
-        f1=lambda y, s: sk.f1_score(y, s > 0.4), mcc=lambda y, s: sk.matthews_corrcoef(y, s > 0.4),
+        auc_bootstrap=sk.roc_auc_score,
+        pr_auc=sk.average_precision_score,
+        f1=lambda y, s: sk.f1_score(y, s > 0.4),
+        mcc=lambda y, s: sk.matthews_corrcoef(y, s > 0.4),
         balanced_accuracy=lambda y, s: sk.balanced_accuracy_score(y, s > 0.4),
     )
     for name, metric in plain.items():
@@ -129,9 +146,13 @@ def test_intervals_equal_the_plain_bootstrap(decimals):
         assert fast[name]["method"] == "bootstrap" and fast[name]["num_undefined"] == 0
     m, delong = binary_metrics(labels, scores, 0.4), delong_auc(labels, scores)
     assert fast["auc"] == dict(low=delong["low"], high=delong["high"], method="delong")
-    for name, hits, n in (("recall", m["tp"], m["tp"] + m["fn"]), ("specificity", m["tn"], m["tn"] + m["fp"]),
-                          ("precision", m["tp"], m["tp"] + m["fp"]), ("npv", m["tn"], m["tn"] + m["fn"]),
-                          ("accuracy", m["tp"] + m["tn"], 60)):
+    for name, hits, n in (
+        ("recall", m["tp"], m["tp"] + m["fn"]),
+        ("specificity", m["tn"], m["tn"] + m["fp"]),
+        ("precision", m["tp"], m["tp"] + m["fp"]),
+        ("npv", m["tn"], m["tn"] + m["fn"]),
+        ("accuracy", m["tp"] + m["tn"], 60),
+    ):
         low, high = wilson_interval(hits, n)
         assert fast[name] == dict(low=low, high=high, method="wilson"), name
 
@@ -280,9 +301,13 @@ def test_multiclass_one_class_and_refusals():
     m = multiclass_metrics([1, 1], [[0.2, 0.8], [0.1, 0.9]], ordinal=True)
     assert m["macro_auc"] is m["mcc"] is m["quadratic_weighted_kappa"] is None and m["skipped_classes"] == [0, 1]
     assert multiclass_metrics([0, 1], [[3.0, 1.0], [0.0, 2.0]])["ece"] is None  # logits
-    for labels, p, message in (([0, 2], np.eye(2), "from 0 to 1"), ([0], np.eye(2), "need labels"),
-                               ([0.5, 1], np.eye(2), "whole numbers"), ([0, 1], np.full((2, 2), np.nan), "NaN"),
-                               ([0, 1], np.ones((2, 1)), "two classes")):
+    for labels, p, message in (
+        ([0, 2], np.eye(2), "from 0 to 1"),
+        ([0], np.eye(2), "need labels"),
+        ([0.5, 1], np.eye(2), "whole numbers"),
+        ([0, 1], np.full((2, 2), np.nan), "NaN"),
+        ([0, 1], np.ones((2, 1)), "two classes"),
+    ):
         with pytest.raises(ValueError, match=message):
             multiclass_metrics(labels, p)
 
@@ -290,8 +315,9 @@ def test_multiclass_one_class_and_refusals():
 def test_multilabel_by_hand():
     nan = np.nan
     labels = np.array([[1, 0, 1, nan], [0, 0, nan, nan], [1, 0, 0, nan], [0, 0, 1, nan], [nan] * 4])
-    scores = np.array([[0.9, 0.1, 0.4, 0.5], [0.2, 0.8, 0.9, 0.5], [0.6, 0.3, 0.1, 0.5], [0.7, 0.2, 0.8, 0.5],
-                       [0.9, 0.9, 0.9, 0.9]])
+    scores = np.array(
+        [[0.9, 0.1, 0.4, 0.5], [0.2, 0.8, 0.9, 0.5], [0.6, 0.3, 0.1, 0.5], [0.7, 0.2, 0.8, 0.5], [0.9, 0.9, 0.9, 0.9]]
+    )
     m = multilabel_metrics(labels, scores, [0.5, 0.5, 0.3, 0.5])
     # label 0: tp 2 fp 1 tn 1, auc 3/4, f1 4/5, ap (1 + 2/3) / 2.   label 1: no positive, one fp.
     # label 2 (three known): tp 2 tn 1, auc 1.   label 3: nothing known.
@@ -323,9 +349,14 @@ def test_multilabel_agrees_with_sklearn():
     masked = labels.copy()
     masked[:50, 2] = np.nan  # equals leaving those rows out of that label
     assert multilabel_metrics(masked, scores)["per_label"][2]["auc"] == pytest.approx(
-        sk.roc_auc_score(labels[50:, 2], scores[50:, 2]), abs=1e-12)
-    for y, s, t, message in ((labels - 1, scores, 0.5, "0, 1 or NaN"), (labels[:9], scores, 0.5, "one shape"),
-                             (labels, scores * np.nan, 0.5, "NaN"), (labels, scores, [0.5] * 4, "thresholds?")):
+        sk.roc_auc_score(labels[50:, 2], scores[50:, 2]), abs=1e-12
+    )
+    for y, s, t, message in (
+        (labels - 1, scores, 0.5, "0, 1 or NaN"),
+        (labels[:9], scores, 0.5, "one shape"),
+        (labels, scores * np.nan, 0.5, "NaN"),
+        (labels, scores, [0.5] * 4, "thresholds?"),
+    ):
         with pytest.raises(ValueError, match=message):
             multilabel_metrics(y, s, t)
 
@@ -359,10 +390,12 @@ def test_official_by_hand_and_refusals():
     assert official_auc_accuracy([[1], [0]], [0.5, 0.2], "binary-class") == dict(auc=1.0, accuracy=0.5)  # .5 is no call
     assert official_auc_accuracy([0, 1], np.eye(3)[:2], "multi-class") == dict(auc=None, accuracy=1.0)  # class 2 absent
     assert official_auc_accuracy([[1]], [0.9], "binary-class") == dict(auc=None, accuracy=1.0)  # a single row
-    for labels, scores, task, message in (([0, 1], [0.1], "binary-class", "as many"),
-                                          ([0, 1], [0.1, 0.2], "binary", "unknown MedMNIST task"),
-                                          ([0, 1], np.eye(2), "multi-label, binary-class", "does not fit"),
-                                          ([0, 1], [np.nan, 1], "binary-class", "NaN")):
+    for labels, scores, task, message in (
+        ([0, 1], [0.1], "binary-class", "as many"),
+        ([0, 1], [0.1, 0.2], "binary", "unknown MedMNIST task"),
+        ([0, 1], np.eye(2), "multi-label, binary-class", "does not fit"),
+        ([0, 1], [np.nan, 1], "binary-class", "NaN"),
+    ):
         with pytest.raises(ValueError, match=message):
             official_auc_accuracy(labels, scores, task)
 
@@ -375,7 +408,9 @@ def test_ece_by_hand():
     labels, p = [0, 1, 0, 1, 1, 0], [0.1, 0.2, 0.3, 0.7, 0.8, 0.9]
     bins = reliability_bins(labels, p, num_bins=2)
     assert [(b["n"], b["confidence"], b["rate"]) for b in bins] == [
-        (3, pytest.approx(0.2), pytest.approx(1 / 3)), (3, pytest.approx(0.8), pytest.approx(2 / 3))]
+        (3, pytest.approx(0.2), pytest.approx(1 / 3)),
+        (3, pytest.approx(0.8), pytest.approx(2 / 3)),
+    ]
     assert (bins[0]["low"], bins[0]["high"]) == wilson_interval(1, 3)
     assert expected_calibration_error(labels, p, num_bins=2) == pytest.approx(0.4 / 3)
     # top label: calls 0 (.8, right) and 1 (.6, wrong) -> gaps .2 and .6
@@ -434,10 +469,12 @@ def test_temperature_without_a_minimum():
     assert fit_temperature([[3, 0], [0, 2]], [0, 1], "multi-class") == 1.0
     assert fit_temperature([0, 0], [1, 0]) == 1.0
     assert fit_temperature([-3, 2, -1], [1, 0, 1]) == pytest.approx(100, rel=1e-3)  # all wrong: the upper bound
-    for logits, labels, task, message in (([1, 2], [0, 1], "binary", "unknown MedMNIST task"),
-                                          ([[1, 2]], [0], "binary-class", "do not fit"),
-                                          ([1, np.inf], [0, 1], "binary-class", "infinite"),
-                                          ([[1, 2]], [2], "multi-class", "from 0 to 1")):
+    for logits, labels, task, message in (
+        ([1, 2], [0, 1], "binary", "unknown MedMNIST task"),
+        ([[1, 2]], [0], "binary-class", "do not fit"),
+        ([1, np.inf], [0, 1], "binary-class", "infinite"),
+        ([[1, 2]], [2], "multi-class", "from 0 to 1"),
+    ):
         with pytest.raises(ValueError, match=message):
             fit_temperature(logits, labels, task)
 
@@ -468,7 +505,11 @@ def test_prior_correction_finds_a_moved_prior():
 def test_prior_correction_at_the_ends_and_refusals():
     assert prior_correction([0.0, 0.0], 0.5)["prior"] == 0.0 and prior_correction([1.0], 0.5)["prior"] == 1.0
     assert prior_correction([1.0, 0.0, 0.0, 0.0], 0.5)["prior"] == pytest.approx(0.25)
-    for p, prior, message in (([1.2], 0.5, "within"), ([np.nan], 0.5, "within"), ([], 0.5, "non-empty"),
-                              ([0.5], 1, "train_prior")):
+    for p, prior, message in (
+        ([1.2], 0.5, "within"),
+        ([np.nan], 0.5, "within"),
+        ([], 0.5, "non-empty"),
+        ([0.5], 1, "train_prior"),
+    ):
         with pytest.raises(ValueError, match=message):
             prior_correction(p, prior)

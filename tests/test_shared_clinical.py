@@ -1,4 +1,5 @@
 """Clinical efficacy: a case worked out by hand, scikit-learn, and the trivial report on the R2Gen test split."""
+
 import csv
 import json
 
@@ -22,13 +23,17 @@ def test_a_case_by_hand():
     positive, negative = result["uncertain_positive"], result["uncertain_negative"]
     # doubted counts: true Edema, Atelectasis | Fracture | No Finding; called Edema | Edema, Fracture | No Finding: 3 of 4 and 3 of 4
     assert positive["precision_micro_14"] == positive["recall_micro_14"] == positive["f1_micro_14"] == 3 / 4
-    assert positive["f1_macro_14"] == pytest.approx((2 / 3 + 1 + 1) / 14)  # Edema 2/3, Fracture 1, No Finding 1, Atelectasis 0
+    assert positive["f1_macro_14"] == pytest.approx(
+        (2 / 3 + 1 + 1) / 14
+    )  # Edema 2/3, Fracture 1, No Finding 1, Atelectasis 0
     assert positive["f1_weighted_14"] == pytest.approx((2 / 3 + 0 + 1 + 1) / 4)
     assert positive["f1_example_14"] == pytest.approx((2 / 3 + 2 / 3 + 1) / 3)
     assert positive["f1_micro_13"] == pytest.approx(2 / 3) and positive["f1_micro_5"] == pytest.approx(2 / 4)
     assert positive["exact_match_14"] == pytest.approx(1 / 3) and positive["exact_match_5"] == pytest.approx(1 / 3)
     assert positive["num_without_positive_14"] == 10
-    assert positive["per_condition"]["Edema"] == dict(tp=1, fp=1, fn=0, tn=1, precision=0.5, recall=1.0, f1=pytest.approx(2 / 3))
+    assert positive["per_condition"]["Edema"] == dict(
+        tp=1, fp=1, fn=0, tn=1, precision=0.5, recall=1.0, f1=pytest.approx(2 / 3)
+    )
     assert positive["per_condition"]["Pneumonia"] == dict(tp=0, fp=0, fn=0, tn=3, precision=None, recall=None, f1=None)
     # doubted does not count: Atelectasis and the called Fracture are gone
     assert (negative["precision_micro_14"], negative["recall_micro_14"]) == (2 / 3, 2 / 3)
@@ -45,7 +50,10 @@ def test_equal_to_scikit_learn(seed):
         columns = [CONDITIONS.index(name) for name in names]
         for kind in ("micro", "macro", "weighted", "example"):
             theirs = precision_recall_fscore_support(
-                reference[:, columns], hypothesis[:, columns], average="samples" if kind == "example" else kind, zero_division=0
+                reference[:, columns],
+                hypothesis[:, columns],
+                average="samples" if kind == "example" else kind,
+                zero_division=0,
             )
             for metric, value in zip(("precision", "recall", "f1"), theirs, strict=False):
                 assert mine[f"{metric}_{kind}_{subset}"] == pytest.approx(value, abs=1e-12)
@@ -68,7 +76,9 @@ def test_interval_by_study():
     interval = clinical_interval("f1_micro_13", hypotheses, references, num_samples=200)
     value = clinical_efficacy(hypotheses, references)["uncertain_positive"]["f1_micro_13"]
     assert interval["value"] == pytest.approx(value) and interval["low"] < value < interval["high"]
-    doubled = clinical_interval("f1_micro_13", hypotheses * 2, references * 2, groups=list(range(80)) * 2, num_samples=200)
+    doubled = clinical_interval(
+        "f1_micro_13", hypotheses * 2, references * 2, groups=list(range(80)) * 2, num_samples=200
+    )
     alone = clinical_interval("f1_micro_13", hypotheses * 2, references * 2, num_samples=200)
     width = {name: r["high"] - r["low"] for name, r in (("once", interval), ("grouped", doubled), ("copies", alone))}
     assert width["copies"] < 0.85 * width["grouped"]  # copies of a study are no new cases

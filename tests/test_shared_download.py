@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import pytest
 
 from shared.data import download as downloads
-from shared.data import iu_xray, vqa
+from shared.data import iu_xray
+from vqa_sft_grpo import sources as vqa
 from shared.data.download import DataNotFound, fetch, find_folder, main, unpack
 from shared.runtime import InputError
 

@@ -1,4 +1,5 @@
 """images.py: every kind of file a user may have, and where its pixels end up."""
+
 import builtins
 import io
 import struct
@@ -51,12 +52,18 @@ def stretched(pixels):
 @pytest.mark.parametrize(
     "name, picture",
     [
-        ("a.png", Image.fromarray(RAMP.astype(np.uint16) * 257)), ("a.tif", Image.fromarray(RAMP.astype(np.uint16) * 16 + 1000)),
-        ("b.tif", Image.fromarray(RAMP.astype(np.int32) * 1000)), ("c.tif", Image.fromarray(RAMP.astype(np.float32) * 7 - 300)),
-        ("a.npy", RAMP.astype(np.uint16) * 11), ("b.npy", RAMP.astype(np.int64) - 500), ("c.npy", RAMP.astype(np.float16)),
-        ("d.npy", RAMP.astype(np.float64) * 1e6), ("e.npy", RAMP.astype(">u2")), ("f.npy", np.asfortranarray(RAMP.astype(np.float32)) * 2),
+        ("a.png", Image.fromarray(RAMP.astype(np.uint16) * 257)),
+        ("a.tif", Image.fromarray(RAMP.astype(np.uint16) * 16 + 1000)),
+        ("b.tif", Image.fromarray(RAMP.astype(np.int32) * 1000)),
+        ("c.tif", Image.fromarray(RAMP.astype(np.float32) * 7 - 300)),
+        ("a.npy", RAMP.astype(np.uint16) * 11),
+        ("b.npy", RAMP.astype(np.int64) - 500),
+        ("c.npy", RAMP.astype(np.float16)),
+        ("d.npy", RAMP.astype(np.float64) * 1e6),
+        ("e.npy", RAMP.astype(">u2")),
+        ("f.npy", np.asfortranarray(RAMP.astype(np.float32)) * 2),
     ],
-)  # fmt: skip
+)
 def test_deeper_pixels_are_stretched_between_their_percentiles(name, picture):
     np.testing.assert_allclose(read(picture, name), stretched(RAMP.astype(float)), atol=2e-6)
 
@@ -71,7 +78,10 @@ def test_shapes_of_arrays(shape):
     np.testing.assert_array_equal(read(RAMP.reshape(shape), "a.npy"), RAMP.astype(np.float32) / 255)
 
 
-@pytest.mark.parametrize("mode, name", [("RGB", "a.png"), ("RGBA", "a.png"), ("LA", "a.png"), ("RGB", "a.tif"), ("RGBA", "a.tif"), ("LA", "a.tif")])
+@pytest.mark.parametrize(
+    "mode, name",
+    [("RGB", "a.png"), ("RGBA", "a.png"), ("LA", "a.png"), ("RGB", "a.tif"), ("RGBA", "a.tif"), ("LA", "a.tif")],
+)
 def test_grey_films_saved_in_colour_are_grey(mode, name):
     np.testing.assert_array_equal(read(Image.fromarray(RAMP).convert(mode), name), RAMP.astype(np.float32) / 255)
 
@@ -89,18 +99,26 @@ def test_colour(name, mode):
 def test_palette_cmyk_and_black_and_white():
     palette = Image.fromarray((RAMP > 100).astype(np.uint8)).convert("P")
     palette.putpalette([10, 10, 10, 200, 100, 0] + [0] * 762)
-    np.testing.assert_array_equal(read(palette, "p.png"), np.where((RAMP > 100)[..., None], (200, 100, 0), (10, 10, 10)).astype(np.float32) / 255)
+    np.testing.assert_array_equal(
+        read(palette, "p.png"), np.where((RAMP > 100)[..., None], (200, 100, 0), (10, 10, 10)).astype(np.float32) / 255
+    )
     cmyk = read(Image.fromarray(RAMP).convert("RGB").convert("CMYK"), "c.tif")
     np.testing.assert_array_equal(cmyk, RAMP.astype(np.float32) / 255)
     np.testing.assert_array_equal(read(Image.fromarray(RAMP > 100), "b.png"), (RAMP > 100).astype(np.float32))
 
 
 def test_one_grey_level_is_no_failure():
-    assert (read(np.full((20, 20), 5000), "a.npy") == 0).all() and (read(Image.new("L", (20, 20), 51), "a.png") == np.float32(0.2)).all()
+    assert (read(np.full((20, 20), 5000), "a.npy") == 0).all() and (
+        read(Image.new("L", (20, 20), 51), "a.png") == np.float32(0.2)
+    ).all()
 
 
 def test_grey_if_grey():
-    assert grey_if_grey(np.repeat(RAMP[..., None], 3, axis=2)).shape == (40, 30) and grey_if_grey(colour()).shape == (40, 30, 3)
+    assert grey_if_grey(np.repeat(RAMP[..., None], 3, axis=2)).shape == (40, 30) and grey_if_grey(colour()).shape == (
+        40,
+        30,
+        3,
+    )
 
 
 # --- what cannot ---
@@ -131,7 +149,9 @@ def test_damaged_bytes_end_in_pixels_or_in_a_sentence():
     rng = np.random.default_rng(0)
     for name in ("a.png", "a.jpg", "a.tif", "a.npy"):
         buffer = io.BytesIO()
-        np.save(buffer, RAMP) if name == "a.npy" else Image.fromarray(RAMP).save(buffer, {"png": "PNG", "jpg": "JPEG", "tif": "TIFF"}[name[2:]])
+        np.save(buffer, RAMP) if name == "a.npy" else Image.fromarray(RAMP).save(
+            buffer, {"png": "PNG", "jpg": "JPEG", "tif": "TIFF"}[name[2:]]
+        )
         refused = 0
         for _ in range(60):
             content = bytearray(buffer.getvalue())
@@ -147,12 +167,19 @@ def test_damaged_bytes_end_in_pixels_or_in_a_sentence():
 
 def test_arrays_that_are_no_images():
     for name, array, message in [
-        ("nan.npy", np.where(RAMP == 7, np.nan, RAMP), "NaN or infinite"), ("inf.npy", np.where(RAMP == 7, np.inf, RAMP), "NaN or infinite"),
+        ("nan.npy", np.where(RAMP == 7, np.nan, RAMP), "NaN or infinite"),
+        ("inf.npy", np.where(RAMP == 7, np.inf, RAMP), "NaN or infinite"),
         ("huge.npy", RAMP * 1e39, "NaN or infinite"),  # finite as 64 bit, not as 32
-        ("words.npy", np.array([["a"] * 20] * 20), "must hold numbers"), ("complex.npy", RAMP * 1j, "must hold numbers"), ("truth.npy", RAMP > 3, "must hold numbers"),
-        ("volume.npy", np.zeros((20, 20, 20)), "(20, 20, 20)"), ("channels.npy", np.zeros((20, 20, 4)), "(20, 20, 4)"), ("first.npy", np.zeros((3, 20, 20)), "(3, 20, 20)"),
-        ("number.npy", np.float32(3), "()"), ("line.npy", np.zeros(50), "(50,)"), ("none.npy", np.zeros((0, 20)), "too small"),
-    ]:  # fmt: skip
+        ("words.npy", np.array([["a"] * 20] * 20), "must hold numbers"),
+        ("complex.npy", RAMP * 1j, "must hold numbers"),
+        ("truth.npy", RAMP > 3, "must hold numbers"),
+        ("volume.npy", np.zeros((20, 20, 20)), "(20, 20, 20)"),
+        ("channels.npy", np.zeros((20, 20, 4)), "(20, 20, 4)"),
+        ("first.npy", np.zeros((3, 20, 20)), "(3, 20, 20)"),
+        ("number.npy", np.float32(3), "()"),
+        ("line.npy", np.zeros(50), "(50,)"),
+        ("none.npy", np.zeros((0, 20)), "too small"),
+    ]:
         np.save(name, array)
         assert message in why_not(name), name
     np.savez("archive.npz", a=RAMP)
@@ -210,15 +237,25 @@ def test_dicom(photometric):
     from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
 
     meta = FileMetaDataset()
-    meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid()
+    meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = (
+        ExplicitVRLittleEndian,
+        SecondaryCaptureImageStorage,
+        generate_uid(),
+    )
     film = FileDataset("a.dcm", {}, file_meta=meta, preamble=b"\0" * 128)
-    film.SOPClassUID, film.SOPInstanceUID, film.Modality = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID, "CR"
+    film.SOPClassUID, film.SOPInstanceUID, film.Modality = (
+        meta.MediaStorageSOPClassUID,
+        meta.MediaStorageSOPInstanceUID,
+        "CR",
+    )
     film.Rows, film.Columns, film.SamplesPerPixel, film.PhotometricInterpretation = 40, 30, 1, photometric
     film.BitsAllocated, film.BitsStored, film.HighBit, film.PixelRepresentation = 16, 12, 11, 0
     film.PixelData = (RAMP.astype(np.uint16) * 16).tobytes()
     film.save_as("a.dcm", enforce_file_format=True)
     expected = stretched(RAMP.astype(float))
-    np.testing.assert_allclose(read_image("a.dcm"), expected if photometric == "MONOCHROME2" else 1 - expected, atol=0.01)
+    np.testing.assert_allclose(
+        read_image("a.dcm"), expected if photometric == "MONOCHROME2" else 1 - expected, atol=0.01
+    )
     Path("b.dcm").write_bytes(b"no DICOM at all")
     assert "the DICOM file cannot be read" in why_not("b.dcm")
 
@@ -230,8 +267,16 @@ def test_find_images():
     for name in ("b.png", "a.JPG", "deep/c.npy", "deep/d.dcm", "notes.txt", "deep/.hidden.txt"):
         Path("films", name).parent.mkdir(parents=True, exist_ok=True)
         Path("films", name).write_text("x")
-    assert [str(p) for p in find_images(["films"])] == ["films/a.JPG", "films/b.png", "films/deep/c.npy", "films/deep/d.dcm"]
-    assert [str(p) for p in find_images(["films/*.png", "films/b.png", "gone.png"])] == ["films/b.png", "gone.png"]  # each once
+    assert [str(p) for p in find_images(["films"])] == [
+        "films/a.JPG",
+        "films/b.png",
+        "films/deep/c.npy",
+        "films/deep/d.dcm",
+    ]
+    assert [str(p) for p in find_images(["films/*.png", "films/b.png", "gone.png"])] == [
+        "films/b.png",
+        "gone.png",
+    ]  # each once
     assert [str(p) for p in find_images(["films/**/*.npy"])] == ["films/deep/c.npy"]
     assert [str(p) for p in find_images(["films/notes.txt"])] == ["films/notes.txt"]  # named by hand: tried
     Path("films[1]").mkdir()
@@ -253,7 +298,9 @@ def test_find_images_refuses_what_has_none():
 @pytest.mark.parametrize("shape, place", [((56, 56), (14, 40)), ((56, 112), (14, 28 + 40)), ((100, 56), (22 + 14, 40))])
 def test_a_bright_dot_stays_in_its_place(shape, place):
     pixels = np.zeros(shape, np.float32)
-    pixels[place[0] : place[0] + 2, place[1] : place[1] + 2] = 1  # rows 14-15, columns 40-41 of the central square of 56
+    pixels[place[0] : place[0] + 2, place[1] : place[1] + 2] = (
+        1  # rows 14-15, columns 40-41 of the central square of 56
+    )
     square = to_square(pixels, 28, 1)
     assert square.shape == (1, 28, 28) and square.dtype == np.uint8
     assert np.unravel_index(square.argmax(), square.shape) == (0, 7, 20)
@@ -271,7 +318,9 @@ def test_images_of_the_right_size_are_unchanged():
 
 def test_shrinking_averages():
     board = (np.indices((224, 224)).sum(0) % 2).astype(np.float32)
-    assert abs(to_square(board, 28, 1).astype(int) - 127.5).max() <= 2.5  # without an antialiasing filter it would be 0 or 255
+    assert (
+        abs(to_square(board, 28, 1).astype(int) - 127.5).max() <= 2.5
+    )  # without an antialiasing filter it would be 0 or 255
 
 
 def test_grey_and_colour():

@@ -4,6 +4,7 @@ shared/__init__.py with a broken, a healthy and no torchvision, and the allocato
 The fake torchvision registers its operators' shapes as the real one does at import; torch itself then says that an operator
 does not exist. Each test starts one process, since importing torch takes seconds.
 """
+
 import json
 import os
 import subprocess
@@ -40,7 +41,13 @@ def package(folder, init, **modules):
 def run(code, **environment):
     """The JSON that the code prints last."""
     kept = {k: v for k, v in os.environ.items() if k not in NAMES}
-    result = subprocess.run([sys.executable, "-c", f"ROOT = {str(ROOT)!r}\n{PRELUDE}\n{code}"], capture_output=True, text=True, env=kept | environment, timeout=900)
+    result = subprocess.run(
+        [sys.executable, "-c", f"ROOT = {str(ROOT)!r}\n{PRELUDE}\n{code}"],
+        capture_output=True,
+        text=True,
+        env=kept | environment,
+        timeout=900,
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     return json.loads(result.stdout.splitlines()[-1])
 
@@ -64,7 +71,13 @@ print(json.dumps({"alone": alone, "state": shared.TORCHVISION, "again": shared.m
                   "declared": [hasattr(torch.ops.torchvision, name) for name in ("nms", "qnms", "roi_align")]}))
 """)
     assert "operator torchvision::nms does not exist" in found["alone"]  # the fake fails as the real one does
-    assert found == {"alone": found["alone"], "state": "declared", "again": "declared", "count": 1, "declared": [True, True, False]}
+    assert found == {
+        "alone": found["alone"],
+        "state": "declared",
+        "again": "declared",
+        "count": 1,
+        "declared": [True, True, False],
+    }
 
 
 def test_a_healthy_an_absent_and_another_broken_torchvision():

@@ -1,4 +1,5 @@
 """iu_xray.py: made-up studies in every layout, and the real files with the counts that are known of them."""
+
 import io
 import json
 import tarfile
@@ -35,11 +36,29 @@ from shared.runtime import InputError
 
 # uid: (MeSH terms, indication, findings, impression, films)
 STUDIES = {
-    1: (["normal"], "Cough & fever", "Lungs are clear. No effusion.", "Normal chest.", ["1_IM-0001-3001 Lateral", "1_IM-0001-4001 Frontal"]),
-    2: (["Cardiomegaly/mild", "Opacity/lung"], "+PPD", "Heart is large.", "Cardiomegaly.", ["2_IM-0652-1001 Frontal", "2_IM-0652-2001 Lateral"]),
+    1: (
+        ["normal"],
+        "Cough & fever",
+        "Lungs are clear. No effusion.",
+        "Normal chest.",
+        ["1_IM-0001-3001 Lateral", "1_IM-0001-4001 Frontal"],
+    ),
+    2: (
+        ["Cardiomegaly/mild", "Opacity/lung"],
+        "+PPD",
+        "Heart is large.",
+        "Cardiomegaly.",
+        ["2_IM-0652-1001 Frontal", "2_IM-0652-2001 Lateral"],
+    ),
     3: (["normal"], "", "", "No acute disease.", ["3_IM-1384-1001 Frontal"]),
     4: (["Nodule/lung"], "", "A nodule, 5 mm.", "", ["4_IM-2050-1001 Lateral"]),
-    5: (["normal"], "", "Lungs are clear. No  effusion.", "Normal.", ["5_IM-2117-1001 Frontal", "5_IM-2117-1002 Frontal"]),
+    5: (
+        ["normal"],
+        "",
+        "Lungs are clear. No  effusion.",
+        "Normal.",
+        ["5_IM-2117-1001 Frontal", "5_IM-2117-1002 Frontal"],
+    ),
     6: (["normal"], "", "Clear.", "Normal.", ["6_IM-2192-1001 Frontal"]),
 }
 
@@ -53,7 +72,20 @@ def write_csv(folder, studies=STUDIES):
     lines = ["uid,MeSH,Problems,image,indication,comparison,findings,impression"]
     for uid, (mesh, indication, findings, impression, _) in studies.items():
         indication = "#NAME?" if indication.startswith("+") else indication
-        lines.append(",".join([str(uid), ";".join(mesh), ";".join(m.split("/")[0] for m in mesh), "PA", quoted(indication), "", quoted(findings), quoted(impression)]))
+        lines.append(
+            ",".join(
+                [
+                    str(uid),
+                    ";".join(mesh),
+                    ";".join(m.split("/")[0] for m in mesh),
+                    "PA",
+                    quoted(indication),
+                    "",
+                    quoted(findings),
+                    quoted(impression),
+                ]
+            )
+        )
     (folder / "indiana_reports.csv").write_text("\n".join(lines) + "\n")
     films = [f"{uid},{film.replace(' ', '.dcm.png,')}" for uid, study in studies.items() for film in study[-1]]
     (folder / "indiana_projections.csv").write_text("uid,filename,projection\n" + "\n".join(films) + "\n")
@@ -61,7 +93,12 @@ def write_csv(folder, studies=STUDIES):
 
 def xml_of(uid):
     mesh, indication, findings, impression, films = STUDIES[uid]
-    texts = {"COMPARISON": "", "INDICATION": indication.replace("&", "&amp;"), "FINDINGS": findings, "IMPRESSION": impression}
+    texts = {
+        "COMPARISON": "",
+        "INDICATION": indication.replace("&", "&amp;"),
+        "FINDINGS": findings,
+        "IMPRESSION": impression,
+    }
     abstract = "".join(f'<AbstractText Label="{label}">{text}</AbstractText>' for label, text in texts.items())
     images = "".join(f'<parentImage id="CXR{"1_" if uid == 1 else ""}{film.split()[0]}"/>' for film in films)
     terms = "".join(f"<major>{term}</major>" for term in mesh)
@@ -106,13 +143,27 @@ def uids(studies):
 
 # ------------------------------------------------------------------------------------------------------------- made-up files
 
+
 def test_rows(made_up):
     studies = load_iu_xray(made_up)
     assert uids(studies) == [1, 2, 5] and studies.counts() == {"train": 2, "test": 1}
-    assert studies.left_out == {"not in the R2Gen split": 1, "no findings": 0, "no frontal film on disk": 2}  # 3; 4 has a lateral only, 6 no file
+    assert studies.left_out == {
+        "not in the R2Gen split": 1,
+        "no findings": 0,
+        "no frontal film on disk": 2,
+    }  # 3; 4 has a lateral only, 6 no file
     row = studies.rows[1]
-    assert (row["patient"], row["split"], row["section"], row["report"]) == ("2", "train", "findings", "Heart is large.")
-    assert (row["mesh"], row["problems"], row["normal"]) == (["Cardiomegaly/mild", "Opacity/lung"], ["Cardiomegaly", "Opacity"], False)
+    assert (row["patient"], row["split"], row["section"], row["report"]) == (
+        "2",
+        "train",
+        "findings",
+        "Heart is large.",
+    )
+    assert (row["mesh"], row["problems"], row["normal"]) == (
+        ["Cardiomegaly/mild", "Opacity/lung"],
+        ["Cardiomegaly", "Opacity"],
+        False,
+    )
     assert row["indication"] == ""  # "#NAME?" in the file
     assert row["image_path"].name == "2_IM-0652-1001.dcm.png" and row["lateral_path"].name == "2_IM-0652-2001.dcm.png"
     assert [image["projection"] for image in row["images"]] == ["Frontal", "Lateral"]
@@ -133,20 +184,29 @@ def test_sections_and_views(made_up):
     assert load(section="findings", views=("lateral",)) == [1, 2, 4]
     assert load(section="findings", views=("frontal", "lateral")) == [1, 2]
     assert load(section="findings", allow_missing_images=True) == [1, 2, 4, 5, 6]
-    assert load_iu_xray(made_up, split=None, section="findings+impression").rows[1]["report"] == "Heart is large. Cardiomegaly."
+    assert (
+        load_iu_xray(made_up, split=None, section="findings+impression").rows[1]["report"]
+        == "Heart is large. Cardiomegaly."
+    )
 
 
 @pytest.mark.parametrize("archive", [True, False])
 def test_xml_gives_the_same_rows(made_up, tmp_path, archive):
     write_xml(tmp_path / "xml", archive)
-    (tmp_path / "xml" / "indiana_projections.csv").write_bytes((made_up / "iu_xray" / "indiana_projections.csv").read_bytes())
-    write_films(tmp_path / "xml" / "NLMCXR_png", ["CXR1_1_IM-0001-4001.png", *(f"CXR{name}.png" for name in ALL_FILMS[2:])])
+    (tmp_path / "xml" / "indiana_projections.csv").write_bytes(
+        (made_up / "iu_xray" / "indiana_projections.csv").read_bytes()
+    )
+    write_films(
+        tmp_path / "xml" / "NLMCXR_png", ["CXR1_1_IM-0001-4001.png", *(f"CXR{name}.png" for name in ALL_FILMS[2:])]
+    )
     xml = load_iu_xray(tmp_path / "xml", split=None)
     expected = load_iu_xray(made_up, split=None, views=("frontal",))
     assert uids(xml) == [1, 2, 5, 6]
     assert xml.rows[0]["image_path"].name == "CXR1_1_IM-0001-4001.png" and xml.rows[0]["lateral_path"] is None
     for row, other in zip(xml.rows[:3], expected.rows, strict=True):
-        assert {k: row[k] for k in ("uid", "findings", "impression", "mesh", "problems", "report")} == {k: other[k] for k in ("uid", "findings", "impression", "mesh", "problems", "report")}
+        assert {k: row[k] for k in ("uid", "findings", "impression", "mesh", "problems", "report")} == {
+            k: other[k] for k in ("uid", "findings", "impression", "mesh", "problems", "report")
+        }
     assert xml.rows[0]["indication"] == "Cough & fever" and xml.rows[1]["indication"] == "+PPD"  # what the CSV lost
 
 
@@ -156,7 +216,11 @@ def test_xml_alone_does_not_say_which_film_is_frontal(tmp_path):
     with pytest.raises(InputError, match="indiana_projections.csv does"):
         load_iu_xray(tmp_path, split=None)
     studies = load_iu_xray(tmp_path, split=None, views=())
-    assert len(studies.rows) == 5 and studies.rows[0]["image_path"] is None and all(image["path"] for image in studies.rows[0]["images"])
+    assert (
+        len(studies.rows) == 5
+        and studies.rows[0]["image_path"] is None
+        and all(image["path"] for image in studies.rows[0]["images"])
+    )
 
 
 def test_one_image_folder_is_used_the_fullest(made_up):
@@ -176,7 +240,11 @@ def test_one_image_folder_is_used_the_fullest(made_up):
 def test_names_of_films():
     names = ["1_IM-0001-3001.dcm.png", "1_IM-0001-3001.dcm.jpg", "CXR1_1_IM-0001-3001.png", "CXR1_1_IM-0001-3001"]
     assert {plain_name(name) for name in names} == {"1_IM-0001-3001"}
-    assert plain_name("CXR1024_IM-0019-1001-0002.png") == plain_name("1024_IM-0019-1001-0002.dcm.png") == "1024_IM-0019-1001-0002"
+    assert (
+        plain_name("CXR1024_IM-0019-1001-0002.png")
+        == plain_name("1024_IM-0019-1001-0002.dcm.png")
+        == "1024_IM-0019-1001-0002"
+    )
 
 
 def test_patient_split(made_up):
@@ -195,7 +263,15 @@ def test_r2gen_split_from_annotation(made_up):
     (folder / "r2gen_split_uids.json").unlink()
     with pytest.raises(InputError, match="needs annotation.json"):
         load_iu_xray(made_up)
-    (folder / "annotation.json").write_text(json.dumps({"train": [{"id": "CXR2_IM-0652"}], "val": [{"id": "CXR5_IM-2117-1001"}], "test": [{"id": "CXR1_1_IM-0001"}]}))
+    (folder / "annotation.json").write_text(
+        json.dumps(
+            {
+                "train": [{"id": "CXR2_IM-0652"}],
+                "val": [{"id": "CXR5_IM-2117-1001"}],
+                "test": [{"id": "CXR1_1_IM-0001"}],
+            }
+        )
+    )
     assert {row["uid"]: row["split"] for row in load_iu_xray(made_up).rows} == {1: "test", 2: "train", 5: "val"}
     (folder / "annotation.json").write_text('{"train": [{"id": "2"}], "val": [], "test": []}')
     with pytest.raises(InputError, match="is not R2Gen's file"):
@@ -254,14 +330,23 @@ def test_gold_labels(made_up):
         load_gold_labels(made_up)
 
 
-@pytest.mark.parametrize(("text", "cleaned"), [
-    ("The lungs are clear. No effusion.", "the lungs are clear . no effusion ."),
-    ("1. Clear lungs. 2. No effusion.", "clear lungs . no effusion ."),
-    ("Heart size 1.5 cm (normal), no x-ray change....", "heart size 15 cm normal no x-ray change ."),  # the hyphen stays
-    ("Old fracture of T11. \"XXXX\" at 3:00; 50% [approx].", "old fracture of t1xxxx at 300 50 approx ."),  # "1. " anywhere
-    ("Clear. . Normal.", "clear .  . normal ."),  # an empty sentence leaves two spaces
-    ("", " ."),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "cleaned"),
+    [
+        ("The lungs are clear. No effusion.", "the lungs are clear . no effusion ."),
+        ("1. Clear lungs. 2. No effusion.", "clear lungs . no effusion ."),
+        (
+            "Heart size 1.5 cm (normal), no x-ray change....",
+            "heart size 15 cm normal no x-ray change .",
+        ),  # the hyphen stays
+        (
+            'Old fracture of T11. "XXXX" at 3:00; 50% [approx].',
+            "old fracture of t1xxxx at 300 50 approx .",
+        ),  # "1. " anywhere
+        ("Clear. . Normal.", "clear .  . normal ."),  # an empty sentence leaves two spaces
+        ("", " ."),
+    ],
+)
 def test_clean_r2gen(text, cleaned):
     assert clean_r2gen(text) == cleaned
 
@@ -269,7 +354,9 @@ def test_clean_r2gen(text, cleaned):
 def test_groups_stay_together():
     groups = [f"p{i}" for i in range(1000)]
     split = split_groups(groups * 3, {"train": 0.7, "val": 0.1, "test": 0.2}, seed=5)
-    assert Counter(split.values()) == {"train": 700, "val": 100, "test": 200} and split == split_groups(reversed(groups), {"train": 0.7, "val": 0.1, "test": 0.2}, seed=5)
+    assert Counter(split.values()) == {"train": 700, "val": 100, "test": 200} and split == split_groups(
+        reversed(groups), {"train": 0.7, "val": 0.1, "test": 0.2}, seed=5
+    )
     assert split != split_groups(groups, {"train": 0.7, "val": 0.1, "test": 0.2}, seed=6)
     for shares in ({}, {"train": 0.7, "test": 0.2}, {"train": 1.2, "test": -0.2}, {"train": 1.0, "test": 0.0}):
         with pytest.raises(InputError, match="add up to 1"):
@@ -279,6 +366,7 @@ def test_groups_stay_together():
 
 
 # ------------------------------------------------------------------------------------------------------------------- images
+
 
 def film(seed, size=256):
     """Smooth, as images are: noise at 16 x 16 pixels, enlarged; float32 in 0..1."""
@@ -294,14 +382,24 @@ def test_copies_have_near_hashes_and_others_do_not():
     original = film(0)
     small = np.asarray(Image.fromarray(original).resize((100, 100), Image.BICUBIC))
     assert image_hash(original).shape == (255,) and bits(original, original) == 0
-    assert bits(original, small) <= 8 and bits(original, original * 0.7) <= 4 and bits(original, original**0.7) <= audits.SAME_IMAGE
+    assert (
+        bits(original, small) <= 8
+        and bits(original, original * 0.7) <= 4
+        and bits(original, original**0.7) <= audits.SAME_IMAGE
+    )
     assert bits(original, np.stack([original] * 3, axis=-1)) <= 2
     distances = [bits(film(i), film(j)) for i in range(8) for j in range(i)]
     assert min(distances) > 80  # two random hashes differ in 127 of 255 bits
 
 
 def test_similar_images(tmp_path):
-    for name, pixels in {"a.png": film(1), "a_small.jpg": film(1, 120), "b.png": film(2), "b_again.png": film(2), "c.png": film(3)}.items():
+    for name, pixels in {
+        "a.png": film(1),
+        "a_small.jpg": film(1, 120),
+        "b.png": film(2),
+        "b_again.png": film(2),
+        "c.png": film(3),
+    }.items():
         Image.fromarray((pixels * 255).astype(np.uint8)).save(tmp_path / name, quality=60)
     (tmp_path / "bad.png").write_bytes(b"no image")
     found = similar_images({path.name: path for path in sorted(tmp_path.iterdir())})
@@ -318,7 +416,10 @@ def test_pairs_across_blocks_and_linked_groups():
     hashes[6, :] = True
     assert near_pairs(hashes[[0, 5, 6]], 2, block=1) == near_pairs(hashes[[0, 5, 6]], 2) == [(0, 1, 2)]
     assert len(near_pairs(hashes, 0, block=2)) == 10  # five equal ones: 5 * 4 / 2
-    assert linked_groups([("b", "a", 1), ("c", "d", 1), ("b", "c", 2), ("x", "y", 0), ("a", "d", 3)]) == [["a", "b", "c", "d"], ["x", "y"]]
+    assert linked_groups([("b", "a", 1), ("c", "d", 1), ("b", "c", 2), ("x", "y", 0), ("a", "d", 3)]) == [
+        ["a", "b", "c", "d"],
+        ["x", "y"],
+    ]
 
 
 def test_audits_of_reports(made_up):
@@ -342,16 +443,25 @@ def test_audit_command(made_up, capsys, refused, tmp_path):
 
 
 def test_the_phantom_in_this_format(tmp_path):
-    export = pytest.importorskip("shared.data.phantom_export")
+    export = pytest.importorskip("phantom_files")
     export.export_iu_xray(tmp_path / "iu_xray", seed=1, count=9, size=64)
-    rows = load_iu_xray(tmp_path, split="patient", section="findings+impression", reports="csv", shares={"train": 0.5, "val": 0.25, "test": 0.25}).rows
+    rows = load_iu_xray(
+        tmp_path,
+        split="patient",
+        section="findings+impression",
+        reports="csv",
+        shares={"train": 0.5, "val": 0.25, "test": 0.25},
+    ).rows
     xml = load_iu_xray(tmp_path, split=None, section="findings+impression", reports="xml").rows
     assert [r["uid"] for r in rows] == [r["uid"] for r in xml] == list(range(1, 10))
-    assert [r["report"] for r in rows] == [r["report"] for r in xml] and [r["mesh"] for r in rows] == [r["mesh"] for r in xml]
+    assert [r["report"] for r in rows] == [r["report"] for r in xml] and [r["mesh"] for r in rows] == [
+        r["mesh"] for r in xml
+    ]
     assert {read_image(row["image_path"]).shape for row in rows} == {(64, 64)} and rows[0]["lateral_path"] is not None
 
 
 # ---------------------------------------------------------------------------------------------------------------- real files
+
 
 @pytest.fixture
 def iu_dir(real_data):
@@ -380,7 +490,12 @@ def test_real_xml(iu_dir, real_data):
     rows, files = read_reports(iu_dir / "iu_xray", "xml")
     assert len(rows) == 3955
     findings, impression = ({row["uid"] for row in rows if row[name]} for name in ("findings", "impression"))
-    assert (len(findings), len(impression), len(findings & impression), 3955 - len(findings | impression)) == (3425, 3921, 3419, 28)
+    assert (len(findings), len(impression), len(findings & impression), 3955 - len(findings | impression)) == (
+        3425,
+        3921,
+        3419,
+        28,
+    )
     assert Counter(len(row["images"]) for row in rows) == {0: 104, 1: 446, 2: 3208, 3: 181, 4: 15, 5: 1}
     assert load_iu_xray(iu_dir, reports="xml").official
     in_csv = {row["uid"]: row for row in read_reports(iu_dir / "iu_xray", "csv")[0]}
@@ -389,7 +504,13 @@ def test_real_xml(iu_dir, real_data):
     assert all(row[name] == in_csv[row["uid"]][name] for row in rows if row["images"] for name in texts)
     lost = {row["uid"] for row in rows if row["images"] and row["indication"] != in_csv[row["uid"]]["indication"]}
     assert lost == {1555, 3477, 3784}  # "#NAME?"
-    differ = {row["uid"] for row in rows if row["images"] and {plain_name(i["name"]) for i in row["images"]} != {plain_name(i["name"]) for i in in_csv[row["uid"]]["images"]}}
+    differ = {
+        row["uid"]
+        for row in rows
+        if row["images"]
+        and {plain_name(i["name"]) for i in row["images"]}
+        != {plain_name(i["name"]) for i in in_csv[row["uid"]]["images"]}
+    }
     assert differ == {2084, 2560, 3809}  # four films that the CSV does not list
 
 
@@ -397,19 +518,41 @@ def test_real_xml(iu_dir, real_data):
 def test_real_r2gen_split(iu_dir, real_data):
     annotation = json.loads(real_data("iu_xray/annotation.json").read_text())
     studies = load_iu_xray(iu_dir, allow_missing_images=True)
-    assert studies.counts() == {"train": 2069, "val": 296, "test": 590} and studies.left_out["not in the R2Gen split"] == 3851 - 2955
+    assert (
+        studies.counts() == {"train": 2069, "val": 296, "test": 590}
+        and studies.left_out["not in the R2Gen split"] == 3851 - 2955
+    )
     report_of = {row["uid"]: row["report"] for row in studies.rows}
-    assert sum(report_of[int(s["id"][3:].split("_")[0])] == s["report"] for part in annotation.values() for s in part) == 2955
-    assert {split: sum(row["normal"] for row in studies.split(split)) for split in ("train", "val", "test")} == {"train": 682, "val": 98, "test": 307}
+    assert (
+        sum(report_of[int(s["id"][3:].split("_")[0])] == s["report"] for part in annotation.values() for s in part)
+        == 2955
+    )
+    assert {split: sum(row["normal"] for row in studies.split(split)) for split in ("train", "val", "test")} == {
+        "train": 682,
+        "val": 98,
+        "test": 307,
+    }
     assert all(len(row["images"]) >= 2 and row["findings"] for row in studies.rows)
     found = audit(iu_dir, allow_missing_images=True)
-    assert (found["cleaned test reports that occur in train"]["rows"], found["cleaned val reports that occur in train"]["rows"]) == (277, 66)
+    assert (
+        found["cleaned test reports that occur in train"]["rows"],
+        found["cleaned val reports that occur in train"]["rows"],
+    ) == (277, 66)
     assert found["cleaned test reports"]["distinct"] == 396 and found["cleaned test reports with xxxx"]["rows"] == 212
     assert all(pair["shared"] == 0 for pair in found["patients in two splits"].values())
-    words = {split: [clean_r2gen(row["report"]).split() for row in studies.split(split)] for split in ("train", "val", "test")}
-    assert {split: float(np.median([len(text) for text in texts])) for split, texts in words.items()} == {"train": 34, "val": 33, "test": 30}
+    words = {
+        split: [clean_r2gen(row["report"]).split() for row in studies.split(split)]
+        for split in ("train", "val", "test")
+    }
+    assert {split: float(np.median([len(text) for text in texts])) for split, texts in words.items()} == {
+        "train": 34,
+        "val": 33,
+        "test": 30,
+    }
     assert sum(len(text) > 60 for text in words["test"]) == 27  # 4.6 %
-    assert sum(n >= 3 for n in Counter(word for text in words["train"] for word in text).values()) == 759  # R2Gen's vocabulary
+    assert (
+        sum(n >= 3 for n in Counter(word for text in words["train"] for word in text).values()) == 759
+    )  # R2Gen's vocabulary
 
 
 @pytest.mark.realdata
@@ -421,7 +564,10 @@ def test_real_films(iu_dir, real_data):
     assert add_image_paths(rows, iu_dir / "iu_xray") == "frontal_256: 3794 of 7466"
     assert sum(row["image_path"] is not None for row in rows) == 3666 and not any(row["lateral_path"] for row in rows)
     subset = load_iu_xray(iu_dir, section="findings+impression", image_folder="images_normalized")
-    assert subset.counts() == {"train": 100, "val": 40, "test": 60} and sum(row["lateral_path"] is not None for row in subset.rows) == 50
+    assert (
+        subset.counts() == {"train": 100, "val": 40, "test": 60}
+        and sum(row["lateral_path"] is not None for row in subset.rows) == 50
+    )
     assert read_image(subset.rows[0]["image_path"]).shape == (256, 256)
 
 
@@ -442,9 +588,14 @@ def test_real_near_identical_films(real_data):
     folder = real_data("iu_xray/frontal_256")
     found = similar_images({path.stem.removesuffix(".dcm"): path for path in folder.iterdir()})
     assert found["images"] == 3794 and not found["unreadable"]
-    assert sorted(sorted(group) for group in found["identical"]) == [["1015_IM-0001-1001", "1015_IM-0013-1001"], ["3245_IM-1537-1001", "3245_IM-1537-4001"]]
+    assert sorted(sorted(group) for group in found["identical"]) == [
+        ["1015_IM-0001-1001", "1015_IM-0013-1001"],
+        ["3245_IM-1537-1001", "3245_IM-1537-4001"],
+    ]
     # besides, one exposure with other letters on it, and two exposures of one patient; all within one study
     assert found["similar"] == [
-        ["1015_IM-0001-1001", "1015_IM-0013-1001"], ["3245_IM-1537-1001", "3245_IM-1537-4001"],
-        ["3549_IM-1739-1001-0001", "3549_IM-1739-1001-0002"], ["643_IM-2222-1001", "643_IM-2222-2001"],
-    ]  # fmt: skip
+        ["1015_IM-0001-1001", "1015_IM-0013-1001"],
+        ["3245_IM-1537-1001", "3245_IM-1537-4001"],
+        ["3549_IM-1739-1001-0001", "3549_IM-1739-1001-0002"],
+        ["643_IM-2222-1001", "643_IM-2222-2001"],
+    ]

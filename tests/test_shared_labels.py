@@ -4,6 +4,7 @@ The report labeller: sentences written for the purpose, exact samples, the phant
 The comparison with radlabels needs its 1,000 machine-labelled sample reports: pip install --no-deps radlabels==0.2.0
 (its own dependencies conflict with current torch and transformers; only its data files are read).
 """
+
 import csv
 import importlib.util
 import json
@@ -13,7 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from shared.data.phantom import phantom_study
 from shared.metrics.labels import (
     CHEXBERT_ORDER,
     CONDITIONS,
@@ -23,12 +23,24 @@ from shared.metrics.labels import (
     label_report,
     to_row,
 )
+from shared.phantom import phantom_study
 
 SHORT = {
-    "NF": "No Finding", "ECM": "Enlarged Cardiomediastinum", "CM": "Cardiomegaly", "OPA": "Lung Opacity", "LES": "Lung Lesion", "EDE": "Edema",
-    "CON": "Consolidation", "PNE": "Pneumonia", "ATE": "Atelectasis", "PTX": "Pneumothorax", "EFF": "Pleural Effusion", "PLE": "Pleural Other",
-    "FRA": "Fracture", "DEV": "Support Devices",
-}  # fmt: skip
+    "NF": "No Finding",
+    "ECM": "Enlarged Cardiomediastinum",
+    "CM": "Cardiomegaly",
+    "OPA": "Lung Opacity",
+    "LES": "Lung Lesion",
+    "EDE": "Edema",
+    "CON": "Consolidation",
+    "PNE": "Pneumonia",
+    "ATE": "Atelectasis",
+    "PTX": "Pneumothorax",
+    "EFF": "Pleural Effusion",
+    "PLE": "Pleural Other",
+    "FRA": "Fracture",
+    "DEV": "Support Devices",
+}
 
 # Sentence -> labels other than "not mentioned" (No Finding is checked apart).
 CUES = [
@@ -157,7 +169,7 @@ CUES = [
     ("Sclerotic bone lesion.", ""),
     ("Kyphosis and scoliosis.", ""),
     ("", ""),
-]  # fmt: skip
+]
 
 
 def stated(text):
@@ -182,10 +194,20 @@ def test_there_are_enough_cue_sentences_and_every_condition_is_in_them():
 
 
 NOUNS = {
-    "Enlarged Cardiomediastinum": "mediastinal widening", "Cardiomegaly": "cardiomegaly", "Lung Opacity": "focal opacity", "Lung Lesion": "pulmonary nodule",
-    "Edema": "pulmonary edema", "Consolidation": "consolidation", "Pneumonia": "pneumonia", "Atelectasis": "atelectasis", "Pneumothorax": "pneumothorax",
-    "Pleural Effusion": "pleural effusion", "Pleural Other": "pleural thickening", "Fracture": "rib fracture", "Support Devices": "endotracheal tube",
-}  # fmt: skip
+    "Enlarged Cardiomediastinum": "mediastinal widening",
+    "Cardiomegaly": "cardiomegaly",
+    "Lung Opacity": "focal opacity",
+    "Lung Lesion": "pulmonary nodule",
+    "Edema": "pulmonary edema",
+    "Consolidation": "consolidation",
+    "Pneumonia": "pneumonia",
+    "Atelectasis": "atelectasis",
+    "Pneumothorax": "pneumothorax",
+    "Pleural Effusion": "pleural effusion",
+    "Pleural Other": "pleural thickening",
+    "Fracture": "rib fracture",
+    "Support Devices": "endotracheal tube",
+}
 
 
 @pytest.mark.parametrize("name", CONDITIONS[1:])
@@ -193,7 +215,12 @@ def test_a_word_in_front_flips_the_label(name):
     noun = NOUNS[name]
     assert stated(f"{noun.capitalize()}.") == {name: 1}
     assert stated(f"No {noun}.") == stated(f"No evidence of {noun}.") == stated(f"Without {noun}.") == {name: 0}
-    assert stated(f"Possible {noun}.") == stated(f"Cannot exclude {noun}.") == stated(f"{noun} cannot be excluded.") == {name: -1}
+    assert (
+        stated(f"Possible {noun}.")
+        == stated(f"Cannot exclude {noun}.")
+        == stated(f"{noun} cannot be excluded.")
+        == {name: -1}
+    )
     assert stated(f"Evaluate for {noun}.") == {}
 
 
@@ -222,7 +249,9 @@ def test_several_mentions_positive_then_uncertain_then_negative():
 def test_no_finding(text, label):
     labels, spans = label_report(text, evidence=True)
     assert labels["No Finding"] == label == label_report(text)["No Finding"]
-    assert [s["rule"] for s in spans if s["condition"] == "No Finding"] == ["nothing abnormal stated or doubted"] * (label == 1)
+    assert [s["rule"] for s in spans if s["condition"] == "No Finding"] == ["nothing abnormal stated or doubted"] * (
+        label == 1
+    )
 
 
 # --- evidence ---
@@ -262,7 +291,9 @@ def test_letters_that_grow_in_lower_case_do_not_move_the_evidence():
 def test_sections_that_are_not_read():
     text = "INDICATION: Pneumonia, rule out effusion. Known nodule.\nCOMPARISON: Chest with edema. The heart is enlarged.\nFINDINGS: No pneumothorax."
     assert stated(text) == {"Cardiomegaly": 1, "Pneumothorax": 0}
-    assert stated("History: pneumonia. Small effusion.") == {"Pleural Effusion": 1}  # no other header: one sentence is left out
+    assert stated("History: pneumonia. Small effusion.") == {
+        "Pleural Effusion": 1
+    }  # no other header: one sentence is left out
     assert stated("Impression: pneumonia.") == {"Pneumonia": 1}
 
 
@@ -281,7 +312,14 @@ def texts_for_properties():
 def test_case_and_whitespace_change_nothing():
     for text in texts_for_properties():
         labels = label_report(text)
-        for other in (text.upper(), text.lower(), text.title(), f"  {text}\n", text.replace(" ", "\n\n"), text.replace(" ", " \t ")):
+        for other in (
+            text.upper(),
+            text.lower(),
+            text.title(),
+            f"  {text}\n",
+            text.replace(" ", "\n\n"),
+            text.replace(" ", " \t "),
+        ):
             assert label_report(other) == labels, other
 
 
@@ -336,9 +374,14 @@ def f1(called, true):
 # Condition -> column of the index and the F1 reached at least on all 3,851 reports, -1 counted as not positive. The index holds
 # what somebody found worth indexing: congestion is not edema there, and a "possible pneumonia" may be either.
 INDEXED = {
-    "Atelectasis": ("Atelectasis", 0.91), "Cardiomegaly": ("Cardiomegaly", 0.89), "Pleural Effusion": ("Effusion", 0.89), "Pneumonia": ("Pneumonia", 0.70),
-    "Pneumothorax": ("Pneumothorax", 0.82), "Consolidation": ("Consolidation", 0.87), "Edema": ("Edema", 0.60),
-}  # fmt: skip
+    "Atelectasis": ("Atelectasis", 0.91),
+    "Cardiomegaly": ("Cardiomegaly", 0.89),
+    "Pleural Effusion": ("Effusion", 0.89),
+    "Pneumonia": ("Pneumonia", 0.70),
+    "Pneumothorax": ("Pneumothorax", 0.82),
+    "Consolidation": ("Consolidation", 0.87),
+    "Edema": ("Edema", 0.60),
+}
 
 
 @pytest.mark.realdata
@@ -350,7 +393,10 @@ def test_indexed_labels_of_all_iu_reports(real_data):
     assert read.keys() == gold.keys() and len(read) == 3851
     reached = {}
     for name, (column, least) in INDEXED.items():
-        reached[name] = f1({uid for uid, labels in read.items() if labels[name] == 1}, {uid for uid, row in gold.items() if row[column] == "1"})
+        reached[name] = f1(
+            {uid for uid, labels in read.items() if labels[name] == 1},
+            {uid for uid, row in gold.items() if row[column] == "1"},
+        )
         assert reached[name] >= least, (name, reached[name])
     print({name: round(value, 3) for name, value in reached.items()})
 
@@ -368,10 +414,17 @@ RADLABELS = {
     "Pneumonia": ["pneumonia"],
     "Pneumothorax": ["pneumothorax"],
     "Support Devices": [
-        "central_venous_catheter", "endotracheal_tube", "enteric_tube", "implantable_electronic_device", "intercostal_drain", "tracheostomy_tube",
-        "pacemaker_electronic_cardiac_device_or_wires", "support_devices_generic", "nonsurgical_internal_foreign_body",
+        "central_venous_catheter",
+        "endotracheal_tube",
+        "enteric_tube",
+        "implantable_electronic_device",
+        "intercostal_drain",
+        "tracheostomy_tube",
+        "pacemaker_electronic_cardiac_device_or_wires",
+        "support_devices_generic",
+        "nonsurgical_internal_foreign_body",
     ],
-}  # fmt: skip
+}
 
 
 def radlabels_f1(half):
@@ -379,18 +432,25 @@ def radlabels_f1(half):
     F1 per condition on the reports with an even (half = 0, used for tuning) or odd number. Stated and doubted are positive on
     both sides: most of what a report doubts ("could reflect pneumonia") is "definitely present" there.
     """
-    found = importlib.util.find_spec("radlabels")  # found, not imported: its own imports need packages nothing else here needs
+    found = importlib.util.find_spec(
+        "radlabels"
+    )  # found, not imported: its own imports need packages nothing else here needs
     if found is None:
         pytest.skip("needs radlabels 0.2.0's sample reports: pip install --no-deps radlabels==0.2.0")
     samples = Path(found.submodule_search_locations[0]) / "samples"
     theirs = json.loads((samples / "synthetic_labels.json").read_text(encoding="utf-8"))
     names = [name for name in theirs if int(name[-4:]) % 2 == half]
     assert len(names) == 500
-    read = {name: label_report((samples / "synthetic_reports" / f"{name}.txt").read_text(encoding="utf-8")) for name in names}
+    read = {
+        name: label_report((samples / "synthetic_reports" / f"{name}.txt").read_text(encoding="utf-8"))
+        for name in names
+    }
     result = {}
     for condition, keys in RADLABELS.items():
         ours = ("Lung Opacity", "Consolidation", "Pneumonia") if condition == "Lung Opacity" else (condition,)
-        true = {name for name in names if any(theirs[name].get(key) in ("definitely present", "uncertain") for key in keys)}
+        true = {
+            name for name in names if any(theirs[name].get(key) in ("definitely present", "uncertain") for key in keys)
+        }
         called = {name for name in names if any(read[name][c] in (1, -1) for c in ours)}
         result[condition] = f1(called, true)
     return result

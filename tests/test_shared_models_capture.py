@@ -1,14 +1,15 @@
 """shared/models/capture.py: the rows are those of eager attention, and the model does not notice."""
+
 import shared  # noqa: F401, isort: skip  # before transformers
 import pytest
 import torch
 
-from shared.data.phantom import phantom_study
 from shared.models import capture as capture_module
 from shared.models.capture import AttentionCapture, language_model
 from shared.models.inputs import build_inputs
 from shared.models.loading import add_lora, load_vlm
 from shared.models.tiny import tiny_folder
+from shared.phantom import phantom_study
 
 WINDOW = 40  # shorter than the prompt, so that decoding leaves columns behind
 NEW = 5
@@ -52,7 +53,13 @@ def test_prompt_and_decoding_equal_eager(pair):
     inputs = batch(vlm)
     keys = torch.stack([case[0] for case in inputs.image_positions])
     with torch.inference_mode():
-        found = eager.model.generate(**inputs.tensors, max_new_tokens=NEW, min_new_tokens=NEW, output_attentions=True, return_dict_in_generate=True)
+        found = eager.model.generate(
+            **inputs.tensors,
+            max_new_tokens=NEW,
+            min_new_tokens=NEW,
+            output_attentions=True,
+            return_dict_in_generate=True,
+        )
     with AttentionCapture(vlm.model, keys=keys) as capture, torch.inference_mode():
         text = vlm.model.generate(**inputs.tensors, max_new_tokens=NEW, min_new_tokens=NEW)
     assert torch.equal(text, found.sequences) and len(capture.steps) == NEW and capture.status == "ok"
@@ -65,7 +72,11 @@ def test_prompt_and_decoding_equal_eager(pair):
             assert (step.weights[layer] - expected).abs().max() < 1e-4
             kinds.add((capture.layer_kinds[layer], attention.shape[3] < total))
     if vlm.family == "gemma3":  # sliding layers were seen with columns left behind, full ones without
-        assert ("sliding_attention", True) in kinds and ("full_attention", False) in kinds and ("full_attention", True) not in kinds
+        assert (
+            ("sliding_attention", True) in kinds
+            and ("full_attention", False) in kinds
+            and ("full_attention", True) not in kinds
+        )
         assert inputs.length > WINDOW
 
 
@@ -113,10 +124,18 @@ def test_the_model_does_not_notice(pair):
             assert torch.equal(vlm.model(**inputs.tensors).logits, expected)
             assert torch.equal(vlm.model.generate(**inputs.tensors, max_new_tokens=NEW), text)
         assert torch.equal(vlm.model(**inputs.tensors).logits, expected)
-    assert language.config._attn_implementation == "sdpa" and not language._forward_pre_hooks and capture_module._active is None
+    assert (
+        language.config._attn_implementation == "sdpa"
+        and not language._forward_pre_hooks
+        and capture_module._active is None
+    )
     with pytest.raises(KeyError), AttentionCapture(vlm.model):
         raise KeyError("in the middle")
-    assert language.config._attn_implementation == "sdpa" and not language._forward_pre_hooks and capture_module._active is None
+    assert (
+        language.config._attn_implementation == "sdpa"
+        and not language._forward_pre_hooks
+        and capture_module._active is None
+    )
 
 
 def test_several_answers_per_prompt(pair):

@@ -1,4 +1,5 @@
 """shared/models/inputs.py: equal to the processors' own output, padded on the left, image tokens counted and found."""
+
 import shared  # noqa: F401, isort: skip  # before transformers
 import numpy as np
 import pytest
@@ -12,10 +13,10 @@ from transformers import (
     SiglipImageProcessor,
 )
 
-from shared.data.phantom import phantom_study
 from shared.models import inputs as inputs_module
 from shared.models.inputs import Images, build_inputs, decode, generate_text, preprocess_images
 from shared.models.loading import load_vlm
+from shared.phantom import phantom_study
 from shared.runtime import InputError
 
 VLMS = ("gemma3", "qwen2vl", "llava")
@@ -43,14 +44,24 @@ def films():
 
 
 def conversation(question, image):
-    return [{"role": "user", "content": [{"type": "image", "image": Image.fromarray(image).convert("RGB")}, {"type": "text", "text": question}]}]
+    return [
+        {
+            "role": "user",
+            "content": [
+                {"type": "image", "image": Image.fromarray(image).convert("RGB")},
+                {"type": "text", "text": question},
+            ],
+        }
+    ]
 
 
 # --- images ---
 
 
 def test_images_equal_the_processor(vlm, films):
-    expected = vlm.processor.image_processor(images=[Image.fromarray(f).convert("RGB") for f in films], return_tensors="pt")
+    expected = vlm.processor.image_processor(
+        images=[Image.fromarray(f).convert("RGB") for f in films], return_tensors="pt"
+    )
     for given in (films, [Image.fromarray(f) for f in films], [torch.from_numpy(f) for f in films]):
         images = preprocess_images(vlm.processor, given)
         assert torch.equal(images.values, expected["pixel_values"])
@@ -59,15 +70,23 @@ def test_images_equal_the_processor(vlm, films):
     assert len(images) == len(films)
 
 
-@pytest.mark.parametrize("ip", [
-    Gemma3ImageProcessor(size={"height": 896, "width": 896}, image_mean=[0.5] * 3, image_std=[0.5] * 3),
-    Qwen2VLImageProcessor(),  # the limits of the real model
-    LlavaImageProcessor(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}, do_pad=True),  # LLaVA-Med's "pad"
-    LlavaImageProcessor(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}),
-    LlavaImageProcessor(size={"shortest_edge": 100}, crop_size={"height": 112, "width": 112}),  # a crop larger than the image
-    CLIPImageProcessor(do_normalize=False),
-    SiglipImageProcessor(),
-], ids=["gemma3", "qwen2vl", "llava-pad", "llava-crop", "llava-enlarged", "clip-plain", "siglip"])  # fmt: skip
+@pytest.mark.parametrize(
+    "ip",
+    [
+        Gemma3ImageProcessor(size={"height": 896, "width": 896}, image_mean=[0.5] * 3, image_std=[0.5] * 3),
+        Qwen2VLImageProcessor(),  # the limits of the real model
+        LlavaImageProcessor(
+            size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}, do_pad=True
+        ),  # LLaVA-Med's "pad"
+        LlavaImageProcessor(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}),
+        LlavaImageProcessor(
+            size={"shortest_edge": 100}, crop_size={"height": 112, "width": 112}
+        ),  # a crop larger than the image
+        CLIPImageProcessor(do_normalize=False),
+        SiglipImageProcessor(),
+    ],
+    ids=["gemma3", "qwen2vl", "llava-pad", "llava-crop", "llava-enlarged", "clip-plain", "siglip"],
+)
 def test_real_image_settings_equal_the_processor(ip, films):
     some = films[:1] + films[4:]
     expected = ip(images=[Image.fromarray(f).convert("RGB") for f in some], return_tensors="pt")["pixel_values"]
@@ -77,7 +96,9 @@ def test_real_image_settings_equal_the_processor(ip, films):
 @pytest.mark.realdata
 def test_gemma_settings_of_the_hub(real_data, films):
     ip = Gemma3ImageProcessor.from_pretrained(real_data("hub_configs/gemma-3"))
-    expected = ip(images=[Image.fromarray(f).convert("RGB") for f in films[4:]], return_tensors="pt", do_pan_and_scan=False)["pixel_values"]
+    expected = ip(
+        images=[Image.fromarray(f).convert("RGB") for f in films[4:]], return_tensors="pt", do_pan_and_scan=False
+    )["pixel_values"]
     assert torch.equal(preprocess_images(ip, films[4:]).values, expected) and expected.shape[-1] == 896
 
 
@@ -97,11 +118,14 @@ def test_picked_images_are_those_images(vlm, films):
     assert len(images.pick([])) == 0
 
 
-@pytest.mark.parametrize(("image", "message"), [
-    (np.zeros((40, 40), np.float32), "images must be 8-bit"),
-    (np.zeros((40, 40, 4), np.uint8), "an image has the shape"),
-    ("film.png", "an image is a PIL image, an array or a tensor, not str"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (np.zeros((40, 40), np.float32), "images must be 8-bit"),
+        (np.zeros((40, 40, 4), np.uint8), "an image has the shape"),
+        ("film.png", "an image is a PIL image, an array or a tensor, not str"),
+    ],
+)
 def test_images_that_cannot_be_used(vlm, image, message):
     with pytest.raises(InputError, match=message):
         preprocess_images(vlm.processor, [image])
@@ -124,8 +148,12 @@ def test_batch_equals_the_processor(vlm, films):
     ours = build_inputs(vlm, QUESTIONS, some)
     theirs = vlm.processor.apply_chat_template(
         [conversation(q, f) for q, f in zip(QUESTIONS, some, strict=True)],
-        add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs=dict(padding=True),
-    )  # fmt: skip
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs=dict(padding=True),
+    )
     assert set(ours.tensors) == set(theirs)
     for name, value in theirs.items():
         assert torch.equal(ours.tensors[name], value), name
@@ -134,11 +162,18 @@ def test_batch_equals_the_processor(vlm, films):
         assert (ours.tensors["input_ids"] == tokenizer.bos_token_id).sum() == 3
 
 
-@pytest.mark.parametrize(("family", "sizes", "expected"), [
-    ("gemma3", [(224, 224), (90, 200), (40, 40)], [(4, 4)] * 3),  # always the same square
-    ("qwen2vl", [(224, 224), (90, 200), (56, 56), (57, 113)], [(4, 4), (2, 5), (2, 2), (2, 4)]),  # the image's own shape, in cells of 28 px
-    ("llava", [(224, 224), (90, 200), (40, 40)], [(8, 8)] * 3),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("family", "sizes", "expected"),
+    [
+        ("gemma3", [(224, 224), (90, 200), (40, 40)], [(4, 4)] * 3),  # always the same square
+        (
+            "qwen2vl",
+            [(224, 224), (90, 200), (56, 56), (57, 113)],
+            [(4, 4), (2, 5), (2, 2), (2, 4)],
+        ),  # the image's own shape, in cells of 28 px
+        ("llava", [(224, 224), (90, 200), (40, 40)], [(8, 8)] * 3),
+    ],
+)
 def test_image_tokens_for_several_sizes(family, sizes, expected):
     vlm = load_vlm("tiny:" + family)
     inputs = build_inputs(vlm, ["Normal?"] * len(sizes), [np.zeros(s, np.uint8) for s in sizes])
@@ -161,7 +196,10 @@ def test_positions_are_in_the_order_of_the_grid(vlm):
             image[1 * height : 2 * height, 2 * width : 3 * width] = 255  # row 1, column 2
         x = build_inputs(vlm, ["Normal?"], [image]).tensors
         with torch.inference_mode():
-            out = vlm.model.get_image_features(pixel_values=x["pixel_values"], **({"image_grid_thw": x["image_grid_thw"]} if "image_grid_thw" in x else {}))
+            out = vlm.model.get_image_features(
+                pixel_values=x["pixel_values"],
+                **({"image_grid_thw": x["image_grid_thw"]} if "image_grid_thw" in x else {}),
+            )
         out = out.pooler_output if hasattr(out, "pooler_output") else out
         features.append((out[0] if isinstance(out, (list, tuple)) else out).reshape(rows * columns, -1))
     moved = (features[1] - features[0]).norm(dim=1)
@@ -202,15 +240,20 @@ def test_the_prompt_of_training_is_that_of_generation(vlm, films):
     assert torch.equal(trained[: len(prompt)], prompt)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (dict(questions=["a", "b"]), "2 questions and 1 images"),
-    (dict(answers=["a", "b"]), "1 questions and 2 answers"),
-    (dict(questions=["what is {image}?"]), "stands for an image; take it out"),
-    (dict(answers=["{image}"]), "stands for an image; take it out"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(questions=["a", "b"]), "2 questions and 1 images"),
+        (dict(answers=["a", "b"]), "1 questions and 2 answers"),
+        (dict(questions=["what is {image}?"]), "stands for an image; take it out"),
+        (dict(answers=["{image}"]), "stands for an image; take it out"),
+    ],
+)
 def test_text_and_images_that_do_not_fit(vlm, films, change, message):
     token = vlm.tokenizer.image_token
-    given = dict(questions=["Normal?"], images=films[:1]) | {k: [t.replace("{image}", token) for t in v] for k, v in change.items()}
+    given = dict(questions=["Normal?"], images=films[:1]) | {
+        k: [t.replace("{image}", token) for t in v] for k, v in change.items()
+    }
     with pytest.raises(InputError, match=message):
         build_inputs(vlm, **given)
 
@@ -246,7 +289,10 @@ def test_left_padded_batch_equals_single_cases(vlm, films):
             alone = vlm.model(**build_inputs(vlm, QUESTIONS[i : i + 1], films[i : i + 1]).tensors).logits[:, -1]
             torch.testing.assert_close(together[i : i + 1], alone, atol=1e-4, rtol=1e-4)
     texts = generate_text(vlm, build_inputs(vlm, QUESTIONS, films[:3]), max_new_tokens=5)
-    assert texts == [generate_text(vlm, build_inputs(vlm, [q], [f]), max_new_tokens=5)[0] for q, f in zip(QUESTIONS, films[:3], strict=True)]
+    assert texts == [
+        generate_text(vlm, build_inputs(vlm, [q], [f]), max_new_tokens=5)[0]
+        for q, f in zip(QUESTIONS, films[:3], strict=True)
+    ]
 
 
 def test_pixels_change_the_logits(vlm):
@@ -261,7 +307,9 @@ def test_sampling_never_writes_image_tokens(vlm, films):
     inputs = build_inputs(vlm, QUESTIONS, films[:3])
     torch.manual_seed(0)
     with torch.inference_mode():
-        out = vlm.model.generate(**inputs.tensors, do_sample=True, temperature=5.0, top_k=0, max_new_tokens=60, num_return_sequences=8)
+        out = vlm.model.generate(
+            **inputs.tensors, do_sample=True, temperature=5.0, top_k=0, max_new_tokens=60, num_return_sequences=8
+        )
     new = out[:, inputs.length :]
     banned = torch.tensor(vlm.model.generation_config.suppress_tokens)
     assert vlm.image_token_id in banned and new.numel() > 1000 and not torch.isin(new, banned).any()
@@ -270,7 +318,11 @@ def test_sampling_never_writes_image_tokens(vlm, films):
 
 def test_repeat_keeps_cases_together(vlm, films):
     inputs = build_inputs(vlm, QUESTIONS, [films[1], None, [films[4], films[2]]])
-    again = build_inputs(vlm, [q for q in QUESTIONS for _ in range(2)], [x for case in ([films[1]], None, [films[4], films[2]]) for x in (case, case)])
+    again = build_inputs(
+        vlm,
+        [q for q in QUESTIONS for _ in range(2)],
+        [x for case in ([films[1]], None, [films[4], films[2]]) for x in (case, case)],
+    )
     twice = inputs.repeat(2)
     assert twice.grids == again.grids
     for name, value in again.tensors.items():

@@ -1,4 +1,5 @@
 """shared/models/loading.py: what is loaded, in which numbers, and how it refuses."""
+
 import shared  # noqa: F401, isort: skip  # before transformers
 import copy
 import json
@@ -17,11 +18,11 @@ from huggingface_hub.errors import (
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, SiglipVisionModel, T5ForConditionalGeneration
 
-from shared.data.phantom import phantom_study
 from shared.models import loading, memory
 from shared.models.inputs import build_inputs
 from shared.models.loading import add_lora, choose_dtype, count_parameters, find_model, load_part, load_vlm
 from shared.models.tiny import tiny_folder
+from shared.phantom import phantom_study
 from shared.runtime import InputError, read_json, write_json
 
 VLMS = ("gemma3", "qwen2vl", "llava")
@@ -79,7 +80,9 @@ def test_quantised_models_stay_close(family, quant, bound):
     assert any(n.startswith(tower) for n in quantised) == (quant != "nf4-text")
     assert not any(n.startswith(projector) for n in quantised)
     layout = memory.read_layout(tiny_folder("tiny:" + family))
-    assert set(quantised) == {n for n, _, _ in layout.linears if memory.is_quantised(n, quant, family)}  # what the prediction counts
+    assert set(quantised) == {
+        n for n, _, _ in layout.linears if memory.is_quantised(n, quant, family)
+    }  # what the prediction counts
     assert count_parameters(vlm.model) == layout.parameters
 
 
@@ -164,7 +167,11 @@ def test_lora_learns_and_leaves_the_base_untouched(family, quant, tmp_path):
         optimizer.zero_grad(set_to_none=True)
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]
-    after = {n.replace("base_layer.", ""): p for n, p in vlm.base.state_dict().items() if "lora_" not in n and isinstance(p, torch.Tensor)}
+    after = {
+        n.replace("base_layer.", ""): p
+        for n, p in vlm.base.state_dict().items()
+        if "lora_" not in n and isinstance(p, torch.Tensor)
+    }
     assert base.keys() == after.keys() and all(torch.equal(base[n], after[n]) for n in base)
 
     vlm.model.eval()
@@ -210,9 +217,16 @@ def test_adapters_that_do_not_fit(tmp_path):
 # --- dtype ---
 
 
-@pytest.mark.parametrize(("family_name", "major", "expected"), [
-    ("gemma3", 7, torch.float32), ("qwen2vl", 7, torch.float16), ("llava", 7, torch.float16), ("gemma3", 8, torch.bfloat16), ("qwen2vl", 9, torch.bfloat16),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("family_name", "major", "expected"),
+    [
+        ("gemma3", 7, torch.float32),
+        ("qwen2vl", 7, torch.float16),
+        ("llava", 7, torch.float16),
+        ("gemma3", 8, torch.bfloat16),
+        ("qwen2vl", 9, torch.bfloat16),
+    ],
+)
 def test_dtype_follows_gpu_and_family(monkeypatch, family_name, major, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
@@ -237,13 +251,22 @@ def http_error(kind, status):
     return kind("hub says no", response=SimpleNamespace(headers={}, request=None, status_code=status))
 
 
-@pytest.mark.parametrize(("error", "message"), [
-    (http_error(GatedRepoError, 403), "is gated: accept its licence at https://huggingface.co/google/medgemma-4b-it, then set HF_TOKEN or run `hf auth login`; .*tiny"),
-    (http_error(RepositoryNotFoundError, 404), "is not on the Hugging Face hub, or is private"),
-    (http_error(RemoteEntryNotFoundError, 404), "has no config.json, so it is not a model for transformers"),
-    (LocalEntryNotFoundError("offline"), "is not on this computer and the hub cannot be reached: accept its licence at .*medgemma-4b-it, fetch it elsewhere with `hf download"),
-    (ConnectionError("no route"), "is not on this computer and the hub cannot be reached"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            http_error(GatedRepoError, 403),
+            "is gated: accept its licence at https://huggingface.co/google/medgemma-4b-it, then set HF_TOKEN or run `hf auth login`; .*tiny",
+        ),
+        (http_error(RepositoryNotFoundError, 404), "is not on the Hugging Face hub, or is private"),
+        (http_error(RemoteEntryNotFoundError, 404), "has no config.json, so it is not a model for transformers"),
+        (
+            LocalEntryNotFoundError("offline"),
+            "is not on this computer and the hub cannot be reached: accept its licence at .*medgemma-4b-it, fetch it elsewhere with `hf download",
+        ),
+        (ConnectionError("no route"), "is not on this computer and the hub cannot be reached"),
+    ],
+)
 def test_models_that_cannot_be_had(monkeypatch, capsys, error, message):
     def download(*args, **options):
         raise error
@@ -261,7 +284,10 @@ def test_offline_is_named(monkeypatch):
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(loading, "hf_hub_download", download)
-    with pytest.raises(InputError, match="Qwen/Qwen2-VL-2B-Instruct is not on this computer and HF_HUB_OFFLINE is set: fetch it elsewhere"):
+    with pytest.raises(
+        InputError,
+        match="Qwen/Qwen2-VL-2B-Instruct is not on this computer and HF_HUB_OFFLINE is set: fetch it elsewhere",
+    ):
         find_model("Qwen/Qwen2-VL-2B-Instruct")
 
 
@@ -272,7 +298,9 @@ def test_folders_that_are_not_there(name):
 
 
 def test_the_same_command_with_tiny(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["task2_report/train.py", "--model", "google/medgemma-4b-it", "--epochs", "3", "--base_model=x"])
+    monkeypatch.setattr(
+        "sys.argv", ["task2_report/train.py", "--model", "google/medgemma-4b-it", "--epochs", "3", "--base_model=x"]
+    )
     assert loading.try_tiny() == "; to try the same without it: python task2_report/train.py --epochs 3 --model tiny"
     monkeypatch.setattr("sys.argv", ["-c"])
     assert loading.try_tiny() == "; --model tiny works without it"
@@ -326,9 +354,12 @@ def test_weights_that_are_not_those_of_the_model(copied, damage):
     else:
         path.unlink()
     message = {
-        "missing": "is not a complete model of its class: 1 missing keys", "unexpected": "is not a complete model of its class: 1 unexpected keys",
-        "shape": "is not a complete model of its class: 1 mismatched keys, the first is ", "cut short": "are damaged or cut short", "no file": "has no weights that can be read",
-    }[damage]  # fmt: skip
+        "missing": "is not a complete model of its class: 1 missing keys",
+        "unexpected": "is not a complete model of its class: 1 unexpected keys",
+        "shape": "is not a complete model of its class: 1 mismatched keys, the first is ",
+        "cut short": "are damaged or cut short",
+        "no file": "has no weights that can be read",
+    }[damage]
     with pytest.raises(InputError, match=message) as stop:
         load_vlm(str(copied))
     assert "\n" not in str(stop.value)
@@ -350,7 +381,10 @@ def test_a_layer_that_cannot_hold_four_bits(monkeypatch):
         return forward(self, x)
 
     monkeypatch.setattr(bnb.nn.Linear4bit, "forward", fussy)
-    with pytest.raises(InputError, match=r"the layer .*k_proj \(128 -> 64\) cannot be held in --quant nf4 here \(N must be .*\); use --quant nf4-text or none"):
+    with pytest.raises(
+        InputError,
+        match=r"the layer .*k_proj \(128 -> 64\) cannot be held in --quant nf4 here \(N must be .*\); use --quant nf4-text or none",
+    ):
         load_vlm("tiny:qwen2vl", quant="nf4")
 
 
@@ -359,7 +393,10 @@ def test_too_little_memory_is_said_before(monkeypatch, capsys):
     monkeypatch.setattr(memory, "free_bytes", lambda device: 6 * 2**30)
     memory.warn_if_too_large("google/medgemma-4b-it", layout, "none", "cpu", torch.bfloat16)
     printed = capsys.readouterr().out
-    assert printed.startswith("WARNING: google/medgemma-4b-it will need about") and "6.0 GiB are free on cpu; --quant int8 would fit" in printed
+    assert (
+        printed.startswith("WARNING: google/medgemma-4b-it will need about")
+        and "6.0 GiB are free on cpu; --quant int8 would fit" in printed
+    )
     memory.warn_if_too_large("google/medgemma-4b-it", layout, "nf4", "cpu", torch.bfloat16)
     assert capsys.readouterr().out == ""
     monkeypatch.setattr(memory, "free_bytes", lambda device: 2**30)

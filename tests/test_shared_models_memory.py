@@ -1,4 +1,5 @@
 """shared/models/memory.py: exact counts, and predictions against what really was allocated."""
+
 import shared  # noqa: F401, isort: skip  # before transformers
 import os
 import re
@@ -7,7 +8,6 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from shared.data.phantom import phantom_study
 from shared.models import memory
 from shared.models.inputs import build_inputs
 from shared.models.loading import add_lora, count_parameters, load_vlm
@@ -24,6 +24,7 @@ from shared.models.memory import (
     weight_bytes,
 )
 from shared.models.tiny import tiny_folder
+from shared.phantom import phantom_study
 from shared.runtime import InputError
 
 VLMS = ("gemma3", "qwen2vl", "llava")
@@ -38,7 +39,9 @@ def cache(tmp_path_factory):
 
 
 def batch(vlm, answers=None):
-    return build_inputs(vlm, ["Is there a nodule?"] * 2, [phantom_study(0, i, 112).image for i in range(2)], answers=answers).tensors
+    return build_inputs(
+        vlm, ["Is there a nodule?"] * 2, [phantom_study(0, i, 112).image for i in range(2)], answers=answers
+    ).tensors
 
 
 # --- real sizes ---
@@ -64,10 +67,17 @@ def test_nf4_bytes_by_hand():
     assert nf4_bytes(64 * 256) == 8192 + 256 + 4 + 4 * 273
 
 
-@pytest.mark.parametrize(("name", "quant", "train", "card", "fits"), [
-    (MEDGEMMA, "none", "none", "L4 (24 GB)", True), (MEDGEMMA, "none", "none", "T4 (16 GB)", False), (MEDGEMMA, "nf4", "none", "T4 (16 GB)", True),
-    (QWEN, "none", "none", "T4 (16 GB)", True), (QWEN, "none", "full", "T4 (16 GB)", False), (QWEN, "nf4", "lora", "T4 (16 GB)", True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "quant", "train", "card", "fits"),
+    [
+        (MEDGEMMA, "none", "none", "L4 (24 GB)", True),
+        (MEDGEMMA, "none", "none", "T4 (16 GB)", False),
+        (MEDGEMMA, "nf4", "none", "T4 (16 GB)", True),
+        (QWEN, "none", "none", "T4 (16 GB)", True),
+        (QWEN, "none", "full", "T4 (16 GB)", False),
+        (QWEN, "nf4", "lora", "T4 (16 GB)", True),
+    ],
+)
 def test_what_fits_on_which_card(name, quant, train, card, fits):
     layout = read_layout(name)
     dtype = torch.bfloat16 if "T4" not in card else torch.float32 if name == MEDGEMMA else torch.float16
@@ -83,7 +93,14 @@ def test_more_of_anything_needs_more():
     layout = read_layout(QWEN)
     base = Setting(train="lora")
     total = predict(layout, base)["total"]
-    for change in (dict(batch=2), dict(tokens=512), dict(rank=64), dict(image_size=896), dict(checkpointing=False), dict(train="full")):
+    for change in (
+        dict(batch=2),
+        dict(tokens=512),
+        dict(rank=64),
+        dict(image_size=896),
+        dict(checkpointing=False),
+        dict(train="full"),
+    ):
         assert predict(layout, Setting(**({"train": "lora"} | change)))["total"] > total, change
     assert predict(layout, Setting(new_tokens=2000))["cache"] > predict(layout, Setting())["cache"]
 
@@ -101,7 +118,9 @@ def test_weights_of_loaded_models(family, quant):
         found += p.untyped_storage().nbytes()
         state = getattr(p, "quant_state", None)
         if state is not None:
-            found += sum(t.nbytes for t in (state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code))
+            found += sum(
+                t.nbytes for t in (state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code)
+            )
         found += p.SCB.nbytes if getattr(p, "SCB", None) is not None else 0
     assert weight_bytes(layout, quant, torch.float32) == pytest.approx(found, rel=0.01)
     assert layout.parameters == count_parameters(vlm.model)
@@ -114,11 +133,15 @@ def test_cache_of_a_generation(family):
     vlm, layout = load_vlm(folder), read_layout(folder)
     inputs = batch(vlm)
     with torch.inference_mode():
-        cache = vlm.model.generate(**inputs, max_new_tokens=9, min_new_tokens=9, return_dict_in_generate=True).past_key_values
+        cache = vlm.model.generate(
+            **inputs, max_new_tokens=9, min_new_tokens=9, return_dict_in_generate=True
+        ).past_key_values
     found = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     image_tokens = memory.image_counts(layout, 112)[0]
     # The last token is never fed back, so 8 of the 9 are in the cache; a sliding layer drops the oldest key before the next step.
-    setting = Setting(dtype=torch.float32, batch=2, tokens=inputs["input_ids"].shape[1] - image_tokens, new_tokens=8, image_size=112)
+    setting = Setting(
+        dtype=torch.float32, batch=2, tokens=inputs["input_ids"].shape[1] - image_tokens, new_tokens=8, image_size=112
+    )
     assert predict(layout, setting)["cache"] == pytest.approx(found, rel=0.03)
 
 
@@ -143,7 +166,12 @@ def test_activations_of_a_layer(family, dtype):
     """Sizes that the constants were not fitted to. Two more layers save that much more."""
     found = []
     for layers in (1, 3):
-        vlm = load_vlm(str(tiny_folder("tiny:" + family, layers=layers, vision_layers=2, hidden=192, mlp=512, heads=6, kv_heads=3)), dtype=dtype)
+        vlm = load_vlm(
+            str(
+                tiny_folder("tiny:" + family, layers=layers, vision_layers=2, hidden=192, mlp=512, heads=6, kv_heads=3)
+            ),
+            dtype=dtype,
+        )
         add_lora(vlm, rank=1, dropout=0.0, checkpointing=False)
         vlm.model.train()
         tensors = batch(vlm, ["yes", "no"])
@@ -205,7 +233,20 @@ def test_command(capsys):
 
 
 def test_command_on_tiny_and_training(capsys):
-    main(["--model", "tiny:qwen2vl", "--train", "lora", "--no-checkpointing", "--image-size", "112", "--allocate", "--quant", "nf4"])
+    main(
+        [
+            "--model",
+            "tiny:qwen2vl",
+            "--train",
+            "lora",
+            "--no-checkpointing",
+            "--image-size",
+            "112",
+            "--allocate",
+            "--quant",
+            "nf4",
+        ]
+    )
     printed = capsys.readouterr().out
     assert "16 tokens and 64 patches per image" in printed and "weights in torch.bfloat16: predicted" in printed
 

@@ -1,4 +1,5 @@
 """shared/models/tiny.py: built quickly, found again, whole, and loaded by the classes of the real models."""
+
 import shared  # noqa: F401, isort: skip  # before transformers
 import os
 import socket
@@ -23,9 +24,13 @@ from shared.runtime import InputError, read_json
 
 VLMS = ("gemma3", "qwen2vl", "llava")
 CLASSES = {
-    "gemma3": "Gemma3ForConditionalGeneration", "qwen2vl": "Qwen2VLForConditionalGeneration", "llava": "LlavaForConditionalGeneration",
-    "siglip": "SiglipModel", "t5": "T5ForConditionalGeneration", "bert": "BertModel",
-}  # fmt: skip
+    "gemma3": "Gemma3ForConditionalGeneration",
+    "qwen2vl": "Qwen2VLForConditionalGeneration",
+    "llava": "LlavaForConditionalGeneration",
+    "siglip": "SiglipModel",
+    "t5": "T5ForConditionalGeneration",
+    "bert": "BertModel",
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -46,7 +51,9 @@ def no_network(monkeypatch):
 def load(family, folder):
     auto = AutoModelForImageTextToText if family in VLMS else AutoModelForSeq2SeqLM if family == "t5" else AutoModel
     model = auto.from_pretrained(folder, local_files_only=True)
-    processor = (AutoTokenizer if family in ("t5", "bert") else AutoProcessor).from_pretrained(folder, local_files_only=True)
+    processor = (AutoTokenizer if family in ("t5", "bert") else AutoProcessor).from_pretrained(
+        folder, local_files_only=True
+    )
     return model.eval(), processor
 
 
@@ -63,7 +70,9 @@ def test_built_in_seconds_small_and_loaded_by_the_real_classes(no_network, tmp_p
         parameters = sum(p.numel() for p in model.parameters())
         assert parameters < 3e6 and (family not in VLMS or parameters > 1e6), (family, parameters)
         again, _ = load(family, folder)
-        assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True)
+        )
 
 
 def test_found_again_and_rebuilt_when_damaged():
@@ -134,7 +143,10 @@ def test_word_tokenizers(family, most_unknown):
 def test_siglip_vision_tower_alone():
     """CheXQuery takes only the vision tower out of the same folder."""
     folder = tiny_folder("tiny:siglip")
-    vision, whole = SiglipVisionModel.from_pretrained(folder, local_files_only=True).eval(), AutoModel.from_pretrained(folder, local_files_only=True).eval()
+    vision, whole = (
+        SiglipVisionModel.from_pretrained(folder, local_files_only=True).eval(),
+        AutoModel.from_pretrained(folder, local_files_only=True).eval(),
+    )
     pixels = torch.randn(2, 3, 112, 112)
     with torch.inference_mode():
         alone = vision(pixel_values=pixels)
@@ -144,7 +156,12 @@ def test_siglip_vision_tower_alone():
 
 def test_siglip_compares_images_and_texts():
     model, processor = load("siglip", tiny_folder("tiny:siglip"))
-    inputs = processor(text=["no effusion", "a nodule"], images=[torch.zeros(3, 50, 60, dtype=torch.uint8)], padding="max_length", return_tensors="pt")
+    inputs = processor(
+        text=["no effusion", "a nodule"],
+        images=[torch.zeros(3, 50, 60, dtype=torch.uint8)],
+        padding="max_length",
+        return_tensors="pt",
+    )
     assert model(**inputs).logits_per_image.shape == (1, 2)
 
 
@@ -160,9 +177,13 @@ def test_t5_reads_and_writes():
 
 CONVERSATIONS = [
     [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": " Is there a nodule? "}]}],
-    [{"role": "system", "content": [{"type": "text", "text": "You read films."}]}, {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Normal?"}]},
-     {"role": "assistant", "content": [{"type": "text", "text": "yes"}]}, {"role": "user", "content": "And the heart?"}],
-]  # fmt: skip
+    [
+        {"role": "system", "content": [{"type": "text", "text": "You read films."}]},
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Normal?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "yes"}]},
+        {"role": "user", "content": "And the heart?"},
+    ],
+]
 
 
 @pytest.mark.realdata
@@ -173,7 +194,9 @@ def test_template_writes_what_the_real_one_writes(real_data, family, real):
     for conversation in CONVERSATIONS:
         for prompt in (True, False):
             ours = processor.apply_chat_template(conversation, add_generation_prompt=prompt, tokenize=False)
-            assert ours == processor.apply_chat_template(conversation, add_generation_prompt=prompt, tokenize=False, chat_template=template)
+            assert ours == processor.apply_chat_template(
+                conversation, add_generation_prompt=prompt, tokenize=False, chat_template=template
+            )
 
 
 def test_llava_template():
@@ -204,7 +227,10 @@ def test_learns_what_only_the_image_tells(family):
             break
     vlm.model.eval()
     fresh = [rng.integers(low, low + 80, (112, 112), dtype=np.uint8) for low in (160, 10)]
-    assert loss < 0.05 and generate_text(vlm, build_inputs(vlm, ["Bright?"] * 2, fresh), max_new_tokens=3) == ["yes", "no"]
+    assert loss < 0.05 and generate_text(vlm, build_inputs(vlm, ["Bright?"] * 2, fresh), max_new_tokens=3) == [
+        "yes",
+        "no",
+    ]
 
 
 def test_columns_of_image_tokens_can_be_told_apart():
@@ -239,7 +265,9 @@ def test_learns_left_from_right():
         images, answers = pictures(16)
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * min(1, (step + 1) / 30)
-        vlm.model(**build_inputs(vlm, ["Left or right?"] * 16, images, answers=answers).tensors, use_cache=False).loss.backward()
+        vlm.model(
+            **build_inputs(vlm, ["Left or right?"] * 16, images, answers=answers).tensors, use_cache=False
+        ).loss.backward()
         torch.nn.utils.clip_grad_norm_(vlm.model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -253,10 +281,16 @@ def test_learns_left_from_right():
 def test_benchmarks_run_in_their_short_form(tmp_path):
     from benchmarks import loading, tiny_vqa
 
-    rows = tiny_vqa.main(["--steps", "2", "--studies", "24", "--test-studies", "24", "--eval-every", "1", "--out-dir", "vqa"])
+    rows = tiny_vqa.main(
+        ["--steps", "2", "--studies", "24", "--test-studies", "24", "--eval-every", "1", "--out-dir", "vqa"]
+    )
     assert set(rows) >= {"its own film", "a grey picture", "another patient's film"}
     saved = read_json(tmp_path / "vqa" / "metrics.json")
-    assert saved["dataset"] == "phantom" and saved["tiny"] and len((tmp_path / "vqa" / "history.jsonl").read_text().splitlines()) == 2
+    assert (
+        saved["dataset"] == "phantom"
+        and saved["tiny"]
+        and len((tmp_path / "vqa" / "history.jsonl").read_text().splitlines()) == 2
+    )
     loading.main(["--small", "--out-dir", "speed"])
     saved = read_json(tmp_path / "speed" / "loading.json")
     assert len(saved["loading"]) == 6 and saved["preprocessing"]

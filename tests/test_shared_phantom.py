@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shared.data import phantom
-from shared.data.phantom import (
+from shared.metrics.labels import CHEXBERT_ORDER, CONDITIONS, LABELLER_ORDER, PARENTS, condition_name, from_row, to_row
+from shared.phantom import (
     ORDER,
     PhantomSettings,
     as_record,
@@ -24,16 +24,8 @@ from shared.data.phantom import (
     phantom_set,
     phantom_study,
 )
-from shared.data.phantom_text import DENIED, LISTED, STATED, SUSPECTED, UNCHANGED
-from shared.metrics.labels import (
-    CHEXBERT_ORDER,
-    CONDITIONS,
-    LABELLER_ORDER,
-    PARENTS,
-    condition_name,
-    from_row,
-    to_row,
-)
+from shared.phantom import study as phantom
+from shared.phantom.words import DENIED, LISTED, STATED, SUSPECTED, UNCHANGED
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -494,7 +486,7 @@ def test_a_stopped_write_leaves_no_file(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_preview_from_another_folder(tmp_path):
-    command = [sys.executable, "-m", "shared.data.phantom", "--preview", "--out-dir", str(tmp_path), "--size", "64"]
+    command = [sys.executable, "-m", "shared.phantom", "--preview", "--out-dir", str(tmp_path), "--size", "64"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert {p.name for p in tmp_path.iterdir()} == {"normal.png", "findings.png", "lateral.png", "reports.md"}

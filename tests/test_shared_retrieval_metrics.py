@@ -1,4 +1,5 @@
 """Retrieval metrics: cases by hand, closed forms, invariances, scikit-learn, and the floors of raw pixels on the real films."""
+
 import math
 
 import numpy as np
@@ -25,7 +26,11 @@ from shared.metrics.retrieval import (
 
 def problem(seed=0, q=40, n=60, classes=2):
     rng = np.random.default_rng(seed)
-    return rng.random((q, n)), rng.integers(classes, size=q), np.concatenate([np.arange(classes), rng.integers(classes, size=n - classes)])
+    return (
+        rng.random((q, n)),
+        rng.integers(classes, size=q),
+        np.concatenate([np.arange(classes), rng.integers(classes, size=n - classes)]),
+    )
 
 
 def only(values, names):
@@ -47,10 +52,16 @@ def test_metrics_by_hand():
 
 def test_first_hit_late_and_none_at_all():
     values = query_metrics([[0, 0, 1, 0], [0, 0, 0, 0]], ks=(1, 2))
-    assert values["RR"][0] == pytest.approx(1 / 3) and values["AP"][0] == pytest.approx(1 / 3) and values["P@2"].tolist() == [0, 0]
+    assert (
+        values["RR"][0] == pytest.approx(1 / 3)
+        and values["AP"][0] == pytest.approx(1 / 3)
+        and values["P@2"].tolist() == [0, 0]
+    )
     for name in ("AP", "RR", "R-prec", "nDCG@1", "nDCG@2"):
         assert np.isnan(values[name][1]), name
-    assert class_means(np.stack([values["AP"]], axis=1), [0, 0], 1)[0, 0, 0] == pytest.approx(1 / 3)  # the mean leaves it out
+    assert class_means(np.stack([values["AP"]], axis=1), [0, 0], 1)[0, 0, 0] == pytest.approx(
+        1 / 3
+    )  # the mean leaves it out
 
 
 def test_short_galleries_divide_by_k():
@@ -61,7 +72,9 @@ def test_short_galleries_divide_by_k():
 def test_ties_go_to_the_earlier_item_and_excluded_ones_to_the_end():
     order, left = rank_gallery(np.array([[0.5, 0.9, 0.5, 0.9]]), np.array([[False, True, False, False]]))
     assert order.tolist() == [[3, 0, 2, 1]] and left.tolist() == [3]
-    assert relevance(order, left, [1], [1, 1, 0, 1]).tolist() == [[True, True, False, False]]  # the excluded hit does not count
+    assert relevance(order, left, [1], [1, 1, 0, 1]).tolist() == [
+        [True, True, False, False]
+    ]  # the excluded hit does not count
 
 
 def test_self_is_excluded_by_id_and_not_by_rank():
@@ -72,12 +85,15 @@ def test_self_is_excluded_by_id_and_not_by_rank():
     assert order[1].tolist() == [0, 2, 1]
 
 
-@pytest.mark.parametrize("similarity, exclude, sentence", [
-    (np.array([[np.nan, 1.0]]), None, "NaN or infinite"),
-    (np.zeros((1, 0)), None, "at least one item"),
-    (np.zeros((2, 2)), np.array([[True, True], [False, True]]), "1 queries have an empty gallery"),
-    (np.zeros((2, 2)), np.eye(2), "must be bool"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "similarity, exclude, sentence",
+    [
+        (np.array([[np.nan, 1.0]]), None, "NaN or infinite"),
+        (np.zeros((1, 0)), None, "at least one item"),
+        (np.zeros((2, 2)), np.array([[True, True], [False, True]]), "1 queries have an empty gallery"),
+        (np.zeros((2, 2)), np.eye(2), "must be bool"),
+    ],
+)
 def test_unusable_similarities(similarity, exclude, sentence):
     with pytest.raises(ValueError, match=sentence):
         rank_gallery(similarity, exclude)
@@ -91,7 +107,9 @@ def test_vote():
     assert knn_vote(first, [5], near, labels, 2, k=5)[0].tolist() == [1]
     assert knn_vote(first, [5], near, labels, 2, k=4)[0].tolist() == [0]  # two each: 0.9 + 0.7 beats 0.8 + 0.2
     assert knn_vote(first[:, ::-1], [5], 1 - near[:, ::-1], labels, 2, k=4)[0].tolist() == [1]  # three of four
-    assert knn_vote(first, [5], np.ones((1, 5)), labels[[2, 3, 0, 1, 4]], 2, k=4)[0].tolist() == [1]  # all equal: the nearest
+    assert knn_vote(first, [5], np.ones((1, 5)), labels[[2, 3, 0, 1, 4]], 2, k=4)[0].tolist() == [
+        1
+    ]  # all equal: the nearest
     assert knn_vote(first, [1], near, labels, 2, k=5)[1].tolist() == [[1, 0]]  # a single one left
 
 
@@ -103,7 +121,9 @@ def test_average_precision_and_ndcg_agree_with_scikit_learn():
     values = retrieval_values(similarity, y, gallery, 2, ks=(1, 7))
     for q in range(len(y)):
         assert values["AP"][q] == pytest.approx(average_precision_score(gallery == y[q], similarity[q]), abs=1e-12)
-        assert values["nDCG@7"][q] == pytest.approx(ndcg_score([(gallery == y[q]).astype(int)], [similarity[q]], k=7), abs=1e-12)
+        assert values["nDCG@7"][q] == pytest.approx(
+            ndcg_score([(gallery == y[q]).astype(int)], [similarity[q]], k=7), abs=1e-12
+        )
 
 
 # --- invariances ---
@@ -175,9 +195,15 @@ def test_micro_macro_and_classes():
 def test_query_bootstrap_of_a_proportion_is_binomial():
     values = {"hit": np.repeat([1.0, 0.0], [70, 30])}
     draws = query_draws(values, np.zeros(100, dtype=int), 1, num_samples=4000)[:, 0, 0]
-    assert draws.mean() == pytest.approx(0.7, abs=0.005) and draws.std() == pytest.approx(math.sqrt(0.7 * 0.3 / 100), rel=0.05)
+    assert draws.mean() == pytest.approx(0.7, abs=0.005) and draws.std() == pytest.approx(
+        math.sqrt(0.7 * 0.3 / 100), rel=0.05
+    )
     row = summarise(values, np.zeros(100, dtype=int), 1, draws[:, None, None].repeat(3, axis=1))["micro"]["hit"]
-    assert row["value"] == pytest.approx(0.7) and row["low"] == pytest.approx(0.61, abs=0.02) and row["high"] == pytest.approx(0.79, abs=0.02)
+    assert (
+        row["value"] == pytest.approx(0.7)
+        and row["low"] == pytest.approx(0.61, abs=0.02)
+        and row["high"] == pytest.approx(0.79, abs=0.02)
+    )
 
 
 def test_grouped_queries_are_drawn_together():
@@ -207,13 +233,25 @@ def test_leave_one_out_draws_equal_a_literal_resample():
     codes = np.arange(14)
     codes[5] = 3
     similarity = vectors @ vectors.T
-    draws = leave_one_out_draws(similarity, labels, 2, codes[:, None] == codes, ks=(1, 3), vote_k=3, num_samples=20, seed=5)
+    draws = leave_one_out_draws(
+        similarity, labels, 2, codes[:, None] == codes, ks=(1, 3), vote_k=3, num_samples=20, seed=5
+    )
     from shared.metrics.statistics import resample_counts
 
     for counts, draw in zip(resample_counts(14, 20, 5), draws, strict=True):
         rows = np.repeat(np.arange(14), counts)
-        values = retrieval_values(similarity[np.ix_(rows, rows)], labels[rows], labels[rows], 2, codes[rows][:, None] == codes[rows], ks=(1, 3), vote_k=3)
-        np.testing.assert_allclose(draw, class_means(np.stack(list(values.values()), axis=1), labels[rows], 2)[0], atol=1e-12)
+        values = retrieval_values(
+            similarity[np.ix_(rows, rows)],
+            labels[rows],
+            labels[rows],
+            2,
+            codes[rows][:, None] == codes[rows],
+            ks=(1, 3),
+            vote_k=3,
+        )
+        np.testing.assert_allclose(
+            draw, class_means(np.stack(list(values.values()), axis=1), labels[rows], 2)[0], atol=1e-12
+        )
 
 
 def test_leave_one_out_needs_the_query_excluded():
@@ -228,8 +266,13 @@ def test_hubness():
     even = hubness(np.array([[1], [2], [0]]), [1, 1, 1], 3, k=1)
     assert even["skewness"] is None and even["max"] == 1 and even["never"] == 0
     hub = hubness(np.array([[0, 1], [0, 2], [0, 3], [0, 1]]), [2, 2, 2, 2], 10, k=2)
-    assert (hub["max"], hub["item"], hub["never"]) == (4, 0, 0.6) and hub["top1_percent"] == 0.5 and hub["skewness"] > 1.5
-    assert hubness(np.array([[0, 1]]), [1], 2, k=2)["max"] == 1 and hubness(np.array([[0, 1]]), [1], 2, k=2)["never"] == 0.5  # one left
+    assert (
+        (hub["max"], hub["item"], hub["never"]) == (4, 0, 0.6) and hub["top1_percent"] == 0.5 and hub["skewness"] > 1.5
+    )
+    assert (
+        hubness(np.array([[0, 1]]), [1], 2, k=2)["max"] == 1
+        and hubness(np.array([[0, 1]]), [1], 2, k=2)["never"] == 0.5
+    )  # one left
 
 
 def test_copies_are_found_within_and_between_sets():
@@ -267,14 +310,22 @@ def films():
             with np.load(path) as arrays:
                 for split in ("train", "val", "test"):
                     images = arrays[f"{split}_images"]
-                    cache[split] = (images.reshape(len(images), -1).astype(np.float64), arrays[f"{split}_labels"][:, 0].astype(int), images)
+                    cache[split] = (
+                        images.reshape(len(images), -1).astype(np.float64),
+                        arrays[f"{split}_labels"][:, 0].astype(int),
+                        images,
+                    )
         return cache
 
     return load
 
 
 @pytest.mark.realdata
-@pytest.mark.parametrize("metric, queries, gallery, without_itself, expected", FLOORS, ids=[f"{m}-{q}-{g}{'' if e else '-query-left-in'}" for m, q, g, e, _ in FLOORS])
+@pytest.mark.parametrize(
+    "metric, queries, gallery, without_itself, expected",
+    FLOORS,
+    ids=[f"{m}-{q}-{g}{'' if e else '-query-left-in'}" for m, q, g, e, _ in FLOORS],
+)
 def test_floors_of_raw_pixels(real_data, films, metric, queries, gallery, without_itself, expected):
     """An independent implementation measured these once, to a tenth of a per cent."""
     data = films(real_data("pneumoniamnist/pneumoniamnist.npz"))
@@ -287,14 +338,22 @@ def test_floors_of_raw_pixels(real_data, films, metric, queries, gallery, withou
         similarity = 2 * a @ b.T - (a**2).sum(1)[:, None] - (b**2).sum(1)
     exclude = np.eye(len(y), dtype=bool) if queries == gallery and without_itself else None
     values = retrieval_values(similarity, y, gallery_labels, 2, exclude, ks=(1, 5, 10))
-    means = dict(zip(values, 100 * class_means(np.stack(list(values.values()), axis=1), y, 2)[0].T, strict=True))  # {name: micro, macro, normal, pneumonia}
-    got = [means[n][0] for n in ("P@1", "P@5", "P@10", "AP", "R-prec", "RR", "vote")] + [means["P@5"][2], means["P@5"][3]]
+    means = dict(
+        zip(values, 100 * class_means(np.stack(list(values.values()), axis=1), y, 2)[0].T, strict=True)
+    )  # {name: micro, macro, normal, pneumonia}
+    got = [means[n][0] for n in ("P@1", "P@5", "P@10", "AP", "R-prec", "RR", "vote")] + [
+        means["P@5"][2],
+        means["P@5"][3],
+    ]
     assert np.round(got, 1).tolist() == pytest.approx(expected, abs=0.051)
     if (metric, queries, gallery) == ("cosine", "test", "train"):
         assert [round(means[n][1], 1) for n in ("P@1", "P@5", "AP")] == [80.1, 79.9, 64.9]  # macro
         table = summarise(values, y, 2, query_draws(values, y, 2))["micro"]
         for name, low, high in (("P@1", 81.3, 86.9), ("P@5", 81.5, 86.2), ("AP", 67.8, 71.2)):
-            assert (100 * table[name]["low"], 100 * table[name]["high"]) == (pytest.approx(low, abs=0.4), pytest.approx(high, abs=0.4))
+            assert (100 * table[name]["low"], 100 * table[name]["high"]) == (
+                pytest.approx(low, abs=0.4),
+                pytest.approx(high, abs=0.4),
+            )
 
 
 @pytest.mark.realdata
@@ -302,7 +361,9 @@ def test_chance_and_copies_of_the_real_films(real_data, films):
     data = films(real_data("pneumoniamnist/pneumoniamnist.npz"))
     y, n = data["test"][1], np.bincount(data["test"][1])
     assert 100 * chance(n[y] - 1, np.full(624, 623))["P@1"].mean() == pytest.approx(53.0, abs=0.06)
-    assert 100 * chance(np.bincount(data["train"][1])[y], np.full(624, 4708))["P@5"].mean() == pytest.approx(56.1, abs=0.06)
+    assert 100 * chance(np.bincount(data["train"][1])[y], np.full(624, 4708))["P@5"].mean() == pytest.approx(
+        56.1, abs=0.06
+    )
     codes = dict(zip(data, content_codes(*(x for _, _, x in data.values())), strict=True))
     report = duplicate_report(codes, {s: labels for s, (_, labels, _) in data.items()})
     assert report["repeats"] == {"train": 18, "val": 0, "test": 3} and report["conflicting"] == 0

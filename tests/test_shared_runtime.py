@@ -1,4 +1,5 @@
 """runtime.py: arguments, refusals, learning rate, files that are whole or absent, run folders, signals."""
+
 import argparse
 import csv
 import json
@@ -42,7 +43,7 @@ from shared.runtime import (
     write_json,
     write_jsonl,
     write_report,
-)  # fmt: skip
+)
 
 # --- arguments ---
 
@@ -73,7 +74,12 @@ def failure(capsys, *arguments):
 
 
 def test_underscores_and_aliases():
-    assert parse("--batch_size", "8").batch_size == parse("--batch_size=8").batch_size == parse("--batch-size=8").batch_size == 8
+    assert (
+        parse("--batch_size", "8").batch_size
+        == parse("--batch_size=8").batch_size
+        == parse("--batch-size=8").batch_size
+        == 8
+    )
     args = parse("--base_model", "a_b", "--output_dir=some_where", "--dataset", "Phantom_X")
     assert (args.model, args.out_dir, args.data) == ("a_b", "some_where", "Phantom_X")  # values keep their underscores
 
@@ -85,7 +91,9 @@ def test_no_abbreviations(capsys):
 def test_values_that_cannot_be(capsys):
     assert "must be at least 1, not 0" in failure(capsys, "--batch-size", 0)
     assert "must be above 0" in failure(capsys, "--lr", "-1") and "must be above 0" in failure(capsys, "--lr", "inf")
-    assert "invalid choice" in failure(capsys, "--device", "tpu") and "--batch-size" in failure(capsys, "--batch-size", "1.5")
+    assert "invalid choice" in failure(capsys, "--device", "tpu") and "--batch-size" in failure(
+        capsys, "--batch-size", "1.5"
+    )
 
 
 @pytest.mark.parametrize("text, value", [("0", 0), ("1", 1), ("0.25", 0.25)])
@@ -114,16 +122,36 @@ def test_data_dir_comes_from_the_environment(monkeypatch):
     assert parse().data_dir == "data"
 
 
-SETTINGS = {"batch_size": 8, "lr": 1e-3, "base_model": "x", "amp": False, "verbose": True, "seeds": [3, 4], "out-dir": None, "resume": "run"}
+SETTINGS = {
+    "batch_size": 8,
+    "lr": 1e-3,
+    "base_model": "x",
+    "amp": False,
+    "verbose": True,
+    "seeds": [3, 4],
+    "out-dir": None,
+    "resume": "run",
+}
 
 
 @pytest.mark.parametrize("name", ["settings.yaml", "settings.json"])
 @pytest.mark.parametrize("flag", ["--config", "--cfg"])
 def test_config_file(name, flag):
-    lines = [f"{k}: {'null' if v is None else str(v).lower() if isinstance(v, bool) else v}" for k, v in SETTINGS.items()]
+    lines = [
+        f"{k}: {'null' if v is None else str(v).lower() if isinstance(v, bool) else v}" for k, v in SETTINGS.items()
+    ]
     Path(name).write_text(json.dumps(SETTINGS) if name.endswith("json") else "\n".join(lines))
     args = parse(flag, name)
-    assert (args.batch_size, args.lr, args.model, args.amp, args.verbose, args.seeds, args.out_dir, args.resume) == (8, 0.001, "x", False, True, [3, 4], None, "run")
+    assert (args.batch_size, args.lr, args.model, args.amp, args.verbose, args.seeds, args.out_dir, args.resume) == (
+        8,
+        0.001,
+        "x",
+        False,
+        True,
+        [3, 4],
+        None,
+        "run",
+    )
     args = parse(f"{flag}={name}", "--batch-size", "9", "--amp", "--seeds", "5")  # the command line wins
     assert (args.batch_size, args.amp, args.seeds, args.lr) == (9, True, [5], 0.001)
 
@@ -139,17 +167,20 @@ def test_config_beside_the_script(tmp_path):
     assert parser().script_dir == Path(runtime.__file__).parents[1] / "task1_classification"
 
 
-@pytest.mark.parametrize("text, message", [
-    ("batchsize: 3", "'batchsize' in settings.yaml is not an option of this script"),
-    ("config: other.yaml", "'config' in settings.yaml is not an option"),
-    ("batch_size: 0", "must be at least 1"),
-    ("device: tpu", "invalid choice"),
-    ("amp: 'no'", "'amp' in settings.yaml must be true or false, not 'no'"),
-    ("verbose: 1", "'verbose' in settings.yaml must be true or false, not 1"),
-    ("- a\n- b", "must hold names and values"),
-    ("", "must hold names and values"),
-    ("a: [1", "is not readable as YAML or JSON"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("batchsize: 3", "'batchsize' in settings.yaml is not an option of this script"),
+        ("config: other.yaml", "'config' in settings.yaml is not an option"),
+        ("batch_size: 0", "must be at least 1"),
+        ("device: tpu", "invalid choice"),
+        ("amp: 'no'", "'amp' in settings.yaml must be true or false, not 'no'"),
+        ("verbose: 1", "'verbose' in settings.yaml must be true or false, not 1"),
+        ("- a\n- b", "must hold names and values"),
+        ("", "must hold names and values"),
+        ("a: [1", "is not readable as YAML or JSON"),
+    ],
+)
 def test_config_that_cannot_be_used(text, message, capsys):
     Path("settings.yaml").write_text(text)
     assert message in failure(capsys, "--config", "settings.yaml")
@@ -224,8 +255,13 @@ def test_learning_rate():
 def test_settings_that_differ_are_named():
     then = {"lr": 0.1, "batch_size": 8, "epochs": 3, "gone": True}
     refuse_other_settings({"lr": 0.1, "batch_size": 8, "epochs": 5}, then, "last.pt", may_differ=("epochs",))
-    with pytest.raises(InputError, match=r"^last.pt was written with --batch-size 8 \(now 16\), --new None \(now 1\); give the same to resume, or start a new run$"):
-        refuse_other_settings({"lr": 0.1, "batch_size": 16, "epochs": 5, "new": 1}, then, "last.pt", may_differ=("epochs",))
+    with pytest.raises(
+        InputError,
+        match=r"^last.pt was written with --batch-size 8 \(now 16\), --new None \(now 1\); give the same to resume, or start a new run$",
+    ):
+        refuse_other_settings(
+            {"lr": 0.1, "batch_size": 16, "epochs": 5, "new": 1}, then, "last.pt", may_differ=("epochs",)
+        )
     with pytest.raises(InputError, match=r"--epochs 3 \(now 5\)"):
         refuse_other_settings({"epochs": 5}, then, "last.pt")
 
@@ -248,11 +284,25 @@ def test_a_failure_while_writing_leaves_the_old_file():
 
 
 def test_checkpoints_hold_plain_values_only():
-    state = {"a": torch.arange(3), "b": [1, 2.5, None, True, "x"], "c": {"d": (1, {"e": torch.zeros(0)})}, 3: "number as key"}
+    state = {
+        "a": torch.arange(3),
+        "b": [1, 2.5, None, True, "x"],
+        "c": {"d": (1, {"e": torch.zeros(0)})},
+        3: "number as key",
+    }
     save_checkpoint("a.pt", state)
     back = load_checkpoint("a.pt")
-    assert torch.equal(back["a"], state["a"]) and back["b"] == state["b"] and back[3] == "number as key" and back["c"]["d"][0] == 1
-    for value, where in [({"a": {"b": Path("x")}}, r"checkpoint\['a'\]\['b'\] is a PosixPath"), ([1, np.float64(2)], r"checkpoint\[1\] is a float64"), ({"n": torch.nn.Linear(1, 1)}, "Linear")]:
+    assert (
+        torch.equal(back["a"], state["a"])
+        and back["b"] == state["b"]
+        and back[3] == "number as key"
+        and back["c"]["d"][0] == 1
+    )
+    for value, where in [
+        ({"a": {"b": Path("x")}}, r"checkpoint\['a'\]\['b'\] is a PosixPath"),
+        ([1, np.float64(2)], r"checkpoint\[1\] is a float64"),
+        ({"n": torch.nn.Linear(1, 1)}, "Linear"),
+    ]:
         with pytest.raises(TypeError, match=where):
             check_plain(value)
         before = Path("a.pt").read_bytes()
@@ -269,7 +319,9 @@ class Trap:
 def test_pickled_code_is_refused_and_never_run():
     for use_zip in (True, False):
         torch.save({"model": {"w": torch.zeros(1)}, "trap": Trap()}, "trap.pt", _use_new_zipfile_serialization=use_zip)
-        with pytest.raises(InputError, match="trap.pt cannot be read as a classifier: it holds pickled Python code, which is never run"):
+        with pytest.raises(
+            InputError, match="trap.pt cannot be read as a classifier: it holds pickled Python code, which is never run"
+        ):
             load_checkpoint("trap.pt", what="classifier")
     torch.save(torch.nn.Linear(2, 2), "module.pt")
     with pytest.raises(InputError, match="pickled Python code"):
@@ -305,15 +357,39 @@ def test_checkpoints_that_lack_something():
 
 def test_json_is_plain():
     value = {
-        "nan": math.nan, "inf": [math.inf, -math.inf], "np": np.float32(0.5), "int": np.int64(7), "array": np.array([[1.0, np.nan]]), "bool": np.bool_(True),
-        "tensor": torch.tensor([1, 2]), "path": Path("a/b"), "none": None, "tuple": (1, "x"), 5: "key", "umlaut": "für",
-    }  # fmt: skip
+        "nan": math.nan,
+        "inf": [math.inf, -math.inf],
+        "np": np.float32(0.5),
+        "int": np.int64(7),
+        "array": np.array([[1.0, np.nan]]),
+        "bool": np.bool_(True),
+        "tensor": torch.tensor([1, 2]),
+        "path": Path("a/b"),
+        "none": None,
+        "tuple": (1, "x"),
+        5: "key",
+        "umlaut": "für",
+    }
     write_json("a.json", value)
     expected = {
-        "nan": None, "inf": [None, None], "np": 0.5, "int": 7, "array": [[1.0, None]], "bool": True, "tensor": [1, 2],
-        "path": os.path.join("a", "b"), "none": None, "tuple": [1, "x"], "5": "key", "umlaut": "für",
-    }  # fmt: skip
-    assert read_json("a.json") == expected == plain(value) and "NaN" not in Path("a.json").read_text() and "für" in Path("a.json").read_text("utf-8")
+        "nan": None,
+        "inf": [None, None],
+        "np": 0.5,
+        "int": 7,
+        "array": [[1.0, None]],
+        "bool": True,
+        "tensor": [1, 2],
+        "path": os.path.join("a", "b"),
+        "none": None,
+        "tuple": [1, "x"],
+        "5": "key",
+        "umlaut": "für",
+    }
+    assert (
+        read_json("a.json") == expected == plain(value)
+        and "NaN" not in Path("a.json").read_text()
+        and "für" in Path("a.json").read_text("utf-8")
+    )
     write_jsonl("a.jsonl", [{"a": np.float64("nan")}, {"a": 2}])
     assert Path("a.jsonl").read_text() == '{"a": null}\n{"a": 2}\n'
 
@@ -365,12 +441,27 @@ def test_a_folder_that_holds_a_run_is_not_written_over():
     Path("mine").mkdir()
     Path("mine/notes.txt").write_text("keep")
     run = open_run_dir(parse("--out-dir", "mine"), "task", "train")  # a folder without a run may be used
-    for name in ("last.pt", "metrics.json", "history.jsonl", "predictions.csv", "report.md", "figures/curves.png", "seed0/best.pt", "heatmaps/0.png"):
+    for name in (
+        "last.pt",
+        "metrics.json",
+        "history.jsonl",
+        "predictions.csv",
+        "report.md",
+        "figures/curves.png",
+        "seed0/best.pt",
+        "heatmaps/0.png",
+    ):
         (run / name).parent.mkdir(exist_ok=True)
         (run / name).write_text("of the run")
-    with pytest.raises(InputError, match="mine already holds a run; go on with --resume, replace it with --overwrite, or name another --out-dir"):
+    with pytest.raises(
+        InputError,
+        match="mine already holds a run; go on with --resume, replace it with --overwrite, or name another --out-dir",
+    ):
         open_run_dir(parse("--out-dir", "mine"), "task", "train")
-    assert open_run_dir(parse("--out-dir", "mine", "--resume"), "task", "train") == Path("mine") and (run / "last.pt").exists()
+    assert (
+        open_run_dir(parse("--out-dir", "mine", "--resume"), "task", "train") == Path("mine")
+        and (run / "last.pt").exists()
+    )
     open_run_dir(parse("--out-dir", "mine", "--overwrite"), "task", "train")
     assert sorted(str(p) for p in run.rglob("*")) == ["mine/notes.txt", "mine/settings.json"]
 
@@ -465,15 +556,36 @@ def ending(error, capsys):
 
 def test_failures_a_user_can_mend_are_one_sentence(capsys):
     assert ending(InputError("the file is empty"), capsys) == "error: the file is empty\n"
-    assert ending(torch.OutOfMemoryError("CUDA out of memory. Tried"), capsys) == "error: the GPU is out of memory: lower --batch-size, or close what else runs on the card\n"
-    assert ending(PermissionError(13, "Permission denied", "locked/run"), capsys) == "error: cannot use locked/run: Permission denied; choose another folder with --out-dir\n"
-    assert ending(NotADirectoryError(20, "Not a directory", "file/run"), capsys) == "error: cannot use file/run: Not a directory; choose another folder with --out-dir\n"
+    assert (
+        ending(torch.OutOfMemoryError("CUDA out of memory. Tried"), capsys)
+        == "error: the GPU is out of memory: lower --batch-size, or close what else runs on the card\n"
+    )
+    assert (
+        ending(PermissionError(13, "Permission denied", "locked/run"), capsys)
+        == "error: cannot use locked/run: Permission denied; choose another folder with --out-dir\n"
+    )
+    assert (
+        ending(NotADirectoryError(20, "Not a directory", "file/run"), capsys)
+        == "error: cannot use file/run: Not a directory; choose another folder with --out-dir\n"
+    )
     for number, text in ((30, "Read-only file system"), (28, "No space left on device")):
-        assert ending(OSError(number, text, "out/a.pt"), capsys) == f"error: cannot write out/a.pt: {text}; choose another --out-dir\n"
+        assert (
+            ending(OSError(number, text, "out/a.pt"), capsys)
+            == f"error: cannot write out/a.pt: {text}; choose another --out-dir\n"
+        )
         assert "cannot write the results" in ending(OSError(number, text), capsys)
 
 
-@pytest.mark.parametrize("error", [ValueError("a bug"), KeyError("a bug"), OSError(5, "Input/output error"), AssertionError(), FileNotFoundError(2, "No such file or directory", "x")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("a bug"),
+        KeyError("a bug"),
+        OSError(5, "Input/output error"),
+        AssertionError(),
+        FileNotFoundError(2, "No such file or directory", "x"),
+    ],
+)
 def test_other_failures_keep_their_traceback(error):
     @script
     def main(argv=None):

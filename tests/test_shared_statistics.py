@@ -1,4 +1,5 @@
 """Intervals and tests of shared/metrics/statistics.py: hand-worked cases, SciPy and scikit-learn, small simulations."""
+
 import json
 import warnings
 
@@ -159,14 +160,17 @@ def test_delong_test_without_variance():
     assert (opposite["difference"], opposite["z"], opposite["p"]) == (1.0, None, None)
 
 
-@pytest.mark.parametrize("labels, scores, message", [
-    ([0, 1], [0.1, 0.2, 0.3], "length"),
-    ([0, 2], [0.1, 0.2], "0 or 1"),
-    ([0, np.nan], [0.1, 0.2], "0 or 1"),
-    ([0, 1], [0.1, np.nan], "1 of 2 scores are NaN"),
-    ([], [], "empty"),
-    ([[0], [1]], [0.1, 0.2], r"shape \(N,\)"),
-])
+@pytest.mark.parametrize(
+    "labels, scores, message",
+    [
+        ([0, 1], [0.1, 0.2, 0.3], "length"),
+        ([0, 2], [0.1, 0.2], "0 or 1"),
+        ([0, np.nan], [0.1, 0.2], "0 or 1"),
+        ([0, 1], [0.1, np.nan], "1 of 2 scores are NaN"),
+        ([], [], "empty"),
+        ([[0], [1]], [0.1, 0.2], r"shape \(N,\)"),
+    ],
+)
 def test_bad_input_is_refused(labels, scores, message):
     with pytest.raises(ValueError, match=message):
         delong_auc(labels, scores)
@@ -277,20 +281,30 @@ def mean_of_sums(total, n):
 def test_bca_and_percentile_equal_scipy_on_the_same_draws(statistic, confidence):
     x = skewed()
     for method in ("BCa", "percentile"):
-        theirs = stats.bootstrap((x,), statistic, n_resamples=999, confidence_level=confidence, method=method, rng=np.random.default_rng(0))
+        theirs = stats.bootstrap(
+            (x,), statistic, n_resamples=999, confidence_level=confidence, method=method, rng=np.random.default_rng(0)
+        )
         draws, value = theirs.bootstrap_distribution, statistic(x, axis=0)
         jackknife = [statistic(np.delete(x, i), axis=0) for i in range(len(x))]
-        ours = bca_interval(value, draws, jackknife, confidence) if method == "BCa" else percentile_interval(draws, confidence)
+        ours = (
+            bca_interval(value, draws, jackknife, confidence)
+            if method == "BCa"
+            else percentile_interval(draws, confidence)
+        )
         assert ours == pytest.approx((*theirs.confidence_interval, 0), abs=1e-12)
     # and with draws of our own, up to Monte Carlo error
     ours = bootstrap_interval(lambda a: statistic(a, axis=0), x, method="bca", confidence=confidence, num_samples=4000)
-    theirs = stats.bootstrap((x,), statistic, n_resamples=4000, confidence_level=confidence, rng=np.random.default_rng(1)).confidence_interval
+    theirs = stats.bootstrap(
+        (x,), statistic, n_resamples=4000, confidence_level=confidence, rng=np.random.default_rng(1)
+    ).confidence_interval
     assert (ours["low"], ours["high"]) == pytest.approx(tuple(theirs), abs=0.03)
 
 
 def test_bca_equals_scipy_on_paired_samples_with_ties():
     a, b = (np.random.default_rng(s).integers(0, 2, 50) for s in (0, 1))  # differences -1, 0, 1: many equal draws
-    theirs = stats.bootstrap((a, b), lambda x, y, axis: np.mean(x - y, axis=axis), paired=True, n_resamples=999, rng=np.random.default_rng(0))
+    theirs = stats.bootstrap(
+        (a, b), lambda x, y, axis: np.mean(x - y, axis=axis), paired=True, n_resamples=999, rng=np.random.default_rng(0)
+    )
     jackknife = [np.delete(a - b, i).mean() for i in range(50)]
     ours = bca_interval(np.mean(a - b), theirs.bootstrap_distribution, jackknife)
     assert ours[:2] == pytest.approx(tuple(theirs.confidence_interval), abs=1e-12)
@@ -306,7 +320,9 @@ def test_jackknife_of_a_mean_is_the_t_interval():
     means = [x[groups == g].mean() for g in range(4)]
     expected = stats.t.interval(0.9, 3, np.mean(means), stats.sem(means))
     with pytest.warns(UserWarning, match="4 groups count like 4.0"):
-        result = bootstrap_interval(mean_of_sums, x, np.ones(12), groups=groups, method="jackknife", confidence=0.9, of_sums=True)
+        result = bootstrap_interval(
+            mean_of_sums, x, np.ones(12), groups=groups, method="jackknife", confidence=0.9, of_sums=True
+        )
     assert (result["low"], result["high"]) == pytest.approx(expected, abs=1e-12)
 
 
@@ -344,7 +360,9 @@ def test_row_order_and_names_of_groups_change_nothing(method):
     order = np.random.default_rng(5).permutation(len(groups))
     names = np.array([f"patient {g:03d}" for g in groups])
     one = bootstrap_interval(mean_of_sums, right, np.ones(len(right)), groups=groups, method=method, of_sums=True)
-    other = bootstrap_interval(mean_of_sums, right[order], np.ones(len(right)), groups=names[order], method=method, of_sums=True)
+    other = bootstrap_interval(
+        mean_of_sums, right[order], np.ones(len(right)), groups=names[order], method=method, of_sums=True
+    )
     assert one == pytest.approx(other, abs=1e-12)
 
 
@@ -353,14 +371,24 @@ def test_a_point_and_undefined_intervals():
     for method in ("percentile", "bca", "jackknife"):  # no error made: a point, as documented of binary_intervals too
         assert bootstrap_interval(np.mean, ones, method=method, num_samples=50)["low"] == 1.0
     studentised = bootstrap_interval(np.mean, ones, method="studentised", num_samples=20)
-    assert (studentised["low"], studentised["high"], studentised["num_undefined"]) == (None, None, 20)  # 0 / 0 each time
+    assert (studentised["low"], studentised["high"], studentised["num_undefined"]) == (
+        None,
+        None,
+        20,
+    )  # 0 / 0 each time
     # one positive row: undefined without it
     for method in ("bca", "studentised", "jackknife"):
-        result = bootstrap_interval(lambda hits, n: hits / n, [1, 0, 0], [1, 0, 0], method=method, num_samples=50, of_sums=True)
+        result = bootstrap_interval(
+            lambda hits, n: hits / n, [1, 0, 0], [1, 0, 0], method=method, num_samples=50, of_sums=True
+        )
         assert (result["value"], result["low"], result["high"]) == (1.0, None, None)
     with pytest.warns(UserWarning, match="1 groups"):
         assert bootstrap_interval(np.mean, [1.0, 2.0], groups=["a", "a"], method="bca", num_samples=5)["low"] is None
-    assert bca_interval(5.0, [1, 2, 3], [1.0, 2.0]) == (None, None, 0)  # value beyond every draw: no bias can be read off
+    assert bca_interval(5.0, [1, 2, 3], [1.0, 2.0]) == (
+        None,
+        None,
+        0,
+    )  # value beyond every draw: no bias can be read off
     assert bca_interval(2.0, [1, None, 3], [1.0, 2.0, 4.0])[2] == 1
     # a tenth of the draws has no spread: t is infinite on one side, and that end is open
     draws, ses = np.linspace(-1, 1, 100), np.ones(100)
@@ -390,7 +418,9 @@ def test_paired_bootstrap_draws_groups():
     groups, labels, calls = clustered()
     other = np.where(groups % 2 == 0, labels, calls)  # better, but in half of the groups only
     paired = paired_bootstrap(accuracy, labels, calls, other, groups=groups, num_samples=300, seed=4)
-    single = bootstrap_interval(lambda y, a, b: accuracy(y, a) - accuracy(y, b), labels, calls, other, groups=groups, num_samples=300, seed=4)
+    single = bootstrap_interval(
+        lambda y, a, b: accuracy(y, a) - accuracy(y, b), labels, calls, other, groups=groups, num_samples=300, seed=4
+    )
     assert (paired["difference"], paired["low"], paired["high"]) == (single["value"], single["low"], single["high"])
     rows = paired_bootstrap(accuracy, labels, calls, other, num_samples=300, seed=4)
     assert paired["high"] - paired["low"] > 1.1 * (rows["high"] - rows["low"])
@@ -420,7 +450,9 @@ def test_paired_bootstrap():
 
 def test_effective_clusters_by_hand():
     # sizes 3 and 1: 4^2 / (9 + 1) = 1.6
-    assert effective_clusters(["a", "a", "b", "a"]) == dict(num_rows=4, num_groups=2, effective_groups=1.6, warning=effective_clusters(["a", "a", "b", "a"])["warning"])
+    assert effective_clusters(["a", "a", "b", "a"]) == dict(
+        num_rows=4, num_groups=2, effective_groups=1.6, warning=effective_clusters(["a", "a", "b", "a"])["warning"]
+    )
     assert effective_clusters(np.arange(90) // 3)["effective_groups"] == pytest.approx(30)
     # constant within groups: icc 1, design effect sum n^2 / N; no rows gained over the groups
     all_alike = effective_clusters(np.arange(12) // 3, [0, 0, 0, 1, 1, 1, 1, 1, 1, 0, 0, 0])
@@ -493,7 +525,13 @@ def test_sign_flip_by_hand():
 @pytest.mark.parametrize("n", [5, 11])
 def test_exact_sign_flip_equals_scipy(n):
     x = np.random.default_rng(n).normal(0.4, size=n).round(1)
-    theirs = stats.permutation_test((x, np.zeros(n)), lambda a, b, axis: np.mean(a - b, axis=axis), permutation_type="samples", n_resamples=np.inf, vectorized=True)
+    theirs = stats.permutation_test(
+        (x, np.zeros(n)),
+        lambda a, b, axis: np.mean(a - b, axis=axis),
+        permutation_type="samples",
+        n_resamples=np.inf,
+        vectorized=True,
+    )
     ours = sign_flip_test(x)
     assert ours["exact"] and ours["p"] == pytest.approx(theirs.pvalue, abs=1e-12) and 0 < ours["p"] < 1
 
@@ -529,7 +567,9 @@ def exact_mcnemar_power(n, delta, discordant):
     for d in range(n + 1):  # number of discordant cases; of these Binomial(d, share) favour a
         k = np.arange(d + 1)
         p = np.minimum(1, 2 * np.minimum(stats.binom.cdf(k, d, 0.5), stats.binom.sf(k - 1, d, 0.5)))
-        power += stats.binom.pmf(d, n, discordant) * stats.binom.pmf(k, d, 0.5 + delta / discordant / 2)[p <= 0.05].sum()
+        power += (
+            stats.binom.pmf(d, n, discordant) * stats.binom.pmf(k, d, 0.5 + delta / discordant / 2)[p <= 0.05].sum()
+        )
     return power
 
 
@@ -539,7 +579,13 @@ def test_cases_needed():
     assert cases_needed(0.1, 0.3, power=0.9) > 234 > cases_needed(0.1, 0.3, alpha=0.1)
     # everything discordant and all for one side: z_a^2 = 3.84 -> 4
     assert cases_needed(1.0, 1.0) == 4
-    for arguments, message in [((0.0, 0.3), "delta"), ((0.4, 0.3), "at least that share"), ((0.1, 1.2), "discordant"), ((0.1, 0.3, 1.0), "power"), ((0.1, 0.3, 0.8, 0.0), "alpha")]:
+    for arguments, message in [
+        ((0.0, 0.3), "delta"),
+        ((0.4, 0.3), "at least that share"),
+        ((0.1, 1.2), "discordant"),
+        ((0.1, 0.3, 1.0), "power"),
+        ((0.1, 0.3, 0.8, 0.0), "alpha"),
+    ]:
         with pytest.raises(ValueError, match=message):
             cases_needed(*arguments)
 
@@ -590,9 +636,15 @@ def test_coverage_truths_are_those_of_a_large_sample():
 
 @pytest.mark.slow
 def test_coverage_of_every_interval(tmp_path, capsys):
-    coverage.main(["--repetitions", "300", "--clusters", "5", "100", "--num-samples", "500", "--out-dir", str(tmp_path)])
+    coverage.main(
+        ["--repetitions", "300", "--clusters", "5", "100", "--num-samples", "500", "--out-dir", str(tmp_path)]
+    )
     result = json.loads((tmp_path / "coverage.json").read_text())
-    held = {(data, name): (cells["5"]["coverage"], cells["100"]["coverage"]) for data, rows in result["coverage"].items() for name, cells in rows.items()}
+    held = {
+        (data, name): (cells["5"]["coverage"], cells["100"]["coverage"])
+        for data, rows in result["coverage"].items()
+        for name, cells in rows.items()
+    }
     slack = 2 * (0.05 * 0.95 / 300) ** 0.5  # two Monte Carlo standard errors
     for (data, name), (five, hundred) in held.items():
         if name.endswith("rows"):  # the groups ignored
@@ -601,7 +653,9 @@ def test_coverage_of_every_interval(tmp_path, capsys):
             assert 0.93 - slack < hundred < 0.97 + slack, (data, name)
         if name == "percentile" and data.endswith("clustered"):
             assert five < 0.90, (data, name)
-    assert held["heavy-tailed mean, clustered", "studentised"][1] > held["heavy-tailed mean, clustered", "percentile"][1]
+    assert (
+        held["heavy-tailed mean, clustered", "studentised"][1] > held["heavy-tailed mean, clustered", "percentile"][1]
+    )
     assert result["rejection_rates"]["sign_flip_test, by group"]["100"]["rejected"] < 0.05 + slack
     assert result["rejection_rates"]["mcnemar_exact, rows"]["100"]["rejected"] > 0.08
     assert result["rejection_rates"]["sign_flip_test, by group"]["5"]["rejected"] == 0

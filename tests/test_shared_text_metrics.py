@@ -3,6 +3,7 @@ Report scores against hand-worked cases, stored values of the reference tools, a
 
 Random texts over a few words are the hard case for every matcher: they repeat words, share stems, and have many equal alignments.
 """
+
 import hashlib
 import json
 import os
@@ -31,7 +32,9 @@ def random_texts(n, seed, longest=25, shortest=0):
 
 def random_pairs(n, seed, max_references=3):
     rng = np.random.default_rng(seed + 1000)
-    return random_texts(n, seed), [random_texts(rng.integers(1, max_references + 1), seed + 1 + i, shortest=1) for i in range(n)]
+    return random_texts(n, seed), [
+        random_texts(rng.integers(1, max_references + 1), seed + 1 + i, shortest=1) for i in range(n)
+    ]
 
 
 def java_folder():
@@ -48,7 +51,9 @@ def java_meteor(hypotheses, references, full=False):
     command += [] if full else ["-m", "exact stem", "-w", "1.0 0.6"]
 
     def ask(lines):
-        return subprocess.run(command, input="\n".join(lines) + "\n", text=True, capture_output=True, cwd=java_folder(), check=True).stdout.splitlines()
+        return subprocess.run(
+            command, input="\n".join(lines) + "\n", text=True, capture_output=True, cwd=java_folder(), check=True
+        ).stdout.splitlines()
 
     lines = ask([f"SCORE ||| {r} ||| {h}" for h, r in zip(hypotheses, references, strict=True)])
     scores = [float(line) for line in ask(["EVAL ||| " + " ||| ".join(lines)])]
@@ -65,7 +70,12 @@ def iu():
     raw = {split: [row["report"] for row in studies.split(split)] for split in ("train", "val", "test")}
     vocabulary = r2gen_vocabulary(raw["train"])
     cut = {split: [r2gen_reference(text, vocabulary) for text in texts] for split, texts in raw.items()}
-    return {"raw": raw, "clean": {split: [clean_r2gen(t) for t in texts] for split, texts in raw.items()}, "cut": cut, "vocabulary": vocabulary}
+    return {
+        "raw": raw,
+        "clean": {split: [clean_r2gen(t) for t in texts] for split, texts in raw.items()},
+        "cut": cut,
+        "vocabulary": vocabulary,
+    }
 
 
 @pytest.fixture
@@ -75,10 +85,13 @@ def fixtures(real_data):
 
 # ------------------------------------------------------------------------------------------------------------ worked by hand
 
+
 def test_bleu_by_hand():
     # "a b c d" against "a b d": 3 of 4 words, "a b" of 3 pairs, nothing longer; no brevity penalty
     scores = score_reports(["a b c d"], ["a b d"], metrics=("bleu",))
-    assert scores["bleu_1"] == pytest.approx(3 / 4, abs=1e-9) and scores["bleu_2"] == pytest.approx((3 / 4 * 1 / 3) ** 0.5, abs=1e-9)
+    assert scores["bleu_1"] == pytest.approx(3 / 4, abs=1e-9) and scores["bleu_2"] == pytest.approx(
+        (3 / 4 * 1 / 3) ** 0.5, abs=1e-9
+    )
     assert scores["bleu_3"] < 1e-4 and scores["bleu_4"] < 1e-3
     # two words against four: penalty exp(1 - 4/2)
     assert score_reports(["a b"], ["a b c d"], metrics=("bleu",))["bleu_1"] == pytest.approx(np.exp(-1), abs=1e-8)
@@ -90,12 +103,16 @@ def test_bleu_by_hand():
 
 def test_bleu_sums_counts_over_the_corpus():
     # 1 of 1 and 1 of 4 words: 2/5, not the mean of 1 and 1/4
-    assert score_reports(["a", "a b c d"], ["a", "a x y z"], metrics=("bleu",))["bleu_1"] == pytest.approx(2 / 5, abs=1e-9)
+    assert score_reports(["a", "a b c d"], ["a", "a x y z"], metrics=("bleu",))["bleu_1"] == pytest.approx(
+        2 / 5, abs=1e-9
+    )
 
 
 def test_rouge_l_by_hand():
     # longest common subsequence of "a b c d" and "a c x": "a c"; P = 2/4, R = 2/3, F = 2.44 P R / (R + 1.44 P)
-    assert score_reports(["a b c d"], ["a c x"], metrics=("rouge_l",))["rouge_l"] == pytest.approx(2.44 * (1 / 3) / (2 / 3 + 1.44 / 2))
+    assert score_reports(["a b c d"], ["a c x"], metrics=("rouge_l",))["rouge_l"] == pytest.approx(
+        2.44 * (1 / 3) / (2 / 3 + 1.44 / 2)
+    )
     # best precision and best recall come from different references: 2/2 of the first, 1/1 of the second
     assert score_reports(["a b"], [["a b c d", "b"]], metrics=("rouge_l",))["rouge_l"] == pytest.approx(1)
     assert score_reports(["b a"], ["a b"], metrics=("rouge_l",))["rouge_l"] == pytest.approx(0.5)  # order matters
@@ -107,7 +124,9 @@ def test_cider_by_hand():
     scores = score_reports(["a b", "a c"], ["a b", "a c"], metrics=("cider",), per_report=True)["cider"]
     assert scores == pytest.approx([5, 5])
     # three bigrams too many: exp(-9 / 72); words: clipped "b" once, vectors (2 log 2) and (log 2): 1/2; no pair in common
-    assert score_reports(["b b b b b", "a c"], ["a b", "a c"], metrics=("cider",), per_report=True)["cider"][0] == pytest.approx(10 / 4 * (1 / 5) * np.exp(-9 / 72))
+    assert score_reports(["b b b b b", "a c"], ["a b", "a c"], metrics=("cider",), per_report=True)["cider"][
+        0
+    ] == pytest.approx(10 / 4 * (1 / 5) * np.exp(-9 / 72))
     assert score_reports(["a b"], ["a b"], metrics=("cider",))["cider"] == 0  # one report alone
 
 
@@ -118,7 +137,9 @@ def test_meteor_by_hand():
     mean = precision * recall / (0.85 * precision + 0.15 * recall)
     expected = mean * (1 - 0.6 * (2 / 4) ** 0.2)  # two chunks, four matches
     assert expected == pytest.approx(0.3571361959, abs=1e-10)
-    assert score_reports(["the lungs are clear ."], ["lungs are clear bilaterally ."])["meteor_15"] == pytest.approx(expected, abs=1e-12)
+    assert score_reports(["the lungs are clear ."], ["lungs are clear bilaterally ."])["meteor_15"] == pytest.approx(
+        expected, abs=1e-12
+    )
 
 
 def test_meteor_stems_count_six_tenths():
@@ -127,7 +148,10 @@ def test_meteor_stems_count_six_tenths():
 
 
 def test_meteor_sums_counts_over_the_corpus():
-    hypotheses, references = ["the lungs are clear .", "no effusion ."], ["lungs are clear bilaterally .", "there is no effusion ."]
+    hypotheses, references = (
+        ["the lungs are clear .", "no effusion ."],
+        ["lungs are clear bilaterally .", "there is no effusion ."],
+    )
     statistics = meteor_statistics(hypotheses, references)
     scores = score_reports(hypotheses, references, metrics=("meteor_15",))
     assert scores["meteor_15"] == float(meteor_from_statistics(statistics.sum(axis=0)))
@@ -168,6 +192,7 @@ def test_meteor_words(text, words):
 
 # ------------------------------------------------------------------------------------------------------------------ fixtures
 
+
 @pytest.mark.realdata
 def test_fixtures(fixtures):
     hypotheses, references = [p["hyp"] for p in fixtures["pairs"]], [p["refs"] for p in fixtures["pairs"]]
@@ -185,6 +210,7 @@ def test_fixtures(fixtures):
 
 
 # ---------------------------------------------------------------------------------------------------------- reference packages
+
 
 @pytest.mark.parity
 def test_equals_pycocoevalcap():
@@ -217,8 +243,17 @@ def test_equals_nltk_meteor_with_an_empty_wordnet():
 
     hypotheses, references = random_pairs(300, seed=1)
     hypotheses[0] = "NORMAL Heart"
-    expected = [meteor_score([r.split() for r in group], h.split(), wordnet=EmptyWordNet()) for h, group in zip(hypotheses, references, strict=True)]
-    assert np.abs(score_reports(hypotheses, references, metrics=("meteor_nltk_nosyn",), per_report=True)["meteor_nltk_nosyn"] - expected).max() < 1e-12
+    expected = [
+        meteor_score([r.split() for r in group], h.split(), wordnet=EmptyWordNet())
+        for h, group in zip(hypotheses, references, strict=True)
+    ]
+    assert (
+        np.abs(
+            score_reports(hypotheses, references, metrics=("meteor_nltk_nosyn",), per_report=True)["meteor_nltk_nosyn"]
+            - expected
+        ).max()
+        < 1e-12
+    )
 
 
 ENDINGS = "s es ed ing ly ness ful fulness fulli ation ational ator ization izer alism iviti biliti iveness ousness ement ment ent ence ance able ible al alli entli ousli eed eedly ies ied y ey e ll ss us ous ive ate icate ical iciti alize ative sses ion sion tion er est ogi ogy ology 's s' '".split()
@@ -228,7 +263,18 @@ STARTS = "lung opaci effus consolid cardiomeg pneumothora gener commun arsen dy 
 @pytest.mark.parity
 def test_stemmers_equal_nltk():
     stem = pytest.importorskip("nltk.stem")
-    words = {start + end for start in STARTS for end in ["", *ENDINGS]} | {"y", "yy", "x", "skies", "sky", "innings", "toy", "dying", "ties", "news"}
+    words = {start + end for start in STARTS for end in ["", *ENDINGS]} | {
+        "y",
+        "yy",
+        "x",
+        "skies",
+        "sky",
+        "innings",
+        "toy",
+        "dying",
+        "ties",
+        "news",
+    }
     porter, snowball = stem.porter.PorterStemmer(), stem.snowball.EnglishStemmer()
     assert {w: porter_stem(w) for w in words} == {w: porter.stem(w) for w in words}
     # NLTK's Snowball keeps an e after -izer and -ization that the published rules, and METEOR's own Snowball (below), take off
@@ -267,11 +313,20 @@ def test_equals_the_java_tool_on_real_reports(iu):
 def test_stems_and_function_words_of_every_word_in_the_reports(iu):
     words = sorted({w for texts in iu["raw"].values() for text in texts for w in meteor_words(text)} | FUNCTION_WORDS)
     folder = java_folder()
-    stems = subprocess.run(["java", "-cp", "meteor-1.5.jar", "Stemmer", "en"], input="\n".join(words) + "\n", text=True, capture_output=True, cwd=folder, check=True).stdout.splitlines()
+    stems = subprocess.run(
+        ["java", "-cp", "meteor-1.5.jar", "Stemmer", "en"],
+        input="\n".join(words) + "\n",
+        text=True,
+        capture_output=True,
+        cwd=folder,
+        check=True,
+    ).stdout.splitlines()
     assert len(words) > 1500 and {w: snowball_stem(w) for w in words} == dict(zip(words, stems, strict=True))
     whole = [w for w in words if meteor_words(w) == [w]]
     statistics, _, _ = java_meteor(whole, ["zzz"] * len(whole))
-    assert {w for w, row in zip(whole, statistics, strict=True) if row[2] == 1} == {w for w in whole if w in FUNCTION_WORDS}
+    assert {w for w, row in zip(whole, statistics, strict=True) if row[2] == 1} == {
+        w for w in whole if w in FUNCTION_WORDS
+    }
     stem = pytest.importorskip("nltk.stem")
     assert {w: porter_stem(w) for w in words} == {w: stem.porter.PorterStemmer().stem(w) for w in words}
 
@@ -303,7 +358,9 @@ def test_constant_reports_on_the_r2gen_test_split(iu):
     # the middle two lie within 0.0005 of the stored, rounded ones
     assert [scores[name] for name in names] == pytest.approx([0.242, 0.147, 0.106, 0.081, 0.312, 0.344], abs=6e-4)
     scores = score_reports(random_reports(train, len(test)), test)
-    assert [scores[name] for name in names] == pytest.approx([0.358, 0.202, 0.126, 0.083, 0.292, 0.159], abs=0.015)  # other draws
+    assert [scores[name] for name in names] == pytest.approx(
+        [0.358, 0.202, 0.126, 0.083, 0.292, 0.159], abs=0.015
+    )  # other draws
 
 
 @pytest.mark.realdata
@@ -314,16 +371,28 @@ def test_the_best_constant_of_all_training_reports(iu):
     on_val = [score_reports([text] * len(val), val, metrics=("bleu",))["bleu_4"] for text in (best, known)]
     assert on_val[0] > on_val[1] + 0.01
     scores = score_reports([best] * len(test), test)
-    assert [round(scores[name], 3) for name in ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider")] == [0.500, 0.338, 0.240, 0.172, 0.363, 0.285]
+    assert [round(scores[name], 3) for name in ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider")] == [
+        0.500,
+        0.338,
+        0.240,
+        0.172,
+        0.363,
+        0.285,
+    ]
 
 
 # ----------------------------------------------------------------------------------------------------------------- properties
+
 
 def test_identical_reports():
     texts = [text for text in random_texts(40, seed=4, shortest=6)]
     scores = score_reports(texts, texts)
     assert all(scores[f"bleu_{n}"] == pytest.approx(1, abs=1e-8) for n in (1, 2, 3, 4))
-    assert scores["rouge_l"] == pytest.approx(1) and scores["cider"] == pytest.approx(10) and scores["meteor_15"] == pytest.approx(1)
+    assert (
+        scores["rouge_l"] == pytest.approx(1)
+        and scores["cider"] == pytest.approx(10)
+        and scores["meteor_15"] == pytest.approx(1)
+    )
     assert 0.99 < scores["meteor_nltk_nosyn"] < 1  # NLTK's penalty does not spare the perfect
 
 
@@ -355,7 +424,16 @@ def test_another_reference_never_lowers_rouge_or_meteor():
 
 def test_scores_lie_in_their_range_and_are_plain_numbers():
     corpus = score_reports(*random_pairs(50, seed=9))
-    assert tuple(corpus) == ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "cider", "rouge_l", "meteor_15", "meteor_nltk_nosyn") and set(corpus) == set(NAMES)
+    assert tuple(corpus) == (
+        "bleu_1",
+        "bleu_2",
+        "bleu_3",
+        "bleu_4",
+        "cider",
+        "rouge_l",
+        "meteor_15",
+        "meteor_nltk_nosyn",
+    ) and set(corpus) == set(NAMES)
     assert all(type(value) is float and 0 <= value <= (10 if name == "cider" else 1) for name, value in corpus.items())
     json.dumps(corpus)
 
@@ -369,7 +447,9 @@ def test_tokenizers():
     scores = score_reports(["Lungs are clear. No effusion."], ["lungs are clear . no effusion ."], tokenizer="r2gen")
     assert scores["bleu_4"] == pytest.approx(1, abs=1e-8) and scores["rouge_l"] == 1
     once = clean_r2gen("Clear. No.")
-    assert clean_r2gen(once) != once == TOKENIZERS["r2gen"](once)  # cleaning twice leaves two spaces, the tokenizer does not
+    assert (
+        clean_r2gen(once) != once == TOKENIZERS["r2gen"](once)
+    )  # cleaning twice leaves two spaces, the tokenizer does not
     assert score_reports(["Lungs are clear. No effusion."], ["lungs are clear . no effusion ."])["bleu_1"] < 0.5
     assert score_reports(["A"], ["a"], tokenizer=str.lower)["bleu_1"] == pytest.approx(1)
 
@@ -387,8 +467,11 @@ def test_small_counts_of_bleu():
 
 # ------------------------------------------------------------------------------------------------------------- degenerate input
 
+
 def test_an_empty_hypothesis_scores_nothing_and_counts():
-    single = score_reports(["", "  ", "there is no effusion ."], ["no effusion .", "a", "there is no effusion ."], per_report=True)
+    single = score_reports(
+        ["", "  ", "there is no effusion ."], ["no effusion .", "a", "there is no effusion ."], per_report=True
+    )
     assert all(np.abs(single[name][:2]).max() < 1e-6 and single[name][2] > 0.5 for name in NAMES)
     corpus = score_reports(["", "no effusion ."], ["no effusion .", "no effusion ."])
     assert corpus["rouge_l"] == 0.5 and 0 < corpus["bleu_1"] < 0.5  # the missing words cost a brevity penalty
@@ -402,7 +485,9 @@ def test_an_empty_reference_is_no_match():
 
 
 def test_a_degenerate_repetition_is_scored():
-    scores = score_reports(["the " * 1000, "no effusion"], ["the lungs are clear . the heart is normal .", "no effusion"])
+    scores = score_reports(
+        ["the " * 1000, "no effusion"], ["the lungs are clear . the heart is normal .", "no effusion"]
+    )
     assert 0 < scores["meteor_15"] < 1 and scores["bleu_1"] < 0.1
 
 
@@ -433,4 +518,7 @@ def test_unknown_names_are_refused():
         score_reports(["a"], ["a"], tokenizer="ptb")
     with pytest.raises(ValueError, match="no metric spice"):
         score_reports(["a"], ["a"], metrics=("bleu", "spice"))
-    assert set(METRICS) == {"bleu", "rouge_l", "cider", "meteor_15", "meteor_nltk_nosyn"} and Counter(METRICS).most_common(1)[0][1] == 1
+    assert (
+        set(METRICS) == {"bleu", "rouge_l", "cider", "meteor_15", "meteor_nltk_nosyn"}
+        and Counter(METRICS).most_common(1)[0][1] == 1
+    )

@@ -1,4 +1,5 @@
 """evaluate.py: its numbers against a recomputation from predictions.csv, MedMNIST's evaluator, and what it must not touch."""
+
 import csv
 import json
 import re
@@ -17,7 +18,11 @@ from task1_classification.evaluate import failure_groups, main, summary_over
 from task1_classification.train import main as train
 
 NETWORK, HALF = "network, threshold from validation", "network, threshold 0.5"
-PIXELS, BRIGHTNESS, MAJORITY = "baseline: logistic regression on pixels", "baseline: mean brightness", "baseline: always the majority class"
+PIXELS, BRIGHTNESS, MAJORITY = (
+    "baseline: logistic regression on pixels",
+    "baseline: mean brightness",
+    "baseline: always the majority class",
+)
 
 
 def read(path):
@@ -37,7 +42,9 @@ def columns(rows, *names):
 def few_resamples(monkeypatch):
     """The bootstrap of the multi-class sets sorts every class a thousand times; its numbers are tested with the statistics."""
     whole = evaluate_script.bootstrap_interval
-    monkeypatch.setattr(evaluate_script, "bootstrap_interval", lambda *arguments, num_samples: whole(*arguments, num_samples=10))
+    monkeypatch.setattr(
+        evaluate_script, "bootstrap_interval", lambda *arguments, num_samples: whole(*arguments, num_samples=10)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +63,27 @@ def trained(small_network, write_medmnist):
 
     def run(name="pneumoniamnist", folder="trained", *more, counts=None):
         write_medmnist("data", name, counts)
-        train(["--data", name, "--data-dir", "data", "--limit", "500", "--epochs", "2", "--batch-size", "16", "--lr", "0.01", "--device", "cpu", "--out-dir", folder, *more])
+        train(
+            [
+                "--data",
+                name,
+                "--data-dir",
+                "data",
+                "--limit",
+                "500",
+                "--epochs",
+                "2",
+                "--batch-size",
+                "16",
+                "--lr",
+                "0.01",
+                "--device",
+                "cpu",
+                "--out-dir",
+                folder,
+                *more,
+            ]
+        )
 
     return run
 
@@ -72,12 +99,19 @@ def evaluate(*arguments):
 def test_metrics_equal_a_recomputation_from_predictions(evaluated, tiny_run):
     metrics, rows = read(evaluated / "metrics.json"), predictions(evaluated)
     y, p, raw = columns(rows, "label", "probability", "uncalibrated")
-    assert y.tolist() == tiny_run.data.labels["test"].tolist() and [int(r["index"]) for r in rows] == list(range(len(y)))
+    assert y.tolist() == tiny_run.data.labels["test"].tolist() and [int(r["index"]) for r in rows] == list(
+        range(len(y))
+    )
     t, temperature = metrics["threshold"], metrics["temperature"]
     np.testing.assert_allclose(np.log(p / (1 - p)), np.log(raw / (1 - raw)) / temperature, atol=1e-4)
     for name, threshold in ((NETWORK, t), (HALF, 0.5)):
         row, called = metrics["rows"][name], p > threshold
-        tp, fp, tn, fn = ((called & (y == 1)).sum(), (called & (y == 0)).sum(), (~called & (y == 0)).sum(), (~called & (y == 1)).sum())
+        tp, fp, tn, fn = (
+            (called & (y == 1)).sum(),
+            (called & (y == 0)).sum(),
+            (~called & (y == 0)).sum(),
+            (~called & (y == 1)).sum(),
+        )
         assert (row["tp"], row["fp"], row["tn"], row["fn"]) == (tp, fp, tn, fn)
         assert row["accuracy"] == pytest.approx((tp + tn) / len(y)) and row["recall"] == pytest.approx(tp / (tp + fn))
         assert row["specificity"] == pytest.approx(tn / (tn + fp))
@@ -107,10 +141,14 @@ def test_baselines(evaluated, tiny_run):
     rows, y = read(evaluated / "metrics.json")["rows"], tiny_run.data.labels
     share = y["test"].double().mean().item()
     majority = int(y["train"].double().mean() > 0.5)
-    assert rows[MAJORITY]["accuracy"] == pytest.approx(share if majority else 1 - share) and rows[MAJORITY]["auc"] == 0.5
+    assert (
+        rows[MAJORITY]["accuracy"] == pytest.approx(share if majority else 1 - share) and rows[MAJORITY]["auc"] == 0.5
+    )
     means = tiny_run.data.images["test"].double().mean((1, 2, 3)).numpy()
     auc = roc_auc_score(y["test"].numpy(), means)
-    assert rows[BRIGHTNESS]["auc"] == pytest.approx(auc, abs=1e-6) or rows[BRIGHTNESS]["auc"] == pytest.approx(1 - auc, abs=1e-6)
+    assert rows[BRIGHTNESS]["auc"] == pytest.approx(auc, abs=1e-6) or rows[BRIGHTNESS]["auc"] == pytest.approx(
+        1 - auc, abs=1e-6
+    )
     assert 0 <= rows[PIXELS]["auc"] <= 1 and rows[PIXELS]["n"] == 48
 
 
@@ -151,7 +189,9 @@ def test_medmnist_agrees_and_reads_its_file(name, trained):
             super().__init__(flag, split, size, root="data")
 
     theirs = Here.parse_and_evaluate(str(file.resolve()))
-    assert theirs.AUC == pytest.approx(metrics["medmnist"]["auc"], abs=1e-12) and theirs.ACC == pytest.approx(metrics["medmnist"]["accuracy"], abs=1e-12)
+    assert theirs.AUC == pytest.approx(metrics["medmnist"]["auc"], abs=1e-12) and theirs.ACC == pytest.approx(
+        metrics["medmnist"]["accuracy"], abs=1e-12
+    )
 
 
 def test_multi_class_numbers_equal_a_recomputation(trained):
@@ -161,7 +201,9 @@ def test_multi_class_numbers_equal_a_recomputation(trained):
     p, y = np.stack(columns(rows, *[f"p_{n}" for n in names]), axis=1), columns(rows, "label")[0]
     np.testing.assert_allclose(p.sum(1), 1, atol=1e-6)
     network, majority = metrics["rows"]["network"], metrics["rows"][MAJORITY]
-    assert network["accuracy"] == pytest.approx((p.argmax(1) == y).mean()) and majority["accuracy"] == pytest.approx(1 / 8)
+    assert network["accuracy"] == pytest.approx((p.argmax(1) == y).mean()) and majority["accuracy"] == pytest.approx(
+        1 / 8
+    )
     assert np.sum(network["confusion_matrix"]) == 48 and metrics["threshold"] is None
     assert metrics["rows"][PIXELS]["accuracy"] > 0.9  # each class brightens its own patch: pixels tell them apart
 
@@ -170,7 +212,10 @@ def test_multi_label_numbers_equal_a_recomputation(trained):
     trained("chestmnist", counts={"train": 96, "val": 48, "test": 48})
     metrics, rows = evaluate("--checkpoint", "trained"), predictions("measured")
     names = list(medmnist.INFO["chestmnist"]["label"].values())
-    p, y = np.stack(columns(rows, *[f"p_{n}" for n in names]), axis=1), np.array([[int(v) for v in r["label"].split()] for r in rows])
+    p, y = (
+        np.stack(columns(rows, *[f"p_{n}" for n in names]), axis=1),
+        np.array([[int(v) for v in r["label"].split()] for r in rows]),
+    )
     called = p > np.array(metrics["threshold"])
     network = metrics["rows"]["network"]
     assert network["mean_label_accuracy"] == pytest.approx((called == y).mean())
@@ -184,7 +229,10 @@ def test_ordinal_metrics(trained):
     rows = predictions("measured")
     p = np.stack(columns(rows, *[k for k in rows[0] if k.startswith("p_")]), axis=1)
     assert network["mean_absolute_error"] == pytest.approx(np.abs(p.argmax(1) - columns(rows, "label")[0]).mean())
-    assert -1 <= network["quadratic_weighted_kappa"] <= 1 and "quadratic weighted kappa" in Path("measured/report.md").read_text()
+    assert (
+        -1 <= network["quadratic_weighted_kappa"] <= 1
+        and "quadratic weighted kappa" in Path("measured/report.md").read_text()
+    )
 
 
 # --- several checkpoints ---
@@ -193,10 +241,17 @@ def test_ordinal_metrics(trained):
 def test_several_seeds_give_mean_and_standard_deviation(trained):
     trained("pneumoniamnist", "trained", "--seeds", "0", "5", "7")
     metrics = evaluate("--checkpoint", "trained")
-    assert [r["seed"] for r in metrics["runs"]] == [0, 5, 7] and {r["seed"] for r in predictions("measured")} == {"0", "5", "7"}
+    assert [r["seed"] for r in metrics["runs"]] == [0, 5, 7] and {r["seed"] for r in predictions("measured")} == {
+        "0",
+        "5",
+        "7",
+    }
     for key in ("auc", "accuracy", "specificity", "brier"):
         values = [r[key] for r in metrics["runs"]]
-        assert metrics["over_seeds"][key] == {"mean": pytest.approx(statistics.mean(values)), "std": pytest.approx(statistics.stdev(values))}
+        assert metrics["over_seeds"][key] == {
+            "mean": pytest.approx(statistics.mean(values)),
+            "std": pytest.approx(statistics.stdev(values)),
+        }
     rows = [r for r in predictions("measured") if r["seed"] == "5"]
     y, p = columns(rows, "label", "probability")
     assert metrics["runs"][1]["auc"] == pytest.approx(roc_auc_score(y, p))
@@ -207,7 +262,10 @@ def test_several_seeds_give_mean_and_standard_deviation(trained):
 
 def test_summary_skips_what_a_run_lacks():
     runs = [{"seed": 0, "auc": 0.5, "mcc": None, "f1": 0.2}, {"seed": 1, "auc": 0.7, "mcc": 0.1, "f1": 0.4}]
-    assert summary_over(runs) == {"auc": {"mean": pytest.approx(0.6), "std": pytest.approx(0.1 * 2**0.5)}, "f1": {"mean": pytest.approx(0.3), "std": pytest.approx(0.1 * 2**0.5)}}
+    assert summary_over(runs) == {
+        "auc": {"mean": pytest.approx(0.6), "std": pytest.approx(0.1 * 2**0.5)},
+        "f1": {"mean": pytest.approx(0.3), "std": pytest.approx(0.1 * 2**0.5)},
+    }
 
 
 def test_without_a_checkpoint_the_newest_run_is_taken(trained, capsys):
@@ -226,7 +284,10 @@ def test_the_report_and_its_pictures(name, evaluated, trained):
     else:
         trained(name, counts={"train": 96, "val": 48, "test": 48})
         evaluate("--checkpoint", "trained")
-        folder, files = Path("measured"), ("confusion", "roc_pr", "failures") if name == "bloodmnist" else ("roc_pr", "failures")
+        folder, files = (
+            Path("measured"),
+            ("confusion", "roc_pr", "failures") if name == "bloodmnist" else ("roc_pr", "failures"),
+        )
     text = (folder / "report.md").read_text()
     assert re.findall(r"!\[[^]]*]\(([^)]*)\)", text) == [f"figures/{f}.png" for f in files]
     assert all((folder / "figures" / f"{f}.png").read_bytes().startswith(b"\x89PNG") for f in files)
@@ -271,14 +332,20 @@ def test_failure_groups_by_hand():
 def test_failure_groups_without_errors():
     facts = {"label_names": ["a", "b", "c"], "task": "multi-class", "threshold": None}
     groups, called, _ = failure_groups(np.array([0, 2]), np.array([[0.8, 0.1, 0.1], [0.2, 0.3, 0.5]]), facts, 5, 0)
-    assert groups["most confident errors"].tolist() == [] and groups["nearest to the threshold"].tolist() == [1, 0] and called.tolist() == [0, 2]
+    assert (
+        groups["most confident errors"].tolist() == []
+        and groups["nearest to the threshold"].tolist() == [1, 0]
+        and called.tolist() == [0, 2]
+    )
 
 
 # --- refusals ---
 
 
 def test_other_data_than_the_classifier_was_trained_on(tiny_run, refused, own_folder):
-    assert "was trained on phantom, not on bloodmnist" in refused(main, ["--checkpoint", tiny_run.checkpoint, "--data", "bloodmnist"])
+    assert "was trained on phantom, not on bloodmnist" in refused(
+        main, ["--checkpoint", tiny_run.checkpoint, "--data", "bloodmnist"]
+    )
     assert list(own_folder.iterdir()) == []
 
 
@@ -289,7 +356,9 @@ def test_the_name_of_the_data_in_any_case(tiny_run):
 def test_classifiers_of_different_sets_are_evaluated_apart(trained, refused):
     trained()
     trained("breastmnist", "other")
-    assert "evaluate them apart" in refused(main, ["--checkpoint", "trained", "other", "--data-dir", "data", "--device", "cpu"])
+    assert "evaluate them apart" in refused(
+        main, ["--checkpoint", "trained", "other", "--data-dir", "data", "--device", "cpu"]
+    )
     assert not Path("outputs").exists()
 
 

@@ -1,4 +1,5 @@
 """explain.py: Grad-CAM by hand and against pytorch-grad-cam, and no hook left behind."""
+
 import matplotlib
 import numpy as np
 import pytest
@@ -62,7 +63,11 @@ def test_without_targets_the_called_class_is_explained(resnet):
 def test_one_logit_is_explained_by_its_sign():
     model, x = Tiny(1), images(4, size=6)
     with GradCAM(model, "conv") as cam:
-        ill, normal, called = cam(x, [1] * 4, normalised=False), cam(x, torch.zeros(4, dtype=torch.int64), normalised=False), cam(x, normalised=False)
+        ill, normal, called = (
+            cam(x, [1] * 4, normalised=False),
+            cam(x, torch.zeros(4, dtype=torch.int64), normalised=False),
+            cam(x, normalised=False),
+        )
     evidence = sum(model.fc.weight[0, k].item() / 36 * model.conv(x).detach()[:, k] for k in range(4))
     torch.testing.assert_close(ill, evidence.relu(), rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(normal, (-evidence).relu(), rtol=1e-4, atol=1e-7)
@@ -125,7 +130,16 @@ def test_frozen_weights_and_no_grad(resnet):
                 parameter.requires_grad_(True)
 
 
-@pytest.mark.parametrize("stem, size, layer, side", [("3x3-stride2", 28, "layer2", 7), ("3x3", 28, "layer3", 7), ("7x7", 28, "layer1", 7), ("3x3-stride2", 64, "layer3", 8), ("7x7", 224, "layer4", 7)])
+@pytest.mark.parametrize(
+    "stem, size, layer, side",
+    [
+        ("3x3-stride2", 28, "layer2", 7),
+        ("3x3", 28, "layer3", 7),
+        ("7x7", 28, "layer1", 7),
+        ("3x3-stride2", 64, "layer3", 8),
+        ("7x7", 224, "layer4", 7),
+    ],
+)
 def test_auto_takes_the_deepest_layer_with_a_map_worth_drawing(stem, size, layer, side):
     model = build_model(image_size=size, stem=stem).eval()
     assert deepest_layer(model, size, 1) == layer and hooks(model) == 0
@@ -164,7 +178,9 @@ def test_layers_that_have_no_map(resnet):
     with pytest.raises(InputError, match=r"layer 'fc' gives \(3, 3\), not a map"), GradCAM(resnet, "fc") as cam:
         cam(images())
     for name in ("layer9", "", "layer1.7"):
-        with pytest.raises(InputError, match="the network has no layer .*; its stages are conv1, .*layer4, avgpool, fc"):
+        with pytest.raises(
+            InputError, match="the network has no layer .*; its stages are conv1, .*layer4, avgpool, fc"
+        ):
             GradCAM(resnet, name)
     assert hooks(resnet) == 0
 
@@ -188,7 +204,9 @@ def test_overlay():
     assert pictures.shape == (2, 112, 112, 3) and (pictures[1] == 100).all()
     changed = (pictures[0] != 100).any(-1)
     rows, columns = np.nonzero(changed)
-    assert 10 <= rows.mean() <= 38 and abs(rows.mean() - 23.5) < 1.5 and abs(columns.mean() - 87.5) < 1.5  # cell (1, 5): rows 16-31, columns 80-95
+    assert (
+        10 <= rows.mean() <= 38 and abs(rows.mean() - 23.5) < 1.5 and abs(columns.mean() - 87.5) < 1.5
+    )  # cell (1, 5): rows 16-31, columns 80-95
     full = overlay(films[:1], torch.ones(1, 1, 1), strength=1.0)
     hottest = (np.array(matplotlib.colormaps["inferno"](1.0)[:3]) * 255).round().astype(np.uint8)
     assert (full == hottest).all()
@@ -201,7 +219,9 @@ def test_overlay():
 @pytest.mark.parametrize("layer", ["layer1", "layer2", "layer3", "layer4", "layer2.0", "conv1"])
 @pytest.mark.parametrize("outputs", [1, 3])
 def test_agrees_with_pytorch_grad_cam(layer, outputs):
-    reference = pytest.importorskip("pytorch_grad_cam", reason="comparing with pytorch-grad-cam needs requirements-dev.txt")
+    reference = pytest.importorskip(
+        "pytorch_grad_cam", reason="comparing with pytorch-grad-cam needs requirements-dev.txt"
+    )
     from pytorch_grad_cam.utils.model_targets import BinaryClassifierOutputTarget, ClassifierOutputTarget
 
     torch.manual_seed(2)
@@ -211,8 +231,13 @@ def test_agrees_with_pytorch_grad_cam(layer, outputs):
     with reference.GradCAM(model=model, target_layers=[module]) as theirs:
         logits = theirs.activations_and_grads(x.clone().requires_grad_())
         sum(target(output) for target, output in zip(targets, logits, strict=True)).sum().backward()
-        activations, gradients = theirs.activations_and_grads.activations[0].numpy(), theirs.activations_and_grads.gradients[0].numpy()
-        expected = np.maximum(theirs.get_cam_image(x, module, targets, activations, gradients, False), 0)  # before resizing
+        activations, gradients = (
+            theirs.activations_and_grads.activations[0].numpy(),
+            theirs.activations_and_grads.gradients[0].numpy(),
+        )
+        expected = np.maximum(
+            theirs.get_cam_image(x, module, targets, activations, gradients, False), 0
+        )  # before resizing
     with GradCAM(model, layer) as cam:
         ours = cam(x, torch.tensor(classes), normalised=False).numpy()
     assert expected.max() > 0

@@ -1,4 +1,5 @@
 """infer.py: good and bad files of one folder, the same answer as evaluate.py, warnings for foreign images."""
+
 import csv
 import json
 import math
@@ -24,7 +25,18 @@ def rows_of(path):
 
 
 def infer(tiny_run, *arguments):
-    main(["--checkpoint", str(tiny_run.checkpoint), "--device", "cpu", "--out-dir", "found", "--overwrite", *map(str, arguments)])
+    main(
+        [
+            "--checkpoint",
+            str(tiny_run.checkpoint),
+            "--device",
+            "cpu",
+            "--out-dir",
+            "found",
+            "--overwrite",
+            *map(str, arguments),
+        ]
+    )
     return {Path(r["path"]).name: r for r in rows_of("found/predictions.csv")}
 
 
@@ -50,14 +62,21 @@ def test_good_and_bad_files_of_a_folder(tiny_run, capsys):
     assert sorted(found) == ["00.png", "01.png", "02.png", "colour.jpg"]
     errors = {Path(r["path"]).name: r["error"] for r in rows_of("found/errors.csv")}
     assert sorted(errors) == ["cut.png", "dot.png", "empty.png", "missing.png", "nan.npy", "text.png"]
-    assert "too small: 1x1" in errors["dot.png"] and "empty" in errors["empty.png"] and "NaN" in errors["nan.npy"] and "does not exist" in errors["missing.png"]
+    assert (
+        "too small: 1x1" in errors["dot.png"]
+        and "empty" in errors["empty.png"]
+        and "NaN" in errors["nan.npy"]
+        and "does not exist" in errors["missing.png"]
+    )
     metrics = json.loads(Path("found/metrics.json").read_text())
     assert (metrics["n"], metrics["n_errors"]) == (4, 6) and metrics["dataset"]["phantom"]
     printed = capsys.readouterr()
     assert "4 images classified, 6 skipped" in printed.out and printed.err.count("skipped ") == 6
     threshold = torch.load(tiny_run.checkpoint, weights_only=True)["threshold"]
     for row in found.values():
-        assert float(row["threshold"]) == threshold and row["decision"] == ("pneumonia" if float(row["probability"]) > threshold else "normal")
+        assert float(row["threshold"]) == threshold and row["decision"] == (
+            "pneumonia" if float(row["probability"]) > threshold else "normal"
+        )
 
 
 def test_the_same_probability_as_evaluate(tiny_run):
@@ -74,7 +93,9 @@ def test_the_same_probability_as_evaluate(tiny_run):
 def test_sixteen_bits_and_arrays_give_the_decision_of_eight_bits(tiny_run):
     for i, film in enumerate(save_films(tiny_run, 4)):
         low, high = np.percentile(film, (3, 97))
-        stretched = (np.clip((film - low) / (high - low), 0, 1) * 255).round().astype(np.uint8)  # black and white are both there
+        stretched = (
+            (np.clip((film - low) / (high - low), 0, 1) * 255).round().astype(np.uint8)
+        )  # black and white are both there
         Image.fromarray(stretched).save(f"films/{i}-8.png")
         Image.fromarray(stretched.astype(np.uint16) * 257).save(f"films/{i}-16.png")
         Image.fromarray(stretched.astype(np.uint16) * 16).save(f"films/{i}-12.tif")
@@ -98,11 +119,16 @@ def test_foreign_images_are_marked(tiny_run, capsys):
     found = infer(tiny_run, "films")
     marked = {name for name, row in found.items() if row["unlike_training"] == "True"}
     assert {"noise.png", "grey.png"} <= marked and sum(name.startswith("inverted") for name in marked) >= 18
-    assert sum(not name.startswith(("inverted", "noise", "grey")) for name in marked) <= 5  # of 20 films like the training images
+    assert (
+        sum(not name.startswith(("inverted", "noise", "grey")) for name in marked) <= 5
+    )  # of 20 films like the training images
     assert all(math.isfinite(float(r["unusualness"])) for r in found.values())
     assert json.loads(Path("found/metrics.json").read_text())["n_unlike_training"] == len(marked)
     infer(tiny_run, "films/noise.png")
-    assert "noise.png: " in (out := capsys.readouterr().out) and "WARNING: unlike the training images" in out.split("noise.png: ")[-1]
+    assert (
+        "noise.png: " in (out := capsys.readouterr().out)
+        and "WARNING: unlike the training images" in out.split("noise.png: ")[-1]
+    )
 
 
 def test_heat_maps(tiny_run):
@@ -121,7 +147,9 @@ def test_nothing_usable_ends_with_one_sentence_and_no_run_folder(tiny_run, refus
     Path("bad/b.npy").write_bytes(b"")
     message = refused(main, ["bad", "--checkpoint", tiny_run.checkpoint, "--device", "cpu"])
     assert "none of the 2 files could be used; bad/a.png: the file is not an image" in message
-    assert "none of the 1 files could be used; gone.png: the file does not exist" in refused(main, ["gone.png", "--checkpoint", tiny_run.checkpoint])
+    assert "none of the 1 files could be used; gone.png: the file does not exist" in refused(
+        main, ["gone.png", "--checkpoint", tiny_run.checkpoint]
+    )
     Path("nothing").mkdir()
     assert "there is no image in nothing" in refused(main, ["nothing", "--checkpoint", tiny_run.checkpoint])
     assert "no file matches gone/*.png" in refused(main, ["gone/*.png", "--checkpoint", tiny_run.checkpoint])
@@ -130,7 +158,10 @@ def test_nothing_usable_ends_with_one_sentence_and_no_run_folder(tiny_run, refus
 
 def test_missing_and_wrong_classifiers(tiny_run, refused, own_folder):
     save_films(tiny_run, 1)
-    assert "there is no classifier at models/task1_model.pth; train one with python task1_classification/train.py" in refused(main, ["films"])
+    assert (
+        "there is no classifier at models/task1_model.pth; train one with python task1_classification/train.py"
+        in refused(main, ["films"])
+    )
     assert "there is no task 1 classifier at gone.pt" in refused(main, ["films", "--checkpoint", "gone.pt"])
     assert "is not a task 1 classifier" in refused(main, ["films", "--checkpoint", tiny_run.run_dir / "last.pt"])
     assert "cannot be read as a task 1 classifier" in refused(main, ["films", "--checkpoint", "films/00.png"])
@@ -140,7 +171,9 @@ def test_missing_and_wrong_classifiers(tiny_run, refused, own_folder):
 
 def test_an_unknown_layer_leaves_nothing_half_written(tiny_run, refused, own_folder):
     save_films(tiny_run, 1)
-    assert "no layer 'layer9'" in refused(main, ["films", "--heatmaps", "--layer", "layer9", "--checkpoint", tiny_run.checkpoint])
+    assert "no layer 'layer9'" in refused(
+        main, ["films", "--heatmaps", "--layer", "layer9", "--checkpoint", tiny_run.checkpoint]
+    )
     assert [p.name for p in own_folder.iterdir()] == ["films"]
 
 
@@ -149,14 +182,33 @@ def test_the_classifier_at_its_usual_place_is_found(tiny_run, capsys):
     state = torch.load(tiny_run.checkpoint, weights_only=True)
     save_checkpoint("models/task1_model.pth", state)
     main(["films", "--device", "cpu"])
-    assert "checkpoint: models/task1_model.pth" in (out := capsys.readouterr().out) and "trained on PHANTOM images" in out
+    assert (
+        "checkpoint: models/task1_model.pth" in (out := capsys.readouterr().out) and "trained on PHANTOM images" in out
+    )
     assert len(rows_of("outputs/task1_classification/infer/001/predictions.csv")) == 2
 
 
 @pytest.mark.parametrize("name", ["bloodmnist", "chestmnist"])
 def test_several_classes_and_labels(name, small_network, write_medmnist):
     write_medmnist("data", name, {"train": 64, "val": 48, "test": 16})
-    train(["--data", name, "--data-dir", "data", "--limit", "64", "--epochs", "1", "--batch-size", "16", "--device", "cpu", "--out-dir", "run"])
+    train(
+        [
+            "--data",
+            name,
+            "--data-dir",
+            "data",
+            "--limit",
+            "64",
+            "--epochs",
+            "1",
+            "--batch-size",
+            "16",
+            "--device",
+            "cpu",
+            "--out-dir",
+            "run",
+        ]
+    )
     for i, image in enumerate(np.load(f"data/{name}.npz")["test_images"][:3]):
         Image.fromarray(image).save(f"{i}.png")
     main(["0.png", "1.png", "2.png", "--checkpoint", "run/best.pt", "--device", "cpu", "--out-dir", "found"])
@@ -169,14 +221,22 @@ def test_several_classes_and_labels(name, small_network, write_medmnist):
             assert sum(p.values()) == pytest.approx(1, abs=1e-5) and row["decision"] == max(p, key=p.get)
         else:
             thresholds = torch.load("run/best.pt", weights_only=True)["threshold"]
-            assert row["decision"] == ("; ".join(n for n, t in zip(names, thresholds, strict=True) if p[n] > t) or "none")
+            assert row["decision"] == (
+                "; ".join(n for n, t in zip(names, thresholds, strict=True) if p[n] > t) or "none"
+            )
 
 
 def test_decisions_by_hand():
     binary = {"task": "binary-class", "label_names": ["normal", "ill"], "threshold": 0.3}
-    assert decision_of(torch.tensor(0.31), binary)["decision"] == "ill" and decision_of(torch.tensor(0.29), binary)["decision"] == "normal"
+    assert (
+        decision_of(torch.tensor(0.31), binary)["decision"] == "ill"
+        and decision_of(torch.tensor(0.29), binary)["decision"] == "normal"
+    )
     labels = {"task": "multi-label, binary-class", "label_names": ["a", "b"], "threshold": [0.5, 0.9]}
-    assert decision_of(torch.tensor([0.6, 0.8]), labels)["decision"] == "a" and decision_of(torch.tensor([0.1, 0.8]), labels)["decision"] == "none"
+    assert (
+        decision_of(torch.tensor([0.6, 0.8]), labels)["decision"] == "a"
+        and decision_of(torch.tensor([0.1, 0.8]), labels)["decision"] == "none"
+    )
     assert decision_of(torch.tensor([0.6, 0.95]), labels)["decision"] == "a; b"
 
 
@@ -190,7 +250,9 @@ def test_dry_run(small_network, own_folder):
 def test_from_another_folder(tiny_run, own_folder, start_script):
     save_films(tiny_run, 2)
     command = [ROOT / "task1_classification" / "infer.py", "--checkpoint", tiny_run.checkpoint, "--device", "cpu"]
-    assert start_script([*command, "films", "--heatmaps"], own_folder).wait(PATIENCE) == 0, Path("output.txt").read_text()
+    assert start_script([*command, "films", "--heatmaps"], own_folder).wait(PATIENCE) == 0, Path(
+        "output.txt"
+    ).read_text()
     assert len(rows_of("outputs/task1_classification/infer/001/predictions.csv")) == 2
     assert start_script([*command, "gone.png"], own_folder).wait(PATIENCE) == 2
     assert "Traceback" not in Path("output.txt").read_text()

@@ -1,4 +1,5 @@
 """model.py, augment.py and typicality.py: shapes, checkpoints that are refused, changes of images that do what they say."""
+
 import math
 from pathlib import Path
 from urllib.error import URLError
@@ -11,7 +12,7 @@ import torchvision
 from sklearn.metrics import balanced_accuracy_score
 
 from shared.data.augment import affine, augment, blur, shifted_copies
-from shared.data.medmnist import load_phantom
+from shared.data.image_sets import load_phantom
 from shared.runtime import InputError, save_checkpoint
 from task1_classification.model import (
     FORMAT,
@@ -32,10 +33,18 @@ GREY = {"mean": [0.5], "std": [0.25]}
 # --- the network ---
 
 
-@pytest.mark.parametrize("architecture, stem, channels, size, outputs", [
-    ("resnet18", "auto", 1, 28, 1), ("resnet18", "3x3", 3, 28, 8), ("resnet18", "3x3-stride2", 1, 64, 14), ("resnet18", "7x7", 3, 64, 5),
-    ("resnet18", "auto", 1, 128, 1), ("resnet50", "auto", 1, 28, 1), ("resnet50", "7x7", 3, 28, 9),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "architecture, stem, channels, size, outputs",
+    [
+        ("resnet18", "auto", 1, 28, 1),
+        ("resnet18", "3x3", 3, 28, 8),
+        ("resnet18", "3x3-stride2", 1, 64, 14),
+        ("resnet18", "7x7", 3, 64, 5),
+        ("resnet18", "auto", 1, 128, 1),
+        ("resnet50", "auto", 1, 28, 1),
+        ("resnet50", "7x7", 3, 28, 9),
+    ],
+)
 def test_shapes(architecture, stem, channels, size, outputs):
     model = build_model(architecture, outputs, channels, size, stem).eval()
     with torch.inference_mode():
@@ -43,7 +52,9 @@ def test_shapes(architecture, stem, channels, size, outputs):
     assert logits.shape == (2, outputs) and torch.isfinite(logits).all()
 
 
-@pytest.mark.parametrize("stem, sizes", [("3x3", [28, 14, 7, 4]), ("3x3-stride2", [14, 7, 4, 2]), ("7x7", [7, 4, 2, 1])])
+@pytest.mark.parametrize(
+    "stem, sizes", [("3x3", [28, 14, 7, 4]), ("3x3-stride2", [14, 7, 4, 2]), ("7x7", [7, 4, 2, 1])]
+)
 def test_map_sizes_at_28_pixels(stem, sizes):
     model, found = build_model(stem=stem).eval(), []
     for name in ("layer1", "layer2", "layer3", "layer4"):
@@ -53,17 +64,29 @@ def test_map_sizes_at_28_pixels(stem, sizes):
 
 
 def test_the_stem_by_size():
-    assert [choose_stem("auto", size) for size in (28, 64, 128, 224)] == ["3x3-stride2", "3x3-stride2", "7x7", "7x7"] and choose_stem("3x3", 224) == "3x3"
+    assert [choose_stem("auto", size) for size in (28, 64, 128, 224)] == [
+        "3x3-stride2",
+        "3x3-stride2",
+        "7x7",
+        "7x7",
+    ] and choose_stem("3x3", 224) == "3x3"
 
 
 def test_pretrained_weights_answer_to_grey_as_to_the_same_grey_in_colour(monkeypatch):
     torch.manual_seed(0)
     original = torchvision.models.resnet18()
-    monkeypatch.setattr(torchvision.models, "get_model", lambda name, weights: original if weights is not None else None)
+    monkeypatch.setattr(
+        torchvision.models, "get_model", lambda name, weights: original if weights is not None else None
+    )
     colours = original.conv1.weight.clone()
     grey = build_model("resnet18", 1, 1, 224, "7x7", pretrained=True)
     x = torch.rand(2, 1, 32, 32)
-    torch.testing.assert_close(grey.conv1(x), torch.nn.functional.conv2d(x.expand(-1, 3, -1, -1), colours, stride=2, padding=3), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        grey.conv1(x),
+        torch.nn.functional.conv2d(x.expand(-1, 3, -1, -1), colours, stride=2, padding=3),
+        rtol=1e-4,
+        atol=1e-5,
+    )
     assert grey.fc.out_features == 1
 
 
@@ -72,7 +95,9 @@ def test_pretrained_weights_that_cannot_be_had(monkeypatch):
         raise URLError("no network")
 
     monkeypatch.setattr(torchvision.models, "get_model", no_network)
-    with pytest.raises(InputError, match="--pretrained: the ImageNet weights could not be fetched .* or leave --pretrained out"):
+    with pytest.raises(
+        InputError, match="--pretrained: the ImageNet weights could not be fetched .* or leave --pretrained out"
+    ):
         build_model(pretrained=True)
 
 
@@ -89,7 +114,11 @@ def test_probabilities():
     assert to_probabilities(logits, "binary-class").tolist() == pytest.approx([0.5, 0.880797])
     assert to_probabilities(logits, "binary-class", 2.0).tolist() == pytest.approx([0.5, 0.731059])
     several = torch.tensor([[0.0, math.log(3.0)]])
-    assert to_probabilities(several, "multi-class").tolist()[0] == pytest.approx([0.25, 0.75]) == to_probabilities(several, "ordinal-regression").tolist()[0]
+    assert (
+        to_probabilities(several, "multi-class").tolist()[0]
+        == pytest.approx([0.25, 0.75])
+        == to_probabilities(several, "ordinal-regression").tolist()[0]
+    )
     assert to_probabilities(several, "multi-label, binary-class").tolist()[0] == pytest.approx([0.5, 0.75])
 
 
@@ -98,7 +127,11 @@ def test_decision_thresholds():
     t = decision_threshold(p, y, "binary-class")
     assert 0.6 <= t < 0.7
     assert decision_threshold(torch.zeros(2, 3), torch.tensor([0, 1]), "multi-class") is None
-    columns = decision_threshold(torch.stack([p, p, 1 - p], dim=1), torch.stack([y, torch.zeros(6), 1 - y], dim=1).float(), "multi-label, binary-class")
+    columns = decision_threshold(
+        torch.stack([p, p, 1 - p], dim=1),
+        torch.stack([y, torch.zeros(6), 1 - y], dim=1).float(),
+        "multi-label, binary-class",
+    )
     assert columns[0] == t and columns[1] == 0.5 and balanced_accuracy_score(1 - y, (1 - p).numpy() > columns[2]) == 1
 
 
@@ -108,7 +141,9 @@ def test_logits_do_not_depend_on_the_batch():
     whole = predict_logits(model, images, GREY)
     assert whole.shape == (9, 1) and not model.training and whole.dtype == torch.float32 and not whole.requires_grad
     torch.testing.assert_close(predict_logits(model, images, GREY, batch_size=2), whole, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(predict_logits(model, images.float() / 255, GREY, batch_size=4), whole, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        predict_logits(model, images.float() / 255, GREY, batch_size=4), whole, rtol=1e-4, atol=1e-5
+    )
     with torch.inference_mode():
         torch.testing.assert_close(model(normalise(images, GREY)), whole, rtol=1e-4, atol=1e-5)
 
@@ -121,10 +156,23 @@ def checkpoint(**changes):
     model = build_model("resnet18", 3, 3, 28, "3x3")
     model(torch.randn(4, 3, 28, 28))  # other running statistics than those of a new network
     state = {
-        "format": FORMAT, "architecture": "resnet18", "stem": "3x3", "num_outputs": 3, "channels": 3, "image_size": 28, "task": "multi-class", "label_names": ["a", "b", "c"],
-        "state_dict": model.state_dict(), "normalisation": {"mean": [0.5] * 3, "std": [0.2] * 3}, "temperature": 1.5, "threshold": None,
-        "dataset": {"name": "x", "phantom": True}, "seed": 0, "validation": {}, "typicality": {},
-    }  # fmt: skip
+        "format": FORMAT,
+        "architecture": "resnet18",
+        "stem": "3x3",
+        "num_outputs": 3,
+        "channels": 3,
+        "image_size": 28,
+        "task": "multi-class",
+        "label_names": ["a", "b", "c"],
+        "state_dict": model.state_dict(),
+        "normalisation": {"mean": [0.5] * 3, "std": [0.2] * 3},
+        "temperature": 1.5,
+        "threshold": None,
+        "dataset": {"name": "x", "phantom": True},
+        "seed": 0,
+        "validation": {},
+        "typicality": {},
+    }
     return model, state | changes
 
 
@@ -134,18 +182,31 @@ def test_a_classifier_comes_back_as_it_was():
     loaded, facts = load_classifier("a.pt")
     images = torch.randint(0, 256, (4, 3, 28, 28), dtype=torch.uint8)
     model = model.to(memory_format=torch.channels_last)
-    assert torch.equal(predict_logits(loaded, images, facts["normalisation"]), predict_logits(model, images, state["normalisation"]))
-    assert not loaded.training and "state_dict" not in facts and facts["label_names"] == ["a", "b", "c"] and facts["temperature"] == 1.5
+    assert torch.equal(
+        predict_logits(loaded, images, facts["normalisation"]), predict_logits(model, images, state["normalisation"])
+    )
+    assert (
+        not loaded.training
+        and "state_dict" not in facts
+        and facts["label_names"] == ["a", "b", "c"]
+        and facts["temperature"] == 1.5
+    )
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"format": "task1-classifier-0"}, "a.pt is a 'task1-classifier-0' file, not a 'task1-classifier-1'; train the classifier again"),
-    ({"architecture": "vgg16"}, "holds a vgg16, which this version does not know"),
-    ({"architecture": "resnet50"}, "do not fit the resnet50 it says it holds"),
-    ({"stem": "7x7"}, "do not fit"),
-    ({"num_outputs": 2}, "do not fit"),
-    ({"state_dict": {}}, "do not fit"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            {"format": "task1-classifier-0"},
+            "a.pt is a 'task1-classifier-0' file, not a 'task1-classifier-1'; train the classifier again",
+        ),
+        ({"architecture": "vgg16"}, "holds a vgg16, which this version does not know"),
+        ({"architecture": "resnet50"}, "do not fit the resnet50 it says it holds"),
+        ({"stem": "7x7"}, "do not fit"),
+        ({"num_outputs": 2}, "do not fit"),
+        ({"state_dict": {}}, "do not fit"),
+    ],
+)
 def test_checkpoints_that_do_not_fit(changes, message):
     save_checkpoint("a.pt", checkpoint(**changes)[1])
     with pytest.raises(InputError) as error:
@@ -164,9 +225,12 @@ def test_foreign_damaged_and_pickled_files(tiny_run):
     Path("cut.pt").write_bytes(Path("whole.pt").read_bytes()[:50_000])
     torch.save(checkpoint()[1] | {"extra": Trap()}, "code.pt")
     for path, message in [
-        ("weights.pt", "is not a task 1 classifier of this script: it lacks format"), (tiny_run.run_dir / "last.pt", "it lacks format, architecture"),
-        ("cut.pt", "the file is damaged or of another kind"), ("code.pt", "it holds pickled Python code, which is never run"), ("gone.pt", "there is no task 1 classifier at gone.pt"),
-    ]:  # fmt: skip
+        ("weights.pt", "is not a task 1 classifier of this script: it lacks format"),
+        (tiny_run.run_dir / "last.pt", "it lacks format, architecture"),
+        ("cut.pt", "the file is damaged or of another kind"),
+        ("code.pt", "it holds pickled Python code, which is never run"),
+        ("gone.pt", "there is no task 1 classifier at gone.pt"),
+    ]:
         with pytest.raises(InputError) as error:
             load_classifier(path)
         assert message in str(error.value)
@@ -207,7 +271,9 @@ def generator(seed=0):
 def test_augmentation_is_decided_by_its_generator(strength):
     x = films()
     first = augment(x, generator(), strength)
-    assert torch.equal(first, augment(x, generator(), strength)) and not torch.equal(first, augment(x, generator(1), strength))
+    assert torch.equal(first, augment(x, generator(), strength)) and not torch.equal(
+        first, augment(x, generator(1), strength)
+    )
     assert first.shape == x.shape and first.dtype == torch.float32 and torch.isfinite(first).all()
     assert augment(films(5).expand(-1, 3, -1, -1), generator(), strength).shape == (5, 3, 28, 28)
 
@@ -259,14 +325,23 @@ def centre(images):
     return torch.stack([(rows * along).sum(1), (columns * along).sum(1)], dim=1) / images.sum((1, 2, 3))[:, None]
 
 
-@pytest.mark.parametrize("change, expected", [
-    (dict(angle=0, shift_x=0, shift_y=0, zoom=1), (9, 18)),
-    (dict(angle=0, shift_x=4 / 28, shift_y=0, zoom=1), (9, 14)),  # looks 4 pixels further right: the picture moves left
-    (dict(angle=0, shift_x=0, shift_y=-4 / 28, zoom=1), (13, 18)),
-    (dict(angle=0, shift_x=0, shift_y=0, zoom=1.5), (13.5 - 4.5 * 1.5, 13.5 + 4.5 * 1.5)),
-    (dict(angle=90, shift_x=0, shift_y=0, zoom=1), (9, 9)),  # a quarter turn against the clock: top right goes to top left
-    (dict(angle=45, shift_x=0, shift_y=0, zoom=1), (13.5 - 4.5 * 2**0.5, 13.5)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        (dict(angle=0, shift_x=0, shift_y=0, zoom=1), (9, 18)),
+        (
+            dict(angle=0, shift_x=4 / 28, shift_y=0, zoom=1),
+            (9, 14),
+        ),  # looks 4 pixels further right: the picture moves left
+        (dict(angle=0, shift_x=0, shift_y=-4 / 28, zoom=1), (13, 18)),
+        (dict(angle=0, shift_x=0, shift_y=0, zoom=1.5), (13.5 - 4.5 * 1.5, 13.5 + 4.5 * 1.5)),
+        (
+            dict(angle=90, shift_x=0, shift_y=0, zoom=1),
+            (9, 9),
+        ),  # a quarter turn against the clock: top right goes to top left
+        (dict(angle=45, shift_x=0, shift_y=0, zoom=1), (13.5 - 4.5 * 2**0.5, 13.5)),
+    ],
+)
 def test_affine_moves_a_dot(change, expected):
     assert centre(affine(blob(9, 18), **change))[0].tolist() == pytest.approx(expected, abs=0.12)
 
@@ -276,7 +351,9 @@ def test_affine_agrees_with_scipy():
     image = blob(12, 16) + 0.5 * blob(17, 10)
     ours = affine(image, angle, shift_x, shift_y, zoom)[0, 0].numpy()
     a = math.radians(angle)
-    matrix = np.array([[math.cos(a), math.sin(a)], [-math.sin(a), math.cos(a)]]) / zoom  # (row, column) of the output -> of the input
+    matrix = (
+        np.array([[math.cos(a), math.sin(a)], [-math.sin(a), math.cos(a)]]) / zoom
+    )  # (row, column) of the output -> of the input
     middle = np.array([(size - 1) / 2] * 2)
     offset = middle - matrix @ middle + np.array([shift_y, shift_x]) * size
     theirs = scipy.ndimage.affine_transform(image[0, 0].numpy(), matrix, offset, order=1)
@@ -321,10 +398,14 @@ def test_typicality():
     val, test = (unusualness(model, data.images[split]) for split in ("val", "test"))
     assert (val > 1).float().mean() <= 0.05 and (test > 1).float().mean() <= 0.25
     assert (unusualness(model, 255 - data.images["test"]) > 1).float().mean() > 0.9
-    assert (unusualness(model, torch.randint(0, 256, (20, 1, 28, 28), generator=generator(), dtype=torch.uint8)) > 1).all()
+    assert (
+        unusualness(model, torch.randint(0, 256, (20, 1, 28, 28), generator=generator(), dtype=torch.uint8)) > 1
+    ).all()
     assert torch.isinf(unusualness(model, torch.full((2, 1, 28, 28), 128, dtype=torch.uint8))).all()
     assert (unusualness(model, data.images["test"].flip(2)) > test).float().mean() > 0.8  # upside down
-    torch.testing.assert_close(unusualness(model, data.images["test"][:3].expand(-1, 3, -1, -1)), test[:3])  # grey in colour
+    torch.testing.assert_close(
+        unusualness(model, data.images["test"][:3].expand(-1, 3, -1, -1)), test[:3]
+    )  # grey in colour
     save_checkpoint("a.pt", model)  # plain tensors
     assert torch.equal(unusualness(torch.load("a.pt", weights_only=True), data.images["test"]), test)
 

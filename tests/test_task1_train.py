@@ -1,4 +1,5 @@
 """train.py: what a run writes, what it refuses, that it learns, and that a killed run goes on as if nothing had happened."""
+
 import contextlib
 import functools
 import json
@@ -68,9 +69,18 @@ def test_the_run_folder_of_a_short_run(tiny_run):
     assert (metrics["split"], metrics["n"], metrics["model"]) == ("val", len(tiny_run.data.labels["val"]), "resnet18")
     assert [r["epoch"] for r in rows] == [1, 2] and all(math.isfinite(v) for r in rows for v in r.values())
     best = max(rows, key=lambda r: (r["val_auc_shifted"], -r["val_loss"]))
-    assert metrics["runs"][0] == {"seed": 0, **best, "threshold": metrics["runs"][0]["threshold"], "temperature": metrics["runs"][0]["temperature"]}
+    assert metrics["runs"][0] == {
+        "seed": 0,
+        **best,
+        "threshold": metrics["runs"][0]["threshold"],
+        "temperature": metrics["runs"][0]["temperature"],
+    }
     assert metrics["val_auc_mean"] == best["val_auc"] and metrics["val_auc_std"] is None
-    assert metrics["seconds"] > 0 and metrics["peak_ram_gib"] > 0 and metrics["versions"]["torch"] == str(torch.__version__)
+    assert (
+        metrics["seconds"] > 0
+        and metrics["peak_ram_gib"] > 0
+        and metrics["versions"]["torch"] == str(torch.__version__)
+    )
     assert read(tiny_run.run_dir / "settings.json")["limit"] == 96
     assert (tiny_run.run_dir / "figures" / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert not (tiny_run.folder / "models").exists() and not (tiny_run.folder / "reports").exists()  # a --limit run
@@ -86,7 +96,9 @@ def test_the_checkpoint_is_the_best_epoch_and_holds_what_later_tasks_need(tiny_r
     assert facts["normalisation"]["mean"] == pytest.approx([pixels.mean().item()], abs=1e-6)
     assert facts["normalisation"]["std"] == pytest.approx([pixels.std().item()], abs=1e-6)
     assert facts["label_names"] == ["normal", "pneumonia"] and facts["dataset"]["sha256"] == data.sha256
-    assert 0 < facts["threshold"] < 1 and facts["temperature"] > 0 and (facts["image_size"], facts["channels"]) == (28, 1)
+    assert (
+        0 < facts["threshold"] < 1 and facts["temperature"] > 0 and (facts["image_size"], facts["channels"]) == (28, 1)
+    )
 
 
 def test_dry_run_is_a_run_in_small_and_publishes_nothing(small_network, capsys):
@@ -95,7 +107,9 @@ def test_dry_run_is_a_run_in_small_and_publishes_nothing(small_network, capsys):
     metrics = read(run_dir / "metrics.json")
     assert metrics["dataset"]["phantom"] and metrics["n"] == 32 and metrics["settings"]["epochs"] == 2
     assert len(history(run_dir / "history.jsonl")) == 2
-    assert (run_dir / "figures" / "curves.png").exists() and load_classifier(run_dir / "best.pt")[1]["dataset"]["phantom"]
+    assert (run_dir / "figures" / "curves.png").exists() and load_classifier(run_dir / "best.pt")[1]["dataset"][
+        "phantom"
+    ]
     assert not Path("models").exists() and not Path("reports").exists()
     assert "left alone: this was a dry run" in capsys.readouterr().out
     main(["--dry-run"])  # again: replaces its own folder and asks for nothing
@@ -107,7 +121,9 @@ def test_runs_are_numbered(small_network, write_medmnist, capsys):
     for _ in range(2):
         main([*FAST, "--epochs", "1"])
     assert sorted(p.name for p in Path("outputs/task1_classification/train").iterdir()) == ["001", "002"]
-    assert_same_run("outputs/task1_classification/train/001", "outputs/task1_classification/train/002")  # same seed, same weights
+    assert_same_run(
+        "outputs/task1_classification/train/001", "outputs/task1_classification/train/002"
+    )  # same seed, same weights
     assert "results in outputs/task1_classification/train/002" in capsys.readouterr().out.splitlines()[-1]
 
 
@@ -119,7 +135,9 @@ def test_seeds(small_network, write_medmnist):
     assert metrics["seeds"] == [3, 1] and [r["seed"] for r in metrics["runs"]] == [3, 1]
     losses = [r["val_loss"] for r in metrics["runs"]]
     assert losses[0] != losses[1]
-    assert metrics["val_loss_mean"] == pytest.approx(statistics.mean(losses)) and metrics["val_loss_std"] == pytest.approx(statistics.stdev(losses))
+    assert metrics["val_loss_mean"] == pytest.approx(statistics.mean(losses)) and metrics[
+        "val_loss_std"
+    ] == pytest.approx(statistics.stdev(losses))
     assert metrics["best_seed"] == max(metrics["runs"], key=lambda r: (r["val_auc_shifted"], -r["val_loss"]))["seed"]
     assert_same_run("several/seed1", "alone")  # the seeds do not touch each other
     assert torch.load("several/seed3/best.pt", weights_only=True)["seed"] == 3
@@ -179,10 +197,32 @@ def test_a_run_on_another_set_leaves_the_model_alone(small_network, write_medmni
 # --- every kind of set ---
 
 
-@pytest.mark.parametrize("name, outputs", [("breastmnist", 1), ("bloodmnist", 8), ("retinamnist", 5), ("chestmnist", 14)])
+@pytest.mark.parametrize(
+    "name, outputs", [("breastmnist", 1), ("bloodmnist", 8), ("retinamnist", 5), ("chestmnist", 14)]
+)
 def test_every_kind_of_set_trains(name, outputs, small_network, write_medmnist):
     write_medmnist("data", name, {"train": 96, "val": 48, "test": 16})
-    main(["--data", name.upper(), "--data-dir", "data", "--epochs", "3", "--batch-size", "16", "--device", "cpu", "--lr", "0.01", "--augment", "none", "--class-weights", "--out-dir", "run"])
+    main(
+        [
+            "--data",
+            name.upper(),
+            "--data-dir",
+            "data",
+            "--epochs",
+            "3",
+            "--batch-size",
+            "16",
+            "--device",
+            "cpu",
+            "--lr",
+            "0.01",
+            "--augment",
+            "none",
+            "--class-weights",
+            "--out-dir",
+            "run",
+        ]
+    )
     rows, (model, facts) = history("run/history.jsonl"), load_classifier("run/best.pt")
     assert rows[-1]["train_loss"] < rows[0]["train_loss"] and 0 <= rows[-1]["val_auc"] <= 1
     assert model.fc.out_features == outputs == facts["num_outputs"]
@@ -203,14 +243,35 @@ def test_64_pixels(small_network, write_medmnist):
 def test_it_learns_the_phantom_and_not_shuffled_labels(write_medmnist):
     counts = {"train": 1024, "val": 200, "test": 8}
     path = write_medmnist("data", counts=counts)
-    options = ["--data", "pneumoniamnist", "--data-dir", "data", "--device", "cpu", "--epochs", "6", "--batch-size", "32", "--augment", "geometry", "--limit", "1024", "--seed", "0"]
+    options = [
+        "--data",
+        "pneumoniamnist",
+        "--data-dir",
+        "data",
+        "--device",
+        "cpu",
+        "--epochs",
+        "6",
+        "--batch-size",
+        "32",
+        "--augment",
+        "geometry",
+        "--limit",
+        "1024",
+        "--seed",
+        "0",
+    ]
     main([*options, "--out-dir", "true"])
     arrays = dict(np.load(path))
     arrays["train_labels"] = np.random.default_rng(0).permutation(arrays["train_labels"])
     np.savez_compressed(path, **arrays)
     main([*options, "--out-dir", "shuffled"])
-    true, shuffled = (history(f"{run}/history.jsonl")[-1]["val_auc"] for run in ("true", "shuffled"))  # the last epoch: nothing is chosen
-    guess = math.sqrt(201 / (12 * 80 * 120))  # standard deviation of a guessed AUC, sqrt((n0 + n1 + 1) / (12 n0 n1)) with about 80 + 120 films
+    true, shuffled = (
+        history(f"{run}/history.jsonl")[-1]["val_auc"] for run in ("true", "shuffled")
+    )  # the last epoch: nothing is chosen
+    guess = math.sqrt(
+        201 / (12 * 80 * 120)
+    )  # standard deviation of a guessed AUC, sqrt((n0 + n1 + 1) / (12 n0 n1)) with about 80 + 120 films
     assert true > 0.5 + 4 * guess and true > shuffled + 2 * guess
 
 
@@ -266,7 +327,11 @@ def test_stopped_in_the_second_of_three_seeds(small_network, write_medmnist):
     write_medmnist("data")
     options = [*FAST, "--epochs", "2", "--seeds", "0", "1", "2"]
     stopped_at(8 + 3, [*options, "--out-dir", "parts"])
-    assert Path("parts/seed0/best.pt").exists() and not Path("parts/seed1/best.pt").exists() and not Path("parts/seed2").exists()
+    assert (
+        Path("parts/seed0/best.pt").exists()
+        and not Path("parts/seed1/best.pt").exists()
+        and not Path("parts/seed2").exists()
+    )
     main([*options, "--resume", "parts/seed1/last.pt"])
     main([*options, "--out-dir", "whole"])
     for seed in range(3):
@@ -329,14 +394,19 @@ def test_resume_into_another_folder_is_refused_or_goes_on(interrupted):
     with contextlib.suppress(SystemExit):
         main([*interrupted, "--resume", "parts", "--out-dir", "elsewhere"])
     main([*interrupted, "--out-dir", "whole"])
-    assert not Path("elsewhere/history.jsonl").exists() or history("elsewhere/history.jsonl")[0] == torch.load("parts/last.pt", weights_only=True)["history"][0]
+    assert (
+        not Path("elsewhere/history.jsonl").exists()
+        or history("elsewhere/history.jsonl")[0] == torch.load("parts/last.pt", weights_only=True)["history"][0]
+    )
 
 
 def wait_until(condition, process, seconds=PATIENCE):
     """Poll until the condition holds; the process must still be running then."""
     end = time.monotonic() + seconds
     while not condition():
-        assert process.poll() is None, f"the run ended before the moment came:\n{Path('output.txt').read_text()[-2000:]}"
+        assert process.poll() is None, (
+            f"the run ended before the moment came:\n{Path('output.txt').read_text()[-2000:]}"
+        )
         assert time.monotonic() < end, "waited too long"
         time.sleep(0.002)
 
@@ -351,7 +421,21 @@ def real_run(tmp_path_factory, start_script, write_medmnist):
     """The command of a short run of the real network in a process of its own, and the folder of such a run left alone."""
     folder = tmp_path_factory.mktemp("whole")
     data = write_medmnist(folder / "data", counts={"train": 48, "val": 24, "test": 8})
-    command = [ROOT / "task1_classification" / "train.py", "--data", "pneumoniamnist", "--data-dir", data.parent, "--limit", "48", "--epochs", "3", "--batch-size", "8", "--device", "cpu"]
+    command = [
+        ROOT / "task1_classification" / "train.py",
+        "--data",
+        "pneumoniamnist",
+        "--data-dir",
+        data.parent,
+        "--limit",
+        "48",
+        "--epochs",
+        "3",
+        "--batch-size",
+        "8",
+        "--device",
+        "cpu",
+    ]
     assert start_script([*command, "--out-dir", "run"], folder).wait(PATIENCE) == 0, (folder / "output.txt").read_text()
     yield command, folder / "run"
     (folder / "run" / "last.pt").unlink()
@@ -374,7 +458,9 @@ def test_killed_in_the_first_epoch_and_while_saving(real_run, own_folder, start_
     wait_until(lambda: Path("run/last.pt").exists() and list(Path("run").glob(".last.pt*.part")), process)
     process.kill()
     assert process.wait() == -signal.SIGKILL
-    assert 1 <= torch.load("run/last.pt", weights_only=True)["epoch"] < 3  # whole, although a later one was being written
+    assert (
+        1 <= torch.load("run/last.pt", weights_only=True)["epoch"] < 3
+    )  # whole, although a later one was being written
     finish(command, own_folder, start_script, whole)
 
 
@@ -386,7 +472,9 @@ def test_terminated_and_then_killed_in_the_middle_of_an_epoch(real_run, own_fold
     process.send_signal(signal.SIGTERM)
     assert process.wait(PATIENCE) == 128 + signal.SIGTERM
     state = torch.load("run/last.pt", weights_only=True)
-    assert (state["epoch"], state["step"] > 0) == (1, True) and "go on with --resume run" in Path("output.txt").read_text()
+    assert (state["epoch"], state["step"] > 0) == (1, True) and "go on with --resume run" in Path(
+        "output.txt"
+    ).read_text()
     process = start_script([*command, "--resume", "run"], own_folder)
     wait_until(lambda: rows_in("run") == 2, process)
     process.kill()
@@ -411,7 +499,9 @@ def test_two_processes_train_one_network(real_run, own_folder, start_script):
         "train.validate = keep\n"
         "train.main(sys.argv[1:])\n"
     )
-    process = start_script(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "ranks.py", *command[1:]], own_folder)
+    process = start_script(
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "ranks.py", *command[1:]], own_folder
+    )
     assert process.wait(PATIENCE) == 0, Path("output.txt").read_text()[-3000:]
     first, second = (torch.load(f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -430,7 +520,9 @@ def test_two_processes_train_one_network(real_run, own_folder, start_script):
 def test_the_epochs_report_the_learning_rate_of_their_last_step(small_network, write_medmnist):
     write_medmnist("data")
     main([*FAST, "--epochs", "3", "--lr", "0.02", "--warmup-epochs", "1", "--out-dir", "run"])
-    assert [r["lr"] for r in history("run/history.jsonl")] == pytest.approx([learning_rate(step, 12, 4, 0.02) for step in (3, 7, 11)])
+    assert [r["lr"] for r in history("run/history.jsonl")] == pytest.approx(
+        [learning_rate(step, 12, 4, 0.02) for step in (3, 7, 11)]
+    )
 
 
 def test_loss_of_a_binary_set():
@@ -439,7 +531,9 @@ def test_loss_of_a_binary_set():
     losses = [math.log(2), 0.126928, 2.126928]
     assert loss_of(logits, labels, "binary-class", None, 0.0).item() == pytest.approx(sum(losses) / 3, abs=1e-6)
     weighted = (3 * losses[0] + 3 * losses[1] + 0.5 * losses[2]) / 3
-    assert loss_of(logits, labels, "binary-class", torch.tensor([0.5, 3.0]), 0.0).item() == pytest.approx(weighted, abs=1e-6)
+    assert loss_of(logits, labels, "binary-class", torch.tensor([0.5, 3.0]), 0.0).item() == pytest.approx(
+        weighted, abs=1e-6
+    )
     smooth = [0.9 * losses[1] + 0.1 * losses[2]]  # smoothing 0.2: targets 0.9 and 0.1
     assert loss_of(logits[1:2], labels[1:2], "binary-class", None, 0.2).item() == pytest.approx(smooth[0], abs=1e-6)
 
@@ -448,20 +542,28 @@ def test_loss_of_classes_and_of_labels():
     logits = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
     first = -math.log(math.e / (math.e + 2))
     for task in ("multi-class", "ordinal-regression"):
-        assert loss_of(logits, torch.tensor([0, 2]), task, None, 0.0).item() == pytest.approx((first + math.log(3)) / 2, abs=1e-6)
+        assert loss_of(logits, torch.tensor([0, 2]), task, None, 0.0).item() == pytest.approx(
+            (first + math.log(3)) / 2, abs=1e-6
+        )
     labels = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
     each = torch.tensor([[math.log(1 + math.exp(-1)), math.log(2), math.log(2)], [math.log(2)] * 3])
-    assert loss_of(logits, labels, "multi-label, binary-class", None, 0.0).item() == pytest.approx(each.mean().item(), abs=1e-6)
+    assert loss_of(logits, labels, "multi-label, binary-class", None, 0.0).item() == pytest.approx(
+        each.mean().item(), abs=1e-6
+    )
     weighted = each.clone()
     weighted[0, 0] *= 5  # positives alone are weighted
     weighted[1, 1] *= 7
-    assert loss_of(logits, labels, "multi-label, binary-class", torch.tensor([5.0, 7.0, 9.0]), 0.0).item() == pytest.approx(weighted.mean().item(), abs=1e-6)
+    assert loss_of(
+        logits, labels, "multi-label, binary-class", torch.tensor([5.0, 7.0, 9.0]), 0.0
+    ).item() == pytest.approx(weighted.mean().item(), abs=1e-6)
 
 
 def test_weights_of_classes():
     labels = torch.tensor([0] * 6 + [1] * 2)
     assert weights_of_classes(labels, 2, "binary-class").tolist() == pytest.approx([8 / 12, 2])  # each class 4 in sum
-    assert weights_of_classes(labels, 3, "multi-class").tolist() == pytest.approx([8 / 18, 8 / 6, 8 / 3])  # an absent class: as one case
+    assert weights_of_classes(labels, 3, "multi-class").tolist() == pytest.approx(
+        [8 / 18, 8 / 6, 8 / 3]
+    )  # an absent class: as one case
     labels = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
     assert weights_of_classes(labels.repeat(10, 1), 2, "multi-label, binary-class").tolist() == pytest.approx([1, 20])
 
@@ -484,8 +586,19 @@ def gradients(most, micro_batch=23):
     torch.manual_seed(1)
     images, labels = torch.randn(23, 1, 8, 8), (torch.arange(23) % 2)
     network = Greedy(most)
-    loss_function = functools.partial(loss_of, task="binary-class", class_weights=torch.tensor([0.5, 2.0]), smoothing=0.1)
-    loss, fitted = backward(network, images, labels, micro_batch, torch.optim.SGD(network.parameters()), torch.amp.GradScaler("cpu", enabled=False), torch.float32, loss_function)
+    loss_function = functools.partial(
+        loss_of, task="binary-class", class_weights=torch.tensor([0.5, 2.0]), smoothing=0.1
+    )
+    loss, fitted = backward(
+        network,
+        images,
+        labels,
+        micro_batch,
+        torch.optim.SGD(network.parameters()),
+        torch.amp.GradScaler("cpu", enabled=False),
+        torch.float32,
+        loss_function,
+    )
     return loss.item(), fitted, [p.grad for p in network.parameters()]
 
 
@@ -495,7 +608,9 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_gradient(capsys):
     assert parts[0] == pytest.approx(whole[0], rel=1e-5)
     for a, b in zip(whole[2], parts[2], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-    assert capsys.readouterr().out.splitlines() == [f"out of GPU memory: going on with {n} images at a time" for n in (11, 5)]
+    assert capsys.readouterr().out.splitlines() == [
+        f"out of GPU memory: going on with {n} images at a time" for n in (11, 5)
+    ]
 
 
 def test_out_of_memory_with_four_images_ends_the_run(small_network, write_medmnist, refused, monkeypatch):
@@ -595,7 +710,9 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(arguments, message, refuse
     assert list(own_folder.iterdir()) == []
 
 
-@pytest.mark.parametrize("arguments", [["--weight-decay", "nan"], ["--warmup-epochs", "nan"], ["--warmup-epochs", "inf"]])
+@pytest.mark.parametrize(
+    "arguments", [["--weight-decay", "nan"], ["--warmup-epochs", "nan"], ["--warmup-epochs", "inf"]]
+)
 def test_numbers_that_are_none_are_refused(arguments):
     with pytest.raises(SystemExit) as stop:
         parse_args(arguments)
@@ -633,7 +750,9 @@ def test_a_set_asked_for_by_name_is_never_replaced(refused, own_folder, monkeypa
 
     monkeypatch.setattr(medmnist, "PneumoniaMNIST", no_network)
     message = refused(main, ["--data", "PneumoniaMNIST", "--data-dir", "data", "--device", "cpu"])
-    assert "is not in data and could not be downloaded; fetch https://" in message and message.endswith("data/pneumoniamnist.npz")
+    assert "is not in data and could not be downloaded; fetch https://" in message and message.endswith(
+        "data/pneumoniamnist.npz"
+    )
     assert not any(own_folder.rglob("*.*"))
 
 
@@ -642,7 +761,9 @@ def test_validation_without_a_class_is_refused(small_network, write_medmnist, re
     arrays = dict(np.load(path))
     arrays["val_labels"][:] = 3
     np.savez_compressed(path, **arrays)
-    assert "no AUC to choose by" in refused(main, ["--data", "bloodmnist", "--data-dir", "data", "--epochs", "1", "--device", "cpu", "--batch-size", "16"])
+    assert "no AUC to choose by" in refused(
+        main, ["--data", "bloodmnist", "--data-dir", "data", "--epochs", "1", "--device", "cpu", "--batch-size", "16"]
+    )
 
 
 # --- from another folder ---
@@ -650,7 +771,9 @@ def test_validation_without_a_class_is_refused(small_network, write_medmnist, re
 
 @pytest.mark.slow
 def test_a_dry_run_from_another_folder(own_folder, start_script):
-    assert start_script([ROOT / "task1_classification" / "train.py", "--dry_run"], own_folder).wait(PATIENCE) == 0, Path("output.txt").read_text()
+    assert start_script([ROOT / "task1_classification" / "train.py", "--dry_run"], own_folder).wait(PATIENCE) == 0, (
+        Path("output.txt").read_text()
+    )
     metrics = read("outputs/task1_classification/train/dry-run/metrics.json")
     assert metrics["dataset"]["phantom"] and metrics["runs"][0]["val_auc"] >= 0
     assert sorted(p.name for p in own_folder.iterdir()) == ["output.txt", "outputs"]

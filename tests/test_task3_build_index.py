@@ -1,4 +1,5 @@
 """build_index.py: the plain index of a split, folders of files, adding and removing, refusals; and the benchmark's short form."""
+
 import csv
 import json
 from pathlib import Path
@@ -29,11 +30,26 @@ def save_films(tiny_run, n=6, folder="films"):
 
 
 def test_plain_index_of_the_test_images(tiny_run, capsys):
-    index, metrics = build("--data", "phantom", "--split", "test", "--index", "flat", "--metric", "l2", "--cnn-weights", tiny_run.checkpoint)
+    index, metrics = build(
+        "--data",
+        "phantom",
+        "--split",
+        "test",
+        "--index",
+        "flat",
+        "--metric",
+        "l2",
+        "--cnn-weights",
+        tiny_run.checkpoint,
+    )
     n = len(tiny_run.data.labels["test"])
     assert (metrics["n"], metrics["dim"], metrics["index"], metrics["metric"]) == (n, 512, "flat", "l2")
     assert index.ids.tolist() == list(range(n)) and index.labels.tolist() == tiny_run.data.labels["test"].tolist()
-    assert index.names[20] == "phantom/test/00020" and set(index.splits) == {"test"} and index.metadata["datasets"]["phantom"]["phantom"]
+    assert (
+        index.names[20] == "phantom/test/00020"
+        and set(index.splits) == {"test"}
+        and index.metadata["datasets"]["phantom"]["phantom"]
+    )
     assert index.metadata["embedder"]["trained_on"] == "phantom" and index.metadata["typical"]["k"] == 10
     out = capsys.readouterr().out
     assert f"CNN weights: {tiny_run.checkpoint}" in out and f"{n} images of 512 numbers" in out
@@ -46,16 +62,34 @@ def test_plain_index_of_the_test_images(tiny_run, capsys):
 def test_all_splits_and_weights_at_their_usual_place(tiny_run, capsys):
     Path("models").mkdir()
     Path("models/task1_model.pth").write_bytes(tiny_run.checkpoint.read_bytes())
-    index, _ = build("--split", "all", "--metric", "cosine", "--limit", "12")  # auto: the set the weights were trained on
+    index, _ = build(
+        "--split", "all", "--metric", "cosine", "--limit", "12"
+    )  # auto: the set the weights were trained on
     assert "CNN weights: models/task1_model.pth" in capsys.readouterr().out
-    assert len(index) == 36 and list(index.splits[[0, 12, 24]]) == ["train", "val", "test"] and np.allclose(np.linalg.norm(index.vectors, axis=1), 1)
+    assert (
+        len(index) == 36
+        and list(index.splits[[0, 12, 24]]) == ["train", "val", "test"]
+        and np.allclose(np.linalg.norm(index.vectors, axis=1), 1)
+    )
 
 
 def test_other_backbones_and_colour(write_medmnist):
     write_medmnist("data", "bloodmnist", {"train": 24, "val": 16, "test": 16})
     index, metrics = build("--data", "bloodmnist", "--backbone", "pixels", "--split", "val", "--data-dir", "data")
     assert metrics["dim"] == 3 * 28 * 28 and len(index.label_names) == 8 and len(index) == 16
-    index, metrics = build("--data", "bloodmnist", "--backbone", "random:resnet18", "--input-size", "32", "--split", "val", "--data-dir", "data", folder="random")
+    index, metrics = build(
+        "--data",
+        "bloodmnist",
+        "--backbone",
+        "random:resnet18",
+        "--input-size",
+        "32",
+        "--split",
+        "val",
+        "--data-dir",
+        "data",
+        folder="random",
+    )
     assert metrics["dim"] == 512 and metrics["model"]["settings"]["image_size"] == 32
 
 
@@ -64,7 +98,9 @@ def test_a_folder_of_files_with_labels_and_bad_files(tiny_run, capsys):
     Path("films/deeper").mkdir()
     Image.fromarray(films[0]).convert("RGB").resize((100, 80)).save("films/deeper/wide.jpg")
     Path("films/text.png").write_text("no image")
-    Path("labels.csv").write_text("file,label,split\n00.png,ill,a\n01.png,well,a\n02.png,,b\ndeeper/wide.jpg,ill,b\ngone.png,ill,b\n")
+    Path("labels.csv").write_text(
+        "file,label,split\n00.png,ill,a\n01.png,well,a\n02.png,,b\ndeeper/wide.jpg,ill,b\ngone.png,ill,b\n"
+    )
     index, metrics = build("--images", "films", "--labels", "labels.csv", "--cnn-weights", tiny_run.checkpoint)
     assert metrics["n"] == 7 and metrics["n_errors"] == 1 and metrics["labels"] == {"ill": 2, "well": 1, "unknown": 4}
     by_name = {Path(n).name: i for i, n in enumerate(index.names)}
@@ -74,7 +110,9 @@ def test_a_folder_of_files_with_labels_and_bad_files(tiny_run, capsys):
     assert Path(row["path"]).name == "text.png" and "not an image" in row["error"]
     assert "labels of 3 of 8 images" in capsys.readouterr().out
     dataset, _ = build("--data", "phantom", "--split", "test", "--cnn-weights", tiny_run.checkpoint, folder="dataset")
-    np.testing.assert_allclose(index.vectors[by_name["03.png"]], dataset.vectors[3], atol=1e-4)  # a film from a file is the film of the set
+    np.testing.assert_allclose(
+        index.vectors[by_name["03.png"]], dataset.vectors[3], atol=1e-4
+    )  # a film from a file is the film of the set
 
 
 @pytest.mark.parametrize("kind", ["flat", "hnsw"])
@@ -87,7 +125,12 @@ def test_add_and_remove_in_place(kind, tiny_run, refused, capsys):
     main(["--update", "built/index", "--remove", "0", "5", "40"])
     assert "80 images before, 77 now" in capsys.readouterr().out
     index = CaseIndex.load("built")
-    assert len(index) == 77 and index.names[30] == "phantom/test/00000" and index.ids[30] == 32 and not np.isin([0, 5, 40], index.ids).any()
+    assert (
+        len(index) == 77
+        and index.names[30] == "phantom/test/00000"
+        and index.ids[30] == 32
+        and not np.isin([0, 5, 40], index.ids).any()
+    )
     whole, _ = build("--data", "phantom", "--split", "test", *weights, folder="whole")
     np.testing.assert_allclose(index.vectors[30:38], whole.vectors[:8], atol=1e-5)
     assert "are in the index already" in refused(main, ["--update", "built", "--add", "--split", "test"])
@@ -96,7 +139,12 @@ def test_add_and_remove_in_place(kind, tiny_run, refused, capsys):
     save_films(tiny_run, 2)
     main(["--update", "built", "--add", "--images", "films"])
     index = CaseIndex.load("built")
-    assert len(index) == 79 and index.ids[-1] == 81 and index.labels[-1] == -1 and index.label_names == ["normal", "pneumonia"]
+    assert (
+        len(index) == 79
+        and index.ids[-1] == 81
+        and index.labels[-1] == -1
+        and index.label_names == ["normal", "pneumonia"]
+    )
 
 
 def test_updating_with_other_weights_changes_nothing(tiny_run, refused):
@@ -107,18 +155,27 @@ def test_updating_with_other_weights_changes_nothing(tiny_run, refused):
     state["state_dict"]["conv1.weight"] += 0.01
     save_checkpoint("other.pt", state)
     before = Path("built/index/manifest.json").read_bytes()
-    assert "the queries are embedded with cnn other.pt" in refused(main, ["--update", "built", "--add", "--split", "test", "--cnn-weights", "other.pt"])
+    assert "the queries are embedded with cnn other.pt" in refused(
+        main, ["--update", "built", "--add", "--split", "test", "--cnn-weights", "other.pt"]
+    )
     assert Path("built/index/manifest.json").read_bytes() == before
 
 
 def test_refusals(tiny_run, refused, write_medmnist, own_folder):
     write_medmnist("data", "pneumoniamnist")
     write_medmnist("data", "chestmnist", {"train": 16, "val": 8, "test": 8})
-    assert "no task 1 weights at models/task1_model.pth or ./task1_model.pth; train them with python task1_classification/train.py" in refused(main, [])
+    assert (
+        "no task 1 weights at models/task1_model.pth or ./task1_model.pth; train them with python task1_classification/train.py"
+        in refused(main, [])
+    )
     message = refused(main, ["--data", "pneumoniamnist", "--data-dir", "data", "--cnn-weights", tiny_run.checkpoint])
     assert "was trained on phantom, not on pneumoniamnist" in message and "--allow-other-dataset" in message
-    assert "several labels per image" in refused(main, ["--data", "chestmnist", "--data-dir", "data", "--backbone", "pixels"])
-    assert "at least 1,024 images" in refused(main, ["--data", "pneumoniamnist", "--data-dir", "data", "--backbone", "pixels", "--index", "ivfpq"])
+    assert "several labels per image" in refused(
+        main, ["--data", "chestmnist", "--data-dir", "data", "--backbone", "pixels"]
+    )
+    assert "at least 1,024 images" in refused(
+        main, ["--data", "pneumoniamnist", "--data-dir", "data", "--backbone", "pixels", "--index", "ivfpq"]
+    )
     assert "there is no task 1 classifier or task 3 embedding at gone.pt" in refused(main, ["--cnn-weights", "gone.pt"])
     assert "name it with --update" in refused(main, ["--add"])
     assert "needs --add, --remove" in refused(main, ["--update", "x"])
@@ -128,11 +185,17 @@ def test_refusals(tiny_run, refused, write_medmnist, own_folder):
     assert "belongs to --images" in refused(main, ["--labels", "x.csv"])
     save_films(tiny_run, 1)
     Path("labels.csv").write_text("name,label\n00.png,ill\n")
-    assert "labels.csv has no column file; it has name, label" in refused(main, ["--images", "films", "--labels", "labels.csv", "--backbone", "pixels"])
+    assert "labels.csv has no column file; it has name, label" in refused(
+        main, ["--images", "films", "--labels", "labels.csv", "--backbone", "pixels"]
+    )
     Path("labels.csv").write_text("file,label\nother.png,ill\n")
-    assert "none of the 1 files named in labels.csv" in refused(main, ["--images", "films", "--labels", "labels.csv", "--backbone", "pixels"])
+    assert "none of the 1 files named in labels.csv" in refused(
+        main, ["--images", "films", "--labels", "labels.csv", "--backbone", "pixels"]
+    )
     Path("labels.csv").write_text("file,label\n00.png,ill\n00.png,well\n")
-    assert "00.png twice, with different labels" in refused(main, ["--images", "films", "--labels", "labels.csv", "--backbone", "pixels"])
+    assert "00.png twice, with different labels" in refused(
+        main, ["--images", "films", "--labels", "labels.csv", "--backbone", "pixels"]
+    )
     Path("films/00.png").write_text("no image")
     assert "none of the 1 images could be used" in refused(main, ["--images", "films", "--backbone", "pixels"])
     assert not (own_folder / "outputs").exists()
@@ -149,15 +212,24 @@ def test_a_folder_that_holds_a_run_is_kept(refused):
 def test_dry_run(own_folder):
     main(["--dry-run"])
     index = CaseIndex.load("outputs/task3_retrieval/build_index/dry-run")
-    assert len(index) == 96 and index.metadata["embedder"]["backbone"] == "pixels" and not (own_folder / "models").exists()
+    assert (
+        len(index) == 96 and index.metadata["embedder"]["backbone"] == "pixels" and not (own_folder / "models").exists()
+    )
 
 
 def test_short_benchmark(capsys):
     pytest.importorskip("faiss")
     result = benchmark(["--small", "--out-dir", "measured", "--cache", "cache", "--device", "cpu"])
-    assert json.loads(Path("measured/retrieval.json").read_text())["large_gallery"]["rows"] == result["large_gallery"]["rows"]
+    assert (
+        json.loads(Path("measured/retrieval.json").read_text())["large_gallery"]["rows"]
+        == result["large_gallery"]["rows"]
+    )
     rows = {r["way"]: r for r in result["large_gallery"]["rows"]}
-    assert all(r["recall_at_10"] == 1 for name, r in rows.items() if name.startswith(("FAISS flat", "NumPy", "torch", "scikit")))
+    assert all(
+        r["recall_at_10"] == 1
+        for name, r in rows.items()
+        if name.startswith(("FAISS flat", "NumPy", "torch", "scikit"))
+    )
     hnsw = [r["recall_at_10"] for name, r in rows.items() if name.startswith("HNSW")]
     assert len(hnsw) == 6 and hnsw[-1] > 0.95 and hnsw[-1] >= hnsw[0]
     assert all(r["same_lists"] > 0.99 for r in result["small_gallery"]["ways"].values() if "same_lists" in r)
@@ -170,14 +242,43 @@ def test_short_benchmark(capsys):
 @pytest.mark.slow
 def test_the_624_real_test_images(real_data):
     folder = real_data("pneumoniamnist/pneumoniamnist.npz").parent
-    index, metrics = build("--data", "pneumoniamnist", "--data-dir", folder, "--split", "test", "--backbone", "random:resnet18", "--input-size", "28")
+    index, metrics = build(
+        "--data",
+        "pneumoniamnist",
+        "--data-dir",
+        folder,
+        "--split",
+        "test",
+        "--backbone",
+        "random:resnet18",
+        "--input-size",
+        "28",
+    )
     assert len(index) == 624 and metrics["dim"] == 512 and metrics["labels"] == {"normal": 234, "pneumonia": 390}
 
 
 @pytest.mark.slow
 def test_two_processes_build_the_same_index(start_script, own_folder):
-    command = [ROOT / "task3_retrieval" / "build_index.py", "--data", "phantom", "--limit", "41", "--backbone", "pixels", "--device", "cpu"]
-    assert start_script([*command, "--out-dir", "alone"], own_folder).wait(PATIENCE) == 0, Path("output.txt").read_text()
-    assert start_script(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *command, "--out-dir", "two"], own_folder).wait(PATIENCE) == 0, Path("output.txt").read_text()
+    command = [
+        ROOT / "task3_retrieval" / "build_index.py",
+        "--data",
+        "phantom",
+        "--limit",
+        "41",
+        "--backbone",
+        "pixels",
+        "--device",
+        "cpu",
+    ]
+    assert start_script([*command, "--out-dir", "alone"], own_folder).wait(PATIENCE) == 0, Path(
+        "output.txt"
+    ).read_text()
+    assert (
+        start_script(
+            ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *command, "--out-dir", "two"],
+            own_folder,
+        ).wait(PATIENCE)
+        == 0
+    ), Path("output.txt").read_text()
     alone, two = CaseIndex.load("alone"), CaseIndex.load("two")
     assert (alone.vectors == two.vectors).all() and (alone.names == two.names).all() and len(two) == 41

@@ -1,4 +1,5 @@
 """evaluate.py of task 3: its numbers against a recomputation and against the index, what it excludes, what it must not touch."""
+
 import csv
 import json
 from pathlib import Path
@@ -8,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import SmallNet
 
 import task3_retrieval.evaluate as evaluate_script
-from shared.data import medmnist as medmnist_data
+from conftest import SmallNet
+from shared.data import image_sets
 from shared.metrics.retrieval import content_codes
 from task1_classification.train import main as train_classifier
 from task3_retrieval.embed import load_embedder
@@ -19,8 +20,28 @@ from task3_retrieval.evaluate import explanation_checks, failures, foreign_image
 from task3_retrieval.index import CaseIndex
 
 ROOT = Path(__file__).resolve().parents[1]
-HEADLINE, PIXELS, L2, RANDOM, CHANCE = "task 1 features", "raw pixels, cosine", "raw pixels, L2", "untrained ResNet-18", "chance, exact"
-FAST = ["--data", "pneumoniamnist", "--data-dir", "data", "--device", "cpu", "--resamples", "40", "--cases", "3", "--show", "0", "20"]
+HEADLINE, PIXELS, L2, RANDOM, CHANCE = (
+    "task 1 features",
+    "raw pixels, cosine",
+    "raw pixels, L2",
+    "untrained ResNet-18",
+    "chance, exact",
+)
+FAST = [
+    "--data",
+    "pneumoniamnist",
+    "--data-dir",
+    "data",
+    "--device",
+    "cpu",
+    "--resamples",
+    "40",
+    "--cases",
+    "3",
+    "--show",
+    "0",
+    "20",
+]
 
 
 def read(path):
@@ -38,12 +59,43 @@ def make_start(write_medmnist):
     arrays = dict(np.load(path))
     arrays["test_images"][7], arrays["test_labels"][7] = arrays["test_images"][3], arrays["test_labels"][3]
     np.savez_compressed(path, **arrays)
-    train_classifier(["--data", "pneumoniamnist", "--data-dir", "data", "--device", "cpu", "--batch-size", "16", "--epochs", "1", "--limit", "64", "--lr", "0.01", "--out-dir", "task1"])
+    train_classifier(
+        [
+            "--data",
+            "pneumoniamnist",
+            "--data-dir",
+            "data",
+            "--device",
+            "cpu",
+            "--batch-size",
+            "16",
+            "--epochs",
+            "1",
+            "--limit",
+            "64",
+            "--lr",
+            "0.01",
+            "--out-dir",
+            "task1",
+        ]
+    )
     return path
 
 
 def evaluate(*more):
-    main([*FAST, "--cnn-weights", "task1", "--classifier", "task1/best.pt", "--out-dir", "run", "--overwrite", *map(str, more)])
+    main(
+        [
+            *FAST,
+            "--cnn-weights",
+            "task1",
+            "--classifier",
+            "task1/best.pt",
+            "--out-dir",
+            "run",
+            "--overwrite",
+            *map(str, more),
+        ]
+    )
     return read("run/metrics.json")
 
 
@@ -73,11 +125,19 @@ def there(evaluated, small_network, monkeypatch):
 
 def test_numbers_equal_a_recomputation_and_the_index(there):
     metrics, rows = there.metrics, there.rows
-    data = medmnist_data.load_medmnist("pneumoniamnist", "data")
+    data = image_sets.load_medmnist("pneumoniamnist", "data")
     y, gallery = data.labels["test"].numpy(), data.labels["train"].numpy()
     embed = load_embedder("cnn", "task1", data)
     vectors = {s: embed(data.images[s][:, 0].numpy()) for s in ("train", "test")}
-    index = CaseIndex(vectors["train"], np.arange(64), gallery, [str(i) for i in range(64)], ["train"] * 64, metric="cosine", backend="torch")
+    index = CaseIndex(
+        vectors["train"],
+        np.arange(64),
+        gallery,
+        [str(i) for i in range(64)],
+        ["train"] * 64,
+        metric="cosine",
+        backend="torch",
+    )
     similarity, ids = index.search(vectors["test"], 64)
     right = gallery[ids] == y[:, None]
     table = metrics["tables"]["across"][HEADLINE]
@@ -85,7 +145,9 @@ def test_numbers_equal_a_recomputation_and_the_index(there):
         assert table["micro"][f"P@{k}"]["value"] == pytest.approx(right[:, :k].mean())
         assert table["macro"][f"P@{k}"]["value"] == pytest.approx(np.mean([right[y == c, :k].mean() for c in (0, 1)]))
     ap = [(np.arange(1, r.sum() + 1) / (np.flatnonzero(r) + 1)).mean() for r in right]
-    assert table["micro"]["AP"]["value"] == pytest.approx(np.mean(ap)) and table["0"]["AP"]["value"] == pytest.approx(np.mean(np.array(ap)[y == 0]))
+    assert table["micro"]["AP"]["value"] == pytest.approx(np.mean(ap)) and table["0"]["AP"]["value"] == pytest.approx(
+        np.mean(np.array(ap)[y == 0])
+    )
     vote = (gallery[ids[:, :5]].sum(1) > 2).astype(int)
     assert table["micro"]["vote"]["value"] == pytest.approx((vote == y).mean())
     assert metrics["failures"]["n"] == (vote != y).sum() and len(rows) == len(y) == metrics["n"] == 40
@@ -99,24 +161,30 @@ def test_numbers_equal_a_recomputation_and_the_index(there):
     for row, numbers in table.items():
         for name, of in numbers.items():
             assert of["low"] - 0.1 < of["value"] < of["high"] + 0.1, name
-            assert of["difference"] == pytest.approx(of["value"] - metrics["tables"]["across"][PIXELS][row][name]["value"])
+            assert of["difference"] == pytest.approx(
+                of["value"] - metrics["tables"]["across"][PIXELS][row][name]["value"]
+            )
 
 
 def test_baselines_stand_in_the_same_table(there):
     tables = there.metrics["tables"]
     for protocol in ("across", "within"):
         assert list(tables[protocol]) == [HEADLINE, PIXELS, L2, RANDOM, CHANCE]
-    y = medmnist_data.load_medmnist("pneumoniamnist", "data").labels
+    y = image_sets.load_medmnist("pneumoniamnist", "data").labels
     share = np.array([(y["train"] == c).float().mean().item() for c in (0, 1)])
     test_share = np.array([(y["test"] == c).float().mean().item() for c in (0, 1)])
     assert tables["across"][CHANCE]["micro"]["P@5"]["value"] == pytest.approx((share * test_share).sum(), abs=1e-6)
     assert tables["across"][CHANCE]["macro"]["P@1"]["value"] == pytest.approx(0.5)
-    pixels = medmnist_data.load_medmnist("pneumoniamnist", "data").images
+    pixels = image_sets.load_medmnist("pneumoniamnist", "data").images
     a, b = (pixels[s].flatten(1).double() for s in ("test", "train"))
     nearest = torch.cdist(a, b).argmin(1)
-    assert tables["across"][L2]["micro"]["P@1"]["value"] == pytest.approx((y["train"][nearest] == y["test"]).double().mean().item())
+    assert tables["across"][L2]["micro"]["P@1"]["value"] == pytest.approx(
+        (y["train"][nearest] == y["test"]).double().mean().item()
+    )
     a, b = (torch.nn.functional.normalize(x - x.mean(1, keepdim=True), dim=1) for x in (a, b))
-    assert tables["across"][PIXELS]["micro"]["P@1"]["value"] == pytest.approx((y["train"][(a @ b.T).argmax(1)] == y["test"]).double().mean().item())
+    assert tables["across"][PIXELS]["micro"]["P@1"]["value"] == pytest.approx(
+        (y["train"][(a @ b.T).argmax(1)] == y["test"]).double().mean().item()
+    )
 
 
 def test_a_query_finds_neither_itself_nor_its_copy(there):
@@ -124,8 +192,10 @@ def test_a_query_finds_neither_itself_nor_its_copy(there):
     assert metrics["duplicates"]["pairs"]["test"] == [[3, 7]] and metrics["duplicates"]["repeats"]["test"] == 1
     rows = metrics["duplicates"]["leave_one_out"]
     assert rows["query left in (wrong)"]["P@1"] == 1  # what the protocol is there to prevent
-    assert rows["query and copies left out"]["P@1"] == pytest.approx(metrics["tables"]["within"][HEADLINE]["micro"]["P@1"]["value"])
-    data = medmnist_data.load_medmnist("pneumoniamnist", "data")
+    assert rows["query and copies left out"]["P@1"] == pytest.approx(
+        metrics["tables"]["within"][HEADLINE]["micro"]["P@1"]["value"]
+    )
+    data = image_sets.load_medmnist("pneumoniamnist", "data")
     x, y = data.images["test"].flatten(1).numpy().astype(np.float32), data.labels["test"].numpy()
     (codes,) = content_codes(data.images["test"].numpy())
     found = search(x, x, "l2", y, y, 2, (codes, codes), 5)
@@ -143,7 +213,9 @@ def test_blocks_and_equal_images(monkeypatch):
     gallery, queries = rng.normal(size=(90, 37)).astype(np.float32), rng.normal(size=(11, 37)).astype(np.float32)
     gallery[60] = gallery[5]
     labels, y = rng.integers(2, size=90), rng.integers(2, size=11)
-    whole = {m: search(queries, gallery, m, y, labels, 2, (np.arange(11) + 100, np.arange(90)), 5) for m in ("cosine", "l2")}
+    whole = {
+        m: search(queries, gallery, m, y, labels, 2, (np.arange(11) + 100, np.arange(90)), 5) for m in ("cosine", "l2")
+    }
     monkeypatch.setattr(evaluate_script, "BLOCK", 200)
     for metric, found in whole.items():
         parts = search(queries, gallery, metric, y, labels, 2, (np.arange(11) + 100, np.arange(90)), 5)
@@ -159,7 +231,10 @@ def test_labels_of_the_test_split_change_no_vector_no_vote_and_no_limit(start):
     arrays["test_labels"] = arrays["test_labels"][::-1].copy()
     np.savez_compressed(start, **arrays)
     after, rows_after = evaluate(), predictions("run")
-    assert before["foreign"][HEADLINE]["limit"] == after["foreign"][HEADLINE]["limit"] and before["view_recall"] == after["view_recall"]
+    assert (
+        before["foreign"][HEADLINE]["limit"] == after["foreign"][HEADLINE]["limit"]
+        and before["view_recall"] == after["view_recall"]
+    )
     for key in ("vote", "neighbours", "similarities", "classifier", "distance_k"):
         assert [r[key] for r in rows] == [r[key] for r in rows_after]
     assert before["tables"]["across"][HEADLINE]["micro"] != after["tables"]["across"][HEADLINE]["micro"]
@@ -170,14 +245,27 @@ def test_the_explanation_fails_when_the_labels_are_shuffled():
     rng = np.random.default_rng(0)
     labels, y = np.repeat([0, 1], 100), np.repeat([0, 1], 60)
     centre = np.array([[5.0, 0], [0, 5.0]])
-    found = search((centre[y] + rng.normal(size=(120, 2))).astype(np.float32), (centre[labels] + rng.normal(size=(200, 2))).astype(np.float32), "l2", y, labels, 2, (np.arange(120) + 1000, np.arange(200)), 5)
+    found = search(
+        (centre[y] + rng.normal(size=(120, 2))).astype(np.float32),
+        (centre[labels] + rng.normal(size=(200, 2))).astype(np.float32),
+        "l2",
+        y,
+        labels,
+        2,
+        (np.arange(120) + 1000, np.arange(200)),
+        5,
+    )
     checks = explanation_checks(found, y, labels, 2, 5, seed=0)
-    assert checks["vote"] == 1 and checks["shuffled_mean"] == pytest.approx(0.5, abs=0.03) and checks["shuffled_high"] < 0.8
+    assert (
+        checks["vote"] == 1
+        and checks["shuffled_mean"] == pytest.approx(0.5, abs=0.03)
+        and checks["shuffled_high"] < 0.8
+    )
     assert checks["vote_without_neighbours"] == 1 and checks["vote_stays_without_neighbours"] == 1
 
 
 def test_foreign_images_are_noticed_by_pixels(there):
-    images = medmnist_data.load_medmnist("pneumoniamnist", "data").images["test"]
+    images = image_sets.load_medmnist("pneumoniamnist", "data").images["test"]
     kinds = foreign_images(images, 0)
     assert torch.equal(kinds["inverted"], 255 - images) and torch.equal(kinds["upside down"].flip(2), images)
     assert all(x.shape == images.shape and x.dtype == torch.uint8 for x in kinds.values())
@@ -195,7 +283,11 @@ def test_view_recall_of_pixels(there):
 
 
 def test_failures_are_listed_by_rule():
-    found = {"called": np.array([1, 0, 0, 1, 1]), "share": np.array([[0.4, 0.6], [0.8, 0.2], [1, 0], [0, 1], [0.4, 0.6]]), "values": {"AP": np.array([0.5, 0.9, 0.1, 0.1, 0.2])}}
+    found = {
+        "called": np.array([1, 0, 0, 1, 1]),
+        "share": np.array([[0.4, 0.6], [0.8, 0.2], [1, 0], [0, 1], [0.4, 0.6]]),
+        "values": {"AP": np.array([0.5, 0.9, 0.1, 0.1, 0.2])},
+    }
     assert failures(found, np.array([0, 1, 1, 1, 0])).tolist() == [2, 1, 4, 0]  # share 1, .8, .6 (lower AP first), .6
 
 
@@ -204,8 +296,13 @@ def test_reports_and_what_writes_them(start):
     report, hand_in = Path("run/report.md").read_text(), Path("reports/task3_retrieval.md").read_text()
     assert report.replace("(figures/", "(figures/task3_") == hand_in
     for name in ("visual_results", "precision", "map", "distances"):
-        assert (Path("run/figures") / f"{name}.png").read_bytes().startswith(b"\x89PNG") and f"figures/task3_{name}.png" in hand_in
-    assert Path("reports/figures/task3_visual_results.png").read_bytes() == Path("run/figures/visual_results.png").read_bytes()
+        assert (Path("run/figures") / f"{name}.png").read_bytes().startswith(
+            b"\x89PNG"
+        ) and f"figures/task3_{name}.png" in hand_in
+    assert (
+        Path("reports/figures/task3_visual_results.png").read_bytes()
+        == Path("run/figures/visual_results.png").read_bytes()
+    )
     assert "medical device" in report and "PHANTOM" not in report
     Path("reports/task3_retrieval.md").unlink()
     evaluate("--limit", "30")
@@ -216,10 +313,34 @@ def test_reports_and_what_writes_them(start):
 def test_trained_embedding_stands_beside_the_features_it_came_from(start):
     from task3_retrieval.train import main as train
 
-    train(["--data", "pneumoniamnist", "--data-dir", "data", "--device", "cpu", "--batch-size", "16", "--epochs", "1", "--cnn-weights", "task1", "--projection", "8"])
-    main([*FAST, "--classifier", "task1/best.pt", "--metric", "l2", "--out-dir", "run"])  # finds the newest run by itself
+    train(
+        [
+            "--data",
+            "pneumoniamnist",
+            "--data-dir",
+            "data",
+            "--device",
+            "cpu",
+            "--batch-size",
+            "16",
+            "--epochs",
+            "1",
+            "--cnn-weights",
+            "task1",
+            "--projection",
+            "8",
+        ]
+    )
+    main(
+        [*FAST, "--classifier", "task1/best.pt", "--metric", "l2", "--out-dir", "run"]
+    )  # finds the newest run by itself
     metrics = read("run/metrics.json")
-    assert metrics["headline"] == "trained embedding" and metrics["model"]["dim"] == 8 and metrics["metric"] == "l2" and not metrics["normalised"]
+    assert (
+        metrics["headline"] == "trained embedding"
+        and metrics["model"]["dim"] == 8
+        and metrics["metric"] == "l2"
+        and not metrics["normalised"]
+    )
     assert list(metrics["tables"]["across"])[:2] == ["trained embedding", "task 1 features"]
     a, b = (metrics["tables"]["across"][n]["micro"]["AP"]["value"] for n in ("trained embedding", "task 1 features"))
     assert metrics["against_task1"]["micro"]["AP"]["difference"] == pytest.approx(a - b)
@@ -229,14 +350,32 @@ def test_without_a_classifier_and_with_another_backbone(start, capsys):
     main([*FAST, "--backbone", "pixels", "--out-dir", "run"])
     metrics = read("run/metrics.json")
     assert metrics["headline"] == "pixels" and metrics["agreement"] is None and metrics["model"]["weights"] is None
-    assert metrics["tables"]["across"]["pixels"]["micro"]["AP"]["value"] == metrics["tables"]["across"][PIXELS]["micro"]["AP"]["value"]
+    assert (
+        metrics["tables"]["across"]["pixels"]["micro"]["AP"]["value"]
+        == metrics["tables"]["across"][PIXELS]["micro"]["AP"]["value"]
+    )
     assert "the vote is not compared" in capsys.readouterr().out
     assert predictions("run")[0]["classifier"] == ""
 
 
 def test_several_classes(small_network, write_medmnist):
     write_medmnist("data", "bloodmnist", {"train": 80, "val": 40, "test": 40})
-    main(["--data", "bloodmnist", "--backbone", "pixels", "--data-dir", "data", "--device", "cpu", "--resamples", "20", "--out-dir", "run"])
+    main(
+        [
+            "--data",
+            "bloodmnist",
+            "--backbone",
+            "pixels",
+            "--data-dir",
+            "data",
+            "--device",
+            "cpu",
+            "--resamples",
+            "20",
+            "--out-dir",
+            "run",
+        ]
+    )
     metrics = read("run/metrics.json")
     table = metrics["tables"]["across"]
     assert set(table[PIXELS]) == {"micro", "macro", *map(str, range(8))} and metrics["vote_auc"] is None
@@ -254,11 +393,17 @@ def test_dry_run(small_network):
 
 def test_bad_input(start, refused, write_medmnist):
     assert "--vote must be odd" in refused(main, [*FAST, "--vote", "4"])
-    assert "--vote 41 neighbours are too many for 40 images" in refused(main, [*FAST, "--cnn-weights", "task1", "--vote", "41"])
-    assert "--show 41: the test split has images 0 to 39" in refused(main, [*FAST, "--cnn-weights", "task1", "--show", "41"])
+    assert "--vote 41 neighbours are too many for 40 images" in refused(
+        main, [*FAST, "--cnn-weights", "task1", "--vote", "41"]
+    )
+    assert "--show 41: the test split has images 0 to 39" in refused(
+        main, [*FAST, "--cnn-weights", "task1", "--show", "41"]
+    )
     assert "there are no task 1 weights" in refused(main, FAST)
     write_medmnist("data", "breastmnist")
-    assert "was trained on pneumoniamnist, not on breastmnist" in refused(main, [*FAST, "--data", "breastmnist", "--cnn-weights", "task1"])
+    assert "was trained on pneumoniamnist, not on breastmnist" in refused(
+        main, [*FAST, "--data", "breastmnist", "--cnn-weights", "task1"]
+    )
     write_medmnist("data", "chestmnist")
     assert "several labels per image" in refused(main, [*FAST, "--data", "chestmnist", "--backbone", "pixels"])
     assert not Path("outputs/task3_retrieval").exists()
@@ -269,13 +414,34 @@ def test_the_floor_of_raw_pixels_through_the_script_itself(real_data, small_netw
     """Read, embedded, searched and summarised: the published floor, with the untrained network left out to save time."""
     folder = real_data("pneumoniamnist/pneumoniamnist.npz").parent.parent
     monkeypatch.setattr(evaluate_script, "view_recall", lambda *a: {"mean": {"R@1": 0.0, "R@5": 0.0}})
-    monkeypatch.setattr(evaluate_script, "foreign_detection", lambda *a: ({"k": 5, "limit": 1.0, "kinds": {"test": {"warned": 0.0}}}, {"test": np.array([0.0, 1.0])}))
-    main(["--data", "pneumoniamnist", "--data-dir", str(folder), "--backbone", "pixels", "--device", "cpu", "--resamples", "40", "--out-dir", "run"])
+    monkeypatch.setattr(
+        evaluate_script,
+        "foreign_detection",
+        lambda *a: ({"k": 5, "limit": 1.0, "kinds": {"test": {"warned": 0.0}}}, {"test": np.array([0.0, 1.0])}),
+    )
+    main(
+        [
+            "--data",
+            "pneumoniamnist",
+            "--data-dir",
+            str(folder),
+            "--backbone",
+            "pixels",
+            "--device",
+            "cpu",
+            "--resamples",
+            "40",
+            "--out-dir",
+            "run",
+        ]
+    )
     tables = read("run/metrics.json")["tables"]
 
     def row(protocol, name):
         t = tables[protocol][name]
-        return [round(100 * t["micro"][m]["value"], 1) for m in ("P@1", "P@5", "P@10", "AP")] + [round(100 * t[c]["P@5"]["value"], 1) for c in ("0", "1")]
+        return [round(100 * t["micro"][m]["value"], 1) for m in ("P@1", "P@5", "P@10", "AP")] + [
+            round(100 * t[c]["P@5"]["value"], 1) for c in ("0", "1")
+        ]
 
     assert row("across", PIXELS) == [84.1, 83.8, 82.9, 69.6, 64.4, 95.5]
     assert row("across", L2) == [82.4, 81.4, 80.8, 66.4, 56.4, 96.4]

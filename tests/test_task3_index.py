@@ -1,4 +1,5 @@
 """index.py and embed.py: exact lists with and without faiss, ties by id, save and load, damage, add and remove; the backbones."""
+
 import json
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from shared.data.medmnist import load_phantom
+from shared.data.image_sets import load_phantom
 from shared.runtime import InputError, load_checkpoint, save_checkpoint
 from task1_classification.model import load_classifier, normalise
 from task3_retrieval import index as index_module
@@ -26,11 +27,27 @@ def make(kind="flat", metric="l2", backend="auto", n=1100, dim=16, seed=0, **set
     if n > 700:
         vectors[500], vectors[700] = vectors[10], vectors[3]
     labels = rng.integers(0, 2, n)
-    return CaseIndex(vectors, 3 + 3 * np.arange(n), labels, [f"{i}.png" for i in range(n)], ["train" if i % 4 else "val" for i in range(n)], {"label_names": ["normal", "pneumonia"]}, kind, metric, backend, settings)
+    return CaseIndex(
+        vectors,
+        3 + 3 * np.arange(n),
+        labels,
+        [f"{i}.png" for i in range(n)],
+        ["train" if i % 4 else "val" for i in range(n)],
+        {"label_names": ["normal", "pneumonia"]},
+        kind,
+        metric,
+        backend,
+        settings,
+    )
 
 
 def some_queries(n=25, dim=16):
-    return np.concatenate([np.random.default_rng(0).normal(size=(11, dim))[[3, 10]].astype(np.float32), np.random.default_rng(1).normal(size=(n, dim)).astype(np.float32)])
+    return np.concatenate(
+        [
+            np.random.default_rng(0).normal(size=(11, dim))[[3, 10]].astype(np.float32),
+            np.random.default_rng(1).normal(size=(n, dim)).astype(np.float32),
+        ]
+    )
 
 
 def by_hand(vectors, ids, queries, k, metric):
@@ -57,7 +74,9 @@ def test_exact_lists_with_both_backends(metric, backend):
     for k in (1, 10, 1099):  # a short list and the full ranking take different ways
         distances, ids = index.search(queries, k)
         expected, expected_ids = by_hand(index.vectors, index.ids, queries, k, metric)
-        assert (ids == expected_ids).mean() > (0.99 if k == 1099 else 0.9999)  # float32 has ties among 30,000 that float64 has not
+        assert (ids == expected_ids).mean() > (
+            0.99 if k == 1099 else 0.9999
+        )  # float32 has ties among 30,000 that float64 has not
         np.testing.assert_allclose(distances, expected, atol=2e-6)
     assert distances.dtype == np.float32 and ids.dtype == np.int64
 
@@ -71,7 +90,9 @@ def test_equal_lists_even_among_many_copies(metric):
     ids = rng.permutation(len(vectors)) * 7
     lists = {}
     for backend in ("faiss", "torch"):
-        index = CaseIndex(vectors, ids, np.zeros(len(ids), int), range(len(ids)), ["a"] * len(ids), {}, "flat", metric, backend)
+        index = CaseIndex(
+            vectors, ids, np.zeros(len(ids), int), range(len(ids)), ["a"] * len(ids), {}, "flat", metric, backend
+        )
         lists[backend] = index.search(vectors[::40] + rng.normal(size=(30, 32)) * 0, 10)
     expected = np.sort(ids.reshape(30, 40), axis=1)[:, :10]
     for distances, found in lists.values():
@@ -95,7 +116,11 @@ def test_the_query_itself_is_excluded_by_id_and_its_copy_is_found(kind):
     index = make(kind, probes=1000)
     queries = index.vectors[[10, 500, 3]]
     _, found = index.search(queries, 2)
-    assert found[:, 0].tolist() == [33, 33, 12] and found[:, 1].tolist() == [1503, 1503, 2103]  # copies tie: the smaller id first
+    assert found[:, 0].tolist() == [33, 33, 12] and found[:, 1].tolist() == [
+        1503,
+        1503,
+        2103,
+    ]  # copies tie: the smaller id first
     distances, found = index.search(queries, 2, exclude=np.array([33, 1503, -1]))
     assert found[:, 0].tolist() == [1503, 33, 12] and distances[:, 0].tolist() == [0, 0, 0]
     _, found = index.search(queries, 2, exclude=[{33, 1503}, [], [12, 2103, 999_999]])
@@ -130,7 +155,9 @@ def test_approximate_kinds_find_most_and_report_true_distances():
         distances, ids = index.search(queries, 10)
         recall[kind] = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(ids, truth, strict=True)])
         rows = index.rows_of(ids)
-        np.testing.assert_allclose(distances, np.linalg.norm(index.vectors[rows] - queries[:, None], axis=-1), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(
+            distances, np.linalg.norm(index.vectors[rows] - queries[:, None], axis=-1), rtol=1e-5, atol=1e-5
+        )
         assert (np.diff(distances, axis=1) >= 0).all()
     assert recall["hnsw"] > 0.95 and recall["ivfpq"] > 0.5
     all_lists = make("ivfpq", n=3000, dim=32, probes=10_000, refine=100)
@@ -209,7 +236,9 @@ def test_saved_and_loaded(kind, metric):
     assert json.loads(Path("here/manifest.json").read_text())["normalised"] == (metric == "cosine")
     again.remove([15])
     again.save("here")
-    assert len(list(Path("here").iterdir())) == 4 and len(CaseIndex.load("here")) == 1097  # files of the first save are gone
+    assert (
+        len(list(Path("here").iterdir())) == 4 and len(CaseIndex.load("here")) == 1097
+    )  # files of the first save are gone
 
 
 def test_without_faiss(monkeypatch, capsys):
@@ -235,7 +264,9 @@ def test_without_faiss(monkeypatch, capsys):
                 CaseIndex(np.zeros((2, 4)), [1, 2], [0, 0], "ab", "xx", kind=kind)
         with pytest.raises(InputError, match="faiss is not installed"):
             make(backend="faiss")
-    assert CaseIndex.load("flat", backend="faiss").search(np.zeros((1, 16)), 1)[1][0, 0] == 12  # FAISS's part is made anew
+    assert (
+        CaseIndex.load("flat", backend="faiss").search(np.zeros((1, 16)), 1)[1][0, 0] == 12
+    )  # FAISS's part is made anew
 
 
 def test_an_interrupted_save_leaves_the_index_before(monkeypatch):
@@ -275,7 +306,11 @@ def test_damaged_files_are_refused():
             CaseIndex.load("here")
     index.save("here")
     manifest = json.loads(Path("here/manifest.json").read_text())
-    for change, message in (({"format": "other"}, "not that of a"), ({"count": 61}, "should hold 61 x 16"), ({"retired": None}, "is damaged")):
+    for change, message in (
+        ({"format": "other"}, "not that of a"),
+        ({"count": 61}, "should hold 61 x 16"),
+        ({"retired": None}, "is damaged"),
+    ):
         Path("here/manifest.json").write_text(json.dumps(manifest | change))
         with pytest.raises(InputError, match=message):
             CaseIndex.load("here")
@@ -329,9 +364,18 @@ def test_task3_checkpoint_with_a_projection(tiny_run, pictures):
     state = load_checkpoint(tiny_run.checkpoint)
     head = nn.Sequential(nn.Linear(512, 32), nn.ReLU(), nn.Linear(32, 8))
     settings = {k: state[k] for k in ("architecture", "stem", "channels", "image_size", "normalisation", "dataset")}
-    save_checkpoint("best.pt", {"kind": EMBEDDING_KIND, "model": state["state_dict"], "head": dict(head.state_dict()), "settings": settings})
-    save_checkpoint("plain.pt", {"kind": EMBEDDING_KIND, "model": state["state_dict"], "head": {}, "settings": settings})
-    plain, projected, task1 = load_embedder("cnn", "plain.pt"), load_embedder("cnn", "best.pt"), load_embedder("cnn", tiny_run.checkpoint)
+    save_checkpoint(
+        "best.pt",
+        {"kind": EMBEDDING_KIND, "model": state["state_dict"], "head": dict(head.state_dict()), "settings": settings},
+    )
+    save_checkpoint(
+        "plain.pt", {"kind": EMBEDDING_KIND, "model": state["state_dict"], "head": {}, "settings": settings}
+    )
+    plain, projected, task1 = (
+        load_embedder("cnn", "plain.pt"),
+        load_embedder("cnn", "best.pt"),
+        load_embedder("cnn", tiny_run.checkpoint),
+    )
     np.testing.assert_array_equal(plain(pictures), task1(pictures))
     assert plain.digest == task1.digest and projected.digest != plain.digest and projected.dim == 8
     with torch.inference_mode():
@@ -359,7 +403,9 @@ def test_random_torchvision_network_is_the_same_every_time(pictures):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, dim", [("tiny:siglip", 128), ("tiny:gemma3", 128), ("vlm:tiny:qwen2vl", 128), ("tiny:llava", 128)])
+@pytest.mark.parametrize(
+    "name, dim", [("tiny:siglip", 128), ("tiny:gemma3", 128), ("vlm:tiny:qwen2vl", 128), ("tiny:llava", 128)]
+)
 def test_model_folders(name, dim, pictures):
     embed = load_embedder(name)
     vectors = embed(pictures[:4])
@@ -386,7 +432,10 @@ def test_refusals_of_backbones(tiny_run, phantom, monkeypatch):
     phantom_by_another_name.name = "pneumoniamnist"
     with pytest.raises(InputError, match="was trained on phantom, not on pneumoniamnist.*--allow-other-dataset"):
         load_embedder("cnn", tiny_run.checkpoint, phantom_by_another_name)
-    assert load_embedder("cnn", tiny_run.checkpoint, phantom_by_another_name, allow_other_dataset=True).trained_on == "phantom"
+    assert (
+        load_embedder("cnn", tiny_run.checkpoint, phantom_by_another_name, allow_other_dataset=True).trained_on
+        == "phantom"
+    )
     with pytest.raises(InputError, match="must be uint8"):
         load_embedder("pixels")(np.zeros((2, 28, 28)))
 
@@ -402,7 +451,9 @@ def test_torchvision_weights_that_cannot_be_fetched(monkeypatch):
 
 def test_an_index_of_another_model_is_refused(tiny_run, pictures):
     embed = load_embedder("cnn", tiny_run.checkpoint)
-    CaseIndex(embed(pictures), range(20), np.zeros(20, int), range(20), ["a"] * 20, {"embedder": embed.facts()}).save("here")
+    CaseIndex(embed(pictures), range(20), np.zeros(20, int), range(20), ["a"] * 20, {"embedder": embed.facts()}).save(
+        "here"
+    )
     assert len(CaseIndex.load("here", embed)) == 20
     with pytest.raises(InputError, match="here was built with cnn .*, the queries are embedded with pixels"):
         CaseIndex.load("here", load_embedder("pixels"))
@@ -419,8 +470,16 @@ def test_pixel_neighbours_of_real_images_reach_the_known_floor(real_data):
     """P@1 of raw pixels, cosine, test images against training images: 84.1 %, computed independently of this code."""
     with np.load(real_data("pneumoniamnist/pneumoniamnist.npz")) as data:
         embed = load_embedder("pixels")
-        train, test, labels = embed(data["train_images"]), embed(data["test_images"]), data["train_labels"][:, 0].astype(int)
-        index = CaseIndex(train, np.arange(len(train)), labels, range(len(train)), ["train"] * len(train), metric="cosine")
+        train, test, labels = (
+            embed(data["train_images"]),
+            embed(data["test_images"]),
+            data["train_labels"][:, 0].astype(int),
+        )
+        index = CaseIndex(
+            train, np.arange(len(train)), labels, range(len(train)), ["train"] * len(train), metric="cosine"
+        )
         _, ids = index.search(test, 5)
         hits = labels[ids] == data["test_labels"]
-    assert 100 * hits[:, 0].mean() == pytest.approx(84.1, abs=0.06) and 100 * hits.mean() == pytest.approx(83.8, abs=0.06)
+    assert 100 * hits[:, 0].mean() == pytest.approx(84.1, abs=0.06) and 100 * hits.mean() == pytest.approx(
+        83.8, abs=0.06
+    )

@@ -1,4 +1,5 @@
 """infer.py: neighbours of files and data set images, vote and classifier, warning, filters, figure and page, bad items."""
+
 import base64
 import csv
 import io
@@ -68,9 +69,16 @@ def test_demonstration_queries(built, tiny_run, capsys):
         vote, count = max(((c, labels.count(c)) for c in set(labels)), key=lambda pair: pair[1])
         if count != 2:
             assert predictions[name]["vote"] == vote and float(predictions[name]["vote_share"]) == count / 4
-        assert predictions[name]["label"] == tiny_run.data.label_names[int(tiny_run.data.labels["test"][(0, 20, 40)[i]])]
+        assert (
+            predictions[name]["label"] == tiny_run.data.label_names[int(tiny_run.data.labels["test"][(0, 20, 40)[i]])]
+        )
     metrics = json.loads(Path("found/metrics.json").read_text())
-    assert metrics["n"] == 3 and metrics["gallery"] == 96 and metrics["n_queries_in_gallery"] == 0 and metrics["n_pictures_missing"] == 0
+    assert (
+        metrics["n"] == 3
+        and metrics["gallery"] == 96
+        and metrics["n_queries_in_gallery"] == 0
+        and metrics["n_pictures_missing"] == 0
+    )
     assert "3 queries, 0 skipped" in capsys.readouterr().out
 
 
@@ -111,7 +119,10 @@ def test_good_and_bad_queries_of_one_batch(built, tiny_run, capsys):
 
 def test_filters(built):
     _, plain = infer(built.all, "--query-index", 0, 1, "-k", 6)
-    for arguments, column, values in ((["--only-label", "normal"], "label", {"normal"}), (["--only-split", "val", "test"], "split", {"val", "test"})):
+    for arguments, column, values in (
+        (["--only-label", "normal"], "label", {"normal"}),
+        (["--only-split", "val", "test"], "split", {"val", "test"}),
+    ):
         predictions, found = infer(built.all, "--query-index", 0, 1, "-k", 6, *arguments)
         assert {r[column] for rows in found.values() for r in rows} <= values
         if column == "label":
@@ -131,9 +142,13 @@ def test_vote_against_the_classifier(built, tiny_run):
     index.save("turned")
     turned, _ = infer("turned", "--query-index", *range(20), "-k", 5)
     for name, p in predictions.items():
-        assert {p["vote"], turned[name]["vote"]} == {"normal", "pneumonia"} and p["classifier"] == turned[name]["classifier"]
+        assert {p["vote"], turned[name]["vote"]} == {"normal", "pneumonia"} and p["classifier"] == turned[name][
+            "classifier"
+        ]
         assert (p["agree"] == "True") != (turned[name]["agree"] == "True")
-    assert json.loads(Path("found/metrics.json").read_text())["n_disagree"] == sum(p["agree"] == "False" for p in turned.values())
+    assert json.loads(Path("found/metrics.json").read_text())["n_disagree"] == sum(
+        p["agree"] == "False" for p in turned.values()
+    )
 
 
 def test_the_classifier_gives_the_probability_of_task_1(built, tiny_run):
@@ -145,7 +160,9 @@ def test_the_classifier_gives_the_probability_of_task_1(built, tiny_run):
     for row in rows_of("classified/predictions.csv"):
         mine = predictions[Path(row["path"]).name]
         p = float(row["probability"])
-        assert mine["classifier"] == row["decision"] and float(mine["classifier_probability"]) == pytest.approx(p if row["decision"] == "pneumonia" else 1 - p, abs=1e-4)
+        assert mine["classifier"] == row["decision"] and float(mine["classifier_probability"]) == pytest.approx(
+            p if row["decision"] == "pneumonia" else 1 - p, abs=1e-4
+        )
 
 
 def test_images_unlike_the_gallery_are_marked(built, tiny_run):
@@ -157,13 +174,19 @@ def test_images_unlike_the_gallery_are_marked(built, tiny_run):
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)).save("films/noise.png")
     predictions, _ = infer("pixels", "films")
     marked = {name for name, p in predictions.items() if p["unlike_gallery"] == "True"}
-    assert {f"inverted-{i}.png" for i in range(6)} <= marked and sum(not n.startswith(("inverted", "noise")) for n in marked) <= 4
+    assert {f"inverted-{i}.png" for i in range(6)} <= marked and sum(
+        not n.startswith(("inverted", "noise")) for n in marked
+    ) <= 4
     index = CaseIndex.load("pixels")
-    assert float(predictions["noise.png"]["limit"]) == pytest.approx(index.metadata["typical"]["distance"]["0.95"], abs=1e-5)
+    assert float(predictions["noise.png"]["limit"]) == pytest.approx(
+        index.metadata["typical"]["distance"]["0.95"], abs=1e-5
+    )
     milder, _ = infer("pixels", "films", "--warn-at", "0.99")
     assert float(milder["noise.png"]["limit"]) > float(predictions["noise.png"]["limit"])
     again, _ = infer("pixels", "films", "-k", 2, "--only-label", "normal")  # neither k nor a filter moves the warning
-    assert {n: p["distance_to_kth"] for n, p in again.items()} == {n: p["distance_to_kth"] for n, p in predictions.items()}
+    assert {n: p["distance_to_kth"] for n, p in again.items()} == {
+        n: p["distance_to_kth"] for n, p in predictions.items()
+    }
 
 
 def test_figures_and_page(built, tiny_run):
@@ -175,7 +198,12 @@ def test_figures_and_page(built, tiny_run):
     assert np.asarray(Image.open("found/figures/gallery_01.png").convert("L")).std() > 20
     page = Path("found/page.html").read_text()
     assert page.count("<section>") == 7 and "<b>&.png" not in page and "PHANTOM" in page and "7 of 8 queries" in page
-    assert not re.search(r'(src|href)=(?!"data:)', page) and "<script" not in page and "@import" not in page and "url(" not in page
+    assert (
+        not re.search(r'(src|href)=(?!"data:)', page)
+        and "<script" not in page
+        and "@import" not in page
+        and "url(" not in page
+    )
     pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
     assert len(pictures) == 7 * (1 + 3) * 2  # each with its heat map
     assert Image.open(io.BytesIO(base64.b64decode(pictures[0]))).size == (224, 224)
@@ -189,7 +217,10 @@ def test_pictures_that_are_gone_leave_the_tables_whole(tiny_run, capsys):
     _, neighbours = infer("files", "query.png", "-k", 5)
     assert len(neighbours["query.png"]) == 5 and Path(neighbours["query.png"][0]["name"]).name == "00.png"
     assert json.loads(Path("found/metrics.json").read_text())["n_pictures_missing"] == 1
-    assert "1 pictures of the gallery could not be found" in capsys.readouterr().err and "grey square" in Path("found/page.html").read_text()
+    assert (
+        "1 pictures of the gallery could not be found" in capsys.readouterr().err
+        and "grey square" in Path("found/page.html").read_text()
+    )
 
 
 def test_weights_that_changed_or_moved(built, tiny_run, refused, own_folder):
@@ -199,7 +230,9 @@ def test_weights_that_changed_or_moved(built, tiny_run, refused, own_folder):
     assert len(predictions) == 1
     state["state_dict"]["conv1.weight"] += 0.01
     save_checkpoint("other.pt", state)
-    assert "was built with cnn" in refused(main, ["--query-index", 0, "--index", built.train, "--cnn-weights", "other.pt"])
+    assert "was built with cnn" in refused(
+        main, ["--query-index", 0, "--index", built.train, "--cnn-weights", "other.pt"]
+    )
     build(["--data", "phantom", "--limit", "20", "--cnn-weights", "moved.pt", "--device", "cpu", "--out-dir", "lost"])
     Path("moved.pt").unlink()
     assert "no task 1 weights" in refused(main, ["--query-index", 0, "--index", "lost"])
@@ -209,23 +242,48 @@ def test_refusals(built, tiny_run, refused, own_folder):
     assert "there is no index here; build one with python task3_retrieval/build_index.py" in refused(main, ["x.png"])
     assert "there is no finished index in gone" in refused(main, ["x.png", "--index", "gone"])
     assert "name an image file" in refused(main, [])
-    assert "none of the 1 queries could be used; gone.png: the file does not exist" in refused(main, ["gone.png", "--index", built.train])
+    assert "none of the 1 queries could be used; gone.png: the file does not exist" in refused(
+        main, ["gone.png", "--index", built.train]
+    )
     assert "k must be from 1 to 96" in refused(main, ["--query-index", 0, "-k", 97, "--index", built.train])
-    assert "no label 'cat'; it has normal, pneumonia" in refused(main, ["--query-index", 0, "--only-label", "cat", "--index", built.train])
-    assert "no split 'val'; it has train" in refused(main, ["--query-index", 0, "--only-split", "val", "--index", built.train])
-    assert "no layer 'layer9'" in refused(main, ["--query-index", 0, "--heatmaps", "--layer", "layer9", "--index", built.train])
+    assert "no label 'cat'; it has normal, pneumonia" in refused(
+        main, ["--query-index", 0, "--only-label", "cat", "--index", built.train]
+    )
+    assert "no split 'val'; it has train" in refused(
+        main, ["--query-index", 0, "--only-split", "val", "--index", built.train]
+    )
+    assert "no layer 'layer9'" in refused(
+        main, ["--query-index", 0, "--heatmaps", "--layer", "layer9", "--index", built.train]
+    )
     save_films(tiny_run, 3)
     build(["--images", "films", "--backbone", "pixels", "--device", "cpu", "--out-dir", "files"])
     assert "built from files" in refused(main, ["--query-index", 0, "--index", "files"])
-    assert "--heatmaps needs a task 1 classifier" in refused(main, ["films", "--heatmaps", "-k", "1", "--index", "files"])
+    assert "--heatmaps needs a task 1 classifier" in refused(
+        main, ["films", "--heatmaps", "-k", "1", "--index", "files"]
+    )
     assert not (own_folder / "outputs").exists()
 
 
 def test_another_file_of_the_same_name_is_refused(write_medmnist, refused):
     write_medmnist("data", "pneumoniamnist")
-    build(["--data", "pneumoniamnist", "--data-dir", "data", "--backbone", "pixels", "--device", "cpu", "--out-dir", "built"])
+    build(
+        [
+            "--data",
+            "pneumoniamnist",
+            "--data-dir",
+            "data",
+            "--backbone",
+            "pixels",
+            "--device",
+            "cpu",
+            "--out-dir",
+            "built",
+        ]
+    )
     write_medmnist("changed", "pneumoniamnist", seed=1)
-    assert "not the file the index was built from" in refused(main, ["--query-index", 0, "--index", "built", "--data-dir", "changed"])
+    assert "not the file the index was built from" in refused(
+        main, ["--query-index", 0, "--index", "built", "--data-dir", "changed"]
+    )
 
 
 def test_dry_run_and_the_newest_index(own_folder, refused):
@@ -234,14 +292,19 @@ def test_dry_run_and_the_newest_index(own_folder, refused):
     assert "there is no index here" in refused(main, ["--query-index", 0])  # a dry run's index is nobody's gallery
     build(["--data", "phantom", "--backbone", "pixels", "--device", "cpu"])
     main(["--query-index", "0", "--device", "cpu"])
-    assert json.loads(Path("outputs/task3_retrieval/infer/001/metrics.json").read_text())["index"] == "outputs/task3_retrieval/build_index/001/index"
+    assert (
+        json.loads(Path("outputs/task3_retrieval/infer/001/metrics.json").read_text())["index"]
+        == "outputs/task3_retrieval/build_index/001/index"
+    )
 
 
 @pytest.mark.slow
 def test_from_another_folder(built, tiny_run, own_folder, start_script):
     save_films(tiny_run, 2)
     command = [ROOT / "task3_retrieval" / "infer.py", "--index", built.train, "--device", "cpu"]
-    assert start_script([*command, "films", "--heatmaps"], own_folder).wait(PATIENCE) == 0, Path("output.txt").read_text()
+    assert start_script([*command, "films", "--heatmaps"], own_folder).wait(PATIENCE) == 0, Path(
+        "output.txt"
+    ).read_text()
     assert len(rows_of("outputs/task3_retrieval/infer/001/predictions.csv")) == 2
     assert start_script([*command, "gone.png"], own_folder).wait(PATIENCE) == 2
     assert "Traceback" not in Path("output.txt").read_text()

@@ -1,4 +1,5 @@
 """Training the retrieval embedding: its losses by hand, that it learns, what a run writes, and that a stopped run goes on exactly."""
+
 import json
 import math
 import os
@@ -12,14 +13,27 @@ import torch
 import torch.nn.functional as F
 
 import task3_retrieval.train as train_script
-from shared.data import medmnist as medmnist_data
+from shared.data import image_sets
 from shared.metrics.retrieval import class_means, retrieval_values
 from task1_classification.train import main as train_classifier
 from task3_retrieval.embed import load_embedder
 from task3_retrieval.train import batch_hard_triplet, epoch_order, main, supervised_contrastive
 
 ROOT = Path(__file__).resolve().parents[1]
-FAST = ["--data", "pneumoniamnist", "--data-dir", "data", "--device", "cpu", "--batch-size", "8", "--epochs", "2", "--cnn-weights", "task1"]
+FAST = [
+    "--data",
+    "pneumoniamnist",
+    "--data-dir",
+    "data",
+    "--device",
+    "cpu",
+    "--batch-size",
+    "8",
+    "--epochs",
+    "2",
+    "--cnn-weights",
+    "task1",
+]
 
 
 def read(path):
@@ -55,7 +69,26 @@ def assert_same_run(a, b):
 def start(small_network, write_medmnist):
     """A small data set in data/ and a classifier of it in task1/."""
     path = write_medmnist("data")
-    train_classifier(["--data", "pneumoniamnist", "--data-dir", "data", "--device", "cpu", "--batch-size", "16", "--epochs", "1", "--limit", "64", "--lr", "0.01", "--out-dir", "task1"])
+    train_classifier(
+        [
+            "--data",
+            "pneumoniamnist",
+            "--data-dir",
+            "data",
+            "--device",
+            "cpu",
+            "--batch-size",
+            "16",
+            "--epochs",
+            "1",
+            "--limit",
+            "64",
+            "--lr",
+            "0.01",
+            "--out-dir",
+            "task1",
+        ]
+    )
     return path
 
 
@@ -81,16 +114,22 @@ def test_supervised_contrastive_at_its_ends():
     alone = supervised_contrastive(unit([1.0, 0], [0, 1.0]), torch.tensor([0, 1]))
     assert alone.item() == 0  # nobody has a partner
     same = unit([1.0, 0]).repeat(6, 1)
-    assert supervised_contrastive(same, torch.zeros(6, dtype=torch.long)).item() == pytest.approx(math.log(5))  # all alike: one of five
+    assert supervised_contrastive(same, torch.zeros(6, dtype=torch.long)).item() == pytest.approx(
+        math.log(5)
+    )  # all alike: one of five
 
 
 @pytest.mark.parametrize("loss", [supervised_contrastive, batch_hard_triplet])
 def test_class_weights_make_the_mean_of_the_classes(loss):
     torch.manual_seed(0)
     vectors, labels = F.normalize(torch.randn(12, 3, dtype=torch.float64), dim=1), torch.tensor([0] * 3 + [1] * 9)
-    first, second = (loss(vectors, labels, 0.5, torch.eye(2)[c]).item() for c in (0, 1))  # only one class asks, both answer
+    first, second = (
+        loss(vectors, labels, 0.5, torch.eye(2)[c]).item() for c in (0, 1)
+    )  # only one class asks, both answer
     assert loss(vectors, labels, 0.5).item() == pytest.approx((3 * first + 9 * second) / 12, rel=1e-6)
-    assert loss(vectors, labels, 0.5, 1 / torch.tensor([3.0, 9.0])).item() == pytest.approx((first + second) / 2, rel=1e-6)
+    assert loss(vectors, labels, 0.5, 1 / torch.tensor([3.0, 9.0])).item() == pytest.approx(
+        (first + second) / 2, rel=1e-6
+    )
 
 
 def test_triplet_by_hand():
@@ -136,19 +175,35 @@ def test_balanced_order_favours_no_class():
 
 def test_the_run_folder(start):
     main([*FAST, "--out-dir", "run"])
-    metrics, rows, best = read("run/metrics.json"), history("run/history.jsonl"), torch.load("run/best.pt", weights_only=True)
-    assert [r["epoch"] for r in rows] == [0, 1, 2] and rows[0]["train_loss"] is None and all(math.isfinite(r["train_loss"]) for r in rows[1:])
+    metrics, rows, best = (
+        read("run/metrics.json"),
+        history("run/history.jsonl"),
+        torch.load("run/best.pt", weights_only=True),
+    )
+    assert (
+        [r["epoch"] for r in rows] == [0, 1, 2]
+        and rows[0]["train_loss"] is None
+        and all(math.isfinite(r["train_loss"]) for r in rows[1:])
+    )
     chosen = max(rows, key=lambda r: (r["val_map_shifted"], r["val_p5_shifted"]))
-    assert metrics["best"] == chosen == best["validation"] and metrics["before_training"] == rows[0] and metrics["chosen_by"] == "val_map_shifted"
+    assert (
+        metrics["best"] == chosen == best["validation"]
+        and metrics["before_training"] == rows[0]
+        and metrics["chosen_by"] == "val_map_shifted"
+    )
     assert (metrics["split"], metrics["n"], metrics["gallery"], metrics["n_gallery"]) == ("val", 32, "train", 64)
-    assert (best["kind"], best["head"], best["settings"]["dataset"]["name"]) == ("task3_embedding", {}, "pneumoniamnist")
+    assert (best["kind"], best["head"], best["settings"]["dataset"]["name"]) == (
+        "task3_embedding",
+        {},
+        "pneumoniamnist",
+    )
     assert Path("run/figures/curves.png").read_bytes().startswith(b"\x89PNG")
     assert not Path("models").exists()
 
 
 def test_the_numbers_of_the_best_epoch_come_back_through_the_embedder(start):
     main([*FAST, "--out-dir", "run"])
-    data = medmnist_data.load_medmnist("pneumoniamnist", "data")
+    data = image_sets.load_medmnist("pneumoniamnist", "data")
     embed = load_embedder("cnn", "run", data)
     vectors = {s: embed(data.images[s][:, 0].numpy()).astype(np.float64) for s in ("train", "val")}
     a, b = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in (vectors["val"], vectors["train"]))
@@ -162,7 +217,13 @@ def test_the_numbers_of_the_best_epoch_come_back_through_the_embedder(start):
 
 def test_a_run_that_never_gets_better_keeps_the_classifier(start, monkeypatch):
     judged = iter(range(100))
-    monkeypatch.setattr(train_script, "judge", lambda *a: {f"val_{n}{s}": 1.0 / (1 + next(judged)) for n in ("map", "p1", "p5", "vote") for s in ("", "_shifted")})
+    monkeypatch.setattr(
+        train_script,
+        "judge",
+        lambda *a: {
+            f"val_{n}{s}": 1.0 / (1 + next(judged)) for n in ("map", "p1", "p5", "vote") for s in ("", "_shifted")
+        },
+    )
     main([*FAST, "--out-dir", "run"])
     best, classifier = torch.load("run/best.pt", weights_only=True), torch.load("task1/best.pt", weights_only=True)
     assert best["validation"]["epoch"] == 0
@@ -176,7 +237,7 @@ def test_copies_of_validation_images_in_the_gallery_do_not_count(start):
     np.savez_compressed(start, **arrays)  # every validation film lies in train, with the other label
     main([*FAST, "--epochs", "1", "--out-dir", "run"])
     with_copies = read("run/metrics.json")["before_training"]
-    data = medmnist_data.load_medmnist("pneumoniamnist", "data")
+    data = image_sets.load_medmnist("pneumoniamnist", "data")
     vectors = load_embedder("cnn", "task1", data)(data.images["train"][:, 0].numpy()).astype(np.float64)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     y, own = data.labels["val"].numpy(), np.eye(32, 64, dtype=bool)
@@ -184,13 +245,23 @@ def test_copies_of_validation_images_in_the_gallery_do_not_count(start):
     assert with_copies["val_p1"] == pytest.approx(class_means(values["P@1"][:, None], y, 2)[0, 1, 0], abs=1e-3)
 
 
-@pytest.mark.parametrize("more, width", [(["--loss", "triplet", "--balance", "none"], 24), (["--balance", "draws"], 24), (["--projection", "16", "8"], 8), (["--projection", "12", "--dtype", "bfloat16", "--ema", "0"], 12)])
+@pytest.mark.parametrize(
+    "more, width",
+    [
+        (["--loss", "triplet", "--balance", "none"], 24),
+        (["--balance", "draws"], 24),
+        (["--projection", "16", "8"], 8),
+        (["--projection", "12", "--dtype", "bfloat16", "--ema", "0"], 12),
+    ],
+)
 def test_losses_projections_and_precisions(start, more, width):
     main([*FAST, "--epochs", "1", "--out-dir", "run", *more])
-    data = medmnist_data.load_medmnist("pneumoniamnist", "data")
+    data = image_sets.load_medmnist("pneumoniamnist", "data")
     vectors = load_embedder("cnn", "run", data)(data.images["val"][:, 0].numpy())
     assert vectors.shape == (32, width) and np.isfinite(vectors).all()
-    assert read("run/metrics.json")["best"]["epoch"] == 1 or "--projection" not in more  # a random projection is no candidate
+    assert (
+        read("run/metrics.json")["best"]["epoch"] == 1 or "--projection" not in more
+    )  # a random projection is no candidate
 
 
 def test_it_learns(small_network, write_medmnist):
@@ -198,7 +269,25 @@ def test_it_learns(small_network, write_medmnist):
     write_medmnist("data", "breastmnist")
     start = ["--data", "breastmnist", "--data-dir", "data", "--device", "cpu"]
     train_classifier([*start, "--batch-size", "16", "--epochs", "1", "--lr", "0.01", "--out-dir", "task1"])
-    main([*start, "--cnn-weights", "task1", "--epochs", "12", "--batch-size", "32", "--lr", "0.1", "--augment", "none", "--ema", "0.5", "--out-dir", "run"])
+    main(
+        [
+            *start,
+            "--cnn-weights",
+            "task1",
+            "--epochs",
+            "12",
+            "--batch-size",
+            "32",
+            "--lr",
+            "0.1",
+            "--augment",
+            "none",
+            "--ema",
+            "0.5",
+            "--out-dir",
+            "run",
+        ]
+    )
     rows = history("run/history.jsonl")
     assert rows[-1]["train_loss"] < rows[1]["train_loss"] - 0.1
     assert read("run/metrics.json")["best"]["val_map_shifted"] > rows[0]["val_map_shifted"] + 0.03
@@ -224,8 +313,40 @@ def test_dry_run_needs_nothing(small_network, capsys):
 
 def test_other_sets(small_network, write_medmnist):
     write_medmnist("data", "bloodmnist", {"train": 64, "val": 32, "test": 16})
-    train_classifier(["--data", "bloodmnist", "--data-dir", "data", "--device", "cpu", "--batch-size", "16", "--epochs", "1", "--limit", "64", "--out-dir", "task1"])
-    main(["--cnn-weights", "task1", "--data-dir", "data", "--device", "cpu", "--epochs", "1", "--batch-size", "16", "--out-dir", "run"])  # --data auto: the classifier's set
+    train_classifier(
+        [
+            "--data",
+            "bloodmnist",
+            "--data-dir",
+            "data",
+            "--device",
+            "cpu",
+            "--batch-size",
+            "16",
+            "--epochs",
+            "1",
+            "--limit",
+            "64",
+            "--out-dir",
+            "task1",
+        ]
+    )
+    main(
+        [
+            "--cnn-weights",
+            "task1",
+            "--data-dir",
+            "data",
+            "--device",
+            "cpu",
+            "--epochs",
+            "1",
+            "--batch-size",
+            "16",
+            "--out-dir",
+            "run",
+        ]
+    )  # --data auto: the classifier's set
     assert read("run/metrics.json")["dataset"]["name"] == "bloodmnist"
 
 
@@ -256,18 +377,42 @@ def test_a_stopped_run_goes_on_exactly(start, monkeypatch, step):
     assert torch.load("parts/last.pt", weights_only=True)["step"] == step % 8
     main([*FAST, "--resume", "parts"])
     assert_same_run("whole", "parts")
-    assert [{k: v for k, v in r.items() if k != "seconds"} for r in history("whole/history.jsonl")] == [{k: v for k, v in r.items() if k != "seconds"} for r in history("parts/history.jsonl")]
+    assert [{k: v for k, v in r.items() if k != "seconds"} for r in history("whole/history.jsonl")] == [
+        {k: v for k, v in r.items() if k != "seconds"} for r in history("parts/history.jsonl")
+    ]
 
 
-@pytest.mark.parametrize("change, sentence", [
-    (["--lr", "0.5"], "was written with --lr 0.005 (now 0.5)"),
-    (["--projection", "8"], "was written with --projection [] (now [8])"),
-    (["--epochs", "1"], "already has 2 epochs; --epochs 1 is less"),
-    (["--cnn-weights", "other"], "started from another classifier"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        (["--lr", "0.5"], "was written with --lr 0.005 (now 0.5)"),
+        (["--projection", "8"], "was written with --projection [] (now [8])"),
+        (["--epochs", "1"], "already has 2 epochs; --epochs 1 is less"),
+        (["--cnn-weights", "other"], "started from another classifier"),
+    ],
+)
 def test_resuming_another_run_is_refused(start, refused, change, sentence):
     main([*FAST, "--out-dir", "run"])
-    train_classifier(["--data", "pneumoniamnist", "--data-dir", "data", "--device", "cpu", "--batch-size", "16", "--epochs", "1", "--limit", "64", "--seed", "5", "--out-dir", "other"])
+    train_classifier(
+        [
+            "--data",
+            "pneumoniamnist",
+            "--data-dir",
+            "data",
+            "--device",
+            "cpu",
+            "--batch-size",
+            "16",
+            "--epochs",
+            "1",
+            "--limit",
+            "64",
+            "--seed",
+            "5",
+            "--out-dir",
+            "other",
+        ]
+    )
     before = Path("run/last.pt").read_bytes()
     assert sentence in refused(main, [*FAST, "--resume", "run", *change])
     assert Path("run/last.pt").read_bytes() == before
@@ -292,7 +437,9 @@ def test_bad_input(start, refused, write_medmnist):
 def test_a_loss_that_is_not_finite_keeps_the_epochs_before(start, refused, monkeypatch):
     main([*FAST, "--epochs", "1", "--out-dir", "run"])
     monkeypatch.setattr(train_script, "supervised_contrastive", lambda vectors, *a: vectors.sum() * math.nan)
-    assert "the loss is not finite in epoch 2 (8 steps skipped); lower --lr" in refused(main, [*FAST, "--resume", "run"])
+    assert "the loss is not finite in epoch 2 (8 steps skipped); lower --lr" in refused(
+        main, [*FAST, "--resume", "run"]
+    )
     assert torch.load("run/last.pt", weights_only=True)["epoch"] == 1
 
 

@@ -1,18 +1,43 @@
 """alarms.py: each rule rings on the run it is for, and a healthy run is silent."""
+
 import pytest
 
 from vqa_sft_grpo.alarms import WINDOW, alarms
 
 HEALTHY = {
-    "truncated": 0.05, "frac_reward_zero_std": 0.4, "entropy": 0.5, "most_frequent_answer": 0.5, "most_frequent_gold": 0.5, "length": 40.0, "gate": 0.98, "reward_std": 0.5,
-    "clip_region": 0.01, "kl": 0.02, "gap": 0.3, "correct": 0.6, "v_clipped": 0.1, "contradiction": 0.02, "skipped": 0,
-}  # fmt: skip
+    "truncated": 0.05,
+    "frac_reward_zero_std": 0.4,
+    "entropy": 0.5,
+    "most_frequent_answer": 0.5,
+    "most_frequent_gold": 0.5,
+    "length": 40.0,
+    "gate": 0.98,
+    "reward_std": 0.5,
+    "clip_region": 0.01,
+    "kl": 0.02,
+    "gap": 0.3,
+    "correct": 0.6,
+    "v_clipped": 0.1,
+    "contradiction": 0.02,
+    "skipped": 0,
+}
 
 LAST = {  # rule: what the last steps are like
-    "truncated": {"truncated": 0.7}, "zero_variance": {"frac_reward_zero_std": 0.9}, "entropy": {"entropy": 0.01}, "one_answer": {"most_frequent_answer": 0.95},
-    "length_collapse": {"length": 10.0}, "length_growth": {"length": 100.0}, "unreadable": {"gate": 0.7}, "reward_variance": {"reward_std": 0.01}, "clipping": {"clip_region": 0.4},
-    "kl": {"kl": 0.5}, "not_looking": {"gap": 0.05, "correct": 0.8}, "v_at_clip": {"v_clipped": 0.9}, "contradictions": {"contradiction": 0.3}, "skipped": {"skipped": 1},
-}  # fmt: skip
+    "truncated": {"truncated": 0.7},
+    "zero_variance": {"frac_reward_zero_std": 0.9},
+    "entropy": {"entropy": 0.01},
+    "one_answer": {"most_frequent_answer": 0.95},
+    "length_collapse": {"length": 10.0},
+    "length_growth": {"length": 100.0},
+    "unreadable": {"gate": 0.7},
+    "reward_variance": {"reward_std": 0.01},
+    "clipping": {"clip_region": 0.4},
+    "kl": {"kl": 0.5},
+    "not_looking": {"gap": 0.05, "correct": 0.8},
+    "v_at_clip": {"v_clipped": 0.9},
+    "contradictions": {"contradiction": 0.3},
+    "skipped": {"skipped": 1},
+}
 
 
 def run_of(last):

@@ -1,9 +1,10 @@
 """Regions, fills and random regions of the counterfactual test."""
+
 import numpy as np
 import pytest
 from scipy.sparse.linalg import spsolve
 
-from shared.data.phantom import phantom_study
+from shared.phantom import phantom_study
 from vqa_sft_grpo import counterfactual
 from vqa_sft_grpo.counterfactual import (
     FILLS,
@@ -31,7 +32,10 @@ def noisy(shape=(80, 100), seed=0):
 
 
 def test_boxes_become_whole_pixels_inside_the_image():
-    assert whole_boxes([[-3.2, 1.5, 4.1, 6], [90, 10, 120, 20], [200, 200, 220, 220], [5, 5, 5, 9]], 50, 100) == [[0, 1, 5, 6], [90, 10, 100, 20]]
+    assert whole_boxes([[-3.2, 1.5, 4.1, 6], [90, 10, 120, 20], [200, 200, 220, 220], [5, 5, 5, 9]], 50, 100) == [
+        [0, 1, 5, 6],
+        [90, 10, 100, 20],
+    ]
     assert whole_boxes(None, 5, 5) == []
 
 
@@ -94,7 +98,14 @@ def test_regions_depend_on_the_seed_alone():
 
 @pytest.mark.parametrize(
     ("boxes", "why"),
-    [([[10, 10, 12, 12]], "region too small"), ([[0, 0, 90, 80]], "region too large"), ([[0, 0, 70, 55]], "infeasible"), ([], "no region"), (None, "no region"), ([[300, 300, 310, 310]], "no region")],
+    [
+        ([[10, 10, 12, 12]], "region too small"),
+        ([[0, 0, 90, 80]], "region too large"),
+        ([[0, 0, 70, 55]], "infeasible"),
+        ([], "no region"),
+        (None, "no region"),
+        ([[300, 300, 310, 310]], "no region"),
+    ],
 )
 def test_regions_without_a_fair_comparison(boxes, why):
     assert plan_regions(np.full((80, 100), 200, np.uint8), boxes).why == why
@@ -150,7 +161,9 @@ def test_harmonic_fill_is_exact_for_planes_and_agrees_with_a_direct_solver(monke
     mask = region_mask([[20, 10, 50, 40]], 60, 70)
     assert np.abs(harmonic(plane, mask) - plane[mask]).max() < 0.1
     image = noisy((150, 150)).astype(float)
-    mask = region_mask([[0, 20, 100, 130], [90, 60, 120, 150]], 150, 150)  # large enough for the coarse start, and at two edges
+    mask = region_mask(
+        [[0, 20, 100, 130], [90, 60, 120, 150]], 150, 150
+    )  # large enough for the coarse start, and at two edges
     assert mask.sum() > counterfactual.COARSE
     found = harmonic(image, mask)
     monkeypatch.setattr(counterfactual, "COARSE", 10**9)
@@ -173,7 +186,10 @@ def test_inpainting_brings_a_film_closer_to_the_one_without_the_finding():
                 if mask.sum() < 20:
                     continue
                 edited = fill_region(study.image, plan.roi, "inpaint")
-                closer.append(np.abs(edited[mask] - truth[mask]).mean() < np.abs(study.image[mask].astype(float) - truth[mask]).mean())
+                closer.append(
+                    np.abs(edited[mask] - truth[mask]).mean()
+                    < np.abs(study.image[mask].astype(float) - truth[mask]).mean()
+                )
     assert len(closer) >= 6 and np.mean(closer) >= 0.7
 
 

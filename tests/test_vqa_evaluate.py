@@ -1,4 +1,5 @@
 """evaluate.py: measured on scripted answerers whose flip rates are known, and once from end to end with a tiny model."""
+
 import json
 import re
 from pathlib import Path
@@ -24,10 +25,26 @@ ALSO = "What is the colour of the sky?"
 
 def make_row(number, answer, region=None, image="", answer_type="closed", question=QUESTION, group=None, **more):
     return {
-        "id": f"r{number}", "dataset": "phantom", "split": "test", "image": str(image), "question": question, "answer": answer, "answer_type": answer_type, "question_type": "yes_no",
-        "content_type": "presence", "group": group or f"g{number // 2}", "region": region, "width": 96, "height": 80, "policy": "by patient", "overlap": False, "output": json.dumps({"answer": answer}),
-        "needs_image": True, "instruction": "", "input": question,
-    } | more  # fmt: skip
+        "id": f"r{number}",
+        "dataset": "phantom",
+        "split": "test",
+        "image": str(image),
+        "question": question,
+        "answer": answer,
+        "answer_type": answer_type,
+        "question_type": "yes_no",
+        "content_type": "presence",
+        "group": group or f"g{number // 2}",
+        "region": region,
+        "width": 96,
+        "height": 80,
+        "policy": "by patient",
+        "overlap": False,
+        "output": json.dumps({"answer": answer}),
+        "needs_image": True,
+        "instruction": "",
+        "input": question,
+    } | more
 
 
 @pytest.fixture
@@ -48,12 +65,27 @@ def films(tmp_path):
 
 
 def options(**changes):
-    return SimpleNamespace(prompts=["json", "think"], counterfactual_cases=100, random_regions=5, fills=["inpaint", "mean", "noise"], seed=0, **changes)
+    return SimpleNamespace(
+        prompts=["json", "think"],
+        counterfactual_cases=100,
+        random_regions=5,
+        fills=["inpaint", "mean", "noise"],
+        seed=0,
+        **changes,
+    )
 
 
 def boxes_of(bright):
     rows, columns = np.nonzero(bright)
-    return [] if not len(rows) else boxes_to_model([[int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1]], bright.shape[1], bright.shape[0])
+    return (
+        []
+        if not len(rows)
+        else boxes_to_model(
+            [[int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1]],
+            bright.shape[1],
+            bright.shape[0],
+        )
+    )
 
 
 class Scripted:
@@ -118,15 +150,22 @@ def test_who_looks_at_the_region_has_a_delta_of_one(films):
     assert test["all_fills"]["delta"]["value"] == test["all_fills"]["delta"]["low"] == 1
     assert test["all_fills"]["delta"]["p"] == pytest.approx(2 / 2 ** len({films[c["row"]]["group"] for c in cases}))
     assert test["all_fills"]["necessity"]["value"] == pytest.approx(2.9)  # from -0.1 to -3.0
-    assert test["all_fills"]["necessity_response"]["value"] == pytest.approx(1.45) and test["all_fills"]["necessity_response"]["n"] == len(cases)
+    assert test["all_fills"]["necessity_response"]["value"] == pytest.approx(1.45) and test["all_fills"][
+        "necessity_response"
+    ]["n"] == len(cases)
     assert test["all_fills"]["correct_to_wrong"]["value"] == 1
-    assert test["fills_agree_in_sign"] and test["identity"]["jpeg"]["flipped"] == test["identity"]["shift"]["flipped"] == 0
+    assert (
+        test["fills_agree_in_sign"] and test["identity"]["jpeg"]["flipped"] == test["identity"]["shift"]["flipped"] == 0
+    )
     for one in test["by_fill"].values():
         assert one["mcnemar"]["only_a"] == one["n"] and one["mcnemar"]["only_b"] == 0
         assert one["cases_needed"] == cases_needed(1.0, 1.0)
     assert "self" not in metrics["counterfactual"]  # who says no has no box
     told = [p["counterfactual"] for p in predictions if p["counterfactual"]]
-    assert all(t["delta_cf_roi"] == pytest.approx(2.9) and t["delta_cf_rand"] == pytest.approx(0) and t["stability"] == 1 for t in told)
+    assert all(
+        t["delta_cf_roi"] == pytest.approx(2.9) and t["delta_cf_rand"] == pytest.approx(0) and t["stability"] == 1
+        for t in told
+    )
 
 
 def test_who_does_not_look_has_a_delta_of_zero(films):
@@ -134,7 +173,11 @@ def test_who_does_not_look_has_a_delta_of_zero(films):
     metrics = evaluate(Scripted(blind), films, images, [], options())[0]
     every = metrics["counterfactual"]["gold"]["all_fills"]
     assert every["flip_roi"] == every["flip_random"] == every["delta"]["value"] == every["necessity"]["value"] == 0
-    assert every["delta"]["p"] == 1 and every["cases_needed"] is None and not metrics["counterfactual"]["gold"]["fills_agree_in_sign"]
+    assert (
+        every["delta"]["p"] == 1
+        and every["cases_needed"] is None
+        and not metrics["counterfactual"]["gold"]["fills_agree_in_sign"]
+    )
     assert metrics["rows"]["json prompt"]["closed"]["value"] == 0.5
     assert metrics["needs_image"]["blank image"]["value"] == metrics["needs_image"]["question only"]["value"] == 0
 
@@ -143,7 +186,10 @@ def test_who_changes_with_every_edit_has_a_delta_of_zero_and_a_high_floor(films)
     images, _ = load_images(films)
     test = evaluate(Scripted(AnyEdit(images)), films, images, [], options())[0]["counterfactual"]["gold"]
     assert test["all_fills"]["flip_roi"] == test["all_fills"]["flip_random"] == 1
-    assert test["all_fills"]["delta"]["value"] == 0 and test["identity"]["jpeg"]["flipped"] == test["identity"]["shift"]["flipped"] == 1
+    assert (
+        test["all_fills"]["delta"]["value"] == 0
+        and test["identity"]["jpeg"]["flipped"] == test["identity"]["shift"]["flipped"] == 1
+    )
 
 
 def test_silence_after_an_edit_is_unparsed_and_no_flip(films):
@@ -196,17 +242,27 @@ def with_redrawn(films, folder):
     return rows
 
 
-@pytest.mark.parametrize(("respond", "without", "other", "both"), [(looks, 1, 0, 1), (blind, 0, 0, 0), (AnyEdit, 1, 1, 1)])
+@pytest.mark.parametrize(
+    ("respond", "without", "other", "both"), [(looks, 1, 0, 1), (blind, 0, 0, 0), (AnyEdit, 1, 1, 1)]
+)
 def test_films_drawn_anew_tell_who_sees_the_finding(films, tmp_path, respond, without, other, both):
     rows = with_redrawn(films, tmp_path)
     images, _ = load_images(rows)
-    metrics, predictions, *_ = evaluate(Scripted(AnyEdit(images) if respond is AnyEdit else respond), rows, images, [], options())
+    metrics, predictions, *_ = evaluate(
+        Scripted(AnyEdit(images) if respond is AnyEdit else respond), rows, images, [], options()
+    )
     test = metrics["redrawn"]
     assert (test["without"]["value"], test["other"]["value"], test["both_right"]["value"]) == (without, other, both)
     assert test["without"]["n"] == test["both_right"]["n"] == 12 and test["other"]["n"] == test["difference"]["n"] == 11
-    assert (test["only_finding"]["n"], test["others_left"]["n"]) == (1, 11) and test["only_finding"]["value"] == test["others_left"]["value"] == both
+    assert (test["only_finding"]["n"], test["others_left"]["n"]) == (1, 11) and test["only_finding"]["value"] == test[
+        "others_left"
+    ]["value"] == both
     assert test["difference"]["value"] == without - other and test["unparsed"] == {"redrawn": 0, "redrawn_other": 0}
-    assert predictions[0]["redrawn"]["answer"] and "redrawn_other" not in predictions[0] and "redrawn" not in predictions[1]
+    assert (
+        predictions[0]["redrawn"]["answer"]
+        and "redrawn_other" not in predictions[0]
+        and "redrawn" not in predictions[1]
+    )
 
 
 def test_no_answer_about_a_film_drawn_anew_is_no_change(films, tmp_path):
@@ -214,7 +270,10 @@ def test_no_answer_about_a_film_drawn_anew_is_no_change(films, tmp_path):
     Path(rows[0]["redrawn"]).write_bytes(b"no picture")
     images, _ = load_images(rows)
     test = evaluate(Scripted(looks), rows, images, [], options())[0]["redrawn"]
-    assert test["without"]["value"] == test["both_right"]["value"] == pytest.approx(11 / 12) and test["unparsed"]["redrawn"] == 1
+    assert (
+        test["without"]["value"] == test["both_right"]["value"] == pytest.approx(11 / 12)
+        and test["unparsed"]["redrawn"] == 1
+    )
     assert evaluate(Scripted(looks), films, images, [], options())[0]["redrawn"] is None
 
 
@@ -223,17 +282,39 @@ def test_no_answer_about_a_film_drawn_anew_is_no_change(films, tmp_path):
 
 def test_controls_show_what_the_image_adds(films):
     images, _ = load_images(films)
-    train = [make_row(100 + i, "no", question=QUESTION) for i in range(3)] + [make_row(110, "blue", question=ALSO, answer_type="open")]
+    train = [make_row(100 + i, "no", question=QUESTION) for i in range(3)] + [
+        make_row(110, "blue", question=ALSO, answer_type="open")
+    ]
     metrics, predictions, *_ = evaluate(Scripted(looks), films, images, train, options())
     rows = metrics["rows"]
-    assert list(rows) == ["json prompt", "think prompt", "question only", "blank image", "shuffled image", "majority answer"]
+    assert list(rows) == [
+        "json prompt",
+        "think prompt",
+        "question only",
+        "blank image",
+        "shuffled image",
+        "majority answer",
+    ]
     assert rows["json prompt"]["accuracy"]["value"] == rows["think prompt"]["accuracy"]["value"] == 1
-    assert rows["question only"]["accuracy"]["value"] == rows["blank image"]["accuracy"]["value"] == rows["majority answer"]["accuracy"]["value"] == 0.5
+    assert (
+        rows["question only"]["accuracy"]["value"]
+        == rows["blank image"]["accuracy"]["value"]
+        == rows["majority answer"]["accuracy"]["value"]
+        == 0.5
+    )
     assert metrics["needs_image"]["blank image"]["value"] == 0.5 and metrics["needs_image"]["blank image"]["low"] > 0
     assert metrics["json"]["json"]["valid"] == metrics["json"]["think"]["valid"] == 1
-    assert metrics["boxes"]["box_rate"]["value"] == 0.5 and metrics["boxes"]["iou"]["n"] == 12 and metrics["boxes"]["iou"]["value"] > 0.9
+    assert (
+        metrics["boxes"]["box_rate"]["value"] == 0.5
+        and metrics["boxes"]["iou"]["n"] == 12
+        and metrics["boxes"]["iou"]["value"] > 0.9
+    )
     assert metrics["boxes"]["constant_box"] is None
-    assert predictions[0]["json prompt"]["correct"] and predictions[0]["gold"] == "yes" and predictions[0]["majority answer"]["answer"] == "no"
+    assert (
+        predictions[0]["json prompt"]["correct"]
+        and predictions[0]["gold"] == "yes"
+        and predictions[0]["majority answer"]["answer"] == "no"
+    )
 
 
 def test_unreadable_images_and_silence_stay_in_the_denominator(films, tmp_path):
@@ -245,7 +326,10 @@ def test_unreadable_images_and_silence_stay_in_the_denominator(films, tmp_path):
     metrics, predictions, *_ = evaluate(Scripted(looks), rows, images, [], options())
     for name, row in metrics["rows"].items():
         assert row["n"] == row["accuracy"]["n"] == 25, name
-    assert metrics["rows"]["json prompt"]["accuracy"]["value"] == pytest.approx(24 / 25) and not predictions[-1]["json prompt"]["parsed"]
+    assert (
+        metrics["rows"]["json prompt"]["accuracy"]["value"] == pytest.approx(24 / 25)
+        and not predictions[-1]["json prompt"]["parsed"]
+    )
     assert metrics["boxes"]["iou"]["n"] == 13
     silent = evaluate(Scripted(lambda image: (None, 0.0, [])), films, images[:-1], [], options())[0]
     assert silent["rows"]["json prompt"]["accuracy"]["value"] == 0 and silent["counterfactual"]["cases"] == 0
@@ -265,29 +349,54 @@ def test_a_shuffled_image_is_of_another_group(films):
 
 
 def test_majority_is_per_question_then_per_kind():
-    train = [make_row(i, a) for i, a in enumerate(["no", "no", "yes"])] + [make_row(5, "blue", question=ALSO, answer_type="open"), make_row(6, "red", question="Which colour?", answer_type="open"), make_row(7, "red", question="Which colour?", answer_type="open")]
-    asked = [make_row(10, "yes"), make_row(11, "yes", question="Is it new?"), make_row(12, "x", question=ALSO.upper(), answer_type="open"), make_row(13, "x", question="What else?", answer_type="open")]
+    train = [make_row(i, a) for i, a in enumerate(["no", "no", "yes"])] + [
+        make_row(5, "blue", question=ALSO, answer_type="open"),
+        make_row(6, "red", question="Which colour?", answer_type="open"),
+        make_row(7, "red", question="Which colour?", answer_type="open"),
+    ]
+    asked = [
+        make_row(10, "yes"),
+        make_row(11, "yes", question="Is it new?"),
+        make_row(12, "x", question=ALSO.upper(), answer_type="open"),
+        make_row(13, "x", question="What else?", answer_type="open"),
+    ]
     assert majority_answers(asked, train) == ["no", "no", "blue", "red"]
     assert majority_answers(asked, []) is None
 
 
 def test_summary_by_hand():
-    rows = [make_row(0, "yes"), make_row(1, "no"), make_row(2, "left lung", answer_type="open"), make_row(3, "heart", answer_type="open")]
+    rows = [
+        make_row(0, "yes"),
+        make_row(1, "no"),
+        make_row(2, "left lung", answer_type="open"),
+        make_row(3, "heart", answer_type="open"),
+    ]
     image = np.zeros((10, 10), np.uint8)
     texts = ["yes or no", "no", "left left left left", "heart"]
-    records = [record_of(row, json.dumps({"answer": text}), "json", image) for row, text in zip(rows, texts, strict=True)]
+    records = [
+        record_of(row, json.dumps({"answer": text}), "json", image) for row, text in zip(rows, texts, strict=True)
+    ]
     table = summarise(rows, records)
-    assert table["closed"] | {"low": None, "high": None} == {"value": 0.5, "low": None, "high": None, "n": 2}  # both yes and no is wrong
+    assert table["closed"] | {"low": None, "high": None} == {
+        "value": 0.5,
+        "low": None,
+        "high": None,
+        "n": 2,
+    }  # both yes and no is wrong
     assert table["open_exact"]["value"] == 0.5 and table["open_recall"]["value"] == pytest.approx((0.5 + 1) / 2)
     assert table["open_precision"]["value"] == pytest.approx((0.25 + 1) / 2) and table["accuracy"]["value"] == 0.5
     assert table["parsed"]["value"] == 0.75
-    assert table["llava_med"]["closed"] == 1 and table["llava_med"]["recall"] == pytest.approx((0.8 + 1) / 2)  # their rules, their numbers
+    assert table["llava_med"]["closed"] == 1 and table["llava_med"]["recall"] == pytest.approx(
+        (0.8 + 1) / 2
+    )  # their rules, their numbers
     assert table["medevalkit"]["closed"] == 0.5
 
 
 def test_intervals_draw_whole_groups():
     rows = [make_row(i, "yes", group=f"g{i // 10}") for i in range(200)]
-    records = [record_of(row, "yes" if (i // 10) % 2 else "no", "json", None) for i, row in enumerate(rows)]  # all rows of a group agree
+    records = [
+        record_of(row, "yes" if (i // 10) % 2 else "no", "json", None) for i, row in enumerate(rows)
+    ]  # all rows of a group agree
     clustered = summarise(rows, records)["accuracy"]
     alone = summarise([row | {"group": row["id"]} for row in rows], records)["accuracy"]
     assert clustered["value"] == alone["value"] == 0.5
@@ -320,7 +429,9 @@ def test_risk_coverage_by_hand():
     coverage, risk, aurc = risk_coverage([0.9, 0.8, 0.7, None], [True, False, True, False])
     assert coverage.tolist() == [0.25, 0.5, 0.75, 1] and risk == pytest.approx([0, 1 / 2, 1 / 3, 2 / 4])
     assert aurc == pytest.approx((0 + 1 / 2 + 1 / 3 + 1 / 2) / 4)
-    assert risk_coverage([1, 1, 1, 1], [True, False, False, True])[2] == 0.5  # ties share their errors: no order, the error rate
+    assert (
+        risk_coverage([1, 1, 1, 1], [True, False, False, True])[2] == 0.5
+    )  # ties share their errors: no order, the error rate
 
 
 def test_aurc_lies_between_perfect_and_no_order():
@@ -333,10 +444,22 @@ def test_aurc_lies_between_perfect_and_no_order():
 def test_similarity_thresholds_use_all_rows_as_coverage(films):
     images, _ = load_images(films)
     encoder = {"a film": [1.0, 0.0], QUESTION: [0.45, np.sqrt(1 - 0.45**2)]}
-    metrics = evaluate(Scripted(looks), films, images, [], options(), encoder=lambda texts: np.array([encoder[t] for t in texts]))[0]
+    metrics = evaluate(
+        Scripted(looks), films, images, [], options(), encoder=lambda texts: np.array([encoder[t] for t in texts])
+    )[0]
     table = metrics["confidence"]["thresholds"]
-    assert [(r["threshold"], r["n"], r["coverage"], r["accuracy"]) for r in table] == [(0.3, 24, 1, 1), (0.4, 24, 1, 1), (0.5, 0, 0, None), (0.6, 0, 0, None)]
-    assert set(metrics["confidence"]["counterfactual cases"]) == {"answer log-probability", "response log-probability", "caption-question similarity", "stability under random edits"}
+    assert [(r["threshold"], r["n"], r["coverage"], r["accuracy"]) for r in table] == [
+        (0.3, 24, 1, 1),
+        (0.4, 24, 1, 1),
+        (0.5, 0, 0, None),
+        (0.6, 0, 0, None),
+    ]
+    assert set(metrics["confidence"]["counterfactual cases"]) == {
+        "answer log-probability",
+        "response log-probability",
+        "caption-question similarity",
+        "stability under random edits",
+    }
 
 
 # --- the model's own log-probabilities ---
@@ -369,7 +492,9 @@ def test_scores_are_the_mean_log_probabilities_of_the_answers_tokens(tiny):
         lengths = np.cumsum([0] + [len(tiny.tokenizer.decode([t])) for t in tokens])
         chosen = [v for v, a, b in zip(values, lengths, lengths[1:], strict=False) if a < last and b > first]
         assert scores[i]["answer"] == pytest.approx(np.mean(chosen), abs=1e-4)
-    assert abs(scores[0]["answer"] - Answerer(tiny, 4).score([prompts[0]], [images[1]], [texts[0]])[0]["answer"]) > 1e-3  # the image counts
+    assert (
+        abs(scores[0]["answer"] - Answerer(tiny, 4).score([prompts[0]], [images[1]], [texts[0]])[0]["answer"]) > 1e-3
+    )  # the image counts
 
 
 def test_answers_keep_their_order_in_batches_and_without_image(tiny):
@@ -400,7 +525,12 @@ def test_a_batch_that_does_not_fit_is_halved(tiny, capsys):
 
 @pytest.mark.parametrize(
     ("text", "span"),
-    [('{"caption": "no effusion", "answer": "no"}', "no"), ("<think>yes it is</think><answer>yes</answer>", "yes"), ("maybe left", "maybe left"), ("{{{", "{{{")],
+    [
+        ('{"caption": "no effusion", "answer": "no"}', "no"),
+        ("<think>yes it is</think><answer>yes</answer>", "yes"),
+        ("maybe left", "maybe left"),
+        ("{{{", "{{{"),
+    ],
 )
 def test_answer_span(text, span):
     first, last = answer_span(text)
@@ -426,17 +556,42 @@ def scripted_model(monkeypatch, tiny):
 
 
 def test_script_on_a_file_of_rows(rows_file, scripted_model, tmp_path, capsys):
-    script.main(["--data", str(rows_file), "--model", "tiny", "--out-dir", "run", "--counterfactual-cases", "6", "--device", "cpu", "--seed", "3"])
+    script.main(
+        [
+            "--data",
+            str(rows_file),
+            "--model",
+            "tiny",
+            "--out-dir",
+            "run",
+            "--counterfactual-cases",
+            "6",
+            "--device",
+            "cpu",
+            "--seed",
+            "3",
+        ]
+    )
     metrics = json.loads(Path("run/metrics.json").read_text())
-    assert metrics["n"] == 24 and metrics["counterfactual"]["cases"] == 6 and metrics["seed"] == 3 and metrics["dataset"]["train_rows"] == 6
+    assert (
+        metrics["n"] == 24
+        and metrics["counterfactual"]["cases"] == 6
+        and metrics["seed"] == 3
+        and metrics["dataset"]["train_rows"] == 6
+    )
     assert metrics["boxes"]["constant_box"] and metrics["boxes"]["iou_over_constant_box"]["value"] > 0
     assert metrics["sentence_encoder"] == "tiny:bert" and metrics["overlap"] is False
     lines = [json.loads(line) for line in Path("run/predictions.jsonl").read_text().splitlines()]
     assert len(lines) == 24 and sum(line["counterfactual"] is not None for line in lines) == 6
     report, page = Path("run/report.md").read_text(), Path("run/report.html").read_text()
-    assert "Answers change more often without the gold region than without random regions of its size, with every fill." in report
+    assert (
+        "Answers change more often without the gold region than without random regions of its size, with every fill."
+        in report
+    )
     assert "random weights" in report and "PHANTOM" in report and "figures/strip.png" in report
-    assert page.count("data:image/png;base64,") == 2 and not re.search(r"(src|href)=.(?!data:)", page)  # nothing is loaded from elsewhere
+    assert page.count("data:image/png;base64,") == 2 and not re.search(
+        r"(src|href)=.(?!data:)", page
+    )  # nothing is loaded from elsewhere
     with Image.open("run/figures/strip.png") as picture:
         assert picture.width > 600
 
@@ -444,9 +599,27 @@ def test_script_on_a_file_of_rows(rows_file, scripted_model, tmp_path, capsys):
 def test_films_drawn_anew_are_in_the_report(films, rows_file, scripted_model, tmp_path):
     lines = rows_file.read_text().splitlines()
     rows_file.write_text("\n".join([*map(json.dumps, with_redrawn(films, tmp_path)), *lines[24:]]))
-    script.main(["--data", str(rows_file), "--model", "tiny", "--out-dir", "run", "--counterfactual-cases", "0", "--device", "cpu", "--prompts", "json"])
+    script.main(
+        [
+            "--data",
+            str(rows_file),
+            "--model",
+            "tiny",
+            "--out-dir",
+            "run",
+            "--counterfactual-cases",
+            "0",
+            "--device",
+            "cpu",
+            "--prompts",
+            "json",
+        ]
+    )
     report = Path("run/report.md").read_text()
-    assert "| right about both films: yes with it, no without it | 100.0 [100.0, 100.0] | 12 |" in report and "figures/redrawn.png" in report
+    assert (
+        "| right about both films: yes with it, no without it | 100.0 [100.0, 100.0] | 12 |" in report
+        and "figures/redrawn.png" in report
+    )
     with Image.open("run/figures/redrawn.png") as picture:
         assert picture.width > 400 and picture.height > 400  # two films, three pictures each
 
@@ -455,35 +628,113 @@ def test_a_model_taught_on_grey_pictures_is_marked(rows_file, scripted_model):
     Path("model").mkdir()
     for rows, marked in ((0, False), (7, True)):
         Path("model/training.json").write_text(json.dumps({"dataset": {"policy": "by patient", "blank_rows": rows}}))
-        script.main(["--data", str(rows_file), "--sft-ckpt", "model", "--out-dir", f"run{rows}", "--counterfactual-cases", "0", "--device", "cpu", "--prompts", "json"])
-        assert ("This model was shown 7 grey pictures in training" in Path(f"run{rows}/report.md").read_text()) == marked
+        script.main(
+            [
+                "--data",
+                str(rows_file),
+                "--sft-ckpt",
+                "model",
+                "--out-dir",
+                f"run{rows}",
+                "--counterfactual-cases",
+                "0",
+                "--device",
+                "cpu",
+                "--prompts",
+                "json",
+            ]
+        )
+        assert (
+            "This model was shown 7 grey pictures in training" in Path(f"run{rows}/report.md").read_text()
+        ) == marked
 
 
 def test_the_think_prompt_alone_has_no_boxes(rows_file, scripted_model):
-    script.main(["--data", str(rows_file), "--model", "tiny", "--out-dir", "run", "--counterfactual-cases", "2", "--device", "cpu", "--prompts", "think", "--limit", "10"])
+    script.main(
+        [
+            "--data",
+            str(rows_file),
+            "--model",
+            "tiny",
+            "--out-dir",
+            "run",
+            "--counterfactual-cases",
+            "2",
+            "--device",
+            "cpu",
+            "--prompts",
+            "think",
+            "--limit",
+            "10",
+        ]
+    )
     metrics = json.loads(Path("run/metrics.json").read_text())
-    assert metrics["boxes"] is None and metrics["main_prompt"] == "think" and metrics["n"] == 10 and metrics["rows"]["think prompt"]["accuracy"]["value"] == 1
+    assert (
+        metrics["boxes"] is None
+        and metrics["main_prompt"] == "think"
+        and metrics["n"] == 10
+        and metrics["rows"]["think prompt"]["accuracy"]["value"] == 1
+    )
     assert metrics["confidence"]["rows_with_caption"] == 0 and "## Boxes" not in Path("run/report.md").read_text()
 
 
 def test_export_for_grpo(rows_file, scripted_model, refused, capsys):
     out = refused(script.main, ["--data", rows_file, "--model", "tiny", "--export-grpo", "g.jsonl", "--out-dir", "x"])
     assert "--split train or val" in out
-    script.main(["--data", str(rows_file), "--model", "tiny", "--split", "train", "--out-dir", "run", "--export-grpo", "made/g.jsonl", "--device", "cpu"])
+    script.main(
+        [
+            "--data",
+            str(rows_file),
+            "--model",
+            "tiny",
+            "--split",
+            "train",
+            "--out-dir",
+            "run",
+            "--export-grpo",
+            "made/g.jsonl",
+            "--device",
+            "cpu",
+        ]
+    )
     rows = [json.loads(line) for line in Path("made/g.jsonl").read_text().splitlines()]
-    assert len(rows) == 6 and all(row["valid_json"] and row["answer_correct"] and row["caption"] == "a film" for row in rows)
+    assert len(rows) == 6 and all(
+        row["valid_json"] and row["answer_correct"] and row["caption"] == "a film" for row in rows
+    )
     assert {"image_path", "question", "gold", "region", "group"} <= rows[0].keys()
     tested = [row for row in rows if row["delta_cf_roi"] is not None]
-    assert tested and all(row["delta_cf_roi"] == pytest.approx(2.9) and row["delta_cf_rand"] == pytest.approx(0) for row in tested)
+    assert tested and all(
+        row["delta_cf_roi"] == pytest.approx(2.9) and row["delta_cf_rand"] == pytest.approx(0) for row in tested
+    )
     assert all(row["delta_cf_roi"] is None for row in rows if row["gold"] == "no")
 
 
 def test_overlap_is_stamped(films, rows_file, scripted_model, capsys):
     rows_file.write_text("\n".join(json.dumps(row | {"policy": "official", "overlap": True}) for row in films))
-    script.main(["--data", str(rows_file), "--model", "tiny", "--out-dir", "run", "--counterfactual-cases", "0", "--device", "cpu"])
+    script.main(
+        [
+            "--data",
+            str(rows_file),
+            "--model",
+            "tiny",
+            "--out-dir",
+            "run",
+            "--counterfactual-cases",
+            "0",
+            "--device",
+            "cpu",
+        ]
+    )
     metrics = json.loads(Path("run/metrics.json").read_text())
-    assert metrics["overlap"] is True and metrics["policy"] == "official" and any("OVERLAP" in w for w in metrics["warnings"])
-    assert "**OVERLAP" in Path("run/report.md").read_text() and "No case could be tested." in Path("run/report.md").read_text()
+    assert (
+        metrics["overlap"] is True
+        and metrics["policy"] == "official"
+        and any("OVERLAP" in w for w in metrics["warnings"])
+    )
+    assert (
+        "**OVERLAP" in Path("run/report.md").read_text()
+        and "No case could be tested." in Path("run/report.md").read_text()
+    )
 
 
 def test_bad_arguments_and_files_are_refused(refused, tmp_path):
@@ -499,7 +750,12 @@ def test_dry_run_of_everything(capsys):
     """An untrained model: hardly an answer can be read, and the report has to live with that."""
     script.main(["--dry-run", "--studies", "2", "--limit", "4", "--out-dir", "run"])
     metrics = json.loads(Path("run/metrics.json").read_text())
-    assert metrics["n"] == 4 and metrics["rows"]["json prompt"]["n"] == 4 and metrics["tiny"] and metrics["dataset"]["phantom"]
+    assert (
+        metrics["n"] == 4
+        and metrics["rows"]["json prompt"]["n"] == 4
+        and metrics["tiny"]
+        and metrics["dataset"]["phantom"]
+    )
     assert sum(metrics["json"]["json"]["levels"].values()) == 4 and Path("run/report.html").stat().st_size > 10_000
     assert "The tiny model is untrained" in Path("run/report.md").read_text()
 
@@ -508,9 +764,13 @@ def test_dry_run_of_everything(capsys):
 def test_real_vqa_rad_rows_and_their_question_only_baseline(real_data):
     """The most frequent answer per question, from the training rows of the official split, is a known number."""
     folder = real_data("vqa_rad").parent
-    args = SimpleNamespace(data="vqa_rad", split="test", policy="official", seed=0, data_dir=str(folder), studies=None, limit=None)
+    args = SimpleNamespace(
+        data="vqa_rad", split="test", policy="official", seed=0, data_dir=str(folder), studies=None, limit=None
+    )
     rows, train_rows, facts = script.load_rows(args)
-    assert len(rows) == 451 and len(train_rows) > 2500 and facts["overlap"] and all(row["region"] is None for row in rows)
+    assert (
+        len(rows) == 451 and len(train_rows) > 2500 and facts["overlap"] and all(row["region"] is None for row in rows)
+    )
     majority = majority_answers(rows, train_rows)
     right = [script.scores_of(row, answer)["correct"] for row, answer in zip(rows, majority, strict=True)]
     closed = np.mean([r for r, row in zip(right, rows, strict=True) if row["answer_type"] == "closed"])
@@ -522,5 +782,10 @@ def test_a_document_escapes_what_models_write():
     doc.text("**bold** <script>alert(1)</script> `x<y`")
     doc.table(["a|b"], [["<img src=x>"], ["two\nlines"]])
     page, text = doc.html("t<"), doc.markdown()
-    assert "<script>" not in page and "<img src=x>" not in page and "<strong>bold</strong>" in page and "<title>t&lt;</title>" in page
+    assert (
+        "<script>" not in page
+        and "<img src=x>" not in page
+        and "<strong>bold</strong>" in page
+        and "<title>t&lt;</title>" in page
+    )
     assert "| a\\|b |" in text and "| two lines |" in text

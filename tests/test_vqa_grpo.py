@@ -32,6 +32,7 @@ MAX_LENGTH = 9
 
 # --------------------------------------------------- the definitions once more, in numpy, rollout by rollout and token by token
 
+
 def numpy_advantages(rewards, group_size, scale):
     out = []
     known = [r for r in rewards if not math.isnan(r)]
@@ -42,7 +43,9 @@ def numpy_advantages(rewards, group_size, scale):
             if math.isnan(r) or len(set(defined)) < 2:
                 out.append(0.0)
             else:
-                divisor = {"group": np.std(defined, ddof=1) + 1e-4, "batch": np.std(known, ddof=1) + 1e-4, "none": 1.0}[scale]
+                divisor = {"group": np.std(defined, ddof=1) + 1e-4, "batch": np.std(known, ddof=1) + 1e-4, "none": 1.0}[
+                    scale
+                ]
                 out.append((r - np.mean(defined)) / divisor)
     return np.array(out)
 
@@ -58,12 +61,22 @@ def numpy_loss(logp, old, ref, advantages, mask, loss, level, beta, kl, delta=No
             unclipped = min(ratio, delta) if delta else ratio
             surrogate = min(unclipped * advantages[i], min(max(ratio, 1 - eps_low), 1 + eps_high) * advantages[i])
             x = ref[i, t] - logp[i, t]
-            estimate = {"k1": -x, "k2": x * x / 2, "k3": math.exp(x) - x - 1, "k3_corrected": (math.exp(x) - x - 1) * ratio}[kl]
+            estimate = {
+                "k1": -x,
+                "k2": x * x / 2,
+                "k3": math.exp(x) - x - 1,
+                "k3_corrected": (math.exp(x) - x - 1) * ratio,
+            }[kl]
             total += -surrogate + beta * estimate
         sums.append(total)
         means.append(total / len(tokens) if tokens else 0.0)
         all_tokens += len(tokens)
-    return {"grpo": np.mean(means), "dr_grpo": sum(sums) / (len(logp) * MAX_LENGTH), "dapo": sum(sums) / all_tokens, "bnpo": sum(sums) / all_tokens}[loss]
+    return {
+        "grpo": np.mean(means),
+        "dr_grpo": sum(sums) / (len(logp) * MAX_LENGTH),
+        "dapo": sum(sums) / all_tokens,
+        "bnpo": sum(sums) / all_tokens,
+    }[loss]
 
 
 def numpy_gradient(function, x, step=1e-6):
@@ -80,7 +93,9 @@ def rollouts(seed=6, b=8, t=6, spread=0.35):
     """Log-probabilities of three policies whose ratios lie below, in and above the clipping range; rewards, mask with gaps of length."""
     rng = np.random.default_rng(seed)
     logp = -rng.exponential(1.0, (b, t))
-    drift = rng.standard_normal((b, 1)) + rng.standard_normal((b, t))  # a part per rollout, so that their means differ too
+    drift = rng.standard_normal((b, 1)) + rng.standard_normal(
+        (b, t)
+    )  # a part per rollout, so that their means differ too
     old, ref = logp + spread * drift, logp + 0.5 * rng.standard_normal((b, t))
     mask = np.arange(t) < rng.integers(1, t + 1, (b, 1))
     mask[0], mask[3] = True, False  # a full one, and one that was taken out
@@ -99,6 +114,7 @@ def options(loss, **more):
 
 # -------------------------------------------------------------------------------------------------------------- the loss
 
+
 @pytest.mark.parametrize(("loss", "scale", "level"), list(itertools.product(LOSSES, SCALES, RATIO_LEVELS)))
 def test_loss_and_gradient_equal_the_closed_form_and_its_finite_differences(loss, scale, level):
     logp, old, ref, mask, rewards = rollouts()
@@ -109,7 +125,13 @@ def test_loss_and_gradient_equal_the_closed_form_and_its_finite_differences(loss
 
     for kl, delta in [(kl, None) for kl in KL_ESTIMATORS] + [("k3", 1.4)]:
         x = torch.from_numpy(logp).requires_grad_()
-        value, metrics = policy_loss(x, *tensors(old, ref), advantages, torch.from_numpy(mask), **options(loss, ratio_level=level, beta=0.3, kl=kl, delta=delta))
+        value, metrics = policy_loss(
+            x,
+            *tensors(old, ref),
+            advantages,
+            torch.from_numpy(mask),
+            **options(loss, ratio_level=level, beta=0.3, kl=kl, delta=delta),
+        )
         value.backward()
 
         def closed_form(z, kl=kl, delta=delta):
@@ -118,8 +140,13 @@ def test_loss_and_gradient_equal_the_closed_form_and_its_finite_differences(loss
         assert value.item() == pytest.approx(closed_form(logp), abs=1e-12)
         np.testing.assert_allclose(x.grad, numpy_gradient(closed_form, logp), atol=2e-8)
         assert torch.all(x.grad[torch.from_numpy(~mask)] == 0)
-    assert metrics["clip_low"] and metrics["clip_high"] and metrics["clip_delta"]  # the rollouts hold all cases, at both levels
-    assert (metrics["tokens"], metrics["ratios"]) == (mask.sum(), 7 if level == "sequence" else mask.sum())  # of 8 rollouts one is empty
+    assert (
+        metrics["clip_low"] and metrics["clip_high"] and metrics["clip_delta"]
+    )  # the rollouts hold all cases, at both levels
+    assert (metrics["tokens"], metrics["ratios"]) == (
+        mask.sum(),
+        7 if level == "sequence" else mask.sum(),
+    )  # of 8 rollouts one is empty
 
 
 @pytest.mark.parametrize(("loss", "level"), list(itertools.product(LOSSES, RATIO_LEVELS)))
@@ -129,7 +156,14 @@ def test_gradcheck(loss, level):
     x = torch.from_numpy(logp).requires_grad_()
     for kl in KL_ESTIMATORS:
         assert torch.autograd.gradcheck(
-            lambda z, kl=kl: policy_loss(z, *tensors(old, ref), advantages, torch.from_numpy(mask), **options(loss, ratio_level=level, beta=0.5, kl=kl))[0], x
+            lambda z, kl=kl: policy_loss(
+                z,
+                *tensors(old, ref),
+                advantages,
+                torch.from_numpy(mask),
+                **options(loss, ratio_level=level, beta=0.5, kl=kl),
+            )[0],
+            x,
         )
 
 
@@ -143,8 +177,16 @@ def test_a_case_by_hand():
         value, metrics = policy_loss(logp, old, None, advantages, mask, **options(loss))
         assert value.item() == pytest.approx(number)
     third = pytest.approx(1 / 3)
-    assert metrics["clip_low"] == third and metrics["clip_high"] == third and metrics["clip_region"] == pytest.approx(2 / 3)
-    assert metrics["ratio_mean"] == pytest.approx(1) and metrics["ratio_min"] == pytest.approx(0.5) and metrics["ratio_max"] == pytest.approx(1.5)
+    assert (
+        metrics["clip_low"] == third
+        and metrics["clip_high"] == third
+        and metrics["clip_region"] == pytest.approx(2 / 3)
+    )
+    assert (
+        metrics["ratio_mean"] == pytest.approx(1)
+        and metrics["ratio_min"] == pytest.approx(0.5)
+        and metrics["ratio_max"] == pytest.approx(1.5)
+    )
     assert (metrics["tokens"], metrics["ratios"]) == (3, 3) and "kl" not in metrics and "entropy" not in metrics
 
     # One ratio per rollout: sqrt(1.5 * 1) = 1.2247 is inside the range, 0.5 is not.
@@ -167,13 +209,22 @@ def test_first_step_has_ratio_1_kl_0_nothing_clipped_and_the_policy_gradient(los
     gradients = []
     for old in (None, torch.from_numpy(logp.copy())):
         x = torch.from_numpy(logp).requires_grad_()
-        value, metrics = policy_loss(x, old, x.detach().clone(), advantages, torch.from_numpy(mask), **options(loss, ratio_level=level, beta=0.7, kl=kl))
+        value, metrics = policy_loss(
+            x,
+            old,
+            x.detach().clone(),
+            advantages,
+            torch.from_numpy(mask),
+            **options(loss, ratio_level=level, beta=0.7, kl=kl),
+        )
         value.backward()
         check_first_step(metrics, tolerance=0)
         assert metrics["ratio_min"] == metrics["ratio_max"] == 1 and metrics["clip_region"] == 0 and metrics["kl"] == 0
         gradients.append(x.grad)
     assert torch.equal(*gradients)
-    if loss == "grpo" and level == "token" and kl != "k1":  # at KL 0 only k1 has a gradient: of the size of beta, but of mean zero
+    if (
+        loss == "grpo" and level == "token" and kl != "k1"
+    ):  # at KL 0 only k1 has a gradient: of the size of beta, but of mean zero
         lengths = np.maximum(mask.sum(1, keepdims=True), 1)
         np.testing.assert_allclose(gradients[0], -advantages.numpy()[:, None] * mask / lengths / len(mask), atol=1e-15)
 
@@ -231,7 +282,17 @@ def test_micro_batches_add_up_to_the_step(loss, level, sizes):
 
     y, losses, parts = logp.clone().requires_grad_(), [], []
     for part in torch.arange(8).split(sizes):
-        piece, m = policy_loss(y[part], old[part], ref[part], advantages[part], mask[part], entropy=-ref[part], total_tokens=int(mask.sum()), total_sequences=8, **settings)
+        piece, m = policy_loss(
+            y[part],
+            old[part],
+            ref[part],
+            advantages[part],
+            mask[part],
+            entropy=-ref[part],
+            total_tokens=int(mask.sum()),
+            total_sequences=8,
+            **settings,
+        )
         piece.backward()
         losses.append(piece.item())
         parts.append(m)
@@ -240,7 +301,10 @@ def test_micro_batches_add_up_to_the_step(loss, level, sizes):
         assert sum(losses) == pytest.approx(value.item(), rel=1e-12)
         torch.testing.assert_close(y.grad, x.grad, rtol=0, atol=1e-15)
     else:  # each part is divided by its own tokens: the average of the parts' losses, and not that of the whole
-        alone = [policy_loss(logp[p], old[p], ref[p], advantages[p], mask[p], **settings)[0].item() for p in torch.arange(8).split(sizes)]
+        alone = [
+            policy_loss(logp[p], old[p], ref[p], advantages[p], mask[p], **settings)[0].item()
+            for p in torch.arange(8).split(sizes)
+        ]
         assert sum(losses) == pytest.approx(np.average(alone, weights=sizes), rel=1e-12)
         assert sum(losses) != pytest.approx(value.item(), rel=1e-3)
 
@@ -248,9 +312,14 @@ def test_micro_batches_add_up_to_the_step(loss, level, sizes):
 def test_one_ratio_per_rollout_gives_all_its_tokens_the_same_gradient():
     logp, old, _, mask, rewards = tensors(*rollouts(5, spread=0.1))
     logp.requires_grad_()
-    policy_loss(logp, old, None, group_advantages(rewards, 4)[0], mask, **options("dapo", ratio_level="sequence"))[0].backward()
+    policy_loss(logp, old, None, group_advantages(rewards, 4)[0], mask, **options("dapo", ratio_level="sequence"))[
+        0
+    ].backward()
     rows = [g[m] for g, m in zip(logp.grad, mask, strict=True) if m.any()]
-    assert all(torch.allclose(g, g[0].expand_as(g), atol=1e-16) for g in rows) and sum(g.abs().max() > 0 for g in rows) >= 4
+    assert (
+        all(torch.allclose(g, g[0].expand_as(g), atol=1e-16) for g in rows)
+        and sum(g.abs().max() > 0 for g in rows) >= 4
+    )
 
 
 def test_kl_measured_with_beta_0_changes_nothing():
@@ -277,8 +346,17 @@ def test_what_the_kl_estimators_descend_on(shift):
         return torch.autograd.grad(value, scores, retain_graph=True)[0]
 
     def of_estimator(kl):
-        logp = scores.log_softmax(0)[:, None]  # five rollouts of one token, each counted by how often the old policy draws it
-        per_token = torch.stack([policy_loss(logp[[i]], old[[i], None], ref[[i], None], torch.zeros(1), torch.ones(1, 1), beta=1.0, kl=kl)[0] for i in range(5)])
+        logp = scores.log_softmax(0)[
+            :, None
+        ]  # five rollouts of one token, each counted by how often the old policy draws it
+        per_token = torch.stack(
+            [
+                policy_loss(
+                    logp[[i]], old[[i], None], ref[[i], None], torch.zeros(1), torch.ones(1, 1), beta=1.0, kl=kl
+                )[0]
+                for i in range(5)
+            ]
+        )
         return (old.exp() * per_token).sum()
 
     logp = scores.log_softmax(0)
@@ -300,7 +378,9 @@ def test_a_micro_batch_without_tokens_has_loss_0_and_no_gradient():
     logp.requires_grad_()
     parts = []
     for loss in LOSSES:
-        value, metrics = policy_loss(logp, old, ref, group_advantages(rewards, 4)[0], torch.zeros_like(mask), beta=0.1, **options(loss))
+        value, metrics = policy_loss(
+            logp, old, ref, group_advantages(rewards, 4)[0], torch.zeros_like(mask), beta=0.1, **options(loss)
+        )
         assert value.item() == 0 and torch.equal(torch.autograd.grad(value, logp)[0], torch.zeros_like(logp))
         assert metrics["tokens"] == 0 and metrics["kl"] is None and metrics["ratio_max"] is None
         parts.append(metrics)
@@ -313,7 +393,12 @@ def test_low_precision_is_computed_in_float32():
     low = [x.bfloat16() for x in (logp, old, ref)]
     value, _ = policy_loss(*low, group_advantages(rewards, 4)[0], mask, beta=0.1)
     assert value.dtype == torch.float32
-    torch.testing.assert_close(value.double(), policy_loss(*(x.double() for x in low), group_advantages(rewards, 4)[0], mask, beta=0.1)[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        value.double(),
+        policy_loss(*(x.double() for x in low), group_advantages(rewards, 4)[0], mask, beta=0.1)[0],
+        rtol=1e-5,
+        atol=1e-6,
+    )
 
 
 def test_policy_loss_refuses():
@@ -335,6 +420,7 @@ def test_policy_loss_refuses():
 
 # -------------------------------------------------------------------------------------------------- advantages and masks
 
+
 def test_advantages_by_hand():
     # Group 1: mean 0.5, sample std sqrt(1/3). Group 2: 2 and 4, mean 3, sample std sqrt(2); one undefined. 3 and 4: nothing to compare.
     rewards = [0, 1, 0, 1, 2, None, 4, None, 1, 1, 1, 1, float("nan"), None, 5, None]
@@ -343,12 +429,18 @@ def test_advantages_by_hand():
     np.testing.assert_allclose(advantages, [-one, one, -one, one, -two, 0, two, 0] + [0] * 8, atol=1e-15)
     known = [0, 1, 0, 1, 2, 4, 1, 1, 1, 1, 5]
     assert stats == {
-        "reward": pytest.approx(np.mean(known)), "reward_std": pytest.approx(np.std(known, ddof=1)),
-        "groups": 4, "zero_variance_groups": 2, "frac_reward_zero_std": 0.5, "undefined_rewards": 5,
-    }  # fmt: skip
+        "reward": pytest.approx(np.mean(known)),
+        "reward_std": pytest.approx(np.std(known, ddof=1)),
+        "groups": 4,
+        "zero_variance_groups": 2,
+        "frac_reward_zero_std": 0.5,
+        "undefined_rewards": 5,
+    }
     assert has_signal(rewards, 4).tolist() == [True, True, False, False]
     np.testing.assert_allclose(group_advantages(rewards, 4, "none")[0][:8], [-0.5, 0.5, -0.5, 0.5, -1, 0, 1, 0])
-    np.testing.assert_allclose(group_advantages(rewards, 4, "batch")[0][:2], np.array([-0.5, 0.5]) / (np.std(known, ddof=1) + 1e-4))
+    np.testing.assert_allclose(
+        group_advantages(rewards, 4, "batch")[0][:2], np.array([-0.5, 0.5]) / (np.std(known, ddof=1) + 1e-4)
+    )
     assert json.loads(json.dumps(stats)) == stats
     empty = group_advantages([None] * 4, 2)
     assert empty[0].tolist() == [0] * 4 and empty[1]["reward"] is None and empty[1]["reward_std"] is None
@@ -386,7 +478,13 @@ def test_equal_rewards_up_to_rounding_have_no_advantage():
 
 def test_advantages_take_tensors_and_refuse_what_is_no_group():
     assert torch.equal(group_advantages(torch.tensor([0.0, 1.0]), 2)[0], group_advantages([0, 1], 2)[0])
-    for rewards, size, words in (([1, 2, 3], 2, "not whole groups of 2"), ([], 2, "not whole groups"), ([1, 2], 1, "at least 2"), ([1, torch.inf], 2, "infinite"), ([[1], [2]], 2, "1 dimension, got shape \\(2, 1\\)")):
+    for rewards, size, words in (
+        ([1, 2, 3], 2, "not whole groups of 2"),
+        ([], 2, "not whole groups"),
+        ([1, 2], 1, "at least 2"),
+        ([1, torch.inf], 2, "infinite"),
+        ([[1], [2]], 2, "1 dimension, got shape \\(2, 1\\)"),
+    ):
         with pytest.raises(ValueError, match=words):
             group_advantages(rewards, size)
     with pytest.raises(ValueError, match="scale is one of"):
@@ -402,6 +500,7 @@ def test_completion_mask():
 
 # ----------------------------------------------------------------------------------------------------- log-probabilities
 
+
 def plain_logprobs(hidden, weight, ids, temperature=1.0, bias=None, suppress=()):
     logits = F.linear(hidden, weight, bias) / temperature
     logits[..., list(suppress)] = -torch.inf
@@ -411,20 +510,37 @@ def plain_logprobs(hidden, weight, ids, temperature=1.0, bias=None, suppress=())
 
 def head(seed=0, b=3, t=7, d=16, vocabulary=53, dtype=torch.float32):
     g = torch.Generator().manual_seed(seed)
-    hidden, weight, bias = (torch.randn(*shape, generator=g, dtype=dtype) for shape in ((b, t, d), (vocabulary, d), (vocabulary,)))
-    return hidden.requires_grad_(), weight.requires_grad_(), bias.requires_grad_(), torch.randint(4, vocabulary, (b, t), generator=g)
+    hidden, weight, bias = (
+        torch.randn(*shape, generator=g, dtype=dtype) for shape in ((b, t, d), (vocabulary, d), (vocabulary,))
+    )
+    return (
+        hidden.requires_grad_(),
+        weight.requires_grad_(),
+        bias.requires_grad_(),
+        torch.randint(4, vocabulary, (b, t), generator=g),
+    )
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize(("chunk", "temperature", "suppress"), [(1, 1.0, ()), (4, 0.7, (0, 3)), (21, 1.3, ()), (500, 1.0, (1,))])
+@pytest.mark.parametrize(
+    ("chunk", "temperature", "suppress"), [(1, 1.0, ()), (4, 0.7, (0, 3)), (21, 1.3, ()), (500, 1.0, (1,))]
+)
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
 def test_selected_logprobs_equal_the_plain_path(with_bias, chunk, temperature, suppress, dtype, atol):
     hidden, weight, bias, ids = head(dtype=dtype)
     inputs = [hidden, weight] + [bias] * with_bias
     outcome = []
     for function, more in ((selected_logprobs, {"chunk": chunk}), (plain_logprobs, {})):
-        logp, entropy = function(hidden, weight, ids, temperature=temperature, bias=bias if with_bias else None, suppress=suppress, **more)
-        outcome.append((logp, entropy, *torch.autograd.grad((logp * torch.linspace(-1, 2, 21, dtype=dtype).view(3, 7)).sum(), inputs)))
+        logp, entropy = function(
+            hidden, weight, ids, temperature=temperature, bias=bias if with_bias else None, suppress=suppress, **more
+        )
+        outcome.append(
+            (
+                logp,
+                entropy,
+                *torch.autograd.grad((logp * torch.linspace(-1, 2, 21, dtype=dtype).view(3, 7)).sum(), inputs),
+            )
+        )
     assert outcome[0][0].shape == (3, 7) and not outcome[0][1].requires_grad and outcome[0][0].dtype == dtype
     for ours, plain in zip(*outcome, strict=True):
         torch.testing.assert_close(ours, plain, rtol=0, atol=atol)
@@ -432,12 +548,16 @@ def test_selected_logprobs_equal_the_plain_path(with_bias, chunk, temperature, s
 
 def test_selected_logprobs_gradcheck_and_finite_differences_of_a_loss_on_top():
     hidden, weight, bias, ids = head(b=2, t=3, d=4, vocabulary=11, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda h, w, b: selected_logprobs(h, w, ids, 0.8, 4, b, suppress=(2,))[0], (hidden, weight, bias))
+    assert torch.autograd.gradcheck(
+        lambda h, w, b: selected_logprobs(h, w, ids, 0.8, 4, b, suppress=(2,))[0], (hidden, weight, bias)
+    )
     old = selected_logprobs(hidden, weight, ids)[0].detach() + 0.05
 
     def loss(h):
         logp, entropy = selected_logprobs(h, weight, ids, chunk=4)
-        return policy_loss(logp, old, old - 0.3, torch.tensor([1.0, -1.0]), torch.ones(2, 3), beta=0.2, entropy=entropy)[0]
+        return policy_loss(
+            logp, old, old - 0.3, torch.tensor([1.0, -1.0]), torch.ones(2, 3), beta=0.2, entropy=entropy
+        )[0]
 
     assert torch.autograd.gradcheck(loss, hidden)
 
@@ -455,7 +575,12 @@ def test_selected_logprobs_does_only_what_is_asked_for():
     assert weight.grad.abs().max() == 0
     suppressed = selected_logprobs(hidden, weight, torch.full_like(ids, 2), suppress=(2,))[0]
     assert torch.all(suppressed == -torch.inf)
-    for arguments, words in (((hidden, weight, ids[:, :3]), "do not fit"), ((hidden, weight[:, :5], ids), "do not fit"), ((hidden, weight, ids, 0), "temperature"), ((hidden, weight, ids, 1, 0), "chunk")):
+    for arguments, words in (
+        ((hidden, weight, ids[:, :3]), "do not fit"),
+        ((hidden, weight[:, :5], ids), "do not fit"),
+        ((hidden, weight, ids, 0), "temperature"),
+        ((hidden, weight, ids, 1, 0), "chunk"),
+    ):
         with pytest.raises(ValueError, match=words):
             selected_logprobs(*arguments)
 
@@ -464,7 +589,10 @@ def test_selected_logprobs_in_bfloat16_and_under_autocast():
     hidden, weight, _, ids = (x.detach() for x in head(d=64, vocabulary=211))
     low = (hidden.bfloat16().requires_grad_(), weight.bfloat16().requires_grad_())
     results = []
-    for function in (selected_logprobs, lambda h, w, i: (F.linear(h, w).float().log_softmax(-1).gather(-1, i[..., None])[..., 0], None)):
+    for function in (
+        selected_logprobs,
+        lambda h, w, i: (F.linear(h, w).float().log_softmax(-1).gather(-1, i[..., None])[..., 0], None),
+    ):
         logp, _ = function(*low, ids)
         results.append((logp, *torch.autograd.grad(logp.sum(), low)))
     assert results[0][0].dtype == torch.float32 and results[0][1].dtype == results[0][2].dtype == torch.bfloat16
@@ -511,7 +639,10 @@ class Allocations(TorchDispatchMode):
 
 def allocations(function, tokens, vocabulary=1000, d=8, frozen=True):
     g = torch.Generator().manual_seed(0)
-    hidden, weight = torch.randn(tokens, d, generator=g, requires_grad=True), torch.randn(vocabulary, d, generator=g, requires_grad=not frozen)
+    hidden, weight = (
+        torch.randn(tokens, d, generator=g, requires_grad=True),
+        torch.randn(vocabulary, d, generator=g, requires_grad=not frozen),
+    )
     ids = torch.randint(vocabulary, (tokens,), generator=g)
     with Allocations() as seen:
         logp, entropy = function(hidden, weight, ids)
@@ -530,16 +661,21 @@ def test_no_array_of_tokens_times_vocabulary_ever_exists(frozen):
     seen = allocations(chunked, tokens, vocabulary, d, frozen)
     assert chunk * vocabulary == seen.largest  # and nothing larger
     whole = 4 * tokens * vocabulary
-    rest = 4 * (tokens * (2 * d + 8) + (0 if frozen else 4 * vocabulary * d))  # gradients of hidden and head, per-token numbers
+    rest = 4 * (
+        tokens * (2 * d + 8) + (0 if frozen else 4 * vocabulary * d)
+    )  # gradients of hidden and head, per-token numbers
     assert seen.peak <= 3 * 4 * chunk * vocabulary + rest < 0.4 * whole
     plain = allocations(plain_logprobs, tokens, vocabulary, d, frozen)
     assert plain.largest == tokens * vocabulary and plain.peak > 2 * whole  # the measurement sees it where it happens
 
     twice = allocations(chunked, 2 * tokens, vocabulary, d, frozen)
-    assert twice.largest == seen.largest and twice.peak - seen.peak <= 4 * tokens * (2 * d + 8)  # grows by the tokens' own numbers only
+    assert twice.largest == seen.largest and twice.peak - seen.peak <= 4 * tokens * (
+        2 * d + 8
+    )  # grows by the tokens' own numbers only
 
 
 # --------------------------------------------------------------------------------------------------------------- TRL
+
 
 @pytest.mark.parity
 @pytest.mark.parametrize(("loss", "level"), list(itertools.product(LOSSES, RATIO_LEVELS)))
@@ -553,22 +689,51 @@ def test_loss_gradient_and_metrics_equal_trl(loss, level):
     for kl, delta, beta, on_policy in itertools.product(("k3", "k3_corrected"), (None, 1.4), (0.0, 0.3), (False, True)):
         gradients, x = [], logp.clone().requires_grad_()
         trainer = SimpleNamespace(
-            _get_per_token_logps_and_entropies=lambda *a, x=x, **o: (x, entropy, None), aux_loss_enabled=False, top_entropy_quantile=1.0, off_policy_mask_threshold=None,
-            importance_sampling_level=level, beta=beta, loss_type=loss, epsilon_low=EPS["eps_low"], epsilon_high=EPS["eps_high"], use_vllm=False, max_completion_length=MAX_LENGTH,
-            args=SimpleNamespace(use_bias_correction_kl=kl == "k3_corrected", delta=delta, steps_per_generation=3), model=SimpleNamespace(training=True),
-            accelerator=SimpleNamespace(num_processes=1, reduce=lambda v, reduction: v, gather=lambda v: v), current_gradient_accumulation_steps=3,
-            _entropy_bonus_enabled=False, _metrics={"train": defaultdict(list)},
-        )  # fmt: skip
-        inputs = {"prompt_ids": mask[:, :1].long(), "prompt_mask": mask[:, :1], "completion_ids": mask.long(), "completion_mask": mask.long()}
-        inputs |= {"advantages": advantages, "num_items_in_batch": torch.tensor(77), "ref_per_token_logps": ref, "old_per_token_logps": None if on_policy else old}
+            _get_per_token_logps_and_entropies=lambda *a, x=x, **o: (x, entropy, None),
+            aux_loss_enabled=False,
+            top_entropy_quantile=1.0,
+            off_policy_mask_threshold=None,
+            importance_sampling_level=level,
+            beta=beta,
+            loss_type=loss,
+            epsilon_low=EPS["eps_low"],
+            epsilon_high=EPS["eps_high"],
+            use_vllm=False,
+            max_completion_length=MAX_LENGTH,
+            args=SimpleNamespace(use_bias_correction_kl=kl == "k3_corrected", delta=delta, steps_per_generation=3),
+            model=SimpleNamespace(training=True),
+            accelerator=SimpleNamespace(num_processes=1, reduce=lambda v, reduction: v, gather=lambda v: v),
+            current_gradient_accumulation_steps=3,
+            _entropy_bonus_enabled=False,
+            _metrics={"train": defaultdict(list)},
+        )
+        inputs = {
+            "prompt_ids": mask[:, :1].long(),
+            "prompt_mask": mask[:, :1],
+            "completion_ids": mask.long(),
+            "completion_mask": mask.long(),
+        }
+        inputs |= {
+            "advantages": advantages,
+            "num_items_in_batch": torch.tensor(77),
+            "ref_per_token_logps": ref,
+            "old_per_token_logps": None if on_policy else old,
+        }
         theirs = trl.GRPOTrainer._compute_loss(trainer, None, inputs)
-        settings = options(loss, ratio_level=level, beta=beta, kl=kl, delta=delta, total_tokens=77, total_sequences=24, entropy=entropy)
+        settings = options(
+            loss, ratio_level=level, beta=beta, kl=kl, delta=delta, total_tokens=77, total_sequences=24, entropy=entropy
+        )
         ours, metrics = policy_loss(x, None if on_policy else old, ref, advantages, mask, **settings)
         assert ours.item() == pytest.approx(theirs.item(), abs=1e-12)
         gradients = [torch.autograd.grad(value, x)[0] for value in (ours, theirs)]
         torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
         logged = {name: values[0] for name, values in trainer._metrics["train"].items()}
-        pairs = {"clip_low": "clip_ratio/low_mean", "clip_high": "clip_ratio/high_mean", "clip_region": "clip_ratio/region_mean", "entropy": "entropy"} | ({"kl": "kl"} if beta else {})
+        pairs = {
+            "clip_low": "clip_ratio/low_mean",
+            "clip_high": "clip_ratio/high_mean",
+            "clip_region": "clip_ratio/region_mean",
+            "entropy": "entropy",
+        } | ({"kl": "kl"} if beta else {})
         for name, their_name in pairs.items():
             assert metrics[name] == pytest.approx(logged[their_name], rel=1e-5), name  # they average in float32
 
@@ -600,22 +765,48 @@ def test_a_run_of_trl_has_our_advantages_log_probabilities_losses_and_gradients(
             attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
             length = inputs["completion_ids"].shape[1]
             names = ("pixel_values", "image_grid_thw", "mm_token_type_ids")
-            hidden = base.model(input_ids=ids, attention_mask=attention, use_cache=False, **{n: inputs[n] for n in names}).last_hidden_state[:, -length - 1 : -1]
-            logp, entropy = selected_logprobs(hidden, base.lm_head.weight, inputs["completion_ids"], temperature=0.9, chunk=5)
+            hidden = base.model(
+                input_ids=ids, attention_mask=attention, use_cache=False, **{n: inputs[n] for n in names}
+            ).last_hidden_state[:, -length - 1 : -1]
+            logp, entropy = selected_logprobs(
+                hidden, base.lm_head.weight, inputs["completion_ids"], temperature=0.9, chunk=5
+            )
             with torch.no_grad():
                 their_logp, their_entropy, _ = self._get_per_token_logps_and_entropies(
-                    model, ids, attention, length, compute_entropy=True, num_images=inputs["num_images"], **{n: inputs[n] for n in names}
+                    model,
+                    ids,
+                    attention,
+                    length,
+                    compute_entropy=True,
+                    num_images=inputs["num_images"],
+                    **{n: inputs[n] for n in names},
                 )
             mask = inputs["completion_mask"].bool()
-            seen.logps.append(max((logp - their_logp)[mask].abs().max().item(), (entropy - their_entropy)[mask].abs().max().item()))
+            seen.logps.append(
+                max((logp - their_logp)[mask].abs().max().item(), (entropy - their_entropy)[mask].abs().max().item())
+            )
             ours, metrics = policy_loss(
-                logp, inputs.get("old_per_token_logps"), inputs["ref_per_token_logps"], inputs["advantages"], mask, loss="dapo", eps_low=0.05, eps_high=0.08,
-                beta=0.04, total_tokens=inputs["num_items_in_batch"].item(), entropy=entropy,
-            )  # fmt: skip
+                logp,
+                inputs.get("old_per_token_logps"),
+                inputs["ref_per_token_logps"],
+                inputs["advantages"],
+                mask,
+                loss="dapo",
+                eps_low=0.05,
+                eps_high=0.08,
+                beta=0.04,
+                total_tokens=inputs["num_items_in_batch"].item(),
+                entropy=entropy,
+            )
             seen.losses.append((ours.item(), theirs.item()))
             seen.metrics.append((metrics, {name: values[-1] for name, values in self._metrics["train"].items()}))
             parameters = [p for p in model.parameters() if p.requires_grad]
-            seen.gradients.append([torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters, retain_graph=True)]) for loss in (ours, theirs)])
+            seen.gradients.append(
+                [
+                    torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters, retain_graph=True)])
+                    for loss in (ours, theirs)
+                ]
+            )
             return theirs
 
     def reward(completion_ids, **_):
@@ -624,17 +815,45 @@ def test_a_run_of_trl_has_our_advantages_log_probabilities_losses_and_gradients(
 
     folder = tiny_folder("tiny:qwen2vl")
     set_seed(0)
-    images = [Image.fromarray(np.random.default_rng(i).integers(0, 255, (56, 56), dtype=np.uint8)).convert("RGB") for i in range(2)]
-    rows = {"prompt": [[{"role": "user", "content": text}] for text in ("Is there an effusion?", "Which side?")], "image": images}
+    images = [
+        Image.fromarray(np.random.default_rng(i).integers(0, 255, (56, 56), dtype=np.uint8)).convert("RGB")
+        for i in range(2)
+    ]
+    rows = {
+        "prompt": [[{"role": "user", "content": text}] for text in ("Is there an effusion?", "Which side?")],
+        "image": images,
+    }
     config = trl.GRPOConfig(
-        output_dir=str(tmp_path / "trl"), use_cpu=True, bf16=False, report_to=[], save_strategy="no", disable_tqdm=True, max_steps=2, learning_rate=0.1, lr_scheduler_type="constant",
-        per_device_train_batch_size=4, gradient_accumulation_steps=2, num_generations=4, num_iterations=2, max_completion_length=8, temperature=0.9, beta=0.04,
-        epsilon=0.05, epsilon_high=0.08, gradient_checkpointing=False, logging_steps=100, dataloader_pin_memory=False,
-    )  # fmt: skip
+        output_dir=str(tmp_path / "trl"),
+        use_cpu=True,
+        bf16=False,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        max_steps=2,
+        learning_rate=0.1,
+        lr_scheduler_type="constant",
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        num_generations=4,
+        num_iterations=2,
+        max_completion_length=8,
+        temperature=0.9,
+        beta=0.04,
+        epsilon=0.05,
+        epsilon_high=0.08,
+        gradient_checkpointing=False,
+        logging_steps=100,
+        dataloader_pin_memory=False,
+    )
     trainer = Compared(
-        model=AutoModelForImageTextToText.from_pretrained(folder), processing_class=AutoProcessor.from_pretrained(folder), args=config, reward_funcs=reward,
-        train_dataset=datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image()), peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]),
-    )  # fmt: skip
+        model=AutoModelForImageTextToText.from_pretrained(folder),
+        processing_class=AutoProcessor.from_pretrained(folder),
+        args=config,
+        reward_funcs=reward,
+        train_dataset=datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image()),
+        peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]),
+    )
     trainer.train()
 
     (theirs, ours), *more = seen.advantages

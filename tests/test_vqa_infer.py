@@ -1,4 +1,5 @@
 """infer.py: questions about image files, boxes drawn on them, bad files set aside."""
+
 import json
 from pathlib import Path
 
@@ -33,7 +34,9 @@ def rows_of(run):
 
 def test_answer_json_and_box_on_the_image(film, speaking, capsys):
     speaking('{"caption": "a film", "boxes": [[250, 500, 750, 1000]], "answer": "yes"}')
-    script.main(["--image", str(film), "--question", "Is it?", "--model", "tiny", "--out-dir", "run", "--device", "cpu"])
+    script.main(
+        ["--image", str(film), "--question", "Is it?", "--model", "tiny", "--out-dir", "run", "--device", "cpu"]
+    )
     (row,) = rows_of("run")
     assert row["answer"] == "yes" and row["data"]["caption"] == "a film" and row["repair_level"] == 0
     assert row["boxes"] == [[30, 30, 90, 60]]  # pixels of the 120 x 60 image
@@ -42,14 +45,32 @@ def test_answer_json_and_box_on_the_image(film, speaking, capsys):
     red = (pixels[..., 0] > 220) & (pixels[..., 1] < 110) & (pixels[..., 2] < 110)
     rows, columns = np.nonzero(red)
     scale = 448 / 120
-    assert abs(columns.min() - 30 * scale) < 3 and abs(columns.max() - 90 * scale) < 3 and abs(rows.min() - 30 * scale) < 3
+    assert (
+        abs(columns.min() - 30 * scale) < 3 and abs(columns.max() - 90 * scale) < 3 and abs(rows.min() - 30 * scale) < 3
+    )
     assert '"caption": "a film"' in capsys.readouterr().out
 
 
 def test_every_question_is_asked_of_every_image_and_bad_files_are_set_aside(film, speaking, tmp_path, capsys):
     speaking('{"answer": "no"}')
     (tmp_path / "broken.png").write_bytes(b"nothing")
-    script.main(["--image", str(film), str(tmp_path / "broken.png"), "missing.png", "--question", "Is it?", "Where?", "--model", "tiny", "--out-dir", "run", "--device", "cpu"])
+    script.main(
+        [
+            "--image",
+            str(film),
+            str(tmp_path / "broken.png"),
+            "missing.png",
+            "--question",
+            "Is it?",
+            "Where?",
+            "--model",
+            "tiny",
+            "--out-dir",
+            "run",
+            "--device",
+            "cpu",
+        ]
+    )
     rows = rows_of("run")
     assert [(Path(r["image"]).name, r["question"]) for r in rows] == [("film.png", "Is it?"), ("film.png", "Where?")]
     assert not Path("run/boxes").exists() and all(r["picture"] is None for r in rows)
@@ -62,7 +83,24 @@ def test_every_question_is_asked_of_every_image_and_bad_files_are_set_aside(film
 def test_the_real_path_with_a_tiny_model(film):
     """The model itself, untrained: whatever it writes is read without a traceback, in both prompts."""
     for style in ("json", "think"):
-        script.main(["--image", str(film), "--question", "Is there a nodule?", "--prompt", style, "--model", "tiny", "--out-dir", style, "--device", "cpu", "--max-new-tokens", "8"])
+        script.main(
+            [
+                "--image",
+                str(film),
+                "--question",
+                "Is there a nodule?",
+                "--prompt",
+                style,
+                "--model",
+                "tiny",
+                "--out-dir",
+                style,
+                "--device",
+                "cpu",
+                "--max-new-tokens",
+                "8",
+            ]
+        )
         (row,) = rows_of(style)
         assert set(row) == {"image", "question", "answer", "data", "boxes", "repair_level", "response", "picture"}
 
@@ -75,8 +113,12 @@ def test_dry_run():
 def test_refusals(film, refused):
     assert "--image" in refused(script.main, ["--question", "Is it?"])
     assert "--question" in refused(script.main, ["--image", film, "--question", "  "])
-    assert "none of the 1 images" in refused(script.main, ["--image", "missing.png", "--question", "x", "--model", "tiny", "--device", "cpu"])
-    assert "no adapter folder" in refused(script.main, ["--image", film, "--question", "x", "--model", "tiny", "--sft_ckpt", "nowhere", "--device", "cpu"])
+    assert "none of the 1 images" in refused(
+        script.main, ["--image", "missing.png", "--question", "x", "--model", "tiny", "--device", "cpu"]
+    )
+    assert "no adapter folder" in refused(
+        script.main, ["--image", film, "--question", "x", "--model", "tiny", "--sft_ckpt", "nowhere", "--device", "cpu"]
+    )
 
 
 def test_model_and_adapter(tmp_path):

@@ -1,4 +1,5 @@
 """Rows for training and evaluation: the documented commands, what targets may say, splits and audit, files read back, bad input."""
+
 import json
 import shutil
 import subprocess
@@ -10,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shared.data.phantom import phantom_study
-from shared.data.phantom_export import export_slake, export_vqa_rad
+from phantom_files import export_slake, export_vqa_rad
+from shared.phantom import phantom_study
 from shared.runtime import InputError
 from vqa_sft_grpo.counterfactual import region_mask
 from vqa_sft_grpo.prepare_data import (
@@ -62,23 +63,51 @@ def shared_groups(rows):
 
 def test_documented_command(made_up, monkeypatch, capsys):
     monkeypatch.setenv("MEDVLM_DATA", str(made_up))
-    main(["--output", "data/train.json", "--dataset", "BOTH", "--split", "train", "--grpo_output", "data/grpo_data.jsonl", "--data-dir", str(made_up), "--policy", "image-disjoint"])
+    main(
+        [
+            "--output",
+            "data/train.json",
+            "--dataset",
+            "BOTH",
+            "--split",
+            "train",
+            "--grpo_output",
+            "data/grpo_data.jsonl",
+            "--data-dir",
+            str(made_up),
+            "--policy",
+            "image-disjoint",
+        ]
+    )
     rows = lines_of("data/train.json")
-    assert {row["dataset"] for row in rows} == {"vqa_rad", "slake"} and {row["split"] for row in rows} == {"train", "val"}
+    assert {row["dataset"] for row in rows} == {"vqa_rad", "slake"} and {row["split"] for row in rows} == {
+        "train",
+        "val",
+    }
     assert all(set(ROW_FIELDS) <= set(row) for row in rows) and len({row["id"] for row in rows}) == len(rows)
     grpo = lines_of("data/grpo_data.jsonl")
-    assert [(r["image_path"], r["question"], r["gold"], r["region"], r["group"], r["split"]) for r in grpo] == [(r["image"], r["question"], r["answer"], r["region"], r["group"], r["split"]) for r in rows]
+    assert [(r["image_path"], r["question"], r["gold"], r["region"], r["group"], r["split"]) for r in grpo] == [
+        (r["image"], r["question"], r["answer"], r["region"], r["group"], r["split"]) for r in rows
+    ]
     audit = json.loads(Path("data/train.audit.json").read_text())
     assert audit["policy"] == "image-disjoint" and audit["settings"]["seed"] == 0 and not audit["overlap"]
     assert audit["counts"]["train"]["rows"] == sum(row["split"] == "train" for row in rows)
     printed = capsys.readouterr().out
-    assert "images in both train and test: 0" in printed and f"{len(rows)} rows in data/train.json, data/grpo_data.jsonl" in printed
+    assert (
+        "images in both train and test: 0" in printed
+        and f"{len(rows)} rows in data/train.json, data/grpo_data.jsonl" in printed
+    )
     assert len(read_rows("data/train.json")) == len(rows) == len(read_rows("data/grpo_data.jsonl", fields=GRPO_FIELDS))
 
 
 @pytest.mark.slow
 def test_from_another_folder(tmp_path):
-    done = subprocess.run([sys.executable, str(ROOT / "vqa_sft_grpo" / "prepare_data.py"), "--dry-run"], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "vqa_sft_grpo" / "prepare_data.py"), "--dry-run"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert len(read_rows(tmp_path / "outputs" / "vqa_sft_grpo" / "prepare_data" / "dry-run" / "train.json")) > 10
 
@@ -104,9 +133,17 @@ def test_phantom_targets_are_its_truth(phantom):
         question = study.questions[number]
         assert (row["question"], row["answer"]) == (question.text, question.answer) and row["region"] == question.region
         target = json.loads(row["output"])
-        assert list(target) == [field for field in FIELDS if field in target] and target["answer"] == row["answer"] and target.get("boxes") == row["region"]
+        assert (
+            list(target) == [field for field in FIELDS if field in target]
+            and target["answer"] == row["answer"]
+            and target.get("boxes") == row["region"]
+        )
         for finding in study.drawn:
-            assert finding.kind.split()[-1] in target["caption"] or finding.kind in ("large heart", "wide mediastinum", "thickening", "edema") or "collapse" in finding.kind, (finding, target)
+            assert (
+                finding.kind.split()[-1] in target["caption"]
+                or finding.kind in ("large heart", "wide mediastinum", "thickening", "edema")
+                or "collapse" in finding.kind
+            ), (finding, target)
         assert ("without findings" in target["caption"]) == (not study.drawn)
         if row["content_type"] == "side":
             assert row["answer"] in target["reasoning"]
@@ -135,9 +172,16 @@ def test_films_drawn_anew_lack_what_was_asked_and_nothing_else(tmp_path):
     """Checked against the study itself: outside of the finding's box the film is the same, inside it is not."""
     settings = phantom_settings(["Pleural Effusion", "Consolidation"], 0.6, (0, 0, 1))
     rows, _ = make_rows("phantom", "test", image_dir=tmp_path / "films", studies=16, settings=settings)
-    drawn = {row["image"]: phantom_study(0, PHANTOM_START["test"] + i, 112, settings) for i in range(16) for row in rows if f"_{PHANTOM_START['test'] + i}_" in row["image"]}
+    drawn = {
+        row["image"]: phantom_study(0, PHANTOM_START["test"] + i, 112, settings)
+        for i in range(16)
+        for row in rows
+        if f"_{PHANTOM_START['test'] + i}_" in row["image"]
+    }
     asked = [row for row in rows if "redrawn" in row]
-    assert len(asked) >= 5 and all((row in asked) == (row["content_type"] == "presence" and row["answer"] == "yes") for row in rows)
+    assert len(asked) >= 5 and all(
+        (row in asked) == (row["content_type"] == "presence" and row["answer"] == "yes") for row in rows
+    )
     assert any("redrawn_other" in row for row in asked) and any("redrawn_other" not in row for row in asked)
     for row in asked:
         study = drawn[row["image"]]
@@ -150,11 +194,19 @@ def test_films_drawn_anew_lack_what_was_asked_and_nothing_else(tmp_path):
         assert change[mask].sum() > 0.9 * change.sum() > 1000
         if "redrawn_other" in row:
             kept = [name for f in study.truth if (name := f.name) not in gone]
-            assert (np.asarray(Image.open(row["redrawn_other"])) == study.without(kept[0]).image).all() and study.without(kept[0]).labels[condition] == 1
+            assert (
+                np.asarray(Image.open(row["redrawn_other"])) == study.without(kept[0]).image
+            ).all() and study.without(kept[0]).labels[condition] == 1
     write_rows(tmp_path / "rows.json", rows)
     again = {row["id"]: row for row in read_rows(tmp_path / "rows.json")}
-    assert all(again[row["id"]].get(field) == row.get(field) for row in rows for field in ("image", "redrawn", "redrawn_other"))
-    assert not any("redrawn" in row for row in make_rows("phantom", "train", image_dir=tmp_path / "train", studies=10, settings=settings)[0] if row["split"] == "train")
+    assert all(
+        again[row["id"]].get(field) == row.get(field) for row in rows for field in ("image", "redrawn", "redrawn_other")
+    )
+    assert not any(
+        "redrawn" in row
+        for row in make_rows("phantom", "train", image_dir=tmp_path / "train", studies=10, settings=settings)[0]
+        if row["split"] == "train"
+    )
     Path(asked[0]["redrawn"]).unlink()
     with pytest.raises(InputError, match="images of .* are not there"):
         read_rows(tmp_path / "rows.json")
@@ -172,7 +224,7 @@ def test_phantom_films_and_splits(phantom):
 
 def test_phantom_is_balanced_and_needs_its_image():
     """Closed questions: yes as often as no for each wording, so the best constant per question stays near a half."""
-    from shared.data.phantom import DEFAULT
+    from shared.phantom import DEFAULT
 
     settings = phantom_settings()
     assert settings is DEFAULT
@@ -190,13 +242,31 @@ def test_same_films_for_any_number_of_studies(tmp_path):
     few = make_rows("phantom", "train", image_dir=tmp_path / "a", studies=3, image_size=28)[0]
     many = make_rows("phantom", "train", image_dir=tmp_path / "b", studies=5, image_size=28)[0]
     strip = [{k: v for k, v in row.items() if k != "image"} for row in few if row["split"] == "train"]
-    assert strip == [{k: v for k, v in row.items() if k != "image"} for row in many if row["split"] == "train"][: len(strip)]
+    assert (
+        strip
+        == [{k: v for k, v in row.items() if k != "image"} for row in many if row["split"] == "train"][: len(strip)]
+    )
 
 
 def test_chosen_conditions_only(tmp_path):
-    rows, _ = make_rows("phantom", "test", image_dir=tmp_path, studies=25, image_size=28, settings=phantom_settings(["Cardiomegaly", "Pleural Effusion"], 0.6))
+    rows, _ = make_rows(
+        "phantom",
+        "test",
+        image_dir=tmp_path,
+        studies=25,
+        image_size=28,
+        settings=phantom_settings(["Cardiomegaly", "Pleural Effusion"], 0.6),
+    )
     asked = {row["question"] for row in rows if row["content_type"] == "presence"}
-    assert asked <= {"Is there an enlarged heart?", "Is there a pleural effusion?", "Is there an enlarged cardiomediastinal silhouette?"} and len(asked) >= 2
+    assert (
+        asked
+        <= {
+            "Is there an enlarged heart?",
+            "Is there a pleural effusion?",
+            "Is there an enlarged cardiomediastinal silhouette?",
+        }
+        and len(asked) >= 2
+    )
     yes = Counter(row["answer"] for row in rows if row["content_type"] == "presence")
     assert min(yes.values()) > 0.25 * sum(yes.values())
 
@@ -206,7 +276,12 @@ def test_vqa_rad_targets_hold_no_boxes_and_no_reasoning(made_up):
     for row in rows:
         target = json.loads(row["output"])
         assert set(target) <= {"caption", "answer"} and row["region"] is None and row["needs_image"] is None
-    assert {json.loads(row["output"]).get("caption") for row in rows} <= {"Image of the chest.", "Image of the abdomen.", "Image of the head.", None}
+    assert {json.loads(row["output"]).get("caption") for row in rows} <= {
+        "Image of the chest.",
+        "Image of the abdomen.",
+        "Image of the head.",
+        None,
+    }
 
 
 def test_slake_targets_hold_annotated_boxes(made_up):
@@ -215,32 +290,60 @@ def test_slake_targets_hold_annotated_boxes(made_up):
     assert with_region and audit["data"]["slake"]["rows with a region"]["train"] > 0
     for row in rows:
         target = json.loads(row["output"])
-        assert target["caption"] == "X-Ray of the lung." and target.get("boxes") == row["region"] and "reasoning" not in target
+        assert (
+            target["caption"] == "X-Ray of the lung."
+            and target.get("boxes") == row["region"]
+            and "reasoning" not in target
+        )
         if row["content_type"] in ("Modality", "Plane", "KG"):
             assert row["region"] is None
     heart = next(row for row in rows if row["question"] == "Is the heart larger than normal?")
     source = json.loads((Path(heart["image"]).parent / "detection.json").read_text())
     x, y, width, height = next(entry["Heart"] for entry in source if "Heart" in entry)
     assert heart["region"] == [[x, y, x + width, y + height]]
-    assert all(row["needs_image"] == (row["question_type"] == "vqa") for row in rows) and any(row["question_type"] == "kvqa" for row in rows)
+    assert all(row["needs_image"] == (row["question_type"] == "vqa") for row in rows) and any(
+        row["question_type"] == "kvqa" for row in rows
+    )
 
 
-LUNGS = [{"organ": "Left Lung", "box": [60, 10, 90, 80]}, {"organ": "Right Lung", "box": [10, 10, 40, 80]}, {"organ": "Heart", "box": [30, 40, 70, 80]}, {"organ": "Lung Cancer", "box": [12, 20, 20, 30]}]
+LUNGS = [
+    {"organ": "Left Lung", "box": [60, 10, 90, 80]},
+    {"organ": "Right Lung", "box": [10, 10, 40, 80]},
+    {"organ": "Heart", "box": [30, 40, 70, 80]},
+    {"organ": "Lung Cancer", "box": [12, 20, 20, 30]},
+]
 
 
-@pytest.mark.parametrize("question, answer, kind, content, organs", [
-    ("Are the lungs healthy?", "No", "closed", "Abnormality", ["Left Lung", "Right Lung"]),
-    ("Is the left lung healthy?", "No", "closed", "Abnormality", ["Left Lung"]),
-    ("Which side of lung is abnormal in this image,left or right?", "Right", "closed", "Position", ["Left Lung", "Right Lung"]),
-    ("Is there a lung cancer?", "Yes", "closed", "Abnormality", ["Left Lung", "Right Lung", "Lung Cancer"]),
-    ("Which organ is abnormal?", "Heart", "open", "Organ", ["Heart"]),
-    ("Which organ is abnormal?", "Heart", "closed", "Organ", None),  # only the question may choose the place then
-    ("Is there a tumor in the liver?", "No", "closed", "Abnormality", None),
-    ("Is this a CT of the lung?", "No", "closed", "Modality", None),
-    ("What does the heart do?", "Pump", "open", "KG", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "question, answer, kind, content, organs",
+    [
+        ("Are the lungs healthy?", "No", "closed", "Abnormality", ["Left Lung", "Right Lung"]),
+        ("Is the left lung healthy?", "No", "closed", "Abnormality", ["Left Lung"]),
+        (
+            "Which side of lung is abnormal in this image,left or right?",
+            "Right",
+            "closed",
+            "Position",
+            ["Left Lung", "Right Lung"],
+        ),
+        ("Is there a lung cancer?", "Yes", "closed", "Abnormality", ["Left Lung", "Right Lung", "Lung Cancer"]),
+        ("Which organ is abnormal?", "Heart", "open", "Organ", ["Heart"]),
+        ("Which organ is abnormal?", "Heart", "closed", "Organ", None),  # only the question may choose the place then
+        ("Is there a tumor in the liver?", "No", "closed", "Abnormality", None),
+        ("Is this a CT of the lung?", "No", "closed", "Modality", None),
+        ("What does the heart do?", "Pump", "open", "KG", None),
+    ],
+)
 def test_slake_region(question, answer, kind, content, organs):
-    row = {"boxes": LUNGS, "question": question, "answer": answer, "answer_type": kind, "question_type": content, "triple": ["vhead", "_", "_"], "needs_image": True}
+    row = {
+        "boxes": LUNGS,
+        "question": question,
+        "answer": answer,
+        "answer_type": kind,
+        "question_type": content,
+        "triple": ["vhead", "_", "_"],
+        "needs_image": True,
+    }
     expected = organs and [entry["box"] for entry in LUNGS if entry["organ"] in organs]
     assert slake_region(row) == expected and slake_region(row | {"boxes": None}) is None
 
@@ -270,7 +373,10 @@ def test_copies_of_test_images_leave_training(made_up, tmp_path):
     shutil.copytree(made_up / "slake", tmp_path / "slake")
     rows = json.loads((tmp_path / "slake" / "test.json").read_text(encoding="utf-8"))
     trained = json.loads((tmp_path / "slake" / "train.json").read_text(encoding="utf-8"))
-    copy, source = tmp_path / "slake" / "imgs" / trained[0]["img_name"], tmp_path / "slake" / "imgs" / rows[0]["img_name"]
+    copy, source = (
+        tmp_path / "slake" / "imgs" / trained[0]["img_name"],
+        tmp_path / "slake" / "imgs" / rows[0]["img_name"],
+    )
     with Image.open(source) as image:
         image.save(copy, quality=70)
     found, audit = make_rows("slake", "train", tmp_path)
@@ -278,7 +384,11 @@ def test_copies_of_test_images_leave_training(made_up, tmp_path):
     assert audit["data"]["slake"]["left_out"]["near copy of a test image"] == affected > 0
     assert str(copy.resolve()) not in {row["image"] for row in found} and not audit["overlap"]
     official, audit = make_rows("slake", "train", tmp_path, "official")
-    assert audit["overlap"] and all(row["overlap"] and row["policy"] == "official" for row in official) and str(copy.resolve()) in {row["image"] for row in official}
+    assert (
+        audit["overlap"]
+        and all(row["overlap"] and row["policy"] == "official" for row in official)
+        and str(copy.resolve()) in {row["image"] for row in official}
+    )
 
 
 def test_unreadable_image_is_left_out_and_counted(made_up, tmp_path):
@@ -286,12 +396,16 @@ def test_unreadable_image_is_left_out_and_counted(made_up, tmp_path):
     name = json.loads((tmp_path / "slake" / "train.json").read_text(encoding="utf-8"))[0]["img_name"]
     (tmp_path / "slake" / "imgs" / name).write_bytes(b"no image")
     rows, audit = make_rows("slake", "train", tmp_path)
-    assert audit["data"]["slake"]["left_out"]["image cannot be read"] > 0 and not any(name in row["image"] for row in rows)
+    assert audit["data"]["slake"]["left_out"]["image cannot be read"] > 0 and not any(
+        name in row["image"] for row in rows
+    )
 
 
 def test_limit_and_seed(made_up):
     rows, _ = make_rows("both", "train", made_up, "image-disjoint", limit=3)
-    assert Counter((row["dataset"], row["split"]) for row in rows) == {(name, split): 3 for name in ("vqa_rad", "slake") for split in ("train", "val")}
+    assert Counter((row["dataset"], row["split"]) for row in rows) == {
+        (name, split): 3 for name in ("vqa_rad", "slake") for split in ("train", "val")
+    }
     a, b = (make_rows("slake", "train", made_up, "image-disjoint", seed=seed)[0] for seed in (0, 1))
     assert [row["id"] for row in a] != [row["id"] for row in b]
 
@@ -314,17 +428,42 @@ def test_rows_move_with_their_images(tmp_path):
 
 
 GOOD = {
-    "id": "1", "dataset": "phantom", "split": "train", "instruction": "?", "input": "?", "output": '{"answer": "yes"}', "image": "x.png", "question": "?", "answer": "yes",
-    "answer_type": "closed", "question_type": "yes_no", "content_type": "presence", "group": "P", "region": [[0, 0, 5, 5]], "width": 8, "height": 8, "policy": "by patient",
-}  # fmt: skip
+    "id": "1",
+    "dataset": "phantom",
+    "split": "train",
+    "instruction": "?",
+    "input": "?",
+    "output": '{"answer": "yes"}',
+    "image": "x.png",
+    "question": "?",
+    "answer": "yes",
+    "answer_type": "closed",
+    "question_type": "yes_no",
+    "content_type": "presence",
+    "group": "P",
+    "region": [[0, 0, 5, 5]],
+    "width": 8,
+    "height": 8,
+    "policy": "by patient",
+}
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"answer": None}, "'answer' must be a text"), ({"question": " "}, "'question' must be a text"), ({"answer_type": "CLOSED"}, "it must be closed or open"),
-    ({"region": [[5, 0, 0, 5]]}, "'region' must be null or boxes"), ({"region": []}, "'region' must be null or boxes"), ({"region": [[0, 0, float("nan"), 5]]}, "'region' must be null or boxes"),
-    ({"output": "{"}, "'output' must be a JSON object"), ({"output": '{"caption": "x"}'}, "'output' must be a JSON object"), ({"image": "gone.png"}, "1 of the 1 images of"),
-    ({"split": "test"}, "has no rows of train"), ({"answer": ...}, "lacks answer"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"answer": None}, "'answer' must be a text"),
+        ({"question": " "}, "'question' must be a text"),
+        ({"answer_type": "CLOSED"}, "it must be closed or open"),
+        ({"region": [[5, 0, 0, 5]]}, "'region' must be null or boxes"),
+        ({"region": []}, "'region' must be null or boxes"),
+        ({"region": [[0, 0, float("nan"), 5]]}, "'region' must be null or boxes"),
+        ({"output": "{"}, "'output' must be a JSON object"),
+        ({"output": '{"caption": "x"}'}, "'output' must be a JSON object"),
+        ({"image": "gone.png"}, "1 of the 1 images of"),
+        ({"split": "test"}, "has no rows of train"),
+        ({"answer": ...}, "lacks answer"),
+    ],
+)
 def test_bad_rows_are_refused_in_one_sentence(tmp_path, change, message):
     Image.new("L", (8, 8)).save(tmp_path / "x.png")
     path = tmp_path / "rows.json"
@@ -336,7 +475,17 @@ def test_bad_rows_are_refused_in_one_sentence(tmp_path, change, message):
     assert "\n" not in str(error.value) and str(path) in str(error.value)
 
 
-@pytest.mark.parametrize("content, message", [(None, "cannot be read"), (b"", "has no rows"), (b"{\n", "line 1, is not JSON"), (b"[1]", "is not an object"), (b"\xff\xfe\x00", "cannot be read"), (b"[1, 2", "cannot be read")])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (None, "cannot be read"),
+        (b"", "has no rows"),
+        (b"{\n", "line 1, is not JSON"),
+        (b"[1]", "is not an object"),
+        (b"\xff\xfe\x00", "cannot be read"),
+        (b"[1, 2", "cannot be read"),
+    ],
+)
 def test_bad_files(tmp_path, content, message):
     path = tmp_path / "rows.json"
     if content is not None:
@@ -347,16 +496,25 @@ def test_bad_files(tmp_path, content, message):
 
 def test_older_grpo_rows_are_read(tmp_path):
     Image.new("L", (8, 8)).save(tmp_path / "x.png")
-    (tmp_path / "grpo.jsonl").write_text('{"image_path": "x.png", "question": "?", "gold": "yes", "valid_json": true}\n')
+    (tmp_path / "grpo.jsonl").write_text(
+        '{"image_path": "x.png", "question": "?", "gold": "yes", "valid_json": true}\n'
+    )
     assert read_rows(tmp_path / "grpo.jsonl", fields=GRPO_FIELDS)[0]["gold"] == "yes"
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--dataset", "pathvqa"], "there is no such data set"), (["--dataset", "slake", "--data-dir", "nowhere"], "SLAKE is not in"),
-    (["--dataset", "slake", "--policy", "official"], "add --allow-overlap"), (["--dataset", "phantom", "--image-size", "8"], "between 28 and 512"),
-    (["--dataset", "phantom", "--conditions", "Flu"], "--conditions Flu"), (["--dataset", "slake", "--studies", "3"], "are for --data phantom"),
-    (["--dataset", "phantom", "--output", "a.json", "--grpo-output", "./a.json"], "must be two files"), (["--dataset", "phantom", "--output", "."], "is a folder"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--dataset", "pathvqa"], "there is no such data set"),
+        (["--dataset", "slake", "--data-dir", "nowhere"], "SLAKE is not in"),
+        (["--dataset", "slake", "--policy", "official"], "add --allow-overlap"),
+        (["--dataset", "phantom", "--image-size", "8"], "between 28 and 512"),
+        (["--dataset", "phantom", "--conditions", "Flu"], "--conditions Flu"),
+        (["--dataset", "slake", "--studies", "3"], "are for --data phantom"),
+        (["--dataset", "phantom", "--output", "a.json", "--grpo-output", "./a.json"], "must be two files"),
+        (["--dataset", "phantom", "--output", "."], "is a folder"),
+    ],
+)
 def test_bad_arguments(refused, arguments, message):
     assert message in refused(main, arguments)
     assert not Path("data").exists() and not Path("phantom_images").exists()
@@ -364,10 +522,16 @@ def test_bad_arguments(refused, arguments, message):
 
 def test_no_image_of_the_split(made_up, tmp_path, refused):
     shutil.copytree(made_up / "slake", tmp_path / "only" / "slake")
-    for row in json.loads((made_up / "slake" / "train.json").read_text(encoding="utf-8")) + json.loads((made_up / "slake" / "validate.json").read_text(encoding="utf-8")):
+    for row in json.loads((made_up / "slake" / "train.json").read_text(encoding="utf-8")) + json.loads(
+        (made_up / "slake" / "validate.json").read_text(encoding="utf-8")
+    ):
         (tmp_path / "only" / "slake" / "imgs" / row["img_name"]).unlink(missing_ok=True)
     message = refused(main, ["--dataset", "slake", "--data-dir", tmp_path / "only", "--output", "train.json"])
-    assert "slake has no train question with its image" in message and "image missing" in message and not Path("train.json").exists()
+    assert (
+        "slake has no train question with its image" in message
+        and "image missing" in message
+        and not Path("train.json").exists()
+    )
 
 
 # --- the real sets ---
@@ -381,7 +545,10 @@ def test_real_clean_train(real_data):
     assert not any(shared_groups(rows).values()) and not audit["overlap"]
     assert 8 <= len({row["image"] for row in learned if row["split"] == "val"}) <= 14
     found = audit["data"]["vqa_rad"]
-    assert found["test questions whose stock wording is in train"]["rows"] == 0 and found["test rows reworded in train, word overlap 0.5"]["rows"] == 0
+    assert (
+        found["test questions whose stock wording is in train"]["rows"] == 0
+        and found["test rows reworded in train, word overlap 0.5"]["rows"] == 0
+    )
     assert len({row["id"] for row in rows}) == len(rows) and all(row["region"] is None for row in rows)
 
 
@@ -391,8 +558,15 @@ def test_real_official_audit(real_data):
     found = audit["data"]["vqa_rad"]
     assert len(rows) == 3515 and audit["overlap"] and len({row["id"] for row in rows}) == len(rows)
     numbers = [found[key]["rows"] for key in found if isinstance(found[key], dict) and "of" in found[key]]
-    assert numbers[:3] == [16, 65, 146] and numbers[-1] == 284 and found["test questions whose stock wording is in train"]["of"] == 451
-    assert found["images in two splits"]["train, test"]["shared"] + found["images in two splits"]["val, test"]["shared"] == 203
+    assert (
+        numbers[:3] == [16, 65, 146]
+        and numbers[-1] == 284
+        and found["test questions whose stock wording is in train"]["of"] == 451
+    )
+    assert (
+        found["images in two splits"]["train, test"]["shared"] + found["images in two splits"]["val, test"]["shared"]
+        == 203
+    )
 
 
 @pytest.mark.realdata

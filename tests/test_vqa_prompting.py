@@ -1,4 +1,5 @@
 """Prompts, targets, boxes between pixels and thousandths, and a reader of responses that nothing may break."""
+
 import json
 import random
 import time
@@ -19,9 +20,13 @@ from vqa_sft_grpo.prompting import (
 )
 
 ROW = {
-    "question": "Is there an effusion?", "width": 200, "height": 100,
-    "output": json.dumps({"caption": "Chest film.", "reasoning": "Blunt angle.", "boxes": [[20, 50, 100, 100]], "answer": "yes"}),
-}  # fmt: skip
+    "question": "Is there an effusion?",
+    "width": 200,
+    "height": 100,
+    "output": json.dumps(
+        {"caption": "Chest film.", "reasoning": "Blunt angle.", "boxes": [[20, 50, 100, 100]], "answer": "yes"}
+    ),
+}
 
 
 # --- prompts and targets ---
@@ -57,7 +62,10 @@ def test_target_has_model_units_and_reads_back_strictly():
 
 def test_target_leaves_out_what_is_unknown():
     row = ROW | {"output": '{"answer": "no"}'}
-    assert build_target(row, "json") == '{"answer": "no"}' and build_target(row, "think") == "<think></think><answer>no</answer>"
+    assert (
+        build_target(row, "json") == '{"answer": "no"}'
+        and build_target(row, "think") == "<think></think><answer>no</answer>"
+    )
     assert parse_response(build_target(row, "think"), "think").level == 0
 
 
@@ -137,30 +145,44 @@ def test_every_level_is_reached_and_named():
     assert {level for _, _, level, _ in LADDER} == set(REPAIR_LEVELS) == set(range(8))
 
 
-@pytest.mark.parametrize("text, why", [
-    ('{"answer": "yes", "answer": "no"}', "two different values for 'answer'"),
-    ("{'answer': 'yes', 'answer': 'no'}", "two different values for 'answer'"),
-    ('{"answer": "yes", "x": {"a": 1, "a": 2}}', "two different values for 'a'"),
-    ('{"answer": NaN}', "NaN is not a number"),
-    ('{"answer": "yes", "boxes": [[0, 0, Infinity, 1]]}', "Infinity is not a number"),
-    ('{"answer": "yes", "boxes": [[0, 0, 1e999, 1]]}', "a number too large"),
-    ("{'answer': 'yes', 'x': nan}", "nan is not a number"),
-    ('{"answer": "yes", "x": ' + "[" * 20 + "]" * 20 + "}", "nested too deeply"),
-    ("<answer>yes</answer><answer>no</answer>", "two different <answer> marks"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, why",
+    [
+        ('{"answer": "yes", "answer": "no"}', "two different values for 'answer'"),
+        ("{'answer': 'yes', 'answer': 'no'}", "two different values for 'answer'"),
+        ('{"answer": "yes", "x": {"a": 1, "a": 2}}', "two different values for 'a'"),
+        ('{"answer": NaN}', "NaN is not a number"),
+        ('{"answer": "yes", "boxes": [[0, 0, Infinity, 1]]}', "Infinity is not a number"),
+        ('{"answer": "yes", "boxes": [[0, 0, 1e999, 1]]}', "a number too large"),
+        ("{'answer': 'yes', 'x': nan}", "nan is not a number"),
+        ('{"answer": "yes", "x": ' + "[" * 20 + "]" * 20 + "}", "nested too deeply"),
+        ("<answer>yes</answer><answer>no</answer>", "two different <answer> marks"),
+    ],
+)
 def test_refused_and_not_mended(text, why):
     found = parse_response(text)
-    assert (found.data, found.answer, found.boxes, found.level, found.problem, found.valid) == (None, None, [], 7, why, False)
+    assert (found.data, found.answer, found.boxes, found.level, found.problem, found.valid) == (
+        None,
+        None,
+        [],
+        7,
+        why,
+        False,
+    )
 
 
-@pytest.mark.parametrize("boxes, expected", [
-    ([[1, 2, 3, 4], [5.5, 6, 7, 8]], [[1, 2, 3, 4], [5.5, 6, 7, 8]]),
-    ([1, 2, 3, 4], [[1, 2, 3, 4]]),
-    ([{"box": [1, 2, 3, 4]}, {"bbox_2d": [5, 6, 7, 8], "label": "x"}], [[1, 2, 3, 4], [5, 6, 7, 8]]),
-    ([[9, 9, 1, 1]], [[9, 9, 1, 1]]),  # as written
-    ([[1, 2, 3], ["a", 2, 3, 4], [True, 2, 3, 4], None, [10**9, 0, 1, 1]], []),
-    ("whole image", []), (None, []),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "boxes, expected",
+    [
+        ([[1, 2, 3, 4], [5.5, 6, 7, 8]], [[1, 2, 3, 4], [5.5, 6, 7, 8]]),
+        ([1, 2, 3, 4], [[1, 2, 3, 4]]),
+        ([{"box": [1, 2, 3, 4]}, {"bbox_2d": [5, 6, 7, 8], "label": "x"}], [[1, 2, 3, 4], [5, 6, 7, 8]]),
+        ([[9, 9, 1, 1]], [[9, 9, 1, 1]]),  # as written
+        ([[1, 2, 3], ["a", 2, 3, 4], [True, 2, 3, 4], None, [10**9, 0, 1, 1]], []),
+        ("whole image", []),
+        (None, []),
+    ],
+)
 def test_boxes_as_given(boxes, expected):
     assert parse_response(json.dumps({"answer": "yes", "boxes": boxes})).boxes == expected
 
@@ -171,7 +193,10 @@ def test_single_box_under_qwens_name():
 
 def test_the_prompt_itself_is_no_valid_answer():
     for style in STYLES:
-        assert not parse_response(build_prompt("Is it?", style), style).valid and not parse_response(build_prompt("Is it?", style)).valid
+        assert (
+            not parse_response(build_prompt("Is it?", style), style).valid
+            and not parse_response(build_prompt("Is it?", style)).valid
+        )
 
 
 # --- nothing breaks it ---
@@ -182,12 +207,25 @@ def check(found, text):
     assert found.answer is None or (isinstance(found.answer, str) and found.answer.strip())
     assert isinstance(found.boxes, list) and all(len(box) == 4 for box in found.boxes)
     assert found.level in REPAIR_LEVELS
-    json.dumps([found.data, found.answer, found.boxes], ensure_ascii=False, allow_nan=False).encode("utf-8")  # can be written to a file
+    json.dumps([found.data, found.answer, found.boxes], ensure_ascii=False, allow_nan=False).encode(
+        "utf-8"
+    )  # can be written to a file
 
 
 def test_random_bytes_and_odd_inputs():
     rng = random.Random(1)
-    for text in (None, 3, [], b"", b'{"answer": "yes"}', "\ud800", '{"answer": "\\ud800"}', '{"\\udc00": 1, "answer": "x"}', "\x00", "{" + "\u202e" + "}"):
+    for text in (
+        None,
+        3,
+        [],
+        b"",
+        b'{"answer": "yes"}',
+        "\ud800",
+        '{"answer": "\\ud800"}',
+        '{"\\udc00": 1, "answer": "x"}',
+        "\x00",
+        "{" + "\u202e" + "}",
+    ):
         check(parse_response(text), text)
     assert parse_response(b'{"answer": "yes"}').answer == "yes" and parse_response(None).level == 7
     for _ in range(500):
@@ -199,14 +237,53 @@ def test_random_bytes_and_odd_inputs():
 def test_fuzzed_objects():
     """Pieces of JSON in random order, and a good response with random cuts, repeats and changes."""
     rng = random.Random(2)
-    pieces = ['{', '}', '[', ']', '"', "'", ':', ',', '\\', '\n', ' ', '"answer"', '"yes"', 'answer', 'None', 'NaN', '1e999', '-3.5', '0' * 30, '```', '```json\n', "<answer>", "</answer>", "<think>", "é", "\U0001f600", "\\u12", "{}", "[[1,2,3,4]]"]  # fmt: skip
-    good = json.dumps({"caption": "a [b] {c}", "reasoning": 'he said "x"', "boxes": [[1, 2, 3, 4], [5, 6, 7, 8]], "answer": "left lung"})
+    pieces = [
+        "{",
+        "}",
+        "[",
+        "]",
+        '"',
+        "'",
+        ":",
+        ",",
+        "\\",
+        "\n",
+        " ",
+        '"answer"',
+        '"yes"',
+        "answer",
+        "None",
+        "NaN",
+        "1e999",
+        "-3.5",
+        "0" * 30,
+        "```",
+        "```json\n",
+        "<answer>",
+        "</answer>",
+        "<think>",
+        "é",
+        "\U0001f600",
+        "\\u12",
+        "{}",
+        "[[1,2,3,4]]",
+    ]
+    good = json.dumps(
+        {
+            "caption": "a [b] {c}",
+            "reasoning": 'he said "x"',
+            "boxes": [[1, 2, 3, 4], [5, 6, 7, 8]],
+            "answer": "left lung",
+        }
+    )
     for _ in range(3000):
         if rng.random() < 0.5:
             text = "".join(rng.choices(pieces, k=rng.randint(1, 25)))
         else:
             i, j = sorted(rng.sample(range(len(good)), 2))
-            text = rng.choice([good[:j], good[i:], good[:i] + good[j:], good[:i] + rng.choice(pieces) + good[i:], good[:j] + good[i:]])
+            text = rng.choice(
+                [good[:j], good[i:], good[:i] + good[j:], good[:i] + rng.choice(pieces) + good[i:], good[:j] + good[i:]]
+            )
         for style in (None, *STYLES):
             check(parse_response(text, style), text)
 
@@ -220,17 +297,32 @@ def test_every_cut_of_a_good_response_keeps_a_whole_answer():
 
 MILLION = 1_000_000
 HUGE = {
-    "open braces": "{" * MILLION, "nested objects": '{"a":' * (MILLION // 5), "quotes": '"' * MILLION, "open strings": '{"a":"' * (MILLION // 6),
-    "backslashes": '{"' + "\\" * MILLION, "escapes": "{'" + "\\'" * (MILLION // 2), "many objects": "{}" * (MILLION // 2), "objects never closed": '{"k":[' + "{}," * (MILLION // 3),
-    "brackets": '{"a":' + "[" * MILLION, "words": "answer: " * (MILLION // 8), "answer marks": "<answer>" * (MILLION // 8), "thoughts": "<think>" * (MILLION // 7),
-    "fences": "```" * (MILLION // 3), "spaces": "{" + " " * MILLION + "x", "digits": '{"answer":' + "1" * MILLION + "}", "long answer": '{"answer":"' + "a" * MILLION + '"}',
-    "loose names": "{a:" * (MILLION // 3), "emoji": "\U0001f600{'" * (MILLION // 3), "answer and spaces": "answer" + " " * MILLION,
-}  # fmt: skip
+    "open braces": "{" * MILLION,
+    "nested objects": '{"a":' * (MILLION // 5),
+    "quotes": '"' * MILLION,
+    "open strings": '{"a":"' * (MILLION // 6),
+    "backslashes": '{"' + "\\" * MILLION,
+    "escapes": "{'" + "\\'" * (MILLION // 2),
+    "many objects": "{}" * (MILLION // 2),
+    "objects never closed": '{"k":[' + "{}," * (MILLION // 3),
+    "brackets": '{"a":' + "[" * MILLION,
+    "words": "answer: " * (MILLION // 8),
+    "answer marks": "<answer>" * (MILLION // 8),
+    "thoughts": "<think>" * (MILLION // 7),
+    "fences": "```" * (MILLION // 3),
+    "spaces": "{" + " " * MILLION + "x",
+    "digits": '{"answer":' + "1" * MILLION + "}",
+    "long answer": '{"answer":"' + "a" * MILLION + '"}',
+    "loose names": "{a:" * (MILLION // 3),
+    "emoji": "\U0001f600{'" * (MILLION // 3),
+    "answer and spaces": "answer" + " " * MILLION,
+}
 
 
 @pytest.mark.parametrize("name", HUGE)
 def test_a_megabyte_takes_linear_time(name):
     """CPU seconds of 1 MB against 1/8 of it: eight times as much where the time is linear, 64 times where it is quadratic."""
+
     def seconds(text):
         start = time.process_time()
         check(parse_response(text), text)

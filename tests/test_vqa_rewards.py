@@ -1,4 +1,5 @@
 """What a rollout earns: formulas worked out by hand, each term on cases for and against, the edited images, and the report of why."""
+
 import json
 import random
 import re
@@ -7,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shared.data.phantom import phantom_study
+from shared.phantom import phantom_study
 from shared.runtime import InputError
 from vqa_sft_grpo import rewards
 from vqa_sft_grpo.counterfactual import FILLS
@@ -29,9 +30,22 @@ from vqa_sft_grpo.rewards import (
     score_rollouts,
 )
 
-YES_NO = {"id": "a", "question": "Is there a pleural effusion?", "gold": "yes", "answer_type": "closed", "region": [[20, 40, 60, 80]], "width": 100, "height": 100}
+YES_NO = {
+    "id": "a",
+    "question": "Is there a pleural effusion?",
+    "gold": "yes",
+    "answer_type": "closed",
+    "region": [[20, 40, 60, 80]],
+    "width": 100,
+    "height": 100,
+}
 SIDE = {"id": "b", "question": "Is the nodule on the left or the right?", "gold": "left", "answer_type": "closed"}
-OPEN = {"id": "c", "question": "What abnormality is seen in the left lower zone?", "gold": "pleural effusion", "answer_type": "open"}
+OPEN = {
+    "id": "c",
+    "question": "What abnormality is seen in the left lower zone?",
+    "gold": "pleural effusion",
+    "answer_type": "open",
+}
 
 
 def written(**fields):
@@ -49,11 +63,24 @@ def test_gated_by_hand():
     boxes = boxes_to_model([[20, 40, 60, 60]], 100, 100)  # half of the gold box: IoU 0.5
     right = earned(YES_NO, drops=(0.9, [0.1, 0.2]), boxes=boxes, answer="yes")  # V = 0.9 - 0.2, the larger
     assert right["reward"] == pytest.approx(1 * (1 + 0.3 * 0.7) + 0.15 * 0.5)
-    assert (right["format"], right["answer"], right["consistency"], right["counterfactual"]) == (1.0, 1.0, 0.5, pytest.approx(0.7))
-    assert earned(YES_NO, drops=(0.1, [0.5]), boxes=boxes, answer="yes")["reward"] == pytest.approx(1 + 0.15 * 0.5 - 0.3 * 0.4)
-    assert earned(YES_NO, drops=(0.9, [0.2]), boxes=boxes, answer="no")["reward"] == pytest.approx(0.15 * 0.5)  # looking is no income
-    assert earned(YES_NO, drops=(0.1, [0.5]), boxes=boxes, answer="no")["reward"] == pytest.approx(0.15 * 0.5 - 0.3 * 0.4)
-    assert earned(YES_NO, drops=(9.0, [0.0]), answer="yes")["reward"] == pytest.approx(1.3)  # V is at most 1, no box earns 0
+    assert (right["format"], right["answer"], right["consistency"], right["counterfactual"]) == (
+        1.0,
+        1.0,
+        0.5,
+        pytest.approx(0.7),
+    )
+    assert earned(YES_NO, drops=(0.1, [0.5]), boxes=boxes, answer="yes")["reward"] == pytest.approx(
+        1 + 0.15 * 0.5 - 0.3 * 0.4
+    )
+    assert earned(YES_NO, drops=(0.9, [0.2]), boxes=boxes, answer="no")["reward"] == pytest.approx(
+        0.15 * 0.5
+    )  # looking is no income
+    assert earned(YES_NO, drops=(0.1, [0.5]), boxes=boxes, answer="no")["reward"] == pytest.approx(
+        0.15 * 0.5 - 0.3 * 0.4
+    )
+    assert earned(YES_NO, drops=(9.0, [0.0]), answer="yes")["reward"] == pytest.approx(
+        1.3
+    )  # V is at most 1, no box earns 0
     assert earned(YES_NO, drops=(-9.0, [0.0]), answer="no")["reward"] == pytest.approx(-0.3)
     assert earned(YES_NO, answer="yes", reasoning="No pleural effusion.")["reward"] == pytest.approx(1 - 0.2)
     assert earned(YES_NO, answer="yes", caption=YES_NO["question"])["reward"] == pytest.approx(1 - 0.2)
@@ -65,32 +92,63 @@ def test_gated_by_hand():
 def test_additive_by_hand():
     settings = RewardSettings("additive")
     boxes = boxes_to_model([[20, 40, 60, 60]], 100, 100)
-    assert earned(YES_NO, settings, (0.9, [0.2]), boxes=boxes, answer="yes")["reward"] == pytest.approx(0.2 + 0.4 + 0.2 * 0.5 + 0.2 * 0.7)
-    assert earned(YES_NO, settings, (0.9, [0.2]), boxes=boxes, answer="no")["reward"] == pytest.approx(0.2 + 0.2 * 0.5 + 0.2 * 0.7)
-    assert earned(YES_NO, settings, reasoning="No pleural effusion.", answer="yes")["reward"] == pytest.approx(0.2 + 0.4 - 0.2)
+    assert earned(YES_NO, settings, (0.9, [0.2]), boxes=boxes, answer="yes")["reward"] == pytest.approx(
+        0.2 + 0.4 + 0.2 * 0.5 + 0.2 * 0.7
+    )
+    assert earned(YES_NO, settings, (0.9, [0.2]), boxes=boxes, answer="no")["reward"] == pytest.approx(
+        0.2 + 0.2 * 0.5 + 0.2 * 0.7
+    )
+    assert earned(YES_NO, settings, reasoning="No pleural effusion.", answer="yes")["reward"] == pytest.approx(
+        0.2 + 0.4 - 0.2
+    )
     assert rollout_terms(YES_NO, "yes", settings)["reward"] == pytest.approx(0.4)  # no gate: a bare answer is paid
     assert earned(YES_NO, RewardSettings("additive", "1,0,0,0"), answer="no")["reward"] == 1.0
 
 
 def test_weights_scale_their_own_terms():
-    case = dict(row=YES_NO, drops=(0.9, [0.2]), boxes=boxes_to_model([[20, 40, 60, 60]], 100, 100), answer="yes", caption=YES_NO["question"])
-    assert earned(settings=RewardSettings(weights="0.4,0.4,0.2,0.2"), **case)["reward"] == pytest.approx(1.21 + 0.075 - 0.4)
-    assert earned(settings=RewardSettings(weights="0.2,0.2,0.2,0.2"), **case)["reward"] == pytest.approx(0.605 + 0.075 - 0.2)
-    assert earned(settings=RewardSettings(weights="0.2,0.4,0.4,0.2"), **case)["reward"] == pytest.approx(1.21 + 0.15 - 0.2)
-    assert earned(settings=RewardSettings(weights="0.2,0.4,0.2,0"), **case)["reward"] == pytest.approx(1.0 + 0.075 - 0.2)
+    case = dict(
+        row=YES_NO,
+        drops=(0.9, [0.2]),
+        boxes=boxes_to_model([[20, 40, 60, 60]], 100, 100),
+        answer="yes",
+        caption=YES_NO["question"],
+    )
+    assert earned(settings=RewardSettings(weights="0.4,0.4,0.2,0.2"), **case)["reward"] == pytest.approx(
+        1.21 + 0.075 - 0.4
+    )
+    assert earned(settings=RewardSettings(weights="0.2,0.2,0.2,0.2"), **case)["reward"] == pytest.approx(
+        0.605 + 0.075 - 0.2
+    )
+    assert earned(settings=RewardSettings(weights="0.2,0.4,0.4,0.2"), **case)["reward"] == pytest.approx(
+        1.21 + 0.15 - 0.2
+    )
+    assert earned(settings=RewardSettings(weights="0.2,0.4,0.2,0"), **case)["reward"] == pytest.approx(
+        1.0 + 0.075 - 0.2
+    )
     assert earned(settings=RewardSettings(weights="0,0.8,0,0"), **case)["reward"] == pytest.approx(2.0)
 
 
 def test_cap_hides_no_deduction():
     frequencies = AnswerFrequencies([dict(OPEN, gold="x-ray")] * 40 + [OPEN])
     target = dict(OPEN, region=[[20, 40, 60, 80]], width=100, height=100)
-    best = earned(target, None, (1.0, [0.0]), frequencies, boxes=boxes_to_model([[20, 40, 60, 80]], 100, 100), answer="pleural effusion")
+    best = earned(
+        target,
+        None,
+        (1.0, [0.0]),
+        frequencies,
+        boxes=boxes_to_model([[20, 40, 60, 80]], 100, 100),
+        answer="pleural effusion",
+    )
     assert best["class_weight"] == 2.0 and best["reward"] == pytest.approx(1.5 + 0.15)
     assert earned(target, None, (1.0, [0.0]), frequencies, answer="pleural effusion")["reward"] == pytest.approx(1.5)
-    assert earned(target, None, (0.0, [1.0]), frequencies, answer="pleural effusion", tokens=256)["reward"] == pytest.approx(1.5 - 0.3 - 0.2)
+    assert earned(target, None, (0.0, [1.0]), frequencies, answer="pleural effusion", tokens=256)[
+        "reward"
+    ] == pytest.approx(1.5 - 0.3 - 0.2)
 
 
-@pytest.mark.parametrize("weights", ["0.2,0.4,0.2", "a,b,c,d", "0.2,0.4,0.2,-1", "0,0,0,0", "nan,1,1,1", "inf,1,1,1", None, 3])
+@pytest.mark.parametrize(
+    "weights", ["0.2,0.4,0.2", "a,b,c,d", "0.2,0.4,0.2,-1", "0,0,0,0", "nan,1,1,1", "inf,1,1,1", None, 3]
+)
 def test_wrong_weights(weights):
     with pytest.raises(InputError, match="four numbers"):
         parse_weights(weights)
@@ -117,7 +175,10 @@ def test_older_rows():
     scored = old | {"delta_cf_roi": 0.9, "delta_cf_rand": 0.1, "valid_json": True, "answer_correct": True}
     assert rollout_terms(scored, written(answer="pleural effusion")) == terms
     note = ignored_fields([old, scored, scored])
-    assert all(f"{name} (2 rows)" in note for name in ("delta_cf_roi", "delta_cf_rand", "valid_json", "answer_correct")) and "ignored" in note
+    assert (
+        all(f"{name} (2 rows)" in note for name in ("delta_cf_roi", "delta_cf_rand", "valid_json", "answer_correct"))
+        and "ignored" in note
+    )
     assert ignored_fields([old, YES_NO]) == ""
 
 
@@ -128,14 +189,18 @@ def test_frequencies_by_hand():
     def asked(answer, n, **more):
         return [dict(YES_NO, gold=answer, split="train") | more] * n
 
-    frequencies = AnswerFrequencies(asked("yes", 2) + asked("No", 7) + asked("yes", 99, split="val") + asked("yes", 99, split="test"))
+    frequencies = AnswerFrequencies(
+        asked("yes", 2) + asked("No", 7) + asked("yes", 99, split="val") + asked("yes", 99, split="test")
+    )
     assert frequencies.weight(dict(YES_NO, gold="yes")) == pytest.approx((9 + 2) / (2 * 3))
     assert frequencies.weight(dict(YES_NO, gold="no")) == pytest.approx((9 + 2) / (2 * 8))
     assert frequencies.weight(SIDE) == 1.0  # no such question in training
     assert AnswerFrequencies(asked("yes", 1) + asked("no", 500)).weight(YES_NO) == 2.0
     choices = AnswerFrequencies([dict(SIDE, gold="left")] * 100)
     assert choices.weight(SIDE) == pytest.approx(102 / (2 * 101)) and choices.weight(dict(SIDE, gold="right")) == 2.0
-    opened = AnswerFrequencies([dict(OPEN, gold=f"finding {i % 20}") for i in range(20)] + [dict(OPEN, gold="x-ray")] * 60)
+    opened = AnswerFrequencies(
+        [dict(OPEN, gold=f"finding {i % 20}") for i in range(20)] + [dict(OPEN, gold="x-ray")] * 60
+    )
     assert opened.weight(dict(OPEN, gold="x-ray")) == 0.5 and opened.weight(dict(OPEN, gold="never seen")) == 2.0
     assert earned(YES_NO, frequencies=frequencies, answer="yes")["answer"] == pytest.approx(11 / 6)
 
@@ -153,15 +218,33 @@ def test_constant_answer_earns_a_half_at_most(share):
 # --- gate ---
 
 
-@pytest.mark.parametrize("text, why", [
-    (written(answer="yes"), ""), ("```json\n" + written(answer="yes") + "\n```", ""), (written(caption="Film.", reasoning="Seen.", boxes=[[1, 2, 3, 4]], answer="yes"), ""),
-    ("", "no answer"), ("yes", "strict"), ("The answer is " + written(answer="yes"), "other text"), (written(answer="yes") * 2, "other text"),
-    (written(answer="yes", confidence=1), "unknown field"), (written(caption="Film."), "no answer"), (written(answer=["yes", "no"]), "no answer"),
-    (written(answer=True), "text"), (written(answer="yes", caption=["Film."]), "text"), (written(answer="yes", boxes=[1, 2, 3, 4]), "boxes"),
-    (written(answer="yes", boxes=[[1, 2, 3]]), "boxes"), (written(answer="yes", boxes="none"), "boxes"), ('{"answer": "yes", "answer": "no"}', "two different"),
-    ('{"answer": "yes",}', "strict"), ('{"answer": "yes"', "strict"), (written(answer="yes", caption="<|image_pad|>"), "tokens"), (written(answer="yes", caption="<image>"), "tokens"),
-    (build_prompt(YES_NO["question"]), ""), ("<think>x</think><answer>yes</answer>", "strict"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, why",
+    [
+        (written(answer="yes"), ""),
+        ("```json\n" + written(answer="yes") + "\n```", ""),
+        (written(caption="Film.", reasoning="Seen.", boxes=[[1, 2, 3, 4]], answer="yes"), ""),
+        ("", "no answer"),
+        ("yes", "strict"),
+        ("The answer is " + written(answer="yes"), "other text"),
+        (written(answer="yes") * 2, "other text"),
+        (written(answer="yes", confidence=1), "unknown field"),
+        (written(caption="Film."), "no answer"),
+        (written(answer=["yes", "no"]), "no answer"),
+        (written(answer=True), "text"),
+        (written(answer="yes", caption=["Film."]), "text"),
+        (written(answer="yes", boxes=[1, 2, 3, 4]), "boxes"),
+        (written(answer="yes", boxes=[[1, 2, 3]]), "boxes"),
+        (written(answer="yes", boxes="none"), "boxes"),
+        ('{"answer": "yes", "answer": "no"}', "two different"),
+        ('{"answer": "yes",}', "strict"),
+        ('{"answer": "yes"', "strict"),
+        (written(answer="yes", caption="<|image_pad|>"), "tokens"),
+        (written(answer="yes", caption="<image>"), "tokens"),
+        (build_prompt(YES_NO["question"]), ""),
+        ("<think>x</think><answer>yes</answer>", "strict"),
+    ],
+)
 def test_gate(text, why):
     terms = rollout_terms(YES_NO, text)
     if text == build_prompt(YES_NO["question"]):
@@ -176,7 +259,10 @@ def test_think_style():
     settings = RewardSettings(style="think")
     terms = rollout_terms(YES_NO, "<think>There is fluid.</think><answer>yes</answer>", settings)
     assert terms["gate"] == 1 and terms["reward"] == 1.0 and terms["box"] is None
-    assert rollout_terms(YES_NO, "<think>No pleural effusion.</think><answer>yes</answer>", settings)["contradiction"] == -1
+    assert (
+        rollout_terms(YES_NO, "<think>No pleural effusion.</think><answer>yes</answer>", settings)["contradiction"]
+        == -1
+    )
     assert rollout_terms(YES_NO, "<answer>yes</answer><answer>no</answer>", settings)["reward"] <= 0
     assert rollout_terms(YES_NO, written(answer="yes"), settings)["gate"] == 0
 
@@ -184,15 +270,43 @@ def test_think_style():
 # --- answer ---
 
 
-@pytest.mark.parametrize("row, answer, accuracy", [
-    (YES_NO, "yes", 1), (YES_NO, "Yes, a small one.", 1), (YES_NO, "no", 0), (YES_NO, "yes or no", 0), (YES_NO, "yes and no", 0), (YES_NO, "possibly yes", 0), (YES_NO, "y\u0435s", 0),
-    (YES_NO, "not yes", 0), (YES_NO, YES_NO["question"], 0), (YES_NO, "unclear", 0), (YES_NO, "", 0),
-    (SIDE, "left", 1), (SIDE, "on the left", 1), (SIDE, "left or right", 0), (SIDE, "left, right", 0), (SIDE, "both", 0), (SIDE, "not right", 0), (SIDE, "probably left", 0),
-    (OPEN, "pleural effusion", 1), (OPEN, "Pleural effusions.", 1), (OPEN, "effusion", (2 / 3) ** 2), (OPEN, "pleural effusion pleural effusion", (2 / 3) ** 2), (OPEN, "no pleural effusion", 0),
-    (OPEN, "pleural effusion or nodule", 0), (OPEN, "maybe pleural effusion", 0), (OPEN, "nodule", 0), (OPEN, "pleural effusion, nodule", 0.64),
-    (dict(OPEN, gold="left lung"), "right lung", 0), (dict(OPEN, gold="mass or nodule"), "mass or nodule", 1), (dict(OPEN, gold="possible pneumonia"), "possible pneumonia", 1),
-    (dict(OPEN, gold="hyperdense"), "hypodense", 0), (dict(OPEN, gold="hyperdense"), "hyperdense and hypodense", 0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "row, answer, accuracy",
+    [
+        (YES_NO, "yes", 1),
+        (YES_NO, "Yes, a small one.", 1),
+        (YES_NO, "no", 0),
+        (YES_NO, "yes or no", 0),
+        (YES_NO, "yes and no", 0),
+        (YES_NO, "possibly yes", 0),
+        (YES_NO, "y\u0435s", 0),
+        (YES_NO, "not yes", 0),
+        (YES_NO, YES_NO["question"], 0),
+        (YES_NO, "unclear", 0),
+        (YES_NO, "", 0),
+        (SIDE, "left", 1),
+        (SIDE, "on the left", 1),
+        (SIDE, "left or right", 0),
+        (SIDE, "left, right", 0),
+        (SIDE, "both", 0),
+        (SIDE, "not right", 0),
+        (SIDE, "probably left", 0),
+        (OPEN, "pleural effusion", 1),
+        (OPEN, "Pleural effusions.", 1),
+        (OPEN, "effusion", (2 / 3) ** 2),
+        (OPEN, "pleural effusion pleural effusion", (2 / 3) ** 2),
+        (OPEN, "no pleural effusion", 0),
+        (OPEN, "pleural effusion or nodule", 0),
+        (OPEN, "maybe pleural effusion", 0),
+        (OPEN, "nodule", 0),
+        (OPEN, "pleural effusion, nodule", 0.64),
+        (dict(OPEN, gold="left lung"), "right lung", 0),
+        (dict(OPEN, gold="mass or nodule"), "mass or nodule", 1),
+        (dict(OPEN, gold="possible pneumonia"), "possible pneumonia", 1),
+        (dict(OPEN, gold="hyperdense"), "hypodense", 0),
+        (dict(OPEN, gold="hyperdense"), "hyperdense and hypodense", 0),
+    ],
+)
 def test_accuracy(row, answer, accuracy):
     assert earned(row, answer=answer)["accuracy"] == pytest.approx(accuracy)
 
@@ -207,11 +321,23 @@ def test_listing_earns_less_than_guessing(k):
 # --- box ---
 
 
-@pytest.mark.parametrize("boxes, value", [
-    ([[200, 400, 600, 800]], 1.0), ([[200, 400, 600, 600]], 0.5), ([[200, 400, 400, 800], [400, 400, 600, 800]], 1.0), ([[600, 800, 1000, 1000]], 0.0), ([], 0.0),
-    ([[0, 0, 1000, 1000]], 0.0), ([[100, 100, 900, 950]], 0.0), ([[0, 0, 100, 100]], 0.0), ([[200, 400, 600, 800], [0, 0, 100, 100]], 0.0), ([[1200, 1200, 1400, 1400]], 0.0),
-    ([[600, 800, 200, 400]], 0.0), ([[200, 400, 600, 800]] * 4, 0.5),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "boxes, value",
+    [
+        ([[200, 400, 600, 800]], 1.0),
+        ([[200, 400, 600, 600]], 0.5),
+        ([[200, 400, 400, 800], [400, 400, 600, 800]], 1.0),
+        ([[600, 800, 1000, 1000]], 0.0),
+        ([], 0.0),
+        ([[0, 0, 1000, 1000]], 0.0),
+        ([[100, 100, 900, 950]], 0.0),
+        ([[0, 0, 100, 100]], 0.0),
+        ([[200, 400, 600, 800], [0, 0, 100, 100]], 0.0),
+        ([[1200, 1200, 1400, 1400]], 0.0),
+        ([[600, 800, 200, 400]], 0.0),
+        ([[200, 400, 600, 800]] * 4, 0.5),
+    ],
+)
 def test_box(boxes, value):
     terms = earned(YES_NO, boxes=boxes, answer="yes")
     assert terms["box"] == pytest.approx(value, abs=0.01)
@@ -233,20 +359,46 @@ FREE = {"question": "Is this film free of consolidation?", "gold": "yes", "answe
 ORGAN = {"question": "Which organ is abnormal?", "gold": "liver", "answer_type": "open"}
 
 
-@pytest.mark.parametrize("row, reasoning, answer, value", [
-    (YES_NO, "No pleural effusion.", "yes", -1), (YES_NO, "There is no effusion.", "yes", -1), (YES_NO, "Seen: left pleural effusion.", "no", -1), (YES_NO, "Yes.", "no", -1),
-    (YES_NO, "No pleural effusion.", "no", 0), (YES_NO, "Seen: left pleural effusion.", "yes", 0), (YES_NO, "Seen: nodule.", "no", 0), (YES_NO, "The heart is large.", "yes", 0),
-    (YES_NO, "Pleural effusion, no pneumothorax.", "yes", 0), (YES_NO, "", "yes", None), (YES_NO, None, "yes", None),
-    (LESION, "Seen: nodule in the right upper lung zone.", "yes", 0), (LESION, "No lung nodules or masses.", "no", 0), (LESION, "No lung nodules or masses.", "yes", -1),
-    (LESION, "A lung nodule, no mass.", "yes", 0),
-    (NORMAL, "Nothing abnormal.", "yes", 0), (NORMAL, "The film is abnormal.", "yes", -1), (NORMAL, "Seen: cardiomegaly.", "no", 0), (NORMAL, "The film is normal.", "no", -1),
-    (FREE, "No consolidation.", "yes", 0), (FREE, "Seen: consolidation.", "no", 0),
-    (SIDE, "Seen: nodule in the right upper lung zone.", "left", -1), (SIDE, "Seen: nodule in the left upper lung zone.", "left", 0), (SIDE, "Right effusion and left nodule.", "left", 0),
-    (ZONE, "Seen: nodule in the right upper lung zone.", "lower", -1), (ZONE, "Seen: nodule in the right lower lung zone.", "lower", 0), (ZONE, "It is not upper.", "lower", 0),
-    (OPEN, "No pleural effusion.", "pleural effusion", -1), (OPEN, "Seen: pleural effusion, no nodule.", "pleural effusion", 0), (OPEN, "Fluid along the chest wall.", "pleural effusion", 0),
-    (ORGAN, "The spleen is enlarged.", "liver", -1), (ORGAN, "The liver is enlarged, the spleen is not.", "liver", 0), (ORGAN, "It is enlarged.", "liver", 0),
-    (dict(OPEN, gold="small"), "Seen: large pleural effusion.", "small", -1), (dict(OPEN, gold="small"), "Seen: small pleural effusion in the large left lung.", "small", 0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "row, reasoning, answer, value",
+    [
+        (YES_NO, "No pleural effusion.", "yes", -1),
+        (YES_NO, "There is no effusion.", "yes", -1),
+        (YES_NO, "Seen: left pleural effusion.", "no", -1),
+        (YES_NO, "Yes.", "no", -1),
+        (YES_NO, "No pleural effusion.", "no", 0),
+        (YES_NO, "Seen: left pleural effusion.", "yes", 0),
+        (YES_NO, "Seen: nodule.", "no", 0),
+        (YES_NO, "The heart is large.", "yes", 0),
+        (YES_NO, "Pleural effusion, no pneumothorax.", "yes", 0),
+        (YES_NO, "", "yes", None),
+        (YES_NO, None, "yes", None),
+        (LESION, "Seen: nodule in the right upper lung zone.", "yes", 0),
+        (LESION, "No lung nodules or masses.", "no", 0),
+        (LESION, "No lung nodules or masses.", "yes", -1),
+        (LESION, "A lung nodule, no mass.", "yes", 0),
+        (NORMAL, "Nothing abnormal.", "yes", 0),
+        (NORMAL, "The film is abnormal.", "yes", -1),
+        (NORMAL, "Seen: cardiomegaly.", "no", 0),
+        (NORMAL, "The film is normal.", "no", -1),
+        (FREE, "No consolidation.", "yes", 0),
+        (FREE, "Seen: consolidation.", "no", 0),
+        (SIDE, "Seen: nodule in the right upper lung zone.", "left", -1),
+        (SIDE, "Seen: nodule in the left upper lung zone.", "left", 0),
+        (SIDE, "Right effusion and left nodule.", "left", 0),
+        (ZONE, "Seen: nodule in the right upper lung zone.", "lower", -1),
+        (ZONE, "Seen: nodule in the right lower lung zone.", "lower", 0),
+        (ZONE, "It is not upper.", "lower", 0),
+        (OPEN, "No pleural effusion.", "pleural effusion", -1),
+        (OPEN, "Seen: pleural effusion, no nodule.", "pleural effusion", 0),
+        (OPEN, "Fluid along the chest wall.", "pleural effusion", 0),
+        (ORGAN, "The spleen is enlarged.", "liver", -1),
+        (ORGAN, "The liver is enlarged, the spleen is not.", "liver", 0),
+        (ORGAN, "It is enlarged.", "liver", 0),
+        (dict(OPEN, gold="small"), "Seen: large pleural effusion.", "small", -1),
+        (dict(OPEN, gold="small"), "Seen: small pleural effusion in the large left lung.", "small", 0),
+    ],
+)
 def test_contradiction(row, reasoning, answer, value):
     terms = earned(row, reasoning=reasoning, answer=answer) if reasoning is not None else earned(row, answer=answer)
     assert terms["contradiction"] == value, terms["contradiction_why"]
@@ -257,9 +409,19 @@ def test_contradiction(row, reasoning, answer, value):
 
 
 def test_copying():
-    for caption in (YES_NO["question"], "Is there pleural effusion", "A film. Is there a pleural effusion? Yes.", re.search('"caption": ([^,]+)', instruction("json"))[1]):
+    for caption in (
+        YES_NO["question"],
+        "Is there pleural effusion",
+        "A film. Is there a pleural effusion? Yes.",
+        re.search('"caption": ([^,]+)', instruction("json"))[1],
+    ):
         assert earned(YES_NO, caption=caption, answer="yes")["copying"] == 1, caption
-    for caption in ("There is no pleural effusion.", "Frontal chest x-ray with left pleural effusion.", "Pleural effusion", ""):
+    for caption in (
+        "There is no pleural effusion.",
+        "Frontal chest x-ray with left pleural effusion.",
+        "Pleural effusion",
+        "",
+    ):
         assert earned(YES_NO, caption=caption, answer="yes")["copying"] == 0, caption
     assert rollout_terms(YES_NO, build_prompt(YES_NO["question"]))["copying"] == 1
 
@@ -271,7 +433,13 @@ def test_repetition():
     assert share(answer="effusion effusion effusion effusion") == 1.0
     assert share(answer="pleural effusion") == share(answer="no") == 0
     assert share(caption="The lungs are clear. " * 20, answer="x") > 0.9
-    assert share(caption="Frontal chest x-ray with cardiomegaly, left pleural effusion and nodule in the right upper lung zone.", answer="x") == 0
+    assert (
+        share(
+            caption="Frontal chest x-ray with cardiomegaly, left pleural effusion and nodule in the right upper lung zone.",
+            answer="x",
+        )
+        == 0
+    )
     assert share(caption="Mass in the left upper lung zone and nodule in the left upper lung zone.", answer="x") == 0
     # 10 words, 8 triples, 4 different: half of them repeat, which is 0.1 above 0.4
     assert share(caption="b c d e b c d e b c", answer="x") == pytest.approx(0.1 / 0.6)
@@ -289,12 +457,20 @@ def test_length():
 
 def gold_terms(row):
     terms = rollout_terms(row, build_target(row))
-    return terms["gate"], terms["accuracy"], terms["penalty"], terms["contradiction"] in (0, None), terms["box"] in (None, 1.0)
+    return (
+        terms["gate"],
+        terms["accuracy"],
+        terms["penalty"],
+        terms["contradiction"] in (0, None),
+        terms["box"] in (None, 1.0),
+    )
 
 
 def test_gold_of_the_phantom_earns_everything():
     rows = [row for i in range(120) for row in phantom_study_rows(phantom_study(3, i, 64), "train", Path("x"))]
-    bad = [(row["question"], row["output"], found) for row in rows if (found := gold_terms(row)) != (1, 1, 0, True, True)]
+    bad = [
+        (row["question"], row["output"], found) for row in rows if (found := gold_terms(row)) != (1, 1, 0, True, True)
+    ]
     assert len(rows) > 500 and not bad, bad[:3]
 
 
@@ -312,7 +488,25 @@ def test_gold_of_real_rows(name, folder, least, real_data):
 
 def test_any_text():
     draw = random.Random(0)
-    pieces = [*'{}[]",:', "yes", " no ", "left", "\u200b", "\ud800", "NaN", '"answer": ', '"boxes": ', "[[0, 0, 1e999, 1]]", "<answer>", "\n", "or", "```", "caption", "1" * 30, "\x00"]
+    pieces = [
+        *'{}[]",:',
+        "yes",
+        " no ",
+        "left",
+        "\u200b",
+        "\ud800",
+        "NaN",
+        '"answer": ',
+        '"boxes": ',
+        "[[0, 0, 1e999, 1]]",
+        "<answer>",
+        "\n",
+        "or",
+        "```",
+        "caption",
+        "1" * 30,
+        "\x00",
+    ]
     for _ in range(400):
         text = "".join(draw.choices(pieces, k=draw.randrange(25)))
         if draw.random() < 0.3:
@@ -348,7 +542,10 @@ def test_plan_edits(film):
         changed = edited != image if image.ndim == 2 else (edited != image).any(2)
         assert changed.any() and not (changed & ~inside).any(), number
     again, other = plan_edits(row, image, k=3, seed=5), plan_edits(row, image, k=3, seed=6)
-    assert all((a == b).all() for a, b in zip(plan.images, again.images, strict=True)) and plan.random == again.random != other.random
+    assert (
+        all((a == b).all() for a, b in zip(plan.images, again.images, strict=True))
+        and plan.random == again.random != other.random
+    )
     assert {plan_edits(row, image, fill="mixed", seed=[1, step]).fill for step in range(12)} <= set(FILLS)
     assert len({plan_edits(row, image, fill="mixed", seed=[1, step]).fill for step in range(12)}) > 1
     assert plan_edits(dict(row, region=None), image) == EditPlan(why="no gold region")
@@ -376,7 +573,10 @@ class Scorer:
     def __call__(self, images, questions, answers):
         self.calls, self.images = self.calls + 1, self.images + len(images)
         seen = [abs(self.look(self.boxes, image) - self.level) for image in images]
-        return [(-0.1 - change) if answer == self.believes else (-2.0 + change) for change, answer in zip(seen, answers, strict=True)]
+        return [
+            (-0.1 - change) if answer == self.believes else (-2.0 + change)
+            for change, answer in zip(seen, answers, strict=True)
+        ]
 
 
 def test_drops_tell_where_a_policy_looks(film):
@@ -392,23 +592,36 @@ def test_drops_tell_where_a_policy_looks(film):
     expected = abs(Scorer.look(plan.roi, plan.images[1]) - score.level)
     assert drops[0]["d_roi"] == pytest.approx(expected) and drops[0] == drops[3] and len(drops[0]["d_rand_each"]) == 4
     assert drops[1]["d_roi"] == pytest.approx(-expected)
-    assert drops[2]["d_roi"] is None and "no answer" in drops[2]["counterfactual_why"] and drops[4]["counterfactual_why"] == "no gold region"
+    assert (
+        drops[2]["d_roi"] is None
+        and "no answer" in drops[2]["counterfactual_why"]
+        and drops[4]["counterfactual_why"] == "no gold region"
+    )
     terms = score_rollouts([row] * 4, texts, drops=drops[:4])
     assert terms[0]["counterfactual"] > 0.5 and terms[0]["reward"] > 1.1 and terms[1]["counterfactual"] < 0
 
     elsewhere = Scorer(plan.random[0], image, "yes")  # right, for what stands somewhere else
     (found,) = score_rollouts([row], texts[:1], drops=measure_drops(elsewhere, [row["question"]], ["yes"], [plan]))
     assert found["counterfactual"] < 0 and found["reward"] < 1
-    sees_both = rollout_terms(row, texts[0], d_roi=3.0, d_rand=[0.0, 0.0, 0.8, 0.0])  # one random region covered something else that counts: neither the mean nor a large d_roi hides it
+    sees_both = rollout_terms(
+        row, texts[0], d_roi=3.0, d_rand=[0.0, 0.0, 0.8, 0.0]
+    )  # one random region covered something else that counts: neither the mean nor a large d_roi hides it
     assert sees_both["counterfactual"] == pytest.approx(0.2) and sees_both["d_rand"] == pytest.approx(0.2)
     no = dict(row, gold="no")
     lend_regions([no], [row])
     plan_of_no = plan_edits(no, image, k=4)
-    for boxes, believes, lowest, highest in ((plan.roi, "no", -0.1, 0.0), (plan_of_no.random[0], "no", -1.0, -0.01)):  # the random regions change nothing, or they do
+    for boxes, believes, lowest, highest in (
+        (plan.roi, "no", -0.1, 0.0),
+        (plan_of_no.random[0], "no", -1.0, -0.01),
+    ):  # the random regions change nothing, or they do
         (drop,) = measure_drops(Scorer(boxes, image, believes), [no["question"]], ["no"], [plan_of_no])
         (found,) = score_rollouts([no], [written(answer="no")], drops=[drop])
         assert drop["d_roi"] is None and len(drop["d_rand_each"]) == 4 and lowest <= found["counterfactual"] <= highest
-    (blind,) = score_rollouts([row], texts[:1], drops=measure_drops(lambda images, q, a: [-0.3] * len(images), [row["question"]], ["yes"], [plan]))
+    (blind,) = score_rollouts(
+        [row],
+        texts[:1],
+        drops=measure_drops(lambda images, q, a: [-0.3] * len(images), [row["question"]], ["yes"], [plan]),
+    )
     assert blind["counterfactual"] == 0 and blind["reward"] == 1
 
 
@@ -463,16 +676,35 @@ def test_explanation_adds_up(composition):
     frequencies = AnswerFrequencies([YES_NO] * 3 + [dict(YES_NO, gold="no")])
     boxes = boxes_to_model([[20, 40, 60, 60]], 100, 100)
     for text, drops, words in [
-        (written(boxes=boxes, answer="yes"), (0.9, [0.15, 0.1]), ["'yes' is right", "IoU 0.5", "V +0.75", "+0.900", "no reasoning"]),
-        (written(reasoning="No pleural effusion.", answer="yes"), (0.1, [0.4]), ["the reasoning says no, the answer yes", "V -0.30", "no box"]),
-        (written(answer="possibly yes", caption=YES_NO["question"]), (None, None), ["hedged", "V undefined: not measured", "copied 1"]),
-        (written(answer="no", boxes=[[0, 0, 1000, 1000]]), (0.5, [0.0]), ["the opposite", "more than 60% of the image"]),
+        (
+            written(boxes=boxes, answer="yes"),
+            (0.9, [0.15, 0.1]),
+            ["'yes' is right", "IoU 0.5", "V +0.75", "+0.900", "no reasoning"],
+        ),
+        (
+            written(reasoning="No pleural effusion.", answer="yes"),
+            (0.1, [0.4]),
+            ["the reasoning says no, the answer yes", "V -0.30", "no box"],
+        ),
+        (
+            written(answer="possibly yes", caption=YES_NO["question"]),
+            (None, None),
+            ["hedged", "V undefined: not measured", "copied 1"],
+        ),
+        (
+            written(answer="no", boxes=[[0, 0, 1000, 1000]]),
+            (0.5, [0.0]),
+            ["the opposite", "more than 60% of the image"],
+        ),
         ("yes!", (None, None), ["gate 0: not strict"]),
-    ]:  # fmt: skip
+    ]:
         terms = rollout_terms(YES_NO, text, settings, frequencies, *drops)
         lines = explain(YES_NO, text, terms, settings)
         summands = [float(m[1]) for line in lines if (m := re.match(r"  ([+-]\d+\.\d{3}) ", line))]
-        assert sum(summands) == pytest.approx(terms["reward"], abs=0.003) and f"reward {terms['reward']:+.3f} ({composition})" in lines
+        assert (
+            sum(summands) == pytest.approx(terms["reward"], abs=0.003)
+            and f"reward {terms['reward']:+.3f} ({composition})" in lines
+        )
         assert all(word in "\n".join(lines) for word in words), (words, lines)
     opened = explain(OPEN, written(answer="effusion"), rollout_terms(OPEN, written(answer="effusion")))
     assert any("right in part, squared F1 0.44" in line for line in opened)

@@ -1,4 +1,5 @@
 """rollouts.py: shared prompts change nothing but the time, the sampler's numbers are the model's own, and answers are scored as evaluate.py does."""
+
 import numpy as np
 import pytest
 import torch
@@ -17,7 +18,11 @@ from vqa_sft_grpo.rollouts import (
     stop_tokens,
 )
 
-QUESTIONS = ["Is there an effusion?", "Which side is the large mass on?", "Is it normal or not, and where is the heart?"]
+QUESTIONS = [
+    "Is there an effusion?",
+    "Which side is the large mass on?",
+    "Is it normal or not, and where is the heart?",
+]
 TEMPERATURE = 1.3
 
 
@@ -39,7 +44,9 @@ def test_the_samplers_numbers_are_those_of_one_pass_over_the_whole_text(rolled):
     assert [len(g) for g in groups] == [4, 4, 4] and len({tuple(ids) for g in groups for ids in g}) == 12
     with torch.no_grad():
         shared_logp, entropy, mask = completion_logprobs(vlm, prompts, groups, TEMPERATURE, common["suppress"])
-        plain_logp, plain_entropy, _ = completion_logprobs(vlm, prompts, groups, TEMPERATURE, common["suppress"], share=False)
+        plain_logp, plain_entropy, _ = completion_logprobs(
+            vlm, prompts, groups, TEMPERATURE, common["suppress"], share=False
+        )
     assert mask.sum(1).tolist() == [len(ids) for g in groups for ids in g]
     torch.testing.assert_close(shared_logp, plain_logp, rtol=0, atol=1e-5)
     torch.testing.assert_close(entropy, plain_entropy, rtol=0, atol=1e-5)
@@ -75,7 +82,11 @@ def test_answers_are_scored_as_the_evaluation_does(rolled):
     flat = [(i, answer) for i, some in enumerate(answers) for answer in some]
     with torch.no_grad():
         found = answer_logprobs(vlm, prompts, answers, "json")
-    wanted = Answerer(vlm, 8).score([build_prompt(QUESTIONS[i]) for i, _ in flat], [images[i] for i, _ in flat], [answer_alone(a)[0] for _, a in flat])
+    wanted = Answerer(vlm, 8).score(
+        [build_prompt(QUESTIONS[i]) for i, _ in flat],
+        [images[i] for i, _ in flat],
+        [answer_alone(a)[0] for _, a in flat],
+    )
     assert found.tolist() == pytest.approx([w["answer"] for w in wanted], abs=1e-5)
     ids, chosen = answer_tokens(vlm, "no effusion", "think")
     assert vlm.tokenizer.decode([i for i, c in zip(ids, chosen, strict=True) if c]).strip(" ><") == "no effusion"
@@ -85,7 +96,9 @@ def test_the_image_matters_to_every_pass_and_image_tokens_are_never_drawn(rolled
     vlm, images, prompts, groups, _, common = rolled
     others = make_prompts(vlm, QUESTIONS, "json", [255 - image for image in images])
     with torch.no_grad():
-        a, b = (completion_logprobs(vlm, some, groups, TEMPERATURE, common["suppress"])[0] for some in (prompts, others))
+        a, b = (
+            completion_logprobs(vlm, some, groups, TEMPERATURE, common["suppress"])[0] for some in (prompts, others)
+        )
     assert ((a - b).abs().amax(1) > 1e-4).all()
     assert not {i for g in groups for ids in g for i in ids} & set(common["suppress"])
 

@@ -1,11 +1,11 @@
 """Right or wrong: hand-written answers for every pitfall, laws that must hold for any text, real gold answers, and two published scripts' columns."""
+
 import random
 import time
 import unicodedata
 
 import pytest
 
-from shared.data.vqa import load_slake, load_vqa_rad
 from vqa_sft_grpo.scoring import (
     OPPOSITES,
     SYNONYMS,
@@ -21,30 +21,63 @@ from vqa_sft_grpo.scoring import (
     score_answer,
     score_with_synonyms,
 )
+from vqa_sft_grpo.sources import load_slake, load_vqa_rad
 
 # --- texts ---
 
 
-@pytest.mark.parametrize("a, b", [
-    ("X-ray", "xray"), ("x rays", "X-Ray"), ("T2-weighted", "T2"), ("t2 weighted", "T2w"), ("T1WI", "t1"), ("The left lungs.", "left lung"),
-    ("hyper-dense", "Hyperdense"), ("non contrast", "non-contrast"), ("two masses", "2 mass"), ("5cm", "5 centimetres"), ("5.0 cm", "5 cm"),
-    (".5 mm", "0.5 millimeter"), ("1,000", "1000"), ("opacities", "opacity"), ("patient\u2019s left", "patient's left"), ("ＭＲＩ", "mri"),
-    ("It isn't", "it is not"), ("left/right", "left, right"), (" Yes ! ", "yes"), ("90%", "90 percent"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "a, b",
+    [
+        ("X-ray", "xray"),
+        ("x rays", "X-Ray"),
+        ("T2-weighted", "T2"),
+        ("t2 weighted", "T2w"),
+        ("T1WI", "t1"),
+        ("The left lungs.", "left lung"),
+        ("hyper-dense", "Hyperdense"),
+        ("non contrast", "non-contrast"),
+        ("two masses", "2 mass"),
+        ("5cm", "5 centimetres"),
+        ("5.0 cm", "5 cm"),
+        (".5 mm", "0.5 millimeter"),
+        ("1,000", "1000"),
+        ("opacities", "opacity"),
+        ("patient\u2019s left", "patient's left"),
+        ("ＭＲＩ", "mri"),
+        ("It isn't", "it is not"),
+        ("left/right", "left, right"),
+        (" Yes ! ", "yes"),
+        ("90%", "90 percent"),
+    ],
+)
 def test_same(a, b):
     assert normalise(a) == normalise(b) != []
 
 
-@pytest.mark.parametrize("a, b", [
-    ("left lung", "right lung"), ("T1", "T2"), ("1.5", "15"), ("<5 mm", ">5 mm"), ("mass", "mas"), ("pus", "pu"), ("axial", "transverse"),
-    ("y\u0435s", "yes"),  # with a Cyrillic letter
-    ("hyperdense", "hypodense"), ("lung left", "left lung"), ("3.5", "3 5"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "a, b",
+    [
+        ("left lung", "right lung"),
+        ("T1", "T2"),
+        ("1.5", "15"),
+        ("<5 mm", ">5 mm"),
+        ("mass", "mas"),
+        ("pus", "pu"),
+        ("axial", "transverse"),
+        ("y\u0435s", "yes"),  # with a Cyrillic letter
+        ("hyperdense", "hypodense"),
+        ("lung left", "left lung"),
+        ("3.5", "3 5"),
+    ],
+)
 def test_different(a, b):
     assert normalise(a) != normalise(b)
 
 
-@pytest.mark.parametrize("text, tokens", [("A", ["a"]), ("+", ["+"]), ("", []), (None, []), ("肺", ["肺"]), ("The", ["the"]), (0, ["0"])])
+@pytest.mark.parametrize(
+    "text, tokens", [("A", ["a"]), ("+", ["+"]), ("", []), (None, []), ("肺", ["肺"]), ("The", ["the"]), (0, ["0"])]
+)
 def test_nothing_else_disappears(text, tokens):
     assert normalise(text) == tokens
 
@@ -53,24 +86,63 @@ def test_nothing_else_disappears(text, tokens):
 
 EFFUSION, NORMAL = "Is there a pleural effusion?", "Is this chest x-ray normal?"
 YES_NO = [
-    ("yes", "", "yes"), ("No.", "", "no"), ("YES!", "", "yes"), ("The answer is no", "", "no"), ("Yes yes", "", "yes"), ("no, it is not", "", "no"),
+    ("yes", "", "yes"),
+    ("No.", "", "no"),
+    ("YES!", "", "yes"),
+    ("The answer is no", "", "no"),
+    ("Yes yes", "", "yes"),
+    ("no, it is not", "", "no"),
     # whole words only
-    ("n", "", None), ("y", "", None), ("normal", "", None), ("It is normal", NORMAL, None), ("none", "", None), ("nodule", "", None), ("nothing", "", None),
-    ("knot", "", None), ("eyes", "", None), ("yesterday", "", None), ("cannot say", "", None), ("unknown", "", None), ("", "", None), ("123", "", None),
+    ("n", "", None),
+    ("y", "", None),
+    ("normal", "", None),
+    ("It is normal", NORMAL, None),
+    ("none", "", None),
+    ("nodule", "", None),
+    ("nothing", "", None),
+    ("knot", "", None),
+    ("eyes", "", None),
+    ("yesterday", "", None),
+    ("cannot say", "", None),
+    ("unknown", "", None),
+    ("", "", None),
+    ("123", "", None),
     # both
-    ("yes or no", "", None), ("no or yes", "", None), ("yes/no", "", None), ("Yes. No.", "", None), ("yes and no", EFFUSION, None), ("not yes", "", None), ("not no", "", None),
+    ("yes or no", "", None),
+    ("no or yes", "", None),
+    ("yes/no", "", None),
+    ("Yes. No.", "", None),
+    ("yes and no", EFFUSION, None),
+    ("not yes", "", None),
+    ("not no", "", None),
     # a negation answers what it is about
-    ("no evidence of effusion", EFFUSION, "no"), ("There is no evidence of pleural effusion.", EFFUSION, "no"), ("No pleural effusions are seen", EFFUSION, "no"),
-    ("There is no fracture", EFFUSION, None), ("No abnormality", NORMAL, None), ("not normal", NORMAL, "no"), ("It is not a normal film", NORMAL, "no"),
-    ("clear lungs without effusion", EFFUSION, "no"), ("no pneumothorax or effusion", EFFUSION, "no"), ("no pneumothorax but an effusion", EFFUSION, None),
-    ("Yes, there is no midline shift", "Is there a mass?", "yes"), ("Yes, there is no effusion", EFFUSION, None), ("No, there is no effusion", EFFUSION, "no"),
-    ("no doubt there is an effusion", EFFUSION, None), ("not only an effusion", EFFUSION, None), ("an effusion cannot be excluded", EFFUSION, None),
-    ("No, the lungs are clear", EFFUSION, "no"), ("no I do not see one", EFFUSION, "no"), ("yes, without doubt", EFFUSION, "yes"),
+    ("no evidence of effusion", EFFUSION, "no"),
+    ("There is no evidence of pleural effusion.", EFFUSION, "no"),
+    ("No pleural effusions are seen", EFFUSION, "no"),
+    ("There is no fracture", EFFUSION, None),
+    ("No abnormality", NORMAL, None),
+    ("not normal", NORMAL, "no"),
+    ("It is not a normal film", NORMAL, "no"),
+    ("clear lungs without effusion", EFFUSION, "no"),
+    ("no pneumothorax or effusion", EFFUSION, "no"),
+    ("no pneumothorax but an effusion", EFFUSION, None),
+    ("Yes, there is no midline shift", "Is there a mass?", "yes"),
+    ("Yes, there is no effusion", EFFUSION, None),
+    ("No, there is no effusion", EFFUSION, "no"),
+    ("no doubt there is an effusion", EFFUSION, None),
+    ("not only an effusion", EFFUSION, None),
+    ("an effusion cannot be excluded", EFFUSION, None),
+    ("No, the lungs are clear", EFFUSION, "no"),
+    ("no I do not see one", EFFUSION, "no"),
+    ("yes, without doubt", EFFUSION, "yes"),
     # without a question a "no" before other words counts where nothing else does
-    ("no evidence of effusion", "", "no"), ("Yes, there is no shift", "", "yes"),
+    ("no evidence of effusion", "", "no"),
+    ("Yes, there is no shift", "", "yes"),
     # a question that denies: only a plain yes or no is safe
-    ("no effusion", "Is the film free of effusion?", None), ("yes", "Is the film free of effusion?", "yes"), ("no effusion", "Is there no effusion?", None),
-]  # fmt: skip
+    ("no effusion", "Is the film free of effusion?", None),
+    ("yes", "Is the film free of effusion?", "yes"),
+    ("no effusion", "Is there no effusion?", None),
+]
 
 
 @pytest.mark.parametrize("text, question, expected", YES_NO)
@@ -78,32 +150,99 @@ def test_polarity(text, question, expected):
     assert polarity(text, question) == expected
     for gold in ("yes", "No"):
         found = score_answer(text, gold, "closed", question)
-        assert found["kind"] == "yes/no" and found["parsed"] == (expected is not None) and found["correct"] == (expected == gold.lower())
+        assert (
+            found["kind"] == "yes/no"
+            and found["parsed"] == (expected is not None)
+            and found["correct"] == (expected == gold.lower())
+        )
         assert found["contradiction"] == (expected is not None and expected != gold.lower())
 
 
 # --- A or B: question, options, then texts and the number they name ---
 
 CHOICES = [
-    ("Is this a CT or an MRI?", ["ct", "mri"], [("CT", 0), ("It is an MRI scan", 1), ("CT or MRI", None), ("x-ray", None), ("not a CT, an MRI", 1), ("yes", None)]),
-    ("Is the lesion on the left or right side of the brain?", ["left", "right"], [("left side", 0), ("the right", 1), ("both", None), ("bright", None), ("left and right", None)]),
-    ("Was this image taken with or without contrast?", ["with", "without"], [("with contrast", 0), ("Without", 1), ("contrast", None)]),
-    ("Was this a contrast CT or a non-contrast CT?", ["contrast", "noncontrast"], [("non contrast", 1), ("contrast CT", 0)]),
-    ("Which plane is the image scanned, transverse plane or coronal plane?", ["transverse", "coronal"], [("Coronal Plane", 1), ("transverse", 0), ("axial", None)]),
-    ("Which is the biggest in this image,lung,liver or heart?", ["lung", "liver", "heart"], [("Lungs", 0), ("the heart", 2), ("lung, liver", None), ("spleen", None)]),
-    ("Where is the spleen in this image, right or lower right?", ["right", "lower right"], [("lower right", 1), ("right", 0)]),
-    ("Which is bigger in this image, left kidney or spleen?", ["left kidney", "spleen"], [("kidney", 0), ("spleen", 1), ("left kidney", 0)]),
-    ("Is this image modality T1, T2, or FLAIR?", ["t1", "t2", "flair"], [("T2 weighted", 1), ("flair", 2), ("T1 and T2", None)]),
-    ("In which zone is the nodule: upper, mid or lower?", ["upper", "mid", "lower"], [("lower zone", 2), ("mid", 1), ("upper or mid", None)]),
+    (
+        "Is this a CT or an MRI?",
+        ["ct", "mri"],
+        [
+            ("CT", 0),
+            ("It is an MRI scan", 1),
+            ("CT or MRI", None),
+            ("x-ray", None),
+            ("not a CT, an MRI", 1),
+            ("yes", None),
+        ],
+    ),
+    (
+        "Is the lesion on the left or right side of the brain?",
+        ["left", "right"],
+        [("left side", 0), ("the right", 1), ("both", None), ("bright", None), ("left and right", None)],
+    ),
+    (
+        "Was this image taken with or without contrast?",
+        ["with", "without"],
+        [("with contrast", 0), ("Without", 1), ("contrast", None)],
+    ),
+    (
+        "Was this a contrast CT or a non-contrast CT?",
+        ["contrast", "noncontrast"],
+        [("non contrast", 1), ("contrast CT", 0)],
+    ),
+    (
+        "Which plane is the image scanned, transverse plane or coronal plane?",
+        ["transverse", "coronal"],
+        [("Coronal Plane", 1), ("transverse", 0), ("axial", None)],
+    ),
+    (
+        "Which is the biggest in this image,lung,liver or heart?",
+        ["lung", "liver", "heart"],
+        [("Lungs", 0), ("the heart", 2), ("lung, liver", None), ("spleen", None)],
+    ),
+    (
+        "Where is the spleen in this image, right or lower right?",
+        ["right", "lower right"],
+        [("lower right", 1), ("right", 0)],
+    ),
+    (
+        "Which is bigger in this image, left kidney or spleen?",
+        ["left kidney", "spleen"],
+        [("kidney", 0), ("spleen", 1), ("left kidney", 0)],
+    ),
+    (
+        "Is this image modality T1, T2, or FLAIR?",
+        ["t1", "t2", "flair"],
+        [("T2 weighted", 1), ("flair", 2), ("T1 and T2", None)],
+    ),
+    (
+        "In which zone is the nodule: upper, mid or lower?",
+        ["upper", "mid", "lower"],
+        [("lower zone", 2), ("mid", 1), ("upper or mid", None)],
+    ),
     ("Upper, mid or lower: which zone holds the nodule?", ["upper", "mid", "lower"], [("lower", 2)]),
     ("Where does it lie, in the upper, mid or lower zone?", None, [("upper zone", 0), ("lower zone", 2), ("mid", 1)]),
-    ("Is this a pneumonia vs. pleural effusion?", ["pneumonia", "pleural"], [("pleural effusion", 1), ("pneumonia", 0)]),
+    (
+        "Is this a pneumonia vs. pleural effusion?",
+        ["pneumonia", "pleural"],
+        [("pleural effusion", 1), ("pneumonia", 0)],
+    ),
     ("Is the lung hyperinflated on one or both sides?", ["1", "both"], [("both sides", 1), ("one side", 0)]),
-    ("Is the abnormality hyper dense or hypo dense?", ["hyperdense", "hypodense"], [("Hypodense", 1), ("hyper-dense", 0)]),
-    ("What is denser, the mass or the surrounding brain tissue?", ["mass", "surrounding brain tissue"], [("surrounding tissue", 1), ("the mass", 0)]),
-    ("Does the appendix appear normal or abnormal?", ["normal", "abnormal"], [("abnormal", 1), ("It appears normal", 0)]),
+    (
+        "Is the abnormality hyper dense or hypo dense?",
+        ["hyperdense", "hypodense"],
+        [("Hypodense", 1), ("hyper-dense", 0)],
+    ),
+    (
+        "What is denser, the mass or the surrounding brain tissue?",
+        ["mass", "surrounding brain tissue"],
+        [("surrounding tissue", 1), ("the mass", 0)],
+    ),
+    (
+        "Does the appendix appear normal or abnormal?",
+        ["normal", "abnormal"],
+        [("abnormal", 1), ("It appears normal", 0)],
+    ),
     ("Is there an effusion?", [], [("left", None)]),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("question, options, texts", CHOICES)
@@ -124,7 +263,10 @@ def test_choice_scores():
         unparsed = score_answer(text, "Left side", "choice", question)
         assert not unparsed["parsed"] and not unparsed["correct"], text
     # a gold answer that is none of the options is compared as a text
-    assert score_answer("both", "Both", "closed", "Was oral or IV contrast used?") | {"kind": "closed", "correct": True} == score_answer("both", "Both", "closed", "Was oral or IV contrast used?")
+    assert score_answer("both", "Both", "closed", "Was oral or IV contrast used?") | {
+        "kind": "closed",
+        "correct": True,
+    } == score_answer("both", "Both", "closed", "Was oral or IV contrast used?")
 
 
 # --- open ---
@@ -132,7 +274,12 @@ def test_choice_scores():
 
 def test_open_counts_words_once():
     found = score_answer("left left left left", "left lung", "open")
-    assert (found["recall"], found["precision"], found["f1"], found["correct"]) == (0.5, 0.25, pytest.approx(1 / 3), False)
+    assert (found["recall"], found["precision"], found["f1"], found["correct"]) == (
+        0.5,
+        0.25,
+        pytest.approx(1 / 3),
+        False,
+    )
     found = score_answer("the right upper lobe", "Right Upper Lobe", "open")
     assert found["exact"] and found["correct"] and found["recall"] == found["f1"] == 1 and found["kind"] == "open"
     found = score_answer("liver spleen heart lung kidney", "lung", "open")  # a list of all organs
@@ -147,13 +294,27 @@ def test_overlap_by_hand():
     assert overlap([], ["a"]) == overlap(["a"], []) == (0.0, 0.0, 0.0)
 
 
-@pytest.mark.parametrize("text, gold, expected", [
-    ("right lung", "left lung", True), ("left and right lung", "left lung", True), ("left lung", "left lung", False), ("lung", "left lung", False),
-    ("both lungs, left and right", "left and right", False), ("hypodense", "hyperdense", True), ("hyperdense lesion", "hyperdense", False),
-    ("lower lobe", "upper lobe", True), ("without contrast", "with contrast", True), ("increased density", "decreased density", True),
-    ("no mass", "mass", True), ("mass", "no mass", True), ("no mass", "no mass seen", False), ("there is no mass in the liver", "liver mass", True),
-    ("abnormal", "normal", True), ("edema", "mass", False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, gold, expected",
+    [
+        ("right lung", "left lung", True),
+        ("left and right lung", "left lung", True),
+        ("left lung", "left lung", False),
+        ("lung", "left lung", False),
+        ("both lungs, left and right", "left and right", False),
+        ("hypodense", "hyperdense", True),
+        ("hyperdense lesion", "hyperdense", False),
+        ("lower lobe", "upper lobe", True),
+        ("without contrast", "with contrast", True),
+        ("increased density", "decreased density", True),
+        ("no mass", "mass", True),
+        ("mass", "no mass", True),
+        ("no mass", "no mass seen", False),
+        ("there is no mass in the liver", "liver mass", True),
+        ("abnormal", "normal", True),
+        ("edema", "mass", False),
+    ],
+)
 def test_contradiction(text, gold, expected):
     assert score_answer(text, gold, "open")["contradiction"] is expected
 
@@ -170,27 +331,69 @@ def test_opposites_earn_no_match(a, b):
 
 def random_texts(n, seed):
     rng = random.Random(seed)
-    words = ["left", "lung", "no", "yes", "not", "or", "a", "the", ",", ".", "5", "5cm", "X-ray", "hyper dense", "é", "肺", "\u200b", "\x00", "T2-weighted", "'s", "?", "/", "lungs", "with", "without", "mass"]
-    return ["".join(chr(rng.randrange(32, 0x3000)) for _ in range(rng.randint(0, 12))) if rng.random() < 0.2 else " ".join(rng.choices(words, k=rng.randint(0, 8))) for _ in range(n)]
+    words = [
+        "left",
+        "lung",
+        "no",
+        "yes",
+        "not",
+        "or",
+        "a",
+        "the",
+        ",",
+        ".",
+        "5",
+        "5cm",
+        "X-ray",
+        "hyper dense",
+        "é",
+        "肺",
+        "\u200b",
+        "\x00",
+        "T2-weighted",
+        "'s",
+        "?",
+        "/",
+        "lungs",
+        "with",
+        "without",
+        "mass",
+    ]
+    return [
+        "".join(chr(rng.randrange(32, 0x3000)) for _ in range(rng.randint(0, 12)))
+        if rng.random() < 0.2
+        else " ".join(rng.choices(words, k=rng.randint(0, 8)))
+        for _ in range(n)
+    ]
 
 
 def test_laws_for_any_text():
     rng = random.Random(3)
     texts = random_texts(500, 4)
     for gold in texts:
-        text, question, kind = rng.choice(texts), rng.choice([*texts, "left lung or right lung?"]), rng.choice(["open", "closed", "CHOICE "])
+        text, question, kind = (
+            rng.choice(texts),
+            rng.choice([*texts, "left lung or right lung?"]),
+            rng.choice(["open", "closed", "CHOICE "]),
+        )
         found = score_answer(text, gold, kind, question)
         assert list(found) == ["parsed", "correct", "exact", "recall", "precision", "f1", "contradiction", "kind"]
         assert all(type(found[key]) is bool for key in ("parsed", "correct", "exact", "contradiction"))
         assert all(0 <= found[key] <= 1 for key in ("recall", "precision", "f1"))
         assert found["parsed"] or not found["correct"]  # nothing unparsed is right
         assert not (found["correct"] and found["contradiction"] and found["kind"] in ("yes/no", "open"))
-        assert found == score_answer(unicodedata.normalize("NFD", text).upper(), gold, kind, question) or not text.isascii()  # case never matters
+        assert (
+            found == score_answer(unicodedata.normalize("NFD", text).upper(), gold, kind, question)
+            or not text.isascii()
+        )  # case never matters
         if normalise(gold):
             same = score_answer(gold, gold, kind, question)
             assert same["exact"] and same["correct"] and same["f1"] == 1 and not same["contradiction"], gold
         back = score_answer(gold, text, "open")
-        assert (back["recall"], back["precision"]) == (score_answer(text, gold, "open")["precision"], score_answer(text, gold, "open")["recall"])
+        assert (back["recall"], back["precision"]) == (
+            score_answer(text, gold, "open")["precision"],
+            score_answer(text, gold, "open")["recall"],
+        )
 
 
 def test_wrong_answer_type():
@@ -198,7 +401,9 @@ def test_wrong_answer_type():
         score_answer("yes", "yes", "maybe")
 
 
-@pytest.mark.parametrize("unit", ["no ", "a", "x ", "0", ".0", "hyper-", "yes,", "not left or ", "'", "> ", "magnetic "])
+@pytest.mark.parametrize(
+    "unit", ["no ", "a", "x ", "0", ".0", "hyper-", "yes,", "not left or ", "'", "> ", "magnetic "]
+)
 def test_a_long_text_is_no_problem(unit):
     start = time.process_time()
     text = unit * (200_000 // len(unit))
@@ -212,10 +417,19 @@ def test_a_long_text_is_no_problem(unit):
 
 
 def test_synonyms_only_in_their_column():
-    assert not score_answer("computed tomography", "CT", "open")["correct"] and score_with_synonyms("computed tomography", "CT", "open")["correct"]
-    assert score_with_synonyms("Tumours", "tumor", "open")["correct"] and score_with_synonyms("axial", "Transverse Plane", "closed", "transverse plane or coronal plane?")["correct"]
+    assert (
+        not score_answer("computed tomography", "CT", "open")["correct"]
+        and score_with_synonyms("computed tomography", "CT", "open")["correct"]
+    )
+    assert (
+        score_with_synonyms("Tumours", "tumor", "open")["correct"]
+        and score_with_synonyms("axial", "Transverse Plane", "closed", "transverse plane or coronal plane?")["correct"]
+    )
     assert score_with_synonyms("nope", "no", "closed")["correct"] and not score_answer("nope", "no", "closed")["parsed"]
-    assert not score_with_synonyms("left", "right", "open")["correct"] and not score_with_synonyms(None, "ct", "open")["parsed"]
+    assert (
+        not score_with_synonyms("left", "right", "open")["correct"]
+        and not score_with_synonyms(None, "ct", "open")["parsed"]
+    )
 
 
 def test_synonyms_are_stable_and_never_opposites():
@@ -228,11 +442,18 @@ def test_synonyms_are_stable_and_never_opposites():
 # --- columns of other scripts, faults included ---
 
 
-@pytest.mark.parametrize("text, gold, expected", [
-    ("yes or no", "yes", 1.0), ("yes or no", "no", 1.0), ("it is normal", "no", 1.0), ("no", "no", 1.0),
-    ("yes", "no", None),  # left out instead of wrong
-    ("left", "right", 0.0), ("maybe", "yes", 0.0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, gold, expected",
+    [
+        ("yes or no", "yes", 1.0),
+        ("yes or no", "no", 1.0),
+        ("it is normal", "no", 1.0),
+        ("no", "no", 1.0),
+        ("yes", "no", None),  # left out instead of wrong
+        ("left", "right", 0.0),
+        ("maybe", "yes", 0.0),
+    ],
+)
 def test_llava_med_closed(text, gold, expected):
     assert llava_med_scores(text, gold, "CLOSED")["closed"] == expected
 
@@ -241,16 +462,32 @@ def test_llava_med_open():
     found = llava_med_scores("left left left left", "left lung", "OPEN")
     assert found["recall"] == 0.8 and found["precision"] == 1 and found["exact"] == 0.25 and found["closed"] is None
     assert llava_med_scores("none", "zero", "open")["f1"] == 1  # its word list
-    assert llava_med_scores("", "lung", "open") == {"closed": None, "exact": 0.0, "recall": 0.0, "precision": 0.0, "f1": 0.0}
+    assert llava_med_scores("", "lung", "open") == {
+        "closed": None,
+        "exact": 0.0,
+        "recall": 0.0,
+        "precision": 0.0,
+        "f1": 0.0,
+    }
     assert llava_med_scores("spleen", "lung", "open")["recall"] == 0
 
 
 def test_medevalkit():
     assert medevalkit_scores("Yes, it is abnormal.", "yes", "closed", "vqa_rad")["closed"] == 0  # "no" is in abnormal
-    assert medevalkit_scores("Yes.", "Yes", "closed", "vqa_rad")["closed"] == 1 and medevalkit_scores("It is normal", "no", "closed", "vqa_rad")["closed"] == 1
-    assert medevalkit_scores("Yes, it is.", "Yes", "closed", "slake")["closed"] == 0  # compared as a whole, "Yes" not being "yes"
-    assert medevalkit_scores("Yes.", "Yes", "closed", "slake")["closed"] == 1 and medevalkit_scores("Left", "left", "closed", "vqa_rad")["exact"] == 1
-    found = medevalkit_scores("left upper lung zone", "left lung", "open", "slake")  # 2 of 4 words, both gold words: F1 2/3
+    assert (
+        medevalkit_scores("Yes.", "Yes", "closed", "vqa_rad")["closed"] == 1
+        and medevalkit_scores("It is normal", "no", "closed", "vqa_rad")["closed"] == 1
+    )
+    assert (
+        medevalkit_scores("Yes, it is.", "Yes", "closed", "slake")["closed"] == 0
+    )  # compared as a whole, "Yes" not being "yes"
+    assert (
+        medevalkit_scores("Yes.", "Yes", "closed", "slake")["closed"] == 1
+        and medevalkit_scores("Left", "left", "closed", "vqa_rad")["exact"] == 1
+    )
+    found = medevalkit_scores(
+        "left upper lung zone", "left lung", "open", "slake"
+    )  # 2 of 4 words, both gold words: F1 2/3
     assert (found["precision"], found["recall"], found["f1"], found["exact"]) == (pytest.approx(2 / 3), 0.5, 1.0, 0.0)
     assert medevalkit_scores("The answer is: no", "no", "closed", "vqa_rad")["closed"] == 1
     assert medevalkit_scores(None, "lung", "open", "slake")["f1"] == 0
@@ -258,7 +495,9 @@ def test_medevalkit():
 
 def test_column_means_skip_what_does_not_count():
     rows = [{"closed": 1.0, "f1": None}, {"closed": None, "f1": 0.5}, {"closed": 0.0, "f1": None}]
-    assert column_means(rows) == {"closed": {"mean": 0.5, "n": 2}, "f1": {"mean": 0.5, "n": 1}} and column_means([]) == {}
+    assert (
+        column_means(rows) == {"closed": {"mean": 0.5, "n": 2}, "f1": {"mean": 0.5, "n": 1}} and column_means([]) == {}
+    )
 
 
 # --- the real sets ---
@@ -270,7 +509,11 @@ def rows_of():
 
     def load(folder, name):
         if name not in cache:
-            found = load_vqa_rad(folder, allow_missing_images=True) if name == "vqa_rad" else load_slake(folder, allow_missing_images=True)
+            found = (
+                load_vqa_rad(folder, allow_missing_images=True)
+                if name == "vqa_rad"
+                else load_slake(folder, allow_missing_images=True)
+            )
             cache[name] = [row for row in found.rows if row["answer"]]
         return cache[name]
 
@@ -285,7 +528,10 @@ def test_every_gold_answer_is_right(rows_of, real_data, name):
     for row in rows:
         for score in (score_answer, score_with_synonyms):
             found = score(row["answer"], row["answer"], row["answer_type"], row["question"])
-            assert found["parsed"] and found["correct"] and found["exact"] and not found["contradiction"], (row["question"], row["answer"])
+            assert found["parsed"] and found["correct"] and found["exact"] and not found["contradiction"], (
+                row["question"],
+                row["answer"],
+            )
 
 
 @pytest.mark.realdata
@@ -295,13 +541,27 @@ def test_constant_answers(rows_of, real_data, name, yes, no):
     closed = [row for row in test if row["answer_type"] == "closed"]
 
     def accuracy(text, rows):
-        return 100 * sum(score_answer(text, row["answer"], row["answer_type"], row["question"])["correct"] for row in rows) / len(rows)
+        return (
+            100
+            * sum(score_answer(text, row["answer"], row["answer_type"], row["question"])["correct"] for row in rows)
+            / len(rows)
+        )
 
     assert round(accuracy("yes", closed), 1) == yes and round(accuracy("No.", closed), 1) == no
-    assert accuracy("yes or no", closed) == accuracy("n", test) == accuracy("y", test) == accuracy("normal or abnormal", [r for r in closed if r["answer"].lower() in ("yes", "no")]) == 0
+    assert (
+        accuracy("yes or no", closed)
+        == accuracy("n", test)
+        == accuracy("y", test)
+        == accuracy("normal or abnormal", [r for r in closed if r["answer"].lower() in ("yes", "no")])
+        == 0
+    )
     llava = column_means([llava_med_scores("yes", row["answer"], "closed") for row in closed])["closed"]
     assert llava["mean"] > 0.8 and llava["n"] < len(closed)  # the fault: a constant "yes" looks excellent
-    assert all(llava_med_scores("yes or no", row["answer"], "closed")["closed"] == 1 for row in closed if row["answer"].lower() in ("yes", "no"))
+    assert all(
+        llava_med_scores("yes or no", row["answer"], "closed")["closed"] == 1
+        for row in closed
+        if row["answer"].lower() in ("yes", "no")
+    )
 
 
 @pytest.mark.realdata
@@ -309,21 +569,35 @@ def test_first_letters_would_mislead(rows_of, real_data):
     test = [row for row in rows_of(real_data("vqa_rad").parent, "vqa_rad") if row["split"] == "test"]
     for letter, share in (("n", 30.2), ("y", 26.2)):
         assert round(100 * sum(row["answer"].lower().startswith(letter) for row in test) / len(test), 1) == share
-    odd = [row for row in rows_of(real_data("vqa_rad").parent, "vqa_rad") if row["answer"].lower()[0] in "yn" and normalise(row["answer"]) not in (["yes"], ["no"])]
-    assert odd and all(score_answer(row["answer"], row["answer"], row["answer_type"], row["question"])["kind"] != "yes/no" for row in odd)
+    odd = [
+        row
+        for row in rows_of(real_data("vqa_rad").parent, "vqa_rad")
+        if row["answer"].lower()[0] in "yn" and normalise(row["answer"]) not in (["yes"], ["no"])
+    ]
+    assert odd and all(
+        score_answer(row["answer"], row["answer"], row["answer_type"], row["question"])["kind"] != "yes/no"
+        for row in odd
+    )
 
 
 @pytest.mark.realdata
 @pytest.mark.parametrize("name", ["vqa_rad", "slake"])
 def test_choices_are_found_in_real_questions(rows_of, real_data, name):
     """Where gold is one of the options, another option is parsed and wrong, and both at once are unparsed."""
-    rows = [row for row in rows_of(real_data(name).parent, name) if row["answer_type"] == "closed" and normalise(row["answer"]) not in (["yes"], ["no"])]
+    rows = [
+        row
+        for row in rows_of(real_data(name).parent, name)
+        if row["answer_type"] == "closed" and normalise(row["answer"]) not in (["yes"], ["no"])
+    ]
     found = [(row, choice(row["answer"], row["question"])) for row in rows]
     chosen = [(row, right) for row, right in found if right is not None]
     assert len(chosen) > 0.7 * len(rows)  # the others: gold "both" or "maybe", or a stock wording without the options
     for row, right in chosen:
         options = [" ".join(tokens) for tokens, _ in options_of(row["question"])]
         for number, option in enumerate(options):
-            assert score_answer(option, row["answer"], "closed", row["question"])["correct"] == (number == right), (row["question"], option)
+            assert score_answer(option, row["answer"], "closed", row["question"])["correct"] == (number == right), (
+                row["question"],
+                option,
+            )
         both = score_answer(" and ".join(options), row["answer"], "closed", row["question"])
         assert not both["correct"] and not both["parsed"], row["question"]

@@ -1,4 +1,5 @@
 """train_grpo.py: gradients are those of the formulas however a step is cut, the reference is the model as it was given, and a killed run goes on as if nothing had happened."""
+
 import json
 import os
 import signal
@@ -17,15 +18,7 @@ from shared.models.loading import add_lora, load_vlm
 from shared.runtime import InputError
 from vqa_sft_grpo.infer import model_of
 from vqa_sft_grpo.prepare_data import main as prepare
-from vqa_sft_grpo.rewards import (
-    AnswerFrequencies,
-    EditPlan,
-    RewardSettings,
-    compose,
-    images_of_v,
-    rollout_terms,
-    slope,
-)
+from vqa_sft_grpo.rewards import AnswerFrequencies, EditPlan, RewardSettings, compose, images_of_v, rollout_terms, slope
 from vqa_sft_grpo.rollouts import Fits, answer_logprobs, completion_logprobs, never_drawn
 from vqa_sft_grpo.train_grpo import (
     as_reference,
@@ -49,15 +42,52 @@ SCALER = torch.amp.GradScaler("cpu", enabled=False)
 @pytest.fixture(scope="module")
 def rows_file(tmp_path_factory):
     folder = tmp_path_factory.mktemp("rows")
-    prepare(["--data", "phantom", "--studies", "10", "--image-size", "56", "--output", str(folder / "train.json"), "--grpo-output", str(folder / "grpo.jsonl")])
+    prepare(
+        [
+            "--data",
+            "phantom",
+            "--studies",
+            "10",
+            "--image-size",
+            "56",
+            "--output",
+            str(folder / "train.json"),
+            "--grpo-output",
+            str(folder / "grpo.jsonl"),
+        ]
+    )
     return folder / "grpo.jsonl"
 
 
 def options(rows_file, *more):
-    return ["--model", "tiny", "--data-jsonl", str(rows_file), "--device", "cpu", "--batch-size", "2", "--num-generations", "3", "--max-new-tokens", "10", "--cf-regions", "2", "--eval-rows", "4", *map(str, more)]
+    return [
+        "--model",
+        "tiny",
+        "--data-jsonl",
+        str(rows_file),
+        "--device",
+        "cpu",
+        "--batch-size",
+        "2",
+        "--num-generations",
+        "3",
+        "--max-new-tokens",
+        "10",
+        "--cf-regions",
+        "2",
+        "--eval-rows",
+        "4",
+        *map(str, more),
+    ]
 
 
-WRITTEN = ['{"answer": "yes"}', '{"answer": "no"}', '{"answer": "yes", "boxes": [[100, 100, 700, 900]]}', '{"caption": "a film", "answer": "no"}', "nothing to read"]
+WRITTEN = [
+    '{"answer": "yes"}',
+    '{"answer": "no"}',
+    '{"answer": "yes", "boxes": [[100, 100, 700, 900]]}',
+    '{"caption": "a film", "answer": "no"}',
+    "nothing to read",
+]
 
 
 @pytest.fixture(scope="module")
@@ -71,12 +101,19 @@ def step(rows_file):
         for p in trained_parameters(vlm).values():
             p.add_(0.05 * torch.randn_like(p))
     settings = RewardSettings(max_tokens=args.max_new_tokens)
-    of_no = next(r for r in rows if r["gold"] == "no" and script.plan_edits(r, script.image_of(r), 2, "mixed", [args.seed, 3]).images)  # with room for random regions
+    of_no = next(
+        r
+        for r in rows
+        if r["gold"] == "no" and script.plan_edits(r, script.image_of(r), 2, "mixed", [args.seed, 3]).images
+    )  # with room for random regions
     chosen = [r for r in rows if r["region"] and r["gold"] == "yes"][:3] + [of_no]
 
     def scripted(vlm, prompts, group_size, *rest):
         end = vlm.tokenizer.convert_tokens_to_ids("<|im_end|>")
-        groups = [[vlm.tokenizer(WRITTEN[(i + j) % 5])["input_ids"] + [end] * (j != 1) for j in range(group_size)] for i in range(len(prompts))]
+        groups = [
+            [vlm.tokenizer(WRITTEN[(i + j) % 5])["input_ids"] + [end] * (j != 1) for j in range(group_size)]
+            for i in range(len(prompts))
+        ]
         logp, _, mask = completion_logprobs(vlm, prompts, groups, args.temperature, never_drawn(vlm))
         lines = [line[m].tolist() for line, m in zip(logp, mask, strict=True)]
         return groups, [lines[i : i + group_size] for i in range(0, len(lines), group_size)]
@@ -104,15 +141,21 @@ def assert_same(a, b, tolerance=1e-6):
 
 # --- one step ---
 
+
 def test_rollouts_are_scored_on_what_the_policy_wrote(step):
     _, vlm, batch, _ = step
     assert len(batch.terms) == len(batch.texts) == 12 and batch.texts[0] == WRITTEN[0]
     by_text = {(n // 3, text): terms for n, (text, terms) in enumerate(zip(batch.texts, batch.terms, strict=True))}
     assert by_text[0, WRITTEN[0]]["correct"] and by_text[0, WRITTEN[0]]["counterfactual"] is not None
-    assert any(t["counterfactual"] is not None and t["d_roi"] is None for t in batch.terms[9:])  # a gold no: random regions alone
+    assert any(
+        t["counterfactual"] is not None and t["d_roi"] is None for t in batch.terms[9:]
+    )  # a gold no: random regions alone
     question = batch.rows[0]["question"]
     with torch.no_grad():  # d_roi of the log, from scratch
-        whole, without = (answer_logprobs(vlm, script.make_prompts(vlm, [question], "json", [image]), [["yes"]], "json").item() for image in batch.plans[0].images[:2])
+        whole, without = (
+            answer_logprobs(vlm, script.make_prompts(vlm, [question], "json", [image]), [["yes"]], "json").item()
+            for image in batch.plans[0].images[:2]
+        )
     assert by_text[0, WRITTEN[0]]["d_roi"] == pytest.approx(whole - without, abs=1e-3)
 
 
@@ -129,10 +172,16 @@ def test_gradient_does_not_depend_on_how_a_step_is_cut(step, loss):
     found = []
     for size, checkpointing in ((12, False), (5, False), (12, True)):
         args.checkpointing = checkpointing
-        found.append(gradient(vlm, lambda size=size: loss_and_gradient(vlm, batch, advantages, old, ref, args, Fits(size), SCALER)))
+        found.append(
+            gradient(
+                vlm, lambda size=size: loss_and_gradient(vlm, batch, advantages, old, ref, args, Fits(size), SCALER)
+            )
+        )
     for (value, metrics), grads in found[1:]:
         assert value == pytest.approx(found[0][0][0], abs=1e-5)
-        assert metrics["kl"] == pytest.approx(found[0][0][1]["kl"], abs=1e-5) and metrics["tokens"] == sum(len(i) for g in batch.groups for i in g)
+        assert metrics["kl"] == pytest.approx(found[0][0][1]["kl"], abs=1e-5) and metrics["tokens"] == sum(
+            len(i) for g in batch.groups for i in g
+        )
         assert_same(found[0][1], grads)
 
 
@@ -142,7 +191,9 @@ def test_out_of_memory_changes_nothing_but_the_size_of_a_pass(step, monkeypatch)
 
     def run():
         fits = Fits(12)
-        loss_and_gradient(vlm, batch, advantages, None, None, parse_args(["--num-generations", "3", "--beta", "0"]), fits, SCALER)
+        loss_and_gradient(
+            vlm, batch, advantages, None, None, parse_args(["--num-generations", "3", "--beta", "0"]), fits, SCALER
+        )
         reward_gradient(vlm, batch, args, settings, fits, SCALER)
         return fits.size
 
@@ -169,7 +220,11 @@ def test_reward_gradient_is_that_of_the_mean_reward_through_v(step):
     _, edited = script.drops_of(vlm, batch.rows, batch.texts, batch.plans, 3, settings, Fits(8))
     terms = [dict(t) for t in batch.terms]
     limited = next(n for n, t in enumerate(terms) if slope(t, settings))
-    terms[limited] |= {"d_roi": 2.0, "d_rand_each": [0.7, 0.5], "counterfactual": 0.3}  # at its limit: the random region against the film as it is
+    terms[limited] |= {
+        "d_roi": 2.0,
+        "d_rand_each": [0.7, 0.5],
+        "counterfactual": 0.3,
+    }  # at its limit: the random region against the film as it is
     of_no = next(n for n, t in enumerate(terms) if t["correct"] and n // 3 == 3)
     terms[of_no] |= {"d_rand_each": [-0.1, 0.2], "counterfactual": -0.2}  # a gold no: the same
     batch = script.Batch(rows=batch.rows, plans=batch.plans, texts=batch.texts, terms=terms, edited=edited)
@@ -181,7 +236,9 @@ def test_reward_gradient_is_that_of_the_mean_reward_through_v(step):
         """-> (without the region or None, [without random ones]) of each rollout that counts."""
         found = []
         for n in counted:
-            logp, *others = answer_logprobs(vlm, edited[n // 3], [[terms[n]["said"]]] * len(edited[n // 3]), "json", never_drawn(vlm)).tolist()
+            logp, *others = answer_logprobs(
+                vlm, edited[n // 3], [[terms[n]["said"]]] * len(edited[n // 3]), "json", never_drawn(vlm)
+            ).tolist()
             found.append((None if n == of_no else logp - others[0], [logp - other for other in others[-2:]]))
         return found
 
@@ -191,7 +248,9 @@ def test_reward_gradient_is_that_of_the_mean_reward_through_v(step):
         """The drops of the terms, and by how much they have changed."""
         total = 0.0
         for n, (roi, random), (roi_then, random_then) in zip(counted, drops(), start, strict=True):
-            d_rand = max(d + now - then for d, now, then in zip(terms[n]["d_rand_each"], random, random_then, strict=True))
+            d_rand = max(
+                d + now - then for d, now, then in zip(terms[n]["d_rand_each"], random, random_then, strict=True)
+            )
             best = 0.0 if n == of_no else min(1.0, terms[n]["d_roi"] + roi - roi_then)
             total += compose(terms[n] | {"counterfactual": best - d_rand}, settings)
         return total / len(terms)
@@ -219,26 +278,43 @@ def test_slope_is_the_derivative_of_the_reward_by_v(composition):
     row = {"id": "1", "question": "Is there an effusion?", "gold": "yes", "answer_type": "closed"}
 
     def terms_at(d_roi, d_rand, answer="yes", gold="yes"):
-        return rollout_terms(row | {"gold": gold}, json.dumps({"answer": answer}), settings, d_roi=d_roi, d_rand=[d_rand - 0.2, d_rand])
+        return rollout_terms(
+            row | {"gold": gold}, json.dumps({"answer": answer}), settings, d_roi=d_roi, d_rand=[d_rand - 0.2, d_rand]
+        )
 
     def derivative(a, b, d_roi, d_rand, gold="yes"):
         h = 1e-6
-        return (terms_at(d_roi + h * a, d_rand + h * b, gold, gold)["reward"] - terms_at(d_roi - h * a, d_rand - h * b, gold, gold)["reward"]) / (2 * h)
+        return (
+            terms_at(d_roi + h * a, d_rand + h * b, gold, gold)["reward"]
+            - terms_at(d_roi - h * a, d_rand - h * b, gold, gold)["reward"]
+        ) / (2 * h)
 
     taken, not_taken = EditPlan(roi=[[0, 0, 1, 1]], random=[0, 0]), EditPlan(random=[0, 0])
     for d_roi, d_rand in ((0.5, 0.1), (0.1, 0.5), (0.3, -0.2), (4.0, 0.3), (4.0, 1.7)):
         terms = terms_at(d_roi, d_rand)
         by_roi, by_rand = derivative(1, 0, d_roi, d_rand), derivative(0, 1, d_roi, d_rand)
         assert slope(terms, settings) == pytest.approx(-by_rand, abs=1e-6) and by_rand < -0.05
-        assert by_roi == pytest.approx(-by_rand if d_roi < 1 else 0, abs=1e-6)  # a drop of 4 nats does not hide the random one's
+        assert by_roi == pytest.approx(
+            -by_rand if d_roi < 1 else 0, abs=1e-6
+        )  # a drop of 4 nats does not hide the random one's
         assert images_of_v(terms, taken) == (1 if d_roi < 1 else 0, 3)
     assert images_of_v(terms | {"d_rand_each": [0.4, 0.3]}, taken) == (0, 2)
     by_rand = derivative(0, 1, 0.5, 0.3, "no")
-    assert derivative(1, 0, 0.5, 0.3, "no") == 0 and by_rand < -0.05  # of a gold no: only the random regions, against the film as it is
+    assert (
+        derivative(1, 0, 0.5, 0.3, "no") == 0 and by_rand < -0.05
+    )  # of a gold no: only the random regions, against the film as it is
     of_no = terms_at(0.5, 0.3, "no", "no")
     assert slope(of_no, settings) == pytest.approx(-by_rand, abs=1e-6) and images_of_v(of_no, not_taken) == (0, 2)
-    assert slope(terms_at(-0.5, 0.6), settings) > 0.05 and terms_at(-0.5, 0.6)["counterfactual"] == -1  # where it is needed most
-    for none in (terms_at(None, 0.1), terms_at(1.0, -0.1), terms_at(0.5, 0.1, "no"), terms_at(0.5, -0.1, "no", "no"), terms_at(0.5, 0.3, "yes", "no")):
+    assert (
+        slope(terms_at(-0.5, 0.6), settings) > 0.05 and terms_at(-0.5, 0.6)["counterfactual"] == -1
+    )  # where it is needed most
+    for none in (
+        terms_at(None, 0.1),
+        terms_at(1.0, -0.1),
+        terms_at(0.5, 0.1, "no"),
+        terms_at(0.5, -0.1, "no", "no"),
+        terms_at(0.5, 0.3, "yes", "no"),
+    ):
         assert slope(none, settings) == 0
     assert slope(terms_at(0.5, 0.1) | {"gate": 0.0}, RewardSettings()) == 0
     assert slope(terms_at(0.5, 0.1) | {"answer": 2.0}, RewardSettings()) == 0  # the answer's part is capped
@@ -249,7 +325,9 @@ def test_truncated_rollouts_can_be_left_out(step):
     args = parse_args(["--num-generations", "3", "--mask-truncated", "--beta", "0"])
     advantages = torch.zeros(12)
     advantages[1::3] = 1.0  # those without end token
-    (value, metrics), grads = gradient(vlm, lambda: loss_and_gradient(vlm, batch, advantages, None, None, args, Fits(12), SCALER))
+    (value, metrics), grads = gradient(
+        vlm, lambda: loss_and_gradient(vlm, batch, advantages, None, None, args, Fits(12), SCALER)
+    )
     assert value == 0 and max(g.abs().max() for g in grads.values()) == 0
     assert metrics["tokens"] == sum(len(ids) for group in batch.groups for j, ids in enumerate(group) if j != 1)
 
@@ -257,10 +335,16 @@ def test_truncated_rollouts_can_be_left_out(step):
 def test_joined_batches_keep_rows_and_rollouts_together(step):
     _, _, batch, _ = step
     both = joined(batch, batch, [1, 3], 3)
-    assert both.places == [1, 3, 0, 1, 2, 3] and both.texts[:3] == batch.texts[3:6] and both.texts[3:6] == batch.texts[9:12] and len(both.terms) == 18
+    assert (
+        both.places == [1, 3, 0, 1, 2, 3]
+        and both.texts[:3] == batch.texts[3:6]
+        and both.texts[3:6] == batch.texts[9:12]
+        and len(both.terms) == 18
+    )
 
 
 # --- policy and reference ---
+
 
 def forward(vlm, image):
     prompts = script.make_prompts(vlm, ["Is there an effusion?"], "json", [image])
@@ -304,11 +388,16 @@ def test_reference_is_the_model_as_it_was_given(kind, adapter, rows_file):
 
 # --- whole runs ---
 
+
 @pytest.fixture(scope="module", autouse=True)
 def rewards_that_differ():
     """An untrained model writes nothing that earns anything: here it also earns by the letters it uses, so that there is something to learn."""
+
     def spelled(rows, texts, *rest):
-        return [terms | {"reward": terms["reward"] + len(set(text)) / 20} for text, terms in zip(texts, real(rows, texts, *rest), strict=True)]
+        return [
+            terms | {"reward": terms["reward"] + len(set(text)) / 20}
+            for text, terms in zip(texts, real(rows, texts, *rest), strict=True)
+        ]
 
     patch, real = pytest.MonkeyPatch(), script.score_rollouts
     patch.setattr(script, "score_rollouts", spelled)
@@ -326,7 +415,11 @@ def run(rows_file, folder, *more):
 def finals(folder):
     state = torch.load(folder / "last.pt", weights_only=True)
     rollouts = [json.loads(line) for line in (folder / "rollouts.jsonl").read_text().splitlines()]
-    return state["weights"], rollouts, [{k: v for k, v in r.items() if not k.startswith(("seconds", "peak"))} for r in state["history"]]
+    return (
+        state["weights"],
+        rollouts,
+        [{k: v for k, v in r.items() if not k.startswith(("seconds", "peak"))} for r in state["history"]],
+    )
 
 
 @pytest.fixture(scope="module")
@@ -341,9 +434,18 @@ def test_a_run_leaves_what_it_says(finished, capsys):
     assert [r["step"] for r in history] == [0, 1, 2, 3, 4] and len(rollouts) == 4 * 2 * 3
     meanings = json.loads((finished / "meanings.json").read_text())
     assert {k for r in history for k in r} <= set(meanings["history.jsonl"])
-    assert set(rollouts[0]) - {"id", "step", "place", "row", "image", "question", "gold", "text", "advantage"} == set(meanings["rollouts.jsonl"])
+    assert set(rollouts[0]) - {"id", "step", "place", "row", "image", "question", "gold", "text", "advantage"} == set(
+        meanings["rollouts.jsonl"]
+    )
     assert history[1]["ratio_min"] == pytest.approx(1, abs=1e-4) and history[1]["kl"] == pytest.approx(0, abs=1e-6)
-    for name in ("completions.md", "figures/curves.png", "adapter_config.json", "adapter_model.safetensors", "metrics.json", "training.json"):
+    for name in (
+        "completions.md",
+        "figures/curves.png",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "metrics.json",
+        "training.json",
+    ):
         assert (finished / name).stat().st_size > 0, name
     assert not list(finished.glob(".adapter*")) and not (finished / "reference").exists()
     name, adapter = model_of(None, finished)
@@ -369,15 +471,23 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(where, rows_file, finis
     monkeypatch.undo()
     if not where.startswith("between"):
         with (tmp_path / "run" / "rollouts.jsonl").open("a") as file:
-            file.write('{"id": "3.0.0", "step": 3}\n{"id": "3.0.1", "st')  # written after the last checkpoint, and cut off
+            file.write(
+                '{"id": "3.0.0", "step": 3}\n{"id": "3.0.1", "st'
+            )  # written after the last checkpoint, and cut off
     main([*options(rows_file, *SHORT), "--resume", str(tmp_path / "run")])
     found, wanted = finals(tmp_path / "run"), finals(finished)
     assert found[1] == wanted[1] and found[2] == wanted[2]
-    assert all(torch.equal(found[0][n], wanted[0][n]) for n in wanted[0]) and any(w.any() for n, w in wanted[0].items() if "lora_B" in n)
+    assert all(torch.equal(found[0][n], wanted[0][n]) for n in wanted[0]) and any(
+        w.any() for n, w in wanted[0].items() if "lora_B" in n
+    )
 
 
 def test_resume_refuses_other_settings_and_rows(rows_file, finished, tmp_path, capsys):
-    for more, words in ((["--lr", "1e-3"], "--lr"), (["--num-generations", "4"], "--num-generations"), (["--data-jsonl", str(rows_file.with_name("train.json"))], "other rows")):
+    for more, words in (
+        (["--lr", "1e-3"], "--lr"),
+        (["--num-generations", "4"], "--num-generations"),
+        (["--data-jsonl", str(rows_file.with_name("train.json"))], "other rows"),
+    ):
         with pytest.raises(SystemExit):
             main([*options(rows_file, *SHORT, *more), "--resume", str(finished)])
         assert words in capsys.readouterr().err
@@ -387,7 +497,11 @@ def test_explain_says_why(finished, capsys):
     rollout = finals(finished)[1][5]
     main(["--explain", rollout["id"], "--out-dir", str(finished)])
     said = capsys.readouterr().out
-    assert rollout["question"] in said and f"reward {rollout['reward']:+.3f}" in said and f"advantage {rollout['advantage']:+.3f}" in said
+    assert (
+        rollout["question"] in said
+        and f"reward {rollout['reward']:+.3f}" in said
+        and f"advantage {rollout['advantage']:+.3f}" in said
+    )
     with pytest.raises(SystemExit):
         main(["--explain", "99.0.0", "--out-dir", str(finished)])
     assert "no rollout 99.0.0" in capsys.readouterr().err
@@ -395,7 +509,9 @@ def test_explain_says_why(finished, capsys):
 
 def test_explain_draws_the_edited_images(rows_file, tmp_path, capsys):
     rows = [json.loads(line) for line in rows_file.read_text().splitlines()]
-    chosen = [r for r in rows if r["gold"] == "yes" and r["region"] and r["split"] == "train"][:2] + [r for r in rows if r["split"] == "val"][:2]
+    chosen = [r for r in rows if r["gold"] == "yes" and r["region"] and r["split"] == "train"][:2] + [
+        r for r in rows if r["split"] == "val"
+    ][:2]
     path = rows_file.with_name("few.jsonl")
     path.write_text("\n".join(map(json.dumps, chosen)))
     run(path, tmp_path / "run", "--steps", 1)
@@ -406,7 +522,29 @@ def test_explain_draws_the_edited_images(rows_file, tmp_path, capsys):
 
 
 def test_inner_steps_resampling_and_other_options(rows_file, tmp_path):
-    run(rows_file, tmp_path / "run", "--steps", 2, "--inner-steps", 2, "--resample", 1, "--loss", "dr_grpo", "--ratio-level", "sequence", "--kl", "k2", "--composition", "additive", "--style", "think", "--mask-truncated", "--scale-rewards", "batch")
+    run(
+        rows_file,
+        tmp_path / "run",
+        "--steps",
+        2,
+        "--inner-steps",
+        2,
+        "--resample",
+        1,
+        "--loss",
+        "dr_grpo",
+        "--ratio-level",
+        "sequence",
+        "--kl",
+        "k2",
+        "--composition",
+        "additive",
+        "--style",
+        "think",
+        "--mask-truncated",
+        "--scale-rewards",
+        "batch",
+    )
     history = finals(tmp_path / "run")[2]
     assert history[2]["ratio_max"] != 1 and all("resampled" in r for r in history[1:])
 
@@ -429,17 +567,26 @@ def test_a_loss_that_is_not_finite_changes_nothing(rows_file, tmp_path, monkeypa
 def test_first_step_is_checked(rows_file, tmp_path, monkeypatch):
     """Log-probabilities at another temperature than the sampler's: the run stops at once."""
     real = script.completion_logprobs
-    monkeypatch.setattr(script, "completion_logprobs", lambda vlm, prompts, groups, temperature, *rest: real(vlm, prompts, groups, 2 * temperature, *rest))
+    monkeypatch.setattr(
+        script,
+        "completion_logprobs",
+        lambda vlm, prompts, groups, temperature, *rest: real(vlm, prompts, groups, 2 * temperature, *rest),
+    )
     with pytest.raises(RuntimeError, match="policy that sampled"):
         run(rows_file, tmp_path / "run")
 
 
 # --- rows and mistakes ---
 
+
 def test_test_rows_are_never_trained_on(rows_file, tmp_path):
     rows = [json.loads(line) for line in rows_file.read_text().splitlines()]
     path = rows_file.with_name("mixed.jsonl")
-    path.write_text("\n".join(json.dumps(r | ({"split": "test", "question": "Test?"} if i % 3 == 0 else {})) for i, r in enumerate(rows)))
+    path.write_text(
+        "\n".join(
+            json.dumps(r | ({"split": "test", "question": "Test?"} if i % 3 == 0 else {})) for i, r in enumerate(rows)
+        )
+    )
     train, held_out, _ = load_rows(parse_args(options(path)))
     assert all(r["question"] != "Test?" for r in train + held_out) and len(train) > 20
 
@@ -447,7 +594,11 @@ def test_test_rows_are_never_trained_on(rows_file, tmp_path):
 def test_older_files_get_a_tenth_of_their_images_for_validation(rows_file, capsys):
     rows = [json.loads(line) for line in rows_file.read_text().splitlines()]
     path = rows_file.with_name("old.jsonl")
-    path.write_text("\n".join(json.dumps({k: r[k] for k in ("image_path", "question", "gold")} | {"delta_cf_roi": 0.9}) for r in rows))
+    path.write_text(
+        "\n".join(
+            json.dumps({k: r[k] for k in ("image_path", "question", "gold")} | {"delta_cf_roi": 0.9}) for r in rows
+        )
+    )
     train, held_out, _ = load_rows(parse_args(options(path)))
     assert held_out and not {r["image_path"] for r in train} & {r["image_path"] for r in held_out}
     assert "delta_cf_roi" in capsys.readouterr().out
@@ -458,14 +609,17 @@ def test_every_row_comes_once_per_epoch():
     assert [row_at(p, 50, 3) for p in range(50)] != [row_at(p, 50, 3) for p in range(50, 100)]
 
 
-@pytest.mark.parametrize(("more", "words"), [
-    (["--num-generations", "1"], "at least 2"),
-    (["--weights", "1,2"], "four numbers"),
-    (["--explain", "1.0.0"], "--out-dir"),
-    (["--data-jsonl", "no_such_file.jsonl"], "cannot be read"),
-    (["--sft-ckpt", "no_such_folder"], "no adapter folder"),
-    (["--eps-low", "1.5"], "below 1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--num-generations", "1"], "at least 2"),
+        (["--weights", "1,2"], "four numbers"),
+        (["--explain", "1.0.0"], "--out-dir"),
+        (["--data-jsonl", "no_such_file.jsonl"], "cannot be read"),
+        (["--sft-ckpt", "no_such_folder"], "no adapter folder"),
+        (["--eps-low", "1.5"], "below 1"),
+    ],
+)
 def test_mistakes_get_one_sentence(more, words, rows_file, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main([*options(rows_file), *([] if "--explain" in more else ["--out-dir", str(tmp_path / "run")]), *more])
@@ -484,8 +638,17 @@ def test_rows_without_an_answer_are_refused(tmp_path):
 @pytest.mark.slow
 def test_dry_run_and_a_real_kill(rows_file, tmp_path):
     """As a user runs it: a process, killed hard after its first checkpoint, and resumed."""
-    command = [sys.executable, str(ROOT / "vqa_sft_grpo" / "train_grpo.py"), *options(rows_file, "--steps", 6, "--save-every", 1, "--eval-every", 6)]
-    process = subprocess.Popen([*command, "--out-dir", str(tmp_path / "run")], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [
+        sys.executable,
+        str(ROOT / "vqa_sft_grpo" / "train_grpo.py"),
+        *options(rows_file, "--steps", 6, "--save-every", 1, "--eval-every", 6),
+    ]
+    process = subprocess.Popen(
+        [*command, "--out-dir", str(tmp_path / "run")],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     for _ in range(9000):
         if (tmp_path / "run" / "last.pt").exists() or process.poll() is not None:
             break

@@ -1,4 +1,5 @@
 """train_sft.py and data.py: the loss is the model's own, nothing is cut off, a killed run goes on as if nothing had happened, and it learns."""
+
 import json
 import os
 import re
@@ -17,7 +18,7 @@ import vqa_sft_grpo.train_sft as train_script
 from shared.models.inputs import build_inputs
 from shared.models.loading import add_lora, load_vlm
 from shared.runtime import InputError
-from vqa_sft_grpo.data import ImageStore, batch_loss, epoch_batches, make_examples
+from vqa_sft_grpo.examples import ImageStore, batch_loss, epoch_batches, make_examples
 from vqa_sft_grpo.infer import model_of
 from vqa_sft_grpo.prepare_data import main as prepare
 from vqa_sft_grpo.prepare_data import read_rows
@@ -46,7 +47,27 @@ def vlm():
 
 
 def short(rows_file, *more):
-    return ["--model", "tiny", "--data", str(rows_file), "--device", "cpu", "--batch-size", "4", "--steps", "4", "--limit", "12", "--eval-every", "2", "--eval-rows", "2", "--styles", "json", *map(str, more)]
+    return [
+        "--model",
+        "tiny",
+        "--data",
+        str(rows_file),
+        "--device",
+        "cpu",
+        "--batch-size",
+        "4",
+        "--steps",
+        "4",
+        "--limit",
+        "12",
+        "--eval-every",
+        "2",
+        "--eval-rows",
+        "2",
+        "--styles",
+        "json",
+        *map(str, more),
+    ]
 
 
 def examples_of(vlm, rows, styles=("json", "think"), **options):
@@ -73,10 +94,16 @@ def test_blank_rows_are_grey_and_say_nothing_but_the_answer(rows_file, rows):
     assert len(train) == 18 and facts["train_rows"] == 12 and facts["blank_rows"] == 6
     for row in train[12:]:
         first = next(r for r in train[:12] if r["id"] == row["id"])
-        assert json.loads(row["output"]) == {"answer": first["answer"]} and (row["image"] == 128).all() and row["image"].shape == (first["height"], first["width"])
+        assert (
+            json.loads(row["output"]) == {"answer": first["answer"]}
+            and (row["image"] == 128).all()
+            and row["image"].shape == (first["height"], first["width"])
+        )
     assert len({id(row["image"]) for row in train[12:]}) == 1  # prepared once
     other, again = train_script.blank_rows(rows, 0.5, 1), train_script.blank_rows(rows, 0.5, 0)
-    assert [r["id"] for r in other] != [r["id"] for r in again] == [r["id"] for r in train_script.blank_rows(rows, 0.5, 0)]
+    assert (
+        [r["id"] for r in other] != [r["id"] for r in again] == [r["id"] for r in train_script.blank_rows(rows, 0.5, 0)]
+    )
     assert train_script.blank_rows(rows, 0.0, 0) == []
 
 
@@ -87,6 +114,7 @@ def test_a_run_with_blank_rows(rows_file):
 
 # --- loss ---
 
+
 @pytest.mark.parametrize("family", ["qwen2vl", "gemma3", "llava"])
 def test_loss_and_gradient_are_those_of_the_model_itself(family, rows):
     """Shared image features and shared beginnings of prompts change nothing but the time."""
@@ -94,7 +122,12 @@ def test_loss_and_gradient_are_those_of_the_model_itself(family, rows):
     store, examples = examples_of(vlm, rows)
     batch = [examples[i] for i in epoch_batches(examples, 12, 4)[1]]
     assert len({(e.image, e.style) for e in batch}) <= 0.75 * len(batch)  # there is something to share
-    inputs = build_inputs(vlm, [build_prompt(rows[e.row]["question"], e.style) for e in batch], store.get([e.image for e in batch]), answers=[build_target(rows[e.row], e.style) for e in batch])
+    inputs = build_inputs(
+        vlm,
+        [build_prompt(rows[e.row]["question"], e.style) for e in batch],
+        store.get([e.image for e in batch]),
+        answers=[build_target(rows[e.row], e.style) for e in batch],
+    )
     loss = vlm.model(**inputs.tensors, use_cache=False).loss
     loss.backward()
     wanted = gradients(vlm)
@@ -106,6 +139,7 @@ def test_loss_and_gradient_are_those_of_the_model_itself(family, rows):
         (total / weight).backward()
         assert_close(gradients(vlm), wanted)
 
+
 @pytest.mark.parity
 def test_the_loss_is_that_of_trl(vlm, rows):
     """trl's collator and the model's own loss on the same rows; the only difference is the line break after the end token."""
@@ -114,14 +148,16 @@ def test_the_loss_is_that_of_trl(vlm, rows):
 
     chosen = rows[:6]
     collator = DataCollatorForVisionLanguageModeling(vlm.processor, completion_only_loss=True)
-    batch = collator([
-        {
-            "images": [Image.open(r["image"]).convert("RGB")],
-            "prompt": [{"role": "user", "content": build_prompt(r["question"], "json")}],
-            "completion": [{"role": "assistant", "content": build_target(r, "json")}],
-        }
-        for r in chosen
-    ])  # fmt: skip
+    batch = collator(
+        [
+            {
+                "images": [Image.open(r["image"]).convert("RGB")],
+                "prompt": [{"role": "user", "content": build_prompt(r["question"], "json")}],
+                "completion": [{"role": "assistant", "content": build_target(r, "json")}],
+            }
+            for r in chosen
+        ]
+    )
     end = vlm.tokenizer.convert_tokens_to_ids("<|im_end|>")
     after = torch.roll(batch["labels"], 1, 1)
     batch["labels"][after == end] = -100  # trl also teaches the line break that its template writes after the end
@@ -139,7 +175,10 @@ def test_images_of_different_sizes(vlm, rows, tmp_path):
         row["image"] = str(tmp_path / "wide.png")
         Image.fromarray(np.full((60, 110), 40 + i, np.uint8)).save(row["image"])
     store, examples = examples_of(vlm, changed, ("json",))
-    assert len({len(e.prompt) - len(build_prompt(changed[e.row]["question"], "json")) for e in examples}) > 1 and len(set(store.grids)) == 2
+    assert (
+        len({len(e.prompt) - len(build_prompt(changed[e.row]["question"], "json")) for e in examples}) > 1
+        and len(set(store.grids)) == 2
+    )
     for batch in (examples, examples[::-1]):  # whichever image comes first
         plain, shared = (batch_loss(vlm, batch, store, share_prompt=share) for share in (False, True))
         assert torch.equal(plain[0], shared[0])
@@ -158,8 +197,13 @@ def test_answer_and_boxes_have_weights_of_their_own(vlm, rows):
         with_boxes += bool(known)
     assert with_boxes > 5
     with torch.no_grad():
-        one, three, double = (batch_loss(vlm, make_examples(vlm, rows[:6], store, ("think",), answer_weight=w), store) for w in (1.0, 3.0, 2.0))
-    assert three[1] - one[1] == 2 * (double[1] - one[1]) and torch.allclose(three[0] - one[0], 2 * (double[0] - one[0]), rtol=1e-3)
+        one, three, double = (
+            batch_loss(vlm, make_examples(vlm, rows[:6], store, ("think",), answer_weight=w), store)
+            for w in (1.0, 3.0, 2.0)
+        )
+    assert three[1] - one[1] == 2 * (double[1] - one[1]) and torch.allclose(
+        three[0] - one[0], 2 * (double[0] - one[0]), rtol=1e-3
+    )
 
 
 def test_targets_are_whole_and_end(vlm, rows):
@@ -193,6 +237,7 @@ def test_cached_features_give_equal_losses(rows):
 
 # --- images and batches ---
 
+
 def test_images_are_the_same_however_they_are_kept(vlm, rows):
     paths = [r["image"] for r in rows]
     stores = [ImageStore(vlm.processor, paths, gib) for gib in (1.0, 1e-4, 1e-9)]
@@ -219,6 +264,7 @@ def test_batches_hold_every_example_once_and_little_padding(vlm, rows):
 
 
 # --- steps ---
+
 
 def setup_step(vlm, rows, **changes):
     args = parse_args(["--model", "tiny", "--batch-size", "6"])
@@ -288,6 +334,7 @@ def test_losses_that_stay_so_stop_the_run(rows_file, monkeypatch, refused):
 
 # --- runs ---
 
+
 def state_of(folder):
     state = torch.load(Path(folder) / "last.pt", weights_only=True)
     for row in [state["totals"], *state["history"], state["best"]]:
@@ -325,7 +372,12 @@ LORA = ("--train", "lora", "--lora-rank", "4", "--lora-dropout", "0.1", "--lr", 
 
 def test_what_a_run_writes(whole_run):
     metrics = json.loads((whole_run / "metrics.json").read_text())
-    assert metrics["dataset"]["name"] == "phantom" and metrics["dataset"]["phantom"] and metrics["split"] == "val" and metrics["n"] == 2
+    assert (
+        metrics["dataset"]["name"] == "phantom"
+        and metrics["dataset"]["phantom"]
+        and metrics["split"] == "val"
+        and metrics["n"] == 2
+    )
     assert metrics["train"] == "lora" and 0 < metrics["trainable_parameters"] < 0.1 * metrics["parameters"]
     assert metrics["seconds"] > 0 and metrics["best"]["step"] in (2, 4) and metrics["last"]["step"] == 4
     history = [json.loads(line) for line in (whole_run / "history.jsonl").read_text().splitlines()]
@@ -369,7 +421,10 @@ def stop_after(step, monkeypatch):
 
 def test_stopped_twice_and_resumed_equals_the_uninterrupted_run(whole_run, rows_file, monkeypatch, capsys):
     command = short(rows_file, *LORA, "--micro-batch", "1")
-    for step, more in ((2, ("--out-dir", "parts")), (5, ("--resume", "parts"))):  # passes of one example, four a step: steps 1 and 2
+    for step, more in (
+        (2, ("--out-dir", "parts")),
+        (5, ("--resume", "parts")),
+    ):  # passes of one example, four a step: steps 1 and 2
         with monkeypatch.context() as patch:
             stop_after(step, patch)
             with pytest.raises(SystemExit) as stop:
@@ -387,7 +442,9 @@ def test_stopped_twice_and_resumed_equals_the_uninterrupted_run(whole_run, rows_
 def test_killed_without_warning_and_resumed(own_folder, rows_file, start_script):
     """A whole tiny model, two processes: SIGKILL right after the first saved state."""
     command = [ROOT / "vqa_sft_grpo" / "train_sft.py", *short(rows_file)]
-    assert start_script([*command, "--out-dir", "whole"], own_folder).wait(PATIENCE) == 0, Path("output.txt").read_text()
+    assert start_script([*command, "--out-dir", "whole"], own_folder).wait(PATIENCE) == 0, Path(
+        "output.txt"
+    ).read_text()
     process = start_script([*command, "--out-dir", "parts"], own_folder)
     until = time.time() + PATIENCE
     while not Path("parts/last.pt").exists() and time.time() < until:
@@ -404,7 +461,13 @@ def test_killed_without_warning_and_resumed(own_folder, rows_file, start_script)
 def test_two_processes_give_the_result_of_one(own_folder, rows_file, start_script):
     command = [ROOT / "vqa_sft_grpo" / "train_sft.py", *short(rows_file)]
     assert start_script([*command, "--out-dir", "one"], own_folder).wait(PATIENCE) == 0, Path("output.txt").read_text()
-    assert start_script(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *command, "--out-dir", "two"], own_folder).wait(PATIENCE) == 0, Path("output.txt").read_text()
+    assert (
+        start_script(
+            ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *command, "--out-dir", "two"],
+            own_folder,
+        ).wait(PATIENCE)
+        == 0
+    ), Path("output.txt").read_text()
     one, two = state_of("one"), state_of("two")
     for a, b in zip(one["history"], two["history"], strict=True):
         assert abs(a["train_loss"] - b["train_loss"]) < 1e-3 and abs(a["val_loss"] - b["val_loss"]) < 1e-2
@@ -422,7 +485,13 @@ def test_other_settings_and_other_rows_are_refused(whole_run, rows_file, refused
 
 def test_publishing(rows_file, capsys):
     """A whole run replaces an earlier model of its kind in --save-to, and nothing else."""
-    command = [a for a in short(rows_file, "--save-to", "out/model", "--steps", "1", "--eval-rows", "1", "--overwrite", "--out-dir", "run") if a not in ("--limit", "12")]
+    command = [
+        a
+        for a in short(
+            rows_file, "--save-to", "out/model", "--steps", "1", "--eval-rows", "1", "--overwrite", "--out-dir", "run"
+        )
+        if a not in ("--limit", "12")
+    ]
     main(command)
     assert "out/model" in capsys.readouterr().out
     assert model_of(None, "out/model") == ("out/model", None)
@@ -430,7 +499,10 @@ def test_publishing(rows_file, capsys):
     Path("out/model/config.json").unlink()
     Path("out/model/adapter_config.json").write_text("{}")
     main(command)
-    assert "left alone: it holds an adapter" in capsys.readouterr().out and Path("out/model/adapter_config.json").read_text() == "{}"
+    assert (
+        "left alone: it holds an adapter" in capsys.readouterr().out
+        and Path("out/model/adapter_config.json").read_text() == "{}"
+    )
 
 
 def test_dry_run(capsys):
@@ -446,13 +518,49 @@ def test_a_short_run_learns_what_answers_look_like(own_folder):
     120 steps teach the form of the answers and the usual places of boxes: 1 nat a token where guessing costs 6.9. That says
     nothing about looking: so early the model answers without the film.
     """
-    prepare(["--data", "phantom", "--studies", "300", "--conditions", "Support Devices", "Cardiomegaly", "--prevalence", "0.5", "--output", "rows.json"])
-    main(["--model", "tiny", "--data", "rows.json", "--device", "cpu", "--styles", "json", "--batch-size", "32", "--steps", "120", "--eval-rows", "40", "--out-dir", "run", "--eval-every", "60"])
+    prepare(
+        [
+            "--data",
+            "phantom",
+            "--studies",
+            "300",
+            "--conditions",
+            "Support Devices",
+            "Cardiomegaly",
+            "--prevalence",
+            "0.5",
+            "--output",
+            "rows.json",
+        ]
+    )
+    main(
+        [
+            "--model",
+            "tiny",
+            "--data",
+            "rows.json",
+            "--device",
+            "cpu",
+            "--styles",
+            "json",
+            "--batch-size",
+            "32",
+            "--steps",
+            "120",
+            "--eval-rows",
+            "40",
+            "--out-dir",
+            "run",
+            "--eval-every",
+            "60",
+        ]
+    )
     history = [json.loads(line) for line in Path("run/history.jsonl").read_text().splitlines()]
     assert history[-1]["val_loss"] < 1.2 and history[-1]["val_loss"] < 0.95 * history[0]["val_loss"]
 
 
 # --- arguments ---
+
 
 def test_the_documented_command_finds_its_settings(own_folder):
     args = parse_args(["--cfg", "configs/sft.yaml", "--data", "data/train.json", "--lr", "3e-4"])
@@ -463,12 +571,15 @@ def test_the_documented_command_finds_its_settings(own_folder):
     assert not changed, "configs/sft.yaml and the defaults are the same settings"
 
 
-@pytest.mark.parametrize(("arguments", "words"), [
-    (["--train", "full", "--quant", "nf4"], "--train lora"),
-    (["--model", "tiny", "--cache-features"], "needs a frozen vision tower"),
-    (["--styles", "think"], "--eval-style json is not among"),
-    (["--data", "nowhere.json", "--model", "tiny"], "prepare_data.py"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--train", "full", "--quant", "nf4"], "--train lora"),
+        (["--model", "tiny", "--cache-features"], "needs a frozen vision tower"),
+        (["--styles", "think"], "--eval-style json is not among"),
+        (["--data", "nowhere.json", "--model", "tiny"], "prepare_data.py"),
+    ],
+)
 def test_what_is_refused(arguments, words, refused):
     assert words in refused(main, arguments)
 

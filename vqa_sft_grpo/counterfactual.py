@@ -17,6 +17,7 @@ way (a flat patch is like no film), so there are several, and an effect counts o
 
 Images are uint8 (H, W) or (H, W, 3). All choices come from the seed.
 """
+
 import io
 from dataclasses import dataclass
 
@@ -26,7 +27,10 @@ from scipy.sparse import coo_array
 from scipy.sparse.linalg import cg
 
 FILLS = ("inpaint", "mean", "blur", "noise")
-SMALLEST, LARGEST = 0.005, 0.5  # share of the image: below, hardly anything goes; above, there is no room for random regions
+SMALLEST, LARGEST = (
+    0.005,
+    0.5,
+)  # share of the image: below, hardly anything goes; above, there is no room for random regions
 OVERLAP = 0.1  # a random region covers the region of interest by at most this IoU
 FOREGROUND = 0.15  # their shares of foreground differ by at most this
 BACKGROUND = 10  # grey value: air outside the body and the black frame of CT and MR images are not brighter
@@ -49,11 +53,17 @@ class Plan:
 
 # ------------------------------------------------------------------------------------------------------------- regions
 
+
 def whole_boxes(boxes, height, width):
     """Pixel boxes of any numbers -> whole pixels inside the image, [x0, y0, x1, y1] with x1, y1 one past the last; empty ones go."""
     whole = []
     for x0, y0, x1, y1 in boxes or ():
-        box = [max(0, int(np.floor(x0))), max(0, int(np.floor(y0))), min(width, int(np.ceil(x1))), min(height, int(np.ceil(y1)))]
+        box = [
+            max(0, int(np.floor(x0))),
+            max(0, int(np.floor(y0))),
+            min(width, int(np.ceil(x1))),
+            min(height, int(np.ceil(y1))),
+        ]
         if box[2] > box[0] and box[3] > box[1]:
             whole.append(box)
     return whole
@@ -138,12 +148,17 @@ def clusters_of(boxes):
     """Boxes -> lists of boxes that overlap or touch, directly or through others."""
     clusters = []
     for box in boxes:
-        touching = [c for c in clusters if any(box[0] <= b[2] and b[0] <= box[2] and box[1] <= b[3] and b[1] <= box[3] for b in c)]
+        touching = [
+            c
+            for c in clusters
+            if any(box[0] <= b[2] and b[0] <= box[2] and box[1] <= b[3] and b[1] <= box[3] for b in c)
+        ]
         clusters = [c for c in clusters if c not in touching] + [[box, *(b for c in touching for b in c)]]
     return clusters
 
 
 # --------------------------------------------------------------------------------------------------------------- fills
+
 
 def fill_region(image, boxes, fill, seed=0):
     """The image with a region (whole-pixel boxes) filled by one of FILLS -> a new uint8 array; all other pixels stay."""
@@ -161,7 +176,9 @@ def fill_region(image, boxes, fill, seed=0):
             result[y0:y1, x0:x1] = blurred(image, x0, y0, x1, y1)
             continue
         ring = ring_pixels(image, mask, x0, y0, x1, y1)
-        result[y0:y1, x0:x1] = ring.mean(0) if fill == "mean" else ring[rng.integers(len(ring), size=(y1 - y0, x1 - x0))]
+        result[y0:y1, x0:x1] = (
+            ring.mean(0) if fill == "mean" else ring[rng.integers(len(ring), size=(y1 - y0, x1 - x0))]
+        )
     return np.clip(np.rint(result), 0, 255).astype(np.uint8)
 
 
@@ -223,6 +240,7 @@ def harmonic(image, mask):
 
 
 # ------------------------------------------------------------------------------------------------ edits that change nothing
+
 
 def identity_edits(image):
     """

@@ -26,6 +26,7 @@ Redrawn         phantom only: the same film drawn anew without the finding asked
 Writes to the run folder: metrics.json, predictions.jsonl, report.md, report.html (self-contained), figures/*.png, errors.csv.
 For research and teaching only; nothing here is medical advice.
 """
+
 import functools
 import sys
 import time
@@ -41,7 +42,6 @@ import numpy as np
 
 from shared.data.download import sha256_of
 from shared.data.images import read_image
-from shared.data.vqa import load_slake
 from shared.metrics.statistics import effective_clusters
 from shared.models.loading import count_parameters
 from shared.runtime import (
@@ -89,6 +89,7 @@ from vqa_sft_grpo.scoring import (
     score_answer,
     score_with_synonyms,
 )
+from vqa_sft_grpo.sources import load_slake
 
 CONTROLS = ("question only", "blank image", "shuffled image", "majority answer")
 CHUNK = 8  # cases whose edited images are in memory together
@@ -99,17 +100,59 @@ def parse_args(argv=None):
     # --data also takes a file of rows
     g = parser.add_argument_group("rows")
     g.add_argument("--split", default="test", choices=["train", "val", "test"], help="rows to measure on (%(default)s)")
-    g.add_argument("--policy", default="clean-train", choices=list(POLICIES), help="split policy, see prepare_data.py (%(default)s)")
-    g.add_argument("--allow-overlap", action="store_true", help="accept --policy official, where images of the test set are in training; every result is then marked")
-    g.add_argument("--studies", type=positive_int, metavar="N", help="phantom: films to ask about (300 for test, 100 for val, 1000 for train); for other settings make a file with prepare_data.py and give it as --data")
+    g.add_argument(
+        "--policy",
+        default="clean-train",
+        choices=list(POLICIES),
+        help="split policy, see prepare_data.py (%(default)s)",
+    )
+    g.add_argument(
+        "--allow-overlap",
+        action="store_true",
+        help="accept --policy official, where images of the test set are in training; every result is then marked",
+    )
+    g.add_argument(
+        "--studies",
+        type=positive_int,
+        metavar="N",
+        help="phantom: films to ask about (300 for test, 100 for val, 1000 for train); for other settings make a file with prepare_data.py and give it as --data",
+    )
     add_model_options(parser)
     g = parser.add_argument_group("what to measure")
-    g.add_argument("--prompts", nargs="+", default=["json", "think"], choices=STYLES, help="prompt styles; controls and tests use the first (json think)")
-    g.add_argument("--counterfactual-cases", type=not_negative, default=100, metavar="N", help="rows for the counterfactual test, drawn by the seed; each takes (1 + K) x fills + 2 answers; 0: leave it out (%(default)s)")
-    g.add_argument("--random-regions", type=positive_int, default=5, metavar="K", help="random regions per case, at least 5 (%(default)s)")
-    g.add_argument("--fills", nargs="+", default=list(FILLS), choices=FILLS, help="ways to take a region out; at least two (all)")
-    g.add_argument("--sentence-encoder", metavar="FOLDER", help="a BERT-like encoder (folder or hub name) for caption-question similarity, mean pooling; default: tiny:bert for a tiny model, else the similarity is left out")
-    g.add_argument("--export-grpo", metavar="FILE", help="write the rows for train_grpo.py with what was measured; not for test rows")
+    g.add_argument(
+        "--prompts",
+        nargs="+",
+        default=["json", "think"],
+        choices=STYLES,
+        help="prompt styles; controls and tests use the first (json think)",
+    )
+    g.add_argument(
+        "--counterfactual-cases",
+        type=not_negative,
+        default=100,
+        metavar="N",
+        help="rows for the counterfactual test, drawn by the seed; each takes (1 + K) x fills + 2 answers; 0: leave it out (%(default)s)",
+    )
+    g.add_argument(
+        "--random-regions",
+        type=positive_int,
+        default=5,
+        metavar="K",
+        help="random regions per case, at least 5 (%(default)s)",
+    )
+    g.add_argument(
+        "--fills", nargs="+", default=list(FILLS), choices=FILLS, help="ways to take a region out; at least two (all)"
+    )
+    g.add_argument(
+        "--sentence-encoder",
+        metavar="FOLDER",
+        help="a BERT-like encoder (folder or hub name) for caption-question similarity, mean pooling; default: tiny:bert for a tiny model, else the similarity is left out",
+    )
+    g.add_argument(
+        "--export-grpo",
+        metavar="FILE",
+        help="write the rows for train_grpo.py with what was measured; not for test rows",
+    )
     args = parser.parse_args(argv)
     args.prompts, args.fills = list(dict.fromkeys(args.prompts)), list(dict.fromkeys(args.fills))
     args.counterfactual_cases = int(args.counterfactual_cases)
@@ -120,39 +163,75 @@ def parse_args(argv=None):
     if args.export_grpo and args.split == "test":
         parser.error("--export-grpo makes training data: use --split train or val")
     if args.policy == "official" and not args.allow_overlap:
-        parser.error("--policy official has images and reworded questions of the test set in training: add --allow-overlap if that is meant, or take clean-train")
+        parser.error(
+            "--policy official has images and reworded questions of the test set in training: add --allow-overlap if that is meant, or take clean-train"
+        )
     args.data = args.data if Path(args.data).is_file() else args.data.lower().replace("-", "_")
     if args.data not in NAMES and not Path(args.data).is_file():
         parser.error(f"--data {args.data}: there is no such file or data set; there are {', '.join(NAMES)}")
     if args.dry_run:
         args.device, args.model, args.adapter, args.data = "cpu", "tiny", None, "phantom"
-        args.limit, args.counterfactual_cases, args.max_new_tokens = args.limit or 12, min(args.counterfactual_cases, 3), 24
+        args.limit, args.counterfactual_cases, args.max_new_tokens = (
+            args.limit or 12,
+            min(args.counterfactual_cases, 3),
+            24,
+        )
     return args
 
 
 # ----------------------------------------------------------------------------------------------------------------- rows
+
 
 def load_rows(args):
     """-> (rows to measure, training rows for the majority answer and the constant box, facts for metrics.json)."""
     if Path(args.data).is_file():
         every = read_rows(args.data)
         rows, train_rows = ([row for row in every if row["split"] == split] for split in (args.split, "train"))
-        facts = {"name": "+".join(sorted({row["dataset"] for row in every})), "policy": ", ".join(sorted({row["policy"] for row in every})), "overlap": any(row["overlap"] for row in every), "source": args.data, "sha256": sha256_of(Path(args.data))}
+        facts = {
+            "name": "+".join(sorted({row["dataset"] for row in every})),
+            "policy": ", ".join(sorted({row["policy"] for row in every})),
+            "overlap": any(row["overlap"] for row in every),
+            "source": args.data,
+            "sha256": sha256_of(Path(args.data)),
+        }
     else:
         pictures = Path("outputs") / TASK / "phantom_images"
-        options = dict(data_dir=args.data_dir, policy=args.policy, seed=args.seed, image_dir=pictures, studies=args.studies)
-        rows, audit = make_rows(args.data, "all" if args.data != "phantom" else args.split, **options, limit=args.limit if args.data == "phantom" else None)
+        options = dict(
+            data_dir=args.data_dir, policy=args.policy, seed=args.seed, image_dir=pictures, studies=args.studies
+        )
+        rows, audit = make_rows(
+            args.data,
+            "all" if args.data != "phantom" else args.split,
+            **options,
+            limit=args.limit if args.data == "phantom" else None,
+        )
         train_rows = [row for row in rows if row["split"] == "train"]
         rows = [row for row in rows if row["split"] == args.split]
         if audit["phantom"] and args.split != "train":
-            train_rows = [row for row in make_rows("phantom", "train", **options | {"studies": 200})[0] if row["split"] == "train"]
-        facts = {"name": "+".join(sorted({row["dataset"] for row in rows})) or args.data, "policy": audit["policy"], "overlap": audit["overlap"], "source": args.data_dir if not audit["phantom"] else "drawn by this project"}
-        if "slake" in facts["name"] and not any(row["dataset"] == "slake" for row in train_rows):  # its images are not there, and questions need none
+            train_rows = [
+                row for row in make_rows("phantom", "train", **options | {"studies": 200})[0] if row["split"] == "train"
+            ]
+        facts = {
+            "name": "+".join(sorted({row["dataset"] for row in rows})) or args.data,
+            "policy": audit["policy"],
+            "overlap": audit["overlap"],
+            "source": args.data_dir if not audit["phantom"] else "drawn by this project",
+        }
+        if "slake" in facts["name"] and not any(
+            row["dataset"] == "slake" for row in train_rows
+        ):  # its images are not there, and questions need none
             train_rows += load_slake(args.data_dir, allow_missing_images=True).split("train")
     if not rows:
-        raise InputError(f"{args.data} has no {args.split} rows with their images; make them with prepare_data.py, or take another --split")
+        raise InputError(
+            f"{args.data} has no {args.split} rows with their images; make them with prepare_data.py, or take another --split"
+        )
     rows = rows[: args.limit]
-    facts |= {"phantom": any(row["dataset"] == "phantom" for row in rows), "train_rows": len(train_rows), "version": f"split {args.split}, policy {facts['policy']}" + (f", first {args.limit} rows" if args.limit else "")}
+    facts |= {
+        "phantom": any(row["dataset"] == "phantom" for row in rows),
+        "train_rows": len(train_rows),
+        "version": f"split {args.split}, policy {facts['policy']}"
+        + (f", first {args.limit} rows" if args.limit else ""),
+    }
     return rows, train_rows, facts
 
 
@@ -165,6 +244,7 @@ def training_of(adapter):
 
 
 # ---------------------------------------------------------------------------------------------------- asking and scoring
+
 
 @functools.lru_cache(maxsize=1024)
 def load_image(path):
@@ -196,9 +276,13 @@ def record_of(row, text, style, image):
     found = parse_response(text, style)
     caption = found.data.get("caption") if found.data else None
     read = {
-        "response": text, "answer": found.answer, "level": found.level, "valid": found.valid, "boxes": [] if image is None else pixel_boxes(found, image.shape[:2]),
+        "response": text,
+        "answer": found.answer,
+        "level": found.level,
+        "valid": found.valid,
+        "boxes": [] if image is None else pixel_boxes(found, image.shape[:2]),
         "caption": caption.strip() if isinstance(caption, str) and caption.strip() else None,
-    }  # fmt: skip
+    }
     return read | scores_of(row, found.answer)
 
 
@@ -234,7 +318,9 @@ def shuffled_images(rows, images, seed):
     if len(names) < 2:
         return None
     following = dict(zip(names, names[1:] + names[:1], strict=True))
-    return [None if image is None else by_group[following[row["group"]]] for row, image in zip(rows, images, strict=True)]
+    return [
+        None if image is None else by_group[following[row["group"]]] for row, image in zip(rows, images, strict=True)
+    ]
 
 
 def majority_answers(rows, train_rows):
@@ -250,10 +336,18 @@ def majority_answers(rows, train_rows):
         for key in (" ".join(normalise(row["question"])), ("kind", kind(row)), None):
             counts[key][row["answer"].lower()] += 1
     frequent = {key: counter.most_common(1)[0][0] for key, counter in counts.items()}
-    return [next(frequent[key] for key in (" ".join(normalise(row["question"])), ("kind", kind(row)), None) if key in frequent) for row in rows]
+    return [
+        next(
+            frequent[key]
+            for key in (" ".join(normalise(row["question"])), ("kind", kind(row)), None)
+            if key in frequent
+        )
+        for row in rows
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------- counterfactual
+
 
 def edit_seed(row, seed):
     """Random regions and noise of a row are the same in every run with this seed, whatever other rows there are."""
@@ -289,7 +383,12 @@ def edits_of(image, plan, fills, seed):
     edits = [(("identity", name, 0), edited) for name, edited in identity_edits(image).items()]
     for fill in fills:
         for number, boxes in enumerate([plan.roi, *plan.random]):
-            edits.append((("roi" if number == 0 else "random", fill, max(0, number - 1)), fill_region(image, boxes, fill, seed=[*seed, number])))
+            edits.append(
+                (
+                    ("roi" if number == 0 else "random", fill, max(0, number - 1)),
+                    fill_region(image, boxes, fill, seed=[*seed, number]),
+                )
+            )
     return edits
 
 
@@ -304,7 +403,10 @@ def run_counterfactual(answerer, rows, records, images, cases, style, fills, see
         jobs = []
         for case in some:
             i = case["row"]
-            jobs += [(case, name, image) for name, image in edits_of(images[i], case["plan"], fills, edit_seed(rows[i], seed))]
+            jobs += [
+                (case, name, image)
+                for name, image in edits_of(images[i], case["plan"], fills, edit_seed(rows[i], seed))
+            ]
         prompts = [build_prompt(rows[case["row"]]["question"], style) for case, _, _ in jobs]
         pictures = [image for _, _, image in jobs]
         texts = answerer.generate(prompts, pictures)
@@ -314,16 +416,22 @@ def run_counterfactual(answerer, rows, records, images, cases, style, fills, see
             now, before = record_of(rows[i], text, style, image), scores[i]
             unparsed = now["key"] is None
             case.setdefault("edits", {})[name] = {
-                "answer": now["answer"], "unparsed": unparsed, "flipped": not unparsed and now["key"] != records[i]["key"],
+                "answer": now["answer"],
+                "unparsed": unparsed,
+                "flipped": not unparsed and now["key"] != records[i]["key"],
                 "wrong_now": bool(records[i]["correct"]) and not now["correct"],
-                **{key: None if None in (before[part], score[part]) else before[part] - score[part] for key, part in (("drop", "answer"), ("drop_response", "response"))},
-            }  # fmt: skip
+                **{
+                    key: None if None in (before[part], score[part]) else before[part] - score[part]
+                    for key, part in (("drop", "answer"), ("drop_response", "response"))
+                },
+            }
         if len(cases) > CHUNK:
             print(f"  counterfactual cases: {start + len(some)} of {len(cases)}", flush=True)
     return cases
 
 
 # --------------------------------------------------------------------------------------------------------------- script
+
 
 def evaluate(answerer, rows, images, train_rows, args, encoder=None):
     """
@@ -341,7 +449,9 @@ def evaluate(answerer, rows, images, train_rows, args, encoder=None):
     shuffled = shuffled_images(rows, images, args.seed)
     answers["question only"] = ask(answerer, rows, images, main_style, with_image=False)
     blanks = {image.shape: blank(image) for image in images if image is not None}
-    answers["blank image"] = ask(answerer, rows, [None if image is None else blanks[image.shape] for image in images], main_style)
+    answers["blank image"] = ask(
+        answerer, rows, [None if image is None else blanks[image.shape] for image in images], main_style
+    )
     if shuffled is not None:
         answers["shuffled image"] = ask(answerer, rows, shuffled, main_style)
     majority = majority_answers(rows, train_rows)
@@ -354,7 +464,11 @@ def evaluate(answerer, rows, images, train_rows, args, encoder=None):
     # how likely the model finds what it wrote
     good = [i for i, image in enumerate(images) if image is not None]
     scores = [{"answer": None, "response": None} for _ in rows]
-    found = answerer.score([build_prompt(rows[i]["question"], main_style) for i in good], [images[i] for i in good], [records[i]["response"] for i in good])
+    found = answerer.score(
+        [build_prompt(rows[i]["question"], main_style) for i in good],
+        [images[i] for i in good],
+        [records[i]["response"] for i in good],
+    )
     for i, score in zip(good, found, strict=True):
         scores[i] = score
     logprob = [score["answer"] for score in scores]
@@ -370,41 +484,106 @@ def evaluate(answerer, rows, images, train_rows, args, encoder=None):
 
     correct = [bool(r["correct"]) for r in records]
     similarity = caption_similarity(rows, records, encoder) if encoder else None
-    signals = {"answer log-probability": logprob, "response log-probability": [score["response"] for score in scores]} | ({"caption-question similarity": similarity} if similarity else {})
+    signals = {
+        "answer log-probability": logprob,
+        "response log-probability": [score["response"] for score in scores],
+    } | ({"caption-question similarity": similarity} if similarity else {})
     tested = sorted(summaries)
-    on_cases = {name: [values[i] for i in tested] for name, values in signals.items()} | {"stability under random edits": [summaries[i]["stability"] for i in tested]}
+    on_cases = {name: [values[i] for i in tested] for name, values in signals.items()} | {
+        "stability under random edits": [summaries[i]["stability"] for i in tested]
+    }
     redrawn = ask_redrawn(answerer, rows, main_style)
     confidence = {"all rows": {name: aurc_row(values, correct, groups) for name, values in signals.items()}}
     if len(tested) > 1:
-        confidence["counterfactual cases"] = {name: aurc_row(values, [correct[i] for i in tested], [groups[i] for i in tested]) for name, values in on_cases.items()}
+        confidence["counterfactual cases"] = {
+            name: aurc_row(values, [correct[i] for i in tested], [groups[i] for i in tested])
+            for name, values in on_cases.items()
+        }
     if similarity:
         confidence["thresholds"] = at_thresholds(similarity, logprob, correct)
         confidence["rows_with_caption"] = sum(s is not None for s in similarity)
 
     metrics = {
-        "n": len(rows), "clusters": effective_clusters(groups), "main_prompt": main_style, "synonyms": SYNONYMS_NAME,
+        "n": len(rows),
+        "clusters": effective_clusters(groups),
+        "main_prompt": main_style,
+        "synonyms": SYNONYMS_NAME,
         "rows": {name: summarise(rows, some) for name, some in answers.items()},
         "strata": strata(rows, records),
         "json": {style: json_success(answers[f"{style} prompt"]) for style in args.prompts},
         "boxes": measure_boxes(rows, records, images, train_rows) if main_style == "json" else None,
-        "needs_image": {name: paired_difference(correct, [r["correct"] for r in answers[name]], groups) for name in CONTROLS if name in answers},
+        "needs_image": {
+            name: paired_difference(correct, [r["correct"] for r in answers[name]], groups)
+            for name in CONTROLS
+            if name in answers
+        },
         "confidence": confidence,
         "redrawn": measure_redrawn(rows, records, redrawn),
-        "counterfactual": {"cases": len(cases), "asked_for": args.counterfactual_cases, "random_regions": args.random_regions, "fills": args.fills, "not_taken": refused, **measure_counterfactual(cases, rows, args.fills, args.random_regions)},
-    }  # fmt: skip
+        "counterfactual": {
+            "cases": len(cases),
+            "asked_for": args.counterfactual_cases,
+            "random_regions": args.random_regions,
+            "fills": args.fills,
+            "not_taken": refused,
+            **measure_counterfactual(cases, rows, args.fills, args.random_regions),
+        },
+    }
     predictions = []
     for i, row in enumerate(rows):
-        kept = ("response", "answer", "level", "boxes", "caption", "parsed", "correct", "exact", "recall", "precision", "f1")
-        predictions.append({
-            **{k: row.get(k) for k in ("id", "image", "question", "answer_type", "question_type", "content_type", "group", "region")}, "gold": row["answer"],
-            **{name: {k: r[k] for k in kept if k in r} for name, r in ((name, some[i]) for name, some in answers.items())},
-            **({"majority answer": {"answer": majority[i], "correct": answers["majority answer"][i]["correct"]}} if majority else {}),
-            **{field: {k: answered[i][k] for k in ("response", "answer")} for field, answered in redrawn.items() if i in answered},
-            "answer_logprob": logprob[i], "response_logprob": scores[i]["response"], "caption_similarity": similarity[i] if similarity else None, "counterfactual": summaries.get(i),
-        })  # fmt: skip
+        kept = (
+            "response",
+            "answer",
+            "level",
+            "boxes",
+            "caption",
+            "parsed",
+            "correct",
+            "exact",
+            "recall",
+            "precision",
+            "f1",
+        )
+        predictions.append(
+            {
+                **{
+                    k: row.get(k)
+                    for k in (
+                        "id",
+                        "image",
+                        "question",
+                        "answer_type",
+                        "question_type",
+                        "content_type",
+                        "group",
+                        "region",
+                    )
+                },
+                "gold": row["answer"],
+                **{
+                    name: {k: r[k] for k in kept if k in r}
+                    for name, r in ((name, some[i]) for name, some in answers.items())
+                },
+                **(
+                    {"majority answer": {"answer": majority[i], "correct": answers["majority answer"][i]["correct"]}}
+                    if majority
+                    else {}
+                ),
+                **{
+                    field: {k: answered[i][k] for k in ("response", "answer")}
+                    for field, answered in redrawn.items()
+                    if i in answered
+                },
+                "answer_logprob": logprob[i],
+                "response_logprob": scores[i]["response"],
+                "caption_similarity": similarity[i] if similarity else None,
+                "counterfactual": summaries.get(i),
+            }
+        )
     curves = {"all rows": {name: risk_coverage(values, correct)[:2] for name, values in signals.items()}}
     if len(tested) > 1:
-        curves["counterfactual cases"] = {name: risk_coverage(values, [correct[i] for i in tested])[:2] for name, values in on_cases.items()}
+        curves["counterfactual cases"] = {
+            name: risk_coverage(values, [correct[i] for i in tested])[:2] for name, values in on_cases.items()
+        }
     return metrics, predictions, cases, records, curves
 
 
@@ -414,7 +593,9 @@ def ask_redrawn(answerer, rows, style):
     for field in REDRAWN:
         chosen = [i for i, row in enumerate(rows) if row.get(field)]
         some = [rows[i] | {"image": rows[i][field]} for i in chosen]
-        asked[field] = dict(zip(chosen, ask(answerer, some, load_images(some)[0], style), strict=True)) if chosen else {}
+        asked[field] = (
+            dict(zip(chosen, ask(answerer, some, load_images(some)[0], style), strict=True)) if chosen else {}
+        )
     return asked
 
 
@@ -428,24 +609,45 @@ def telling_cases(cases, rows, records, images, args, most=4, least=2):
     Cases for the picture, by rule: the largest and the smallest difference of flip rates, ties by the log-probability drops. Each
     shows the image with its regions, the region taken out by each fill, and the first random region taken out.
     """
+
     def order(case):
         told = case_summary(case, args.fills, args.random_regions)
         drops = [told["delta_cf_roi"], told["delta_cf_rand"]]
         return told["flip_roi"] - told["flip_random"], 0.0 if None in drops else drops[0] - drops[1]
 
     ranked = sorted(cases, key=order, reverse=True)
-    chosen = [("largest difference", c) for c in ranked[:most]] + [("smallest difference", c) for c in ranked[max(most, len(ranked) - least) :]]
+    chosen = [("largest difference", c) for c in ranked[:most]] + [
+        ("smallest difference", c) for c in ranked[max(most, len(ranked) - least) :]
+    ]
     strips = []
     for what, case in chosen:
         i, plan = case["row"], case["plan"]
         row, image = rows[i], images[i]
         outlines = [(box, "tab:blue") for boxes in plan.random for box in boxes] + [(box, "red") for box in plan.roi]
-        panels = [{"image": image, "name": f"original ({case['source']} region)", "below": f"{records[i]['answer']}", "changed": False, "boxes": outlines}]
+        panels = [
+            {
+                "image": image,
+                "name": f"original ({case['source']} region)",
+                "below": f"{records[i]['answer']}",
+                "changed": False,
+                "boxes": outlines,
+            }
+        ]
         pictures = dict(edits_of(image, plan, args.fills, edit_seed(row, args.seed)))
         for name in [("roi", fill, 0) for fill in args.fills] + [("random", args.fills[0], 0)]:
             edit = case["edits"][name]
             drop = "" if edit["drop"] is None else f" ({-edit['drop']:+.2f})"
-            panels.append({"image": pictures[name], "name": f"without it: {name[1]}" if name[0] == "roi" else f"random: {name[1]}", "below": f"{edit['answer']}{drop}", "changed": edit["flipped"] or edit["unparsed"], "boxes": [(box, "red") for box in plan.roi] if name[0] == "roi" else [(box, "tab:blue") for box in plan.random[0]]})
+            panels.append(
+                {
+                    "image": pictures[name],
+                    "name": f"without it: {name[1]}" if name[0] == "roi" else f"random: {name[1]}",
+                    "below": f"{edit['answer']}{drop}",
+                    "changed": edit["flipped"] or edit["unparsed"],
+                    "boxes": [(box, "red") for box in plan.roi]
+                    if name[0] == "roi"
+                    else [(box, "tab:blue") for box in plan.random[0]],
+                }
+            )
         strips.append({"text": f"{what}: {row['question']} gold: {row['answer']}", "panels": panels})
     return strips
 
@@ -461,9 +663,25 @@ def redrawn_strips(rows, records, predictions, most=2):
     strips = []
     for i, keys in chosen[True][:most] + chosen[False][:most]:
         row, region = rows[i], [(box, "red") for box in rows[i]["region"]]
-        panels = [{"image": load_image(str(row["image"])), "name": "as it is", "below": f"{records[i]['answer']}", "changed": False, "boxes": region}]
+        panels = [
+            {
+                "image": load_image(str(row["image"])),
+                "name": "as it is",
+                "below": f"{records[i]['answer']}",
+                "changed": False,
+                "boxes": region,
+            }
+        ]
         for field, key, name in zip(REDRAWN, keys, ("without it", "without another finding"), strict=True):
-            panels.append({"image": load_image(str(row[field])), "name": name, "below": f"{predictions[i][field]['answer']}", "changed": key != records[i]["key"], "boxes": region})
+            panels.append(
+                {
+                    "image": load_image(str(row[field])),
+                    "name": name,
+                    "below": f"{predictions[i][field]['answer']}",
+                    "changed": key != records[i]["key"],
+                    "boxes": region,
+                }
+            )
         strips.append({"text": f"{row['question']} gold: {row['answer']}", "panels": panels})
     return strips
 
@@ -473,9 +691,16 @@ def export_rows(rows, records, predictions, folder):
     exported = []
     for row, record, prediction in zip(rows, records, predictions, strict=True):
         tested = prediction["counterfactual"] or {}
-        exported.append(grpo_row(row, folder) | {
-            "valid_json": record["valid"], "answer_correct": bool(record["correct"]), "caption": record["caption"], "delta_cf_roi": tested.get("delta_cf_roi"), "delta_cf_rand": tested.get("delta_cf_rand"),
-        })  # fmt: skip
+        exported.append(
+            grpo_row(row, folder)
+            | {
+                "valid_json": record["valid"],
+                "answer_correct": bool(record["correct"]),
+                "caption": record["caption"],
+                "delta_cf_roi": tested.get("delta_cf_roi"),
+                "delta_cf_rand": tested.get("delta_cf_rand"),
+            }
+        )
     return exported
 
 
@@ -489,7 +714,9 @@ def main(argv=None):
     images, errors = load_images(rows)
     if all(image is None for image in images):
         raise InputError(f"none of the images can be read; {errors[0]['path']}: {errors[0]['error']}")
-    print(f"{len(rows)} rows of {data['name']} ({data['version']}), {len({row['group'] for row in rows})} image groups; {data['train_rows']} training rows for the baselines")
+    print(
+        f"{len(rows)} rows of {data['name']} ({data['version']}), {len({row['group'] for row in rows})} image groups; {data['train_rows']} training rows for the baselines"
+    )
     vlm = load_model(args, device)
     encoder = args.sentence_encoder or ("tiny:bert" if vlm.tiny else None)
     encode = SentenceEncoder(encoder, device) if encoder else None
@@ -502,14 +729,28 @@ def main(argv=None):
 
     trained_on = training_of(args.adapter) if args.adapter else None
     metrics = {
-        "dataset": data, "split": args.split, "seed": args.seed, "n_errors": sum(image is None for image in images), "sentence_encoder": encoder,
-        "policy": data["policy"], "overlap": data["overlap"], "trained_on": trained_on, "warnings": warnings_of(args, vlm, data, trained_on, encoder),
-        **metrics, **vlm.facts(), "settings": {k: v for k, v in vars(args).items() if k != "config"}, **run_facts(started, device),
-    }  # fmt: skip
+        "dataset": data,
+        "split": args.split,
+        "seed": args.seed,
+        "n_errors": sum(image is None for image in images),
+        "sentence_encoder": encoder,
+        "policy": data["policy"],
+        "overlap": data["overlap"],
+        "trained_on": trained_on,
+        "warnings": warnings_of(args, vlm, data, trained_on, encoder),
+        **metrics,
+        **vlm.facts(),
+        "settings": {k: v for k, v in vars(args).items() if k != "config"},
+        **run_facts(started, device),
+    }
     where = f"{'PHANTOM, ' if data['phantom'] else ''}{data['name']} {args.split}, {vlm.name}"
     figures = {"risk_coverage": draw_risk_coverage(run_dir / "figures" / "risk_coverage.png", curves, where)}
     if cases:
-        figures["strip"] = draw_strip(run_dir / "figures" / "strip.png", telling_cases(cases, rows, records, images, args), f"{where}; number: change of the log-probability per token of the original answer; red: changed")
+        figures["strip"] = draw_strip(
+            run_dir / "figures" / "strip.png",
+            telling_cases(cases, rows, records, images, args),
+            f"{where}; number: change of the log-probability per token of the original answer; red: changed",
+        )
     if strips := redrawn_strips(rows, records, predictions):
         figures["redrawn"] = draw_strip(run_dir / "figures" / "redrawn.png", strips, where)
     write_json(run_dir / "metrics.json", metrics)
@@ -522,7 +763,9 @@ def main(argv=None):
         print(f"{len(rows)} rows for train_grpo.py in {args.export_grpo}")
     for warning in metrics["warnings"]:
         print(f"*** {warning} ***")
-    print(f"results in {run_dir}: report.html, report.md, metrics.json, predictions.jsonl ({time.time() - started:.0f} s)")
+    print(
+        f"results in {run_dir}: report.html, report.md, metrics.json, predictions.jsonl ({time.time() - started:.0f} s)"
+    )
 
 
 def warnings_of(args, vlm, data, trained_on, encoder):
@@ -533,11 +776,17 @@ def warnings_of(args, vlm, data, trained_on, encoder):
     if vlm.tiny and not args.adapter:
         found.append("The tiny model is untrained: these numbers show that the code runs.")
     if data["overlap"]:
-        found.append(f"OVERLAP: under the policy {data['policy']} images of the test set are in training, so a model trained on it has seen them.")
+        found.append(
+            f"OVERLAP: under the policy {data['policy']} images of the test set are in training, so a model trained on it has seen them."
+        )
     if trained_on and trained_on.get("overlap"):
-        found.append(f"OVERLAP: this model was trained with the policy {trained_on['policy']}, which has images of the test set in training.")
+        found.append(
+            f"OVERLAP: this model was trained with the policy {trained_on['policy']}, which has images of the test set in training."
+        )
     if args.adapter and trained_on is None:
-        found.append("What this model was trained on is not written beside it: whether it has seen these images is unknown.")
+        found.append(
+            "What this model was trained on is not written beside it: whether it has seen these images is unknown."
+        )
     if args.split == "train":
         found.append("These are training rows: the numbers say nothing about new images.")
     return found

@@ -39,6 +39,7 @@ TRL 1.16.0 has the same definitions; where the papers leave room its choice was 
 there, values at masked positions may be anything (-inf and NaN too), a group of equal rewards has advantages of exactly 0 and
 zero-variance groups are counted per group under every scale, and log-probabilities know tokens that the sampler never draws.
 """
+
 import numpy as np
 import torch
 from torch.autograd.function import once_differentiable
@@ -59,13 +60,18 @@ def _choose(name, value, choices):
 
 # ---------------------------------------------------------------------------------------------------------- advantages
 
+
 def _groups(rewards, group_size):
     """N numbers, None or NaN -> float64 (N / G, G), NaN where undefined."""
-    rewards = torch.from_numpy(np.array(rewards.tolist() if torch.is_tensor(rewards) else rewards, dtype=np.float64))  # None becomes NaN
+    rewards = torch.from_numpy(
+        np.array(rewards.tolist() if torch.is_tensor(rewards) else rewards, dtype=np.float64)
+    )  # None becomes NaN
     if rewards.ndim != 1:
         raise ValueError(f"rewards must have 1 dimension, got shape {tuple(rewards.shape)}")
     if group_size < 2:
-        raise ValueError(f"group_size must be at least 2, got {group_size}: a rollout alone has nothing to be compared with")
+        raise ValueError(
+            f"group_size must be at least 2, got {group_size}: a rollout alone has nothing to be compared with"
+        )
     if len(rewards) == 0 or len(rewards) % group_size:
         raise ValueError(f"{len(rewards)} rewards are not whole groups of {group_size}")
     if torch.isinf(rewards).any():
@@ -104,11 +110,18 @@ def group_advantages(rewards, group_size, scale="group"):
     advantages = advantages.masked_fill(grouped.isnan() | ~signal[:, None], 0).flatten()
     mean, std = (None if v.isnan() else v.item() for v in (grouped.nanmean(), batch_std[0]))
     zero = int((~signal).sum())
-    stats = {"reward": mean, "reward_std": std, "groups": len(grouped), "zero_variance_groups": zero, "frac_reward_zero_std": zero / len(grouped)}
+    stats = {
+        "reward": mean,
+        "reward_std": std,
+        "groups": len(grouped),
+        "zero_variance_groups": zero,
+        "frac_reward_zero_std": zero / len(grouped),
+    }
     return advantages, stats | {"undefined_rewards": int(grouped.isnan().sum())}
 
 
 # ---------------------------------------------------------------------------------------------------------------- loss
+
 
 def completion_mask(ids, stop_ids):
     """ids (B, T) of completions -> mask bool (B, T), true up to and including the first stop token, and truncated (B,): has none."""
@@ -117,8 +130,23 @@ def completion_mask(ids, stop_ids):
 
 
 def policy_loss(
-    logp, old_logp, ref_logp, advantages, mask, *, loss="dapo", eps_low=0.2, eps_high=0.2, beta=0.0, ratio_level="token", kl="k3_corrected",
-    delta=None, max_completion_length=None, total_tokens=None, total_sequences=None, entropy=None,
+    logp,
+    old_logp,
+    ref_logp,
+    advantages,
+    mask,
+    *,
+    loss="dapo",
+    eps_low=0.2,
+    eps_high=0.2,
+    beta=0.0,
+    ratio_level="token",
+    kl="k3_corrected",
+    delta=None,
+    max_completion_length=None,
+    total_tokens=None,
+    total_sequences=None,
+    entropy=None,
 ):
     """
     Loss of one micro-batch of rollouts, to be minimised -> scalar (differentiable in logp), metrics.
@@ -141,7 +169,9 @@ def policy_loss(
     _choose("ratio_level", ratio_level, RATIO_LEVELS)
     _choose("kl", kl, KL_ESTIMATORS)
     if logp.ndim != 2 or mask.shape != logp.shape or advantages.shape != logp.shape[:1]:
-        raise ValueError(f"logp and mask must be (B, T) and advantages (B,), got {tuple(logp.shape)}, {tuple(mask.shape)}, {tuple(advantages.shape)}")
+        raise ValueError(
+            f"logp and mask must be (B, T) and advantages (B,), got {tuple(logp.shape)}, {tuple(mask.shape)}, {tuple(advantages.shape)}"
+        )
     if any(x is not None and x.shape != logp.shape for x in (old_logp, ref_logp, entropy)):
         raise ValueError(f"old_logp, ref_logp and entropy must have the shape of logp, {tuple(logp.shape)}")
     if ref_logp is None and beta != 0:
@@ -154,7 +184,9 @@ def policy_loss(
     keep = mask.bool()
     dtype = torch.promote_types(logp.dtype, torch.float32)
     # What stands at padding must not matter, not even as 0 * NaN; selecting first makes its gradient exactly 0 as well.
-    logp, old_logp, ref_logp, entropy = (None if x is None else torch.where(keep, x.to(dtype), 0) for x in (logp, old_logp, ref_logp, entropy))
+    logp, old_logp, ref_logp, entropy = (
+        None if x is None else torch.where(keep, x.to(dtype), 0) for x in (logp, old_logp, ref_logp, entropy)
+    )
     advantages = advantages.to(logp)[:, None]
     lengths = keep.sum(1, keepdim=True)
 
@@ -168,7 +200,12 @@ def policy_loss(
     kl_per_token = None
     if ref_logp is not None:
         d = ref_logp.detach() - logp
-        kl_per_token = {"k1": lambda: -d, "k2": lambda: d**2 / 2, "k3": lambda: d.exp() - d - 1, "k3_corrected": lambda: (d.exp() - d - 1) * ratio}[kl]()
+        kl_per_token = {
+            "k1": lambda: -d,
+            "k2": lambda: d**2 / 2,
+            "k3": lambda: d.exp() - d - 1,
+            "k3_corrected": lambda: (d.exp() - d - 1) * ratio,
+        }[kl]()
         if beta != 0:
             per_token = per_token + beta * kl_per_token
 
@@ -194,12 +231,17 @@ def _measure(ratio, advantages, keep, kl_per_token, entropy, eps_low, eps_high, 
     if delta is not None:
         means["clip_delta"] = (ratio > delta) & (advantages < 0)
     values = {name: torch.where(counted, x.to(ratio), 0).sum() / counted.sum() for name, x in means.items()}
-    values |= {"ratio_min": torch.where(counted, ratio, torch.inf).min(), "ratio_max": torch.where(counted, ratio, -torch.inf).max()}
+    values |= {
+        "ratio_min": torch.where(counted, ratio, torch.inf).min(),
+        "ratio_max": torch.where(counted, ratio, -torch.inf).max(),
+    }
     for name, x in (("kl", kl_per_token), ("entropy", entropy)):
         if x is not None:
             values[name] = torch.where(keep, x, 0).sum() / keep.sum()
     values |= {"tokens": keep.sum(), "ratios": counted.sum()}
-    numbers = dict(zip(values, torch.stack([v.to(ratio) for v in values.values()]).tolist(), strict=True))  # one transfer, not ten
+    numbers = dict(
+        zip(values, torch.stack([v.to(ratio) for v in values.values()]).tolist(), strict=True)
+    )  # one transfer, not ten
     counts = {name: round(numbers.pop(name)) for name in ("tokens", "ratios")}
     return {name: value if counts["tokens"] else None for name, value in numbers.items()} | counts
 
@@ -229,15 +271,22 @@ def check_first_step(metrics, tolerance=1e-3, fresh_reference=True):
     """
     if not metrics["tokens"]:
         return
-    faults = [f"{name} {metrics[name]:.6g} instead of 1" for name in ("ratio_min", "ratio_max") if not abs(metrics[name] - 1) <= tolerance]
+    faults = [
+        f"{name} {metrics[name]:.6g} instead of 1"
+        for name in ("ratio_min", "ratio_max")
+        if not abs(metrics[name] - 1) <= tolerance
+    ]
     faults += [f"a share of {metrics['clip_region']:.3g} of the ratios clipped"] * (metrics["clip_region"] != 0)
     if fresh_reference and "kl" in metrics and not abs(metrics["kl"]) <= tolerance:
         faults.append(f"KL {metrics['kl']:.6g} instead of 0")
     if faults:
-        raise RuntimeError(f"The first update must see the policy that sampled: {', '.join(faults)}. The passes see different inputs or settings.")
+        raise RuntimeError(
+            f"The first update must see the policy that sampled: {', '.join(faults)}. The passes see different inputs or settings."
+        )
 
 
 # --------------------------------------------------------------------------------------------------- log-probabilities
+
 
 def selected_logprobs(hidden, head_weight, ids, temperature=1.0, chunk=128, bias=None, suppress=(), with_entropy=True):
     """
@@ -252,12 +301,16 @@ def selected_logprobs(hidden, head_weight, ids, temperature=1.0, chunk=128, bias
     The product is computed in the head's precision, also under autocast; all after it in float32. Gradients: hidden, head_weight, bias.
     """
     if hidden.shape[:-1] != ids.shape or hidden.shape[-1] != head_weight.shape[1]:
-        raise ValueError(f"hidden {tuple(hidden.shape)}, ids {tuple(ids.shape)} and head_weight {tuple(head_weight.shape)} do not fit: want (..., D), (...), (V, D)")
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)}, ids {tuple(ids.shape)} and head_weight {tuple(head_weight.shape)} do not fit: want (..., D), (...), (V, D)"
+        )
     if temperature <= 0 or chunk < 1:
         raise ValueError(f"temperature must be above 0 and chunk at least 1, got {temperature} and {chunk}")
     rows = hidden.reshape(-1, hidden.shape[-1]).to(head_weight.dtype)
     suppress = torch.as_tensor(list(suppress), dtype=torch.long, device=hidden.device)
-    logp, entropy = _SelectedLogprobs.apply(rows, head_weight, bias, ids.reshape(-1), suppress, temperature, chunk, with_entropy)
+    logp, entropy = _SelectedLogprobs.apply(
+        rows, head_weight, bias, ids.reshape(-1), suppress, temperature, chunk, with_entropy
+    )
     return logp.view(ids.shape), entropy.view(ids.shape) if with_entropy else None
 
 
@@ -270,7 +323,9 @@ class _SelectedLogprobs(torch.autograd.Function):
         for part in _parts(len(ids), chunk):
             scores = _scores(hidden[part], weight, bias, suppress, temperature)
             log_sum[part] = scores.logsumexp(1)
-            scores -= log_sum[part, None]  # in place, here and below: one more (chunk, V) array would be half as much again
+            scores -= log_sum[
+                part, None
+            ]  # in place, here and below: one more (chunk, V) array would be half as much again
             logp[part] = scores.gather(1, ids[part, None])[:, 0]
             if with_entropy:
                 entropy[part] = torch.special.entr(scores.exp_()).sum(1)  # -p log p, 0 where p is 0
@@ -290,7 +345,9 @@ class _SelectedLogprobs(torch.autograd.Function):
         for part in _parts(len(ids), ctx.chunk):
             outer = grad[part, None] / ctx.temperature
             d_scores = _scores(hidden[part], weight, bias, suppress, ctx.temperature)
-            d_scores.sub_(log_sum[part, None]).exp_().mul_(-outer).scatter_add_(1, ids[part, None], outer)  # (one-hot - softmax) * outer
+            d_scores.sub_(log_sum[part, None]).exp_().mul_(-outer).scatter_add_(
+                1, ids[part, None], outer
+            )  # (one-hot - softmax) * outer
             if wants_bias:
                 d_bias += d_scores.sum(0)
             d_scores = d_scores.to(weight.dtype)
@@ -299,7 +356,9 @@ class _SelectedLogprobs(torch.autograd.Function):
                     d_hidden[part] = d_scores @ weight
                 if wants_weight:
                     d_weight += d_scores.T @ hidden[part]
-        back = (None if g is None else g.to(x.dtype) for g, x in ((d_hidden, hidden), (d_weight, weight), (d_bias, bias)))
+        back = (
+            None if g is None else g.to(x.dtype) for g, x in ((d_hidden, hidden), (d_weight, weight), (d_bias, bias))
+        )
         return *back, None, None, None, None, None
 
 

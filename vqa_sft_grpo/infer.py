@@ -12,6 +12,7 @@ Writes to the run folder: answers.jsonl, boxes/*.png with the boxes of a respons
 the images that could not be used, metrics.json.
 For research and teaching only: this is not a medical device, and no output of it is medical advice.
 """
+
 import json
 import sys
 import textwrap
@@ -44,7 +45,7 @@ from shared.runtime import (
     write_csv,
     write_json,
     write_jsonl,
-)  # fmt: skip
+)
 from vqa_sft_grpo.prompting import STYLES, boxes_from_model, build_prompt, parse_response
 
 TASK = "vqa_sft_grpo"
@@ -52,6 +53,7 @@ BASE_MODEL = "Qwen/Qwen2-VL-2B-Instruct"
 
 
 # ------------------------------------------------------------------------------------------------- asking, in batches
+
 
 class Answerer:
     """
@@ -79,7 +81,10 @@ class Answerer:
         placeholders = FAMILIES[self.vlm.family].image_tokens
         fit = [i for i, t in enumerate(texts) if t and not any(p in t for p in placeholders)]
         scores = [{"answer": None, "response": None} for _ in texts]
-        found = self.in_batches(lambda rows: self.score_batch(prompts, images, texts, [fit[r] for r in rows]), [len(prompts[i]) + len(texts[i]) for i in fit])
+        found = self.in_batches(
+            lambda rows: self.score_batch(prompts, images, texts, [fit[r] for r in rows]),
+            [len(prompts[i]) + len(texts[i]) for i in fit],
+        )
         for i, score in zip(fit, found, strict=True):
             scores[i] = score
         return scores
@@ -132,10 +137,12 @@ class Answerer:
         for row, values in zip(rows, logp, strict=True):
             in_answer, in_text = self.spans(prompts[row], texts[row], images[row] is not None)
             values = values[keep - len(in_text) :]
-            results.append({
-                "answer": float(values[in_answer].mean()) if in_answer.any() else None,
-                "response": float(values[in_text].mean()) if in_text.any() else None,
-            })  # fmt: skip
+            results.append(
+                {
+                    "answer": float(values[in_answer].mean()) if in_answer.any() else None,
+                    "response": float(values[in_text].mean()) if in_text.any() else None,
+                }
+            )
         return results
 
     def spans(self, prompt, text, with_image):
@@ -147,7 +154,9 @@ class Answerer:
         first, last = answer_span(text)
 
         def touching(a, b):
-            return np.array([start < begin + b and end > begin + a and end > start for start, end in offsets], dtype=bool)
+            return np.array(
+                [start < begin + b and end > begin + a and end > start for start, end in offsets], dtype=bool
+            )
 
         return touching(first, last), touching(0, len(text))
 
@@ -190,11 +199,25 @@ def load_model(args, device):
 
 def add_model_options(parser):
     g = parser.add_argument_group("model")
-    g.add_argument("--model", help=f"hub name, folder or tiny (default: what the adapter was trained on, else {BASE_MODEL})")
-    g.add_argument("--adapter", "--sft-ckpt", dest="adapter", metavar="FOLDER", help="trained by train_sft.py or train_grpo.py: a LoRA adapter, or a whole model")
+    g.add_argument(
+        "--model", help=f"hub name, folder or tiny (default: what the adapter was trained on, else {BASE_MODEL})"
+    )
+    g.add_argument(
+        "--adapter",
+        "--sft-ckpt",
+        dest="adapter",
+        metavar="FOLDER",
+        help="trained by train_sft.py or train_grpo.py: a LoRA adapter, or a whole model",
+    )
     g.add_argument("--quant", default="none", choices=QUANTS, help="weights in 4 or 8 bit (%(default)s)")
-    g.add_argument("--batch-size", type=positive_int, help="prompts at a time; halved by itself when memory runs out (16; evaluate.py: 64 for models below 100 M parameters)")
-    g.add_argument("--max-new-tokens", type=positive_int, default=256, metavar="TOKENS", help="longest response (%(default)s)")
+    g.add_argument(
+        "--batch-size",
+        type=positive_int,
+        help="prompts at a time; halved by itself when memory runs out (16; evaluate.py: 64 for models below 100 M parameters)",
+    )
+    g.add_argument(
+        "--max-new-tokens", type=positive_int, default=256, metavar="TOKENS", help="longest response (%(default)s)"
+    )
     return g
 
 
@@ -211,13 +234,21 @@ def draw_boxes(image, boxes, colour=(255, 64, 64), width=448):
     pen = ImageDraw.Draw(picture)
     for box in boxes:
         x0, y0, x1, y1 = (v * scale for v in box)
-        pen.rectangle([min(x0, x1), min(y0, y1), max(x0, x1) - 1, max(y0, y1) - 1], outline=colour, width=max(2, picture.width // 220))
+        pen.rectangle(
+            [min(x0, x1), min(y0, y1), max(x0, x1) - 1, max(y0, y1) - 1],
+            outline=colour,
+            width=max(2, picture.width // 220),
+        )
     return picture
 
 
 def with_caption(picture, text, size=14):
     """The picture with lines of text below it."""
-    lines = [part for line in text.split("\n") for part in (textwrap.wrap(line, max(10, round(picture.width / (size * 0.5)))) or [""])]
+    lines = [
+        part
+        for line in text.split("\n")
+        for part in (textwrap.wrap(line, max(10, round(picture.width / (size * 0.5)))) or [""])
+    ]
     page = Image.new("RGB", (picture.width, picture.height + round(len(lines) * size * 1.35) + 10), "white")
     page.paste(picture)
     pen = ImageDraw.Draw(page)
@@ -228,12 +259,32 @@ def with_caption(picture, text, size=14):
 
 # --------------------------------------------------------------------------------------------------------------- script
 
+
 def parse_args(argv=None):
     parser = script_parser(__doc__, task=TASK)
     g = parser.add_argument_group("what to ask")
-    g.add_argument("--image", "--images", nargs="+", default=[], metavar="PATH", help="image files, folders (searched through) or glob patterns")
-    g.add_argument("--question", "--questions", nargs="+", default=[], metavar="TEXT", help="questions; each is asked of every image")
-    g.add_argument("--prompt", default="json", choices=STYLES, help="json: caption, reasoning, boxes and answer; think: thought, then answer (%(default)s)")
+    g.add_argument(
+        "--image",
+        "--images",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="image files, folders (searched through) or glob patterns",
+    )
+    g.add_argument(
+        "--question",
+        "--questions",
+        nargs="+",
+        default=[],
+        metavar="TEXT",
+        help="questions; each is asked of every image",
+    )
+    g.add_argument(
+        "--prompt",
+        default="json",
+        choices=STYLES,
+        help="json: caption, reasoning, boxes and answer; think: thought, then answer (%(default)s)",
+    )
     add_model_options(parser)
     args = parser.parse_args(argv)
     if args.dry_run:
@@ -253,7 +304,7 @@ def main(argv=None):
     device, _ = pick_device(args.device)
     images, errors = {}, []
     if args.dry_run and not args.image:
-        from shared.data.phantom import phantom_study
+        from shared.phantom import phantom_study
 
         images = {f"phantom-{i}": phantom_study(args.seed, i, 224).image for i in range(2)}
     paths = find_images(args.image)[: args.limit] if args.image else []
@@ -270,35 +321,68 @@ def main(argv=None):
     answerer = Answerer(vlm, args.batch_size or 16, args.max_new_tokens)
     asked = [(name, question) for name in images for question in args.question]
     texts = answerer.generate([build_prompt(q, args.prompt) for _, q in asked], [images[name] for name, _ in asked])
-    rows = [answer_row(name, question, text, images[name].shape[:2], args.prompt) for (name, question), text in zip(asked, texts, strict=True)]
+    rows = [
+        answer_row(name, question, text, images[name].shape[:2], args.prompt)
+        for (name, question), text in zip(asked, texts, strict=True)
+    ]
 
     for number, row in enumerate(rows):
         if row["boxes"]:
             row["picture"] = f"boxes/{number:04d}_{Path(row['image']).stem}.png"
             (run_dir / "boxes").mkdir(exist_ok=True)
-            picture = with_caption(draw_boxes(images[row["image"]], row["boxes"]), f"{row['question']}\n{row['answer'] or 'no answer'}")
+            picture = with_caption(
+                draw_boxes(images[row["image"]], row["boxes"]), f"{row['question']}\n{row['answer'] or 'no answer'}"
+            )
             with atomic_file(run_dir / row["picture"]) as file:
                 picture.save(file, "PNG")
     write_jsonl(run_dir / "answers.jsonl", rows)
     if errors:
         write_csv(run_dir / "errors.csv", errors)
     unread = sum(row["answer"] is None for row in rows)
-    write_json(run_dir / "metrics.json", {"n": len(rows), "n_without_answer": unread, "n_errors": len(errors), "prompt": args.prompt, **vlm.facts(), **run_facts(started, device)})
+    write_json(
+        run_dir / "metrics.json",
+        {
+            "n": len(rows),
+            "n_without_answer": unread,
+            "n_errors": len(errors),
+            "prompt": args.prompt,
+            **vlm.facts(),
+            **run_facts(started, device),
+        },
+    )
     for row in rows[:20]:
-        print(f"  {row['image']}: {row['question']} -> {row['answer'] if row['answer'] is not None else 'NO ANSWER'}" + (f"  {row['picture']}" if row.get("picture") else ""))
+        print(
+            f"  {row['image']}: {row['question']} -> {row['answer'] if row['answer'] is not None else 'NO ANSWER'}"
+            + (f"  {row['picture']}" if row.get("picture") else "")
+        )
         if len(rows) == 1:
-            print(json.dumps(row["data"], ensure_ascii=False) if row["data"] is not None else f"  as written: {row['response'][:300]}")
+            print(
+                json.dumps(row["data"], ensure_ascii=False)
+                if row["data"] is not None
+                else f"  as written: {row['response'][:300]}"
+            )
     if len(rows) > 20:
         print(f"  ... and {len(rows) - 20} more")
     for error in errors:
         print(f"  skipped {error['path']}: {error['error']}", file=sys.stderr)
-    print(f"{len(rows)} questions asked, {unread} without a readable answer, {len(errors)} images skipped; results in {run_dir}")
+    print(
+        f"{len(rows)} questions asked, {unread} without a readable answer, {len(errors)} images skipped; results in {run_dir}"
+    )
 
 
 def answer_row(image, question, text, shape, style):
     """One response -> the row of answers.jsonl; boxes in pixels of the image."""
     found = parse_response(text, style)
-    return {"image": image, "question": question, "answer": found.answer, "data": found.data, "boxes": pixel_boxes(found, shape), "repair_level": found.level, "response": text, "picture": None}
+    return {
+        "image": image,
+        "question": question,
+        "answer": found.answer,
+        "data": found.data,
+        "boxes": pixel_boxes(found, shape),
+        "repair_level": found.level,
+        "response": text,
+        "picture": None,
+    }
 
 
 def pixel_boxes(response, shape):

@@ -3,6 +3,7 @@ What evaluate.py computes from answers: rates with intervals, boxes, confidence,
 
 Every rate is over all rows it speaks of, and its interval draws whole image groups.
 """
+
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -33,13 +34,16 @@ THRESHOLDS = (0.3, 0.4, 0.5, 0.6)  # of the caption-question similarity
 
 # -------------------------------------------------------------------------------------------------------------- metrics
 
+
 def rate(values, groups):
     """Mean of values (booleans or numbers, every row) with its interval over groups -> {"value", "low", "high", "n"}."""
     if len(values) == 0:
         return {"value": None, "low": None, "high": None, "n": 0}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # few groups: the report says how many there are
-        found = bootstrap_interval(lambda v, n: v / n, np.asarray(values, float), np.ones(len(values)), groups=groups, of_sums=True)
+        found = bootstrap_interval(
+            lambda v, n: v / n, np.asarray(values, float), np.ones(len(values)), groups=groups, of_sums=True
+        )
     return {k: found[k] for k in ("value", "low", "high")} | {"n": len(values)}
 
 
@@ -59,12 +63,22 @@ def summarise(rows, records):
     others = {}
     for script_name in ("llava_med", "medevalkit"):
         means = column_means([r[script_name] for r in records])
-        others[script_name] = {name: value["mean"] for name, value in means.items()} | {"n_closed": means.get("closed", {"n": 0})["n"]}
+        others[script_name] = {name: value["mean"] for name, value in means.items()} | {
+            "n_closed": means.get("closed", {"n": 0})["n"]
+        }
     return {
-        "n": len(rows), "accuracy": column("correct", everything), "closed": column("correct", ~opened), "open_exact": column("exact", opened),
-        "open_recall": column("recall", opened), "open_precision": column("precision", opened), "open_f1": column("f1", opened),
-        "parsed": column("parsed", everything), "contradiction": column("contradiction", everything), "synonyms": column("synonyms", everything), **others,
-    }  # fmt: skip
+        "n": len(rows),
+        "accuracy": column("correct", everything),
+        "closed": column("correct", ~opened),
+        "open_exact": column("exact", opened),
+        "open_recall": column("recall", opened),
+        "open_precision": column("precision", opened),
+        "open_f1": column("f1", opened),
+        "parsed": column("parsed", everything),
+        "contradiction": column("contradiction", everything),
+        "synonyms": column("synonyms", everything),
+        **others,
+    }
 
 
 def strata(rows, records):
@@ -79,8 +93,12 @@ def strata(rows, records):
             chosen = [i for i, row in enumerate(rows) if str(row.get(key)) == name]
             groups = [rows[i]["group"] for i in chosen]
             opened = [i for i in chosen if is_open(rows[i])]
-            tables[key][name] = {"accuracy": rate([records[i]["correct"] for i in chosen], groups), "unparsed": sum(not records[i]["parsed"] for i in chosen)} | {
-                f"open_{m}": rate([records[i][m] for i in opened], [rows[i]["group"] for i in opened]) for m in ("recall", "f1")
+            tables[key][name] = {
+                "accuracy": rate([records[i]["correct"] for i in chosen], groups),
+                "unparsed": sum(not records[i]["parsed"] for i in chosen),
+            } | {
+                f"open_{m}": rate([records[i][m] for i in opened], [rows[i]["group"] for i in opened])
+                for m in ("recall", "f1")
             }
     return tables
 
@@ -118,11 +136,16 @@ def best_constant_box(rows, cells=16):
         ious = (inside / (area + (y1 - y0) * (last - first) - inside)).mean(0)
         if ious.max() > best[0]:
             i = int(ious.argmax())
-            best = (float(ious[i]), [float(first[i] / cells), float(y0 / cells), float(last[i] / cells), float(y1 / cells)])
+            best = (
+                float(ious[i]),
+                [float(first[i] / cells), float(y0 / cells), float(last[i] / cells), float(y1 / cells)],
+            )
     return best[1]
 
 
-PLACE = 0.25  # a region up to this share of the image is a place; a larger one, such as both lungs, says where to search
+PLACE = (
+    0.25  # a region up to this share of the image is a place; a larger one, such as both lungs, says where to search
+)
 
 
 def is_place(row):
@@ -139,7 +162,9 @@ def measure_boxes(rows, records, images, train_rows):
     known = [i for i, row in enumerate(rows) if row.get("region")]
     found = {"box_rate": rate([bool(r["boxes"]) for r in records], [row["group"] for row in rows])}
     found |= against_constant_box(known, rows, records, images, train_rows)
-    found["places"] = against_constant_box([i for i in known if is_place(rows[i])], rows, records, images, [r for r in train_rows if is_place(r)])
+    found["places"] = against_constant_box(
+        [i for i in known if is_place(rows[i])], rows, records, images, [r for r in train_rows if is_place(r)]
+    )
     return found
 
 
@@ -148,7 +173,10 @@ def against_constant_box(chosen, rows, records, images, train_rows):
     constant, groups = best_constant_box(train_rows), [rows[i]["group"] for i in chosen]
 
     def ious(boxes_of):
-        return [0.0 if images[i] is None else region_iou(boxes_of(i), rows[i]["region"], *images[i].shape[:2]) for i in chosen]
+        return [
+            0.0 if images[i] is None else region_iou(boxes_of(i), rows[i]["region"], *images[i].shape[:2])
+            for i in chosen
+        ]
 
     def scaled(i):
         h, w = images[i].shape[:2]
@@ -157,17 +185,24 @@ def against_constant_box(chosen, rows, records, images, train_rows):
     found = {"iou": rate(model := ious(lambda i: records[i]["boxes"]), groups), "constant_box": constant}
     if constant:
         fixed = ious(scaled)
-        found |= {"iou_constant_box": rate(fixed, groups), "iou_over_constant_box": paired_difference(model, fixed, groups)}
+        found |= {
+            "iou_constant_box": rate(fixed, groups),
+            "iou_over_constant_box": paired_difference(model, fixed, groups),
+        }
     return found
 
 
 def json_success(records):
     """Share of valid responses (levels 0 and 1) and how many needed which repair."""
     levels = Counter(r["level"] for r in records)
-    return {"valid": sum(r["valid"] for r in records) / len(records), "levels": {str(level): levels.get(level, 0) for level in REPAIR_LEVELS}}
+    return {
+        "valid": sum(r["valid"] for r in records) / len(records),
+        "levels": {str(level): levels.get(level, 0) for level in REPAIR_LEVELS},
+    }
 
 
 # ----------------------------------------------------------------------------------------------------------- confidence
+
 
 class SentenceEncoder:
     """Texts -> unit vectors: mean of a BERT-like encoder's last layer over the tokens."""
@@ -179,7 +214,9 @@ class SentenceEncoder:
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=Path(folder).is_dir())
         except (OSError, ValueError, KeyError) as error:
-            raise InputError(f"--sentence-encoder: {name} has no tokenizer that can be read; copy its tokenizer files into it") from error
+            raise InputError(
+                f"--sentence-encoder: {name} has no tokenizer that can be read; copy its tokenizer files into it"
+            ) from error
         self.device = device
 
     @torch.inference_mode()
@@ -187,7 +224,9 @@ class SentenceEncoder:
         distinct = list(dict.fromkeys(texts))
         vectors = []
         for start in range(0, len(distinct), batch_size):
-            tokens = self.tokenizer(distinct[start : start + batch_size], padding=True, truncation=True, max_length=256, return_tensors="pt").to(self.device)
+            tokens = self.tokenizer(
+                distinct[start : start + batch_size], padding=True, truncation=True, max_length=256, return_tensors="pt"
+            ).to(self.device)
             mask = tokens["attention_mask"][..., None]
             hidden = self.model(**tokens).last_hidden_state.float()
             vectors.append(F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1).cpu())
@@ -227,10 +266,15 @@ def aurc_row(confidence, correct, groups):
     values = np.array([-np.inf if v is None else v for v in confidence], dtype=float)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        interval = bootstrap_interval(lambda v, y: risk_coverage(v, y)[2], values, correct, groups=groups, num_samples=500)
+        interval = bootstrap_interval(
+            lambda v, y: risk_coverage(v, y)[2], values, correct, groups=groups, num_samples=500
+        )
     return {k: interval[k] for k in ("value", "low", "high")} | {
-        "n": len(correct), "n_without_value": int(np.isneginf(values).sum()), "perfect": risk_coverage(correct.astype(float), correct)[2], "no_order": float(1 - correct.mean()),
-    }  # fmt: skip
+        "n": len(correct),
+        "n_without_value": int(np.isneginf(values).sum()),
+        "perfect": risk_coverage(correct.astype(float), correct)[2],
+        "no_order": float(1 - correct.mean()),
+    }
 
 
 def at_thresholds(similarity, logprob, correct):
@@ -242,10 +286,15 @@ def at_thresholds(similarity, logprob, correct):
     rows = []
     for t in THRESHOLDS:
         kept = [c for s, c in zip(similarity, correct, strict=True) if s is not None and s >= t]
-        rows.append({
-            "threshold": t, "n": len(kept), "coverage": len(kept) / len(correct), "accuracy": sum(kept) / len(kept) if kept else None,
-            "accuracy_by_logprob": float(1 - risk[len(kept) - 1]) if kept else None,
-        })  # fmt: skip
+        rows.append(
+            {
+                "threshold": t,
+                "n": len(kept),
+                "coverage": len(kept) / len(correct),
+                "accuracy": sum(kept) / len(kept) if kept else None,
+                "accuracy_by_logprob": float(1 - risk[len(kept) - 1]) if kept else None,
+            }
+        )
     return rows
 
 
@@ -254,9 +303,13 @@ def at_thresholds(similarity, logprob, correct):
 # A case: {"row": number of its row, "source": "gold" or "self", "plan": Plan, "was_correct": bool, "edits": {(what, fill, number):
 # {"answer", "flipped", "unparsed", "wrong_now", "drop", "drop_response"}}} with what "identity", "roi" or "random" (see evaluate.py).
 
+
 def edit_values(case, what, key, fills, numbers):
     """Values of one key over fills and random regions -> float (fills, numbers), NaN where undefined."""
-    return np.array([[np.nan if (v := case["edits"][what, fill, n][key]) is None else v for n in range(numbers)] for fill in fills], dtype=float)
+    return np.array(
+        [[np.nan if (v := case["edits"][what, fill, n][key]) is None else v for n in range(numbers)] for fill in fills],
+        dtype=float,
+    )
 
 
 def means(roi, rand):
@@ -279,23 +332,37 @@ def compare_cases(cases, rows, fills, k):
         rand = np.array([edit_values(c, "random", key, fills, k) for c in cases])  # (cases, fills, k)
         tables[key] = roi, rand
     flip_roi, flip_rand = tables["flipped"]
-    result |= {name: float(tables[key][j].mean()) for name, key, j in (
-        ("flip_roi", "flipped", 0), ("flip_random", "flipped", 1), ("unparsed_roi", "unparsed", 0), ("unparsed_random", "unparsed", 1),
-    )}  # fmt: skip
+    result |= {
+        name: float(tables[key][j].mean())
+        for name, key, j in (
+            ("flip_roi", "flipped", 0),
+            ("flip_random", "flipped", 1),
+            ("unparsed_roi", "unparsed", 0),
+            ("unparsed_random", "unparsed", 1),
+        )
+    }
     result["delta"] = paired_difference(flip_roi.mean((1, 2)), flip_rand.mean((1, 2)), groups)
     right = np.array([c["was_correct"] for c in cases])
     wrong_roi, wrong_rand = (t.mean((1, 2))[right] for t in tables["wrong_now"])
-    result["correct_to_wrong"] = paired_difference(wrong_roi, wrong_rand, np.array(groups)[right]) | means(wrong_roi, wrong_rand)
+    result["correct_to_wrong"] = paired_difference(wrong_roi, wrong_rand, np.array(groups)[right]) | means(
+        wrong_roi, wrong_rand
+    )
     for name, key in (("necessity", "drop"), ("necessity_response", "drop_response")):
         drop_roi, drop_rand = (t.mean((1, 2)) for t in tables[key])
         known = ~np.isnan(drop_roi) & ~np.isnan(drop_rand)
-        result[name] = paired_difference(drop_roi[known], drop_rand[known], np.array(groups)[known]) | means(drop_roi[known], drop_rand[known])
+        result[name] = paired_difference(drop_roi[known], drop_rand[known], np.array(groups)[known]) | means(
+            drop_roi[known], drop_rand[known]
+        )
     if len(fills) == 1:
         result["mcnemar"] = mcnemar_exact(flip_roi[:, 0, 0] == 1, flip_rand[:, 0, 0] == 1)
     delta, discordant = result["delta"]["value"], float((flip_roi != flip_rand).mean())
     result["discordant"] = discordant
     result["cases_needed"] = cases_needed(delta, max(discordant, abs(delta))) if abs(delta) > 1e-9 else None
-    result["design_effect"] = effective_clusters(groups, flip_roi.mean((1, 2)) - flip_rand.mean((1, 2)))["design_effect"] if len(cases) > 1 else None
+    result["design_effect"] = (
+        effective_clusters(groups, flip_roi.mean((1, 2)) - flip_rand.mean((1, 2)))["design_effect"]
+        if len(cases) > 1
+        else None
+    )
     return result
 
 
@@ -324,8 +391,18 @@ def measure_counterfactual(cases, rows, fills, k):
         for name in ("jpeg", "shift"):
             edits = [c["edits"]["identity", name, 0] for c in some]
             drops = [abs(e["drop"]) for e in edits if e["drop"] is not None]
-            floor[name] = {"flipped": float(np.mean([e["flipped"] for e in edits])), "unparsed": float(np.mean([e["unparsed"] for e in edits])), "mean_absolute_drop": float(np.mean(drops)) if drops else None}
-        measured[source] = {"all_fills": overall, "by_fill": by_fill, "by_type": by_type, "fills_agree_in_sign": len(signs) == 1 and 0 not in signs, "identity": floor}
+            floor[name] = {
+                "flipped": float(np.mean([e["flipped"] for e in edits])),
+                "unparsed": float(np.mean([e["unparsed"] for e in edits])),
+                "mean_absolute_drop": float(np.mean(drops)) if drops else None,
+            }
+        measured[source] = {
+            "all_fills": overall,
+            "by_fill": by_fill,
+            "by_type": by_type,
+            "fills_agree_in_sign": len(signs) == 1 and 0 not in signs,
+            "identity": floor,
+        }
     return measured
 
 
@@ -346,27 +423,43 @@ def measure_redrawn(rows, records, redrawn):
     def over(values):  # {row number: value}
         return rate(list(values.values()), [rows[i]["group"] for i in values])
 
-    without, other = ({i: changed(i, record) for i, record in redrawn[field].items()} for field in ("redrawn", "redrawn_other"))
+    without, other = (
+        {i: changed(i, record) for i, record in redrawn[field].items()} for field in ("redrawn", "redrawn_other")
+    )
     both = {i: bool(records[i]["correct"]) and record["key"] == "no" for i, record in redrawn["redrawn"].items()}
     paired = [i for i in without if i in other]
     return {
-        "without": over(without), "other": over(other),
-        "difference": paired_difference([without[i] for i in paired], [other[i] for i in paired], [rows[i]["group"] for i in paired]),
-        "both_right": over(both), "only_finding": over({i: v for i, v in both.items() if i not in other}), "others_left": over({i: both[i] for i in paired}),
+        "without": over(without),
+        "other": over(other),
+        "difference": paired_difference(
+            [without[i] for i in paired], [other[i] for i in paired], [rows[i]["group"] for i in paired]
+        ),
+        "both_right": over(both),
+        "only_finding": over({i: v for i, v in both.items() if i not in other}),
+        "others_left": over({i: both[i] for i in paired}),
         "unparsed": {field: sum(record["key"] is None for record in some.values()) for field, some in redrawn.items()},
-    }  # fmt: skip
+    }
 
 
 def case_summary(case, fills, k):
     """What predictions.jsonl says of a case; stability: share of random-region edits that leave the answer as it is."""
-    flips, drops = ({what: edit_values(case, what, key, fills, 1 if what == "roi" else k) for what in ("roi", "random")} for key in ("flipped", "drop"))
+    flips, drops = (
+        {what: edit_values(case, what, key, fills, 1 if what == "roi" else k) for what in ("roi", "random")}
+        for key in ("flipped", "drop")
+    )
     changed = (edit_values(case, "random", "flipped", fills, k) + edit_values(case, "random", "unparsed", fills, k)) > 0
 
     def mean(values):
         return None if np.isnan(values).any() else float(values.mean())
 
     return {
-        "source": case["source"], "roi": case["plan"].roi, "random": case["plan"].random, "flip_roi": mean(flips["roi"]), "flip_random": mean(flips["random"]),
-        "delta_cf_roi": mean(drops["roi"]), "delta_cf_rand": mean(drops["random"]), "stability": float(1 - changed.mean()),
+        "source": case["source"],
+        "roi": case["plan"].roi,
+        "random": case["plan"].random,
+        "flip_roi": mean(flips["roi"]),
+        "flip_random": mean(flips["random"]),
+        "delta_cf_roi": mean(drops["roi"]),
+        "delta_cf_rand": mean(drops["random"]),
+        "stability": float(1 - changed.mean()),
         "answers": {f"{what} {fill} {number}": e["answer"] for (what, fill, number), e in case["edits"].items()},
-    }  # fmt: skip
+    }

@@ -34,6 +34,7 @@ Policies (--policy); validation is a tenth of the training images, SLAKE's own f
     official          as published: 284 of VQA-RAD's 451 test questions are in training, reworded; needs --allow-overlap
 The phantom is split by patient under each of them.
 """
+
 import json
 import os
 import sys
@@ -47,7 +48,6 @@ import shared  # noqa: F401, isort: skip  # before torchvision
 import numpy as np
 from PIL import Image
 
-from shared.data import vqa
 from shared.data.audit import (
     RowSet,
     conflicts,
@@ -62,10 +62,10 @@ from shared.data.audit import (
     values_of,
 )
 from shared.data.download import DataNotFound
-from shared.data.phantom import DEFAULT, PREVALENCE, TOGETHER, PhantomSettings, phantom_study
-from shared.data.phantom_findings import LEVELS, ORDER
-from shared.data.phantom_text import NOUNS, SIZES, SUMMARY
 from shared.metrics.labels import PARENTS
+from shared.phantom import DEFAULT, PREVALENCE, TOGETHER, PhantomSettings, phantom_study
+from shared.phantom.findings import LEVELS, ORDER
+from shared.phantom.words import NOUNS, SIZES, SUMMARY
 from shared.runtime import (
     InputError,
     atomic_file,
@@ -77,18 +77,41 @@ from shared.runtime import (
     write_json,
     write_jsonl,
 )
+from vqa_sft_grpo import sources as vqa
 from vqa_sft_grpo.prompting import FIELDS, instruction
 from vqa_sft_grpo.scoring import normalise
 
 TASK = "vqa_sft_grpo"
 NAMES = ("vqa_rad", "slake", "both", "phantom", "auto")
-POLICIES = {"clean-train": "clean_train", "image-disjoint": "image_disjoint", "official-noframe": "no_frames", "official": "official"}
+POLICIES = {
+    "clean-train": "clean_train",
+    "image-disjoint": "image_disjoint",
+    "official-noframe": "no_frames",
+    "official": "official",
+}
 SPLITS = {"train": ("train", "val"), "val": ("val",), "test": ("test",), "all": ("train", "val", "test")}
 VAL_SHARE = 0.1
 PHANTOM_STUDIES = {"train": 1000, "val": 100, "test": 300}
-PHANTOM_START = {"train": 0, "val": 8_000_000, "test": 16_000_000}  # far apart and multiples of eight: no patient is in two splits
+PHANTOM_START = {
+    "train": 0,
+    "val": 8_000_000,
+    "test": 16_000_000,
+}  # far apart and multiples of eight: no patient is in two splits
 SHARED_FIELDS = ("id", "dataset", "split", "question", "answer_type", "group")
-ROW_FIELDS = (*SHARED_FIELDS, "instruction", "input", "output", "image", "answer", "question_type", "content_type", "region", "width", "height", "policy")
+ROW_FIELDS = (
+    *SHARED_FIELDS,
+    "instruction",
+    "input",
+    "output",
+    "image",
+    "answer",
+    "question_type",
+    "content_type",
+    "region",
+    "width",
+    "height",
+    "policy",
+)
 REDRAWN = ("redrawn", "redrawn_other")
 FILMS = ("image", *REDRAWN)  # fields with a path
 GRPO_FIELDS = ("image_path", "question", "gold")
@@ -97,18 +120,53 @@ GRPO_FIELDS = ("image_path", "question", "gold")
 def parse_args(argv=None):
     parser = script_parser(__doc__, task=TASK, data="VQA-RAD and SLAKE (whichever are there)")
     g = parser.add_argument_group("rows", "--data (or --dataset) is vqa_rad, slake, both, phantom or auto, in any case")
-    g.add_argument("--split", default="train", choices=list(SPLITS), help="train: training and validation rows (%(default)s)")
-    g.add_argument("--policy", default="clean-train", choices=list(POLICIES), help="what may be trained on, see above (%(default)s)")
-    g.add_argument("--allow-overlap", action="store_true", help="accept that --policy official trains on images and questions of the test set")
+    g.add_argument(
+        "--split", default="train", choices=list(SPLITS), help="train: training and validation rows (%(default)s)"
+    )
+    g.add_argument(
+        "--policy",
+        default="clean-train",
+        choices=list(POLICIES),
+        help="what may be trained on, see above (%(default)s)",
+    )
+    g.add_argument(
+        "--allow-overlap",
+        action="store_true",
+        help="accept that --policy official trains on images and questions of the test set",
+    )
     g = parser.add_argument_group("output")
-    g.add_argument("--output", metavar="FILE", help="rows, one JSON object per line (default: <split>.json in --out-dir, else in data/)")
-    g.add_argument("--grpo-output", metavar="FILE", help="also write rows for train_grpo.py: image_path, question, gold, region, group, answer_type, split")
+    g.add_argument(
+        "--output",
+        metavar="FILE",
+        help="rows, one JSON object per line (default: <split>.json in --out-dir, else in data/)",
+    )
+    g.add_argument(
+        "--grpo-output",
+        metavar="FILE",
+        help="also write rows for train_grpo.py: image_path, question, gold, region, group, answer_type, split",
+    )
     g = parser.add_argument_group("phantom")
-    g.add_argument("--studies", type=positive_int, metavar="N", help="films of training (or of the split asked for); validation and, with --split all, test get a tenth and three tenths (1000 train, 100 val, 300 test)")
+    g.add_argument(
+        "--studies",
+        type=positive_int,
+        metavar="N",
+        help="films of training (or of the split asked for); validation and, with --split all, test get a tenth and three tenths (1000 train, 100 val, 300 test)",
+    )
     g.add_argument("--image-size", type=int, default=112, metavar="N", help="pixels per side, 28 to 512 (%(default)s)")
     g.add_argument("--conditions", nargs="+", metavar="NAME", help=f"draw and ask about these only: {', '.join(ORDER)}")
-    g.add_argument("--prevalence", type=fraction, metavar="P", help="chance of each condition in patients who are not well, 0 to 1 (default: its own, 0.07 to 0.2)")
-    g.add_argument("--severities", type=not_negative, nargs=3, metavar="W", help="weights of mild, moderate and severe findings: 0 0 1 is an easy course (default: 35 40 25)")
+    g.add_argument(
+        "--prevalence",
+        type=fraction,
+        metavar="P",
+        help="chance of each condition in patients who are not well, 0 to 1 (default: its own, 0.07 to 0.2)",
+    )
+    g.add_argument(
+        "--severities",
+        type=not_negative,
+        nargs=3,
+        metavar="W",
+        help="weights of mild, moderate and severe findings: 0 0 1 is an easy course (default: 35 40 25)",
+    )
     args = parser.parse_args(argv)
     args.data = args.data.lower().replace("-", "_")
     if args.dry_run:
@@ -117,10 +175,14 @@ def parse_args(argv=None):
     if args.data not in NAMES:
         parser.error(f"--data {args.data}: there is no such data set; there are {', '.join(NAMES)}")
     if args.policy == "official" and not args.allow_overlap:
-        parser.error("--policy official trains on images and reworded questions of the test set: add --allow-overlap if that is meant, or take clean-train")
+        parser.error(
+            "--policy official trains on images and reworded questions of the test set: add --allow-overlap if that is meant, or take clean-train"
+        )
     if not 28 <= args.image_size <= 512:
         parser.error(f"--image-size must be between 28 and 512 pixels, not {args.image_size}")
-    if args.data not in ("phantom", "auto") and (args.studies or args.conditions or args.severities or args.prevalence is not None):
+    if args.data not in ("phantom", "auto") and (
+        args.studies or args.conditions or args.severities or args.prevalence is not None
+    ):
         parser.error("--studies, --conditions, --prevalence and --severities are for --data phantom")
     if args.severities and not any(args.severities):
         parser.error("--severities needs one weight above 0")
@@ -142,9 +204,17 @@ def main(argv=None):
         if path.is_dir():
             raise InputError(f"{path} is a folder; name a file")
     rows, audit = make_rows(
-        args.data, args.split, args.data_dir, args.policy, args.seed, image_dir=output.parent / "phantom_images", studies=args.studies,
-        image_size=args.image_size, settings=phantom_settings(args.conditions, args.prevalence, args.severities), limit=args.limit,
-    )  # fmt: skip
+        args.data,
+        args.split,
+        args.data_dir,
+        args.policy,
+        args.seed,
+        image_dir=output.parent / "phantom_images",
+        studies=args.studies,
+        image_size=args.image_size,
+        settings=phantom_settings(args.conditions, args.prevalence, args.severities),
+        limit=args.limit,
+    )
     write_rows(output, rows)
     written = [output]
     if args.grpo_output:
@@ -158,7 +228,19 @@ def main(argv=None):
 
 # ------------------------------------------------------------------------------------------------------------- all the rows
 
-def make_rows(data, split="train", data_dir="data", policy="clean-train", seed=0, image_dir=None, studies=None, image_size=112, settings=DEFAULT, limit=None):
+
+def make_rows(
+    data,
+    split="train",
+    data_dir="data",
+    policy="clean-train",
+    seed=0,
+    image_dir=None,
+    studies=None,
+    image_size=112,
+    settings=DEFAULT,
+    limit=None,
+):
     """
     -> (rows as described above, with absolute image paths; audit, a dict of plain numbers and ids).
 
@@ -167,7 +249,9 @@ def make_rows(data, split="train", data_dir="data", policy="clean-train", seed=0
     each split of each data set. InputError when the data are not there or nothing is left.
     """
     if data not in NAMES or split not in SPLITS or policy not in POLICIES:
-        raise InputError(f"there is no data '{data}', split '{split}' or policy '{policy}'; there are {', '.join(NAMES)}; {', '.join(SPLITS)}; {', '.join(POLICIES)}")
+        raise InputError(
+            f"there is no data '{data}', split '{split}' or policy '{policy}'; there are {', '.join(NAMES)}; {', '.join(SPLITS)}; {', '.join(POLICIES)}"
+        )
     sets, absent = [], []
     for name in {"both": ("vqa_rad", "slake"), "auto": ("vqa_rad", "slake"), "phantom": ()}.get(data, (data,)):
         try:
@@ -179,14 +263,18 @@ def make_rows(data, split="train", data_dir="data", policy="clean-train", seed=0
     if sets:
         return real_rows(sets, split, policy, limit, absent)
     if data == "auto":
-        print(f"*** {data_dir} has neither VQA-RAD nor SLAKE: these rows are of the PHANTOM, made-up films of no patients ***")
+        print(
+            f"*** {data_dir} has neither VQA-RAD nor SLAKE: these rows are of the PHANTOM, made-up films of no patients ***"
+        )
     return phantom_rows(split, seed, Path(image_dir or "phantom_images"), studies, image_size, settings, limit)
 
 
 def load(name, data_dir, policy, seed):
     """One real data set under a policy -> RowSet."""
     if name == "vqa_rad":
-        return vqa.load_vqa_rad(data_dir, policy=POLICIES[policy], val_share=0.0 if policy == "image-disjoint" else VAL_SHARE, seed=seed)
+        return vqa.load_vqa_rad(
+            data_dir, policy=POLICIES[policy], val_share=0.0 if policy == "image-disjoint" else VAL_SHARE, seed=seed
+        )
     found = vqa.load_slake(data_dir)
     found.rows, n = [row for row in found.rows if row["answer"]], len(found.rows)  # qid 1622 has none
     found.left_out["no answer"] = n - len(found.rows)
@@ -207,7 +295,13 @@ def real_rows(sets, split, policy, limit, absent=()):
     images = {(row["dataset"], row["image_id"]): row["image_path"] for found in sets for row in found.rows}
     copies = similar_images(images)
     group_of = {image: group[0] for group in copies["similar"] for image in group}
-    tested = {group_of.get(key, key) for found in sets for row in found.rows if row["split"] == "test" for key in [(row["dataset"], row["image_id"])]}
+    tested = {
+        group_of.get(key, key)
+        for found in sets
+        for row in found.rows
+        if row["split"] == "test"
+        for key in [(row["dataset"], row["image_id"])]
+    }
     sizes = {}
     for key, path in images.items():
         if key not in copies["unreadable"]:
@@ -228,51 +322,114 @@ def real_rows(sets, split, policy, limit, absent=()):
         found.rows = kept
         if limit:
             found.limit(limit)
-    audit = {"phantom": False, "policy": policy, "split": split, "absent": list(absent), "images": {k: v for k, v in copies.items() if k != "pairs"},
-             "data": {found.name: audit_of(found) for found in sets}}  # fmt: skip
+    audit = {
+        "phantom": False,
+        "policy": policy,
+        "split": split,
+        "absent": list(absent),
+        "images": {k: v for k, v in copies.items() if k != "pairs"},
+        "data": {found.name: audit_of(found) for found in sets},
+    }
     every = [row for found in sets for row in found.rows]
     audit["near-identical images in two splits"] = shared_between_splits(every, "copies")
-    audit["overlap"] = any(pair["shared"] for name, pair in audit["near-identical images in two splits"].items() if "test" in name)
+    audit["overlap"] = any(
+        pair["shared"] for name, pair in audit["near-identical images in two splits"].items() if "test" in name
+    )
     rows = []
     for found in sets:
         chosen = [row for row in found.rows if row["split"] in SPLITS[split]]
         if not chosen:
             reasons = ", ".join(f"{n}: {reason}" for reason, n in found.left_out.items() if n)
-            audit["absent"].append(f"{found.name} has no {split} question with its image in {found.source} (left out: {reasons or 'nothing'})")
+            audit["absent"].append(
+                f"{found.name} has no {split} question with its image in {found.source} (left out: {reasons or 'nothing'})"
+            )
         rows += [real_row(row, sizes[row["dataset"], row["image_id"]], policy, audit["overlap"]) for row in chosen]
     if not rows:
-        raise InputError(f"nothing to write: {'; '.join(audit['absent'])}; put the missing images there, or take another --split, --policy or --data")
+        raise InputError(
+            f"nothing to write: {'; '.join(audit['absent'])}; put the missing images there, or take another --split, --policy or --data"
+        )
     audit["counts"] = counts_of(rows)
     return rows, audit
 
 
 def real_row(row, size, policy, overlap):
-    """A row of shared/data/vqa.py -> ours."""
+    """A row of vqa_sft_grpo/sources.py -> ours."""
     slake = row["dataset"] == "slake"
     region = slake_region(row) if slake else None
     name = f"{row['dataset']}-{row['qid']}" + ("" if slake else f"-{row['phrase_type']}")
     return make_row(
-        name, row["dataset"], row["split"], str(Path(row["image_path"]).resolve()), size, row["question"], row["answer"], row["answer_type"],
-        ("vqa" if row["needs_image"] else "kvqa") if slake else row["question_type"], row["question_type"] if slake else row["organ"], row["needs_image"],
-        f"{row['dataset']}/{row['image_group']}", region, {"caption": slake_caption(row) if slake else rad_caption(row), "boxes": region}, policy, overlap,
-    )  # fmt: skip
+        name,
+        row["dataset"],
+        row["split"],
+        str(Path(row["image_path"]).resolve()),
+        size,
+        row["question"],
+        row["answer"],
+        row["answer_type"],
+        ("vqa" if row["needs_image"] else "kvqa") if slake else row["question_type"],
+        row["question_type"] if slake else row["organ"],
+        row["needs_image"],
+        f"{row['dataset']}/{row['image_group']}",
+        region,
+        {"caption": slake_caption(row) if slake else rad_caption(row), "boxes": region},
+        policy,
+        overlap,
+    )
 
 
-def make_row(name, dataset, split, image, size, question, answer, answer_type, question_type, content_type, needs_image, group, region, known, policy, overlap):
+def make_row(
+    name,
+    dataset,
+    split,
+    image,
+    size,
+    question,
+    answer,
+    answer_type,
+    question_type,
+    content_type,
+    needs_image,
+    group,
+    region,
+    known,
+    policy,
+    overlap,
+):
     """known: what the data set knows of caption, reasoning and boxes; None and "" are left out of the output."""
     target = {field: value for field in FIELDS if (value := (known | {"answer": answer}).get(field))}
     return {
-        "id": name, "dataset": dataset, "split": split, "instruction": instruction("json", units="pixels"), "input": question,
-        "output": json.dumps(target, ensure_ascii=False), "image": image, "question": question, "answer": answer, "answer_type": answer_type,
-        "question_type": question_type, "content_type": content_type, "needs_image": needs_image, "group": group, "region": region,
-        "width": size[0], "height": size[1], "policy": policy, "overlap": overlap,
-    }  # fmt: skip
+        "id": name,
+        "dataset": dataset,
+        "split": split,
+        "instruction": instruction("json", units="pixels"),
+        "input": question,
+        "output": json.dumps(target, ensure_ascii=False),
+        "image": image,
+        "question": question,
+        "answer": answer,
+        "answer_type": answer_type,
+        "question_type": question_type,
+        "content_type": content_type,
+        "needs_image": needs_image,
+        "group": group,
+        "region": region,
+        "width": size[0],
+        "height": size[1],
+        "policy": policy,
+        "overlap": overlap,
+    }
 
 
 # --------------------------------------------------------------------------------------------------- what real sets know
 
 RAD_BODY = {"CHEST": "chest", "ABD": "abdomen", "HEAD": "head"}
-SLAKE_BODY = {"Brain_Tissue": "brain", "Brain_Face": "brain and face", "Chest_lung": "lungs in the chest", "Chest_heart": "heart in the chest", "Chest_mediastinal": "mediastinum in the chest"}
+SLAKE_BODY = {
+    "Brain_Tissue": "brain",
+    "Brain_Face": "brain and face",
+    "Chest_lung": "lungs in the chest",
+    "Chest_heart": "heart in the chest",
+    "Chest_mediastinal": "mediastinum in the chest",
+}
 
 
 def rad_caption(row):
@@ -318,6 +475,7 @@ def slake_region(row):
 
 # ------------------------------------------------------------------------------------------------------------- phantom
 
+
 def phantom_settings(conditions=None, prevalence=None, severities=None):
     """The default hospital, or one that has only some conditions, each with the given chance, of these severities."""
     if conditions is None and prevalence is None and severities is None:
@@ -357,8 +515,18 @@ def phantom_rows(split, seed, image_dir, studies=None, image_size=112, settings=
         rows += part_rows[:limit]
     if not rows:
         raise InputError("these phantom studies have no questions; ask for more --studies")
-    audit = {"phantom": True, "policy": "by patient", "split": split, "overlap": False, "absent": [], "seed": seed, "image_size": image_size,
-             "settings_of_phantom": settings.key(), "groups in two splits": shared_between_splits(rows, "group"), "counts": counts_of(rows)}  # fmt: skip
+    audit = {
+        "phantom": True,
+        "policy": "by patient",
+        "split": split,
+        "overlap": False,
+        "absent": [],
+        "seed": seed,
+        "image_size": image_size,
+        "settings_of_phantom": settings.key(),
+        "groups in two splits": shared_between_splits(rows, "group"),
+        "counts": counts_of(rows),
+    }
     return rows, audit
 
 
@@ -371,11 +539,26 @@ def phantom_study_rows(study, split, image_dir):
     for number, question in enumerate(study.questions):
         kind = {"closed": "yes_no"}.get(question.kind, question.kind)
         region = [list(map(int, box)) for box in question.region] if question.region else None
-        rows.append(make_row(
-            f"phantom-{study.study_id}-{number}", "phantom", split, str(path), (study.size, study.size), question.text, question.answer,
-            "open" if question.kind == "open" else "closed", kind, question.content, question.content not in ("modality", "view"), study.patient_id, region,
-            {"caption": caption, "reasoning": phantom_reasoning(study, question), "boxes": region}, "by patient", False,
-        ))  # fmt: skip
+        rows.append(
+            make_row(
+                f"phantom-{study.study_id}-{number}",
+                "phantom",
+                split,
+                str(path),
+                (study.size, study.size),
+                question.text,
+                question.answer,
+                "open" if question.kind == "open" else "closed",
+                kind,
+                question.content,
+                question.content not in ("modality", "view"),
+                study.patient_id,
+                region,
+                {"caption": caption, "reasoning": phantom_reasoning(study, question), "boxes": region},
+                "by patient",
+                False,
+            )
+        )
     return rows
 
 
@@ -403,7 +586,9 @@ def redrawn_films(study, question, path):
 
 def finding_phrase(finding, with_size=False):
     """ "left pleural effusion", "nodule in the right upper lung zone", "pacemaker"."""
-    phrase = SUMMARY.get(finding.kind, finding.kind).format(side=finding.side, loc=f"{finding.side} {finding.zone} lung zone")
+    phrase = SUMMARY.get(finding.kind, finding.kind).format(
+        side=finding.side, loc=f"{finding.side} {finding.zone} lung zone"
+    )
     return f"{SIZES[finding.severity]} {phrase}".strip() if with_size else phrase
 
 
@@ -438,9 +623,13 @@ def ancestors(condition):
 
 # --------------------------------------------------------------------------------------------------------------- audit
 
+
 def audit_of(found: RowSet):
     """What the splits of one data set share. Ids are those of the files (qid)."""
-    train, test = found.split("train") + found.split("val"), found.split("test")  # validation rows choose the checkpoint: they count as training here
+    train, test = (
+        found.split("train") + found.split("val"),
+        found.split("test"),
+    )  # validation rows choose the checkpoint: they count as training here
     result = {
         **found.facts(),
         "images": {split: len({row["image_id"] for row in found.split(split)}) for split in ("train", "val", "test")},
@@ -452,7 +641,10 @@ def audit_of(found: RowSet):
         "test questions that occur in train, on any image": seen(test, train, ("question",)),
         "train rows that repeat another": repeats(train),
         "conflicting answers in train": conflicts(train),
-        "rows with a region": {split: sum(bool(row["boxes"]) and slake_region(row) is not None for row in found.split(split)) for split in ("train", "val", "test")},
+        "rows with a region": {
+            split: sum(bool(row["boxes"]) and slake_region(row) is not None for row in found.split(split))
+            for split in ("train", "val", "test")
+        },
     }
     if found.name == "vqa_rad":  # only the public file says which stock wording a test question has
         try:
@@ -474,35 +666,58 @@ def counts_of(rows):
         part = [row for row in rows if row["split"] == split]
         answers = Counter(row["answer"].strip(" .").lower() for row in part if row["answer_type"] == "closed")
         counts[split] = {
-            "rows": len(part), "images": len({row["image"] for row in part}), "groups": len({row["group"] for row in part}),
-            "by dataset": dict(Counter(row["dataset"] for row in part)), "by answer type": dict(Counter(row["answer_type"] for row in part)),
-            "by content type": dict(Counter(row["content_type"] for row in part)), "closed answers": {"yes": answers["yes"], "no": answers["no"], "other": sum(answers.values()) - answers["yes"] - answers["no"]},
-            "with region": sum(row["region"] is not None for row in part), "image known not to matter": sum(row["needs_image"] is False for row in part),
-        }  # fmt: skip
+            "rows": len(part),
+            "images": len({row["image"] for row in part}),
+            "groups": len({row["group"] for row in part}),
+            "by dataset": dict(Counter(row["dataset"] for row in part)),
+            "by answer type": dict(Counter(row["answer_type"] for row in part)),
+            "by content type": dict(Counter(row["content_type"] for row in part)),
+            "closed answers": {
+                "yes": answers["yes"],
+                "no": answers["no"],
+                "other": sum(answers.values()) - answers["yes"] - answers["no"],
+            },
+            "with region": sum(row["region"] is not None for row in part),
+            "image known not to matter": sum(row["needs_image"] is False for row in part),
+        }
     return counts
 
 
 def print_audit(audit):
     """The audit in a few lines; the file has all of it."""
-    print(f"policy {audit['policy']}; {'training shares images with the test set' if audit['overlap'] else 'no image of the test set is in training'}")
+    print(
+        f"policy {audit['policy']}; {'training shares images with the test set' if audit['overlap'] else 'no image of the test set is in training'}"
+    )
     for name, found in audit.get("data", {}).items():
-        print(f"{name}: {found['version']}; " + ", ".join(f"{split} {found['counts'].get(split, 0)} rows on {n} images" for split, n in found["images"].items()))
-        print("  left out: " + (", ".join(f"{n} ({reason})" for reason, n in found["left_out"].items() if n) or "nothing"))
+        print(
+            f"{name}: {found['version']}; "
+            + ", ".join(
+                f"{split} {found['counts'].get(split, 0)} rows on {n} images" for split, n in found["images"].items()
+            )
+        )
+        print(
+            "  left out: " + (", ".join(f"{n} ({reason})" for reason, n in found["left_out"].items() if n) or "nothing")
+        )
         for pair, numbers in found["images in two splits"].items():
             print(f"  images in both {pair.replace(', ', ' and ')}: {numbers['shared']}")
         for key, value in found.items():
             if isinstance(value, dict) and "rows" in value and "of" in value:
                 print(f"  {key}: {value['rows']} of {value['of']}")
-        print(f"  in train: {found['train rows that repeat another']['repeats']} repeats, {found['conflicting answers in train']['pairs']} questions with conflicting answers")
+        print(
+            f"  in train: {found['train rows that repeat another']['repeats']} repeats, {found['conflicting answers in train']['pairs']} questions with conflicting answers"
+        )
     for note in audit["absent"]:
         print(f"*** not in these rows: {note} ***")
     for split, counts in audit["counts"].items():
         kinds = ", ".join(f"{n} {kind}" for kind, n in counts["by answer type"].items())
         yes = counts["closed answers"]
-        print(f"{split}: {counts['rows']} rows ({kinds}; yes {yes['yes']}, no {yes['no']}, other closed {yes['other']}) on {counts['images']} images, {counts['with region']} with a region")
+        print(
+            f"{split}: {counts['rows']} rows ({kinds}; yes {yes['yes']}, no {yes['no']}, other closed {yes['other']}) on {counts['images']} images, {counts['with region']} with a region"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
+
 
 def portable(image, folder):
     """Relative where the image lies below the folder, so that both can be moved together; else absolute."""
@@ -512,11 +727,26 @@ def portable(image, folder):
 
 def write_rows(path, rows):
     """One JSON object per line, atomically."""
-    write_jsonl(path, [row | {key: portable(row[key], Path(path).parent) for key in FILMS if key in row} for row in rows])
+    write_jsonl(
+        path, [row | {key: portable(row[key], Path(path).parent) for key in FILMS if key in row} for row in rows]
+    )
 
 
 def grpo_row(row, folder):
-    kept = {key: row[key] for key in (*SHARED_FIELDS, "region", "width", "height", "question_type", "content_type", "needs_image", "policy", "overlap")}
+    kept = {
+        key: row[key]
+        for key in (
+            *SHARED_FIELDS,
+            "region",
+            "width",
+            "height",
+            "question_type",
+            "content_type",
+            "needs_image",
+            "policy",
+            "overlap",
+        )
+    }
     return {"image_path": portable(row["image"], folder), "question": row["question"], "gold": row["answer"], **kept}
 
 
@@ -533,14 +763,18 @@ def read_rows(path, splits=None, fields=ROW_FIELDS):
         lines = json.loads(text) if text.lstrip().startswith("[") else None
         numbered = list(enumerate(lines, 1)) if lines is not None else []
     except (OSError, ValueError) as error:
-        raise InputError(f"the rows {path} cannot be read ({error}); make them with vqa_sft_grpo/prepare_data.py") from error
+        raise InputError(
+            f"the rows {path} cannot be read ({error}); make them with vqa_sft_grpo/prepare_data.py"
+        ) from error
     if lines is None:
         for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
                 try:
                     numbered.append((number, json.loads(line)))
                 except ValueError as error:
-                    raise InputError(f"{path}, line {number}, is not JSON ({error}); make the file again with vqa_sft_grpo/prepare_data.py") from error
+                    raise InputError(
+                        f"{path}, line {number}, is not JSON ({error}); make the file again with vqa_sft_grpo/prepare_data.py"
+                    ) from error
     wanted = (splits,) if isinstance(splits, str) else splits
     rows, here = [], {}
     for number, row in numbered:
@@ -557,7 +791,9 @@ def read_rows(path, splits=None, fields=ROW_FIELDS):
         raise InputError(f"{path} has {what}; make them with vqa_sft_grpo/prepare_data.py")
     absent = [image for image, there in here.items() if not there]
     if absent:
-        raise InputError(f"{len(absent)} of the {len(here)} images of {path} are not there, the first is {absent[0]}; put them back, or make the rows again with vqa_sft_grpo/prepare_data.py")
+        raise InputError(
+            f"{len(absent)} of the {len(here)} images of {path} are not there, the first is {absent[0]}; put them back, or make the rows again with vqa_sft_grpo/prepare_data.py"
+        )
     return rows
 
 
@@ -575,7 +811,9 @@ def check_row(row, fields, where):
         raise InputError(f"{where}: 'answer_type' is {row['answer_type']!r}; it must be closed or open")
     region = row.get("region")
     if region is not None and not (isinstance(region, list) and region and all(is_pixel_box(box) for box in region)):
-        raise InputError(f"{where}: 'region' must be null or boxes [[x0, y0, x1, y1]] in pixels with x0 < x1 and y0 < y1")
+        raise InputError(
+            f"{where}: 'region' must be null or boxes [[x0, y0, x1, y1]] in pixels with x0 < x1 and y0 < y1"
+        )
     if "output" in row:
         try:
             target = json.loads(row["output"])
@@ -586,7 +824,11 @@ def check_row(row, fields, where):
 
 
 def is_pixel_box(box):
-    numbers = isinstance(box, list) and len(box) == 4 and all(isinstance(n, (int, float)) and not isinstance(n, bool) and np.isfinite(n) for n in box)
+    numbers = (
+        isinstance(box, list)
+        and len(box) == 4
+        and all(isinstance(n, (int, float)) and not isinstance(n, bool) and np.isfinite(n) for n in box)
+    )
     return bool(numbers and box[0] < box[2] and box[1] < box[3])
 
 

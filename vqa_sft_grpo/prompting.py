@@ -13,6 +13,7 @@ them) in everything that a model reads or writes; boxes_to_model and boxes_from_
 
 parse_response takes the new tokens only: with the prompt in front, the schema in the prompt would be read as an answer.
 """
+
 import json
 import math
 import re
@@ -85,6 +86,7 @@ def build_target(row, style="json"):
 
 def boxes_to_model(boxes, width, height):
     """[[x0, y0, x1, y1]] in pixels of an image of width x height -> whole thousandths of width and height, within 0 to 1000."""
+
     def scaled(value, side):
         return min(1000, max(0, round(1000 * value / side)))
 
@@ -93,6 +95,7 @@ def boxes_to_model(boxes, width, height):
 
 def boxes_from_model(boxes, width, height):
     """The way back: thousandths -> pixels (floats), within the image. A box written with its corners swapped stays swapped."""
+
     def pixels(value, side):
         return min(1.0, max(0.0, value / 1000)) * side
 
@@ -101,13 +104,16 @@ def boxes_from_model(boxes, width, height):
 
 # ---------------------------------------------------------------------------------------------------- reading a response
 
+
 @dataclass
 class Response:
     """What parse_response read."""
 
     data: dict | None = None  # the object, or {"reasoning", "answer"} of a <think> text; None where there is none
     answer: str | None = None
-    boxes: list = field(default_factory=list)  # [[x0, y0, x1, y1]] of finite numbers as written: the model's units, unsorted
+    boxes: list = field(
+        default_factory=list
+    )  # [[x0, y0, x1, y1]] of finite numbers as written: the model's units, unsorted
     level: int = 7  # a key of REPAIR_LEVELS
     problem: str = ""  # why an object was refused, "" where none was
 
@@ -225,7 +231,9 @@ def read_span(text, start, end, complete):
     """-> (dict, level). Strict JSON first, then with repairs."""
     if complete:
         try:
-            data = json.loads(text[start:end], object_pairs_hook=no_conflicts, parse_constant=refuse_constant, parse_float=finite)
+            data = json.loads(
+                text[start:end], object_pairs_hook=no_conflicts, parse_constant=refuse_constant, parse_float=finite
+            )
             return check_depth(data), 0
         except (ValueError, RecursionError):
             pass
@@ -420,8 +428,10 @@ def boxes_of(data):
 
 
 def is_box(value):
-    return isinstance(value, list) and len(value) == 4 and all(
-        isinstance(n, (int, float)) and not isinstance(n, bool) and abs(n) < 1e6 for n in value
+    return (
+        isinstance(value, list)
+        and len(value) == 4
+        and all(isinstance(n, (int, float)) and not isinstance(n, bool) and abs(n) < 1e6 for n in value)
     )
 
 

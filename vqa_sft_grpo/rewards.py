@@ -49,6 +49,7 @@ word "left" hardly depends on the image. So rollouts of one prompt with equal an
 further apart from wrong ones where the model looks at the region, and nearer where it does not, but never one right answer
 from another. What teaches a policy to look is the other half of the gradient, through V itself: slope(), images_of_v() and train_grpo.py.
 """
+
 import functools
 import json
 import math
@@ -78,7 +79,12 @@ from vqa_sft_grpo.scoring import (
 COMPOSITIONS = ("gated", "additive")
 TERMS = ("format", "answer", "consistency", "counterfactual")
 DEFAULT_WEIGHTS = (0.2, 0.4, 0.2, 0.2)
-IGNORED = ("delta_cf_roi", "delta_cf_rand", "valid_json", "answer_correct")  # of rows that evaluate.py --export-grpo wrote
+IGNORED = (
+    "delta_cf_roi",
+    "delta_cf_rand",
+    "valid_json",
+    "answer_correct",
+)  # of rows that evaluate.py --export-grpo wrote
 RIGHT = 0.5  # of A, before the frequency: above it V+ counts
 NATS = 1.0  # a drop of the log-probability by this much makes V = 1; no larger one counts for more
 MOST = 1.5  # that the answer's part of the reward can be
@@ -87,22 +93,61 @@ TOO_LARGE = 0.6  # share of the image
 COPIED = 0.8  # of a sentence
 PLACEHOLDERS = ([0, 0, 100, 100], [0, 0, 1, 1], [0, 0, 10, 10])  # boxes of prompts and examples
 SPECIAL = re.compile(r"<\|[a-z_]+\|>|<(?:image|video|s|/s|pad)>", re.IGNORECASE)
-HEDGES = {"or", "either", "maybe", "perhaps", "possibly", "possible", "probably", "likely", "might", "could", "unsure", "uncertain", "unclear", "unknown", "cannot", "versus", "vs", "depend"}
-ORGANS = set("lung heart liver spleen kidney stomach bladder brain colon intestine rectum esophagus trachea pancreas aorta spine larynx eye".split())
+HEDGES = {
+    "or",
+    "either",
+    "maybe",
+    "perhaps",
+    "possibly",
+    "possible",
+    "probably",
+    "likely",
+    "might",
+    "could",
+    "unsure",
+    "uncertain",
+    "unclear",
+    "unknown",
+    "cannot",
+    "versus",
+    "vs",
+    "depend",
+}
+ORGANS = set(
+    "lung heart liver spleen kidney stomach bladder brain colon intestine rectum esophagus trachea pancreas aorta spine larynx eye".split()
+)
 OPPOSITE_WORDS = [pair for pair in OPPOSITES if pair != ("yes", "no")] + [("small", "large")]
 
 MEANINGS = {  # of what a rollout's dict holds, for the head of a log
     "reward": "what the rollout earned",
-    "format": "gate - penalty", "answer": "A: accuracy x class_weight", "consistency": "B + C", "counterfactual": "V",
-    "gate": "1: exactly one object of known fields, or the two marks; 0 otherwise", "gate_why": "why the gate is closed",
-    "level": "what had to be mended to read it, prompting.REPAIR_LEVELS", "said": "the answer that was read", "kind": "yes/no, choice, closed or open",
-    "accuracy": "A before the frequency weight", "class_weight": "inverse frequency of the gold answer in the training rows, 0.5 to 2",
-    "correct": "right by the strict score of the evaluation", "parsed": "an answer of the kind asked for", "opposite": "contradicts the gold answer", "hedged": "leaves a way out",
-    "box": "B: IoU with the gold region", "box_why": "why it is 0", "contradiction": "C: -1 where the reasoning contradicts the answer", "contradiction_why": "how",
-    "length": "too long, 0 to 1", "repetition": "share of repeated words, 0 to 1", "copying": "1: a sentence is the question or the instruction", "penalty": "P: their sum, at most 1",
-    "d_roi": "drop of the answer's log-probability without the gold region, nats per token; None: nothing is taken out", "d_rand": "mean of the same over random regions", "d_rand_each": "for each of them",
+    "format": "gate - penalty",
+    "answer": "A: accuracy x class_weight",
+    "consistency": "B + C",
+    "counterfactual": "V",
+    "gate": "1: exactly one object of known fields, or the two marks; 0 otherwise",
+    "gate_why": "why the gate is closed",
+    "level": "what had to be mended to read it, prompting.REPAIR_LEVELS",
+    "said": "the answer that was read",
+    "kind": "yes/no, choice, closed or open",
+    "accuracy": "A before the frequency weight",
+    "class_weight": "inverse frequency of the gold answer in the training rows, 0.5 to 2",
+    "correct": "right by the strict score of the evaluation",
+    "parsed": "an answer of the kind asked for",
+    "opposite": "contradicts the gold answer",
+    "hedged": "leaves a way out",
+    "box": "B: IoU with the gold region",
+    "box_why": "why it is 0",
+    "contradiction": "C: -1 where the reasoning contradicts the answer",
+    "contradiction_why": "how",
+    "length": "too long, 0 to 1",
+    "repetition": "share of repeated words, 0 to 1",
+    "copying": "1: a sentence is the question or the instruction",
+    "penalty": "P: their sum, at most 1",
+    "d_roi": "drop of the answer's log-probability without the gold region, nats per token; None: nothing is taken out",
+    "d_rand": "mean of the same over random regions",
+    "d_rand_each": "for each of them",
     "counterfactual_why": "why V is undefined",
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -118,7 +163,9 @@ class RewardSettings:
         object.__setattr__(self, "weights", parse_weights(self.weights))
         check_style(self.style)
         if self.composition not in COMPOSITIONS:
-            raise InputError(f"there is no reward composition '{self.composition}'; there are {' and '.join(COMPOSITIONS)}")
+            raise InputError(
+                f"there is no reward composition '{self.composition}'; there are {' and '.join(COMPOSITIONS)}"
+            )
 
 
 def parse_weights(weights):
@@ -129,7 +176,9 @@ def parse_weights(weights):
     except (TypeError, ValueError):
         numbers = ()
     if len(numbers) != len(TERMS) or not all(0 <= n < math.inf for n in numbers) or not any(numbers):
-        raise InputError(f"the reward weights are {weights!r}; give four numbers of at least 0, not all 0, for {', '.join(TERMS)}: 0.2,0.4,0.2,0.2")
+        raise InputError(
+            f"the reward weights are {weights!r}; give four numbers of at least 0, not all 0, for {', '.join(TERMS)}: 0.2,0.4,0.2,0.2"
+        )
     return numbers
 
 
@@ -157,6 +206,7 @@ def answer_type_of(row):
 
 
 # -------------------------------------------------------------------------------------------------------- answer frequency
+
 
 def answer_class(row):
     """-> (group of questions with the same possible answers, the gold answer's class in it, number of classes or None: open-ended)."""
@@ -202,6 +252,7 @@ class AnswerFrequencies:
 
 # ---------------------------------------------------------------------------------------------------------- counterfactual
 
+
 @dataclass
 class EditPlan:
     """images: [as it is, without the region if roi names one, without random region 1, ... K], uint8; empty where `why` says that none can be made."""
@@ -225,16 +276,27 @@ def plan_edits(row, image, k=4, fill="inpaint", seed=0):
     seed = [*np.atleast_1d(seed).tolist(), zlib.crc32(f"{row.get('id', '')} {row['question']}".encode())]
     height, width = image.shape[:2]
     nothing = is_no(row)  # its own region, if any, is where something would be
-    boxes = [[x0 * width, y0 * height, x1 * width, y1 * height] for x0, y0, x1, y1 in row.get("lent") or ()] if nothing else row.get("region")
+    boxes = (
+        [[x0 * width, y0 * height, x1 * width, y1 * height] for x0, y0, x1, y1 in row.get("lent") or ()]
+        if nothing
+        else row.get("region")
+    )
     if not boxes:
-        return EditPlan(why="the gold answer is no: there is nothing to take out, and no other row has a region to lend" if nothing else "no gold region")
+        return EditPlan(
+            why="the gold answer is no: there is nothing to take out, and no other row has a region to lend"
+            if nothing
+            else "no gold region"
+        )
     plan = plan_regions(image, boxes, k, seed)
     if plan.why:
         return EditPlan(why=plan.why)
     roi = [] if nothing else plan.roi
     if fill == "mixed":
         fill = FILLS[np.random.default_rng(seed).integers(len(FILLS))]
-    edited = [fill_region(image, boxes, fill, seed=[*seed, number]) for number, boxes in enumerate([roi] * bool(roi) + plan.random)]
+    edited = [
+        fill_region(image, boxes, fill, seed=[*seed, number])
+        for number, boxes in enumerate([roi] * bool(roi) + plan.random)
+    ]
     return EditPlan([image, *edited], "", roi, plan.random, fill)
 
 
@@ -246,7 +308,10 @@ def lend_regions(rows, lenders):
     pool = {}
     for row in lenders:
         if row.get("region") and row.get("width") and row.get("height") and not is_no(row):
-            shares = [[x0 / row["width"], y0 / row["height"], x1 / row["width"], y1 / row["height"]] for x0, y0, x1, y1 in row["region"]]
+            shares = [
+                [x0 / row["width"], y0 / row["height"], x1 / row["width"], y1 / row["height"]]
+                for x0, y0, x1, y1 in row["region"]
+            ]
             for key in (row["question"], None):
                 pool.setdefault(key, []).append(shares)
     for row in rows:
@@ -286,7 +351,11 @@ def measure_drops(score, questions, answers, plans):
         for key, (_, _, plan) in jobs.items():
             part = logps[start : start + len(plan.images)]
             start += len(plan.images)
-            found[key] = None if any(p is None or not math.isfinite(p) for p in part) else [float(part[0]) - float(p) for p in part[1:]]
+            found[key] = (
+                None
+                if any(p is None or not math.isfinite(p) for p in part)
+                else [float(part[0]) - float(p) for p in part[1:]]
+            )
     results = []
     for answer, plan in zip(answers, plans, strict=True):
         why = "no answer to score" if answer is None else plan.why
@@ -294,7 +363,9 @@ def measure_drops(score, questions, answers, plans):
         if not why and drops is None:
             why = "the log-probability of the answer is not finite"
         d_roi = [None] if why or not plan.roi else drops[:1]
-        results.append({"d_roi": d_roi[0], "d_rand_each": None if why else drops[len(plan.roi) > 0 :], "counterfactual_why": why})
+        results.append(
+            {"d_roi": d_roi[0], "d_rand_each": None if why else drops[len(plan.roi) > 0 :], "counterfactual_why": why}
+        )
     return results
 
 
@@ -306,12 +377,19 @@ def answer_to_score(text, settings=RewardSettings()):  # noqa: B008 - frozen
 
 # ------------------------------------------------------------------------------------------------------------ the terms
 
+
 def gate_problem(text, found, style):
     """-> "" for a text that passes the gate, else why not."""
     if SPECIAL.search(text):
         return "image or chat tokens in the text"
     if not found.valid:
-        return found.problem or ("no answer" if found.answer is None else "other text around the object" if found.level == 2 else f"not strict (repair level {found.level})")
+        return found.problem or (
+            "no answer"
+            if found.answer is None
+            else "other text around the object"
+            if found.level == 2
+            else f"not strict (repair level {found.level})"
+        )
     if style == "json":
         data = found.data
         if set(data) - set(FIELDS):
@@ -374,7 +452,9 @@ def contradiction_term(reasoning, answer, question, kind):
     topic = set(asked) - COMMON - NEGATORS - {"."}
     if kind == "yes/no":
         mine, theirs = polarity(answer, question), polarity(reasoning, question)
-        plain = not (NEGATORS | {"absent", "free"}) & set(asked)  # "Is the film free of effusion?" turns yes and no round
+        plain = not (NEGATORS | {"absent", "free"}) & set(
+            asked
+        )  # "Is the film free of effusion?" turns yes and no round
         if mine and theirs and mine != theirs and not (topic & affirmed):
             return -1.0, f"the reasoning says {theirs}, the answer {mine}"
         if plain and mine == "no" and topic and topic <= affirmed:
@@ -467,7 +547,10 @@ def length_term(tokens, max_tokens):
 
 # -------------------------------------------------------------------------------------------------------------- together
 
-def rollout_terms(row, text, settings=RewardSettings(), frequencies=None, d_roi=None, d_rand=None, tokens=None, counterfactual_why=""):  # noqa: B008 - frozen
+
+def rollout_terms(
+    row, text, settings=RewardSettings(), frequencies=None, d_roi=None, d_rand=None, tokens=None, counterfactual_why=""
+):  # noqa: B008 - frozen
     """
     Everything about one rollout -> a dict of plain values with the keys of MEANINGS.
 
@@ -483,12 +566,20 @@ def rollout_terms(row, text, settings=RewardSettings(), frequencies=None, d_roi=
     accuracy, score, away = accuracy_of(found.answer, gold, answer_type_of(row), question)
     weight = frequencies.weight(row) if frequencies is not None else 1.0
     data = found.data or {}
-    written = [data[name] for name in ("caption", "reasoning", "answer") if isinstance(data.get(name), str)] if found.data else [text]
+    written = (
+        [data[name] for name in ("caption", "reasoning", "answer") if isinstance(data.get(name), str)]
+        if found.data
+        else [text]
+    )
 
     box, box_why = box_term(row, found) if style == "json" else (None, "")
     contradiction, contradiction_why = contradiction_term(data.get("reasoning"), found.answer, question, score["kind"])
     tokens = len(re.findall(r"\w+|[^\w\s]", text)) if tokens is None else tokens
-    length, repetition, copying = length_term(tokens, settings.max_tokens), repetition_term(written), copying_term(written, question, style)
+    length, repetition, copying = (
+        length_term(tokens, settings.max_tokens),
+        repetition_term(written),
+        copying_term(written, question, style),
+    )
     penalty = min(1.0, length + repetition + copying)
 
     value, mean_rand, d_roi = None, None, None if is_no(row) else d_roi
@@ -503,13 +594,35 @@ def rollout_terms(row, text, settings=RewardSettings(), frequencies=None, d_roi=
         counterfactual_why = "not measured"
     known = [part for part in (box, contradiction) if part is not None]
     terms = {
-        "reward": None, "format": gate - penalty, "answer": accuracy * weight, "consistency": sum(known) if known else None, "counterfactual": value,
-        "gate": gate, "gate_why": why, "level": found.level, "said": found.answer, "kind": score["kind"],
-        "accuracy": accuracy, "class_weight": weight, "correct": bool(score["correct"]), "parsed": bool(score["parsed"]), "opposite": bool(score["contradiction"]), "hedged": away,
-        "box": box, "box_why": box_why, "contradiction": contradiction, "contradiction_why": contradiction_why,
-        "length": length, "repetition": repetition, "copying": copying, "penalty": penalty,
-        "d_roi": d_roi, "d_rand": mean_rand, "d_rand_each": list(d_rand) if d_rand else None, "counterfactual_why": "" if value is not None else counterfactual_why,
-    }  # fmt: skip
+        "reward": None,
+        "format": gate - penalty,
+        "answer": accuracy * weight,
+        "consistency": sum(known) if known else None,
+        "counterfactual": value,
+        "gate": gate,
+        "gate_why": why,
+        "level": found.level,
+        "said": found.answer,
+        "kind": score["kind"],
+        "accuracy": accuracy,
+        "class_weight": weight,
+        "correct": bool(score["correct"]),
+        "parsed": bool(score["parsed"]),
+        "opposite": bool(score["contradiction"]),
+        "hedged": away,
+        "box": box,
+        "box_why": box_why,
+        "contradiction": contradiction,
+        "contradiction_why": contradiction_why,
+        "length": length,
+        "repetition": repetition,
+        "copying": copying,
+        "penalty": penalty,
+        "d_roi": d_roi,
+        "d_rand": mean_rand,
+        "d_rand_each": list(d_rand) if d_rand else None,
+        "counterfactual_why": "" if value is not None else counterfactual_why,
+    }
     terms["reward"] = compose(terms, settings)
     return terms
 
@@ -529,9 +642,13 @@ def parts(terms, settings):
     looked = max(v, 0.0) if terms["accuracy"] > RIGHT else 0.0
     alone, together = min(cap, answer), min(cap, answer * (1 + 0.3 * c * looked))
     return {
-        "answer": gate * alone, "looked at the region": gate * (together - alone), "looked elsewhere": gate * 0.3 * c * min(v, 0.0),
-        "box": gate * 0.15 * s * box, "contradiction": 0.2 * s * contradiction, "penalty": -0.2 * f * terms["penalty"],
-    }  # fmt: skip
+        "answer": gate * alone,
+        "looked at the region": gate * (together - alone),
+        "looked elsewhere": gate * 0.3 * c * min(v, 0.0),
+        "box": gate * 0.15 * s * box,
+        "contradiction": 0.2 * s * contradiction,
+        "penalty": -0.2 * f * terms["penalty"],
+    }
 
 
 def slope(terms, settings):
@@ -569,7 +686,16 @@ def score_rollouts(rows, texts, settings=RewardSettings(), frequencies=None, dro
     n = len(texts)
     drops, tokens = drops or [{}] * n, tokens if tokens is not None else [None] * n
     return [
-        rollout_terms(row, text, settings, frequencies, drop.get("d_roi"), drop.get("d_rand_each"), count, drop.get("counterfactual_why", ""))
+        rollout_terms(
+            row,
+            text,
+            settings,
+            frequencies,
+            drop.get("d_roi"),
+            drop.get("d_rand_each"),
+            count,
+            drop.get("counterfactual_why", ""),
+        )
         for row, text, drop, count in zip(rows, texts, drops, tokens, strict=True)
     ]
 
@@ -577,13 +703,40 @@ def score_rollouts(rows, texts, settings=RewardSettings(), frequencies=None, dro
 def explain(row, text, terms, settings=RewardSettings()):  # noqa: B008 - frozen
     """Why a rollout earned what it earned -> lines of text: each summand with what it comes from; they add up to the reward."""
     t, gold = terms, gold_of(row)
-    lines = [f"question: {row['question']}", f"gold:     {gold}", f"rollout:  {text.strip()[:500]}", f"reward {t['reward']:+.3f} ({settings.composition})"]
-    verdict = "right" if t["correct"] else "no answer that can be read" if not t["parsed"] else "the opposite of the gold answer" if t["opposite"] else f"right in part, squared F1 {t['accuracy']:.2f}" if t["kind"] == "open" else "wrong"
+    lines = [
+        f"question: {row['question']}",
+        f"gold:     {gold}",
+        f"rollout:  {text.strip()[:500]}",
+        f"reward {t['reward']:+.3f} ({settings.composition})",
+    ]
+    verdict = (
+        "right"
+        if t["correct"]
+        else "no answer that can be read"
+        if not t["parsed"]
+        else "the opposite of the gold answer"
+        if t["opposite"]
+        else f"right in part, squared F1 {t['accuracy']:.2f}"
+        if t["kind"] == "open"
+        else "wrong"
+    )
     answer = f"'{t['said']}' is {verdict}{', but hedged: counts 0' if t['hedged'] else ''}; A {t['accuracy']:.2f} x {t['class_weight']:.2f} for how rare the gold answer is"
-    gate = f"{t['gate']:.0f}" + (f": {t['gate_why']}; nothing but penalties counts" if t["gate_why"] and settings.composition == "gated" else f": {t['gate_why']}" if t["gate_why"] else "")
+    gate = f"{t['gate']:.0f}" + (
+        f": {t['gate_why']}; nothing but penalties counts"
+        if t["gate_why"] and settings.composition == "gated"
+        else f": {t['gate_why']}"
+        if t["gate_why"]
+        else ""
+    )
     penalty = f"too long {t['length']:.2f}, repetition {t['repetition']:.2f}, copied {t['copying']:.0f}"
-    box = "no gold region" if t["box"] is None else f"IoU {t['box']:.2f}" + (f" ({t['box_why']})" if t["box_why"] else "")
-    against = "no reasoning" if t["contradiction"] is None else t["contradiction_why"] or "reasoning and answer agree, or cannot be compared"
+    box = (
+        "no gold region" if t["box"] is None else f"IoU {t['box']:.2f}" + (f" ({t['box_why']})" if t["box_why"] else "")
+    )
+    against = (
+        "no reasoning"
+        if t["contradiction"] is None
+        else t["contradiction_why"] or "reasoning and answer agree, or cannot be compared"
+    )
     if t["counterfactual"] is None:
         looked = f"V undefined: {t['counterfactual_why']}"
     elif t["d_roi"] is None:
@@ -592,9 +745,25 @@ def explain(row, text, terms, settings=RewardSettings()):  # noqa: B008 - frozen
         looked = f"without the region the answer loses {t['d_roi']:+.3f} nats per token, without a random one at most {max(t['d_rand_each']):+.3f}: V {t['counterfactual']:+.2f}"
     lines.append(f"  gate {gate}")
     sources = {
-        "additive": {"format": f"gate {t['gate']:.0f} - ({penalty})", "answer": answer, "consistency": f"box: {box}; {against}", "counterfactual": looked},
-        "gated": {"answer": answer, "looked at the region": looked + ("" if t["accuracy"] > RIGHT else "; counts upwards for right answers only"), "looked elsewhere": "" if t["counterfactual"] is None else "a random region matters" if t["counterfactual"] < 0 else "no",
-                  "box": box, "contradiction": against, "penalty": penalty},
-    }[settings.composition]  # fmt: skip
+        "additive": {
+            "format": f"gate {t['gate']:.0f} - ({penalty})",
+            "answer": answer,
+            "consistency": f"box: {box}; {against}",
+            "counterfactual": looked,
+        },
+        "gated": {
+            "answer": answer,
+            "looked at the region": looked
+            + ("" if t["accuracy"] > RIGHT else "; counts upwards for right answers only"),
+            "looked elsewhere": ""
+            if t["counterfactual"] is None
+            else "a random region matters"
+            if t["counterfactual"] < 0
+            else "no",
+            "box": box,
+            "contradiction": against,
+            "penalty": penalty,
+        },
+    }[settings.composition]
     summands = parts(terms, settings)
     return lines + [f"  {value:+.3f} {name}: {sources[name]}" for name, value in summands.items()]

@@ -11,6 +11,7 @@ plain way (share=False: every rollout a text of its own) to rounding; the tests 
 
 The vision tower is not trained here: its features are numbers that policy, reference and scoring passes share.
 """
+
 from dataclasses import dataclass
 
 import shared  # noqa: F401, isort: skip  # before transformers
@@ -20,7 +21,15 @@ from transformers import DynamicCache
 
 from shared.models.inputs import preprocess_images
 from shared.runtime import free_gpu
-from vqa_sft_grpo.data import KINDS, around_answer, image_features, image_tensors, padded, prompt_tokens, ready_features
+from vqa_sft_grpo.examples import (
+    KINDS,
+    around_answer,
+    image_features,
+    image_tensors,
+    padded,
+    prompt_tokens,
+    ready_features,
+)
 from vqa_sft_grpo.grpo import selected_logprobs
 from vqa_sft_grpo.rewards import answer_alone
 
@@ -41,9 +50,14 @@ def make_prompts(vlm, questions, style, images, chunk=32):
     found = {}
     for start in range(0, len(distinct), chunk):
         some = preprocess_images(vlm.processor, distinct[start : start + chunk])
-        for image, grid, features in zip(distinct[start : start + chunk], some.grids, image_features(vlm, some), strict=True):
+        for image, grid, features in zip(
+            distinct[start : start + chunk], some.grids, image_features(vlm, some), strict=True
+        ):
             found[id(image)] = tuple(grid), features
-    return [Prompt(prompt_tokens(vlm, question, style, found[id(image)][0]), *found[id(image)]) for question, image in zip(questions, images, strict=True)]
+    return [
+        Prompt(prompt_tokens(vlm, question, style, found[id(image)][0]), *found[id(image)])
+        for question, image in zip(questions, images, strict=True)
+    ]
 
 
 def stop_tokens(vlm):
@@ -94,6 +108,7 @@ class Fits:
 
 # -------------------------------------------------------------------------------------------------------- the two passes
 
+
 def lay_out(vlm, prompts):
     """Left-padded -> ids, mask, is_image (P, L) and positions (P, L), for Qwen2-VL (3, P, L)."""
     ids = padded([p.ids for p in prompts], -1, "left").to(vlm.device)
@@ -102,7 +117,12 @@ def lay_out(vlm, prompts):
     is_image = ((ids == vlm.image_token_id) & mask.bool()).long()
     if vlm.family == "qwen2vl":
         grids = image_tensors(vlm, [p.grid for p in prompts])["image_grid_thw"]
-        return ids, mask, is_image, vlm.base.model.get_rope_index(ids, is_image, image_grid_thw=grids, attention_mask=mask)[0]
+        return (
+            ids,
+            mask,
+            is_image,
+            vlm.base.model.get_rope_index(ids, is_image, image_grid_thw=grids, attention_mask=mask)[0],
+        )
     return ids, mask, is_image, (mask.cumsum(1) - 1).clamp(min=0)
 
 
@@ -116,17 +136,27 @@ def prefill(vlm, prompts):
     cache = DynamicCache(config=vlm.config.get_text_config())
     with ready_features(vlm, [p.features for p in prompts]):
         vlm.base.model(
-            input_ids=ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions[..., :-1], past_key_values=cache, use_cache=True,
-            **kinds(vlm, is_image[:, :-1]), **image_tensors(vlm, [p.grid for p in prompts]),
-        )  # fmt: skip
+            input_ids=ids[:, :-1],
+            attention_mask=mask[:, :-1],
+            position_ids=positions[..., :-1],
+            past_key_values=cache,
+            use_cache=True,
+            **kinds(vlm, is_image[:, :-1]),
+            **image_tensors(vlm, [p.grid for p in prompts]),
+        )
     return cache, mask[:, :-1], ids[:, -1:], positions[..., -1:]
 
 
 def continued(vlm, cache, ids, mask, positions):
     """Last hidden states (N, T, D) of tokens that follow what the cache holds."""
     return vlm.base.model(
-        input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, **kinds(vlm, torch.zeros_like(ids)),
-    ).last_hidden_state  # fmt: skip
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+        **kinds(vlm, torch.zeros_like(ids)),
+    ).last_hidden_state
 
 
 def completion_hidden(vlm, prompts, groups, share=True):
@@ -148,10 +178,13 @@ def completion_hidden(vlm, prompts, groups, share=True):
     repeated = [prompts[r] for r in rows.tolist()]
     with ready_features(vlm, [p.features for p in repeated]):
         hidden = vlm.base.model(
-            input_ids=torch.cat([ids[rows], inputs], 1), attention_mask=torch.cat([mask[rows], behind + 1], 1), use_cache=False,
+            input_ids=torch.cat([ids[rows], inputs], 1),
+            attention_mask=torch.cat([mask[rows], behind + 1], 1),
+            use_cache=False,
             position_ids=torch.cat([positions[..., rows, :], positions[..., rows, -1:] + steps[1:]], -1),
-            **kinds(vlm, torch.cat([is_image[rows], behind], 1)), **image_tensors(vlm, [p.grid for p in repeated]),
-        ).last_hidden_state  # fmt: skip
+            **kinds(vlm, torch.cat([is_image[rows], behind], 1)),
+            **image_tensors(vlm, [p.grid for p in repeated]),
+        ).last_hidden_state
     return hidden[:, length - 1 :], targets
 
 
@@ -160,7 +193,15 @@ def completion_logprobs(vlm, prompts, groups, temperature=1.0, suppress=(), shar
     hidden, targets = completion_hidden(vlm, prompts, groups, share)
     mask = targets >= 0
     head = vlm.base.lm_head
-    logp, entropy = selected_logprobs(hidden[mask], head.weight, targets[mask], temperature, bias=head.bias, suppress=suppress, with_entropy=with_entropy)
+    logp, entropy = selected_logprobs(
+        hidden[mask],
+        head.weight,
+        targets[mask],
+        temperature,
+        bias=head.bias,
+        suppress=suppress,
+        with_entropy=with_entropy,
+    )
     logp, entropy = (None if x is None else x.new_zeros(mask.shape).masked_scatter(mask, x) for x in (logp, entropy))
     return logp, entropy, mask
 
@@ -176,14 +217,22 @@ def sample(vlm, prompts, group_size, max_new_tokens, temperature=1.0, generator=
     rows = torch.arange(len(prompts), device=vlm.device).repeat_interleave(group_size)
     cache.batch_select_indices(rows)
     mask, ids, positions = mask[rows], ids[rows], positions[..., rows, :]
-    head, stops, suppress = vlm.base.lm_head, torch.tensor(list(stop_ids), device=vlm.device), torch.tensor(list(suppress), dtype=torch.long, device=vlm.device)
+    head, stops, suppress = (
+        vlm.base.lm_head,
+        torch.tensor(list(stop_ids), device=vlm.device),
+        torch.tensor(list(suppress), dtype=torch.long, device=vlm.device),
+    )
     written, logps = ([[] for _ in rows] for _ in range(2))
     going = list(range(len(rows)))  # which rollout each row of the batch is
     for _ in range(max_new_tokens):
         mask = torch.cat([mask, mask.new_ones(len(going), 1)], 1)
         scores = head(continued(vlm, cache, ids, mask, positions)[:, -1]).float() / temperature
         scores = scores.index_fill_(1, suppress, -torch.inf).log_softmax(-1)
-        ids = scores.argmax(-1, keepdim=True) if generator is None else torch.multinomial(scores.exp(), 1, generator=generator)
+        ids = (
+            scores.argmax(-1, keepdim=True)
+            if generator is None
+            else torch.multinomial(scores.exp(), 1, generator=generator)
+        )
         for row, token, logp in zip(going, ids[:, 0].tolist(), scores.gather(1, ids)[:, 0].tolist(), strict=True):
             written[row].append(token)
             logps[row].append(logp)
@@ -200,18 +249,25 @@ def sample(vlm, prompts, group_size, max_new_tokens, temperature=1.0, generator=
 
 # ------------------------------------------------------------------------------------------------- answers, on their own
 
+
 def answer_tokens(vlm, answer, style):
     """An answer as a whole response -> token ids, and which of them belong to the answer itself (bool list)."""
     text, (first, last) = answer_alone(answer, style)
     before = around_answer(vlm)[0]
     encoded = vlm.tokenizer(before + text, add_special_tokens=False, return_offsets_mapping=True)
     first, last = first + len(before), last + len(before)
-    return encoded["input_ids"], [begin < last and end > first and end > begin for begin, end in encoded["offset_mapping"]]
+    return encoded["input_ids"], [
+        begin < last and end > first and end > begin for begin, end in encoded["offset_mapping"]
+    ]
 
 
 def answer_logprobs(vlm, prompts, answers, style, suppress=(), share=True):
     """answers[i]: answers (texts) to prompts[i] -> float32 (N,): mean log-probability, in nats, of the tokens of each answer. Differentiable."""
     tokens = [[answer_tokens(vlm, answer, style) for answer in some] for some in answers]
-    logp, _, mask = completion_logprobs(vlm, prompts, [[ids for ids, _ in some] for some in tokens], suppress=suppress, share=share, with_entropy=False)
-    chosen = padded([[bool(c) for c in of_answer] for some in tokens for _, of_answer in some], 0, "right").to(vlm.device)
+    logp, _, mask = completion_logprobs(
+        vlm, prompts, [[ids for ids, _ in some] for some in tokens], suppress=suppress, share=share, with_entropy=False
+    )
+    chosen = padded([[bool(c) for c in of_answer] for some in tokens for _, of_answer in some], 0, "right").to(
+        vlm.device
+    )
     return (logp * chosen).sum(1) / chosen.sum(1)

@@ -19,15 +19,24 @@ Every row keeps its place in the denominator; an empty text is a wrong one. All 
 score_with_synonyms is the same with the word list SYNONYMS folded first: a column of its own, never the headline.
 llava_med_scores and medevalkit_scores do what those scripts do, their faults included: to be read beside published numbers only.
 """
+
 import re
 import unicodedata
 
-NUMBERS = dict(zip("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty".split(), map(str, range(21)), strict=True))
+NUMBERS = dict(
+    zip(
+        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty".split(),
+        map(str, range(21)),
+        strict=True,
+    )
+)
 ARTICLES = {"a", "an", "the"}
 NEGATORS = {"no", "not", "without"}
 NO_NEGATION = {"doubt", "question", "only", "longer", "change"}  # "no doubt there is", "not only"
 # A negation reaches no further than the next of these
-CLAUSE = set(". but however although though except there which that because while i it this he she they we yes no not".split())
+CLAUSE = set(
+    ". but however although though except there which that because while i it this he she they we yes no not".split()
+)
 # Words of questions and answers that do not say what is asked about
 COMMON = set(
     "is are was were be been do does did has have had can could would should may this that these those there it its any evidence sign "
@@ -35,36 +44,104 @@ COMMON = set(
     "in on of at to for from with by and or patient you what which where how who when as also".split()
 )
 OPPOSITES = [
-    ("left", "right"), ("upper", "lower"), ("superior", "inferior"), ("anterior", "posterior"), ("medial", "lateral"),
-    ("proximal", "distal"), ("with", "without"), ("increase", "decrease"), ("increased", "decreased"), ("increasing", "decreasing"),
-    ("normal", "abnormal"), ("present", "absent"), ("acute", "chronic"), ("unilateral", "bilateral"), ("yes", "no"),
-]  # fmt: skip
+    ("left", "right"),
+    ("upper", "lower"),
+    ("superior", "inferior"),
+    ("anterior", "posterior"),
+    ("medial", "lateral"),
+    ("proximal", "distal"),
+    ("with", "without"),
+    ("increase", "decrease"),
+    ("increased", "decreased"),
+    ("increasing", "decreasing"),
+    ("normal", "abnormal"),
+    ("present", "absent"),
+    ("acute", "chronic"),
+    ("unilateral", "bilateral"),
+    ("yes", "no"),
+]
 
 # version 1: spellings, abbreviations and plain equivalents; nothing that a radiologist would call different
 SYNONYMS_NAME = "medvlm-vqa-synonyms-1"
 SYNONYMS = {
-    "computed tomography": "ct", "computerized tomography": "ct", "cat scan": "ct", "ct scan": "ct", "magnetic resonance imaging": "mri",
-    "magnetic resonance": "mri", "mr": "mri", "mri scan": "mri", "mr image": "mri", "radiograph": "xray", "radiography": "xray", "plain film": "xray",
-    "chest film": "chest xray", "cxr": "chest xray", "ultrasonography": "ultrasound", "sonography": "ultrasound", "axial": "transverse",
-    "grey": "gray", "oedema": "edema", "tumour": "tumor", "haemorrhage": "hemorrhage", "bleeding": "hemorrhage", "bleed": "hemorrhage",
-    "haematoma": "hematoma", "ischaemia": "ischemia", "anaemia": "anemia", "oesophagus": "esophagus", "homogenous": "homogeneous",
-    "heterogenous": "heterogeneous", "radioopaque": "radiopaque", "enlarged heart": "cardiomegaly", "cardiac enlargement": "cardiomegaly",
-    "cerebrovascular accident": "stroke", "cva": "stroke",
-    "posteroanterior": "pa", "posterior anterior": "pa", "anteroposterior": "ap", "anterior posterior": "ap", "intravenous": "iv",
-    "gastrointestinal": "gi", "cerebrospinal fluid": "csf", "right hand side": "right side", "left hand side": "left side", "belly": "abdomen",
-    "sagital": "sagittal", "saggital": "sagittal", "asymmetrical": "asymmetric", "symmetrical": "symmetric", "yeah": "yes", "yep": "yes", "nope": "no",
-}  # fmt: skip
+    "computed tomography": "ct",
+    "computerized tomography": "ct",
+    "cat scan": "ct",
+    "ct scan": "ct",
+    "magnetic resonance imaging": "mri",
+    "magnetic resonance": "mri",
+    "mr": "mri",
+    "mri scan": "mri",
+    "mr image": "mri",
+    "radiograph": "xray",
+    "radiography": "xray",
+    "plain film": "xray",
+    "chest film": "chest xray",
+    "cxr": "chest xray",
+    "ultrasonography": "ultrasound",
+    "sonography": "ultrasound",
+    "axial": "transverse",
+    "grey": "gray",
+    "oedema": "edema",
+    "tumour": "tumor",
+    "haemorrhage": "hemorrhage",
+    "bleeding": "hemorrhage",
+    "bleed": "hemorrhage",
+    "haematoma": "hematoma",
+    "ischaemia": "ischemia",
+    "anaemia": "anemia",
+    "oesophagus": "esophagus",
+    "homogenous": "homogeneous",
+    "heterogenous": "heterogeneous",
+    "radioopaque": "radiopaque",
+    "enlarged heart": "cardiomegaly",
+    "cardiac enlargement": "cardiomegaly",
+    "cerebrovascular accident": "stroke",
+    "cva": "stroke",
+    "posteroanterior": "pa",
+    "posterior anterior": "pa",
+    "anteroposterior": "ap",
+    "anterior posterior": "ap",
+    "intravenous": "iv",
+    "gastrointestinal": "gi",
+    "cerebrospinal fluid": "csf",
+    "right hand side": "right side",
+    "left hand side": "left side",
+    "belly": "abdomen",
+    "sagital": "sagittal",
+    "saggital": "sagittal",
+    "asymmetrical": "asymmetric",
+    "symmetrical": "symmetric",
+    "yeah": "yes",
+    "yep": "yes",
+    "nope": "no",
+}
 
 # ------------------------------------------------------------------------------------------------------------------ texts
 
-FOLDS = [(re.compile(pattern), new) for pattern, new in (
-    (r"[\u2018\u2019]", "'"), (r"n't\b", " not"), (r"\bcannot\b", "can not"), (r"'s\b", ""), (r"'", ""),
-    (r"\bx[\s-]{0,3}rays?\b", "xray"), (r"\b(t[12])[\s-]{0,3}(?:weighted|wi?)\b", r"\1"),
-    (r"\b(hyper|hypo|iso|non)[\s-]{1,3}(?=[a-z])", r"\1"),
-    (r"centimet(?:er|re)s?\b", "cm"), (r"millimet(?:er|re)s?\b", "mm"), (r"(?<=\d)(?=(?:cm|mm|ml|kg|mg)\b)", " "),
-    (r"<", " less than "), (r">", " greater than "), (r"%", " percent "),
-    (r"(?<=\d),(?=\d{3}\b)", ""), (r"(?<![\w.])\.(?=\d)", "0."), (r"(\.\d{0,20}?)0{1,20}(?!\d)", r"\1"), (r"(?<=\d)\.(?!\d)", " . "),
-)]  # fmt: skip
+FOLDS = [
+    (re.compile(pattern), new)
+    for pattern, new in (
+        (r"[\u2018\u2019]", "'"),
+        (r"n't\b", " not"),
+        (r"\bcannot\b", "can not"),
+        (r"'s\b", ""),
+        (r"'", ""),
+        (r"\bx[\s-]{0,3}rays?\b", "xray"),
+        (r"\b(t[12])[\s-]{0,3}(?:weighted|wi?)\b", r"\1"),
+        (r"\b(hyper|hypo|iso|non)[\s-]{1,3}(?=[a-z])", r"\1"),
+        (r"centimet(?:er|re)s?\b", "cm"),
+        (r"millimet(?:er|re)s?\b", "mm"),
+        (r"(?<=\d)(?=(?:cm|mm|ml|kg|mg)\b)", " "),
+        (r"<", " less than "),
+        (r">", " greater than "),
+        (r"%", " percent "),
+        (r"(?<=\d),(?=\d{3}\b)", ""),
+        (r"(?<![\w.])\.(?=\d)", "0."),
+        (r"(\.\d{0,20}?)0{1,20}(?!\d)", r"\1"),
+        (r"(?<=\d)\.(?!\d)", " . "),
+    )
+]
 TOKEN = re.compile(r"\d+\.\d+|[^\W_]+|[.,;:!?()/\n]")
 MARKS = set(".,;:!?()/\n")
 
@@ -127,6 +204,7 @@ def overlap(prediction, gold):
 
 # --------------------------------------------------------------------------------------------------------- what was meant
 
+
 def reach(tokens, i, longest=8):
     """The tokens that a negation at i speaks of: up to the end of its clause, at most `longest`; [] for a "no" that stands alone."""
     scope = []
@@ -169,10 +247,14 @@ def polarity(text, question=""):
     return said.pop() if len(said) == 1 else None
 
 
-STARTS = set("is are was were do does did would could can should has have which what where who how whose when why".split())
+STARTS = set(
+    "is are was were do does did would could can should has have which what where who how whose when why".split()
+)
 WH = {"which", "what", "where", "who", "how", "whose", "when", "why"}
 FILLERS = {"just", "only", "either", "in", "on"}
-SHARED = set("side zone view plane image scan film region part area modality process appearance projection".split())  # of no option in particular
+SHARED = set(
+    "side zone view plane image scan film region part area modality process appearance projection".split()
+)  # of no option in particular
 
 
 def options_of(question):
@@ -197,7 +279,9 @@ def options_of(question):
     parts = parts[start:]
     if len(parts) < 2:
         return []
-    while all(len(part) > 1 for part in parts) and len({part[-1] for part in parts}) == 1:  # transverse plane or coronal plane
+    while (
+        all(len(part) > 1 for part in parts) and len({part[-1] for part in parts}) == 1
+    ):  # transverse plane or coronal plane
         parts = [part[:-1] for part in parts]
     for i in range(len(parts)):
         while len(parts[i]) > 1 and parts[i][0] in FILLERS:
@@ -261,6 +345,7 @@ def contradicts(prediction, gold):
 
 # ------------------------------------------------------------------------------------------------------------------ scores
 
+
 def score_answer(prediction, gold, answer_type, question=""):
     """
     prediction: text or None; gold: text; answer_type: "closed", "choice" (scored as closed) or "open", any case; question: text,
@@ -292,7 +377,16 @@ def score_answer(prediction, gold, answer_type, question=""):
             parsed, correct = exact or label is not None, exact or label == right
         else:
             kind = "closed"
-    return {"parsed": parsed, "correct": correct, "exact": exact, "recall": recall, "precision": precision, "f1": f1, "contradiction": contradiction, "kind": kind}
+    return {
+        "parsed": parsed,
+        "correct": correct,
+        "exact": exact,
+        "recall": recall,
+        "precision": precision,
+        "f1": f1,
+        "contradiction": contradiction,
+        "kind": kind,
+    }
 
 
 PHRASES = re.compile(r"\b(" + "|".join(map(re.escape, sorted(SYNONYMS, key=len, reverse=True))) + r")s?\b")
@@ -305,7 +399,12 @@ def fold_synonyms(text):
 
 def score_with_synonyms(prediction, gold, answer_type, question=""):
     """score_answer after the word list SYNONYMS_NAME: a column of its own, to be named with that name."""
-    return score_answer(None if prediction is None else fold_synonyms(prediction), fold_synonyms(gold), answer_type, fold_synonyms(question))
+    return score_answer(
+        None if prediction is None else fold_synonyms(prediction),
+        fold_synonyms(gold),
+        answer_type,
+        fold_synonyms(question),
+    )
 
 
 # -------------------------------------------------------------------------- columns that are compatible with other scripts
@@ -348,14 +447,28 @@ def llava_med_scores(prediction, gold, answer_type):
         return scores | {"closed": 1.0 if " ".join(wanted) in text else None}
     both = sum(word in set(wanted) for word in said)
     missed = sum(word not in set(said) for word in wanted)
-    scores |= {"exact": len(set(wanted) & set(said)) / len(said) if said else 0.0, "recall": 0.0, "precision": 0.0, "f1": 0.0}
+    scores |= {
+        "exact": len(set(wanted) & set(said)) / len(said) if said else 0.0,
+        "recall": 0.0,
+        "precision": 0.0,
+        "f1": 0.0,
+    }
     if both:
         recall, precision = both / (both + missed), both / len(said)
         scores |= {"recall": recall, "precision": precision, "f1": 2 * recall * precision / (recall + precision)}
     return scores
 
 
-MEDEVALKIT_MARKS = ("**answer**:", "**answer**", "*answer*:", "**answer:**", "answer is", "answer:", "final answer", "final answer is")
+MEDEVALKIT_MARKS = (
+    "**answer**:",
+    "**answer**",
+    "*answer*:",
+    "**answer:**",
+    "answer is",
+    "answer:",
+    "final answer",
+    "final answer is",
+)
 
 
 def medevalkit_scores(prediction, gold, answer_type, dataset):

@@ -38,6 +38,7 @@ How this differs from the textbook (GRPO in DeepSeekMath, arXiv 2402.03300; trl 
     dropout    off, so that the policy that learns is the one that sampled; the first step of every run compares its log-probabilities
                with the sampler's own, and checks ratios, clipping and KL: a mistake stops the run
 """
+
 import contextlib
 import functools
 import json
@@ -84,10 +85,10 @@ from shared.runtime import (
     seed_everything,
     write_json,
     write_jsonl,
-)  # fmt: skip
+)
 from vqa_sft_grpo.alarms import alarms
 from vqa_sft_grpo.counterfactual import FILLS, region_iou
-from vqa_sft_grpo.data import read_pixels
+from vqa_sft_grpo.examples import read_pixels
 from vqa_sft_grpo.grpo import (
     KL_ESTIMATORS,
     LOSSES,
@@ -142,62 +143,199 @@ from vqa_sft_grpo.train_sft import limit_pixels, restore
 
 TASK = "vqa_sft_grpo"
 MOST_SKIPPED = 20  # steps in a row without a finite loss or gradient
-TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}  # mean distance in nats of log-probabilities computed token by token and all at once
+TOLERANCE = {
+    torch.float32: 1e-3,
+    torch.float16: 0.02,
+    torch.bfloat16: 0.1,
+}  # mean distance in nats of log-probabilities computed token by token and all at once
 
 
 def parse_args(argv=None):
     parser = script_parser(__doc__, task=TASK)
     g = parser.add_argument_group("data")
-    g.add_argument("--data-jsonl", "--data", dest="data_jsonl", default="data/grpo_data.jsonl", metavar="FILE", help="rows of prepare_data.py --grpo_output (--output does as well), or phantom: drawn here (%(default)s)")
-    g.add_argument("--films", type=positive_int, default=2000, help="phantom: films to draw, and a tenth more for validation (%(default)s)")
-    g.add_argument("--conditions", nargs="+", metavar="NAME", help="phantom: draw and ask about these only (default: all)")
+    g.add_argument(
+        "--data-jsonl",
+        "--data",
+        dest="data_jsonl",
+        default="data/grpo_data.jsonl",
+        metavar="FILE",
+        help="rows of prepare_data.py --grpo_output (--output does as well), or phantom: drawn here (%(default)s)",
+    )
+    g.add_argument(
+        "--films",
+        type=positive_int,
+        default=2000,
+        help="phantom: films to draw, and a tenth more for validation (%(default)s)",
+    )
+    g.add_argument(
+        "--conditions", nargs="+", metavar="NAME", help="phantom: draw and ask about these only (default: all)"
+    )
     g.add_argument("--style", default="json", choices=STYLES, help="prompt style (%(default)s)")
-    g.add_argument("--max-pixels", type=positive_int, default=262_144, help="Qwen2-VL: images are scaled down to this area; 784 pixels are one token (%(default)s)")
+    g.add_argument(
+        "--max-pixels",
+        type=positive_int,
+        default=262_144,
+        help="Qwen2-VL: images are scaled down to this area; 784 pixels are one token (%(default)s)",
+    )
     g = parser.add_argument_group("model")
-    g.add_argument("--model", help=f"hub name, folder or tiny (default: what --sft-ckpt was trained on, else {BASE_MODEL}); also --base-model")
-    g.add_argument("--sft-ckpt", metavar="FOLDER", help="of train_sft.py: an adapter, which is trained on, or a whole model, which gets a new one")
+    g.add_argument(
+        "--model",
+        help=f"hub name, folder or tiny (default: what --sft-ckpt was trained on, else {BASE_MODEL}); also --base-model",
+    )
+    g.add_argument(
+        "--sft-ckpt",
+        metavar="FOLDER",
+        help="of train_sft.py: an adapter, which is trained on, or a whole model, which gets a new one",
+    )
     g.add_argument("--quant", default="none", choices=QUANTS, help="weights in 4 or 8 bit (%(default)s)")
-    g.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="computing precision (%(default)s)")
-    g.add_argument("--lora-rank", type=positive_int, default=16, help="of a new adapter; alpha is twice that (%(default)s)")
+    g.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        help="computing precision (%(default)s)",
+    )
+    g.add_argument(
+        "--lora-rank", type=positive_int, default=16, help="of a new adapter; alpha is twice that (%(default)s)"
+    )
     g = parser.add_argument_group("rollouts")
-    g.add_argument("--num-generations", type=positive_int, default=4, metavar="G", help="answers per question, at least 2; 8 is better where memory allows (%(default)s)")
-    g.add_argument("--max-new-tokens", type=positive_int, default=256, metavar="TOKENS", help="longest answer (%(default)s)")
-    g.add_argument("--temperature", type=positive_float, default=1.0, help="of sampling and of all log-probabilities (%(default)s)")
-    g.add_argument("--resample", type=int, default=0, metavar="TIMES", help="draw other questions for groups with equal rewards, at most so many times a step (%(default)s)")
+    g.add_argument(
+        "--num-generations",
+        type=positive_int,
+        default=4,
+        metavar="G",
+        help="answers per question, at least 2; 8 is better where memory allows (%(default)s)",
+    )
+    g.add_argument(
+        "--max-new-tokens", type=positive_int, default=256, metavar="TOKENS", help="longest answer (%(default)s)"
+    )
+    g.add_argument(
+        "--temperature", type=positive_float, default=1.0, help="of sampling and of all log-probabilities (%(default)s)"
+    )
+    g.add_argument(
+        "--resample",
+        type=int,
+        default=0,
+        metavar="TIMES",
+        help="draw other questions for groups with equal rewards, at most so many times a step (%(default)s)",
+    )
     g = parser.add_argument_group("reward", "see rewards.py")
-    g.add_argument("--weights", default="0.2,0.4,0.2,0.2", help="of format, answer, consistency, counterfactual (%(default)s); 0 for the last: edited images are not looked at")
-    g.add_argument("--composition", default="gated", choices=COMPOSITIONS, help="how the terms make up the reward (%(default)s)")
-    g.add_argument("--cf-regions", type=positive_int, default=4, metavar="K", help="random regions to compare the gold one with (%(default)s)")
-    g.add_argument("--cf-fill", default="mixed", choices=[*FILLS, "mixed"], help="what an edit puts into a region; mixed: another one for each row (%(default)s)")
-    g.add_argument("--cf-gradient", type=not_negative, default=1.0, help="weight of the reward's own gradient through V, 0 leaves it out (%(default)s)")
+    g.add_argument(
+        "--weights",
+        default="0.2,0.4,0.2,0.2",
+        help="of format, answer, consistency, counterfactual (%(default)s); 0 for the last: edited images are not looked at",
+    )
+    g.add_argument(
+        "--composition", default="gated", choices=COMPOSITIONS, help="how the terms make up the reward (%(default)s)"
+    )
+    g.add_argument(
+        "--cf-regions",
+        type=positive_int,
+        default=4,
+        metavar="K",
+        help="random regions to compare the gold one with (%(default)s)",
+    )
+    g.add_argument(
+        "--cf-fill",
+        default="mixed",
+        choices=[*FILLS, "mixed"],
+        help="what an edit puts into a region; mixed: another one for each row (%(default)s)",
+    )
+    g.add_argument(
+        "--cf-gradient",
+        type=not_negative,
+        default=1.0,
+        help="weight of the reward's own gradient through V, 0 leaves it out (%(default)s)",
+    )
     g = parser.add_argument_group("loss", "see grpo.py")
     g.add_argument("--loss", default="dapo", choices=LOSSES, help="how tokens are averaged (%(default)s)")
-    g.add_argument("--scale-rewards", default="none", choices=SCALES, help="what advantages are divided by (%(default)s)")
-    g.add_argument("--ratio-level", default="token", choices=RATIO_LEVELS, help="one ratio per token or per answer (%(default)s)")
+    g.add_argument(
+        "--scale-rewards", default="none", choices=SCALES, help="what advantages are divided by (%(default)s)"
+    )
+    g.add_argument(
+        "--ratio-level", default="token", choices=RATIO_LEVELS, help="one ratio per token or per answer (%(default)s)"
+    )
     g.add_argument("--eps-low", type=positive_float, default=0.2, help="ratios are clipped at 1 - this (%(default)s)")
     g.add_argument("--eps-high", type=positive_float, default=0.28, help="and at 1 + this (%(default)s)")
-    g.add_argument("--beta", type=not_negative, default=0.02, help="weight of the KL from the reference; 0: it is not computed (%(default)s)")
+    g.add_argument(
+        "--beta",
+        type=not_negative,
+        default=0.02,
+        help="weight of the KL from the reference; 0: it is not computed (%(default)s)",
+    )
     g.add_argument("--kl", default="k3_corrected", choices=KL_ESTIMATORS, help="its estimator (%(default)s)")
-    g.add_argument("--inner-steps", type=positive_int, default=1, metavar="N", help="gradient steps on the same answers (%(default)s)")
+    g.add_argument(
+        "--inner-steps",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="gradient steps on the same answers (%(default)s)",
+    )
     g.add_argument("--mask-truncated", action="store_true", help="answers without end token are left out of the loss")
     g = parser.add_argument_group("optimisation")
     g.add_argument("--steps", type=positive_int, default=1000, help="steps (%(default)s)")
     g.add_argument("--batch-size", type=positive_int, default=2, metavar="P", help="questions per step (%(default)s)")
-    g.add_argument("--micro-batch", type=positive_int, help="answers (or edited images) per pass; the result stays the same (default: --num-generations, for small models all)")
-    g.add_argument("--lr", type=positive_float, default=1e-6, help="highest learning rate of AdamW; an adapter bears 1e-5, the tiny model 5e-4 (%(default)s)")
-    g.add_argument("--warmup", type=fraction, default=0.05, help="share of the steps with rising learning rate, before a cosine to 0 (%(default)s)")
+    g.add_argument(
+        "--micro-batch",
+        type=positive_int,
+        help="answers (or edited images) per pass; the result stays the same (default: --num-generations, for small models all)",
+    )
+    g.add_argument(
+        "--lr",
+        type=positive_float,
+        default=1e-6,
+        help="highest learning rate of AdamW; an adapter bears 1e-5, the tiny model 5e-4 (%(default)s)",
+    )
+    g.add_argument(
+        "--warmup",
+        type=fraction,
+        default=0.05,
+        help="share of the steps with rising learning rate, before a cosine to 0 (%(default)s)",
+    )
     g.add_argument("--grad-clip", type=positive_float, default=1.0, help="largest norm of the gradient (%(default)s)")
-    g.add_argument("--checkpointing", action="store_true", help="compute activations again in the backward pass; prompts are then not shared there")
+    g.add_argument(
+        "--checkpointing",
+        action="store_true",
+        help="compute activations again in the backward pass; prompts are then not shared there",
+    )
     g = parser.add_argument_group("validation, saving, looking")
-    g.add_argument("--eval-every", type=positive_int, metavar="STEPS", help="steps between two validations (default: ten in a run)")
-    g.add_argument("--eval-rows", type=positive_int, default=100, metavar="N", help="validation rows that are answered, drawn with --seed (%(default)s)")
-    g.add_argument("--save-every", type=positive_int, default=25, metavar="STEPS", help="steps between two last.pt: what a killed run repeats (%(default)s)")
-    g.add_argument("--explain", metavar="ID", help="no training: print why a rollout of --out-dir (step.prompt.rollout, as in rollouts.jsonl) earned what it earned, and draw its edited images")
+    g.add_argument(
+        "--eval-every", type=positive_int, metavar="STEPS", help="steps between two validations (default: ten in a run)"
+    )
+    g.add_argument(
+        "--eval-rows",
+        type=positive_int,
+        default=100,
+        metavar="N",
+        help="validation rows that are answered, drawn with --seed (%(default)s)",
+    )
+    g.add_argument(
+        "--save-every",
+        type=positive_int,
+        default=25,
+        metavar="STEPS",
+        help="steps between two last.pt: what a killed run repeats (%(default)s)",
+    )
+    g.add_argument(
+        "--explain",
+        metavar="ID",
+        help="no training: print why a rollout of --out-dir (step.prompt.rollout, as in rollouts.jsonl) earned what it earned, and draw its edited images",
+    )
     add_resume(g)
     args = parser.parse_args(argv)
     if args.dry_run:
-        args.data_jsonl, args.model, args.device, args.films, args.steps = "phantom", args.model if args.model and is_tiny(args.model) else None if args.sft_ckpt else "tiny", "cpu", 12, 3
-        args.batch_size, args.eval_rows, args.eval_every, args.max_new_tokens = min(args.batch_size, 2), 4, 2, min(args.max_new_tokens, 32)
+        args.data_jsonl, args.model, args.device, args.films, args.steps = (
+            "phantom",
+            args.model if args.model and is_tiny(args.model) else None if args.sft_ckpt else "tiny",
+            "cpu",
+            12,
+            3,
+        )
+        args.batch_size, args.eval_rows, args.eval_every, args.max_new_tokens = (
+            min(args.batch_size, 2),
+            4,
+            2,
+            min(args.max_new_tokens, 32),
+        )
     if args.num_generations < 2:
         parser.error("--num-generations must be at least 2: an answer alone has nothing to be compared with")
     if args.explain and not args.out_dir:
@@ -211,18 +349,37 @@ def parse_args(argv=None):
 
 # ---------------------------------------------------------------------------------------------------------------- rows
 
+
 def load_rows(args):
     """-> (training rows, validation rows, facts for metrics.json). Rows of a test split are left out, whatever the file holds."""
     if args.data_jsonl.lower() == "phantom":
-        rows, audit = make_rows("phantom", "train", seed=args.seed, image_dir=Path("outputs") / TASK / "phantom_images", studies=args.films, settings=phantom_settings(args.conditions))
-        facts = {"name": "phantom", "policy": audit["policy"], "sha256": f"drawn: {audit['settings_of_phantom']}, {args.films} films, seed {args.seed}"}
+        rows, audit = make_rows(
+            "phantom",
+            "train",
+            seed=args.seed,
+            image_dir=Path("outputs") / TASK / "phantom_images",
+            studies=args.films,
+            settings=phantom_settings(args.conditions),
+        )
+        facts = {
+            "name": "phantom",
+            "policy": audit["policy"],
+            "sha256": f"drawn: {audit['settings_of_phantom']}, {args.films} films, seed {args.seed}",
+        }
     else:
         rows = read_rows(args.data_jsonl, fields=("question",))
         for number, row in enumerate(rows, 1):
             if not {"image", "image_path"} & row.keys() or not {"answer", "gold"} & row.keys():
-                raise InputError(f"{args.data_jsonl}, row {number} lacks {' or '.join(GRPO_FIELDS)}; make the file again with vqa_sft_grpo/prepare_data.py")
+                raise InputError(
+                    f"{args.data_jsonl}, row {number} lacks {' or '.join(GRPO_FIELDS)}; make the file again with vqa_sft_grpo/prepare_data.py"
+                )
         names = "+".join(sorted({r.get("dataset", "unknown") for r in rows}))
-        facts = {"name": names, "policy": "+".join(sorted({r.get("policy", "unknown") for r in rows})), "source": args.data_jsonl, "sha256": sha256_of(Path(args.data_jsonl))}
+        facts = {
+            "name": names,
+            "policy": "+".join(sorted({r.get("policy", "unknown") for r in rows})),
+            "source": args.data_jsonl,
+            "sha256": sha256_of(Path(args.data_jsonl)),
+        }
         if note := ignored_fields(rows):
             print(f"note: {note}")
     train = [r for r in rows if r.get("split", "train") == "train"]
@@ -233,10 +390,20 @@ def load_rows(args):
         train, held_out = ([r for r in train if (group_of(r) in chosen) == taken] for taken in (False, True))
     train, held_out = train[: args.limit], held_out[: args.limit]
     if not train or not held_out:
-        raise InputError(f"{args.data_jsonl} has {len(train)} rows to train on and {len(held_out)} for validation, and both are needed: make it with prepare_data.py --split train --grpo_output FILE")
+        raise InputError(
+            f"{args.data_jsonl} has {len(train)} rows to train on and {len(held_out)} for validation, and both are needed: make it with prepare_data.py --split train --grpo_output FILE"
+        )
     lend_regions(train + held_out, train)
-    held_out = [held_out[i] for i in sorted(random.Random(args.seed).sample(range(len(held_out)), min(args.eval_rows, len(held_out))))]
-    facts |= {"phantom": any(r.get("dataset") == "phantom" for r in rows), "train_rows": len(train), "val_rows": len(held_out), "with_region": sum(bool(r.get("region")) for r in train)}
+    held_out = [
+        held_out[i]
+        for i in sorted(random.Random(args.seed).sample(range(len(held_out)), min(args.eval_rows, len(held_out))))
+    ]
+    facts |= {
+        "phantom": any(r.get("dataset") == "phantom" for r in rows),
+        "train_rows": len(train),
+        "val_rows": len(held_out),
+        "with_region": sum(bool(r.get("region")) for r in train),
+    }
     return train, held_out, facts
 
 
@@ -266,11 +433,20 @@ def order_of(count, seed, epoch):
 
 # --------------------------------------------------------------------------------------------------------------- policy
 
+
 def load_policy(args, device):
     """-> VLM whose adapter is trained; dropout is off, so that the policy that learns is the one that samples."""
     name, adapter = model_of(args.model, args.sft_ckpt)
     tiny = is_tiny(name)
-    vlm = load_vlm(name, quant=args.quant, device=device, dtype="float32" if tiny and args.dtype == "auto" else args.dtype, adapter=adapter, family="qwen2vl", trainable_adapter=True)
+    vlm = load_vlm(
+        name,
+        quant=args.quant,
+        device=device,
+        dtype="float32" if tiny and args.dtype == "auto" else args.dtype,
+        adapter=adapter,
+        family="qwen2vl",
+        trainable_adapter=True,
+    )
     if adapter:
         vlm.model.load_adapter(adapter, "reference", is_trainable=False)
     else:
@@ -278,7 +454,9 @@ def load_policy(args, device):
     if args.checkpointing:
         vlm.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     limit_pixels(vlm.processor, args.max_pixels)
-    vlm.model.train(args.checkpointing)  # without dropout the two modes compute the same; only training recomputes activations
+    vlm.model.train(
+        args.checkpointing
+    )  # without dropout the two modes compute the same; only training recomputes activations
     for module in vlm.model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -310,6 +488,7 @@ def text_of(vlm, ids):
 
 # ------------------------------------------------------------------------------------------------------------- rollouts
 
+
 class Batch:
     """The questions of a step with their rollouts. Lists by question: rows, prompts, plans, edited (Prompts of the plan's images), groups, logps; by rollout: texts, terms."""
 
@@ -331,7 +510,16 @@ def roll_out(vlm, rows, places, args, settings, frequencies, fits, generator):
     groups, logps = [], []
 
     def some(start, stop):
-        found = sample(vlm, prompts[start:stop], group_size, args.max_new_tokens, args.temperature if generator is not None else 1.0, generator, never_drawn(vlm), stop_tokens(vlm))
+        found = sample(
+            vlm,
+            prompts[start:stop],
+            group_size,
+            args.max_new_tokens,
+            args.temperature if generator is not None else 1.0,
+            generator,
+            never_drawn(vlm),
+            stop_tokens(vlm),
+        )
         return list(zip(*found, strict=True))
 
     for ids, logp in fits.parts(some, len(prompts), each=group_size):
@@ -343,19 +531,42 @@ def roll_out(vlm, rows, places, args, settings, frequencies, fits, generator):
     texts = [text_of(vlm, ids) for group in groups for ids in group]
     plans, edited, drops = [None] * len(rows), [None] * len(rows), None
     if settings.weights[3] > 0:
-        plans = [plan_edits(row, image, args.cf_regions, args.cf_fill, [args.seed, place]) for row, image, place in zip(rows, images, places, strict=True)]
+        plans = [
+            plan_edits(row, image, args.cf_regions, args.cf_fill, [args.seed, place])
+            for row, image, place in zip(rows, images, places, strict=True)
+        ]
         drops, edited = drops_of(vlm, rows, texts, plans, group_size, settings, fits)
-    terms = score_rollouts(of_rollout, texts, settings, frequencies, drops, [len(ids) for group in groups for ids in group])
+    terms = score_rollouts(
+        of_rollout, texts, settings, frequencies, drops, [len(ids) for group in groups for ids in group]
+    )
     seconds = {"seconds_sample": sampled - begin, "seconds_score": time.time() - sampled}
-    return Batch(rows=rows, places=places, prompts=prompts, plans=plans, edited=edited, groups=groups, logps=logps, texts=texts, terms=terms, seconds=seconds)
+    return Batch(
+        rows=rows,
+        places=places,
+        prompts=prompts,
+        plans=plans,
+        edited=edited,
+        groups=groups,
+        logps=logps,
+        texts=texts,
+        terms=terms,
+        seconds=seconds,
+    )
 
 
 def drops_of(vlm, rows, texts, plans, group_size, settings, fits):
     """-> what measure_drops gives for the rollouts, and per row the Prompts of its edited images."""
     answers = [answer_to_score(text, settings) for text in texts]
-    needed = [bool(plan.images) and any(a is not None for a in answers[i * group_size : (i + 1) * group_size]) for i, plan in enumerate(plans)]
+    needed = [
+        bool(plan.images) and any(a is not None for a in answers[i * group_size : (i + 1) * group_size])
+        for i, plan in enumerate(plans)
+    ]
     pairs = [(rows[i]["question"], image) for i, plan in enumerate(plans) if needed[i] for image in plan.images]
-    prompts = make_prompts(vlm, [q for q, _ in pairs], settings.style, [image for _, image in pairs], fits.size) if pairs else []
+    prompts = (
+        make_prompts(vlm, [q for q, _ in pairs], settings.style, [image for _, image in pairs], fits.size)
+        if pairs
+        else []
+    )
     place = {id(image): n for n, (_, image) in enumerate(pairs)}
 
     @torch.no_grad()
@@ -367,24 +578,44 @@ def drops_of(vlm, rows, texts, plans, group_size, settings, fits):
 
         def some(start, stop):
             part = flat[start:stop]
-            found = answer_logprobs(vlm, [prompts[i] for i, _ in part], [[answer for _, answer in of_image] for _, of_image in part], settings.style, never_drawn(vlm))
+            found = answer_logprobs(
+                vlm,
+                [prompts[i] for i, _ in part],
+                [[answer for _, answer in of_image] for _, of_image in part],
+                settings.style,
+                never_drawn(vlm),
+            )
             return list(zip([n for _, of_image in part for n, _ in of_image], found.tolist(), strict=True))
 
         return [value for _, value in sorted(fits.parts(some, len(flat)))]
 
-    drops = measure_drops(score, [row["question"] for row in rows for _ in range(group_size)], answers, [plan for plan in plans for _ in range(group_size)])
-    edited = [[prompts[place[id(image)]] for image in plan.images] if needed[i] else None for i, plan in enumerate(plans)]
+    drops = measure_drops(
+        score,
+        [row["question"] for row in rows for _ in range(group_size)],
+        answers,
+        [plan for plan in plans for _ in range(group_size)],
+    )
+    edited = [
+        [prompts[place[id(image)]] for image in plan.images] if needed[i] else None for i, plan in enumerate(plans)
+    ]
     return drops, edited
 
 
 def joined(a, b, keep, group_size):
     """The questions `keep` of batch a, and then all of b."""
-    fields = {name: [getattr(a, name)[i] for i in keep] + getattr(b, name) for name in ("rows", "places", "prompts", "plans", "edited", "groups", "logps")}
-    fields |= {name: [x for i in keep for x in getattr(a, name)[i * group_size : (i + 1) * group_size]] + getattr(b, name) for name in ("texts", "terms")}
+    fields = {
+        name: [getattr(a, name)[i] for i in keep] + getattr(b, name)
+        for name in ("rows", "places", "prompts", "plans", "edited", "groups", "logps")
+    }
+    fields |= {
+        name: [x for i in keep for x in getattr(a, name)[i * group_size : (i + 1) * group_size]] + getattr(b, name)
+        for name in ("texts", "terms")
+    }
     return Batch(**fields, seconds={k: a.seconds[k] + b.seconds[k] for k in a.seconds})
 
 
 # ------------------------------------------------------------------------------------------------------------- learning
+
 
 def logprobs_of(vlm, batch, start, stop, args, share=True):
     """-> logp, entropy, mask (stop - start, T) of the rollouts start .. stop - 1, padded to the longest of them."""
@@ -414,7 +645,9 @@ def check_sampler(vlm, batch, args, fits):
     sampled = torch.tensor([logp for group in batch.logps for line in group for logp in line], device=vlm.device)
     distance = (torch.cat(lines) - sampled).abs().mean().item()
     if not distance <= TOLERANCE[vlm.dtype]:
-        raise RuntimeError(f"The policy that learns must be the policy that sampled: their log-probabilities differ by {distance:.3g} nats on average. The passes see different inputs or settings.")
+        raise RuntimeError(
+            f"The policy that learns must be the policy that sampled: their log-probabilities differ by {distance:.3g} nats on average. The passes see different inputs or settings."
+        )
     return lines
 
 
@@ -441,10 +674,22 @@ def loss_and_gradient(vlm, batch, advantages, old, ref, args, fits, scaler):
                 logp, entropy, mask = logprobs_of(vlm, batch, start, stop, args, share=not args.checkpointing)
                 mask = mask & torch.tensor(counts[start:stop], device=mask.device)[:, None]
                 loss, metrics = policy_loss(
-                    logp, None if old is None else padded_logprobs(old, start, stop, logp), None if ref is None else padded_logprobs(ref, start, stop, logp),
-                    advantages[start:stop], mask, loss=args.loss, eps_low=args.eps_low, eps_high=args.eps_high, beta=args.beta, ratio_level=args.ratio_level, kl=args.kl,
-                    max_completion_length=args.max_new_tokens, total_tokens=total_tokens, total_sequences=n, entropy=entropy,
-                )  # fmt: skip
+                    logp,
+                    None if old is None else padded_logprobs(old, start, stop, logp),
+                    None if ref is None else padded_logprobs(ref, start, stop, logp),
+                    advantages[start:stop],
+                    mask,
+                    loss=args.loss,
+                    eps_low=args.eps_low,
+                    eps_high=args.eps_high,
+                    beta=args.beta,
+                    ratio_level=args.ratio_level,
+                    kl=args.kl,
+                    max_completion_length=args.max_new_tokens,
+                    total_tokens=total_tokens,
+                    total_sequences=n,
+                    entropy=entropy,
+                )
                 scaler.scale(loss).backward()
                 total += loss.item()
                 parts.append(metrics)
@@ -464,16 +709,33 @@ def reward_gradient(vlm, batch, args, settings, fits, scaler):
     n, size, jobs = len(batch.texts), args.num_generations, {}
     for i, terms in enumerate(batch.terms):
         if batch.edited[i // size] and (by_v := slope(terms, settings)):
-            key = i // size, terms["said"], *images_of_v(terms, batch.plans[i // size])  # equal answers to a question share a pass
+            key = (
+                i // size,
+                terms["said"],
+                *images_of_v(terms, batch.plans[i // size]),
+            )  # equal answers to a question share a pass
             jobs[key] = jobs.get(key, 0.0) + args.cf_gradient * by_v / NATS / n
-    jobs = [(batch.edited[q][less], batch.edited[q][more], said, weight) for (q, said, less, more), weight in jobs.items()]
+    jobs = [
+        (batch.edited[q][less], batch.edited[q][more], said, weight) for (q, said, less, more), weight in jobs.items()
+    ]
     total, start = 0.0, 0
     while start < len(jobs):
         part, failed = jobs[start : start + max(1, fits.size // 2)], None
-        kept = [None if p.grad is None else p.grad.clone() for p in trained_parameters(vlm).values()] if vlm.device.type == "cuda" else None
+        kept = (
+            [None if p.grad is None else p.grad.clone() for p in trained_parameters(vlm).values()]
+            if vlm.device.type == "cuda"
+            else None
+        )
         try:
-            prompts, said = [p for less, more, *_ in part for p in (less, more)], [[said] for _, _, said, _ in part for _ in range(2)]
-            less, more = answer_logprobs(vlm, prompts, said, settings.style, never_drawn(vlm), share=not args.checkpointing).view(-1, 2).T
+            prompts, said = (
+                [p for less, more, *_ in part for p in (less, more)],
+                [[said] for _, _, said, _ in part for _ in range(2)],
+            )
+            less, more = (
+                answer_logprobs(vlm, prompts, said, settings.style, never_drawn(vlm), share=not args.checkpointing)
+                .view(-1, 2)
+                .T
+            )
             loss = (torch.tensor([weight for *_, weight in part]).to(less) * (less - more)).sum()
             scaler.scale(loss).backward()
             total += loss.item()
@@ -498,9 +760,22 @@ def validate(vlm, rows, args, settings, fits):
         for row, text, terms in zip(batch.rows, batch.texts, batch.terms, strict=True):
             found = parse_response(text, args.style)
             boxes = boxes_from_model(found.boxes, row["width"], row["height"])
-            iou = region_iou(boxes, row["region"], row["height"], row["width"]) if row.get("region") and args.style == "json" else None
-            numbers.append((terms["correct"], found.valid, iou, None if terms["d_roi"] is None else terms["d_roi"] - terms["d_rand"]))
-    return dict(zip(("val_accuracy", "val_valid", "val_iou", "val_gap"), map(mean, zip(*numbers, strict=True)), strict=True))
+            iou = (
+                region_iou(boxes, row["region"], row["height"], row["width"])
+                if row.get("region") and args.style == "json"
+                else None
+            )
+            numbers.append(
+                (
+                    terms["correct"],
+                    found.valid,
+                    iou,
+                    None if terms["d_roi"] is None else terms["d_roi"] - terms["d_rand"],
+                )
+            )
+    return dict(
+        zip(("val_accuracy", "val_valid", "val_iou", "val_gap"), map(mean, zip(*numbers, strict=True)), strict=True)
+    )
 
 
 def rank_of(row):
@@ -509,6 +784,7 @@ def rank_of(row):
 
 # ------------------------------------------------------------------------------------------------------------- training
 
+
 def train(args, vlm, train_rows, val_rows, facts, run_dir):
     """Train into run_dir -> (history, best row)."""
     settings = RewardSettings(args.composition, args.weights, args.max_new_tokens, args.style)
@@ -516,18 +792,24 @@ def train(args, vlm, train_rows, val_rows, facts, run_dir):
     named = trained_parameters(vlm)
     optimizer = torch.optim.AdamW(list(named.values()), lr=args.lr, weight_decay=0.0)
     scaler = torch.amp.GradScaler(vlm.device.type, enabled=vlm.dtype == torch.float16)
-    fits = Fits(args.micro_batch or (args.batch_size * args.num_generations if count_parameters(vlm.base) < 100e6 else args.num_generations))
+    fits = Fits(
+        args.micro_batch
+        or (args.batch_size * args.num_generations if count_parameters(vlm.base) < 100e6 else args.num_generations)
+    )
     eval_every = args.eval_every or max(1, args.steps // 10)
     print(
         f"{count_parameters(vlm.model, trainable=True):,} of {count_parameters(vlm.model):,} parameters are trained; {len(train_rows)} questions, {facts['with_region']} with a region; "
-        f"{args.steps} steps of {args.batch_size} x {args.num_generations} answers, {fits.size} per pass, lr {args.lr:g}", flush=True,
-    )  # fmt: skip
+        f"{args.steps} steps of {args.batch_size} x {args.num_generations} answers, {fits.size} per pass, lr {args.lr:g}",
+        flush=True,
+    )
     step, place, history, best, told, last_path = 0, 0, [], None, set(), run_dir / "last.pt"
     if args.resume and last_path.exists():
         state = load_checkpoint(last_path, ("settings", "weights", "optimizer", "step"), what="training state")
         refuse_other_settings(settings_of(args), state["settings"], last_path)
         if state["data"] != facts["sha256"]:
-            raise InputError(f"{last_path} was trained on other rows than those of {args.data_jsonl}; give the same file, or start a new run")
+            raise InputError(
+                f"{last_path} was trained on other rows than those of {args.data_jsonl}; give the same file, or start a new run"
+            )
         restore(state, named, optimizer, scaler, last_path)
         step, place, history, best, fits.size = (state[k] for k in ("step", "place", "history", "best", "fits"))
         cut_rollouts(run_dir / "rollouts.jsonl", step)
@@ -539,10 +821,21 @@ def train(args, vlm, train_rows, val_rows, facts, run_dir):
 
     def save():
         """All it takes to go on exactly here; which questions come, and every random number, follow from seed, step and place."""
-        save_checkpoint(last_path, {
-            "weights": {n: p.detach() for n, p in named.items()}, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "step": step, "place": place,
-            "history": history, "best": best, "fits": fits.size, "settings": settings_of(args), "data": facts["sha256"],
-        })  # fmt: skip
+        save_checkpoint(
+            last_path,
+            {
+                "weights": {n: p.detach() for n, p in named.items()},
+                "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict(),
+                "step": step,
+                "place": place,
+                "history": history,
+                "best": best,
+                "fits": fits.size,
+                "settings": settings_of(args),
+                "data": facts["sha256"],
+            },
+        )
         write_jsonl(run_dir / "history.jsonl", history)
 
     def look(row):
@@ -559,7 +852,10 @@ def train(args, vlm, train_rows, val_rows, facts, run_dir):
         start = {"step": 0}
         look(start)
         history = [start]
-        print(f"before: validation accuracy {start['val_accuracy']:.3f}, valid {start['val_valid']:.3f}" + ("" if start["val_gap"] is None else f", gap {start['val_gap']:.3f}"))
+        print(
+            f"before: validation accuracy {start['val_accuracy']:.3f}, valid {start['val_valid']:.3f}"
+            + ("" if start["val_gap"] is None else f", gap {start['val_gap']:.3f}")
+        )
     bad_in_a_row = 0
     bar = tqdm(initial=step, total=args.steps, desc="GRPO", leave=False, disable=None)
     with StopSignal() as stop:
@@ -569,7 +865,16 @@ def train(args, vlm, train_rows, val_rows, facts, run_dir):
             batch, keep, resampled, wanted = None, [], 0, args.batch_size
             for _ in range(1 + args.resample):
                 places, place = list(range(place, place + wanted)), place + wanted
-                fresh = roll_out(vlm, [train_rows[row_at(p, len(train_rows), args.seed)] for p in places], places, args, settings, frequencies, fits, generator)
+                fresh = roll_out(
+                    vlm,
+                    [train_rows[row_at(p, len(train_rows), args.seed)] for p in places],
+                    places,
+                    args,
+                    settings,
+                    frequencies,
+                    fits,
+                    generator,
+                )
                 batch = fresh if batch is None else joined(batch, fresh, keep, args.num_generations)
                 keep = has_signal(batch.rewards, args.num_generations).nonzero()[:, 0].tolist()
                 wanted = args.batch_size - len(keep)
@@ -596,7 +901,11 @@ def train(args, vlm, train_rows, val_rows, facts, run_dir):
                 loss, metrics = loss_and_gradient(vlm, batch, advantages, old, ref, args, fits, scaler)
                 if step == inner == 0:
                     check_first_step(metrics, TOLERANCE[vlm.dtype])
-                cf_loss = reward_gradient(vlm, batch, args, settings, fits, scaler) if args.cf_gradient > 0 and settings.weights[3] > 0 else None
+                cf_loss = (
+                    reward_gradient(vlm, batch, args, settings, fits, scaler)
+                    if args.cf_gradient > 0 and settings.weights[3] > 0
+                    else None
+                )
                 scaler.unscale_(optimizer)
                 norm = torch.nn.utils.clip_grad_norm_(list(named.values()), args.grad_clip)
                 if math.isfinite(loss) and torch.isfinite(norm):
@@ -605,15 +914,42 @@ def train(args, vlm, train_rows, val_rows, facts, run_dir):
                 else:  # nothing is changed; float16 also lowers its scale
                     skipped, bad_in_a_row = 1, bad_in_a_row + 1
                     if bad_in_a_row >= MOST_SKIPPED:
-                        raise InputError(f"loss or gradient was not finite {bad_in_a_row} times in a row, up to step {step + 1}: lower --lr, or use --dtype float32; {run_dir} keeps what was saved before")
+                        raise InputError(
+                            f"loss or gradient was not finite {bad_in_a_row} times in a row, up to step {step + 1}: lower --lr, or use --dtype float32; {run_dir} keeps what was saved before"
+                        )
                 scaler.update()
                 optimizer.zero_grad(set_to_none=True)
             step += 1
 
             ends = set(stop_tokens(vlm))
-            row = {"step": step, **describe(batch, advantages, stats), "resampled": resampled, "truncated": mean(ids[-1] not in ends for group in batch.groups for ids in group)}
-            row |= {k: metrics.get(k) for k in ("entropy", "kl", "clip_low", "clip_high", "clip_region", "ratio_mean", "ratio_min", "ratio_max")}
-            row |= {"loss": loss, "cf_loss": cf_loss, "grad_norm": norm.item(), "lr": optimizer.param_groups[0]["lr"], "skipped": skipped, **batch.seconds, "seconds_update": time.time() - scored}
+            row = {
+                "step": step,
+                **describe(batch, advantages, stats),
+                "resampled": resampled,
+                "truncated": mean(ids[-1] not in ends for group in batch.groups for ids in group),
+            }
+            row |= {
+                k: metrics.get(k)
+                for k in (
+                    "entropy",
+                    "kl",
+                    "clip_low",
+                    "clip_high",
+                    "clip_region",
+                    "ratio_mean",
+                    "ratio_min",
+                    "ratio_max",
+                )
+            }
+            row |= {
+                "loss": loss,
+                "cf_loss": cf_loss,
+                "grad_norm": norm.item(),
+                "lr": optimizer.param_groups[0]["lr"],
+                "skipped": skipped,
+                **batch.seconds,
+                "seconds_update": time.time() - scored,
+            }
             row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
             peak = peak_memory(vlm.device)
             row |= {"seconds": time.time() - begin, "peak_gib": peak["peak_gpu_gib"] or peak["peak_ram_gib"]}
@@ -624,7 +960,9 @@ def train(args, vlm, train_rows, val_rows, facts, run_dir):
             row["alarms"] = sorted(found)
             log_rollouts(run_dir / "rollouts.jsonl", batch, advantages, step, args.num_generations)
             if step == 1:
-                print(f"first answers, rewards {', '.join(f'{r:.2f}' for r in batch.rewards[: args.num_generations])}: {[t[:80] for t in batch.texts[: min(2, args.num_generations)]]}")
+                print(
+                    f"first answers, rewards {', '.join(f'{r:.2f}' for r in batch.rewards[: args.num_generations])}: {[t[:80] for t in batch.texts[: min(2, args.num_generations)]]}"
+                )
             star = None
             if step % eval_every == 0 or step == args.steps:
                 star = look(row)
@@ -632,10 +970,24 @@ def train(args, vlm, train_rows, val_rows, facts, run_dir):
             bar.update()
             if star is not None:
                 recent = history[-min(len(history) - 1, eval_every) :]
-                say = {name: mean(r.get(name) for r in recent) for name in ("reward", "correct", "entropy", "kl", "length", "seconds")}
-                print(f"step {step:5d}/{args.steps}  " + "  ".join(f"{k} {v:.3f}" for k, v in say.items() if v is not None) + f"  val accuracy {row['val_accuracy']:.3f}" + ("" if row["val_gap"] is None else f"  gap {row['val_gap']:.3f}") + star, flush=True)
+                say = {
+                    name: mean(r.get(name) for r in recent)
+                    for name in ("reward", "correct", "entropy", "kl", "length", "seconds")
+                }
+                print(
+                    f"step {step:5d}/{args.steps}  "
+                    + "  ".join(f"{k} {v:.3f}" for k, v in say.items() if v is not None)
+                    + f"  val accuracy {row['val_accuracy']:.3f}"
+                    + ("" if row["val_gap"] is None else f"  gap {row['val_gap']:.3f}")
+                    + star,
+                    flush=True,
+                )
                 write_completions(run_dir / "completions.md", batch, advantages, step, args.num_generations)
-                draw_curves(run_dir / "figures" / "curves.png", history, f"{'PHANTOM films' if facts['phantom'] else facts['name']}, {vlm.name}")
+                draw_curves(
+                    run_dir / "figures" / "curves.png",
+                    history,
+                    f"{'PHANTOM films' if facts['phantom'] else facts['name']}, {vlm.name}",
+                )
             if stop.requested() or step == args.steps or step % args.save_every == 0:
                 save()
             if stop.requested():
@@ -645,7 +997,17 @@ def train(args, vlm, train_rows, val_rows, facts, run_dir):
     return history, best
 
 
-SETTINGS_ASIDE = ("config", "data_jsonl", "out_dir", "resume", "overwrite", "device", "micro_batch", "save_every", "explain")
+SETTINGS_ASIDE = (
+    "config",
+    "data_jsonl",
+    "out_dir",
+    "resume",
+    "overwrite",
+    "device",
+    "micro_batch",
+    "save_every",
+    "explain",
+)
 
 
 def settings_of(args):
@@ -655,6 +1017,7 @@ def settings_of(args):
 
 # --------------------------------------------------------------------------------------------------------------- output
 
+
 def save_adapter(vlm, run_dir, facts):
     """Adapter and processor into the run folder itself, each file replaced whole: --sft_ckpt RUN then finds them."""
     building = run_dir / ".adapter.part"
@@ -663,7 +1026,9 @@ def save_adapter(vlm, run_dir, facts):
         vlm.model.save_pretrained(building, selected_adapters=["default"])
         vlm.processor.save_pretrained(building)
     write_json(building / "training.json", {"dataset": facts})  # evaluate.py stamps results with it
-    for path in sorted(building.iterdir(), key=lambda p: p.name == "adapter_config.json"):  # the file that makes it an adapter comes last
+    for path in sorted(
+        building.iterdir(), key=lambda p: p.name == "adapter_config.json"
+    ):  # the file that makes it an adapter comes last
         os.replace(path, run_dir / path.name)
     building.rmdir()
 
@@ -676,7 +1041,9 @@ def explain_rollout(args):
         raise InputError(f"{run_dir} holds no run of train_grpo.py: there is no rollouts.jsonl in it")
     was = read_json(run_dir / "settings.json")
     with path.open(encoding="utf-8") as file:
-        found = next((r for line in file if line.startswith(f'{{"id": "{args.explain}"') for r in [json.loads(line)]), None)
+        found = next(
+            (r for line in file if line.startswith(f'{{"id": "{args.explain}"') for r in [json.loads(line)]), None
+        )
     if found is None:
         raise InputError(f"{path} has no rollout {args.explain}; ids are step.prompt.rollout, such as 1.0.0")
     settings = RewardSettings(was["composition"], was["weights"], was["max_new_tokens"], was["style"])
@@ -691,7 +1058,9 @@ def explain_rollout(args):
     if settings.weights[3] == 0 or not plan.images:
         return print(f"no edited images: {plan.why or 'the weight of the counterfactual term is 0'}")
     target = run_dir / "figures" / f"explain_{args.explain}.png"
-    draw_edits(target, plan, [None] + [found["d_roi"]] * bool(plan.roi) + (found["d_rand_each"] or [None] * len(plan.random)))
+    draw_edits(
+        target, plan, [None] + [found["d_roi"]] * bool(plan.roi) + (found["d_rand_each"] or [None] * len(plan.random))
+    )
     print(f"edited images (fill: {plan.fill}): {target}")
 
 
@@ -701,18 +1070,34 @@ def main(argv=None):
     if args.explain:
         return explain_rollout(args)
     started = time.time()
-    RewardSettings(args.composition, args.weights, args.max_new_tokens, args.style)  # a mistake in --weights shows before anything is loaded
+    RewardSettings(
+        args.composition, args.weights, args.max_new_tokens, args.style
+    )  # a mistake in --weights shows before anything is loaded
     device, _ = pick_device(args.device)
     train_rows, val_rows, facts = load_rows(args)
     seed_everything(args.seed)
     vlm = load_policy(args, device)
     run_dir = open_run_dir(args, TASK, "train_grpo")
     history, best = train(args, vlm, train_rows, val_rows, facts, run_dir)
-    write_json(run_dir / "metrics.json", {
-        "dataset": facts, "split": "val", "n": len(val_rows), "first": history[0], "best": best, "last": history[-1], **vlm.facts(), "trainable_parameters": count_parameters(vlm.model, trainable=True),
-        "seed": args.seed, "settings": settings_of(args), **run_facts(started, device),
-    })  # fmt: skip
-    print(f"validation accuracy {history[0]['val_accuracy']:.3f} before, {best['val_accuracy']:.3f} at best (step {best['step']}); measure it on the test rows with python vqa_sft_grpo/evaluate.py --sft_ckpt {run_dir}\nresults in {run_dir} ({time.time() - started:.0f} s)")
+    write_json(
+        run_dir / "metrics.json",
+        {
+            "dataset": facts,
+            "split": "val",
+            "n": len(val_rows),
+            "first": history[0],
+            "best": best,
+            "last": history[-1],
+            **vlm.facts(),
+            "trainable_parameters": count_parameters(vlm.model, trainable=True),
+            "seed": args.seed,
+            "settings": settings_of(args),
+            **run_facts(started, device),
+        },
+    )
+    print(
+        f"validation accuracy {history[0]['val_accuracy']:.3f} before, {best['val_accuracy']:.3f} at best (step {best['step']}); measure it on the test rows with python vqa_sft_grpo/evaluate.py --sft_ckpt {run_dir}\nresults in {run_dir} ({time.time() - started:.0f} s)"
+    )
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ box: over many rows these answers are those of the question's prior, so a model 
 to describe nothing. Without it a grey picture is unlike all training images, and what a model writes there is no baseline.
 Validation writes answers (greedy) and scores them strictly; the test split is never read.
 """
+
 import json
 import math
 import random
@@ -67,9 +68,9 @@ from shared.runtime import (
     start_distributed,
     write_json,
     write_jsonl,
-)  # fmt: skip
+)
 from vqa_sft_grpo.counterfactual import blank, region_iou
-from vqa_sft_grpo.data import ImageStore, batch_loss, epoch_batches, make_examples
+from vqa_sft_grpo.examples import ImageStore, batch_loss, epoch_batches, make_examples
 from vqa_sft_grpo.infer import BASE_MODEL, Answerer
 from vqa_sft_grpo.prepare_data import make_rows, phantom_settings, read_rows
 from vqa_sft_grpo.prompting import STYLES, boxes_from_model, build_prompt, parse_response
@@ -85,53 +86,167 @@ MOST_SKIPPED = 20  # steps in a row without a finite loss or gradient
 def parse_args(argv=None):
     parser = script_parser(__doc__, task=TASK)
     g = parser.add_argument_group("data")
-    g.add_argument("--data", default="data/train.json", metavar="FILE", help="rows written by prepare_data.py, or phantom: drawn here (%(default)s)")
-    g.add_argument("--films", type=positive_int, default=6000, help="phantom: films to draw, and a tenth more for validation (%(default)s)")
-    g.add_argument("--conditions", nargs="+", metavar="NAME", help="phantom: draw and ask about these only (default: all)")
-    g.add_argument("--styles", nargs="+", default=list(STYLES), choices=STYLES, help="prompt styles; each row is learned in each (default: both)")
-    g.add_argument("--blank-share", type=fraction, default=0.0, metavar="P", help="add this share of the training rows once more, with a grey picture and the answer alone (%(default)s)")
-    g.add_argument("--max-length", type=positive_int, default=2048, metavar="TOKENS", help="longest example, image included; a longer one stops the run (%(default)s)")
-    g.add_argument("--max-pixels", type=positive_int, default=262_144, help="Qwen2-VL: images are scaled down to this area; 784 pixels are one token (%(default)s)")
-    g.add_argument("--cache-gib", type=positive_float, default=2.0, metavar="GIB", help="memory for images prepared once, and for features (%(default)s)")
-    g.add_argument("--cache-features", action="store_true", help="compute the features of the frozen vision tower once; equal losses")
+    g.add_argument(
+        "--data",
+        default="data/train.json",
+        metavar="FILE",
+        help="rows written by prepare_data.py, or phantom: drawn here (%(default)s)",
+    )
+    g.add_argument(
+        "--films",
+        type=positive_int,
+        default=6000,
+        help="phantom: films to draw, and a tenth more for validation (%(default)s)",
+    )
+    g.add_argument(
+        "--conditions", nargs="+", metavar="NAME", help="phantom: draw and ask about these only (default: all)"
+    )
+    g.add_argument(
+        "--styles",
+        nargs="+",
+        default=list(STYLES),
+        choices=STYLES,
+        help="prompt styles; each row is learned in each (default: both)",
+    )
+    g.add_argument(
+        "--blank-share",
+        type=fraction,
+        default=0.0,
+        metavar="P",
+        help="add this share of the training rows once more, with a grey picture and the answer alone (%(default)s)",
+    )
+    g.add_argument(
+        "--max-length",
+        type=positive_int,
+        default=2048,
+        metavar="TOKENS",
+        help="longest example, image included; a longer one stops the run (%(default)s)",
+    )
+    g.add_argument(
+        "--max-pixels",
+        type=positive_int,
+        default=262_144,
+        help="Qwen2-VL: images are scaled down to this area; 784 pixels are one token (%(default)s)",
+    )
+    g.add_argument(
+        "--cache-gib",
+        type=positive_float,
+        default=2.0,
+        metavar="GIB",
+        help="memory for images prepared once, and for features (%(default)s)",
+    )
+    g.add_argument(
+        "--cache-features",
+        action="store_true",
+        help="compute the features of the frozen vision tower once; equal losses",
+    )
     g = parser.add_argument_group("model")
     g.add_argument("--model", default=BASE_MODEL, help="hub name, folder or tiny (%(default)s)")
     g.add_argument("--quant", default="none", choices=QUANTS, help="weights in 4 or 8 bit: QLoRA (%(default)s)")
-    g.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="computing precision (%(default)s)")
-    g.add_argument("--train", default="auto", choices=["auto", "lora", "full"], help="what is trained; auto: full for a tiny model, else lora (%(default)s)")
-    g.add_argument("--lora-rank", type=positive_int, default=8, help="rank of the adapters; alpha is twice that (%(default)s)")
+    g.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        help="computing precision (%(default)s)",
+    )
+    g.add_argument(
+        "--train",
+        default="auto",
+        choices=["auto", "lora", "full"],
+        help="what is trained; auto: full for a tiny model, else lora (%(default)s)",
+    )
+    g.add_argument(
+        "--lora-rank", type=positive_int, default=8, help="rank of the adapters; alpha is twice that (%(default)s)"
+    )
     g.add_argument("--lora-dropout", type=fraction, default=0.05, help="dropout in front of the adapters (%(default)s)")
     g = parser.add_argument_group("optimisation")
     g.add_argument("--epochs", type=positive_int, default=3, help="passes over the examples (%(default)s)")
     g.add_argument("--steps", type=positive_int, help="optimiser steps, in place of --epochs")
-    g.add_argument("--batch-size", type=positive_int, default=8, help="examples per step, over all processes (%(default)s)")
-    g.add_argument("--micro-batch", type=positive_int, help="examples per pass; gradients add up to those of the batch (default: 1, for a model trained whole the batch)")
-    g.add_argument("--per-image", type=positive_int, default=4, help="questions about one image kept side by side in a batch, which share its features (%(default)s)")
-    g.add_argument("--lr", type=positive_float, help="highest learning rate of AdamW (default: 1e-4 for lora, 1e-3 for full)")
-    g.add_argument("--warmup", type=fraction, default=0.1, help="share of the steps with rising learning rate, before a cosine to 0 (%(default)s)")
+    g.add_argument(
+        "--batch-size", type=positive_int, default=8, help="examples per step, over all processes (%(default)s)"
+    )
+    g.add_argument(
+        "--micro-batch",
+        type=positive_int,
+        help="examples per pass; gradients add up to those of the batch (default: 1, for a model trained whole the batch)",
+    )
+    g.add_argument(
+        "--per-image",
+        type=positive_int,
+        default=4,
+        help="questions about one image kept side by side in a batch, which share its features (%(default)s)",
+    )
+    g.add_argument(
+        "--lr", type=positive_float, help="highest learning rate of AdamW (default: 1e-4 for lora, 1e-3 for full)"
+    )
+    g.add_argument(
+        "--warmup",
+        type=fraction,
+        default=0.1,
+        help="share of the steps with rising learning rate, before a cosine to 0 (%(default)s)",
+    )
     g.add_argument("--weight-decay", type=not_negative, default=0.01, help="of AdamW, on matrices (%(default)s)")
     g.add_argument("--grad-clip", type=positive_float, default=1.0, help="largest norm of the gradient (%(default)s)")
-    g.add_argument("--answer-weight", type=positive_float, default=1.0, help="weight of the answer's own tokens in the loss; all others have 1 (%(default)s)")
-    g.add_argument("--box-weight", type=not_negative, default=1.0, help="weight of the box coordinates, whose last digits are mostly noise (%(default)s)")
-    g.add_argument("--checkpointing", action="store_true", default=None, help="compute activations again in the backward pass (default: for lora on real models)")
+    g.add_argument(
+        "--answer-weight",
+        type=positive_float,
+        default=1.0,
+        help="weight of the answer's own tokens in the loss; all others have 1 (%(default)s)",
+    )
+    g.add_argument(
+        "--box-weight",
+        type=not_negative,
+        default=1.0,
+        help="weight of the box coordinates, whose last digits are mostly noise (%(default)s)",
+    )
+    g.add_argument(
+        "--checkpointing",
+        action="store_true",
+        default=None,
+        help="compute activations again in the backward pass (default: for lora on real models)",
+    )
     g.add_argument("--no-checkpointing", dest="checkpointing", action="store_false", help="keep all activations")
     g = parser.add_argument_group("validation and saving")
-    g.add_argument("--eval-every", type=positive_int, metavar="STEPS", help="steps between two validations (default: ten in a run)")
-    g.add_argument("--eval-rows", type=positive_int, default=200, metavar="N", help="validation rows that are answered, drawn with --seed (%(default)s)")
+    g.add_argument(
+        "--eval-every", type=positive_int, metavar="STEPS", help="steps between two validations (default: ten in a run)"
+    )
+    g.add_argument(
+        "--eval-rows",
+        type=positive_int,
+        default=200,
+        metavar="N",
+        help="validation rows that are answered, drawn with --seed (%(default)s)",
+    )
     g.add_argument("--eval-style", default="json", choices=STYLES, help="prompt style of the validation (%(default)s)")
     g.add_argument("--eval-batch", type=positive_int, default=32, help="prompts answered at a time (%(default)s)")
-    g.add_argument("--save-to", type=Path, default=Path("checkpoints/qwen2vl_sft"), metavar="FOLDER", help="where best/ is copied at the end (%(default)s)")
+    g.add_argument(
+        "--save-to",
+        type=Path,
+        default=Path("checkpoints/qwen2vl_sft"),
+        metavar="FOLDER",
+        help="where best/ is copied at the end (%(default)s)",
+    )
     add_resume(g)
     args = parser.parse_args(argv)
     if args.dry_run:
-        args.data, args.model, args.device, args.films, args.steps = "phantom", args.model if is_tiny(args.model) else "tiny", "cpu", 12, 3
+        args.data, args.model, args.device, args.films, args.steps = (
+            "phantom",
+            args.model if is_tiny(args.model) else "tiny",
+            "cpu",
+            12,
+            3,
+        )
         args.batch_size, args.eval_rows, args.eval_every = min(args.batch_size, 8), 4, 2
     if args.train == "auto":
         args.train = "full" if is_tiny(args.model) else "lora"
     if args.train == "full" and args.quant != "none":
-        parser.error(f"--train full cannot change weights held in --quant {args.quant}: use --train lora, or --quant none")
+        parser.error(
+            f"--train full cannot change weights held in --quant {args.quant}: use --train lora, or --quant none"
+        )
     if args.train == "full" and args.cache_features:
-        parser.error("--cache-features needs a frozen vision tower, and --train full trains it: use --train lora, or leave --cache-features out")
+        parser.error(
+            "--cache-features needs a frozen vision tower, and --train full trains it: use --train lora, or leave --cache-features out"
+        )
     if args.eval_style not in args.styles:
         parser.error(f"--eval-style {args.eval_style} is not among the --styles that are trained")
     if args.lora_dropout == 1 or args.warmup == 1:
@@ -143,22 +258,42 @@ def parse_args(argv=None):
 
 # ---------------------------------------------------------------------------------------------------------------- data
 
+
 def load_rows(args):
     """-> (training rows, validation rows, facts for metrics.json)."""
     if args.data.lower() == "phantom":
-        rows, audit = make_rows("phantom", "train", seed=args.seed, image_dir=Path("outputs") / TASK / "phantom_images", studies=args.films, settings=phantom_settings(args.conditions))
+        rows, audit = make_rows(
+            "phantom",
+            "train",
+            seed=args.seed,
+            image_dir=Path("outputs") / TASK / "phantom_images",
+            studies=args.films,
+            settings=phantom_settings(args.conditions),
+        )
         facts = {"name": "phantom", "policy": audit["policy"], "settings": audit["settings_of_phantom"]}
     else:
         rows = read_rows(args.data, ("train", "val"))
         names, policies = ("+".join(sorted({r[key] for r in rows})) for key in ("dataset", "policy"))
-        facts = {"name": names, "policy": policies, "overlap": any(r["overlap"] for r in rows), "source": args.data, "sha256": sha256_of(Path(args.data))}
+        facts = {
+            "name": names,
+            "policy": policies,
+            "overlap": any(r["overlap"] for r in rows),
+            "source": args.data,
+            "sha256": sha256_of(Path(args.data)),
+        }
     train, held_out = ([r for r in rows if r["split"] == split][: args.limit] for split in ("train", "val"))
     blanks = blank_rows(train, args.blank_share, args.seed)
     if not train or not held_out:
-        raise InputError(f"{args.data} has {len(train)} rows to train on and {len(held_out)} for validation, and both are needed: make it with prepare_data.py --split train")
+        raise InputError(
+            f"{args.data} has {len(train)} rows to train on and {len(held_out)} for validation, and both are needed: make it with prepare_data.py --split train"
+        )
     chosen = sorted(random.Random(args.seed).sample(range(len(held_out)), min(args.eval_rows, len(held_out))))
     phantom = any(r["dataset"] == "phantom" for r in rows)
-    return train + blanks, [held_out[i] for i in chosen], facts | {"phantom": phantom, "train_rows": len(train), "blank_rows": len(blanks), "val_rows": len(held_out)}
+    return (
+        train + blanks,
+        [held_out[i] for i in chosen],
+        facts | {"phantom": phantom, "train_rows": len(train), "blank_rows": len(blanks), "val_rows": len(held_out)},
+    )
 
 
 def blank_rows(rows, share, seed):
@@ -173,6 +308,7 @@ def blank_rows(rows, share, seed):
 
 # ---------------------------------------------------------------------------------------------------------- validation
 
+
 def validate(vlm, rows, store, examples, args, max_new_tokens, rank, world_size):
     """
     Answers to validation rows, greedy -> (numbers, answered rows). Every row counts: what cannot be parsed is wrong, a missing box
@@ -182,7 +318,9 @@ def validate(vlm, rows, store, examples, args, max_new_tokens, rank, world_size)
     mine = range(rank, len(rows), world_size)
     pixels = [store.read(store.number_of[i]) for i in mine]
     with torch.inference_mode():
-        texts = Answerer(vlm, args.eval_batch, max_new_tokens).generate([build_prompt(rows[i]["question"], args.eval_style) for i in mine], pixels)
+        texts = Answerer(vlm, args.eval_batch, max_new_tokens).generate(
+            [build_prompt(rows[i]["question"], args.eval_style) for i in mine], pixels
+        )
         sums = torch.zeros(2, dtype=torch.float64)
         for start in range(0, len(mine), args.micro_batch):
             some = [examples[i] for i in mine[start : start + args.micro_batch]]
@@ -192,19 +330,40 @@ def validate(vlm, rows, store, examples, args, max_new_tokens, rank, world_size)
         row, response = rows[i], parse_response(text, args.eval_style)
         score = score_answer(response.answer, row["answer"], row["answer_type"], row["question"])
         gold = row.get("region")
-        iou = region_iou(boxes_from_model(response.boxes, row["width"], row["height"]), gold, row["height"], row["width"]) if gold and args.eval_style == "json" else None
-        results.append({"index": i, "question": row["question"], "gold": row["answer"], "answer_type": row["answer_type"], "text": text, "valid": response.valid, "iou": iou, **{k: score[k] for k in ("parsed", "correct", "recall")}})
+        iou = (
+            region_iou(boxes_from_model(response.boxes, row["width"], row["height"]), gold, row["height"], row["width"])
+            if gold and args.eval_style == "json"
+            else None
+        )
+        results.append(
+            {
+                "index": i,
+                "question": row["question"],
+                "gold": row["answer"],
+                "answer_type": row["answer_type"],
+                "text": text,
+                "valid": response.valid,
+                "iou": iou,
+                **{k: score[k] for k in ("parsed", "correct", "recall")},
+            }
+        )
     if world_size > 1:
         parts = [None] * world_size
         dist.all_gather_object(parts, (results, sums))
-        results, sums = sorted((r for part, _ in parts for r in part), key=lambda r: r["index"]), sum(s for _, s in parts)
+        results, sums = (
+            sorted((r for part, _ in parts for r in part), key=lambda r: r["index"]),
+            sum(s for _, s in parts),
+        )
     closed, opened = ([r for r in results if (r["answer_type"] != "open") == is_closed] for is_closed in (True, False))
     return {
-        "val_loss": float(sums[0] / sums[1]), "val_accuracy": mean(r["correct"] for r in results),
-        "val_closed_accuracy": mean(r["correct"] for r in closed), "val_open_recall": mean(r["recall"] for r in opened),
-        "val_parsed": mean(r["parsed"] for r in results), "val_valid": mean(r["valid"] for r in results),
+        "val_loss": float(sums[0] / sums[1]),
+        "val_accuracy": mean(r["correct"] for r in results),
+        "val_closed_accuracy": mean(r["correct"] for r in closed),
+        "val_open_recall": mean(r["recall"] for r in opened),
+        "val_parsed": mean(r["parsed"] for r in results),
+        "val_valid": mean(r["valid"] for r in results),
         "val_box_iou": mean(r["iou"] for r in results if r["iou"] is not None),
-    }, results  # fmt: skip
+    }, results
 
 
 def mean(values):
@@ -220,6 +379,7 @@ def rank_of(row):
 
 # ------------------------------------------------------------------------------------------------------------ training
 
+
 class BatchOrder:
     """The batch of every step of a run, known from seed and step alone: nothing has to be stored to go on in the middle."""
 
@@ -231,7 +391,10 @@ class BatchOrder:
 
     def load(self, epoch):
         if epoch != self.epoch:
-            self.epoch, self.batches = epoch, epoch_batches(self.examples, self.args.batch_size, self.args.per_image, self.args.seed, epoch)
+            self.epoch, self.batches = (
+                epoch,
+                epoch_batches(self.examples, self.args.batch_size, self.args.per_image, self.args.seed, epoch),
+            )
         return self.batches
 
     def at(self, step):
@@ -251,7 +414,13 @@ def backward(vlm, batch, store, micro_batch, scaler, args, rank, world_size):
         total = torch.zeros((), device=vlm.device)
         try:
             for start in range(0, len(mine), micro_batch):
-                loss, _ = batch_loss(vlm, mine[start : start + micro_batch], store, share_prompt=not args.checkpointing, train_tower=args.train == "full")
+                loss, _ = batch_loss(
+                    vlm,
+                    mine[start : start + micro_batch],
+                    store,
+                    share_prompt=not args.checkpointing,
+                    train_tower=args.train == "full",
+                )
                 scaler.scale(loss / weight).backward()
                 total += loss.detach() / weight
             return total, micro_batch
@@ -308,14 +477,20 @@ def train(args, vlm, train_rows, val_rows, facts, run_dir, rank, world_size):
     lengths = [e.length for e in examples]
     longest_answer = max(len(e.target) for e in examples if e.style == args.eval_style)
     eval_every = args.eval_every or max(1, order.num_steps // 10)
-    say(f"training: {store}; {len(examples)} examples of {statistics.mean(lengths):.0f} tokens (longest {max(lengths)}, --max-length {args.max_length}); validation: {len(val_examples)} rows, {len(val_store)} images")
+    say(
+        f"training: {store}; {len(examples)} examples of {statistics.mean(lengths):.0f} tokens (longest {max(lengths)}, --max-length {args.max_length}); validation: {len(val_examples)} rows, {len(val_store)} images"
+    )
 
     trainable = [p for p in vlm.model.parameters() if p.requires_grad]
     matrices, vectors = ([p for p in trainable if (p.ndim > 1) == many] for many in (True, False))
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}], lr=args.lr)
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}], lr=args.lr
+    )
     scaler = torch.amp.GradScaler(vlm.device.type, enabled=vlm.dtype == torch.float16)
     warmup_steps = round(args.warmup * order.num_steps)
-    say(f"{args.train}: {count_parameters(vlm.model, trainable=True):,} of {count_parameters(vlm.model):,} parameters; {order.num_steps} steps of {args.batch_size} examples, {args.micro_batch} per pass, lr {args.lr:g}")
+    say(
+        f"{args.train}: {count_parameters(vlm.model, trainable=True):,} of {count_parameters(vlm.model):,} parameters; {order.num_steps} steps of {args.batch_size} examples, {args.micro_batch} per pass, lr {args.lr:g}"
+    )
 
     step, history, best, micro_batch = 0, [], None, args.micro_batch
     totals = {"loss": 0.0, "steps": 0, "skipped": 0, "examples": 0, "tokens": 0, "seconds": 0.0}
@@ -325,7 +500,9 @@ def train(args, vlm, train_rows, val_rows, facts, run_dir, rank, world_size):
         state = load_checkpoint(last_path, ("settings", "weights", "optimizer", "step"), what="training state")
         refuse_other_run(state, args, facts, last_path)
         restore(state, named, optimizer, scaler, last_path)
-        step, history, best, micro_batch, totals = (state[k] for k in ("step", "history", "best", "micro_batch", "totals"))
+        step, history, best, micro_batch, totals = (
+            state[k] for k in ("step", "history", "best", "micro_batch", "totals")
+        )
         del state
         say(f"resumed from {last_path} at step {step} of {order.num_steps}")
     elif args.resume:
@@ -334,10 +511,21 @@ def train(args, vlm, train_rows, val_rows, facts, run_dir, rank, world_size):
     def save():
         """All it takes to go on exactly here; random numbers and the order of the batches follow from seed and step."""
         if rank == 0:
-            save_checkpoint(last_path, {
-                "weights": {n: p.detach() for n, p in named.items()}, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-                "step": step, "history": history, "best": best, "micro_batch": micro_batch, "totals": totals, "settings": settings_of(args), "data": data_of(facts),
-            })  # fmt: skip
+            save_checkpoint(
+                last_path,
+                {
+                    "weights": {n: p.detach() for n, p in named.items()},
+                    "optimizer": optimizer.state_dict(),
+                    "scaler": scaler.state_dict(),
+                    "step": step,
+                    "history": history,
+                    "best": best,
+                    "micro_batch": micro_batch,
+                    "totals": totals,
+                    "settings": settings_of(args),
+                    "data": data_of(facts),
+                },
+            )
 
     bad_in_a_row = 0
     bar = tqdm(initial=step, total=order.num_steps, desc="training", leave=False, disable=None if rank == 0 else True)
@@ -363,7 +551,9 @@ def train(args, vlm, train_rows, val_rows, facts, run_dir, rank, world_size):
                 totals["skipped"] += 1
                 bad_in_a_row += 1
                 if bad_in_a_row >= MOST_SKIPPED:
-                    raise InputError(f"loss or gradient was not finite in {bad_in_a_row} steps in a row, up to step {step + 1}: lower --lr, or use --dtype float32; {run_dir} keeps what was saved before")
+                    raise InputError(
+                        f"loss or gradient was not finite in {bad_in_a_row} steps in a row, up to step {step + 1}: lower --lr, or use --dtype float32; {run_dir} keeps what was saved before"
+                    )
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
             step += 1
@@ -373,17 +563,30 @@ def train(args, vlm, train_rows, val_rows, facts, run_dir, rank, world_size):
             bar.update()
 
             if step % eval_every == 0 or step == order.num_steps:
-                numbers, answers = validate(vlm, val_rows, val_store, val_examples, args, longest_answer + 8, rank, world_size)
+                numbers, answers = validate(
+                    vlm, val_rows, val_store, val_examples, args, longest_answer + 8, rank, world_size
+                )
                 row = {
-                    "step": step, "epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"], "train_loss": totals["loss"] / max(1, totals["steps"]), **numbers,
-                    "skipped_steps": totals["skipped"], "seconds": totals["seconds"],
-                    "examples_per_second": totals["examples"] / totals["seconds"], "tokens_per_second": totals["tokens"] / totals["seconds"],
-                }  # fmt: skip
+                    "step": step,
+                    "epoch": epoch + 1,
+                    "lr": optimizer.param_groups[0]["lr"],
+                    "train_loss": totals["loss"] / max(1, totals["steps"]),
+                    **numbers,
+                    "skipped_steps": totals["skipped"],
+                    "seconds": totals["seconds"],
+                    "examples_per_second": totals["examples"] / totals["seconds"],
+                    "tokens_per_second": totals["tokens"] / totals["seconds"],
+                }
                 history.append(row)
                 better = best is None or rank_of(row) > rank_of(best)
                 if better:
                     best = row
-                say(f"step {step:5d}/{order.num_steps}  loss {row['train_loss']:.3f}  val loss {row['val_loss']:.3f}  accuracy {row['val_accuracy']:.3f}  valid {row['val_valid']:.3f}" + (f"  IoU {row['val_box_iou']:.3f}" if row["val_box_iou"] is not None else "") + f"  {row['examples_per_second']:.1f} examples/s{'  *' if better else ''}", flush=True)
+                say(
+                    f"step {step:5d}/{order.num_steps}  loss {row['train_loss']:.3f}  val loss {row['val_loss']:.3f}  accuracy {row['val_accuracy']:.3f}  valid {row['val_valid']:.3f}"
+                    + (f"  IoU {row['val_box_iou']:.3f}" if row["val_box_iou"] is not None else "")
+                    + f"  {row['examples_per_second']:.1f} examples/s{'  *' if better else ''}",
+                    flush=True,
+                )
                 totals = dict.fromkeys(totals, 0)
                 if rank == 0:
                     if better:
@@ -399,7 +602,18 @@ def train(args, vlm, train_rows, val_rows, facts, run_dir, rank, world_size):
     return history, best
 
 
-SETTINGS_ASIDE = ("config", "data", "out_dir", "resume", "overwrite", "device", "save_to", "cache_gib", "cache_features", "eval_batch")
+SETTINGS_ASIDE = (
+    "config",
+    "data",
+    "out_dir",
+    "resume",
+    "overwrite",
+    "device",
+    "save_to",
+    "cache_gib",
+    "cache_features",
+    "eval_batch",
+)
 
 
 def settings_of(args):
@@ -415,7 +629,9 @@ def data_of(facts):
 def restore(state, named, optimizer, scaler, path):
     """Weights (of the parameters `named`), optimiser and scale from the checkpoint `state` read from `path`. InputError when it is of another model."""
     if set(state["weights"]) != set(named) or any(state["weights"][name].shape != p.shape for name, p in named.items()):
-        raise InputError(f"{path} holds the weights of another model; give the same arguments that choose the model, or start a new run")
+        raise InputError(
+            f"{path} holds the weights of another model; give the same arguments that choose the model, or start a new run"
+        )
     with torch.no_grad():
         for name, p in named.items():
             p.copy_(state["weights"][name])
@@ -426,10 +642,13 @@ def restore(state, named, optimizer, scaler, path):
 def refuse_other_run(state, args, facts, path):
     refuse_other_settings(settings_of(args), state["settings"], path)
     if state["data"] != data_of(facts):
-        raise InputError(f"{path} was trained on other rows than those of {args.data}; give the same file, or start a new run")
+        raise InputError(
+            f"{path} was trained on other rows than those of {args.data}; give the same file, or start a new run"
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------- results
+
 
 def draw_curves(path, history, title):
     """Losses on the left; accuracy, readable answers and box overlap of the validation on the right."""
@@ -437,10 +656,13 @@ def draw_curves(path, history, title):
     steps = [r["step"] for r in history]
     marker = "." if len(history) < 3 else None
     for axis, key, label in (
-        (left, "train_loss", "training"), (left, "val_loss", "validation"),
-        (right, "val_accuracy", "all answers right"), (right, "val_closed_accuracy", "closed answers right"),
-        (right, "val_valid", "readable without repair"), (right, "val_box_iou", "box overlap (IoU)"),
-    ):  # fmt: skip
+        (left, "train_loss", "training"),
+        (left, "val_loss", "validation"),
+        (right, "val_accuracy", "all answers right"),
+        (right, "val_closed_accuracy", "closed answers right"),
+        (right, "val_valid", "readable without repair"),
+        (right, "val_box_iou", "box overlap (IoU)"),
+    ):
         if any(r[key] is not None for r in history):
             axis.plot(steps, [math.nan if r[key] is None else r[key] for r in history], marker=marker, label=label)
     left.set(xlabel="step", ylabel="loss per learned token", ylim=(0, None))
@@ -458,9 +680,14 @@ def publish(args, run_dir):
     """Copy best/ to --save-to, where the other scripts look, unless that would cost a model worth more."""
     if args.dry_run or args.limit:
         return print(f"{args.save_to} left alone: this was a {'dry run' if args.dry_run else 'run with --limit'}")
-    kinds = [next((name for name in ("adapter_config.json", "config.json") if (f / name).is_file()), None) for f in (args.save_to, run_dir / "best")]
+    kinds = [
+        next((name for name in ("adapter_config.json", "config.json") if (f / name).is_file()), None)
+        for f in (args.save_to, run_dir / "best")
+    ]
     if args.save_to.exists() and kinds[0] != kinds[1]:
-        return print(f"{args.save_to} left alone: it holds {'an adapter' if kinds[0] == 'adapter_config.json' else 'something else'}, and this run trained {'an adapter' if kinds[1] == 'adapter_config.json' else 'a whole model'}; delete it to have it replaced, or use {run_dir}/best")
+        return print(
+            f"{args.save_to} left alone: it holds {'an adapter' if kinds[0] == 'adapter_config.json' else 'something else'}, and this run trained {'an adapter' if kinds[1] == 'adapter_config.json' else 'a whole model'}; delete it to have it replaced, or use {run_dir}/best"
+        )
     building = args.save_to.with_name(f".{args.save_to.name}.part")
     shutil.rmtree(building, ignore_errors=True)
     shutil.copytree(run_dir / "best", building)
@@ -472,7 +699,10 @@ def limit_pixels(processor, most):
     """Images of Qwen2-VL keep their shape and are scaled down to this area; the other families have one size."""
     size = getattr(processor.image_processor, "size", None) or {}
     if getattr(processor.image_processor, "merge_size", None) and size["longest_edge"] > most:
-        processor.image_processor.size = dict(size) | {"longest_edge": most, "shortest_edge": min(size["shortest_edge"], most)}
+        processor.image_processor.size = dict(size) | {
+            "longest_edge": most,
+            "shortest_edge": min(size["shortest_edge"], most),
+        }
 
 
 @script
@@ -483,7 +713,13 @@ def main(argv=None):
     rank, world_size = start_distributed(device)
     train_rows, val_rows, facts = load_rows(args)
     seed_everything(args.seed)
-    vlm = load_vlm(args.model, quant=args.quant, device=device, dtype="float32" if args.train == "full" and args.dtype == "auto" else args.dtype, family="qwen2vl")
+    vlm = load_vlm(
+        args.model,
+        quant=args.quant,
+        device=device,
+        dtype="float32" if args.train == "full" and args.dtype == "auto" else args.dtype,
+        family="qwen2vl",
+    )
     limit_pixels(vlm.processor, args.max_pixels)
     if args.checkpointing is None:
         args.checkpointing = args.train == "lora" and not vlm.tiny
@@ -496,13 +732,32 @@ def main(argv=None):
     history, best = train(args, vlm, train_rows, val_rows, facts, run_dir, rank, world_size)
     if rank > 0:
         return
-    write_json(run_dir / "metrics.json", {
-        "dataset": facts, "split": "val", "n": len(val_rows), "best": best, "last": history[-1], **vlm.facts(), "train": args.train, "trainable_parameters": count_parameters(vlm.model, trainable=True),
-        "styles": args.styles, "seed": args.seed, "settings": settings_of(args), **run_facts(started, device),
-    })  # fmt: skip
-    draw_curves(run_dir / "figures" / "curves.png", history, f"{'PHANTOM films' if facts['phantom'] else facts['name']}, {args.model}, {args.train}, {len(val_rows)} validation rows")
+    write_json(
+        run_dir / "metrics.json",
+        {
+            "dataset": facts,
+            "split": "val",
+            "n": len(val_rows),
+            "best": best,
+            "last": history[-1],
+            **vlm.facts(),
+            "train": args.train,
+            "trainable_parameters": count_parameters(vlm.model, trainable=True),
+            "styles": args.styles,
+            "seed": args.seed,
+            "settings": settings_of(args),
+            **run_facts(started, device),
+        },
+    )
+    draw_curves(
+        run_dir / "figures" / "curves.png",
+        history,
+        f"{'PHANTOM films' if facts['phantom'] else facts['name']}, {args.model}, {args.train}, {len(val_rows)} validation rows",
+    )
     publish(args, run_dir)
-    print(f"best step {best['step']}: validation accuracy {best['val_accuracy']:.3f}; measure it on the test rows with python vqa_sft_grpo/evaluate.py --sft_ckpt {run_dir / 'best'}\nresults in {run_dir} ({time.time() - started:.0f} s)")
+    print(
+        f"best step {best['step']}: validation accuracy {best['val_accuracy']:.3f}; measure it on the test rows with python vqa_sft_grpo/evaluate.py --sft_ckpt {run_dir / 'best'}\nresults in {run_dir} ({time.time() - started:.0f} s)"
+    )
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ Usage:
 
 Audits take lists of rows and return plain numbers and lists of ids. Texts are compared by `plain_text`, so that "Yes." = "yes".
 """
+
 import argparse
 import hashlib
 import itertools
@@ -53,8 +54,16 @@ class RowSet:
 
     def facts(self):
         """What metrics files say about the data."""
-        return {"name": self.name, "version": self.version, "counts": self.counts(), "left_out": self.left_out, "notes": self.notes,
-                "sha256": self.sha256, "official": self.official, "source": self.source}  # fmt: skip
+        return {
+            "name": self.name,
+            "version": self.version,
+            "counts": self.counts(),
+            "left_out": self.left_out,
+            "notes": self.notes,
+            "sha256": self.sha256,
+            "official": self.official,
+            "source": self.source,
+        }
 
     def __str__(self):
         counts = ", ".join(f"{split or 'no split'} {n}" for split, n in self.counts().items())
@@ -64,6 +73,7 @@ class RowSet:
 
 # ----------------------------------------------------------------------------------------------------------------- splits
 
+
 def split_groups(groups, shares, seed=0):
     """
     Group names (repeats allowed) -> {group: split}. shares: {"train": 0.7, "val": 0.1, "test": 0.2}, of the groups, adding up
@@ -71,7 +81,9 @@ def split_groups(groups, shares, seed=0):
     """
     if not shares or min(shares.values()) <= 0 or abs(sum(shares.values()) - 1) > 1e-6:
         raise InputError(f"the shares of a split must be above 0 and add up to 1, not {shares}")
-    order = sorted({str(g): g for g in groups}.items(), key=lambda item: hashlib.sha256(f"{seed}:{item[0]}".encode()).digest())
+    order = sorted(
+        {str(g): g for g in groups}.items(), key=lambda item: hashlib.sha256(f"{seed}:{item[0]}".encode()).digest()
+    )
     ends = [round(len(order) * share) for share in itertools.accumulate(shares.values())]
     chosen, start = {}, 0
     for split, end in zip(shares, ends, strict=True):
@@ -84,6 +96,7 @@ def split_groups(groups, shares, seed=0):
 
 # ------------------------------------------------------------------------------------------------------------------ texts
 
+
 def plain_text(text):
     """Lower case, punctuation to spaces, single spaces: "X-ray, T2?" -> "x ray t2"."""
     return " ".join(re.sub(r"[^\w\s]", " ", str(text).lower()).split())
@@ -95,7 +108,10 @@ def id_of(row):
 
 def values_of(row, keys, plain):
     """The row's values under `keys`; the texts among them as plain(text). Names of images and groups stay as they are."""
-    return tuple(plain(row[k]) if k in ("question", "question_frame", "answer", "report", "findings", "impression") else row[k] for k in keys)
+    return tuple(
+        plain(row[k]) if k in ("question", "question_frame", "answer", "report", "findings", "impression") else row[k]
+        for k in keys
+    )
 
 
 def shared_values(a, b, key="image_id"):
@@ -107,7 +123,11 @@ def shared_values(a, b, key="image_id"):
 def shared_between_splits(rows, key="image_id"):
     """shared_values of every two splits: {"train, test": ...}."""
     by_split = {split: [row for row in rows if row["split"] == split] for split in SPLITS}
-    return {f"{a}, {b}": shared_values(by_split[a], by_split[b], key) for a, b in itertools.combinations(SPLITS, 2) if by_split[a] and by_split[b]}
+    return {
+        f"{a}, {b}": shared_values(by_split[a], by_split[b], key)
+        for a, b in itertools.combinations(SPLITS, 2)
+        if by_split[a] and by_split[b]
+    }
 
 
 def repeats(rows, keys=("image_id", "question", "answer"), plain=plain_text):
@@ -115,7 +135,12 @@ def repeats(rows, keys=("image_id", "question", "answer"), plain=plain_text):
     groups = defaultdict(list)
     for row in rows:
         groups[values_of(row, keys, plain)].append(id_of(row))
-    return {"rows": len(rows), "distinct": len(groups), "repeats": len(rows) - len(groups), "ids": [ids for ids in groups.values() if len(ids) > 1]}
+    return {
+        "rows": len(rows),
+        "distinct": len(groups),
+        "repeats": len(rows) - len(groups),
+        "ids": [ids for ids in groups.values() if len(ids) > 1],
+    }
 
 
 def seen(test, train, keys=("image_id", "question", "answer"), plain=plain_text):
@@ -129,7 +154,9 @@ def frames_in(test, train):
     """Rows of `test` whose question_frame is a question of `train`, with the same image and the same answer (VQA-RAD)."""
     framed = [row for row in test if row.get("question_frame")]
     known = {values_of(row, ("image_id", "question", "answer"), plain_text) for row in train}
-    ids = [id_of(row) for row in framed if values_of(row, ("image_id", "question_frame", "answer"), plain_text) in known]
+    ids = [
+        id_of(row) for row in framed if values_of(row, ("image_id", "question_frame", "answer"), plain_text) in known
+    ]
     return {"rows": len(ids), "of": len(test), "ids": ids}
 
 
@@ -150,7 +177,9 @@ def reworded(test, train, threshold=0.5):
     pairs = []
     for row in test:
         others = known.get(values_of(row, ("image_id", "answer"), plain_text), [])
-        overlap, i = max(((word_overlap(row["question"], other["question"]), -i) for i, other in enumerate(others)), default=(0, 0))
+        overlap, i = max(
+            ((word_overlap(row["question"], other["question"]), -i) for i, other in enumerate(others)), default=(0, 0)
+        )
         if others and overlap >= threshold:
             pairs.append((id_of(row), id_of(others[-i]), overlap))
     return {"rows": len(pairs), "of": len(test), "pairs": pairs}
@@ -169,6 +198,7 @@ def conflicts(rows):
 
 # ----------------------------------------------------------------------------------------------------------------- images
 
+
 def image_hash(pixels):
     """
     float (H, W) or (H, W, 3) in 0..1 -> bool (255,): the signs, against their median, of the lowest 16 x 16 frequencies of
@@ -182,7 +212,9 @@ def image_hash(pixels):
     """
     if pixels.ndim == 3:
         pixels = pixels @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
-    small = np.asarray(Image.fromarray(np.ascontiguousarray(pixels, dtype=np.float32)).resize((64, 64), Image.BOX), dtype=np.float64)
+    small = np.asarray(
+        Image.fromarray(np.ascontiguousarray(pixels, dtype=np.float32)).resize((64, 64), Image.BOX), dtype=np.float64
+    )
     low = dctn(small, norm="ortho")[:16, :16].ravel()[1:]
     return low > np.median(low)
 
@@ -205,9 +237,12 @@ def similar_images(paths, max_distance=SAME_IMAGE):
         pixels_seen[pixels.shape, hashlib.sha256(pixels.tobytes()).digest()].append(key)
     pairs = [(ids[i], ids[j], distance) for i, j, distance in near_pairs(np.array(hashes), max_distance)]
     return {
-        "images": len(ids), "identical": [group for group in pixels_seen.values() if len(group) > 1],
-        "similar": linked_groups(pairs), "pairs": pairs, "unreadable": unreadable,
-    }  # fmt: skip
+        "images": len(ids),
+        "identical": [group for group in pixels_seen.values() if len(group) > 1],
+        "similar": linked_groups(pairs),
+        "pairs": pairs,
+        "unreadable": unreadable,
+    }
 
 
 def near_pairs(hashes, max_distance, block=1024):
@@ -233,15 +268,30 @@ def linked_groups(pairs):
 
 # ---------------------------------------------------------------------------------------------------------------- command
 
+
 @script
 def main(argv=None):
-    from shared.data import iu_xray, vqa  # here, since they import this file
+    from shared.data import iu_xray
+    from vqa_sft_grpo import sources as vqa  # here, since they import this file
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("data", choices=["iu_xray", "vqa_rad", "slake"], help="data set to look through")
-    parser.add_argument("--data-dir", metavar="DIR", default=os.environ.get("MEDVLM_DATA") or "data", help="folder of all data sets; $MEDVLM_DATA, else data (%(default)s)")
-    parser.add_argument("--allow-missing-images", action="store_true", help="look at the texts also where images are missing")
-    parser.add_argument("--hash-images", action="store_true", help="look for near-identical images too; about 2 ms per image of 256 pixels")
+    parser.add_argument(
+        "--data-dir",
+        metavar="DIR",
+        default=os.environ.get("MEDVLM_DATA") or "data",
+        help="folder of all data sets; $MEDVLM_DATA, else data (%(default)s)",
+    )
+    parser.add_argument(
+        "--allow-missing-images", action="store_true", help="look at the texts also where images are missing"
+    )
+    parser.add_argument(
+        "--hash-images",
+        action="store_true",
+        help="look for near-identical images too; about 2 ms per image of 256 pixels",
+    )
     parser.add_argument("--json", metavar="FILE", help="write numbers and ids to this file")
     args = parser.parse_args(argv)
     audit = {"iu_xray": iu_xray.audit, "vqa_rad": vqa.audit_vqa_rad, "slake": vqa.audit_slake}[args.data]

@@ -4,6 +4,7 @@ Random changes of a whole batch at once: no Python work per image, on whatever d
 The 28-pixel films of the training split are all framed alike, those of the test split are not: without small geometric
 changes the network learns the framing (task1_classification/README.md, "What it should give").
 """
+
 import math
 
 import torch
@@ -26,7 +27,13 @@ def augment(images, generator, strength="full"):
     def uniform(low, high):
         return torch.rand(n, 1, 1, 1, generator=generator, device=device) * (high - low) + low
 
-    images = affine(images, angle=uniform(-10, 10), shift_x=uniform(-0.07, 0.07), shift_y=uniform(-0.07, 0.07), zoom=1.1 ** uniform(-1, 1))
+    images = affine(
+        images,
+        angle=uniform(-10, 10),
+        shift_x=uniform(-0.07, 0.07),
+        shift_y=uniform(-0.07, 0.07),
+        zoom=1.1 ** uniform(-1, 1),
+    )
     if strength == "geometry":
         return images
     images = images.clamp(1e-3, 1) ** torch.exp(uniform(-0.25, 0.25))  # exposure
@@ -38,9 +45,14 @@ def augment(images, generator, strength="full"):
 def affine(images, angle, shift_x, shift_y, zoom):
     """images (N, C, H, W); angle in degrees, shifts as a share of the side, zoom > 1 enlarges: each a number or (N, 1, 1, 1)."""
     n = len(images)
-    angle, shift_x, shift_y, zoom = (torch.as_tensor(v, device=images.device, dtype=images.dtype).expand(n, 1, 1, 1).flatten() for v in (angle, shift_x, shift_y, zoom))
+    angle, shift_x, shift_y, zoom = (
+        torch.as_tensor(v, device=images.device, dtype=images.dtype).expand(n, 1, 1, 1).flatten()
+        for v in (angle, shift_x, shift_y, zoom)
+    )
     cos, sin = torch.cos(angle * math.pi / 180) / zoom, torch.sin(angle * math.pi / 180) / zoom
-    matrix = torch.stack([cos, -sin, 2 * shift_x, sin, cos, 2 * shift_y], dim=1).view(n, 2, 3)  # output pixel -> input place
+    matrix = torch.stack([cos, -sin, 2 * shift_x, sin, cos, 2 * shift_y], dim=1).view(
+        n, 2, 3
+    )  # output pixel -> input place
     grid = F.affine_grid(matrix, images.shape, align_corners=False)
     return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
 

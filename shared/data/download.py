@@ -5,6 +5,7 @@ whole; archives are unpacked without letting a member out of its folder.
 Usage:
     python -m shared.data.download vqa_rad --data-dir data      # or slake, iu_xray; --images adds the 14 GB of IU X-ray films
 """
+
 import argparse
 import gzip
 import hashlib
@@ -42,6 +43,7 @@ class CutShort(Exception):
 
 # --------------------------------------------------------------------------------------------------------------- folders
 
+
 def find_folder(data_dir, names, holding, what, address):
     """
     The first of <data_dir>/<name>, then data_dir itself, that has one of the files `holding`. DataNotFound, with the address
@@ -51,7 +53,9 @@ def find_folder(data_dir, names, holding, what, address):
     for folder in [*(data_dir / name for name in names), data_dir]:
         if any((folder / name).exists() for name in holding):
             return folder
-    raise DataNotFound(f"{what} is not in {data_dir / names[0]} (looked for {' or '.join(holding)}); get it from {address} and put the files into that folder")
+    raise DataNotFound(
+        f"{what} is not in {data_dir / names[0]} (looked for {' or '.join(holding)}); get it from {address} and put the files into that folder"
+    )
 
 
 def sha256_of(path):
@@ -63,6 +67,7 @@ def sha256_of(path):
 
 
 # ------------------------------------------------------------------------------------------------------------------ fetch
+
 
 def fetch(address, path, sha256=None, tries=5, timeout=30, wait=1.0):
     """
@@ -98,7 +103,9 @@ def fetch(address, path, sha256=None, tries=5, timeout=30, wait=1.0):
     if sha256 and (found := sha256_of(part)) != sha256:
         part.unlink()
         note.unlink(missing_ok=True)
-        raise DataNotFound(f"what {address} sent is not the expected file (sha256 {found[:12]}..., not {sha256[:12]}...); {by_hand}")
+        raise DataNotFound(
+            f"what {address} sent is not the expected file (sha256 {found[:12]}..., not {sha256[:12]}...); {by_hand}"
+        )
     os.replace(part, path)
     note.unlink(missing_ok=True)
     return path
@@ -152,12 +159,16 @@ def fetch_rest(address, part, note, timeout, unmarked_ok):
                 have += len(block)
                 if time.monotonic() - said > 10:
                     said = time.monotonic()
-                    print(f"{part.stem}: {have / 2**20:,.0f} MiB{f' of {total / 2**20:,.0f}' if total else ''}", flush=True)
+                    print(
+                        f"{part.stem}: {have / 2**20:,.0f} MiB{f' of {total / 2**20:,.0f}' if total else ''}",
+                        flush=True,
+                    )
     if total is not None and have != total:
         raise CutShort(f"{have:,} of {total:,} bytes have arrived")
 
 
 # ----------------------------------------------------------------------------------------------------------------- unpack
+
 
 def unpack(archive, folder, largest=LARGEST):
     """
@@ -180,10 +191,23 @@ def unpack(archive, folder, largest=LARGEST):
                 with open_member() as source, open(target, "wb") as file:
                     copied = copy_at_most(source, file, size)
                 if copied != size:
-                    raise InputError(f"{archive} is damaged: {name} has {copied:,} bytes, not {size:,}; delete it and download it again")
+                    raise InputError(
+                        f"{archive} is damaged: {name} has {copied:,} bytes, not {size:,}; delete it and download it again"
+                    )
                 names.append(name)
-        except (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, lzma.LZMAError, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-            raise InputError(f"{archive} is not an archive, or is damaged; delete it and download it again ({error})") from error
+        except (
+            tarfile.TarError,
+            zipfile.BadZipFile,
+            gzip.BadGzipFile,
+            lzma.LZMAError,
+            zlib.error,
+            EOFError,
+            NotImplementedError,
+            RuntimeError,
+        ) as error:
+            raise InputError(
+                f"{archive} is not an archive, or is damaged; delete it and download it again ({error})"
+            ) from error
         for name in dict.fromkeys(names):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.move(temporary / name, folder / name)
@@ -206,7 +230,9 @@ def members(archive):
                 kind = stat.S_IFMT(info.external_attr >> 16)  # 0 where the archive was made on Windows
                 if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
                     raise InputError(f"{archive} is refused: its member {info.filename!r} is a link or a special file")
-                name = safe_name(info.orig_filename, archive)  # as stored: zipfile changes backslashes and cuts at a NUL
+                name = safe_name(
+                    info.orig_filename, archive
+                )  # as stored: zipfile changes backslashes and cuts at a NUL
                 if name and not info.is_dir():
                     yield name, info.file_size, lambda info=info: file.open(info)
 
@@ -214,7 +240,9 @@ def members(archive):
 def safe_name(name, archive):
     """'./imgs/a.jpg' -> 'imgs/a.jpg'; '' for the folder itself and for what macOS adds. InputError for a name that leads elsewhere."""
     parts = [p for p in PurePosixPath(name).parts if p != "."]
-    if name.startswith(("/", "\\")) or ".." in parts or any(c in name for c in "\\:\0"):  # a colon: C:file, or a stream on Windows
+    if (
+        name.startswith(("/", "\\")) or ".." in parts or any(c in name for c in "\\:\0")
+    ):  # a colon: C:file, or a stream on Windows
         raise InputError(f"{archive} is refused: its member {name!r} would be written outside the folder")
     if "__MACOSX" in parts or (parts and parts[-1] == ".DS_Store"):
         return ""
@@ -232,14 +260,27 @@ def copy_at_most(source, file, size):
 
 # ---------------------------------------------------------------------------------------------------------------- command
 
+
 @script
 def main(argv=None):
-    from shared.data import iu_xray, vqa  # here, since they import this file
+    from shared.data import iu_xray
+    from vqa_sft_grpo import sources as vqa  # here, since they import this file
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("data", choices=["iu_xray", "vqa_rad", "slake"], help="data set to fetch")
-    parser.add_argument("--data-dir", metavar="DIR", default=os.environ.get("MEDVLM_DATA") or "data", help="folder of all data sets; $MEDVLM_DATA, else data (%(default)s)")
-    parser.add_argument("--images", action="store_true", help="iu_xray: the films too, about 14 GB; the other sets always come with theirs")
+    parser.add_argument(
+        "--data-dir",
+        metavar="DIR",
+        default=os.environ.get("MEDVLM_DATA") or "data",
+        help="folder of all data sets; $MEDVLM_DATA, else data (%(default)s)",
+    )
+    parser.add_argument(
+        "--images",
+        action="store_true",
+        help="iu_xray: the films too, about 14 GB; the other sets always come with theirs",
+    )
     args = parser.parse_args(argv)
     if args.data == "iu_xray":
         folder = iu_xray.download(args.data_dir, images=args.images)

@@ -1,6 +1,7 @@
 """
 Image files of users -> arrays in 0..1. Pillow decodes PNG, JPEG and TIFF, NumPy .npy, pydicom DICOM where it is installed.
 """
+
 import glob
 from pathlib import Path
 
@@ -53,7 +54,9 @@ def read_image(path):
     if pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[2] != 3):
         raise InputError(f"an image has the shape (H, W) or (H, W, 3), this one {pixels.shape}")
     if min(pixels.shape[:2]) < MIN_SIDE:
-        raise InputError(f"the image is too small: {pixels.shape[1]}x{pixels.shape[0]} pixels, at least {MIN_SIDE}x{MIN_SIDE} are needed")
+        raise InputError(
+            f"the image is too small: {pixels.shape[1]}x{pixels.shape[0]} pixels, at least {MIN_SIDE}x{MIN_SIDE} are needed"
+        )
     if pixels.dtype == np.uint8:
         return pixels.astype(np.float32) / 255
     with np.errstate(over="ignore"):
@@ -104,7 +107,12 @@ def read_npy(path):
 
 def grey_if_grey(pixels):
     """A colour image with three equal channels is a grey one."""
-    if pixels.ndim == 3 and pixels.shape[2] == 3 and (pixels[..., 0] == pixels[..., 1]).all() and (pixels[..., 1] == pixels[..., 2]).all():
+    if (
+        pixels.ndim == 3
+        and pixels.shape[2] == 3
+        and (pixels[..., 0] == pixels[..., 1]).all()
+        and (pixels[..., 1] == pixels[..., 2]).all()
+    ):
         return pixels[..., 0]
     return pixels
 
@@ -119,7 +127,9 @@ def read_dicom(path):
         dataset = pydicom.dcmread(path)
         pixels = apply_voi_lut(apply_modality_lut(dataset.pixel_array, dataset), dataset).astype(np.float32)
     except Exception as error:  # pydicom raises many kinds for damaged and for compressed files
-        raise InputError(f"the DICOM file cannot be read ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})") from error
+        raise InputError(
+            f"the DICOM file cannot be read ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+        ) from error
     if dataset.get("PhotometricInterpretation") == "MONOCHROME1":  # stored with white as zero
         pixels = pixels.max() - pixels
     return pixels

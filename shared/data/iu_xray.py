@@ -21,6 +21,7 @@ Files, in <data-dir>/iu_xray or <data-dir> itself:
     labels/openi_gld_std14.csv                     gold labels of NegBio, see load_gold_labels
 Licence CC BY-NC-ND 4.0: images and texts may not be passed on changed. Split by uid: one patient each, 3,851 of them.
 """
+
 import csv
 import re
 import tarfile
@@ -45,8 +46,17 @@ KNOWN = {
 }
 
 
-def load_iu_xray(data_dir, section="findings", split="r2gen", views=("frontal",), reports="auto", image_folder=None,
-                 shares=SHARES, seed=0, allow_missing_images=False):  # fmt: skip
+def load_iu_xray(
+    data_dir,
+    section="findings",
+    split="r2gen",
+    views=("frontal",),
+    reports="auto",
+    image_folder=None,
+    shares=SHARES,
+    seed=0,
+    allow_missing_images=False,
+):
     """
     -> RowSet of the studies that have the section(s) named and a film on disk for each of `views` ("frontal", "lateral";
     () asks for none). `section`: findings, impression, findings+impression (both must be there, joined by a space).
@@ -80,12 +90,16 @@ def load_iu_xray(data_dir, section="findings", split="r2gen", views=("frontal",)
     films = add_image_paths(rows, folder, image_folder)
     if views and not allow_missing_images:
         if not any(image["projection"] for row in rows for image in row["images"]):
-            raise InputError(f"nothing in {folder} says which film is frontal: indiana_projections.csv does ({CSV_ADDRESS}); put it there, or ask for no views")
+            raise InputError(
+                f"nothing in {folder} says which film is frontal: indiana_projections.csv does ({CSV_ADDRESS}); put it there, or ask for no views"
+            )
         for view in views:
             key = {"frontal": "image_path", "lateral": "lateral_path"}[view]
             keep(lambda row, key=key: row[key] is not None, f"no {view} film on disk")
     if not rows:
-        raise InputError(f"no study of {folder} is left ({', '.join(f'{n} {reason}' for reason, n in left_out.items())}); put the films into {folder / IMAGE_FOLDERS[0]}, or allow missing images for work on texts")
+        raise InputError(
+            f"no study of {folder} is left ({', '.join(f'{n} {reason}' for reason, n in left_out.items())}); put the films into {folder / IMAGE_FOLDERS[0]}, or allow missing images for work on texts"
+        )
     version = f"section {section}, split {split or 'none'}{f' with seed {seed}' if split == 'patient' else ''}, reports from {read[0].name}"
     digests = {path.name: downloads.sha256_of(path) for path in read if path.is_file()}
     official = bool(digests) and all(KNOWN.get(name) == digest for name, digest in digests.items())
@@ -93,10 +107,17 @@ def load_iu_xray(data_dir, section="findings", split="r2gen", views=("frontal",)
 
 
 def find_iu_xray(data_dir):
-    return downloads.find_folder(data_dir, ("iu_xray",), ("indiana_reports.csv", REPORTS, "ecgen-radiology"), "IU X-ray", f"{ADDRESS}{REPORTS} (reports), {ADDRESS}{FILMS} (films) or {CSV_ADDRESS} (both)")
+    return downloads.find_folder(
+        data_dir,
+        ("iu_xray",),
+        ("indiana_reports.csv", REPORTS, "ecgen-radiology"),
+        "IU X-ray",
+        f"{ADDRESS}{REPORTS} (reports), {ADDRESS}{FILMS} (films) or {CSV_ADDRESS} (both)",
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------- reports
+
 
 def read_reports(folder, reports="auto"):
     """-> (rows without split and paths, ordered by uid as the CSV is; the files read)."""
@@ -110,10 +131,15 @@ def read_reports(folder, reports="auto"):
         return read_csv_reports(path, projections), [path, projections]
     path = next((folder / name for name in (REPORTS, "ecgen-radiology") if (folder / name).exists()), None)
     if path is None:
-        raise downloads.DataNotFound(f"{folder} has neither {REPORTS} nor ecgen-radiology; fetch {ADDRESS}{REPORTS} and put it there")
+        raise downloads.DataNotFound(
+            f"{folder} has neither {REPORTS} nor ecgen-radiology; fetch {ADDRESS}{REPORTS} and put it there"
+        )
     rows = read_xml_reports(path)
     if projections.is_file():
-        projection_of = {plain_name(line["filename"]): line["projection"] for line in read_csv(projections, ("uid", "filename", "projection"))}
+        projection_of = {
+            plain_name(line["filename"]): line["projection"]
+            for line in read_csv(projections, ("uid", "filename", "projection"))
+        }
         for row in rows:
             for image in row["images"]:
                 image["projection"] = projection_of.get(plain_name(image["name"]))
@@ -125,7 +151,11 @@ def make_row(uid, mesh, texts, images):
     row = {"dataset": "iu_xray", "uid": uid, "patient": str(uid), "split": None, "section": None, "report": None}
     row |= {name: (texts.get(name) or "").strip() for name in ("findings", "impression", "indication", "comparison")}
     row |= {"mesh": mesh, "problems": [term.split("/")[0] for term in mesh], "normal": mesh == ["normal"]}
-    return row | {"image_path": None, "lateral_path": None, "images": [{"name": name, "projection": p, "path": None} for name, p in images]}
+    return row | {
+        "image_path": None,
+        "lateral_path": None,
+        "images": [{"name": name, "projection": p, "path": None} for name, p in images],
+    }
 
 
 def read_csv_reports(reports_path, projections_path):
@@ -133,7 +163,9 @@ def read_csv_reports(reports_path, projections_path):
     for line in read_csv(projections_path, ("uid", "filename", "projection")):
         images.setdefault(line["uid"], []).append((line["filename"], line["projection"]))
     rows = []
-    for line in read_csv(reports_path, ("uid", "MeSH", "Problems", "indication", "comparison", "findings", "impression")):
+    for line in read_csv(
+        reports_path, ("uid", "MeSH", "Problems", "indication", "comparison", "findings", "impression")
+    ):
         # "#NAME?" is what a spreadsheet made of three indications that begin with + or -
         texts = {name: "" if text == "#NAME?" else text for name, text in line.items()}
         mesh = [term for term in line["MeSH"].split(";") if term]
@@ -191,7 +223,9 @@ def parse_xml(data, path):
     try:
         root = ElementTree.fromstring(data)
         texts = {part.get("Label", "").lower(): "".join(part.itertext()) for part in root.iter("AbstractText")}
-        mesh = [term.text for term in root.iterfind("MeSH/major") if term.text]  # <automatic> holds words a program found
+        mesh = [
+            term.text for term in root.iterfind("MeSH/major") if term.text
+        ]  # <automatic> holds words a program found
         images = [(image.get("id"), None) for image in root.iterfind("parentImage")]
         return make_row(uid_of(root.find("uId").get("id"), path), mesh, texts, images)
     except (ElementTree.ParseError, AttributeError) as error:
@@ -199,6 +233,7 @@ def parse_xml(data, path):
 
 
 # ------------------------------------------------------------------------------------------------------------------ films
+
 
 def plain_name(name):
     """
@@ -215,9 +250,15 @@ def add_image_paths(rows, folder, image_folder=None):
         raise InputError(f"there is no image folder {folder / image_folder}")
     wanted = {plain_name(image["name"]) for row in rows for image in row["images"]}
     best, found = None, {}
-    for name in IMAGE_FOLDERS if image_folder is None else [image_folder]:  # never two: they differ in size and in shape
+    for name in (
+        IMAGE_FOLDERS if image_folder is None else [image_folder]
+    ):  # never two: they differ in size and in shape
         if (folder / name).is_dir():
-            here = {plain_name(path.name): path for path in sorted((folder / name).iterdir()) if path.suffix.lower() in (".png", ".jpg", ".jpeg")}
+            here = {
+                plain_name(path.name): path
+                for path in sorted((folder / name).iterdir())
+                if path.suffix.lower() in (".png", ".jpg", ".jpeg")
+            }
             here = {key: here[key] for key in here.keys() & wanted}
             if best is None or len(here) > len(found):
                 best, found = name, here
@@ -225,11 +266,14 @@ def add_image_paths(rows, folder, image_folder=None):
         for image in row["images"]:
             image["path"] = found.get(plain_name(image["name"]))
         for key, projection in (("image_path", "Frontal"), ("lateral_path", "Lateral")):
-            row[key] = next((image["path"] for image in row["images"] if image["projection"] == projection and image["path"]), None)
+            row[key] = next(
+                (image["path"] for image in row["images"] if image["projection"] == projection and image["path"]), None
+            )
     return f"{best}: {len(found)} of {len(wanted)}" if best else "none"
 
 
 # ----------------------------------------------------------------------------------------------------- splits and cleaning
+
 
 def r2gen_split(folder):
     """{uid: split} of R2Gen: 2,069 / 296 / 590 studies, those with two or more films and findings."""
@@ -240,11 +284,18 @@ def r2gen_split(folder):
         path = folder / "annotation.json"
         uids = read_json(path)
         try:  # "CXR2384_IM-0942": the number is the uid
-            uids = {split: [int(re.match(r"CXR(\d+)_", study["id"])[1]) for study in studies] for split, studies in uids.items()}
+            uids = {
+                split: [int(re.match(r"CXR(\d+)_", study["id"])[1]) for study in studies]
+                for split, studies in uids.items()
+            }
         except (TypeError, KeyError, AttributeError) as error:
-            raise InputError(f"{path} is not R2Gen's file: its studies must have an id such as CXR2384_IM-0942") from error
+            raise InputError(
+                f"{path} is not R2Gen's file: its studies must have an id such as CXR2384_IM-0942"
+            ) from error
     else:
-        raise InputError(f"the R2Gen split needs annotation.json of R2Gen (https://github.com/zhjohnchan/R2Gen) in {folder}; or split by patient")
+        raise InputError(
+            f"the R2Gen split needs annotation.json of R2Gen (https://github.com/zhjohnchan/R2Gen) in {folder}; or split by patient"
+        )
     if not isinstance(uids, dict) or set(uids) != {"train", "val", "test"}:
         raise InputError(f"{path} must hold the splits train, val and test")
     split_of = {uid: split for split, members in uids.items() for uid in members}
@@ -253,7 +304,9 @@ def r2gen_split(folder):
     return split_of
 
 
-DROPPED = re.compile(r"[.,?;*!%^&_+():-\[\]{}]")  # ":-\[" is a range, by accident: it drops : ; < = > ? @ [ and keeps the hyphen
+DROPPED = re.compile(
+    r"[.,?;*!%^&_+():-\[\]{}]"
+)  # ":-\[" is a range, by accident: it drops : ; < = > ? @ [ and keeps the hyphen
 
 
 def clean_r2gen(text):
@@ -301,6 +354,7 @@ def load_negbio_test_uids(data_dir):
 
 # ------------------------------------------------------------------------------------------------------ download and audit
 
+
 def download(data_dir, images=False):
     """Fetch the reports (1 MB) and, with `images`, the films (about 14 GB) from Open-i; returns the folder. Addresses not verified."""
     folder = Path(data_dir) / "iu_xray"
@@ -310,7 +364,9 @@ def download(data_dir, images=False):
         downloads.unpack(archive, folder / "NLMCXR_png")
         archive.unlink()
     if not (folder / "indiana_projections.csv").is_file():
-        print(f"which film is frontal stands in indiana_projections.csv only: get it from {CSV_ADDRESS} and put it into {folder}")
+        print(
+            f"which film is frontal stands in indiana_projections.csv only: get it from {CSV_ADDRESS} and put it into {folder}"
+        )
     return folder
 
 
@@ -324,10 +380,19 @@ def audit(data_dir, allow_missing_images=False, hash_images=False):
         "cleaned test reports that occur in train": seen(test, train, ("report",), clean_r2gen),
         "cleaned val reports that occur in train": seen(val, train, ("report",), clean_r2gen),
         "cleaned test reports": repeats(test, ("report",), clean_r2gen),
-        "cleaned test reports with xxxx": {"rows": len(ids := [id_of(row) for row in test if "xxxx" in clean_r2gen(row["report"])]), "ids": ids},
+        "cleaned test reports with xxxx": {
+            "rows": len(ids := [id_of(row) for row in test if "xxxx" in clean_r2gen(row["report"])]),
+            "ids": ids,
+        },
     }
     if hash_images:
-        images = similar_images({image["name"]: image["path"] for row in studies.rows for image in row["images"] if image["path"]})
+        images = similar_images(
+            {image["name"]: image["path"] for row in studies.rows for image in row["images"] if image["path"]}
+        )
         split_of = {image["name"]: row["split"] for row in studies.rows for image in row["images"]}
-        found["films"] = images | {"similar across splits": [group for group in images["similar"] if len({split_of[name] for name in group}) > 1]}
+        found["films"] = images | {
+            "similar across splits": [
+                group for group in images["similar"] if len({split_of[name] for name in group}) > 1
+            ]
+        }
     return found

@@ -10,6 +10,7 @@ the hub repository StanfordAIMI/RRG_scorers; the folder of bert-base-uncased giv
 chexbert.pth holds model_state_dict with the keys module.bert.* and module.linear_heads.0 ... .13: thirteen heads of four
 classes (blank, positive, negative, uncertain) in CHEXBERT_ORDER and, last, No Finding with two (blank, positive).
 """
+
 from pathlib import Path
 
 import torch
@@ -63,7 +64,9 @@ class CheXbertLabeller:
         results = [None] * len(encoded)
         for start in range(0, len(by_length), batch_size):
             rows = by_length[start : start + batch_size]
-            ids = nn.utils.rnn.pad_sequence([torch.tensor(encoded[i]) for i in rows], batch_first=True, padding_value=self.tokenizer.pad_token_id)
+            ids = nn.utils.rnn.pad_sequence(
+                [torch.tensor(encoded[i]) for i in rows], batch_first=True, padding_value=self.tokenizer.pad_token_id
+            )
             lengths = torch.tensor([len(encoded[i]) for i in rows])
             mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
             logits = self.network(ids.to(device), mask.to(device))
@@ -92,6 +95,8 @@ def load_chexbert(checkpoint, encoder, device="cpu"):
     try:
         network.load_state_dict(state, strict=True)
     except RuntimeError as error:
-        raise InputError(f"{checkpoint} does not fit CheXbert on {encoder}: {' '.join(str(error).split())[:300]}") from error
+        raise InputError(
+            f"{checkpoint} does not fit CheXbert on {encoder}: {' '.join(str(error).split())[:300]}"
+        ) from error
     tokenizer = BertTokenizer.from_pretrained(encoder, do_lower_case=True)
     return CheXbertLabeller(network.to(device), tokenizer)

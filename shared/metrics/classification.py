@@ -4,6 +4,7 @@ Metrics of binary, multi-class, ordinal and multi-label classifiers: arrays in, 
 Scores above the threshold are positive (score > threshold, as in MedMNIST). Wrong input raises ValueError.
 scikit-learn computes what it defines the same way; the rest says where it comes from.
 """
+
 import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.special import logsumexp
@@ -42,7 +43,10 @@ def binary_metrics(labels, scores, threshold=0.5):
         num_positive=tp + fn,
         prevalence=(tp + fn) / len(labels),
         threshold=float(threshold),
-        tp=tp, fp=fp, tn=tn, fn=fn,
+        tp=tp,
+        fp=fp,
+        tn=tn,
+        fn=fn,
         **_rates(tp, fp, tn, fn),
         auc=float(roc_auc_score(labels, scores)) if both else None,
         pr_auc=float(average_precision_score(labels, scores)) if both else None,
@@ -69,9 +73,14 @@ def _rates(tp, fp, tn, fn):
         spread = float(tp + fp) * float(tp + fn) * float(tn + fp) * float(tn + fn)  # float: int64 overflows near 50,000
         mcc = float((tp * tn - fp * fn) / spread**0.5) if spread else 0.0  # one answer for all cases: no correlation
     return dict(
-        accuracy=_ratio(tp + tn, tp + fp + tn + fn), precision=_ratio(tp, tp + fp), recall=recall,
-        specificity=specificity, npv=_ratio(tn, tn + fn), f1=_ratio(2 * tp, 2 * tp + fp + fn),
-        balanced_accuracy=balanced, mcc=mcc,
+        accuracy=_ratio(tp + tn, tp + fp + tn + fn),
+        precision=_ratio(tp, tp + fp),
+        recall=recall,
+        specificity=specificity,
+        npv=_ratio(tn, tn + fn),
+        f1=_ratio(2 * tp, 2 * tp + fp + fn),
+        balanced_accuracy=balanced,
+        mcc=mcc,
     )
 
 
@@ -106,8 +115,13 @@ def binary_intervals(labels, scores, threshold=0.5, num_samples=2000, seed=0, gr
     intervals["auc"] = dict(intervals["auc_bootstrap"])
     if groups is None:
         tp, fp, tn, fn = cells.sum(axis=1).tolist()
-        for name, hits, n in (("accuracy", tp + tn, len(labels)), ("precision", tp, tp + fp), ("recall", tp, tp + fn),
-                              ("specificity", tn, tn + fp), ("npv", tn, tn + fn)):
+        for name, hits, n in (
+            ("accuracy", tp + tn, len(labels)),
+            ("precision", tp, tp + fp),
+            ("recall", tp, tp + fn),
+            ("specificity", tn, tn + fp),
+            ("npv", tn, tn + fn),
+        ):
             low, high = wilson_interval(hits, n, confidence)
             intervals[name] = dict(low=low, high=high, method="wilson")
         delong = delong_auc(labels, scores, confidence)
@@ -226,10 +240,16 @@ def multiclass_metrics(labels, probabilities, ordinal=False):
     for c in classes:
         is_c = labels == c
         auc = float(roc_auc_score(is_c, probabilities[:, c])) if 0 < support[c] < len(labels) else None
-        table.append(dict(
-            label=c, n=int(support[c]), precision=_ratio(hits[c], num_called[c]), recall=_ratio(hits[c], support[c]),
-            f1=_ratio(2 * hits[c], support[c] + num_called[c]), auc=auc,
-        ))
+        table.append(
+            dict(
+                label=c,
+                n=int(support[c]),
+                precision=_ratio(hits[c], num_called[c]),
+                recall=_ratio(hits[c], support[c]),
+                f1=_ratio(2 * hits[c], support[c] + num_called[c]),
+                auc=auc,
+            )
+        )
     result = dict(n=len(labels), accuracy=float((calls == labels).mean()))
     for average in ("macro", "weighted"):
         scores = precision_recall_fscore_support(labels, calls, average=average, zero_division=0)
@@ -247,8 +267,10 @@ def multiclass_metrics(labels, probabilities, ordinal=False):
     )
     if ordinal:
         kappa = cohen_kappa_score(labels, calls, weights="quadratic", labels=list(classes)) if varied else None
-        result.update(quadratic_weighted_kappa=None if kappa is None else float(kappa),
-                      mean_absolute_error=float(np.abs(calls - labels).mean()))
+        result.update(
+            quadratic_weighted_kappa=None if kappa is None else float(kappa),
+            mean_absolute_error=float(np.abs(calls - labels).mean()),
+        )
     return result
 
 
@@ -364,8 +386,15 @@ def reliability_bins(labels, probabilities, num_bins=15):
     for b in np.unique(which):
         inside = which == b
         low, high = wilson_interval(int(outcome[inside].sum()), int(inside.sum()))
-        bins.append(dict(n=int(inside.sum()), confidence=float(confidence[inside].mean()),
-                         rate=float(outcome[inside].mean()), low=low, high=high))
+        bins.append(
+            dict(
+                n=int(inside.sum()),
+                confidence=float(confidence[inside].mean()),
+                rate=float(outcome[inside].mean()),
+                low=low,
+                high=high,
+            )
+        )
     return bins
 
 

@@ -12,6 +12,7 @@ Papers print very different numbers under the name "clinical F1". So every key s
 Negative and not mentioned are both "not positive". As in scikit-learn with zero_division=0, a precision, recall or F1 without
 a case counts as 0 in the averages; `num_without_positive_*` says how many conditions have no positive reference.
 """
+
 import numpy as np
 
 from shared.metrics.labels import CONDITIONS, NEGATIVE, POSITIVE, TOP_FIVE, UNCERTAIN, UNKNOWN
@@ -26,10 +27,14 @@ def positive_matrix(labels, uncertain="uncertain_positive"):
     if uncertain not in UNCERTAIN_AS:
         raise ValueError(f"uncertain is {uncertain!r}, expected {' or '.join(UNCERTAIN_AS)}")
     for row in labels:
-        wrong = [name for name in CONDITIONS if name not in row or row[name] not in (POSITIVE, NEGATIVE, UNCERTAIN, UNKNOWN)]
+        wrong = [
+            name for name in CONDITIONS if name not in row or row[name] not in (POSITIVE, NEGATIVE, UNCERTAIN, UNKNOWN)
+        ]
         if wrong:
             raise ValueError(f"label of {wrong[0]}: expected 1, 0, -1 or None, got {row.get(wrong[0], 'nothing')!r}")
-    return np.array([[row[name] in UNCERTAIN_AS[uncertain] for name in CONDITIONS] for row in labels], dtype=bool).reshape(-1, 14)
+    return np.array(
+        [[row[name] in UNCERTAIN_AS[uncertain] for name in CONDITIONS] for row in labels], dtype=bool
+    ).reshape(-1, 14)
 
 
 def _ratio(a, b):
@@ -55,7 +60,9 @@ def averages(hypothesis, reference):
         kinds = {"micro": _scores(h, r, None), "macro": {k: v.mean() for k, v in each.items()}}
         kinds["weighted"] = {k: _ratio((v * support).sum(), support.sum()) for k, v in each.items()}
         kinds["example"] = {k: v.mean() for k, v in _scores(h, r, 1).items()}
-        result |= {f"{metric}_{kind}_{subset}": float(v) for kind, scores in kinds.items() for metric, v in scores.items()}
+        result |= {
+            f"{metric}_{kind}_{subset}": float(v) for kind, scores in kinds.items() for metric, v in scores.items()
+        }
         result[f"exact_match_{subset}"] = float((h == r).all(1).mean())
         result[f"num_without_positive_{subset}"] = int((support == 0).sum())
     return result
@@ -68,11 +75,14 @@ def per_condition(hypothesis, reference):
         h, r = hypothesis[:, j], reference[:, j]
         tp, fp, fn, tn = (int(n) for n in ((h & r).sum(), (h & ~r).sum(), (~h & r).sum(), (~h & ~r).sum()))
         result[name] = dict(
-            tp=tp, fp=fp, fn=fn, tn=tn,
+            tp=tp,
+            fp=fp,
+            fn=fn,
+            tn=tn,
             precision=tp / (tp + fp) if tp + fp else None,
             recall=tp / (tp + fn) if tp + fn else None,
             f1=2 * tp / (2 * tp + fp + fn) if tp + fp + fn else None,
-        )  # fmt: skip
+        )
     return result
 
 
@@ -83,7 +93,9 @@ def clinical_efficacy(hypotheses, references):
     """
     hypotheses, references = list(hypotheses), list(references)
     if len(hypotheses) != len(references) or not references:
-        raise ValueError(f"need as many hypotheses as references and at least one, got {len(hypotheses)} and {len(references)}")
+        raise ValueError(
+            f"need as many hypotheses as references and at least one, got {len(hypotheses)} and {len(references)}"
+        )
     result = {"n": len(references)}
     for uncertain in UNCERTAIN_AS:
         h, r = positive_matrix(hypotheses, uncertain), positive_matrix(references, uncertain)
@@ -91,7 +103,9 @@ def clinical_efficacy(hypotheses, references):
     return result
 
 
-def clinical_interval(key, hypotheses, references, uncertain="uncertain_positive", groups=None, num_samples=1000, confidence=0.95, seed=0):
+def clinical_interval(
+    key, hypotheses, references, uncertain="uncertain_positive", groups=None, num_samples=1000, confidence=0.95, seed=0
+):
     """
     Bootstrap interval of one key of `averages`, by report or, with groups (N,), by study or patient
     -> dict of statistics.bootstrap_interval: value, low, high, num_samples, num_undefined.
@@ -100,4 +114,6 @@ def clinical_interval(key, hypotheses, references, uncertain="uncertain_positive
     known = averages(h, r)
     if key not in known:
         raise ValueError(f"there is no {key!r}; there are {', '.join(known)}")
-    return bootstrap_interval(lambda a, b: averages(a, b)[key], h, r, groups=groups, num_samples=num_samples, confidence=confidence, seed=seed)
+    return bootstrap_interval(
+        lambda a, b: averages(a, b)[key], h, r, groups=groups, num_samples=num_samples, confidence=confidence, seed=seed
+    )

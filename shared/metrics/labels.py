@@ -13,6 +13,7 @@ Source of names and orders: Irvin et al. 2019, CheXpert (arXiv 1901.07031), and 
 2004.09167). The rules follow what these papers describe (mentions; uncertainty, negation, uncertainty again; positive
 beats uncertain beats negative); wordings and code are our own. Labels say what a text states, not what a film shows.
 """
+
 import re
 from functools import lru_cache
 
@@ -120,133 +121,391 @@ _BONES = "rib|ribs|clavicle|clavicular|vertebral|vertebra|sternal|humeral|humeru
 
 MENTIONS = {
     "Cardiomegaly": [
-        "cardiomegaly", "cardiomegalic",
-        "heart size (?:is|has|appears) (?:mildly |slightly |moderately )?increased", "increased (?:heart|cardiac) size", "increase in (?:the )?(?:heart|cardiac) size", "increase in (?:the )?size of the (?:heart|cardiac silhouette)",
+        "cardiomegaly",
+        "cardiomegalic",
+        "heart size (?:is|has|appears) (?:mildly |slightly |moderately )?increased",
+        "increased (?:heart|cardiac) size",
+        "increase in (?:the )?(?:heart|cardiac) size",
+        "increase in (?:the )?size of the (?:heart|cardiac silhouette)",
     ],
     "Lung Lesion": [
-        r"nodul(?:e|es)", r"nodular (?:opacit\w+|densit\w+|opacification\w*|focus|foci|lesions?|shadow\w*)",
-        r"(?:lung|pulmonary|parenchymal|cavitary|spiculated|hilar|perihilar|pleural based|coin) lesions?", "mass(?:es)?", "masslike", r"cavit(?:ary|ation)s?",
-        "carcinoma", r"neoplas\w+", "tumou?rs?", r"malignan(?:cy|cies)", r"metasta(?:sis|ses|tic)(?: disease| lesions?)?",
+        r"nodul(?:e|es)",
+        r"nodular (?:opacit\w+|densit\w+|opacification\w*|focus|foci|lesions?|shadow\w*)",
+        r"(?:lung|pulmonary|parenchymal|cavitary|spiculated|hilar|perihilar|pleural based|coin) lesions?",
+        "mass(?:es)?",
+        "masslike",
+        r"cavit(?:ary|ation)s?",
+        "carcinoma",
+        r"neoplas\w+",
+        "tumou?rs?",
+        r"malignan(?:cy|cies)",
+        r"metasta(?:sis|ses|tic)(?: disease| lesions?)?",
     ],
     "Pneumonia": [
-        r"(?:broncho|aspiration |atypical |lobar |viral |bacterial )?pneumoni(?:a|as|c)", "infections?", "infect(?:ious|ive)(?: process| etiology)?",
+        r"(?:broncho|aspiration |atypical |lobar |viral |bacterial )?pneumoni(?:a|as|c)",
+        "infections?",
+        "infect(?:ious|ive)(?: process| etiology)?",
     ],
     "Lung Opacity": [
-        r"opaci(?:t|f)\w+", r"infiltrat(?:e|es|ion|ions)", r"(?:airspace|air space|alveolar) (?:disease|process)",
-        rf"(?:(?:{_TEXTURE}) )+densit(?:y|ies)", "areas? of (?:increased )?density",
+        r"opaci(?:t|f)\w+",
+        r"infiltrat(?:e|es|ion|ions)",
+        r"(?:airspace|air space|alveolar) (?:disease|process)",
+        rf"(?:(?:{_TEXTURE}) )+densit(?:y|ies)",
+        "areas? of (?:increased )?density",
         r"(?:increased|prominent|coarse|coarsened|accentuated|thickened|reticular|chronic|bronchovascular)(?: (?:pulmonary|interstitial|lung|bronchovascular|chronic|bilateral))* (?:markings|pattern)",
-        r"(?:prominence|thickening|coarsening) of the (?:pulmonary |lung )?interstiti\w+", r"interstitial (?:prominence|thickening|lung disease|disease|abnormality|changes?|process)",
-        r"reticulation\w*", "ground glass", "white ?out",
+        r"(?:prominence|thickening|coarsening) of the (?:pulmonary |lung )?interstiti\w+",
+        r"interstitial (?:prominence|thickening|lung disease|disease|abnormality|changes?|process)",
+        r"reticulation\w*",
+        "ground glass",
+        "white ?out",
     ],
     "Edema": [
-        r"(?:pulmonary |interstitial |alveolar )*o?edema", r"(?:pulmonary )?(?:vascular|venous) (?:congestion|engorgement)", "(?:pulmonary|central) congestion",
-        "cephalization", "vascular redistribution", "(?:fluid|volume) overload",
+        r"(?:pulmonary |interstitial |alveolar )*o?edema",
+        r"(?:pulmonary )?(?:vascular|venous) (?:congestion|engorgement)",
+        "(?:pulmonary|central) congestion",
+        "cephalization",
+        "vascular redistribution",
+        "(?:fluid|volume) overload",
     ],
     "Consolidation": [r"consolidat\w+"],
     "Atelectasis": [
-        r"atelecta\w+", "collapse",
-        r"collapsed (?:lung|(?:right|left|upper|lower|middle) (?:lung|lobe|upper|lower|middle))", "volume loss", "loss of volume",
+        r"atelecta\w+",
+        "collapse",
+        r"collapsed (?:lung|(?:right|left|upper|lower|middle) (?:lung|lobe|upper|lower|middle))",
+        "volume loss",
+        "loss of volume",
     ],
     "Pneumothorax": [r"(?:hydro|hemo|haemo)?pneumothora(?:x|xes|ces)", "pleural air"],
     "Pleural Effusion": [
-        "pleural (?:or|and|and or) pericardial effusions?", "pericardial (?:or|and|and or) pleural effusions?",
-        "(?:pleural |parapneumonic |subpulmonic )*effusions?", r"(?:pleural|loculated|layering) (?!air)(?:\w+ )?(?:fluid|collections?)", r"ha?emothora(?:x|ces)", "hydrothora(?:x|ces)", "empyema",
+        "pleural (?:or|and|and or) pericardial effusions?",
+        "pericardial (?:or|and|and or) pleural effusions?",
+        "(?:pleural |parapneumonic |subpulmonic )*effusions?",
+        r"(?:pleural|loculated|layering) (?!air)(?:\w+ )?(?:fluid|collections?)",
+        r"ha?emothora(?:x|ces)",
+        "hydrothora(?:x|ces)",
+        "empyema",
     ],
     "Pleural Other": [
-        r"pleural (?:\w+ )?(?:thickening|plaques?|scar\w*|fibrosis|calcifications?|abnormality|disease|tags?)", r"pleuro ?parenchymal (?:scar\w*|thickening)",
-        r"thickening of the (?:\w+ )?pleura", r"calcified pleura\w*", r"(?:bi)?apical (?:pleural )?(?:thickening|cap\w*)", "fibrothorax",
+        r"pleural (?:\w+ )?(?:thickening|plaques?|scar\w*|fibrosis|calcifications?|abnormality|disease|tags?)",
+        r"pleuro ?parenchymal (?:scar\w*|thickening)",
+        r"thickening of the (?:\w+ )?pleura",
+        r"calcified pleura\w*",
+        r"(?:bi)?apical (?:pleural )?(?:thickening|cap\w*)",
+        "fibrothorax",
     ],
     "Fracture": [
-        rf"(?:(?:{_BONES}|compression|wedge|stress) )*fractur(?:e|es|ed)", r"compression deformit\w+", rf"(?:{_BONES}) deformit\w+",
+        rf"(?:(?:{_BONES}|compression|wedge|stress) )*fractur(?:e|es|ed)",
+        r"compression deformit\w+",
+        rf"(?:{_BONES}) deformit\w+",
     ],
     "Support Devices": [
-        rf"(?:{_TUBES}) (?:tip )?(?:tubes?|catheters?|drains?)", "tubes?", "ett", "dobb?hoff", "catheters?", "cannulas?", rf"(?:{_LINES}) (?:\w+ )?lines?", r"lines?(?= (?:and|or) tubes?)",
-        "picc", "port a cath", "portacath", "mediport", r"(?:infusion|chest wall|chest) port", "swan ganz", "pacemakers?", "pacers?", "pacing", r"defibrillators?", "a?icd", "leads?",
-        "balloon pump", "lvad", "stents?", "drains?", "pigtail", "tracheostomy", "thoracostomy", r"prosthetic (?:\w+ )?valve", r"valve (?:replacement|prosthesis)",
-        r"(?:sternal|sternotomy|cerclage) wires", "hardware", r"(?:support|monitoring|assist|pacing|electronic|implanted) (?:\w+ )?devices?", "(?:nerve )?stimulator", "arthroplasty",
+        rf"(?:{_TUBES}) (?:tip )?(?:tubes?|catheters?|drains?)",
+        "tubes?",
+        "ett",
+        "dobb?hoff",
+        "catheters?",
+        "cannulas?",
+        rf"(?:{_LINES}) (?:\w+ )?lines?",
+        r"lines?(?= (?:and|or) tubes?)",
+        "picc",
+        "port a cath",
+        "portacath",
+        "mediport",
+        r"(?:infusion|chest wall|chest) port",
+        "swan ganz",
+        "pacemakers?",
+        "pacers?",
+        "pacing",
+        r"defibrillators?",
+        "a?icd",
+        "leads?",
+        "balloon pump",
+        "lvad",
+        "stents?",
+        "drains?",
+        "pigtail",
+        "tracheostomy",
+        "thoracostomy",
+        r"prosthetic (?:\w+ )?valve",
+        r"valve (?:replacement|prosthesis)",
+        r"(?:sternal|sternotomy|cerclage) wires",
+        "hardware",
+        r"(?:support|monitoring|assist|pacing|electronic|implanted) (?:\w+ )?devices?",
+        "(?:nerve )?stimulator",
+        "arthroplasty",
     ],
-}  # fmt: skip
+}
 
 # Contain the words of a mention and are none; read before the mentions.
 UNMENTIONS = [
-    "pericardial (?:fluid|effusions?)", "joint effusions?", r"(?:soft tissue|subcutaneous|chest wall|peripheral|leg) o?edema", "mass effect", "body mass",
-    r"calcified (?:\w+ )?(?:nodul\w+|mass\w*|opacit\w+|densit\w+)", r"(?:bone|bony|osseous|lytic|sclerotic|blastic|skeletal|vertebral) (?:\w+ )?(?:lesions?|mass\w*|metasta\w+)",
-    r"(?:soft tissue|abdominal|breast|thyroid|adrenal) (?:mass\w*|nodul\w+)", r"radio ?opa\w+", "bone density", "opacified (?:bowel|stomach)", r"collapsed (?:esophagus|stomach)",
-    r"(?:right|left) (?:atri|ventric)\w+ leads? of", "heart (?:rate|disease|transplant|valve|border)", "(?:right|left) heart(?: border)?", "post infectious", "(?:granulomatous|prior|previous|old|remote|tuberculous|tuberculosis) infection", "(?:vertebral|vertebral body|endplate|subchondral|compression) collapse",
-]  # fmt: skip
+    "pericardial (?:fluid|effusions?)",
+    "joint effusions?",
+    r"(?:soft tissue|subcutaneous|chest wall|peripheral|leg) o?edema",
+    "mass effect",
+    "body mass",
+    r"calcified (?:\w+ )?(?:nodul\w+|mass\w*|opacit\w+|densit\w+)",
+    r"(?:bone|bony|osseous|lytic|sclerotic|blastic|skeletal|vertebral) (?:\w+ )?(?:lesions?|mass\w*|metasta\w+)",
+    r"(?:soft tissue|abdominal|breast|thyroid|adrenal) (?:mass\w*|nodul\w+)",
+    r"radio ?opa\w+",
+    "bone density",
+    "opacified (?:bowel|stomach)",
+    r"collapsed (?:esophagus|stomach)",
+    r"(?:right|left) (?:atri|ventric)\w+ leads? of",
+    "heart (?:rate|disease|transplant|valve|border)",
+    "(?:right|left) heart(?: border)?",
+    "post infectious",
+    "(?:granulomatous|prior|previous|old|remote|tuberculous|tuberculosis) infection",
+    "(?:vertebral|vertebral body|endplate|subchondral|compression) collapse",
+]
 
 # Heart failure says nothing about the size of the heart but makes a large one likely: uncertain, as the CheXpert labeller has it.
 FAILURE = ["(?:congestive )?(?:heart|cardiac) (?:failure|decompensation)", "chf"]
 
 # Abnormal, and none of the 13: a report that states one of these has findings.
 OTHERS = [
-    r"emphysema\w*", "copd", "chronic obstructive", r"bull(?:a|ae|ous)", r"(?:dextro|levo)?scolio\w+", r"kypho\w+", r"degenerat\w+", r"spondylo\w+", r"osteophyt\w+", r"calcif\w+",
-    r"granuloma\w*", r"hernia\w*", "blunt(?:ed|ing)", r"scar(?:s|red|ring)?",
-]  # fmt: skip
+    r"emphysema\w*",
+    "copd",
+    "chronic obstructive",
+    r"bull(?:a|ae|ous)",
+    r"(?:dextro|levo)?scolio\w+",
+    r"kypho\w+",
+    r"degenerat\w+",
+    r"spondylo\w+",
+    r"osteophyt\w+",
+    r"calcif\w+",
+    r"granuloma\w*",
+    r"hernia\w*",
+    "blunt(?:ed|ing)",
+    r"scar(?:s|red|ring)?",
+]
 
 # Anatomy that is called normal or enlarged -> the conditions meant; none: read so that its "normal" is not taken for the heart's.
 _PARTS = "(?:contours?|silhouettes?|structures?|shadows?|borders?|outlines?|margins?|size|width)"
 ANATOMY = {
     ("Cardiomegaly", "Enlarged Cardiomediastinum"): [
-        rf"(?:heart|cardiac)(?: size| silhouette)?,?(?: hilar,?)? and (?:the )?mediastin\w+(?: {_PARTS})*", rf"mediastin\w+ and (?:cardiac|heart)(?: {_PARTS})*",
+        rf"(?:heart|cardiac)(?: size| silhouette)?,?(?: hilar,?)? and (?:the )?mediastin\w+(?: {_PARTS})*",
+        rf"mediastin\w+ and (?:cardiac|heart)(?: {_PARTS})*",
         rf"cardiac, mediastinal,?(?: and \w+)?(?: {_PARTS})*",
     ],
     ("Enlarged Cardiomediastinum",): [
-        rf"cardio ?mediastin\w+(?: and hilar)?(?: {_PARTS})*", rf"(?:hilar and |superior |upper )?mediastinal(?: and hilar|, hilar)? {_PARTS}", "(?:superior |upper )?mediastinum",
+        rf"cardio ?mediastin\w+(?: and hilar)?(?: {_PARTS})*",
+        rf"(?:hilar and |superior |upper )?mediastinal(?: and hilar|, hilar)? {_PARTS}",
+        "(?:superior |upper )?mediastinum",
         "mediastinal(?= (?:widening|enlargement))",
     ],
-    ("Cardiomegaly",): [rf"heart(?: {_PARTS})?", rf"cardiac(?: and \w+)? {_PARTS}", "cardiac(?= enlargement)", "cardio ?pericardial silhouette"],
-    (): [
-        "lungs?(?: fields?| volumes?)?", r"hil(?:um|a|i|ar)", "aorta", "aortic", r"pulmonary (?:arter\w+|vascula\w+|vessels?|vein\w*|hila\w*)", r"vascula\w+", "vessels",
-        r"bon(?:e|es|y)", r"osseous", r"skelet\w+", r"pleura\w*", "soft tissues?", r"trachea\w*", r"(?:hemi)?diaphragms?", r"thyroid\w*", r"atri\w+", r"ventricul\w+",
-        "ribs?", "spine", "azygos",
+    ("Cardiomegaly",): [
+        rf"heart(?: {_PARTS})?",
+        rf"cardiac(?: and \w+)? {_PARTS}",
+        "cardiac(?= enlargement)",
+        "cardio ?pericardial silhouette",
     ],
-}  # fmt: skip
-ENLARGED = ["enlarged", "enlargement(?: of)?", "widened", "widening(?: of)?", "dilated", "large(?= (?:heart|cardiac))", "large(?=$|,| and| but| with)"]
+    (): [
+        "lungs?(?: fields?| volumes?)?",
+        r"hil(?:um|a|i|ar)",
+        "aorta",
+        "aortic",
+        r"pulmonary (?:arter\w+|vascula\w+|vessels?|vein\w*|hila\w*)",
+        r"vascula\w+",
+        "vessels",
+        r"bon(?:e|es|y)",
+        r"osseous",
+        r"skelet\w+",
+        r"pleura\w*",
+        "soft tissues?",
+        r"trachea\w*",
+        r"(?:hemi)?diaphragms?",
+        r"thyroid\w*",
+        r"atri\w+",
+        r"ventricul\w+",
+        "ribs?",
+        "spine",
+        "azygos",
+    ],
+}
+ENLARGED = [
+    "enlarged",
+    "enlargement(?: of)?",
+    "widened",
+    "widening(?: of)?",
+    "dilated",
+    "large(?= (?:heart|cardiac))",
+    "large(?=$|,| and| but| with)",
+]
 PROMINENT = ["prominent", "prominence(?: of)?", "fullness(?: of)?"]  # said of the heart or mediastinum: uncertain
-NORMAL = ["(?:at |near )?(?:the )?upper limits? of normal", "(?:top|high|upper|upper limit)(?: of)? normal", "normal", "unremarkable", r"within (?:\w+ )?limits", "not enlarged"]
+NORMAL = [
+    "(?:at |near )?(?:the )?upper limits? of normal",
+    "(?:top|high|upper|upper limit)(?: of)? normal",
+    "normal",
+    "unremarkable",
+    r"within (?:\w+ )?limits",
+    "not enlarged",
+]
 
 # Look like a negation or an uncertainty and are none.
 KEEP = [
     r"no (?:other |further |significant |appreciable |interval |substantial |relevant |major |new )*(?:change|changes|increase|decrease|improvement|worsening|progression|difference)(?: in| of| from)?",
-    r"without (?:significant |interval |substantial )*(?:change|worsening|increase)", r"not (?:significantly |substantially |appreciably )*(?:changed|different|increased|decreased|worsened|improved)", "not only", "not necessarily", "no doubt",
-    r"(?:near complete|near total|partial|incomplete) (?:resolution|clearing)(?: of)?", r"(?:nearly|almost|partially|partly|largely|mostly)(?: completely)? (?:resolved|cleared)", r"not (?:completely |fully |entirely |yet )*(?:resolved|cleared)",
+    r"without (?:significant |interval |substantial )*(?:change|worsening|increase)",
+    r"not (?:significantly |substantially |appreciably )*(?:changed|different|increased|decreased|worsened|improved)",
+    "not only",
+    "not necessarily",
+    "no doubt",
+    r"(?:near complete|near total|partial|incomplete) (?:resolution|clearing)(?: of)?",
+    r"(?:nearly|almost|partially|partly|largely|mostly)(?: completely)? (?:resolved|cleared)",
+    r"not (?:completely |fully |entirely |yet )*(?:resolved|cleared)",
     "(?:consistent|compatible|in keeping) with",
-]  # fmt: skip
+]
 IGNORE = [  # what follows is looked for, remembered or feared, not described
-    r"(?:evaluat\w+|assess\w*|look\w*|check|screen\w*) for", r"(?:sensitivity|difficult|hard|unable|able)(?: \w+)? to (?:detect|assess|evaluate)", r"(?:sensitivity|sensitive) for", "rule out", "r o", r"history of", r"known history of", r"(?:evaluation|assessment|detection) of", r"(?:treatment|treated|therapy) (?:for|of)", r"if (?:there is|clinical\w*|concern|symptoms)", "risk (?:of|for)",
+    r"(?:evaluat\w+|assess\w*|look\w*|check|screen\w*) for",
+    r"(?:sensitivity|difficult|hard|unable|able)(?: \w+)? to (?:detect|assess|evaluate)",
+    r"(?:sensitivity|sensitive) for",
+    "rule out",
+    "r o",
+    r"history of",
+    r"known history of",
+    r"(?:evaluation|assessment|detection) of",
+    r"(?:treatment|treated|therapy) (?:for|of)",
+    r"if (?:there is|clinical\w*|concern|symptoms)",
+    "risk (?:of|for)",
     r"to (?:document|ensure|confirm|exclude)",
-]  # fmt: skip
-IGNORE_REST = [r"recommend\w*", "follow ?up", "advised", r"correlat(?:e|ion)", "please note"]  # all that follows in the sentence
+]
+IGNORE_REST = [
+    r"recommend\w*",
+    "follow ?up",
+    "advised",
+    r"correlat(?:e|ion)",
+    "please note",
+]  # all that follows in the sentence
 
 UNSURE = [  # doubts all that follows, until something ends it
-    r"(?:can ?not|can't|could not|not)(?: \w+){0,2} (?:exclude|rule out)(?: \w+ of)?", r"(?:difficult|hard|unable|impossible) to(?: \w+)? exclude(?! *(?:$|,|and|given|on|in))", "not diagnostic of", "either", r"if any(?:, there (?:is|are))?", r"if present(?:, there (?:is|are))?", r"(?:possibly|probably|presumably|perhaps|potentially) (?:due to|related to|secondary to|from|in the setting of)",
-    r"(?:may|might|could|would|can)(?: \w+){0,2}? (?:be (?:\w+ )?(?:secondary to|due to|related to|in the setting of|from)|be|represent|reflect|indicate|suggest|relate|correspond|have|contain)", "may", "might", "could", "possibility of", r"question of", r"suspicious (?:for|of)", "suspicion (?:for|of)",
-    r"(?:concerning|worrisome) for", r"concern(?:ed)? (?:for|of|about)", r"suggest\w*(?: of)?", r"rais\w+ (?:the )?(?:possibility|question|concern)(?: of| for)?", r"(?:most )?likely (?:represent\w*|reflect\w*|due to|related to|to be|to represent|secondary to)",
-    r"differential (?:\w+ ){0,3}?includ\w+", "versus", "vs", r"unlikely(?: to (?:be|represent|reflect))?", r"favou?r\w*(?: to (?:be|represent|reflect))?", "cannot be (?:differentiated|distinguished) from",
-]  # fmt: skip
+    r"(?:can ?not|can't|could not|not)(?: \w+){0,2} (?:exclude|rule out)(?: \w+ of)?",
+    r"(?:difficult|hard|unable|impossible) to(?: \w+)? exclude(?! *(?:$|,|and|given|on|in))",
+    "not diagnostic of",
+    "either",
+    r"if any(?:, there (?:is|are))?",
+    r"if present(?:, there (?:is|are))?",
+    r"(?:possibly|probably|presumably|perhaps|potentially) (?:due to|related to|secondary to|from|in the setting of)",
+    r"(?:may|might|could|would|can)(?: \w+){0,2}? (?:be (?:\w+ )?(?:secondary to|due to|related to|in the setting of|from)|be|represent|reflect|indicate|suggest|relate|correspond|have|contain)",
+    "may",
+    "might",
+    "could",
+    "possibility of",
+    r"question of",
+    r"suspicious (?:for|of)",
+    "suspicion (?:for|of)",
+    r"(?:concerning|worrisome) for",
+    r"concern(?:ed)? (?:for|of|about)",
+    r"suggest\w*(?: of)?",
+    r"rais\w+ (?:the )?(?:possibility|question|concern)(?: of| for)?",
+    r"(?:most )?likely (?:represent\w*|reflect\w*|due to|related to|to be|to represent|secondary to)",
+    r"differential (?:\w+ ){0,3}?includ\w+",
+    "versus",
+    "vs",
+    r"unlikely(?: to (?:be|represent|reflect))?",
+    r"favou?r\w*(?: to (?:be|represent|reflect))?",
+    "cannot be (?:differentiated|distinguished) from",
+]
 UNSURE_NEXT = [  # doubts the next finding
-    "possibl[ey]", "probabl[ey]", "questionable", "question", "suspect(?:ed)?", "equivocal", "borderline", r"presum(?:ed|ably|ptive)", "perhaps", "(?:most |less |more )?likely", "potentially", "apparent",
-]  # fmt: skip
+    "possibl[ey]",
+    "probabl[ey]",
+    "questionable",
+    "question",
+    "suspect(?:ed)?",
+    "equivocal",
+    "borderline",
+    r"presum(?:ed|ably|ptive)",
+    "perhaps",
+    "(?:most |less |more )?likely",
+    "potentially",
+    "apparent",
+]
 UNSURE_BACK = [  # doubts what was just named
-    r"(?:(?:can ?not|can't|could not|is not|are not|not)(?: \w+){0,3} (?:excluded|ruled out))", r"(?:(?:is|are|would be|remains?) )?(?:\w+ )?(?:difficult|hard|impossible) to (?:\w+ )?exclude(?=$|,| and| given| on| in)",
-    r"(?:is|are|was|were|remains?) (?:also |thought |felt |another )*(?:a )?(?:possible|possibility|suspected|presumed|questioned|questionable|likely|probable|unlikely|less likely|consideration|in the differential|considered|equivocal)(?=$|,| and| but| given| though| as| in| on| at| because)", r"(?:should|could|may|might|must) (?:also )?be (?:considered|present)",
-    "likely(?=$|,)", "suspected(?=$|,)",
-]  # fmt: skip
+    r"(?:(?:can ?not|can't|could not|is not|are not|not)(?: \w+){0,3} (?:excluded|ruled out))",
+    r"(?:(?:is|are|would be|remains?) )?(?:\w+ )?(?:difficult|hard|impossible) to (?:\w+ )?exclude(?=$|,| and| given| on| in)",
+    r"(?:is|are|was|were|remains?) (?:also |thought |felt |another )*(?:a )?(?:possible|possibility|suspected|presumed|questioned|questionable|likely|probable|unlikely|less likely|consideration|in the differential|considered|equivocal)(?=$|,| and| but| given| though| as| in| on| at| because)",
+    r"(?:should|could|may|might|must) (?:also )?be (?:considered|present)",
+    "likely(?=$|,)",
+    "suspected(?=$|,)",
+]
 ABSENT_BACK = [  # denies what was just named
-    r"(?:(?:is|are|was|were|has|have|been|since|now|also|completely|entirely|interval) )+(?:resolved|cleared|disappeared|removed|absent|ruled out)", r"(?:resolved|removed|absent|cleared)(?=$|,| and)",
-    r"(?:(?:is|are|was|were|has|have) )?(?:no longer|not)(?: \w+)? (?:seen|identified|evident|present|visuali[sz]ed|appreciated|demonstrated|detected|apparent|noted|found|visible)", r"can ?not be (?:seen|identified|appreciated)", ": (?:none|no|absent|negative|nil)(?=$|,)",
-    "removal(?! of)", "resolution(?! of)",
-]  # fmt: skip
+    r"(?:(?:is|are|was|were|has|have|been|since|now|also|completely|entirely|interval) )+(?:resolved|cleared|disappeared|removed|absent|ruled out)",
+    r"(?:resolved|removed|absent|cleared)(?=$|,| and)",
+    r"(?:(?:is|are|was|were|has|have) )?(?:no longer|not)(?: \w+)? (?:seen|identified|evident|present|visuali[sz]ed|appreciated|demonstrated|detected|apparent|noted|found|visible)",
+    r"can ?not be (?:seen|identified|appreciated)",
+    ": (?:none|no|absent|negative|nil)(?=$|,)",
+    "removal(?! of)",
+    "resolution(?! of)",
+]
 ABSENT = [  # denies all that follows, until something ends it
-    r"(?:no|not|without)(?: \w+){0,3}? (?:evidence|signs?|indications?|suggestion|suspicion)(?: of| for| to suggest)?", "resolution of", "resolved", "removal of", "absence of", "absent", "lack of", "negative for", "free of", "clear of", "without", "no longer", "no", "nor",
-    "neither", "not", "never", "rather than", "instead of", "denies",
-]  # fmt: skip
+    r"(?:no|not|without)(?: \w+){0,3}? (?:evidence|signs?|indications?|suggestion|suspicion)(?: of| for| to suggest)?",
+    "resolution of",
+    "resolved",
+    "removal of",
+    "absence of",
+    "absent",
+    "lack of",
+    "negative for",
+    "free of",
+    "clear of",
+    "without",
+    "no longer",
+    "no",
+    "nor",
+    "neither",
+    "not",
+    "never",
+    "rather than",
+    "instead of",
+    "denies",
+]
 STOP = [  # ends whatever is open
-    "but", "however", "although", "though", "except", "aside from", "apart from", "other than", "yet", "otherwise", "which", "while", "whereas", "because", "since", "with", "after", "following", "status post", "s p",
-    r"there (?:is|are|has|have|was|were|continues|remains)", "there(?= may)", r"(?:and|,) (?:the|there|a|an|this|these)", "in the setting of", "due to", "secondary to", ":", "still", "again",
-]  # fmt: skip
-VERBS = ["is", "are", "was", "were", "has", "have", "remains?", "appears?", r"measur\w+", "shows?", "demonstrates?", "continues?", "projects?", "noted", "seen", "identified"]
+    "but",
+    "however",
+    "although",
+    "though",
+    "except",
+    "aside from",
+    "apart from",
+    "other than",
+    "yet",
+    "otherwise",
+    "which",
+    "while",
+    "whereas",
+    "because",
+    "since",
+    "with",
+    "after",
+    "following",
+    "status post",
+    "s p",
+    r"there (?:is|are|has|have|was|were|continues|remains)",
+    "there(?= may)",
+    r"(?:and|,) (?:the|there|a|an|this|these)",
+    "in the setting of",
+    "due to",
+    "secondary to",
+    ":",
+    "still",
+    "again",
+]
+VERBS = [
+    "is",
+    "are",
+    "was",
+    "were",
+    "has",
+    "have",
+    "remains?",
+    "appears?",
+    r"measur\w+",
+    "shows?",
+    "demonstrates?",
+    "continues?",
+    "projects?",
+    "noted",
+    "seen",
+    "identified",
+]
 # After a comma or "and", these start a new statement: "no effusion, stable cardiomegaly".
 NEW = rf"(?:{_SIZE}|suggest\w*|likely|probabl[ey]|possibl[ey]|consistent|compatible|stable|unchanged|persistent|new|increased|increasing|decreased|decreasing|improving|improved|worsening|low|right|left|bilateral|bibasilar|chronic|old|healed|scattered|multiple|some|prominent)\b"
 
@@ -260,19 +519,43 @@ HOW = r"(?:technique|comparisons?|exam(?:ination)?|procedure)"
 @lru_cache(maxsize=1)
 def _matchers():
     """First letter -> (match function of all phrases that can start with it, kind of each group). Compiled at first use."""
-    tables = [("unmention", UNMENTIONS), ("keep", KEEP), ("unsure back", UNSURE_BACK), ("absent back", ABSENT_BACK), ("ignore rest", IGNORE_REST), ("ignore", IGNORE)]
-    tables += [("unsure", UNSURE), ("unsure next", UNSURE_NEXT), ("normal", NORMAL), ("absent", ABSENT), ("failure", FAILURE)]
+    tables = [
+        ("unmention", UNMENTIONS),
+        ("keep", KEEP),
+        ("unsure back", UNSURE_BACK),
+        ("absent back", ABSENT_BACK),
+        ("ignore rest", IGNORE_REST),
+        ("ignore", IGNORE),
+    ]
+    tables += [
+        ("unsure", UNSURE),
+        ("unsure next", UNSURE_NEXT),
+        ("normal", NORMAL),
+        ("absent", ABSENT),
+        ("failure", FAILURE),
+    ]
     tables += [(("mention", name), phrases) for name, phrases in MENTIONS.items()] + [("others", OTHERS)]
     tables += [(("anatomy", names), phrases) for names, phrases in ANATOMY.items()]
-    tables += [("enlarged", ENLARGED), ("prominent", PROMINENT), ("stop", STOP), ("verb", VERBS), ("comma", [",", "and"])]
+    tables += [
+        ("enlarged", ENLARGED),
+        ("prominent", PROMINENT),
+        ("stop", STOP),
+        ("verb", VERBS),
+        ("comma", [",", "and"]),
+    ]
     by_letter = {}
     for kind, phrases in tables:
         kind = kind if isinstance(kind, tuple) else (kind, None)
         for phrase in phrases:
             for letter in _first_letters(phrase):
-                by_letter.setdefault(letter, []).append((f"{phrase}()", kind))  # the empty group tells which phrase it was
+                by_letter.setdefault(letter, []).append(
+                    (f"{phrase}()", kind)
+                )  # the empty group tells which phrase it was
     return {
-        letter: (re.compile(rf"(?:{'|'.join(phrase for phrase, _ in found)})(?:(?<=[,:])|(?!\w))").match, [None] + [kind for _, kind in found])
+        letter: (
+            re.compile(rf"(?:{'|'.join(phrase for phrase, _ in found)})(?:(?<=[,:])|(?!\w))").match,
+            [None] + [kind for _, kind in found],
+        )
         for letter, found in by_letter.items()
     }
 
@@ -325,7 +608,9 @@ def _tokens(sentence):
 
 
 _NEW = re.compile(rf"(?:,(?: and)?|and) (?:{NEW})")
-_LINK = re.compile(r"(?: (?:size|shape|contour|configuration|appearance|caliber|position|and|of|in|the))* ")  # "normal size of the heart"
+_LINK = re.compile(
+    r"(?: (?:size|shape|contour|configuration|appearance|caliber|position|and|of|in|the))* "
+)  # "normal size of the heart"
 _OR = re.compile(r"\b(?:or|nor)\b")
 
 
@@ -374,7 +659,12 @@ def _read_sentence(sentence):
         """A "normal" or "enlarged": of the anatomy right behind it, else of the anatomy before it."""
         nonlocal anatomy, claimed
         j = i + 1
-        behind = j < len(tokens) and tokens[j][0] == "anatomy" and _LINK.fullmatch(sentence, end, tokens[j][2]) and not sentence.startswith("within", start)
+        behind = (
+            j < len(tokens)
+            and tokens[j][0] == "anatomy"
+            and _LINK.fullmatch(sentence, end, tokens[j][2])
+            and not sentence.startswith("within", start)
+        )
         if behind and anatomy and verb_seen and tokens[j + 1 : j + 2] and tokens[j + 1][0] == "verb":
             behind = False  # a full stop is missing: "the heart is normal the lungs are clear"
         if behind:
@@ -537,11 +827,33 @@ def label_report(text, evidence=False):
             if name != "other" and _RANK[label] > _RANK[labels[name]]:
                 labels[name] = label
             if evidence:
-                spans.append(_span(text, places, name, label, rule, (start + first, start + last), cue_first is not None and (start + cue_first, start + cue_last)))
+                spans.append(
+                    _span(
+                        text,
+                        places,
+                        name,
+                        label,
+                        rule,
+                        (start + first, start + last),
+                        cue_first is not None and (start + cue_first, start + cue_last),
+                    )
+                )
     if not abnormal and any(map(str.isalpha, flat)):
         labels["No Finding"] = POSITIVE
         if evidence:
-            spans.append(dict(condition="No Finding", label=POSITIVE, rule="nothing abnormal stated or doubted", start=0, end=len(text), text=text, cue=None, cue_start=None, cue_end=None))
+            spans.append(
+                dict(
+                    condition="No Finding",
+                    label=POSITIVE,
+                    rule="nothing abnormal stated or doubted",
+                    start=0,
+                    end=len(text),
+                    text=text,
+                    cue=None,
+                    cue_start=None,
+                    cue_end=None,
+                )
+            )
     return (labels, spans) if evidence else labels
 
 
@@ -566,4 +878,14 @@ def _span(text, places, name, label, rule, mention, cue):
 
     start, end = where(mention)
     cue_start, cue_end = where(cue)
-    return dict(condition=name, label=label, rule=rule, start=start, end=end, text=text[start:end], cue=text[cue_start:cue_end] if cue else None, cue_start=cue_start, cue_end=cue_end)
+    return dict(
+        condition=name,
+        label=label,
+        rule=rule,
+        start=start,
+        end=end,
+        text=text[start:end],
+        cue=text[cue_start:cue_end] if cue else None,
+        cue_start=cue_start,
+        cue_end=cue_end,
+    )

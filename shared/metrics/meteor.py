@@ -13,6 +13,7 @@ An alignment pairs words one to one. The tool searches for the one with most exa
 the same order in both texts), then the least distance, from left to right with a beam of 40 paths, and cannot be replaced by an
 exact search without changing scores. Here the beams of all pairs advance together as rows of NumPy arrays.
 """
+
 import re
 
 import numpy as np
@@ -35,10 +36,18 @@ FUNCTION_WORDS = frozenset(
 
 # Columns of the statistics
 COLUMNS = (
-    "hypothesis_words", "reference_words", "hypothesis_function_words", "reference_function_words",
-    "exact_content", "exact_function", "stem", "stem_function_hypothesis", "stem_function_reference",
-    "matches", "chunks",
-)  # fmt: skip
+    "hypothesis_words",
+    "reference_words",
+    "hypothesis_function_words",
+    "reference_function_words",
+    "exact_content",
+    "exact_function",
+    "stem",
+    "stem_function_hypothesis",
+    "stem_function_reference",
+    "matches",
+    "chunks",
+)
 
 # ------------------------------------------------------------------------------------------------------------------- words
 
@@ -89,6 +98,7 @@ def meteor_words(text):
 
 # --------------------------------------------------------------------------------------------------------------- alignment
 
+
 def possible_matches(hypothesis, reference):
     """
     Lists of words -> for each reference word [(place in the hypothesis, exact?)], exact ones first, in order of place.
@@ -117,7 +127,9 @@ def align(pairs, rows=64):
     found = [possible_matches(*pair) for pair in pairs]
     width = [max((len(matches) for matches in sentence), default=0) for sentence in found]
     results = [None] * len(pairs)
-    alike = sorted(range(len(pairs)), key=lambda i: (width[i], len(found[i])))  # the widest and longest of a batch set its cost
+    alike = sorted(
+        range(len(pairs)), key=lambda i: (width[i], len(found[i]))
+    )  # the widest and longest of a batch set its cost
     for start in range(0, len(pairs), rows):
         batch = alike[start : start + rows]
         longest = max(len(pairs[i][0]) for i in batch)
@@ -132,11 +144,18 @@ def beam_search(found, hypothesis_length):
     width = max((len(matches) for sentence in found for matches in sentence), default=0)
     place = np.full((batch, steps, width), -1, dtype=np.int64)
     exact = np.zeros((batch, steps, width), dtype=bool)
-    flat = [(b, t, k, i, same) for b, sentence in enumerate(found) for t, m in enumerate(sentence) for k, (i, same) in enumerate(m)]
+    flat = [
+        (b, t, k, i, same)
+        for b, sentence in enumerate(found)
+        for t, m in enumerate(sentence)
+        for k, (i, same) in enumerate(m)
+    ]
     if flat:
         b, t, k, i, same = np.array(flat).T
         place[b, t, k], exact[b, t, k] = i, same
-    fixed = np.array([[isinstance(m, tuple) for m in sentence] + [False] * (steps - len(sentence)) for sentence in found], dtype=bool)
+    fixed = np.array(
+        [[isinstance(m, tuple) for m in sentence] + [False] * (steps - len(sentence)) for sentence in found], dtype=bool
+    )
     number = (place >= 0).sum(axis=2).max(axis=0, initial=0)  # (T,) partners of the word that has most
 
     # A path is one number that sorts as the tool sorts: missing exact matches, chunks, distance, order of appearance.
@@ -144,8 +163,14 @@ def beam_search(found, hypothesis_length):
     order_bits, count_bits = (BEAM * (width + 1)).bit_length(), steps.bit_length()
     distance_bits = int(away.sum(axis=(1, 2)).max(initial=0)).bit_length()
     if order_bits + distance_bits + 2 * count_bits > 62:
-        raise ValueError(f"METEOR cannot align a text with {width} equal words with one of {steps} words: cut the reports")
-    one_distance, one_chunk, one_missing = (1 << order_bits), (1 << order_bits + distance_bits), (1 << order_bits + distance_bits + count_bits)
+        raise ValueError(
+            f"METEOR cannot align a text with {width} equal words with one of {steps} words: cut the reports"
+        )
+    one_distance, one_chunk, one_missing = (
+        (1 << order_bits),
+        (1 << order_bits + distance_bits),
+        (1 << order_bits + distance_bits + count_bits),
+    )
     dead = np.int64(1) << 62
     # What a match adds to its path: an exact one takes a missing one away; ordinary ones branch off, fixed ones are the path.
     gain = -exact.astype(np.int64) * one_missing
@@ -155,7 +180,9 @@ def beam_search(found, hypothesis_length):
 
     path = np.full((batch, 1), steps * one_missing, dtype=np.int64)
     last = np.full((batch, 1), -1, dtype=np.int64)  # place behind the last match, -1 after a word without partner
-    used = np.zeros((batch, hypothesis_length // 64 + 1, 1), dtype=np.uint64)  # (B, W, P) words of the hypothesis that are taken
+    used = np.zeros(
+        (batch, hypothesis_length // 64 + 1, 1), dtype=np.uint64
+    )  # (B, W, P) words of the hypothesis that are taken
     every_row = np.arange(batch)[:, None]
     history = []
     for t in range(steps + 1):
@@ -210,6 +237,7 @@ def beam_search(found, hypothesis_length):
 
 # -------------------------------------------------------------------------------------------------------------- statistics
 
+
 def meteor_statistics(hypotheses, references):
     """Strings (N), strings (N) -> int64 (N, 11), see COLUMNS. Equal pairs are aligned once."""
     words = {text: meteor_words(text) for text in {*hypotheses, *references}}
@@ -224,8 +252,21 @@ def meteor_statistics(hypotheses, references):
         stem = matched & ~same
         exact_function = int((same & r).sum())
         stem_function = int(h[partner[stem]].sum()), int((stem & r).sum())
-        rows[pair] = (len(h), len(r), h.sum(), r.sum(), same.sum() - exact_function, exact_function, stem.sum(), *stem_function, matched.sum(), chunks)
-    return np.array([rows[pair] for pair in zip(hypotheses, references, strict=True)], dtype=np.int64).reshape(-1, len(COLUMNS))
+        rows[pair] = (
+            len(h),
+            len(r),
+            h.sum(),
+            r.sum(),
+            same.sum() - exact_function,
+            exact_function,
+            stem.sum(),
+            *stem_function,
+            matched.sum(),
+            chunks,
+        )
+    return np.array([rows[pair] for pair in zip(hypotheses, references, strict=True)], dtype=np.int64).reshape(
+        -1, len(COLUMNS)
+    )
 
 
 def meteor_from_statistics(statistics):
@@ -237,7 +278,10 @@ def meteor_from_statistics(statistics):
             function = s[f"{side}_function_words"]
             length = DELTA * (s[f"{side}_words"] - function) + (1 - DELTA) * function
             stem_function = s[f"stem_function_{side}"]
-            content, function = s["exact_content"] + STEM_WEIGHT * (s["stem"] - stem_function), s["exact_function"] + STEM_WEIGHT * stem_function
+            content, function = (
+                s["exact_content"] + STEM_WEIGHT * (s["stem"] - stem_function),
+                s["exact_function"] + STEM_WEIGHT * stem_function,
+            )
             sides.append((DELTA * content + (1 - DELTA) * function) / length)
         precision, recall = sides
         mean = precision * recall / (ALPHA * precision + (1 - ALPHA) * recall)

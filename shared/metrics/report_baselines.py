@@ -12,6 +12,7 @@ What every table of report scores needs beside the model: reports written withou
 A model that does not beat the constant has learnt the style of the reports; one that writes few distinct reports has collapsed,
 whatever its BLEU. The texts come from training reports; the constant is chosen with validation references; none sees test reports.
 """
+
 import re
 from collections import Counter
 
@@ -20,7 +21,17 @@ import numpy as np
 from shared.metrics.text import ORDERS, NGrams, bleu_from_counts, check_reports, pick_tokenizer
 
 
-def baseline_reports(train, val_references, n, seed=0, train_vectors=None, vectors=None, train_labels=None, labels=None, tokenizer="whitespace"):
+def baseline_reports(
+    train,
+    val_references,
+    n,
+    seed=0,
+    train_vectors=None,
+    vectors=None,
+    train_labels=None,
+    labels=None,
+    tokenizer="whitespace",
+):
     """-> {name: n reports}; the nearest neighbour needs train_vectors and vectors, the oracle train_labels and labels."""
     baselines = {
         "constant": [best_constant(train, val_references, tokenizer)] * n,
@@ -67,7 +78,9 @@ def best_constant(candidates, references, tokenizer="whitespace", metric="bleu_4
 
 def numbered_grams(words):
     """{(n-gram, 1), (the same n-gram, 2), ...} for all orders."""
-    counts = Counter(tuple(words[i : i + order]) for order in range(1, ORDERS + 1) for i in range(len(words) - order + 1))
+    counts = Counter(
+        tuple(words[i : i + order]) for order in range(1, ORDERS + 1) for i in range(len(words) - order + 1)
+    )
     return {(gram, j) for gram, count in counts.items() for j in range(1, count + 1)}
 
 
@@ -88,8 +101,16 @@ def random_reports(reports, n, seed=0):
 def nearest_reports(reports, vectors, queries):
     """Reports (N), their vectors (N, D), queries (Q, D) -> Q reports, by cosine similarity; of equally near ones the first."""
     vectors, queries = np.asarray(vectors, dtype=np.float32), np.asarray(queries, dtype=np.float32)
-    if vectors.ndim != 2 or queries.ndim != 2 or vectors.shape[1] != queries.shape[1] or len(vectors) != len(reports) or not len(reports):
-        raise ValueError(f"{len(reports)} reports, vectors {vectors.shape} and queries {queries.shape} do not fit: need (N, D) and (Q, D)")
+    if (
+        vectors.ndim != 2
+        or queries.ndim != 2
+        or vectors.shape[1] != queries.shape[1]
+        or len(vectors) != len(reports)
+        or not len(reports)
+    ):
+        raise ValueError(
+            f"{len(reports)} reports, vectors {vectors.shape} and queries {queries.shape} do not fit: need (N, D) and (Q, D)"
+        )
     length, query_length = np.linalg.norm(vectors, axis=1), np.linalg.norm(queries, axis=1)
     if not (np.isfinite(length).all() and np.isfinite(query_length).all() and length.all() and query_length.all()):
         raise ValueError("a vector is zero or not finite and has no neighbours")
@@ -105,7 +126,9 @@ def oracle_reports(reports, train_labels, labels, tokenizer="whitespace"):
     is worded, not what the image shows, and on IU X-ray BLEU-4 more than doubles.
     """
     if len(reports) != len(train_labels) or not len(reports):
-        raise ValueError(f"{len(reports)} reports and {len(train_labels)} rows of labels: need one row for each report, and some")
+        raise ValueError(
+            f"{len(reports)} reports and {len(train_labels)} rows of labels: need one row for each report, and some"
+        )
     groups = {}
     for report, row in zip(reports, train_labels, strict=True):
         groups.setdefault(tuple(row), []).append(report)
@@ -113,12 +136,15 @@ def oracle_reports(reports, train_labels, labels, tokenizer="whitespace"):
     if len({len(row) for row in [*groups, *wanted]}) > 1:
         raise ValueError("the rows of labels differ in length")
     by_size = sorted(groups, key=lambda row: -len(groups[row]))
-    nearest = {row: min(by_size, key=lambda other: sum(a != b for a, b in zip(row, other, strict=True))) for row in set(wanted)}
+    nearest = {
+        row: min(by_size, key=lambda other: sum(a != b for a, b in zip(row, other, strict=True))) for row in set(wanted)
+    }
     canned = {row: best_constant(groups[row], groups[row], tokenizer) for row in set(nearest.values())}
     return [canned[nearest[row]] for row in wanted]
 
 
 # --------------------------------------------------------------------------------------------------- diversity and collapse
+
 
 def diversity(hypotheses, references=None, tokenizer="whitespace"):
     """

@@ -15,6 +15,7 @@ Relevant = same label. Definitions, with R = relevant items of the gallery after
     vote      is the majority of the first `vote_k` neighbours the query's class?
 A query without any relevant item (R = 0) has no R-prec, AP, RR and nDCG: NaN, left out of the means.
 """
+
 import numpy as np
 from scipy.stats import hypergeom
 
@@ -31,7 +32,9 @@ def rank_gallery(similarity, exclude=None):
     """
     similarity = np.asarray(similarity)
     if similarity.ndim != 2 or similarity.shape[1] == 0:
-        raise ValueError(f"similarity must have shape (queries, gallery items) with at least one item, got {similarity.shape}")
+        raise ValueError(
+            f"similarity must have shape (queries, gallery items) with at least one item, got {similarity.shape}"
+        )
     if not np.isfinite(similarity).all():
         raise ValueError(f"{int((~np.isfinite(similarity)).sum())} similarities are NaN or infinite")
     if exclude is None:
@@ -49,7 +52,9 @@ def relevance(order, num_left, query_labels, gallery_labels):
     """-> (Q, N) bool in rank order: has this item the query's label? False beyond num_left."""
     query_labels, gallery_labels = np.asarray(query_labels), np.asarray(gallery_labels)
     if len(query_labels) != len(order) or len(gallery_labels) != order.shape[1]:
-        raise ValueError(f"order {order.shape} needs that many query and gallery labels, got {len(query_labels)} and {len(gallery_labels)}")
+        raise ValueError(
+            f"order {order.shape} needs that many query and gallery labels, got {len(query_labels)} and {len(gallery_labels)}"
+        )
     in_gallery = np.arange(order.shape[1]) < np.asarray(num_left)[:, None]
     return (gallery_labels[order] == query_labels[:, None]) & in_gallery
 
@@ -166,7 +171,9 @@ def leave_one_out_draws(similarity, labels, num_classes, exclude, ks=KS, vote_k=
         first, near = first_of(similarity[rows], drawn, vote_k)
         called, _ = knn_vote(first, left[rows], near, labels, num_classes, vote_k)
         values["vote"] = (called == labels[rows]).astype(np.float64)
-        draws.append(class_means(np.stack(list(values.values()), axis=1), labels[rows], num_classes, counts[None, rows])[0])
+        draws.append(
+            class_means(np.stack(list(values.values()), axis=1), labels[rows], num_classes, counts[None, rows])[0]
+        )
     return np.stack(draws)
 
 
@@ -192,9 +199,11 @@ def summarise(values, labels, num_classes, draws=None, baseline=None):
             low, high, undefined = percentile_interval(gaps)
             tail, num_defined = min((gaps <= 0).sum(), (gaps >= 0).sum()), len(gaps) - undefined
             result[row][name] |= {
-                "difference": none_if_nan(mean[i, j] - means(baseline[0])[i, j]), "difference_low": low, "difference_high": high,
+                "difference": none_if_nan(mean[i, j] - means(baseline[0])[i, j]),
+                "difference_low": low,
+                "difference_high": high,
                 "p": min(1.0, float(2 * (1 + tail) / (num_defined + 1))) if num_defined else None,
-            }  # fmt: skip
+            }
     return result
 
 
@@ -219,7 +228,11 @@ def chance(num_relevant, num_left, ks=KS):
             i = np.arange(1, n - total + 1)
             misses = np.concatenate([[1.0], np.cumprod((n - total - i + 1) / (n - i + 1))])
             hit = total / (n - np.arange(n - total + 1))
-            row |= {"R-prec": total / n, "AP": a + (1 - a) * harmonic / n, "RR": float((misses * hit / np.arange(1, n - total + 2)).sum())}
+            row |= {
+                "R-prec": total / n,
+                "AP": a + (1 - a) * harmonic / n,
+                "RR": float((misses * hit / np.arange(1, n - total + 2)).sum()),
+            }
         else:
             row |= dict.fromkeys(("R-prec", "AP", "RR"), np.nan)
         for k in ks:
@@ -252,15 +265,22 @@ def hubness(first, num_left, num_items, k=10):
     spread = occurrence.std()
     few = max(1, round(len(occurrence) / 100))
     return {
-        "k": k, "skewness": float((deviation**3).mean() / spread**3) if spread else None, "max": int(occurrence.max()), "item": int(occurrence.argmax()),
-        "never": float((occurrence == 0).mean()), "top1_percent": float(np.sort(occurrence)[-few:].sum() / occurrence.sum()),
-    }  # fmt: skip
+        "k": k,
+        "skewness": float((deviation**3).mean() / spread**3) if spread else None,
+        "max": int(occurrence.max()),
+        "item": int(occurrence.argmax()),
+        "never": float((occurrence == 0).mean()),
+        "top1_percent": float(np.sort(occurrence)[-few:].sum() / occurrence.sum()),
+    }
 
 
 def content_codes(*image_sets):
     """uint8 arrays (N, ...) -> one int64 array (N,) per set; equal codes = byte-identical images, within and between sets."""
     seen = {}
-    return [np.array([seen.setdefault(image.tobytes(), len(seen)) for image in images], dtype=np.int64) for images in image_sets]
+    return [
+        np.array([seen.setdefault(image.tobytes(), len(seen)) for image in images], dtype=np.int64)
+        for images in image_sets
+    ]
 
 
 def duplicate_report(codes, labels):
@@ -278,4 +298,9 @@ def duplicate_report(codes, labels):
     shared = {f"{a}-{b}": len(np.intersect1d(codes[a], codes[b])) for i, a in enumerate(names) for b in names[i + 1 :]}
     content, label = np.concatenate(list(codes.values())), np.concatenate([labels[s] for s in names])
     kinds = np.unique(np.stack([content, label], axis=1), axis=0)
-    return {"repeats": repeats, "pairs": pairs, "shared": shared, "conflicting": int((np.unique(kinds[:, 0], return_counts=True)[1] > 1).sum())}
+    return {
+        "repeats": repeats,
+        "pairs": pairs,
+        "shared": shared,
+        "conflicting": int((np.unique(kinds[:, 0], return_counts=True)[1] > 1).sum()),
+    }

@@ -14,6 +14,7 @@ Which one to use:
 
 benchmarks/coverage.py simulates how often each interval holds the truth.
 """
+
 import math
 import warnings
 
@@ -164,8 +165,10 @@ def effective_clusters(groups, values=None):
     effective = float(n**2 / np.sum(sizes**2))
     warning = None
     if effective < FEW_CLUSTERS:
-        warning = (f"{k} groups count like {effective:.1f} of equal size: below {FEW_CLUSTERS} intervals come out too short, "
-                   "percentile and BCa most; method='jackknife' is closer, and sign_flip_test stays valid")
+        warning = (
+            f"{k} groups count like {effective:.1f} of equal size: below {FEW_CLUSTERS} intervals come out too short, "
+            "percentile and BCa most; method='jackknife' is closer, and sign_flip_test stays valid"
+        )
     result = dict(num_rows=n, num_groups=k, effective_groups=effective, warning=warning)
     if values is None:
         return result
@@ -309,8 +312,17 @@ def studentised_interval(value, se, draws, draw_ses, confidence=0.95):
 METHODS = ("percentile", "bca", "studentised", "jackknife")
 
 
-def bootstrap_interval(metric, *arrays, groups=None, strata=None, num_samples=2000, confidence=0.95, seed=0,
-                       method="percentile", of_sums=False):
+def bootstrap_interval(
+    metric,
+    *arrays,
+    groups=None,
+    strata=None,
+    num_samples=2000,
+    confidence=0.95,
+    seed=0,
+    method="percentile",
+    of_sums=False,
+):
     """
     Interval of metric(*arrays), a float or None; rows come in stored order, drawn ones repeated.
     For ragged data pass np.arange(n) and look the rows up inside metric.
@@ -346,8 +358,13 @@ def bootstrap_interval(metric, *arrays, groups=None, strata=None, num_samples=20
         se = _jackknife_se(left_out[None], all_once)[0]
     if method == "jackknife":
         half = se * student_t.ppf((1 + confidence) / 2, max(1, num_units - 1))
-        return dict(value=none_if_nan(value), low=none_if_nan(value - half), high=none_if_nan(value + half), num_samples=0,
-                    num_undefined=int(np.isnan(left_out).sum()))
+        return dict(
+            value=none_if_nan(value),
+            low=none_if_nan(value - half),
+            high=none_if_nan(value + half),
+            num_samples=0,
+            num_undefined=int(np.isnan(left_out).sum()),
+        )
     draws, draw_ses = [], []
     for counts in _draw(pools, num_samples, seed):
         draws.append(values(counts))
@@ -406,7 +423,9 @@ def _by_sums(metric, arrays, unit):
         with np.errstate(divide="ignore", invalid="ignore"):
             result = np.asarray(metric(*totals), dtype=np.float64)
         if result.shape != totals[0].shape:
-            raise ValueError(f"with of_sums, metric must return one value per sum: {totals[0].shape}, got {result.shape}")
+            raise ValueError(
+                f"with of_sums, metric must return one value per sum: {totals[0].shape}, got {result.shape}"
+            )
         return np.where(np.isfinite(result), result, np.nan)
 
     def values(counts):
@@ -427,8 +446,9 @@ def _jackknife_se(values, counts):
     return np.sqrt((n - 1) / n * (counts * (values - mean[:, None]) ** 2).sum(axis=1))
 
 
-def paired_bootstrap(metric, labels, scores_a, scores_b, groups=None, strata=None, num_samples=2000, confidence=0.95,
-                     seed=0):
+def paired_bootstrap(
+    metric, labels, scores_a, scores_b, groups=None, strata=None, num_samples=2000, confidence=0.95, seed=0
+):
     """
     metric(labels, scores) of two models on the same resamples
     -> dict(value_a, value_b, difference = a - b, low, high, p, num_samples, num_undefined).
@@ -455,8 +475,16 @@ def paired_bootstrap(metric, labels, scores_a, scores_b, groups=None, strata=Non
     num_defined = num_samples - num_undefined
     tail = min((draws <= 0).sum(), (draws >= 0).sum())  # NaN is in neither
     p = min(1.0, float(2 * (1 + tail) / (num_defined + 1))) if num_defined else None
-    return dict(value_a=none_if_nan(value_a), value_b=none_if_nan(value_b), difference=none_if_nan(value_a - value_b),
-                low=low, high=high, p=p, num_samples=num_samples, num_undefined=num_undefined)
+    return dict(
+        value_a=none_if_nan(value_a),
+        value_b=none_if_nan(value_b),
+        difference=none_if_nan(value_a - value_b),
+        low=low,
+        high=high,
+        p=p,
+        num_samples=num_samples,
+        num_undefined=num_undefined,
+    )
 
 
 # --- tests ---
@@ -514,7 +542,9 @@ def cases_needed(delta, discordant, power=0.8, alpha=0.05):
         if not 0 < value < 1 and not (value == 1 and name in ("|delta|", "discordant")):
             raise ValueError(f"{name} must lie between 0 and 1, got {value}")
     if discordant < abs(delta):
-        raise ValueError(f"two proportions {abs(delta)} apart differ on at least that share of cases, got discordant = {discordant}")
+        raise ValueError(
+            f"two proportions {abs(delta)} apart differ on at least that share of cases, got discordant = {discordant}"
+        )
     null, alternative = math.sqrt(discordant), math.sqrt(discordant - delta**2)
     return math.ceil(((norm.ppf(1 - alpha / 2) * null + norm.ppf(power) * alternative) / delta) ** 2)
 

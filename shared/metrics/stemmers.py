@@ -8,6 +8,7 @@ They differ in few words ("generally": "general" here, "gener" there). Both take
 snowballstem.org/algorithms/english/stemmer.html; Porter 1980, doi:10.1108/eb046814, and the changes that NLTK lists.
 Tests compare them with NLTK and with the Snowball inside the METEOR tool over every word of the IU X-ray reports.
 """
+
 import functools
 import re
 
@@ -16,17 +17,76 @@ import re
 VOWELS = "aeiouy"
 DOUBLES = ("bb", "dd", "ff", "gg", "mm", "nn", "pp", "rr", "tt")
 SNOWBALL_WORDS = {  # whole words with a stem of their own
-    "skis": "ski", "skies": "sky", "dying": "die", "lying": "lie", "tying": "tie", "idly": "idl", "gently": "gentl", "ugly": "ugli",
-    "early": "earli", "only": "onli", "singly": "singl",
-} | {word: word for word in ("sky", "news", "howe", "atlas", "cosmos", "bias", "andes")}  # fmt: skip
+    "skis": "ski",
+    "skies": "sky",
+    "dying": "die",
+    "lying": "lie",
+    "tying": "tie",
+    "idly": "idl",
+    "gently": "gentl",
+    "ugly": "ugli",
+    "early": "earli",
+    "only": "onli",
+    "singly": "singl",
+} | {word: word for word in ("sky", "news", "howe", "atlas", "cosmos", "bias", "andes")}
 STOP_AFTER_1A = {"inning", "outing", "canning", "herring", "earring", "proceed", "exceed", "succeed"}
 STEP_2 = {
-    "tional": "tion", "enci": "ence", "anci": "ance", "abli": "able", "entli": "ent", "izer": "ize", "ization": "ize", "ational": "ate",
-    "ation": "ate", "ator": "ate", "alism": "al", "aliti": "al", "alli": "al", "fulness": "ful", "ousli": "ous", "ousness": "ous",
-    "iveness": "ive", "iviti": "ive", "biliti": "ble", "bli": "ble", "ogi": "og", "fulli": "ful", "lessli": "less", "li": "",
-}  # fmt: skip
-STEP_3 = {"tional": "tion", "ational": "ate", "alize": "al", "icate": "ic", "iciti": "ic", "ical": "ic", "ful": "", "ness": "", "ative": ""}
-STEP_4 = ("al", "ance", "ence", "er", "ic", "able", "ible", "ant", "ement", "ment", "ent", "ism", "ate", "iti", "ous", "ive", "ize", "ion")
+    "tional": "tion",
+    "enci": "ence",
+    "anci": "ance",
+    "abli": "able",
+    "entli": "ent",
+    "izer": "ize",
+    "ization": "ize",
+    "ational": "ate",
+    "ation": "ate",
+    "ator": "ate",
+    "alism": "al",
+    "aliti": "al",
+    "alli": "al",
+    "fulness": "ful",
+    "ousli": "ous",
+    "ousness": "ous",
+    "iveness": "ive",
+    "iviti": "ive",
+    "biliti": "ble",
+    "bli": "ble",
+    "ogi": "og",
+    "fulli": "ful",
+    "lessli": "less",
+    "li": "",
+}
+STEP_3 = {
+    "tional": "tion",
+    "ational": "ate",
+    "alize": "al",
+    "icate": "ic",
+    "iciti": "ic",
+    "ical": "ic",
+    "ful": "",
+    "ness": "",
+    "ative": "",
+}
+STEP_4 = (
+    "al",
+    "ance",
+    "ence",
+    "er",
+    "ic",
+    "able",
+    "ible",
+    "ant",
+    "ement",
+    "ment",
+    "ent",
+    "ism",
+    "ate",
+    "iti",
+    "ous",
+    "ive",
+    "ize",
+    "ion",
+)
 SHORT_SYLLABLE = re.compile(r"(?:[^aeiouy][aeiouy][^aeiouywxY]|^[aeiouy][^aeiouy])$")
 
 
@@ -82,7 +142,9 @@ def snowball_stem(word):
     suffix = longest_suffix(word, STEP_2)
     if suffix and len(word) - len(suffix) >= r1:
         before = word[: -len(suffix)]
-        if not (suffix == "ogi" and not before.endswith("l")) and not (suffix == "li" and before[-1:] not in tuple("cdeghkmnrt")):
+        if not (suffix == "ogi" and not before.endswith("l")) and not (
+            suffix == "li" and before[-1:] not in tuple("cdeghkmnrt")
+        ):
             word = before + STEP_2[suffix]
     # 3
     suffix = longest_suffix(word, STEP_3)
@@ -104,17 +166,69 @@ def snowball_stem(word):
 # ------------------------------------------------------------------------------------------------- Porter, as NLTK has it
 
 PORTER_WORDS = {
-    "sky": "sky", "skies": "sky", "dying": "die", "lying": "lie", "tying": "tie", "news": "news", "inning": "inning", "innings": "inning",
-    "outing": "outing", "outings": "outing", "canning": "canning", "cannings": "canning", "howe": "howe", "proceed": "proceed",
-    "exceed": "exceed", "succeed": "succeed",
-}  # fmt: skip
+    "sky": "sky",
+    "skies": "sky",
+    "dying": "die",
+    "lying": "lie",
+    "tying": "tie",
+    "news": "news",
+    "inning": "inning",
+    "innings": "inning",
+    "outing": "outing",
+    "outings": "outing",
+    "canning": "canning",
+    "cannings": "canning",
+    "howe": "howe",
+    "proceed": "proceed",
+    "exceed": "exceed",
+    "succeed": "succeed",
+}
 PORTER_2 = (
-    ("ational", "ate"), ("tional", "tion"), ("enci", "ence"), ("anci", "ance"), ("izer", "ize"), ("bli", "ble"), ("alli", "al"), ("entli", "ent"),
-    ("eli", "e"), ("ousli", "ous"), ("ization", "ize"), ("ation", "ate"), ("ator", "ate"), ("alism", "al"), ("iveness", "ive"), ("fulness", "ful"),
-    ("ousness", "ous"), ("aliti", "al"), ("iviti", "ive"), ("biliti", "ble"), ("fulli", "ful"), ("logi", "log"),
-)  # fmt: skip
+    ("ational", "ate"),
+    ("tional", "tion"),
+    ("enci", "ence"),
+    ("anci", "ance"),
+    ("izer", "ize"),
+    ("bli", "ble"),
+    ("alli", "al"),
+    ("entli", "ent"),
+    ("eli", "e"),
+    ("ousli", "ous"),
+    ("ization", "ize"),
+    ("ation", "ate"),
+    ("ator", "ate"),
+    ("alism", "al"),
+    ("iveness", "ive"),
+    ("fulness", "ful"),
+    ("ousness", "ous"),
+    ("aliti", "al"),
+    ("iviti", "ive"),
+    ("biliti", "ble"),
+    ("fulli", "ful"),
+    ("logi", "log"),
+)
 PORTER_3 = (("icate", "ic"), ("ative", ""), ("alize", "al"), ("iciti", "ic"), ("ical", "ic"), ("ful", ""), ("ness", ""))
-PORTER_4 = ("al", "ance", "ence", "er", "ic", "able", "ible", "ant", "ement", "ment", "ent", "ion", "ou", "ism", "ate", "iti", "ous", "ive", "ize")
+PORTER_4 = (
+    "al",
+    "ance",
+    "ence",
+    "er",
+    "ic",
+    "able",
+    "ible",
+    "ant",
+    "ement",
+    "ment",
+    "ent",
+    "ion",
+    "ou",
+    "ism",
+    "ate",
+    "iti",
+    "ous",
+    "ive",
+    "ize",
+)
 
 
 def shape(word):
@@ -131,7 +245,9 @@ def measure(stem):
 
 def ends_cvc(word):
     letters = shape(word)
-    return (letters.endswith("cvc") and word[-1] not in "wxy") or letters == "vc"  # the second: two-letter words, NLTK's change
+    return (
+        letters.endswith("cvc") and word[-1] not in "wxy"
+    ) or letters == "vc"  # the second: two-letter words, NLTK's change
 
 
 @functools.lru_cache(maxsize=1 << 16)
@@ -173,7 +289,11 @@ def porter_stem(word):
     # 3
     word = porter_replace(word, PORTER_3, lambda stem, suffix: measure(stem) > 0)
     # 4
-    word = porter_replace(word, [(s, "") for s in PORTER_4], lambda stem, suffix: measure(stem) > 1 and (suffix != "ion" or stem[-1] in "st"))
+    word = porter_replace(
+        word,
+        [(s, "") for s in PORTER_4],
+        lambda stem, suffix: measure(stem) > 1 and (suffix != "ion" or stem[-1] in "st"),
+    )
     # 5
     if word.endswith("e"):
         stem = word[:-1]

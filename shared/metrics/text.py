@@ -19,6 +19,7 @@ Several conventions carry one name and differ by a factor of two. What each numb
 Tokens are what stands between whitespace, as in all of these packages: "clear." is another word than "clear", and case counts except
 for METEOR. So pass texts that are cleaned alike, or name a tokenizer.
 """
+
 import functools
 from collections import Counter
 
@@ -49,7 +50,9 @@ def score_reports(hypotheses, references, tokenizer="whitespace", metrics=METRIC
     clean = functools.cache(pick_tokenizer(tokenizer))
     unknown = set(metrics) - set(METRICS)
     if unknown or not metrics:
-        raise ValueError(f"there is no metric {', '.join(sorted(unknown)) or 'to compute'}; there are {', '.join(METRICS)}")
+        raise ValueError(
+            f"there is no metric {', '.join(sorted(unknown)) or 'to compute'}; there are {', '.join(METRICS)}"
+        )
     hypotheses = [clean(text) for text in hypotheses]
     references = [[clean(text) for text in group] for group in references]
     scores = {}
@@ -102,6 +105,7 @@ def pick_tokenizer(tokenizer):
 
 # ------------------------------------------------------------------------------------------------- n-grams, BLEU and CIDEr
 
+
 class NGrams:
     """
     The n-grams of all texts as integers, counted once for BLEU and CIDEr. A document is a hypothesis (number 0 to N-1) or a
@@ -119,7 +123,9 @@ class NGrams:
             ids += coded[text]
         self.lengths = np.array([len(coded[text]) for text in documents])
         ids, document = np.array(ids, dtype=np.int64), np.repeat(np.arange(len(documents)), self.lengths)
-        words_left = np.repeat(np.cumsum(self.lengths), self.lengths) - np.arange(len(ids))  # in the document, with this one
+        words_left = np.repeat(np.cumsum(self.lengths), self.lengths) - np.arange(
+            len(ids)
+        )  # in the document, with this one
         grams, self.orders = ids, []
         for order in range(1, ORDERS + 1):
             here = np.flatnonzero(words_left >= order)
@@ -162,7 +168,9 @@ class NGrams:
             reports_with = np.bincount(np.unique(self.group[reference] * size + gram) % size, minlength=size)
             weight = np.log(float(self.n)) - np.log(np.maximum(1.0, reports_with))
             hypothesis_norm = np.sqrt(np.bincount(keys // size, (counts * weight[keys % size]) ** 2, minlength=self.n))
-            reference_norm = np.sqrt(np.bincount(reference, (reference_counts * weight[gram]) ** 2, minlength=num_references))
+            reference_norm = np.sqrt(
+                np.bincount(reference, (reference_counts * weight[gram]) ** 2, minlength=num_references)
+            )
             common = np.minimum(lookup(keys, counts, self.group[reference] * size + gram), reference_counts)
             product = np.bincount(reference, common * reference_counts * weight[gram] ** 2, minlength=num_references)
             norms = hypothesis_norm[self.group] * reference_norm
@@ -196,6 +204,7 @@ def bleu_from_counts(counts):
 
 # ----------------------------------------------------------------------------------------------------------------- ROUGE-L
 
+
 def rouge_l(hypotheses, references, beta=1.2):
     """-> (N,). Best precision and best recall over the references, taken apart, as pycocoevalcap does; split(" "), not split()."""
     scores = np.zeros(len(hypotheses))
@@ -204,7 +213,10 @@ def rouge_l(hypotheses, references, beta=1.2):
         where = {}
         for place, word in enumerate(words):
             where[word] = where.get(word, 0) | 1 << place
-        common = [(longest_common_subsequence(where, len(words), other), len(other)) for other in (text.split(" ") for text in group)]
+        common = [
+            (longest_common_subsequence(where, len(words), other), len(other))
+            for other in (text.split(" ") for text in group)
+        ]
         precision, recall = max(n for n, _ in common) / len(words), max(n / length for n, length in common)
         if precision > 0:
             scores[i] = (1 + beta**2) * precision * recall / (recall + beta**2 * precision)
@@ -228,6 +240,7 @@ def longest_common_subsequence(where, length, words):
 
 # ------------------------------------------------------------------------------------------------------------------ METEOR
 
+
 def best_meteor(hypotheses, references):
     """-> (N, 11) statistics of METEOR 1.5, of the best reference of each report (the first of equal ones)."""
     sizes = [len(group) for group in references]
@@ -235,13 +248,20 @@ def best_meteor(hypotheses, references):
     statistics = meteor_statistics(repeated, [text for group in references for text in group])
     scores = meteor_from_statistics(statistics)
     starts = np.cumsum(sizes) - sizes
-    return statistics[[start + int(np.argmax(scores[start : start + size])) for start, size in zip(starts, sizes, strict=True)]]
+    return statistics[
+        [start + int(np.argmax(scores[start : start + size])) for start, size in zip(starts, sizes, strict=True)]
+    ]
 
 
 def nltk_meteor(hypotheses, references, alpha=0.9, beta=3.0, gamma=0.5):
     """-> (N,), of the best reference. Words are paired from the end, first equal ones, then equal stems (Porter)."""
     prepared = functools.cache(lambda text: (words := text.lower().split(), [porter_stem(word) for word in words]))
-    return np.array([max(nltk_pair(prepared(h), prepared(r), alpha, beta, gamma) for r in group) for h, group in zip(hypotheses, references, strict=True)])
+    return np.array(
+        [
+            max(nltk_pair(prepared(h), prepared(r), alpha, beta, gamma) for r in group)
+            for h, group in zip(hypotheses, references, strict=True)
+        ]
+    )
 
 
 def nltk_pair(hypothesis, reference, alpha, beta, gamma):
@@ -266,6 +286,7 @@ def nltk_pair(hypothesis, reference, alpha, beta, gamma):
 
 
 # ------------------------------------------------------------------------------------------- references as R2Gen makes them
+
 
 def r2gen_vocabulary(train_reports, min_count=3):
     """-> set of the words that occur at least min_count times in the cleaned training reports (IU X-ray: 759)."""

@@ -15,6 +15,7 @@ computed from the same queries and keys (after rotary embedding and norms), scal
 Columns are those of the padded batch, counted from the start of the prompt, in decoding as in the prompt. Sliding layers keep
 only the last keys: a column that has left the window has weight 0 there. A row that may look at nothing (padding) is all 0.
 """
+
 from dataclasses import dataclass
 
 import shared  # noqa: F401, isort: skip  # before transformers
@@ -50,7 +51,10 @@ class AttentionCapture:
         self.language = language_model(model)
         self.queries = queries if queries == "last" else sorted(int(q) for q in queries)
         self.keys = None if keys is None else torch.as_tensor(keys).reshape(-1, torch.as_tensor(keys).shape[-1])
-        self.layer_kinds = list(getattr(self.language.config, "layer_types", None) or ["full_attention"] * self.language.config.num_hidden_layers)
+        self.layer_kinds = list(
+            getattr(self.language.config, "layer_types", None)
+            or ["full_attention"] * self.language.config.num_hidden_layers
+        )
         self._passes, self._now = [], None
 
     def __enter__(self):
@@ -59,7 +63,9 @@ class AttentionCapture:
             raise RuntimeError("an AttentionCapture is on already; they cannot be nested")
         self._before = self.language.config._attn_implementation
         if self._before != "sdpa":
-            raise ValueError(f"the model runs {self._before!r} attention; load it with attention='sdpa' to capture rows beside it")
+            raise ValueError(
+                f"the model runs {self._before!r} attention; load it with attention='sdpa' to capture rows beside it"
+            )
         self.language.set_attn_implementation(NAME)
         self._hook = self.language.register_forward_pre_hook(self._start_pass, with_kwargs=True)
         _active = self
@@ -73,7 +79,11 @@ class AttentionCapture:
 
     def _start_pass(self, module, args, kwargs):
         """Before a forward pass of the language model: which columns it computes."""
-        embeddings = kwargs.get("inputs_embeds") if kwargs.get("inputs_embeds") is not None else kwargs.get("input_ids", args[0] if args else None)
+        embeddings = (
+            kwargs.get("inputs_embeds")
+            if kwargs.get("inputs_embeds") is not None
+            else kwargs.get("input_ids", args[0] if args else None)
+        )
         cache = kwargs.get("past_key_values")
         start = int(cache.get_seq_length()) if cache is not None else 0
         total = start + embeddings.shape[1]
@@ -91,7 +101,9 @@ class AttentionCapture:
         if stored > total:
             raise RuntimeError("capture reads a growing cache (DynamicCache), and this one has a fixed length")
         index = torch.tensor(rows, device=query.device) - start
-        chosen = query[:, :, index].float().reshape(batch, -1, groups * len(rows), width)  # grouped heads share their keys
+        chosen = (
+            query[:, :, index].float().reshape(batch, -1, groups * len(rows), width)
+        )  # grouped heads share their keys
         scores = (chosen @ key.float().transpose(2, 3)).reshape(batch, heads, len(rows), stored) * scaling
         if mask is not None:
             some = mask[:, :, index, :stored]
@@ -118,11 +130,15 @@ class AttentionCapture:
     @property
     def steps(self):
         """One Step per forward pass that had a chosen row."""
-        return [Step(rows, torch.stack([layers[i] for i in sorted(layers)]).cpu()) for _, _, rows, layers in self._passes if layers]
+        return [
+            Step(rows, torch.stack([layers[i] for i in sorted(layers)]).cpu())
+            for _, _, rows, layers in self._passes
+            if layers
+        ]
 
     @property
     def status(self):
-        """"ok", "no_attn" when nothing was recorded, or "nan": for tables, where a failed extraction has to stay visible."""
+        """ "ok", "no_attn" when nothing was recorded, or "nan": for tables, where a failed extraction has to stay visible."""
         steps = self.steps
         if not steps or any(len(s.weights) != len(self.layer_kinds) for s in steps):
             return "no_attn"
@@ -138,7 +154,13 @@ def language_model(model):
 def sdpa_with_rows(module, query, key, value, attention_mask, scaling=None, **options):
     if _active is not None:
         with torch.no_grad():
-            _active.record(module, query.detach(), key.detach(), attention_mask, query.shape[-1] ** -0.5 if scaling is None else scaling)
+            _active.record(
+                module,
+                query.detach(),
+                key.detach(),
+                attention_mask,
+                query.shape[-1] ** -0.5 if scaling is None else scaling,
+            )
     return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
 
 

@@ -18,6 +18,7 @@ takes 0.7 ms per case on an idle core and 20 ms on busy ones, as much as the ste
 and 0.04 with the images ready (benchmarks/loading.py). What is different: images are handled together, grey ones as one
 channel, and the number of image tokens is checked against the grid, so that a template applied twice or not at all stops.
 """
+
 import functools
 import math
 from dataclasses import dataclass, field
@@ -91,7 +92,11 @@ class Inputs:
         out = {}
         for name, value in self.tensors.items():
             if name == "pixel_values":
-                parts = [1] * sum(blocks) if "image_grid_thw" not in self.tensors else self.tensors["image_grid_thw"].prod(1).tolist()
+                parts = (
+                    [1] * sum(blocks)
+                    if "image_grid_thw" not in self.tensors
+                    else self.tensors["image_grid_thw"].prod(1).tolist()
+                )
             elif name == "image_grid_thw":
                 parts = [1] * sum(blocks)
             else:
@@ -107,6 +112,7 @@ class Inputs:
 
 
 # -------------------------------------------------------------------------------------------------------------- images
+
 
 def preprocess_images(processor, images):
     """
@@ -150,7 +156,12 @@ def unusual(ip):
     size = dict(ip.size)
     side = size.get("shortest_edge") or size.get("height")
     enlarging = crop is not None and (side is None or max(crop["height"], crop["width"]) > side)
-    return getattr(ip, "backend", "torchvision") != "torchvision" or getattr(ip, "do_pan_and_scan", None) or enlarging or not (ip.do_resize and ip.do_rescale and ip.do_normalize)
+    return (
+        getattr(ip, "backend", "torchvision") != "torchvision"
+        or getattr(ip, "do_pan_and_scan", None)
+        or enlarging
+        or not (ip.do_resize and ip.do_rescale and ip.do_normalize)
+    )
 
 
 def as_pixels(image):
@@ -161,7 +172,9 @@ def as_pixels(image):
     if not isinstance(pixels, torch.Tensor):
         raise InputError(f"an image is a PIL image, an array or a tensor, not {type(image).__name__}")
     if pixels.dtype != torch.uint8:
-        raise InputError(f"images must be 8-bit (0 to 255), not {str(pixels.dtype).removeprefix('torch.')}: scale them first (shared/data/images.py)")
+        raise InputError(
+            f"images must be 8-bit (0 to 255), not {str(pixels.dtype).removeprefix('torch.')}: scale them first (shared/data/images.py)"
+        )
     if pixels.ndim == 3 and pixels.shape[-1] in (1, 3) and pixels.shape[0] not in (1, 3):
         pixels = pixels.permute(2, 0, 1)
     pixels = pixels[None] if pixels.ndim == 2 else pixels
@@ -183,7 +196,10 @@ def transform(ip, pixels):
     pixels = tv.resize(pixels, list(size), interpolation=INTERPOLATION[int(ip.resample)], antialias=True)
     if getattr(ip, "do_center_crop", None):
         crop = ip.crop_size["height"], ip.crop_size["width"]
-        top, left = (size[0] - crop[0]) // 2, (size[1] - crop[1]) // 2  # torchvision's own center_crop rounds halves differently
+        top, left = (
+            (size[0] - crop[0]) // 2,
+            (size[1] - crop[1]) // 2,
+        )  # torchvision's own center_crop rounds halves differently
         pixels = pixels[..., top : top + crop[0], left : left + crop[1]]
     mean, std = (torch.tensor(v) * (1 / ip.rescale_factor) for v in (ip.image_mean, ip.image_std))
     if merge is None:
@@ -192,23 +208,40 @@ def transform(ip, pixels):
         return pixels.float().sub(mean[:, None, None]).div_(std[:, None, None]).expand(-1, 3, -1, -1), None
     p, rows, columns = ip.patch_size, size[0] // ip.patch_size, size[1] // ip.patch_size
     # (N, C, rows/m, m, p, columns/m, m, p) -> cells of m x m patches one after the other: (N, patches, C, 1, p, p)
-    blocks = pixels.reshape(len(pixels), -1, rows // merge, merge, p, columns // merge, merge, p).permute(0, 2, 5, 3, 6, 1, 4, 7)
-    blocks = blocks.reshape(len(pixels), rows * columns, -1, 1, p, p)  # still bytes: this is the copy that jumps about in memory
+    blocks = pixels.reshape(len(pixels), -1, rows // merge, merge, p, columns // merge, merge, p).permute(
+        0, 2, 5, 3, 6, 1, 4, 7
+    )
+    blocks = blocks.reshape(
+        len(pixels), rows * columns, -1, 1, p, p
+    )  # still bytes: this is the copy that jumps about in memory
     values = blocks.float().sub(mean[:, None, None, None]).div_(std[:, None, None, None])
     values = values.expand(-1, -1, 3, ip.temporal_patch_size, -1, -1)  # a still is a film of two equal frames
     return values.reshape(len(values), rows * columns, -1), (1, rows, columns)
 
 
-INTERPOLATION = {} if tv is None else {2: InterpolationMode.BILINEAR, 3: InterpolationMode.BICUBIC, 0: InterpolationMode.NEAREST, 1: InterpolationMode.LANCZOS}
+INTERPOLATION = (
+    {}
+    if tv is None
+    else {
+        2: InterpolationMode.BILINEAR,
+        3: InterpolationMode.BICUBIC,
+        0: InterpolationMode.NEAREST,
+        1: InterpolationMode.LANCZOS,
+    }
+)
 
 
 def target_size(ip, height, width):
     """(height, width) that the processor resizes an image to."""
     size = dict(ip.size)
-    if getattr(ip, "merge_size", None):  # Qwen2-VL: multiples of 28 px with about the same shape, within limits on the area
+    if getattr(
+        ip, "merge_size", None
+    ):  # Qwen2-VL: multiples of 28 px with about the same shape, within limits on the area
         factor, low, high = ip.patch_size * ip.merge_size, size["shortest_edge"], size["longest_edge"]
         if max(height, width) > 200 * min(height, width):
-            raise InputError(f"an image of {width}x{height} pixels is too long and narrow for Qwen2-VL: at most 200 to 1")
+            raise InputError(
+                f"an image of {width}x{height} pixels is too long and narrow for Qwen2-VL: at most 200 to 1"
+            )
         h, w = round(height / factor) * factor, round(width / factor) * factor
         if h * w > high:
             scale = math.sqrt(height * width / high)
@@ -228,10 +261,16 @@ def by_processor(processor, ip, pixels):
     """The processor's own way, all images in one call."""
     rgb = [Image.fromarray(p.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()) for p in pixels]
     if getattr(ip, "do_pan_and_scan", None):
-        raise InputError("pan-and-scan is on in preprocessor_config.json: it adds image blocks whose place cannot be told; set do_pan_and_scan to false")
+        raise InputError(
+            "pan-and-scan is on in preprocessor_config.json: it adds image blocks whose place cannot be told; set do_pan_and_scan to false"
+        )
     done = ip(images=rgb, return_tensors="pt")
     if "image_grid_thw" in done:
-        return Images(done["pixel_values"], [(h // ip.merge_size, w // ip.merge_size) for _, h, w in done["image_grid_thw"].tolist()], done["image_grid_thw"])
+        return Images(
+            done["pixel_values"],
+            [(h // ip.merge_size, w // ip.merge_size) for _, h, w in done["image_grid_thw"].tolist()],
+            done["image_grid_thw"],
+        )
     return Images(done["pixel_values"], [grid_of(processor, done["pixel_values"].shape[-2:])] * len(rgb))
 
 
@@ -245,6 +284,7 @@ def grid_of(processor, size):
 
 
 # ---------------------------------------------------------------------------------------------------------------- text
+
 
 def build_inputs(vlm, questions, images=None, answers=None, system=None):
     """
@@ -265,12 +305,23 @@ def build_inputs(vlm, questions, images=None, answers=None, system=None):
     case_grids = [[next(grids) for _ in range(n)] for n in per_case]
 
     template = vlm.processor.chat_template
-    texts = [render(vlm.processor, template, q, n, system, None if answers is None else answers[i]) for i, (q, n) in enumerate(zip(questions, per_case, strict=True))]
-    rows = token_ids(vlm.tokenizer, [mark_images(vlm.family, vlm.tokenizer, prompt, n) for (prompt, _), n in zip(texts, per_case, strict=True)])
+    texts = [
+        render(vlm.processor, template, q, n, system, None if answers is None else answers[i])
+        for i, (q, n) in enumerate(zip(questions, per_case, strict=True))
+    ]
+    rows = token_ids(
+        vlm.tokenizer,
+        [mark_images(vlm.family, vlm.tokenizer, prompt, n) for (prompt, _), n in zip(texts, per_case, strict=True)],
+    )
     rows = [spread(row, vlm.image_token_id, case) for row, case in zip(rows, case_grids, strict=True)]
     starts = [len(row) for row in rows]
     if answers is not None:
-        rows = [r + a for r, a in zip(rows, vlm.tokenizer([a for _, a in texts], add_special_tokens=False)["input_ids"], strict=True)]
+        rows = [
+            r + a
+            for r, a in zip(
+                rows, vlm.tokenizer([a for _, a in texts], add_special_tokens=False)["input_ids"], strict=True
+            )
+        ]
     longest = max(map(len, rows))
     pad = vlm.tokenizer.pad_token_id
     ids = torch.tensor([[pad] * (longest - len(r)) + r for r in rows])
@@ -320,7 +371,9 @@ def render(processor, template, question, num_images, system, answer):
     messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
     whole = processor.apply_chat_template(messages, chat_template=template, tokenize=False)
     if not whole.startswith(prompt):
-        raise InputError("the chat template writes a conversation with an answer differently from the prompt alone; take the one from the model's page")
+        raise InputError(
+            "the chat template writes a conversation with an answer differently from the prompt alone; take the one from the model's page"
+        )
     return prompt, whole[len(prompt) :].rstrip("\n")
 
 
@@ -328,8 +381,14 @@ def mark_images(family, tokenizer, text, num_images):
     """The prompt with one image token per image, as the processor frames it. InputError when the template has other places."""
     mark = tokenizer.boi_token if family == "gemma3" else FAMILIES[family].image_tokens[0]
     if text.count(mark) != num_images:
-        raise InputError(f"the chat template leaves room for {text.count(mark)} images, and there are {num_images}: it is not the template of this model")
-    return text.replace(mark, f"\n\n{mark}{tokenizer.image_token}{tokenizer.eoi_token}\n\n") if family == "gemma3" else text
+        raise InputError(
+            f"the chat template leaves room for {text.count(mark)} images, and there are {num_images}: it is not the template of this model"
+        )
+    return (
+        text.replace(mark, f"\n\n{mark}{tokenizer.image_token}{tokenizer.eoi_token}\n\n")
+        if family == "gemma3"
+        else text
+    )
 
 
 def spread(ids, image_token_id, grids):
@@ -354,20 +413,29 @@ def positions_of(is_image, grids):
         columns = row.nonzero()[:, 0]
         sizes = [r * c for r, c in case]
         if len(columns) != sum(sizes):
-            raise InputError(f"case {i} has {len(columns)} image tokens, and its images need {sum(sizes)}: processor and model do not belong together")
+            raise InputError(
+                f"case {i} has {len(columns)} image tokens, and its images need {sum(sizes)}: processor and model do not belong together"
+            )
         parts = list(columns.split(sizes)) if sizes else []
         if any(len(p) and int(p[-1] - p[0]) != len(p) - 1 for p in parts):
-            raise InputError(f"case {i}: the tokens of an image do not stand together: processor and model do not belong together")
+            raise InputError(
+                f"case {i}: the tokens of an image do not stand together: processor and model do not belong together"
+            )
         positions.append(parts)
     return positions
 
 
 # ---------------------------------------------------------------------------------------------------------- generation
 
+
 @torch.inference_mode()
 def generate_text(vlm, inputs, max_new_tokens=64, **options):
     """What the model writes for each case (list of texts); options go to generate(). Greedy unless do_sample is given."""
-    sequences = vlm.model.generate(**{k: v for k, v in inputs.tensors.items() if k != "labels"}, max_new_tokens=max_new_tokens, **{"do_sample": False} | options)
+    sequences = vlm.model.generate(
+        **{k: v for k, v in inputs.tensors.items() if k != "labels"},
+        max_new_tokens=max_new_tokens,
+        **{"do_sample": False} | options,
+    )
     return decode(vlm, sequences, inputs.length)
 
 

@@ -16,6 +16,7 @@ checkpoint. The converter merges them; the grid is read from the tower's own con
 A generic LLaVA is never put in the place of either. What the tower sees: LLaVA-Med pads to a square with CLIP's mean colour
 (image_aspect_ratio "pad"), LLaVA-Rad takes the central square.
 """
+
 import argparse
 import re
 import shutil
@@ -49,7 +50,9 @@ from shared.models.tiny import CLIP_MEAN, CLIP_STD, LLAVA_TEMPLATE, quietly
 from shared.runtime import InputError, ScriptParser, load_checkpoint, read_json, script, write_json
 
 PEFT_PREFIX = "base_model.model."
-IMAGE_TOKEN = "<image>"  # the original code used the id -200, which no vocabulary has; here it is the first id after the old ones
+IMAGE_TOKEN = (
+    "<image>"  # the original code used the id -200, which no vocabulary has; here it is the first id after the old ones
+)
 KEY_MAP = {
     r"^model\.mm_projector\.0\.": "model.multi_modal_projector.linear_1.",
     r"^model\.mm_projector\.2\.": "model.multi_modal_projector.linear_2.",
@@ -68,7 +71,15 @@ TIMM_MAP = {  # timm's VisionTransformer -> Dinov2Model; attn.qkv is cut in thre
 }
 DERIVED = ("rotary_emb.inv_freq", "position_ids")  # computed from the configuration; old checkpoints store them
 # CLIP ViT-L/14 at 336 pixels; LLaVA-Med's own config.json only names it.
-CLIP_L_336 = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336, patch_size=14, projection_dim=768)
+CLIP_L_336 = dict(
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    image_size=336,
+    patch_size=14,
+    projection_dim=768,
+)
 TIMM_SIZES = {"small": (384, 12), "base": (768, 12), "large": (1024, 24)}  # width, layers; a head is 64 wide
 VICUNA_TEMPLATE = """{{ bos_token }}{{ messages[0].content[0].text if messages[0].role == 'system' else
 'A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers to the user\\'s questions.' }}
@@ -92,22 +103,37 @@ def is_original(config):
 
 # ------------------------------------------------------------------------------------------------------- configuration
 
+
 def make_config(source, raw):
     """The LlavaConfig of an original folder, its vocabulary one longer for the image token. InputError for unknown towers."""
-    if raw.get("mm_projector_type") != "mlp2x_gelu" or raw.get("mm_use_im_start_end") or raw.get("mm_vision_select_feature", "patch") != "patch":
-        raise InputError(f"{source} is a LLaVA of another kind (projector {raw.get('mm_projector_type')}): only LLaVA-Med v1.5 and LLaVA-Rad are supported")
+    if (
+        raw.get("mm_projector_type") != "mlp2x_gelu"
+        or raw.get("mm_use_im_start_end")
+        or raw.get("mm_vision_select_feature", "patch") != "patch"
+    ):
+        raise InputError(
+            f"{source} is a LLaVA of another kind (projector {raw.get('mm_projector_type')}): only LLaVA-Med v1.5 and LLaVA-Rad are supported"
+        )
     names = (
         "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads max_position_embeddings rms_norm_eps hidden_act"
         " bos_token_id eos_token_id sliding_window tie_word_embeddings"
     ).split()
-    text = {n: raw[n] for n in names if n in raw} | {"vocab_size": raw["vocab_size"] + 1, "pad_token_id": raw.get("pad_token_id")}
+    text = {n: raw[n] for n in names if n in raw} | {
+        "vocab_size": raw["vocab_size"] + 1,
+        "pad_token_id": raw.get("pad_token_id"),
+    }
     text["rope_parameters"] = {"rope_type": "default", "rope_theta": raw.get("rope_theta", 10000.0)}
     language = (MistralConfig if "mistral" in raw["model_type"] else LlamaConfig)(**text)
     vision = tower_config(source, raw)
     return LlavaConfig(
-        text_config=language, vision_config=vision, image_token_index=raw["vocab_size"], image_seq_length=(vision.image_size // vision.patch_size) ** 2,
-        vision_feature_layer=raw.get("mm_vision_select_layer", -2), vision_feature_select_strategy="default", tie_word_embeddings=False,
-    )  # fmt: skip
+        text_config=language,
+        vision_config=vision,
+        image_token_index=raw["vocab_size"],
+        image_seq_length=(vision.image_size // vision.patch_size) ** 2,
+        vision_feature_layer=raw.get("mm_vision_select_layer", -2),
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=False,
+    )
 
 
 def tower_config(source, raw):
@@ -120,27 +146,49 @@ def tower_config(source, raw):
         return CLIPVisionConfig(**CLIP_L_336)
     if "clip" in name and "cxr" in name.lower():
         return biomedclip_config(source, raw)
-    raise InputError(f"{source} needs the vision tower {name}, which is not supported: only CLIP ViT-L/14-336 (LLaVA-Med) and BiomedCLIP-CXR (LLaVA-Rad) are")
+    raise InputError(
+        f"{source} needs the vision tower {name}, which is not supported: only CLIP ViT-L/14-336 (LLaVA-Med) and BiomedCLIP-CXR (LLaVA-Rad) are"
+    )
 
 
 def biomedclip_config(source, raw):
-    places = [Path(source, p.name) for p in (Path(str(raw.get("mm_vision_tower_config") or "")),) if p.name] + sorted(Path(source).glob("*.json"))
-    vision = next((s["vision_cfg"] for s in (read_json(p) for p in places if p.is_file()) if isinstance(s, dict) and "vision_cfg" in s), None)
+    places = [Path(source, p.name) for p in (Path(str(raw.get("mm_vision_tower_config") or "")),) if p.name] + sorted(
+        Path(source).glob("*.json")
+    )
+    vision = next(
+        (
+            s["vision_cfg"]
+            for s in (read_json(p) for p in places if p.is_file())
+            if isinstance(s, dict) and "vision_cfg" in s
+        ),
+        None,
+    )
     if vision is None:
-        raise InputError(f"{source}: the grid of the vision tower is unknown, since its open_clip configuration is not there; add biomedclipcxr_518.json from the model's page")
+        raise InputError(
+            f"{source}: the grid of the vision tower is unknown, since its open_clip configuration is not there; add biomedclipcxr_518.json from the model's page"
+        )
     name = vision.get("timm_model_name", "")
     patch = vision.get("patch_size") or int((re.search(r"patch(\d+)", name) or [0, 0])[1])
     size = next((s for n, s in TIMM_SIZES.items() if f"_{n}_" in name), (0, 0))
     width, layers = vision.get("width") or size[0], vision.get("layers") or size[1]
     image = vision.get("image_size")
     if not (patch and image and width and layers) or image % patch:
-        raise InputError(f"{source}: the grid of the vision tower cannot be read from its configuration ({name or 'no timm_model_name'}, {image} pixels, patch {patch or 'unknown'})")
+        raise InputError(
+            f"{source}: the grid of the vision tower cannot be read from its configuration ({name or 'no timm_model_name'}, {image} pixels, patch {patch or 'unknown'})"
+        )
     return Dinov2Config(
-        hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // 64, image_size=image, patch_size=patch, mlp_ratio=4, use_mask_token=False
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        image_size=image,
+        patch_size=patch,
+        mlp_ratio=4,
+        use_mask_token=False,
     )
 
 
 # ------------------------------------------------------------------------------------------------- tokenizer, processor
+
 
 def read_sentencepiece(path):
     """
@@ -205,7 +253,9 @@ def load_tokenizer(source, vocab_size):
         merges.sort(key=lambda m: (-m[0], len(m[1])))
         tokenizer = LlamaTokenizer(vocab=vocab, merges=[(a, b) for _, a, b in merges], legacy=True, add_bos_token=True)
     if len(tokenizer) != vocab_size:
-        raise InputError(f"{source}: the tokenizer has {len(tokenizer)} tokens, and the model {vocab_size}; take the tokenizer from the model's page")
+        raise InputError(
+            f"{source}: the tokenizer has {len(tokenizer)} tokens, and the model {vocab_size}; take the tokenizer from the model's page"
+        )
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.unk_token  # as in the original code; padding is masked
     tokenizer.padding_side = "left"
@@ -225,21 +275,38 @@ def local_file(source, name):
 def make_processor(source, raw, config):
     tokenizer = load_tokenizer(source, raw["vocab_size"])
     size = config.vision_config.image_size
-    settings = dict(size={"shortest_edge": size}, crop_size={"height": size, "width": size}, image_mean=CLIP_MEAN, image_std=CLIP_STD)
-    image = LlavaImageProcessor(**settings, do_pad=True) if raw.get("image_aspect_ratio") == "pad" else CLIPImageProcessor(**settings)
+    settings = dict(
+        size={"shortest_edge": size},
+        crop_size={"height": size, "width": size},
+        image_mean=CLIP_MEAN,
+        image_std=CLIP_STD,
+    )
+    image = (
+        LlavaImageProcessor(**settings, do_pad=True)
+        if raw.get("image_aspect_ratio") == "pad"
+        else CLIPImageProcessor(**settings)
+    )
     return LlavaProcessor(
-        image, tokenizer, patch_size=config.vision_config.patch_size, vision_feature_select_strategy="default", num_additional_image_tokens=1,
-        image_token=IMAGE_TOKEN, chat_template=LLAVA_TEMPLATE if "mistral" in raw["model_type"] else VICUNA_TEMPLATE,
-    )  # fmt: skip
+        image,
+        tokenizer,
+        patch_size=config.vision_config.patch_size,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        image_token=IMAGE_TOKEN,
+        chat_template=LLAVA_TEMPLATE if "mistral" in raw["model_type"] else VICUNA_TEMPLATE,
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- loading
+
 
 def load_original(source, raw, options):
     """-> (model, processor) of an original LLaVA-Med, for load_vlm. The weights keep their file; only their names are mapped."""
     config = make_config(source, raw)
     if Path(source, "adapter_config.json").is_file() or config.vision_config.model_type != "clip_vision_model":
-        raise InputError(f"{source} is stored in parts: put them together first with `python -m shared.models.llava_med {source} OUT --base VICUNA_FOLDER`, then give --model OUT")
+        raise InputError(
+            f"{source} is stored in parts: put them together first with `python -m shared.models.llava_med {source} OUT --base VICUNA_FOLDER`, then give --model OUT"
+        )
     processor = make_processor(source, raw, config)
     before = make_config(source, raw)
     before.text_config.vocab_size -= 1
@@ -255,9 +322,12 @@ def load_original(source, raw, options):
 
 # ---------------------------------------------------------------------------------------------------------- conversion
 
+
 def new_names(key, tensor):
     """One tensor of an original checkpoint -> {new name: tensor}; empty for what is derived or not part of the model."""
-    if key.endswith(DERIVED) or re.match(r"(module\.)?(visual\.head|text\.|logit_scale)", key):  # open_clip's projection and text tower
+    if key.endswith(DERIVED) or re.match(
+        r"(module\.)?(visual\.head|text\.|logit_scale)", key
+    ):  # open_clip's projection and text tower
         return {}
     timm, found = re.subn(TIMM_PREFIX, "", key)
     if not found:
@@ -300,7 +370,9 @@ def read_lora(folder):
     settings = read_json(folder / "adapter_config.json")
     file = next((p for p in (folder / "adapter_model.safetensors", folder / "adapter_model.bin") if p.is_file()), None)
     if file is None or settings.get("peft_type") != "LORA" or settings.get("bias", "none") != "none":
-        raise InputError(f"{folder} holds no LoRA adapter that can be merged (adapter_model.safetensors or .bin, without biases)")
+        raise InputError(
+            f"{folder} holds no LoRA adapter that can be merged (adapter_model.safetensors or .bin, without biases)"
+        )
     factors = {}
     for key, tensor in read_shard(file):
         name, which = re.fullmatch(r"(.*)\.lora_([AB])(?:\.default)?\.weight", key.removeprefix(PEFT_PREFIX)).groups()
@@ -316,12 +388,16 @@ def convert(source, out, base=None, tower=None):
     """
     source, out = Path(source), Path(out)
     if not (source / "config.json").is_file():
-        raise InputError(f"there is no model in {source}; fetch it first, for example with `hf download microsoft/llava-med-v1.5-mistral-7b --local-dir {source}`")
+        raise InputError(
+            f"there is no model in {source}; fetch it first, for example with `hf download microsoft/llava-med-v1.5-mistral-7b --local-dir {source}`"
+        )
     if out.exists() and any(out.iterdir()):
         raise InputError(f"{out} exists and is not empty: give a new folder")
     raw = read_json(source / "config.json")
     if not is_original(raw):
-        raise InputError(f"{source} is not in the layout of the original LLaVA code (no mm_vision_tower in config.json); load it as it is")
+        raise InputError(
+            f"{source} is not in the layout of the original LLaVA code (no mm_vision_tower in config.json); load it as it is"
+        )
     config, files, factors, scale = make_config(source, raw), [], {}, 1.0
     if (source / "adapter_config.json").is_file():
         if base is None:
@@ -333,7 +409,11 @@ def convert(source, out, base=None, tower=None):
         files += shards_of(source)
     files += sorted(source.glob("*_checkpoint.pt"))  # LLaVA-Rad's tower
     towers = shards_of(tower, "vision tower") if tower else []
-    processor = make_processor(source if local_file(source, "tokenizer.model") or local_file(source, "tokenizer.json") else base or source, raw, config)
+    processor = make_processor(
+        source if local_file(source, "tokenizer.model") or local_file(source, "tokenizer.json") else base or source,
+        raw,
+        config,
+    )
     with torch.device("meta"), quietly():
         expected = {k: tuple(t.shape) for k, t in AutoModelForImageTextToText.from_config(config).state_dict().items()}
 
@@ -362,12 +442,19 @@ def convert(source, out, base=None, tower=None):
                     update = factors.pop(key)
                     tensor = (tensor.float() + scale * (update["B"] @ update["A"])).to(tensor.dtype)
                 for name, value in new_names(key, tensor).items():
-                    if name in ("lm_head.weight", "model.language_model.embed_tokens.weight") and len(value) == raw["vocab_size"]:
+                    if (
+                        name in ("lm_head.weight", "model.language_model.embed_tokens.weight")
+                        and len(value) == raw["vocab_size"]
+                    ):
                         value = torch.cat([value, torch.zeros_like(value[:1])])  # the image token
                     if name not in expected:
-                        raise InputError(f"{path}: the weight {key} has no place in the model; this is not the layout of LLaVA-Med v1.5 or LLaVA-Rad")
+                        raise InputError(
+                            f"{path}: the weight {key} has no place in the model; this is not the layout of LLaVA-Med v1.5 or LLaVA-Rad"
+                        )
                     if tuple(value.shape) != expected[name]:
-                        raise InputError(f"{path}: {key} has the shape {tuple(value.shape)}, and the configuration says {expected[name]}")
+                        raise InputError(
+                            f"{path}: {key} has the shape {tuple(value.shape)}, and the configuration says {expected[name]}"
+                        )
                     shard[name] = value.contiguous()
             if shard:
                 write(shard, path.name)
@@ -375,10 +462,18 @@ def convert(source, out, base=None, tower=None):
         if missing and all("layer_scale" in name for name in missing):  # a plain ViT is one with scales of 1
             write({name: torch.ones(expected[name]) for name in missing}, "scales of 1")
         elif missing:
-            tip = f"; give a folder of {raw['mm_vision_tower']} with --tower" if all("vision_tower" in name for name in missing) else ""
-            raise InputError(f"{source} is not complete: {len(missing)} weights are missing, the first is {missing[0]}{tip}")
+            tip = (
+                f"; give a folder of {raw['mm_vision_tower']} with --tower"
+                if all("vision_tower" in name for name in missing)
+                else ""
+            )
+            raise InputError(
+                f"{source} is not complete: {len(missing)} weights are missing, the first is {missing[0]}{tip}"
+            )
         if factors:
-            raise InputError(f"{len(factors)} adapter weights do not belong to the base model, the first is for {sorted(factors)[0]}")
+            raise InputError(
+                f"{len(factors)} adapter weights do not belong to the base model, the first is for {sorted(factors)[0]}"
+            )
         write_json(building / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": where})
         config.dtype, config.architectures = torch.bfloat16, ["LlavaForConditionalGeneration"]
         config.save_pretrained(building)
@@ -401,10 +496,19 @@ def generation_settings(raw, processor):
 
 @script
 def main(argv=None):
-    parser = ScriptParser(prog="python -m shared.models.llava_med", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = ScriptParser(
+        prog="python -m shared.models.llava_med",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("source", metavar="IN", help="folder in the layout of the original LLaVA code")
     parser.add_argument("out", metavar="OUT", help="new folder for the converted model")
-    parser.add_argument("--base", metavar="DIR", help="folder of the language model that an adapter in IN belongs to (LLaVA-Rad: lmsys/vicuna-7b-v1.5)")
+    parser.add_argument(
+        "--base",
+        metavar="DIR",
+        help="folder of the language model that an adapter in IN belongs to (LLaVA-Rad: lmsys/vicuna-7b-v1.5)",
+    )
     parser.add_argument("--tower", metavar="DIR", help="folder of the CLIP tower, where IN has none")
     args = parser.parse_args(argv)
     out = convert(args.source, args.out, args.base, args.tower)

@@ -20,6 +20,7 @@ Nothing falls back in silence: what cannot be had ends in one sentence (InputErr
 `trust_remote_code` is never used. Gated models read HF_TOKEN or the stored login through huggingface_hub; the token is
 neither printed nor stored here.
 """
+
 import json
 import logging
 import os
@@ -30,7 +31,9 @@ from pathlib import Path
 
 import shared  # noqa: F401, isort: skip  # before transformers
 
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns at every 8-bit product, and on import about an optional kernel
+logging.getLogger("bitsandbytes").setLevel(
+    logging.ERROR
+)  # it warns at every 8-bit product, and on import about an optional kernel
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -60,8 +63,20 @@ class Family:
 FAMILIES = {
     f.name: f
     for f in (
-        Family("gemma3", "gemma3", "model.vision_tower", "model.multi_modal_projector", ("<image_soft_token>", "<start_of_image>", "<end_of_image>")),
-        Family("qwen2vl", "qwen2_vl", "model.visual", "model.visual.merger", ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>")),
+        Family(
+            "gemma3",
+            "gemma3",
+            "model.vision_tower",
+            "model.multi_modal_projector",
+            ("<image_soft_token>", "<start_of_image>", "<end_of_image>"),
+        ),
+        Family(
+            "qwen2vl",
+            "qwen2_vl",
+            "model.visual",
+            "model.visual.merger",
+            ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"),
+        ),
         Family("llava", "llava", "model.vision_tower", "model.multi_modal_projector", ("<image>",)),
     )
 }
@@ -102,12 +117,18 @@ class VLM:
     def facts(self):
         """What metrics files say about the model."""
         return {
-            "model": self.name, "family": self.family, "tiny": self.tiny, "quant": self.quant, "dtype": str(self.dtype).removeprefix("torch."),
-            "adapter": self.adapter, "parameters": count_parameters(self.base),
-        }  # fmt: skip
+            "model": self.name,
+            "family": self.family,
+            "tiny": self.tiny,
+            "quant": self.quant,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "adapter": self.adapter,
+            "parameters": count_parameters(self.base),
+        }
 
 
 # ------------------------------------------------------------------------------------------------------------- finding
+
 
 def find_model(name, family=None):
     """
@@ -121,7 +142,9 @@ def find_model(name, family=None):
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             if (folder / "adapter_config.json").is_file():
-                raise InputError(f"{folder} holds an adapter, not a model: give the model it was trained on with --model, and this folder with --adapter")
+                raise InputError(
+                    f"{folder} holds an adapter, not a model: give the model it was trained on with --model, and this folder with --adapter"
+                )
             raise InputError(f"{folder} holds no model: there is no config.json in it")
         return str(folder), read_json(folder / "config.json")
     if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1 or folder.exists():
@@ -130,16 +153,26 @@ def find_model(name, family=None):
     try:
         return name, read_json(hf_hub_download(name, "config.json"))
     except GatedRepoError as error:
-        raise InputError(f"{name} is gated: accept its licence at {page}, then set HF_TOKEN or run `hf auth login`{try_tiny()}") from error
+        raise InputError(
+            f"{name} is gated: accept its licence at {page}, then set HF_TOKEN or run `hf auth login`{try_tiny()}"
+        ) from error
     except RepositoryNotFoundError as error:
-        raise InputError(f"{name} is not on the Hugging Face hub, or is private: check the name at {page}{try_tiny()}") from error
+        raise InputError(
+            f"{name} is not on the Hugging Face hub, or is private: check the name at {page}{try_tiny()}"
+        ) from error
     except RemoteEntryNotFoundError as error:
-        raise InputError(f"{name} has no config.json, so it is not a model for transformers; see {page}{try_tiny()}") from error
+        raise InputError(
+            f"{name} has no config.json, so it is not a model for transformers; see {page}{try_tiny()}"
+        ) from error
     except HFValidationError as error:
         raise InputError(f"{name!r} is neither a folder nor a name on the Hugging Face hub{try_tiny()}") from error
     except OSError as error:  # every failure of the network, and LocalEntryNotFoundError offline
         gated = f"accept its licence at {page}, " if name.startswith(tuple(GATED)) else ""
-        why = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE") else "the hub cannot be reached"
+        why = (
+            "HF_HUB_OFFLINE is set"
+            if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE")
+            else "the hub cannot be reached"
+        )
         raise InputError(
             f"{name} is not on this computer and {why}: {gated}fetch it elsewhere with `hf download {name} --local-dir FOLDER` and give --model FOLDER{try_tiny()}"
         ) from error
@@ -165,19 +198,29 @@ def family_of(config, name):
         if family.model_type == model_type:
             return family
     if "vision_config" not in config and "mm_vision_tower" not in config:
-        raise InputError(f"{name} is a text-only model ({model_type}): it cannot see images; use one of the families {', '.join(FAMILIES)}")
-    raise InputError(f"{name} is of the family {model_type}, which these scripts have not been tried with; there are {', '.join(FAMILIES)}")
+        raise InputError(
+            f"{name} is a text-only model ({model_type}): it cannot see images; use one of the families {', '.join(FAMILIES)}"
+        )
+    raise InputError(
+        f"{name} is of the family {model_type}, which these scripts have not been tried with; there are {', '.join(FAMILIES)}"
+    )
 
 
 def load_processor(source, name):
     try:
         processor = AutoProcessor.from_pretrained(source, local_files_only=Path(source).is_dir())
     except (OSError, ValueError, KeyError, TypeError) as error:  # whichever file is missed first
-        raise InputError(f"{name} has no complete processor ({first_line(error)}): copy preprocessor_config.json, tokenizer and chat template from the model's page into it") from error
+        raise InputError(
+            f"{name} has no complete processor ({first_line(error)}): copy preprocessor_config.json, tokenizer and chat template from the model's page into it"
+        ) from error
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
-        raise InputError(f"{name} has no image processor: copy preprocessor_config.json (or processor_config.json) from the model's page into it")
+        raise InputError(
+            f"{name} has no image processor: copy preprocessor_config.json (or processor_config.json) from the model's page into it"
+        )
     if not processor.chat_template:
-        raise InputError(f"{name} has no chat template: copy chat_template.jinja (or chat_template.json) from the model's page into it")
+        raise InputError(
+            f"{name} has no chat template: copy chat_template.jinja (or chat_template.json) from the model's page into it"
+        )
     processor.tokenizer.padding_side = "left"  # generation goes on from the last column
     if processor.tokenizer.pad_token is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
@@ -189,6 +232,7 @@ def first_line(error):
 
 
 # ------------------------------------------------------------------------------------------------------ dtype and quant
+
 
 def choose_dtype(family, device, parameters, asked="auto"):
     """
@@ -203,7 +247,9 @@ def choose_dtype(family, device, parameters, asked="auto"):
         if dtype == torch.float16 and family == "gemma3":
             raise InputError("Gemma 3 overflows in float16: use --dtype bfloat16, or float32 on a T4")
         if dtype == torch.bfloat16 and device.type == "cuda" and not bf16_gpu:
-            raise InputError(f"{torch.cuda.get_device_name(device)} does not compute bfloat16: use --dtype {'float32' if family == 'gemma3' else 'float16'}")
+            raise InputError(
+                f"{torch.cuda.get_device_name(device)} does not compute bfloat16: use --dtype {'float32' if family == 'gemma3' else 'float16'}"
+            )
         return dtype, "asked for"
     if device.type == "cuda":
         if bf16_gpu:
@@ -232,7 +278,11 @@ def quantisation(quant, family, dtype, device):
     if quant == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=skip
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=skip,
     )
 
 
@@ -271,7 +321,14 @@ def probe_quantised(model, name, quant):
         seen.add(shape)
         try:
             with torch.inference_mode():
-                module(torch.zeros(1, module.in_features, dtype=torch.float16 if quant == "int8" else module.compute_dtype, device=module.weight.device))
+                module(
+                    torch.zeros(
+                        1,
+                        module.in_features,
+                        dtype=torch.float16 if quant == "int8" else module.compute_dtype,
+                        device=module.weight.device,
+                    )
+                )
         except (RuntimeError, AssertionError, ValueError) as error:
             raise InputError(
                 f"{name}: the layer {layer} ({module.in_features} -> {module.out_features}) cannot be held in --quant {quant} here ({first_line(error)}); use --quant nf4-text or none"
@@ -282,7 +339,10 @@ def probe_quantised(model, name, quant):
 
 # ------------------------------------------------------------------------------------------------------------- loading
 
-def load_vlm(name, quant="none", device="cpu", dtype="auto", adapter=None, family=None, attention="sdpa", trainable_adapter=False):
+
+def load_vlm(
+    name, quant="none", device="cpu", dtype="auto", adapter=None, family=None, attention="sdpa", trainable_adapter=False
+):
     """
     Load a vision-language model -> VLM, in evaluation mode, nothing frozen.
 
@@ -299,11 +359,15 @@ def load_vlm(name, quant="none", device="cpu", dtype="auto", adapter=None, famil
     found = FAMILIES["llava"] if original else family_of(config, name)
     stored = stored_quant(config)
     if stored and quant not in ("none", stored):
-        raise InputError(f"{name} is stored in {stored} and cannot become {quant}: give --quant {stored}, or the original model")
+        raise InputError(
+            f"{name} is stored in {stored} and cannot become {quant}: give --quant {stored}, or the original model"
+        )
     layout = memory.read_layout(source, config)
     dtype, why = choose_dtype(found.name, device, layout.parameters, dtype)
     plan = quantisation(quant, found.name, dtype, device) if not stored else None
-    say(f"model: {name} ({found.name}, {layout.parameters / 1e6:,.1f} M parameters), weights {stored or quant}, computing in {str(dtype).removeprefix('torch.')} ({why})")
+    say(
+        f"model: {name} ({found.name}, {layout.parameters / 1e6:,.1f} M parameters), weights {stored or quant}, computing in {str(dtype).removeprefix('torch.')} ({why})"
+    )
     memory.warn_if_too_large(name, layout, stored or quant, device, dtype)
 
     options = dict(dtype=dtype, attn_implementation=attention)
@@ -346,7 +410,9 @@ def load_part(auto_class, source, name=None, device=None, unused_weights=False, 
             where = dict(local_files_only=Path(source).is_dir(), ignore_mismatched_sizes=True)
             model, info = auto_class.from_pretrained(source, output_loading_info=True, **where, **options)
     except (SafetensorError, json.JSONDecodeError) as error:
-        raise InputError(f"the weights of {name} are damaged or cut short ({first_line(error)}); fetch them again") from error
+        raise InputError(
+            f"the weights of {name} are damaged or cut short ({first_line(error)}); fetch them again"
+        ) from error
     except OSError as error:
         raise InputError(f"{name} has no weights that can be read ({first_line(error)})") from error
     check_keys(info, name, unused_weights)
@@ -355,10 +421,14 @@ def load_part(auto_class, source, name=None, device=None, unused_weights=False, 
 
 def check_keys(info, name, unused_weights=False):
     for what in ("missing_keys", "mismatched_keys") + (() if unused_weights else ("unexpected_keys",)):
-        keys = sorted(k if isinstance(k, str) else k[0] for k in info.get(what) or ())  # mismatched: (key, shape, shape)
+        keys = sorted(
+            k if isinstance(k, str) else k[0] for k in info.get(what) or ()
+        )  # mismatched: (key, shape, shape)
         keys = [k for k in keys if not k.endswith(("position_ids", "inv_freq"))]  # computed, not learned
         if keys:
-            raise InputError(f"{name} is not a complete model of its class: {len(keys)} {what.replace('_', ' ')}, the first is {keys[0]}; fetch it again, or convert it (shared/models/llava_med.py)")
+            raise InputError(
+                f"{name} is not a complete model of its class: {len(keys)} {what.replace('_', ' ')}, the first is {keys[0]}; fetch it again, or convert it (shared/models/llava_med.py)"
+            )
 
 
 def stored_quant(config):
@@ -367,7 +437,9 @@ def stored_quant(config):
     if not plan:
         return None
     if plan.get("quant_method") != "bitsandbytes":
-        raise InputError(f"weights quantised by {plan.get('quant_method')} are not supported; take the model in 16 bit and --quant nf4")
+        raise InputError(
+            f"weights quantised by {plan.get('quant_method')} are not supported; take the model in 16 bit and --quant nf4"
+        )
     if plan.get("load_in_8bit"):
         return "int8"
     towers = {f.tower for f in FAMILIES.values()}
@@ -404,7 +476,13 @@ def add_lora(vlm, rank=8, alpha=None, dropout=0.05, layers=LORA_LAYERS, checkpoi
     vlm.model.requires_grad_(False)
     if checkpointing if checkpointing is not None else not vlm.tiny:
         vlm.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    settings = LoraConfig(r=rank, lora_alpha=2 * rank if alpha is None else alpha, lora_dropout=dropout, target_modules=layers, task_type="CAUSAL_LM")
+    settings = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank if alpha is None else alpha,
+        lora_dropout=dropout,
+        target_modules=layers,
+        task_type="CAUSAL_LM",
+    )
     vlm.model = get_peft_model(vlm.model, settings)
     vlm.adapter = "new"
     return vlm
@@ -419,7 +497,9 @@ def load_adapter(vlm, adapter, trainable=False):
     try:
         vlm.model = PeftModel.from_pretrained(vlm.model, str(adapter), is_trainable=trainable)
     except (RuntimeError, ValueError, OSError, SafetensorError) as error:
-        raise InputError(f"the adapter {adapter} does not fit {vlm.name} ({first_line(error)}): give --model the one it was trained on") from error
+        raise InputError(
+            f"the adapter {adapter} does not fit {vlm.name} ({first_line(error)}): give --model the one it was trained on"
+        ) from error
     vlm.model.eval()
     vlm.adapter = str(adapter)
 

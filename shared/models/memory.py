@@ -14,6 +14,7 @@ fragmentation.
 
 Known without a network: those of KNOWN. Other names need their config.json: a folder, or the hub.
 """
+
 import argparse
 import re
 import sys
@@ -43,27 +44,60 @@ GIB = 2**30
 
 def gemma3_4b():
     text = dict(
-        hidden_size=2560, num_hidden_layers=34, num_attention_heads=8, num_key_value_heads=4, head_dim=256, intermediate_size=10240,
-        vocab_size=262208, sliding_window=1024,
-    )  # fmt: skip
-    vision = dict(hidden_size=1152, num_hidden_layers=27, num_attention_heads=16, intermediate_size=4304, image_size=896, patch_size=14, vision_use_head=False)
+        hidden_size=2560,
+        num_hidden_layers=34,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=256,
+        intermediate_size=10240,
+        vocab_size=262208,
+        sliding_window=1024,
+    )
+    vision = dict(
+        hidden_size=1152,
+        num_hidden_layers=27,
+        num_attention_heads=16,
+        intermediate_size=4304,
+        image_size=896,
+        patch_size=14,
+        vision_use_head=False,
+    )
     return Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=256)
 
 
 def qwen2vl_2b():
     text = dict(
-        hidden_size=1536, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2, intermediate_size=8960, vocab_size=151936,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}, tie_word_embeddings=True,
-    )  # fmt: skip
+        hidden_size=1536,
+        num_hidden_layers=28,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+        intermediate_size=8960,
+        vocab_size=151936,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+        tie_word_embeddings=True,
+    )
     vision = dict(depth=32, embed_dim=1280, hidden_size=1536, num_heads=16, mlp_ratio=4, patch_size=14)
     return Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True)
 
 
 def llava_med_7b():
     text = MistralConfig(
-        hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, intermediate_size=14336, vocab_size=32001, sliding_window=None
+        hidden_size=4096,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        intermediate_size=14336,
+        vocab_size=32001,
+        sliding_window=None,
     )
-    vision = CLIPVisionConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096, image_size=336, patch_size=14)
+    vision = CLIPVisionConfig(
+        hidden_size=1024,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        intermediate_size=4096,
+        image_size=336,
+        patch_size=14,
+    )
     return LlavaConfig(text_config=text, vision_config=vision, image_token_index=32000, tie_word_embeddings=False)
 
 
@@ -81,7 +115,12 @@ CARDS = {"T4 (16 GB)": 14.6, "L4 (24 GB)": 22.0, "RTX 3090/4090 (24 GB)": 23.5}
 # (is it Gemma 3, bytes per number) -> bytes saved per token and layer, for each number of (hidden + queries, MLP, keys and
 # values) of a layer; fitted to what autograd saved in 42 tiny models. Gemma has four norms a layer and two in attention, and
 # they are computed in float32; below float32 the adapters, which are float32, keep a copy of each input besides.
-SAVED = {(False, 4): (12.1, 16.1, 4.0), (True, 4): (18.8, 16.8, 6.7), (False, 2): (18.1, 10.1, 2.0), (True, 2): (24.5, 10.5, 4.4)}
+SAVED = {
+    (False, 4): (12.1, 16.1, 4.0),
+    (True, 4): (18.8, 16.8, 6.7),
+    (False, 2): (18.1, 10.1, 2.0),
+    (True, 2): (24.5, 10.5, 4.4),
+}
 
 
 @dataclass
@@ -127,6 +166,7 @@ def read_config(source, raw=None):
 
 
 # ---------------------------------------------------------------------------------------------------------- prediction
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -192,7 +232,13 @@ def predict(layout, setting):
     seen = s.batch * s.images * patches
     rows = s.batch * length
     # Kept at once in one layer's forward pass: residual, norm, and the widest of attention and MLP.
-    forward = max(seen * (4 * v_hidden + max(2 * v_mlp, 4 * v_hidden)), rows * (4 * text.hidden_size + max(3 * text.intermediate_size, 3 * queries + keys))) * size
+    forward = (
+        max(
+            seen * (4 * v_hidden + max(2 * v_mlp, 4 * v_hidden)),
+            rows * (4 * text.hidden_size + max(3 * text.intermediate_size, 3 * queries + keys)),
+        )
+        * size
+    )
     # One quantised weight at a time is unpacked for its product.
     unpacked = max((i * o for n, i, o in layout.linears if is_quantised(n, s.quant, layout.family)), default=0) * size
     trainable = {"none": 0, "lora": lora_parameters(layout, s.rank), "full": layout.parameters}[s.train]
@@ -200,9 +246,15 @@ def predict(layout, setting):
         out["activations"] = forward + unpacked + s.batch * text.vocab_size * 4
     else:
         layer = rows * saved_per_token(layout.family, size, text.hidden_size, text.intermediate_size, queries, keys)
-        saved = text.num_hidden_layers * rows * text.hidden_size * size + layer if s.checkpointing else text.num_hidden_layers * layer
+        saved = (
+            text.num_hidden_layers * rows * text.hidden_size * size + layer
+            if s.checkpointing
+            else text.num_hidden_layers * layer
+        )
         if s.train == "full":  # a frozen tower saves nothing
-            tower = seen * saved_per_token("", size, v_hidden, v_mlp / 2, v_hidden, 2 * v_hidden)  # two matrices in its MLP, not three
+            tower = seen * saved_per_token(
+                "", size, v_hidden, v_mlp / 2, v_hidden, 2 * v_hidden
+            )  # two matrices in its MLP, not three
             saved += v_layers * seen * v_hidden * size + tower if s.checkpointing else v_layers * tower
         logits = rows * text.vocab_size * (size + 4 + 4)  # as computed, as float32 in the loss, and their gradient
         out["activations"] = int(max(forward, saved + logits) + unpacked)
@@ -245,7 +297,9 @@ def nearest_that_fits(layout, setting, limit):
             changed = replace(setting, quant=quant, train="lora" if setting.train == "full" else setting.train)
             steps.append((changed, f"--quant {quant}" + (" --train lora" if setting.train == "full" else "")))
     quant = steps[-1][0].quant if steps else setting.quant
-    small = replace(setting, quant=quant, batch=1, train="lora" if setting.train == "full" else setting.train, checkpointing=True)
+    small = replace(
+        setting, quant=quant, batch=1, train="lora" if setting.train == "full" else setting.train, checkpointing=True
+    )
     steps.append((small, f"--quant {quant} --batch-size 1"))
     return next((words for s, words in steps if predict(layout, s)["total"] <= limit), None)
 
@@ -261,7 +315,11 @@ def warn_if_too_large(name, layout, quant, device, dtype):
         words = nearest_that_fits(layout, setting, free)
         loading.say(
             f"WARNING: {name} will need about {need / GIB:.1f} GiB with --quant {quant}, and {free / GIB:.1f} GiB are free on {device}; "
-            + (f"{words} would fit" if words else "no setting of these scripts fits; take a smaller model or a larger card")
+            + (
+                f"{words} would fit"
+                if words
+                else "no setting of these scripts fits; take a smaller model or a larger card"
+            )
         )
 
 
@@ -278,6 +336,7 @@ def free_bytes(device):
 
 
 # --------------------------------------------------------------------------------------------------------- allocation
+
 
 def allocate(layout, quant, dtype):
     """Really build weights of these shapes with random numbers, quantised as load_vlm would -> their bytes, seconds."""
@@ -303,21 +362,52 @@ def allocate(layout, quant, dtype):
 
 
 def parse_args(argv=None):
-    parser = ScriptParser(prog="python -m shared.models.memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = ScriptParser(
+        prog="python -m shared.models.memory",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("--config", help="YAML or JSON file with the same names; flags given here win")
     g = parser.add_argument_group("model")
     g.add_argument("--model", default="google/medgemma-4b-it", help="hub name, folder, or tiny:<family> (%(default)s)")
     g.add_argument("--quant", default="none", choices=loading.QUANTS, help="how the weights are held (%(default)s)")
-    g.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="of the computation; auto: what load_vlm takes on each card (%(default)s)")
+    g.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        help="of the computation; auto: what load_vlm takes on each card (%(default)s)",
+    )
     g = parser.add_argument_group("use")
     g.add_argument("--batch-size", type=positive_int, default=1, help="cases at once (%(default)s)")
-    g.add_argument("--tokens", type=positive_int, default=128, help="text tokens of one prompt, image tokens not counted (%(default)s)")
+    g.add_argument(
+        "--tokens",
+        type=positive_int,
+        default=128,
+        help="text tokens of one prompt, image tokens not counted (%(default)s)",
+    )
     g.add_argument("--new-tokens", type=positive_int, default=256, help="tokens generated per case (%(default)s)")
-    g.add_argument("--image-size", type=positive_int, default=448, help="pixels per side, where the family keeps the image's own size: Qwen2-VL (%(default)s)")
-    g.add_argument("--train", default="none", choices=["none", "lora", "full"], help="none: only generate (%(default)s)")
+    g.add_argument(
+        "--image-size",
+        type=positive_int,
+        default=448,
+        help="pixels per side, where the family keeps the image's own size: Qwen2-VL (%(default)s)",
+    )
+    g.add_argument(
+        "--train", default="none", choices=["none", "lora", "full"], help="none: only generate (%(default)s)"
+    )
     g.add_argument("--rank", type=positive_int, default=8, help="of the LoRA adapters (%(default)s)")
-    g.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=True, help="recompute activations in the backward pass")
-    g.add_argument("--allocate", action="store_true", help="also build the weights with random numbers and compare; takes minutes and the memory itself")
+    g.add_argument(
+        "--checkpointing",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="recompute activations in the backward pass",
+    )
+    g.add_argument(
+        "--allocate",
+        action="store_true",
+        help="also build the weights with random numbers and compare; takes minutes and the memory itself",
+    )
     args = parser.parse_args(argv)
     if args.train == "full" and args.quant != "none":
         parser.error("--train full needs --quant none: quantised weights cannot be trained, only adapters on them")
@@ -338,20 +428,41 @@ def main(argv=None):
             dtype = torch.float32 if layout.family == "gemma3" else torch.float16
         else:
             dtype = torch.bfloat16
-        setting = Setting(args.quant, dtype, args.batch_size, args.tokens, args.new_tokens, 1, args.image_size, args.train, args.rank, args.checkpointing)
+        setting = Setting(
+            args.quant,
+            dtype,
+            args.batch_size,
+            args.tokens,
+            args.new_tokens,
+            1,
+            args.image_size,
+            args.train,
+            args.rank,
+            args.checkpointing,
+        )
         rows[card] = (setting, predict(layout, setting), gib * GIB)
     tokens, patches = image_counts(layout, args.image_size)
-    print(f"{args.model}: {layout.family}, {layout.parameters:,} parameters, {tokens} tokens and {patches} patches per image\n")
+    print(
+        f"{args.model}: {layout.family}, {layout.parameters:,} parameters, {tokens} tokens and {patches} patches per image\n"
+    )
     names = list(next(iter(rows.values()))[1])
     print(f"| GiB | {' | '.join(names)} | computing in | fits? |\n|---|" + "---|" * (len(names) + 2))
     for card, (setting, bytes_, limit) in rows.items():
-        fits = "yes" if bytes_["total"] <= limit else "no; " + (nearest_that_fits(layout, setting, limit) or "nothing here") + " would"
-        print(f"| {card} | {' | '.join(f'{bytes_[n] / GIB:.2f}' for n in names)} | {str(setting.dtype).removeprefix('torch.')} | {fits} |")
+        fits = (
+            "yes"
+            if bytes_["total"] <= limit
+            else "no; " + (nearest_that_fits(layout, setting, limit) or "nothing here") + " would"
+        )
+        print(
+            f"| {card} | {' | '.join(f'{bytes_[n] / GIB:.2f}' for n in names)} | {str(setting.dtype).removeprefix('torch.')} | {fits} |"
+        )
     if args.allocate:
         dtype = torch.bfloat16 if args.dtype == "auto" else getattr(torch, args.dtype)
         expected = weight_bytes(layout, args.quant, dtype)
         found, seconds = allocate(layout, args.quant, dtype)
-        print(f"\nweights in {dtype}: predicted {expected:,} bytes, allocated {found:,} ({found / expected - 1:+.2%}), {seconds:.0f} s")
+        print(
+            f"\nweights in {dtype}: predicted {expected:,} bytes, allocated {found:,} ({found / expected - 1:+.2%}), {seconds:.0f} s"
+        )
         if abs(found / expected - 1) > 0.1:
             raise InputError("the prediction is off by more than 10 %: please report it")
 

@@ -13,6 +13,7 @@ What questions about one image have in common is computed once: the image goes t
 with share_prompt the beginning of the prompt (system text, image, instruction) goes through the language model once, its keys
 and values serving all its questions. The loss and its gradient are those of the plain way to rounding (tests).
 """
+
 import functools
 import itertools
 import random
@@ -49,6 +50,7 @@ BOXES = re.compile(r'(?<="boxes": )\[\[[\d, \[\]]*\]\]')
 
 # -------------------------------------------------------------------------------------------------------------- images
 
+
 class ImageStore:
     """
     The images of a data set by number, each file once. Preprocessed once and kept where all of them fit into budget_gib GiB,
@@ -70,7 +72,9 @@ class ImageStore:
         self.features = None
         ip = processor.image_processor
         if getattr(ip, "merge_size", None):
-            values = sum(r * c for r, c in self.grids) * ip.merge_size**2 * 3 * ip.temporal_patch_size * ip.patch_size**2
+            values = (
+                sum(r * c for r, c in self.grids) * ip.merge_size**2 * 3 * ip.temporal_patch_size * ip.patch_size**2
+            )
         else:
             h, w = pixel_size(ip, *self.sizes[0]) if self.sizes else (0, 0)
             values = len(self.sizes) * 3 * h * w
@@ -86,7 +90,10 @@ class ImageStore:
         return len(self.sources)
 
     def __str__(self):
-        held = {"preprocessed": f"preprocessed, {self.gib['preprocessed']:.2f} GiB", "decoded": f"decoded, {self.gib['decoded']:.2f} GiB"}
+        held = {
+            "preprocessed": f"preprocessed, {self.gib['preprocessed']:.2f} GiB",
+            "decoded": f"decoded, {self.gib['decoded']:.2f} GiB",
+        }
         return f"{len(self)} images, kept {held.get(self.kept, 'on disk and read for each batch')}"
 
     def read(self, number):
@@ -97,7 +104,9 @@ class ImageStore:
         """-> Images of these numbers, in this order."""
         if self.values is not None:
             return self.values.pick(numbers)
-        return preprocess_images(self.processor, [self.pixels[n] if self.pixels is not None else self.read(n) for n in numbers])
+        return preprocess_images(
+            self.processor, [self.pixels[n] if self.pixels is not None else self.read(n) for n in numbers]
+        )
 
     @torch.no_grad()
     def cache_features(self, vlm, budget_gib, batch_size=16):
@@ -105,7 +114,9 @@ class ImageStore:
         config = vlm.config.get_text_config()
         need = sum(r * c for r, c in self.grids) * config.hidden_size * torch.finfo(vlm.dtype).bits / 8 / 2**30
         if need > budget_gib:
-            raise InputError(f"--cache-features: the features of {len(self)} images take {need:.2f} GiB and --cache-gib is {budget_gib:g}; raise it, lower --max-pixels, or leave --cache-features out")
+            raise InputError(
+                f"--cache-features: the features of {len(self)} images take {need:.2f} GiB and --cache-gib is {budget_gib:g}; raise it, lower --max-pixels, or leave --cache-features out"
+            )
         features = []
         for start in range(0, len(self), batch_size):
             numbers = range(start, min(len(self), start + batch_size))
@@ -122,7 +133,9 @@ def size_of(source):
         with Image.open(source) as image:
             return image.size[::-1]
     except FileNotFoundError as error:
-        raise InputError(f"the image {source} is not there; make the rows again with prepare_data.py, or run from the folder where that was done") from error
+        raise InputError(
+            f"the image {source} is not there; make the rows again with prepare_data.py, or run from the folder where that was done"
+        ) from error
     except (OSError, SyntaxError, ValueError) as error:
         raise InputError(f"the image {source} cannot be read ({str(error).splitlines()[0]})") from error
 
@@ -152,11 +165,14 @@ def token_grid(processor, height, width):
 def image_features(vlm, images):
     """Images -> list of (tokens, width) tensors, one per image: tower and projector."""
     extra = {} if images.grid_thw is None else {"image_grid_thw": images.grid_thw.to(vlm.device)}
-    found = vlm.base.model.get_image_features(images.values.to(vlm.device, vlm.dtype), return_dict=True, **extra).pooler_output
+    found = vlm.base.model.get_image_features(
+        images.values.to(vlm.device, vlm.dtype), return_dict=True, **extra
+    ).pooler_output
     return list(found)
 
 
 # ------------------------------------------------------------------------------------------------------------ examples
+
 
 @dataclass
 class Example:
@@ -213,7 +229,14 @@ def make_examples(vlm, rows, images, styles, max_length=2048, answer_weight=1.0,
                 characters[len(before) + boxes.start() : len(before) + boxes.end()] = box_weight
             characters[len(before) + target.rfind(MARKS[style]) + len(MARKS[style]) :] = answer_weight
             weights = np.array([characters[end - 1] for _, end in encoded["offset_mapping"]], np.float32)
-            example = Example(i, style, images.number_of[i], tokens_of(row["question"], style, grid), np.array(encoded["input_ids"], np.int32), weights)
+            example = Example(
+                i,
+                style,
+                images.number_of[i],
+                tokens_of(row["question"], style, grid),
+                np.array(encoded["input_ids"], np.int32),
+                weights,
+            )
             if example.length > max_length:
                 tokens = grid[0] * grid[1]
                 raise InputError(
@@ -254,6 +277,7 @@ def epoch_batches(examples, batch_size, per_image=1, seed=0, epoch=0):
 
 
 # ---------------------------------------------------------------------------------------------------------------- loss
+
 
 class ready_features:
     """with ready_features(vlm, features): the model takes these features, one (tokens, width) tensor per image, for its images."""
@@ -310,14 +334,20 @@ def image_tensors(vlm, grids):
     return tensors
 
 
-KINDS = {"gemma3": "token_type_ids", "qwen2vl": "mm_token_type_ids"}  # where the image tokens are, as each family wants to be told
+KINDS = {
+    "gemma3": "token_type_ids",
+    "qwen2vl": "mm_token_type_ids",
+}  # where the image tokens are, as each family wants to be told
 
 
 def plain_logits(vlm, batch, images, feature_of):
     """Left-padded whole texts -> logits (B, T, vocabulary) that predict the last T tokens, targets and weights (B, T)."""
     pad = vlm.tokenizer.pad_token_id
     rows = [np.concatenate([e.prompt, e.target]) for e in batch]
-    ids, mask = padded(rows, pad, "left").to(vlm.device), padded([np.ones(len(r)) for r in rows], 0, "left").to(vlm.device)
+    ids, mask = (
+        padded(rows, pad, "left").to(vlm.device),
+        padded([np.ones(len(r)) for r in rows], 0, "left").to(vlm.device),
+    )
     longest = max(len(e.target) for e in batch)
     targets = padded([e.target for e in batch], IGNORED, "left").to(vlm.device)
     weights = padded_weights([e.weights for e in batch], longest, "left").to(vlm.device)
@@ -371,7 +401,9 @@ def shared_prompt_logits(vlm, batch, images, feature_of, cut):
     is_image = ((ids == vlm.image_token_id) & mask.bool()).long()
     extra = image_tensors(vlm, [images.grids[e.image] for e in batch])
     if vlm.family == "qwen2vl":
-        positions = vlm.base.model.get_rope_index(ids, is_image, image_grid_thw=extra["image_grid_thw"], attention_mask=mask)[0]  # (3, B, L)
+        positions = vlm.base.model.get_rope_index(
+            ids, is_image, image_grid_thw=extra["image_grid_thw"], attention_mask=mask
+        )[0]  # (3, B, L)
     else:
         positions = (mask.cumsum(1) - 1).clamp(min=0)
 
@@ -379,7 +411,11 @@ def shared_prompt_logits(vlm, batch, images, feature_of, cut):
     number = {group: i for i, group in enumerate(groups)}
     first = [next(i for i, e in enumerate(batch) if (e.image, e.style) == group) for group in groups]
     columns = begin.shape[1]
-    tensors = {"input_ids": ids[first, :columns], "attention_mask": mask[first, :columns], "position_ids": positions[..., first, :columns]}
+    tensors = {
+        "input_ids": ids[first, :columns],
+        "attention_mask": mask[first, :columns],
+        "position_ids": positions[..., first, :columns],
+    }
     tensors |= image_tensors(vlm, [images.grids[image] for image, _ in groups])
     if kind:
         tensors[kind] = is_image[first, :columns]
@@ -390,6 +426,8 @@ def shared_prompt_logits(vlm, batch, images, feature_of, cut):
     tensors = {"input_ids": ids[:, columns:], "attention_mask": mask, "position_ids": positions[..., columns:]}
     if kind:
         tensors[kind] = is_image[:, columns:]
-    logits = vlm.model(**tensors, past_key_values=cache, use_cache=True, logits_to_keep=targets.shape[1] + 1).logits[:, :-1]
+    logits = vlm.model(**tensors, past_key_values=cache, use_cache=True, logits_to_keep=targets.shape[1] + 1).logits[
+        :, :-1
+    ]
     weights = padded_weights([e.weights for e in batch], targets.shape[1], "right")
     return logits, targets.masked_fill(targets < 0, IGNORED).to(vlm.device), weights.to(vlm.device)

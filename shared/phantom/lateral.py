@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from shared.data.phantom_body import (
+from shared.phantom.body import (
     NOISE,
     characteristic,
     clip,

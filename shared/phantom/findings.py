@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from shared.data.phantom_body import clip, ellipse, ellipse_points, lung_outline, ramp, splat
+from shared.phantom.body import clip, ellipse, ellipse_points, lung_outline, ramp, splat
 
 ZONES = ("upper", "mid", "lower")
 SEVERITIES = ("mild", "moderate", "severe")

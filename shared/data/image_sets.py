@@ -2,6 +2,7 @@
 Every 2-D MedMNIST set (Yang et al. 2023, doi:10.1038/s41597-022-01721-8) as uint8 tensors held in memory, and the phantom
 in the same form. A file that is present is used as it is; only an absent one is downloaded, through the medmnist package.
 """
+
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 
 from shared.data.download import DataNotFound
-from shared.data.phantom import phantom_classification
+from shared.phantom import phantom_classification
 from shared.runtime import InputError
 
 INFO = {name: info for name, info in medmnist.INFO.items() if not name.endswith("3d")}
@@ -57,7 +58,14 @@ class ImageSet:
 
     def facts(self):
         """What checkpoints and metrics files say about the data."""
-        return {"name": self.name, "size": self.size, "sha256": self.sha256, "official": self.official, "source": self.source, "phantom": self.phantom}
+        return {
+            "name": self.name,
+            "size": self.size,
+            "sha256": self.sha256,
+            "official": self.official,
+            "source": self.source,
+            "phantom": self.phantom,
+        }
 
     def __str__(self):
         counts = ", ".join(f"{split} {len(images)}" for split, images in self.images.items())
@@ -78,7 +86,9 @@ def load_images(name, data_dir, size=28, auto="pneumoniamnist"):
         return load_medmnist(auto, data_dir, size)
     except DataNotFound as error:
         line = "*" * 100
-        print(f"{line}\n{error}\nPHANTOM DATA: going on with drawn images. No number of this run says anything about real X-rays.\n{line}")
+        print(
+            f"{line}\n{error}\nPHANTOM DATA: going on with drawn images. No number of this run says anything about real X-rays.\n{line}"
+        )
         return load_phantom(size)
 
 
@@ -105,21 +115,36 @@ def load_medmnist(name, data_dir, size=28):
                 x, y = arrays[f"{split}_images"], arrays[f"{split}_labels"]
                 shape, width = (size, size) + (3,) * (info["n_channels"] == 3), len(info["label"]) if multi_label else 1
                 if x.dtype != np.uint8 or x.shape[1:] != shape or len(x) == 0 or y.shape != (len(x), width):
-                    raise InputError(f"{path}: {split} has images {x.dtype} {x.shape} and labels {y.shape}, not uint8 {shape} images with {width} label{'s' * (width > 1)} each")
+                    raise InputError(
+                        f"{path}: {split} has images {x.dtype} {x.shape} and labels {y.shape}, not uint8 {shape} images with {width} label{'s' * (width > 1)} each"
+                    )
                 if y.dtype.kind not in "ui" or not 0 <= y.min() <= y.max() < (2 if multi_label else len(info["label"])):
-                    raise InputError(f"{path}: {split} has labels {y.dtype} from {y.min()} to {y.max()}, which {name} does not have")
+                    raise InputError(
+                        f"{path}: {split} has labels {y.dtype} from {y.min()} to {y.max()}, which {name} does not have"
+                    )
                 images[split] = as_channels_first(x)
                 labels[split] = torch.from_numpy(y.astype(np.float32) if multi_label else y[:, 0].astype(np.int64))
     except InputError:
         raise
     except Exception as error:  # NumPy, zipfile and zlib raise a dozen kinds for damaged files
-        raise InputError(f"{path} is not a MedMNIST file, or is damaged; delete it and run again to download it ({error})") from error
+        raise InputError(
+            f"{path} is not a MedMNIST file, or is damaged; delete it and run again to download it ({error})"
+        ) from error
     sha256, md5 = digests(path)
     official = md5 == info["MD5" + suffix]
     return ImageSet(
-        name, info["task"], list(info["label"].values()), images, labels, size, info["n_channels"], sha256, official,
-        source=f"{path} ({'the official file' if official else 'not the official file: its MD5 sum differs'})", path=path,
-    )  # fmt: skip
+        name,
+        info["task"],
+        list(info["label"].values()),
+        images,
+        labels,
+        size,
+        info["n_channels"],
+        sha256,
+        official,
+        source=f"{path} ({'the official file' if official else 'not the official file: its MD5 sum differs'})",
+        path=path,
+    )
 
 
 def as_channels_first(images):
@@ -137,8 +162,12 @@ def download(name, size, data_dir, file_name):
         getattr(medmnist, INFO[name]["python_class"])(split="train", download=True, root=str(data_dir), size=size)
     except (OSError, RuntimeError) as error:  # medmnist turns every failure of the network into a RuntimeError
         if isinstance(error, OSError) and error.filename:
-            raise DataNotFound(f"{name} is not in {data_dir} and that folder cannot be written; choose another --data-dir") from error
-        raise DataNotFound(f"{name} ({size} px) is not in {data_dir} and could not be downloaded; fetch {address} and save it as {place}") from error
+            raise DataNotFound(
+                f"{name} is not in {data_dir} and that folder cannot be written; choose another --data-dir"
+            ) from error
+        raise DataNotFound(
+            f"{name} ({size} px) is not in {data_dir} and could not be downloaded; fetch {address} and save it as {place}"
+        ) from error
     return place
 
 
@@ -159,8 +188,14 @@ def load_phantom(size=28, counts=None, seed=PHANTOM_SEED):
     for key in sorted(arrays):
         sha256.update(np.ascontiguousarray(arrays[key]).tobytes())
     return ImageSet(
-        "phantom", "binary-class", ["normal", "pneumonia"],
+        "phantom",
+        "binary-class",
+        ["normal", "pneumonia"],
         images={s: as_channels_first(arrays[f"{s}_images"]) for s in SPLITS},
         labels={s: torch.from_numpy(arrays[f"{s}_labels"][:, 0].astype(np.int64)) for s in SPLITS},
-        size=size, channels=1, sha256=sha256.hexdigest(), official=None, source=f"shared/data/phantom.py, seed {seed}",
-    )  # fmt: skip
+        size=size,
+        channels=1,
+        sha256=sha256.hexdigest(),
+        official=None,
+        source=f"shared/phantom/, seed {seed}",
+    )

@@ -109,15 +109,34 @@ def draw_anatomy(seed, patient):
     breasts = d.chance(0.45)
     cage = d.u(0.63, 0.75)
     return Anatomy(
-        cage=cage, apex=d.u(-0.80, -0.70), base=d.u(0.50, 0.62), body=d.u(0.09, 0.2), thick=d.u(3.7, 4.5),
-        shoulder=d.u(-0.93, -0.82), neck=d.u(0.20, 0.28), heart=d.u(0.40, 0.485), heart_tilt=d.u(0.7, 1.0),
-        knob=d.u(0.02, 0.065), trunk=d.u(0.0, 0.035), mediastinum=d.u(0.095, 0.125),
-        rib_first=d.u(-0.80, -0.74), rib_gap=d.u(0.122, 0.142), rib_drop=d.u(0.20, 0.32), rib_half=d.u(0.024, 0.031),
-        bone=d.u(0.75, 1.2), vessels=d.u(0.75, 1.25),
-        breast=d.u(0.35, 0.95) if breasts else 0.0, breast_x=d.u(0.36, 0.50), breast_y=d.u(0.06, 0.26),
-        breast_r=d.u(0.24, 0.36), nipples=d.u(0.2, 0.4) if d.chance(0.12) else 0.0, gas=d.u(0.0, 1.0),
-        scapula=d.u(-0.04, 0.08), bend=d.u(-0.02, 0.02), tree=d.integer(TREES),
-    )  # fmt: skip
+        cage=cage,
+        apex=d.u(-0.80, -0.70),
+        base=d.u(0.50, 0.62),
+        body=d.u(0.09, 0.2),
+        thick=d.u(3.7, 4.5),
+        shoulder=d.u(-0.93, -0.82),
+        neck=d.u(0.20, 0.28),
+        heart=d.u(0.40, 0.485),
+        heart_tilt=d.u(0.7, 1.0),
+        knob=d.u(0.02, 0.065),
+        trunk=d.u(0.0, 0.035),
+        mediastinum=d.u(0.095, 0.125),
+        rib_first=d.u(-0.80, -0.74),
+        rib_gap=d.u(0.122, 0.142),
+        rib_drop=d.u(0.20, 0.32),
+        rib_half=d.u(0.024, 0.031),
+        bone=d.u(0.75, 1.2),
+        vessels=d.u(0.75, 1.25),
+        breast=d.u(0.35, 0.95) if breasts else 0.0,
+        breast_x=d.u(0.36, 0.50),
+        breast_y=d.u(0.06, 0.26),
+        breast_r=d.u(0.24, 0.36),
+        nipples=d.u(0.2, 0.4) if d.chance(0.12) else 0.0,
+        gas=d.u(0.0, 1.0),
+        scapula=d.u(-0.04, 0.08),
+        bend=d.u(-0.02, 0.02),
+        tree=d.integer(TREES),
+    )
 
 
 @dataclass

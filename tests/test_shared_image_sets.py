@@ -1,4 +1,5 @@
 """medmnist.py: every kind of set read as it lies there, nothing downloaded that is present, nothing replaced in silence."""
+
 import hashlib
 from pathlib import Path
 
@@ -7,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from shared.data import medmnist as medmnist_data
-from shared.data.medmnist import INFO, DataNotFound, load_images, load_medmnist, load_phantom
+from shared.data import image_sets
+from shared.data.image_sets import INFO, DataNotFound, load_images, load_medmnist, load_phantom
 from shared.runtime import InputError
 
 
@@ -60,7 +61,9 @@ def test_limit(write_medmnist):
     data = load_images("breastmnist", "folder")
     first = data.images["val"][:7]
     data.limit(7)
-    assert [len(v) for v in (*data.images.values(), *data.labels.values())] == [7] * 6 and torch.equal(data.images["val"], first)
+    assert [len(v) for v in (*data.images.values(), *data.labels.values())] == [7] * 6 and torch.equal(
+        data.images["val"], first
+    )
 
 
 def test_a_folder_of_its_own_below_the_data_folder(write_medmnist):
@@ -74,21 +77,36 @@ def test_digest_and_whether_it_is_the_official_file(write_medmnist, monkeypatch)
     path = write_medmnist("folder", "breastmnist")
     content = path.read_bytes()
     data = load_images("breastmnist", "folder")
-    assert data.sha256 == hashlib.sha256(content).hexdigest() and data.official is False and "not the official file" in data.source
+    assert (
+        data.sha256 == hashlib.sha256(content).hexdigest()
+        and data.official is False
+        and "not the official file" in data.source
+    )
     monkeypatch.setitem(INFO, "breastmnist", INFO["breastmnist"] | {"MD5": hashlib.md5(content).hexdigest()})
     data = load_images("breastmnist", "folder")
     assert data.official is True and data.source == f"{path} (the official file)"
-    assert data.facts() == {"name": "breastmnist", "size": 28, "sha256": data.sha256, "official": True, "source": data.source, "phantom": False}
+    assert data.facts() == {
+        "name": "breastmnist",
+        "size": 28,
+        "sha256": data.sha256,
+        "official": True,
+        "source": data.source,
+        "phantom": False,
+    }
 
 
 def test_the_size_has_its_own_official_digest(write_medmnist, monkeypatch):
     path = write_medmnist("folder", "breastmnist", size=64)
-    monkeypatch.setitem(INFO, "breastmnist", INFO["breastmnist"] | {"MD5_64": hashlib.md5(path.read_bytes()).hexdigest()})
+    monkeypatch.setitem(
+        INFO, "breastmnist", INFO["breastmnist"] | {"MD5_64": hashlib.md5(path.read_bytes()).hexdigest()}
+    )
     assert load_images("breastmnist", "folder", 64).official is True
 
 
 def test_every_set_of_the_package_is_known():
-    assert {"pneumoniamnist", "chestmnist", "pathmnist", "retinamnist", "tissuemnist"} <= set(INFO) and not any(name.endswith("3d") for name in INFO)
+    assert {"pneumoniamnist", "chestmnist", "pathmnist", "retinamnist", "tissuemnist"} <= set(INFO) and not any(
+        name.endswith("3d") for name in INFO
+    )
     for info in INFO.values():
         assert info["task"] in ("binary-class", "multi-class", "ordinal-regression", "multi-label, binary-class")
         assert {"MD5", "MD5_64", "MD5_128", "MD5_224", "url", "url_64", "url_128", "url_224"} <= set(info)
@@ -101,18 +119,24 @@ def change(path, **arrays):
     np.savez(path, **(dict(np.load(path)) | arrays))
 
 
-@pytest.mark.parametrize("arrays, message", [
-    ({"val_images": np.zeros((32, 32, 32), np.uint8)}, "not uint8 (28, 28)"),
-    ({"val_images": np.zeros((32, 28, 28, 3), np.uint8)}, "not uint8 (28, 28)"),
-    ({"val_images": np.zeros((32, 28, 28), np.float32)}, "not uint8 (28, 28)"),
-    ({"val_images": np.zeros((31, 28, 28), np.uint8)}, "with 1 label each"),
-    ({"test_images": np.zeros((0, 28, 28), np.uint8), "test_labels": np.zeros((0, 1), np.uint8)}, "not uint8 (28, 28)"),
-    ({"val_labels": np.zeros(32, np.uint8)}, "with 1 label each"),
-    ({"val_labels": np.zeros((32, 2), np.uint8)}, "with 1 label each"),
-    ({"val_labels": np.full((32, 1), 2, np.uint8)}, "labels uint8 from 2 to 2, which breastmnist does not have"),
-    ({"val_labels": np.full((32, 1), 0.5)}, "which breastmnist does not have"),
-    ({"val_labels": np.array([[{}]] * 32, object)}, "is not a MedMNIST file, or is damaged"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arrays, message",
+    [
+        ({"val_images": np.zeros((32, 32, 32), np.uint8)}, "not uint8 (28, 28)"),
+        ({"val_images": np.zeros((32, 28, 28, 3), np.uint8)}, "not uint8 (28, 28)"),
+        ({"val_images": np.zeros((32, 28, 28), np.float32)}, "not uint8 (28, 28)"),
+        ({"val_images": np.zeros((31, 28, 28), np.uint8)}, "with 1 label each"),
+        (
+            {"test_images": np.zeros((0, 28, 28), np.uint8), "test_labels": np.zeros((0, 1), np.uint8)},
+            "not uint8 (28, 28)",
+        ),
+        ({"val_labels": np.zeros(32, np.uint8)}, "with 1 label each"),
+        ({"val_labels": np.zeros((32, 2), np.uint8)}, "with 1 label each"),
+        ({"val_labels": np.full((32, 1), 2, np.uint8)}, "labels uint8 from 2 to 2, which breastmnist does not have"),
+        ({"val_labels": np.full((32, 1), 0.5)}, "which breastmnist does not have"),
+        ({"val_labels": np.array([[{}]] * 32, object)}, "is not a MedMNIST file, or is damaged"),
+    ],
+)
 def test_wrong_arrays(arrays, message, write_medmnist, no_network):
     change(write_medmnist("folder", "breastmnist"), **arrays)
     with pytest.raises(InputError) as error:
@@ -138,7 +162,15 @@ def test_damaged_files_are_refused_and_left_alone(write_medmnist, no_network):
     without = {k: v for k, v in dict(np.load(path)).items() if k != "test_labels"}
     np.savez("without.npz", **without)
     np.save("array.npy", np.zeros((3, 3)))
-    for content in (b"", b"not a zip file", whole[: len(whole) // 2], whole[:-30], bytes(flipped), Path("without.npz").read_bytes(), Path("array.npy").read_bytes()):
+    for content in (
+        b"",
+        b"not a zip file",
+        whole[: len(whole) // 2],
+        whole[:-30],
+        bytes(flipped),
+        Path("without.npz").read_bytes(),
+        Path("array.npy").read_bytes(),
+    ):
         path.write_bytes(content)
         with pytest.raises(InputError, match="is not a MedMNIST file, or is damaged; delete it") as error:
             load_images("breastmnist", "folder")
@@ -165,7 +197,10 @@ def test_unknown_size():
 def test_a_set_asked_for_by_name_that_is_nowhere(no_network, own_folder):
     with pytest.raises(DataNotFound) as error:
         load_images("pneumoniamnist", "folder", 64)
-    assert str(error.value) == f"pneumoniamnist (64 px) is not in folder and could not be downloaded; fetch {INFO['pneumoniamnist']['url_64']} and save it as folder/pneumoniamnist_64.npz"
+    assert (
+        str(error.value)
+        == f"pneumoniamnist (64 px) is not in folder and could not be downloaded; fetch {INFO['pneumoniamnist']['url_64']} and save it as folder/pneumoniamnist_64.npz"
+    )
     assert no_network == [{"split": "train", "download": True, "root": "folder", "size": 64}]
 
 
@@ -179,7 +214,11 @@ def test_auto_falls_back_to_the_phantom_and_says_so(no_network, capsys):
 
 def test_auto_takes_the_file_that_is_there(write_medmnist, no_network, capsys):
     write_medmnist("folder")
-    assert load_images("auto", "folder").name == "pneumoniamnist" and no_network == [] and "PHANTOM" not in capsys.readouterr().out
+    assert (
+        load_images("auto", "folder").name == "pneumoniamnist"
+        and no_network == []
+        and "PHANTOM" not in capsys.readouterr().out
+    )
 
 
 def test_what_is_absent_is_downloaded_to_its_place(write_medmnist, monkeypatch):
@@ -203,9 +242,13 @@ def test_a_data_folder_that_cannot_be_made():
 def test_the_phantom_has_the_same_form():
     data = load_images("phantom", "nowhere", 32)
     assert (data.task, data.num_outputs, data.channels, data.path, data.size) == ("binary-class", 1, 1, None, 32)
-    assert {s: len(x) for s, x in data.images.items()} == medmnist_data.PHANTOM_COUNTS
+    assert {s: len(x) for s, x in data.images.items()} == image_sets.PHANTOM_COUNTS
     for split, images in data.images.items():
-        assert images.shape[1:] == (1, 32, 32) and images.dtype == torch.uint8 and set(data.labels[split].tolist()) == {0, 1}
+        assert (
+            images.shape[1:] == (1, 32, 32)
+            and images.dtype == torch.uint8
+            and set(data.labels[split].tolist()) == {0, 1}
+        )
     assert data.facts()["phantom"] is True and not Path("nowhere").exists()
 
 
@@ -228,4 +271,7 @@ def test_the_real_file(real_data, no_network):
     assert data.sha256 == "ce8250bf5debc3c389b89affcc1d9feac579b26e875a848301e9f937bb0c2eee" and data.official is False
     pixels = data.images["train"].float() / 255
     assert round(pixels.mean().item(), 4) == 0.5719 and round(pixels.std().item(), 4) == 0.1684
-    assert [int(data.labels[s].sum()) for s in ("train", "val", "test")] == [3494, 389, 390] and data.label_names == ["normal", "pneumonia"]
+    assert [int(data.labels[s].sum()) for s in ("train", "val", "test")] == [3494, 389, 390] and data.label_names == [
+        "normal",
+        "pneumonia",
+    ]

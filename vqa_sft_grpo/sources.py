@@ -26,6 +26,7 @@ Files, in <data-dir>/vqa_rad and <data-dir>/slake, or <data-dir> itself:
     VQA-RAD   "VQA_RAD Dataset Public.json"; trainset.json and testset.json (of MEVF, used by most papers); images/ or "VQA_RAD Image Folder/"
     SLAKE     train.json, validate.json, test.json; imgs/xmlabN/source.jpg, mask.png, detection.json
 """
+
 import math
 from pathlib import Path
 
@@ -50,8 +51,14 @@ from shared.data.audit import (
 )
 from shared.runtime import InputError, read_json
 
-RAD_PAGE, RAD_ADDRESS = "https://osf.io/89kps/", "https://files.osf.io/v1/resources/89kps/providers/osfstorage/?zip="  # the latter not verified
-SLAKE_PAGE, SLAKE_ADDRESS = "https://www.med-vqa.com/slake/", "https://huggingface.co/datasets/BoKelvin/SLAKE/resolve/main/"  # neither verified
+RAD_PAGE, RAD_ADDRESS = (
+    "https://osf.io/89kps/",
+    "https://files.osf.io/v1/resources/89kps/providers/osfstorage/?zip=",
+)  # the latter not verified
+SLAKE_PAGE, SLAKE_ADDRESS = (
+    "https://www.med-vqa.com/slake/",
+    "https://huggingface.co/datasets/BoKelvin/SLAKE/resolve/main/",
+)  # neither verified
 PUBLIC = "VQA_RAD Dataset Public.json"
 RAD_IMAGES = ("images", "VQA_RAD Image Folder", "VQA_RAD_Image_Folder")
 RAD_POLICIES = ("official", "no_test_frames", "no_frames", "clean_train", "image_disjoint")
@@ -70,11 +77,34 @@ KNOWN = {
 
 def make_row(**values):
     """A row with every key, in one order."""
-    row = dict.fromkeys((
-        "dataset", "split", "qid", "image_id", "image_path", "image_group", "question", "answer", "answer_type", "question_type",
-        "question_type_raw", "phrase_type", "organ", "modality", "language", "needs_image", "boxes", "mask_path", "triple",
-        "question_frame", "question_rephrase", "question_relation", "linked_id", "case",
-    ))  # fmt: skip
+    row = dict.fromkeys(
+        (
+            "dataset",
+            "split",
+            "qid",
+            "image_id",
+            "image_path",
+            "image_group",
+            "question",
+            "answer",
+            "answer_type",
+            "question_type",
+            "question_type_raw",
+            "phrase_type",
+            "organ",
+            "modality",
+            "language",
+            "needs_image",
+            "boxes",
+            "mask_path",
+            "triple",
+            "question_frame",
+            "question_rephrase",
+            "question_relation",
+            "linked_id",
+            "case",
+        )
+    )
     assert values.keys() <= row.keys()
     return row | values
 
@@ -110,7 +140,9 @@ def keep_with_image(rows, allow_missing_images, folder):
     """-> (rows to keep, {reason: how many were left out}). InputError when none is left."""
     kept = rows if allow_missing_images else [row for row in rows if row["image_path"] is not None]
     if not kept:
-        raise InputError(f"none of the {len(rows)} questions has its image in {folder}; put the images there, or allow missing images for work on texts")
+        raise InputError(
+            f"none of the {len(rows)} questions has its image in {folder}; put the images there, or allow missing images for work on texts"
+        )
     return kept, {"image missing": len(rows) - len(kept)}
 
 
@@ -126,7 +158,10 @@ def hold_out(rows, share, seed=0):
 
 # ---------------------------------------------------------------------------------------------------------------- VQA-RAD
 
-def load_vqa_rad(data_dir, version="auto", policy="official", val_share=0.0, shares=SHARES, seed=0, allow_missing_images=False):
+
+def load_vqa_rad(
+    data_dir, version="auto", policy="official", val_share=0.0, shares=SHARES, seed=0, allow_missing_images=False
+):
     """
     -> RowSet. Rows whose image is missing are left out and counted, unless that is allowed (work on texts only).
 
@@ -146,7 +181,9 @@ def load_vqa_rad(data_dir, version="auto", policy="official", val_share=0.0, sha
         raise InputError(f"there is no version '{version}' of VQA-RAD; there are files and public")
     if policy not in RAD_POLICIES:
         raise InputError(f"there is no policy '{policy}' for VQA-RAD; there are {', '.join(RAD_POLICIES)}")
-    folder = downloads.find_folder(data_dir, ("vqa_rad", "VQA_RAD", "VQA-RAD"), (PUBLIC, "trainset.json"), "VQA-RAD", RAD_PAGE)
+    folder = downloads.find_folder(
+        data_dir, ("vqa_rad", "VQA_RAD", "VQA-RAD"), (PUBLIC, "trainset.json"), "VQA-RAD", RAD_PAGE
+    )
     both = [folder / "trainset.json", folder / "testset.json"]
     if version == "auto":
         version = "files" if all(path.is_file() for path in both) else "public"
@@ -160,10 +197,17 @@ def load_vqa_rad(data_dir, version="auto", policy="official", val_share=0.0, sha
     if policy == "no_test_frames":
         if version == "files":
             paths = [*paths, folder / PUBLIC]
-            framed = [row for row in read_rad(folder / PUBLIC, here) if row["split"] == "test" and row["question_frame"]]
+            framed = [
+                row for row in read_rad(folder / PUBLIC, here) if row["split"] == "test" and row["question_frame"]
+            ]
             test_frames = {values_of(row, ("image_id", "question_frame", "answer"), plain_text) for row in framed}
             n = len(rows)
-            rows = [row for row in rows if row["phrase_type"] != "frame" or values_of(row, ("image_id", "question", "answer"), plain_text) not in test_frames]
+            rows = [
+                row
+                for row in rows
+                if row["phrase_type"] != "frame"
+                or values_of(row, ("image_id", "question", "answer"), plain_text) not in test_frames
+            ]
             left_out["frame row of a test question"] = n - len(rows)
     elif policy == "no_frames":
         n = len(rows)
@@ -189,26 +233,46 @@ def load_vqa_rad(data_dir, version="auto", policy="official", val_share=0.0, sha
         raise InputError(f"no training or no test question of {folder} is left under the policy {policy}")
     digests = {path.name: downloads.sha256_of(path) for path in paths}
     official = all(KNOWN.get(name) == digest for name, digest in digests.items())
-    kept = f", val {val_share:g} of the training images with seed {seed}" if val_share and policy != "image_disjoint" else ""
-    return RowSet("vqa_rad", rows, f"version {version}, policy {policy}{kept}", left_out, digests, official, str(folder), notes)
+    kept = (
+        f", val {val_share:g} of the training images with seed {seed}"
+        if val_share and policy != "image_disjoint"
+        else ""
+    )
+    return RowSet(
+        "vqa_rad", rows, f"version {version}, policy {policy}{kept}", left_out, digests, official, str(folder), notes
+    )
 
 
 def read_rad(path, images):
     """One of the three files -> rows. images: {name: path}."""
     rows = []
-    for raw in read_rows(path, ("qid", "image_name", "image_organ", "question", "answer", "answer_type", "question_type", "phrase_type")):
+    for raw in read_rows(
+        path, ("qid", "image_name", "image_organ", "question", "answer", "answer_type", "question_type", "phrase_type")
+    ):
         phrase = str(raw["phrase_type"])
-        rows.append(make_row(
-            dataset="vqa_rad", split="test" if phrase.startswith("test_") or path.name == "testset.json" else "train",
-            qid=qid_of(raw["qid"], path),
-            image_id=raw["image_name"], image_path=images.get(raw["image_name"]), image_group=raw["image_name"],
-            question=str(raw["question"]).strip(), answer=str(raw["answer"]).strip(),  # some answers are numbers
-            answer_type=answer_type_of(raw["answer_type"], path),
-            question_type=rad_type(raw["question_type"]), question_type_raw=raw["question_type"], phrase_type=phrase.removeprefix("test_"),
-            organ=raw["image_organ"], language="en", question_frame=given(raw.get("question_frame")),
-            question_rephrase=given(raw.get("question_rephrase")), question_relation=given(raw.get("question_relation")),
-            linked_id=raw.get("qid_linked_id"), case=raw.get("image_case_url"),
-        ))  # fmt: skip
+        rows.append(
+            make_row(
+                dataset="vqa_rad",
+                split="test" if phrase.startswith("test_") or path.name == "testset.json" else "train",
+                qid=qid_of(raw["qid"], path),
+                image_id=raw["image_name"],
+                image_path=images.get(raw["image_name"]),
+                image_group=raw["image_name"],
+                question=str(raw["question"]).strip(),
+                answer=str(raw["answer"]).strip(),  # some answers are numbers
+                answer_type=answer_type_of(raw["answer_type"], path),
+                question_type=rad_type(raw["question_type"]),
+                question_type_raw=raw["question_type"],
+                phrase_type=phrase.removeprefix("test_"),
+                organ=raw["image_organ"],
+                language="en",
+                question_frame=given(raw.get("question_frame")),
+                question_rephrase=given(raw.get("question_rephrase")),
+                question_relation=given(raw.get("question_relation")),
+                linked_id=raw.get("qid_linked_id"),
+                case=raw.get("image_case_url"),
+            )
+        )
     return rows
 
 
@@ -225,6 +289,7 @@ def given(text):
 
 # ------------------------------------------------------------------------------------------------------------------ SLAKE
 
+
 def load_slake(data_dir, language="en", allow_missing_images=False):
     """
     -> RowSet with the published splits. Rows whose image is missing are left out and counted, unless that is allowed.
@@ -235,27 +300,66 @@ def load_slake(data_dir, language="en", allow_missing_images=False):
     """
     if language not in ("en", "zh", None):
         raise InputError(f"SLAKE has the languages en and zh, not {language}")
-    folder = downloads.find_folder(data_dir, ("slake", "SLAKE", "slake/Slake1.0", "Slake1.0"), ("train.json", "test.json"), "SLAKE", f"{SLAKE_PAGE} or {SLAKE_ADDRESS}")
+    folder = downloads.find_folder(
+        data_dir,
+        ("slake", "SLAKE", "slake/Slake1.0", "Slake1.0"),
+        ("train.json", "test.json"),
+        "SLAKE",
+        f"{SLAKE_PAGE} or {SLAKE_ADDRESS}",
+    )
     paths = {"train": folder / "train.json", "val": folder / "validate.json", "test": folder / "test.json"}
     if not paths["val"].is_file() and (folder / "validation.json").is_file():
         paths["val"] = folder / "validation.json"
     images = folder / "imgs"
     rows, places = [], {}
     for split, path in paths.items():
-        for raw in read_rows(path, ("qid", "img_name", "question", "answer", "q_lang", "location", "modality", "answer_type", "base_type", "content_type")):
+        for raw in read_rows(
+            path,
+            (
+                "qid",
+                "img_name",
+                "question",
+                "answer",
+                "q_lang",
+                "location",
+                "modality",
+                "answer_type",
+                "base_type",
+                "content_type",
+            ),
+        ):
             if language is not None and raw["q_lang"] != language:
                 continue
             name = raw["img_name"]
             if name not in places:
                 place = images / name
-                places[name] = {"image": place if place.is_file() else None, "mask": place.with_name("mask.png"), "boxes": place.with_name("detection.json")}
+                places[name] = {
+                    "image": place if place.is_file() else None,
+                    "mask": place.with_name("mask.png"),
+                    "boxes": place.with_name("detection.json"),
+                }
             mask = places[name]["mask"]
-            rows.append(make_row(
-                dataset="slake", split=split, qid=qid_of(raw["qid"], path), image_id=name, image_path=places[name]["image"], image_group=name,
-                question=str(raw["question"]).strip(), answer=str(raw["answer"]).strip(), answer_type=answer_type_of(raw["answer_type"], path),
-                question_type=raw["content_type"], question_type_raw=raw["content_type"], organ=raw["location"], modality=raw["modality"],
-                language=raw["q_lang"], needs_image=raw["base_type"] != "kvqa", mask_path=mask if mask.is_file() else None, triple=raw.get("triple"),
-            ))  # fmt: skip
+            rows.append(
+                make_row(
+                    dataset="slake",
+                    split=split,
+                    qid=qid_of(raw["qid"], path),
+                    image_id=name,
+                    image_path=places[name]["image"],
+                    image_group=name,
+                    question=str(raw["question"]).strip(),
+                    answer=str(raw["answer"]).strip(),
+                    answer_type=answer_type_of(raw["answer_type"], path),
+                    question_type=raw["content_type"],
+                    question_type_raw=raw["content_type"],
+                    organ=raw["location"],
+                    modality=raw["modality"],
+                    language=raw["q_lang"],
+                    needs_image=raw["base_type"] != "kvqa",
+                    mask_path=mask if mask.is_file() else None,
+                    triple=raw.get("triple"),
+                )
+            )
     rows, left_out = keep_with_image(rows, allow_missing_images, images)
     used = {row["image_id"] for row in rows}
     boxes, notes = read_boxes({name: place for name, place in places.items() if name in used})
@@ -305,7 +409,13 @@ def read_boxes(places):
                 result[name].append({"organ": organ, "box": box})
             else:
                 empty += 1
-    return result, {"detection files": len(found), "boxes read as": form, "boxes beyond their image": wrong[form], "boxes without area": empty, "unusable": unreadable}
+    return result, {
+        "detection files": len(found),
+        "boxes read as": form,
+        "boxes beyond their image": wrong[form],
+        "boxes without area": empty,
+        "unusable": unreadable,
+    }
 
 
 def boxes_in(value):
@@ -317,7 +427,11 @@ def boxes_in(value):
             raise InputError("detection.json must hold names and boxes")
         for organ, numbers in entry.items():
             for box in numbers if isinstance(numbers, list) and numbers and isinstance(numbers[0], list) else [numbers]:
-                if not (isinstance(box, list) and len(box) == 4 and all(isinstance(n, (int, float)) and math.isfinite(n) for n in box)):
+                if not (
+                    isinstance(box, list)
+                    and len(box) == 4
+                    and all(isinstance(n, (int, float)) and math.isfinite(n) for n in box)
+                ):
                     raise InputError(f"the box of {organ} must be four numbers")
                 boxes.append((organ, [float(n) for n in box]))
     return boxes
@@ -327,17 +441,22 @@ def read_mask(row):
     """-> uint8 (H, W), a grey level per organ (SLAKE's mask.txt names them), as large as the image. InputError when it is not."""
     try:
         with Image.open(row["mask_path"]) as image:
-            mask = np.asarray(image if image.mode in ("L", "P") else image.convert("L"))  # P: the palette's indices are the labels
+            mask = np.asarray(
+                image if image.mode in ("L", "P") else image.convert("L")
+            )  # P: the palette's indices are the labels
         with Image.open(row["image_path"]) as image:
             size = image.size
     except (OSError, AttributeError) as error:
         raise InputError(f"the mask of {row['image_id']} cannot be read ({error})") from error
     if mask.shape != size[::-1]:
-        raise InputError(f"{row['mask_path']} has {mask.shape[1]}x{mask.shape[0]} pixels, its image {size[0]}x{size[1]}")
+        raise InputError(
+            f"{row['mask_path']} has {mask.shape[1]}x{mask.shape[0]} pixels, its image {size[0]}x{size[1]}"
+        )
     return mask
 
 
 # ------------------------------------------------------------------------------------------------------ download and audit
+
 
 def download_vqa_rad(data_dir):
     """
@@ -362,7 +481,9 @@ def download_slake(data_dir):
         except downloads.DataNotFound:
             if name != "validate.json":
                 raise
-            downloads.fetch(SLAKE_ADDRESS + "validation.json", folder / name)  # which of the two names it has there is not verified
+            downloads.fetch(
+                SLAKE_ADDRESS + "validation.json", folder / name
+            )  # which of the two names it has there is not verified
     if not (folder / "imgs").is_dir():
         archive = downloads.fetch(SLAKE_ADDRESS + "imgs.zip", folder / "imgs.zip")
         temporary = folder / "imgs.unpacked"
@@ -379,9 +500,13 @@ def expected(folder, names, page):
     """The folder, if the files are there; says so when one is not the file that the tests know."""
     for name in names:
         if not (folder / name).is_file():
-            raise downloads.DataNotFound(f"what was downloaded has no {name}; get the files from {page} and put them into {folder}")
+            raise downloads.DataNotFound(
+                f"what was downloaded has no {name}; get the files from {page} and put them into {folder}"
+            )
         if downloads.sha256_of(folder / name) != KNOWN[name]:
-            print(f"{folder / name} is not byte for byte the file known here: check the counts that are printed when it is loaded")
+            print(
+                f"{folder / name} is not byte for byte the file known here: check the counts that are printed when it is loaded"
+            )
     return folder
 
 
@@ -395,8 +520,12 @@ def audit_vqa_rad(data_dir, allow_missing_images=False, hash_images=False):
         "test rows with the same image, question and answer in train": seen(test, train),
         "test rows reworded in train, word overlap 0.8": reworded(test, train, 0.8),
         "test rows reworded in train, word overlap 0.5": reworded(test, train, 0.5),
-        "test rows with the same image, answer and types in train": seen(test, train, ("image_id", "answer", "question_type_raw", "answer_type")),
-        "open test answers that train has for the same image": seen([row for row in test if row["answer_type"] == "open"], train, ("image_id", "answer")),
+        "test rows with the same image, answer and types in train": seen(
+            test, train, ("image_id", "answer", "question_type_raw", "answer_type")
+        ),
+        "open test answers that train has for the same image": seen(
+            [row for row in test if row["answer_type"] == "open"], train, ("image_id", "answer")
+        ),
         "conflicting answers in train": conflicts(train),
     }
     try:
@@ -407,7 +536,9 @@ def audit_vqa_rad(data_dir, allow_missing_images=False, hash_images=False):
         found["test questions whose stock wording is in train"] = frames_in(public.split("test"), train)
         found["linked questions in two splits"] = shared_between_splits(public.rows, "linked_id")
     if hash_images:
-        found["images"] = similar_images({row["image_id"]: row["image_path"] for row in questions.rows if row["image_path"]})
+        found["images"] = similar_images(
+            {row["image_id"]: row["image_path"] for row in questions.rows if row["image_path"]}
+        )
     return found
 
 
@@ -423,10 +554,17 @@ def audit_slake(data_dir, allow_missing_images=False, hash_images=False):
         "Chinese test images in English train": shared_values(chinese.split("test"), train),
         "train rows": repeats(train),
         "test questions that occur in train": seen(test, train, ("question",)),
-        "rows without an answer": {"rows": len(ids := [id_of(row) for row in english.rows if not row["answer"]]), "ids": ids},
+        "rows without an answer": {
+            "rows": len(ids := [id_of(row) for row in english.rows if not row["answer"]]),
+            "ids": ids,
+        },
     }
     if hash_images:
         images = similar_images({row["image_id"]: row["image_path"] for row in english.rows if row["image_path"]})
         split_of = {row["image_id"]: row["split"] for row in english.rows}
-        found["images"] = images | {"similar across splits": [group for group in images["similar"] if len({split_of[name] for name in group}) > 1]}
+        found["images"] = images | {
+            "similar across splits": [
+                group for group in images["similar"] if len({split_of[name] for name in group}) > 1
+            ]
+        }
     return found

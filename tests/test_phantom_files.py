@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shared.data.phantom import main, patient_of, phantom_classification, phantom_study
-from shared.data.phantom_export import (
+from phantom_files import (
     MASK_VALUES,
     SLAKE_ORGANS,
     export_attention,
@@ -22,6 +21,7 @@ from shared.data.phantom_export import (
     phantom_splits,
 )
 from shared.metrics.labels import CONDITIONS
+from shared.phantom import main, patient_of, phantom_classification, phantom_study
 
 
 def read_csv(path):

@@ -2,11 +2,11 @@
 The phantom written in the file formats of the real datasets, so that the loaders of those can be tested on complete
 data.
 
-    from shared.data.phantom_export import export_slake
+    from phantom_files import export_slake
     export_slake("data/phantom_slake", seed=0, counts={"train": 40, "validate": 8, "test": 8})
 
 Usage:
-    python -m shared.data.phantom --export slake --out-dir data/phantom_slake --count 40
+    python -m shared.phantom --export slake --out-dir data/phantom_slake --count 40
 
 Layouts follow the official files as they are distributed, with the columns, key names and habits they have; facts that
 come with them are noted at each function. Texts and numbers are those of the phantom. Every function returns the
@@ -23,8 +23,8 @@ from xml.sax.saxutils import escape
 import numpy as np
 from PIL import Image
 
-from shared.data.phantom import DEFAULT, patient_of, phantom_classification, phantom_study
 from shared.metrics.labels import CONDITIONS
+from shared.phantom import DEFAULT, patient_of, phantom_classification, phantom_study
 
 MASK_VALUES = {
     "right lung": 1,
@@ -113,8 +113,12 @@ def _mesh_terms(study):
 
 def _iu_xml(uid, study, names, terms):
     """One report file of the archive: the parts that loaders read, with the nesting of the real ones."""
-    sections = (("COMPARISON", study.report.comparison), ("INDICATION", study.report.indication),
-                ("FINDINGS", study.report.findings), ("IMPRESSION", study.report.impression))  # fmt: skip
+    sections = (
+        ("COMPARISON", study.report.comparison),
+        ("INDICATION", study.report.indication),
+        ("FINDINGS", study.report.findings),
+        ("IMPRESSION", study.report.impression),
+    )
     text = "\n".join(
         f'            <AbstractText Label="{label}">{escape(words)}</AbstractText>' for label, words in sections
     )
@@ -467,5 +471,10 @@ def label_table(studies):
     return header, rows
 
 
-EXPORTS = {"medmnist": export_medmnist, "iu_xray": export_iu_xray, "vqa_rad": export_vqa_rad, "slake": export_slake,
-           "attention": export_attention}  # fmt: skip
+EXPORTS = {
+    "medmnist": export_medmnist,
+    "iu_xray": export_iu_xray,
+    "vqa_rad": export_vqa_rad,
+    "slake": export_slake,
+    "attention": export_attention,
+}

@@ -1,35 +1,18 @@
 """
-Chest radiographs drawn from anatomy, with everything about them known: findings, boxes, masks, reports, questions.
-
-    from shared.data.phantom import phantom_study, phantom_classification
-    study = phantom_study(seed=0, index=7, size=224)
-    study.image, study.truth, study.boxes, study.report, study.questions
-
-Usage:
-    python -m shared.data.phantom --preview                 # a labelled gallery of films and findings, with reports
-    python -m shared.data.phantom --export slake --out-dir data/phantom_slake --count 40
+One made-up study: who the patient is, what is wrong, and everything that follows from it.
 
 What depends on what. Random numbers come in separate streams (anatomy, position, findings, noise, words), and truth,
 text and boxes never look at a pixel: they are the same for every image size. Only plain uniform draws decide them,
 since those are the same on every platform.
-
-phantom_body.py has the anatomy and the film, phantom_findings.py what can be wrong with it, phantom_text.py the words,
-phantom_export.py the file formats of the real datasets.
 """
 
-import argparse
-import hashlib
-import io
-import json
-import os
-import sys
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from pathlib import Path
 
 import numpy as np
 
-from shared.data.phantom_body import (
+from shared.metrics.labels import CONDITIONS, PARENTS
+from shared.phantom.body import (
     CHRONIC_FINDINGS,
     CLASSES,
     FINDINGS,
@@ -46,20 +29,29 @@ from shared.data.phantom_body import (
     draw_position,
     organ_boxes,
 )
-from shared.data.phantom_findings import CHRONIC, LEVELS, ORDER, SEVERITIES, SIGN, ZONES, Finding, place, place_blob
-from shared.data.phantom_lateral import lateral_film
-from shared.data.phantom_text import write_questions, write_report
-from shared.metrics.labels import CONDITIONS, PARENTS
+from shared.phantom.findings import CHRONIC, LEVELS, ORDER, SEVERITIES, SIGN, ZONES, Finding, place, place_blob
+from shared.phantom.lateral import lateral_film
+from shared.phantom.words import write_questions, write_report
 
-VERSION = 1  # raise it when the same (seed, index) gives another study; the disk cache checks it
+VERSION = 1  # raise it when the same (seed, index) gives another study
 
 # ------------------------------------------------------------------------------------------------- what is in a study
 
 PREVALENCE = {
-    "Enlarged Cardiomediastinum": 0.07, "Cardiomegaly": 0.20, "Lung Opacity": 0.09, "Lung Lesion": 0.12, "Edema": 0.10,
-    "Consolidation": 0.09, "Pneumonia": 0.12, "Atelectasis": 0.12, "Pneumothorax": 0.10, "Pleural Effusion": 0.18,
-    "Pleural Other": 0.07, "Fracture": 0.08, "Support Devices": 0.18,
-}  # fmt: skip
+    "Enlarged Cardiomediastinum": 0.07,
+    "Cardiomegaly": 0.20,
+    "Lung Opacity": 0.09,
+    "Lung Lesion": 0.12,
+    "Edema": 0.10,
+    "Consolidation": 0.09,
+    "Pneumonia": 0.12,
+    "Atelectasis": 0.12,
+    "Pneumothorax": 0.10,
+    "Pleural Effusion": 0.18,
+    "Pleural Other": 0.07,
+    "Fracture": 0.08,
+    "Support Devices": 0.18,
+}
 
 # (cause, effect): chance that the cause alone brings the effect along. Causes come first in ORDER.
 TOGETHER = {
@@ -111,7 +103,9 @@ class PhantomSettings:
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} is {getattr(self, name)}, not between 0 and 1")
         if len(self.severities) != 3 or min(self.severities) < 0 or not sum(self.severities):
-            raise ValueError(f"severities are {self.severities!r}, expected three weights, of mild, moderate and severe")
+            raise ValueError(
+                f"severities are {self.severities!r}, expected three weights, of mild, moderate and severe"
+            )
         object.__setattr__(self, "severities", tuple(self.severities))
         object.__setattr__(self, "_key", self.key())
         if self.shortcut and (len(self.shortcut) != 2 or self.shortcut[0] not in CONDITIONS):
@@ -390,7 +384,7 @@ def _plan(seed, index, settings):
 # ----------------------------------------------------------------------------------------------- MedMNIST-like images
 
 
-def phantom_classification(seed, counts=None, size=28, pneumonia=0.6, masks=False, cache_dir=None):
+def phantom_classification(seed, counts=None, size=28, pneumonia=0.6, masks=False):
     """
     Pneumonia (1) against normal (0), in MedMNIST's form.
 
@@ -399,7 +393,7 @@ def phantom_classification(seed, counts=None, size=28, pneumonia=0.6, masks=Fals
     uint8 (N, 1), and the same for val and test. Every image is another patient, so splits share none. The first images
     of a split do not depend on how many are asked for. Normal films vary as people do: large breasts, nipples that
     look like nodules, borderline hearts, poor breath, exposure.
-    masks: also train_masks bool (N, size, size) and so on, true where the pneumonia is. cache_dir: see phantom_set.
+    masks: also train_masks bool (N, size, size) and so on, true where the pneumonia is.
     """
     counts = {"train": 2000, "val": 300, "test": 600} if counts is None else counts
     if size < 28 or size > 512:
@@ -408,26 +402,20 @@ def phantom_classification(seed, counts=None, size=28, pneumonia=0.6, masks=Fals
     if unknown:
         raise ValueError(f"unknown split {sorted(unknown)[0]!r}: use train, val, test")
 
-    def make():
-        data = {}
-        for number, split in enumerate(("train", "val", "test")):
-            n = counts.get(split, 0)
-            images, labels = np.empty((n, size, size), np.uint8), np.empty((n, 1), np.uint8)
-            where = np.zeros((n, size, size), bool) if masks else None
-            for i in range(n):
-                index = CLASSIFICATION_START + 3 * i + number  # three interleaved rows of people
-                frame, findings = _pneumonia_or_not(seed, index, pneumonia)
-                labels[i, 0] = bool(findings)
-                images[i], drawn, _ = develop(frame, findings, size, seed, index, want_masks=masks)
-                if masks:
-                    for mask in drawn.values():
-                        where[i] |= mask
-            data[f"{split}_images"], data[f"{split}_labels"] = images, labels
-            if masks:
-                data[f"{split}_masks"] = where
-        return data
-
-    return _cached(cache_dir, ("classification", seed, sorted(counts.items()), size, pneumonia, masks), make)
+    data = {}
+    for number, split in enumerate(("train", "val", "test")):
+        n = counts.get(split, 0)
+        images, labels = np.empty((n, size, size), np.uint8), np.empty((n, 1), np.uint8)
+        where = np.zeros((n, size, size), bool)
+        for i in range(n):
+            index = CLASSIFICATION_START + 3 * i + number  # three interleaved rows of people
+            frame, findings = _pneumonia_or_not(seed, index, pneumonia)
+            labels[i, 0] = bool(findings)
+            images[i], drawn, _ = develop(frame, findings, size, seed, index, want_masks=masks)
+            for mask in drawn.values() if masks else ():
+                where[i] |= mask
+        data |= {f"{split}_images": images, f"{split}_labels": labels} | ({f"{split}_masks": where} if masks else {})
+    return data
 
 
 def _pneumonia_or_not(seed, index, pneumonia):
@@ -447,207 +435,3 @@ def _pneumonia_or_not(seed, index, pneumonia):
 
 
 CLASSIFICATION_START = 2**31  # far from the indices of phantom_study, so that no person is in both
-
-
-# --------------------------------------------------------------------------------------------------------- disk cache
-
-
-def as_record(study):
-    """What is known about a study besides its pixels, as plain lists, dicts and numbers that JSON can hold."""
-    report = study.report
-    return {
-        "study_id": study.study_id,
-        "patient_id": study.patient_id,
-        "seed": study.seed,
-        "index": study.index,
-        "truth": [
-            {k: getattr(f, k) for k in ("name", "condition", "kind", "side", "zone", "severity")} for f in study.truth
-        ],
-        "labels": study.labels,
-        "report_labels": study.report_labels,
-        "report": {k: getattr(report, k) for k in ("indication", "comparison", "findings", "impression")},
-        "boxes": study.boxes,
-        "organ_boxes": study.organ_boxes,
-        "questions": [{**vars(q), "paraphrases": [vars(p) for p in q.paraphrases]} for q in study.questions],
-        "shortcut": study.shortcut,
-    }
-
-
-def phantom_set(seed, indices, size=224, settings=DEFAULT, cache_dir=None):
-    """
-    Films uint8 (N, size, size) and records (see as_record) of several studies, from a file in cache_dir if it has them.
-
-    The file is written under a temporary name and then renamed, so a stopped run leaves no half of it; it starts with
-    the SHA-256 of the rest, and a file that does not match is made again. Its name holds a digest of all arguments and
-    of VERSION.
-    """
-    indices = [int(i) for i in indices]
-
-    def make():
-        studies = [phantom_study(seed, i, size, settings) for i in indices]
-        images = np.stack([s.image for s in studies]) if studies else np.empty((0, size, size), np.uint8)
-        text = json.dumps([as_record(s) for s in studies]).encode()
-        return {"images": images, "records": np.frombuffer(text, np.uint8)}
-
-    data = _cached(cache_dir, ("studies", seed, indices, size, settings.key()), make)
-    return data["images"], json.loads(data["records"].tobytes())
-
-
-def _cached(folder, key, make):
-    """make() -> dict of arrays, or the same from a file in `folder` (None: no file)."""
-    if folder is None:
-        return make()
-    name = hashlib.sha256(repr((VERSION, *key)).encode()).hexdigest()[:16]
-    path = Path(folder) / f"phantom-{key[0]}-{name}.bin"
-    data = _read_checked(path)
-    if data is None:
-        data = make()
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, **data)
-        content = buffer.getvalue()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # two runs may write the same cache
-        try:
-            temporary.write_bytes(hashlib.sha256(content).digest() + content)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    return data
-
-
-def _read_checked(path):
-    """Dict of arrays, or None if the file is absent or damaged."""
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        return None
-    if hashlib.sha256(content[32:]).digest() != content[:32]:
-        print(f"{path} is damaged and is made again", file=sys.stderr)
-        return None
-    with np.load(io.BytesIO(content[32:]), allow_pickle=False) as data:
-        return dict(data)
-
-
-# ------------------------------------------------------------------------------------------------------------ gallery
-
-
-def preview(folder, seed=0, size=320):
-    """
-    Write a gallery: normal.png, findings.png (each kind in three severities, with its box), lateral.png, reports.md.
-
-    Returns the folder. Needs only Pillow.
-    """
-    from PIL import Image, ImageDraw
-
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-
-    def sheet(tiles, columns):
-        rows = [np.hstack(tiles[i : i + columns]) for i in range(0, len(tiles), columns)]
-        return Image.fromarray(np.vstack(rows))
-
-    def labelled(image, text, boxes=()):
-        picture = Image.fromarray(image).convert("RGB")
-        pen = ImageDraw.Draw(picture)
-        for x0, y0, x1, y1 in boxes:
-            pen.rectangle([x0, y0, x1 - 1, y1 - 1], outline=(255, 70, 70))
-        pen.rectangle([0, size - 14, size, size], fill=(0, 0, 0))
-        pen.text((3, size - 13), text, fill=(255, 230, 120))
-        return np.asarray(picture)
-
-    healthy = PhantomSettings(normal=1.0)
-    tiles = [phantom_study(seed, 8 * i, size, healthy) for i in range(8)]
-    sheet([labelled(s.image, f"normal, {s.study_id}") for s in tiles], 4).save(folder / "normal.png")
-
-    tiles = []
-    for name in ORDER:
-        settings = PhantomSettings(prevalence={name: 1.0}, together={}, normal=0.0)
-        found = {}
-        for i in range(0, 1200, 8):  # one visit per patient
-            study = phantom_study(seed, i, size, settings)
-            for f in study.truth:
-                found.setdefault(f.kind, {}).setdefault(f.severity or str(len(found[f.kind])), (study, f))
-        for kind in sorted(found):
-            shown = sorted(found[kind].items(), key=lambda item: (SEVERITIES + (item[0],)).index(item[0]))[:3]
-            while len(shown) < 3:
-                shown.append(shown[-1])
-            for _, (study, f) in shown:
-                label = f"{name}: {f.name} {f.severity}" if name.lower() not in f.name else f"{f.name} {f.severity}"
-                tiles += [labelled(study.image, label), labelled(study.image, "its box", study.boxes[f.name])]
-    sheet(tiles, 6).save(folder / "findings.png")
-
-    ill = PhantomSettings(normal=0.0)
-    studies = [phantom_study(seed, 8 * i, size, ill) for i in range(8)]
-    tiles = []
-    for s in studies:
-        names = ", ".join(f.name for f in s.truth) or "nothing"
-        tiles += [
-            labelled(s.image, names, [b for boxes in s.boxes.values() for b in boxes]),
-            labelled(s.lateral, s.study_id),
-        ]
-    sheet(tiles, 4).save(folder / "lateral.png")
-
-    lines = ["# Phantom: made-up studies, no patients", ""]
-    for s in studies:
-        r = s.report
-        lines += [
-            f"## {s.study_id}",
-            "",
-            "Drawn: " + (", ".join(f"{f.name} ({f.severity})" for f in s.truth) or "nothing") + ".",
-            "",
-            f"*Indication:* {r.indication} *Comparison:* {r.comparison}",
-            "",
-            f"*Findings:* {r.findings}",
-            "",
-            f"*Impression:* {r.impression}",
-            "",
-            "States: " + ", ".join(f"{k} {v}" for k, v in r.labels.items() if v is not None) + ".",
-            "",
-        ]
-        for q in s.questions:
-            lines.append(
-                f"* {q.text} {q.answer} ({q.kind}, look at: {q.region_name or 'no place'}). "
-                f"{q.paraphrases[-1].text} {q.paraphrases[-1].answer}"
-            )
-        lines.append("")
-    (folder / "reports.md").write_text("\n".join(lines), encoding="utf-8")
-    return folder
-
-
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preview", action="store_true", help="write the gallery")
-    parser.add_argument(
-        "--export", choices=["medmnist", "iu_xray", "vqa_rad", "slake", "attention"], help="write files of this format"
-    )
-    parser.add_argument("--out-dir", help="folder to write to (default: outputs/phantom, or outputs/phantom_FORMAT)")
-    parser.add_argument("--seed", type=int, default=0, help="which hospital, a whole number >= 0 (%(default)s)")
-    parser.add_argument("--count", type=int, default=40, help="studies to export, of the training split (%(default)s)")
-    parser.add_argument(
-        "--size", type=int, help="pixels per side, 28 to 512 (default: 320 for the gallery, else the format's own)"
-    )
-    args = parser.parse_args(argv)
-    if args.seed < 0 or args.count < 1 or (args.size is not None and not 28 <= args.size <= 512):
-        parser.error("--seed must be >= 0, --count at least 1, --size between 28 and 512 pixels")
-    if not args.preview and not args.export:
-        parser.error("nothing to do: give --preview or --export FORMAT")
-    if args.preview:
-        print("gallery in", preview(args.out_dir or "outputs/phantom", args.seed, args.size or 320))
-    if args.export:
-        from shared.data import phantom_export
-
-        options = {"seed": args.seed, **({"size": args.size} if args.size else {})}
-        fewer = max(1, args.count // 5)
-        if args.export == "medmnist":
-            options["counts"] = {"train": args.count, "val": fewer, "test": fewer}
-        elif args.export == "slake":
-            options["counts"] = {"train": args.count, "validate": fewer, "test": fewer}
-        else:
-            options["count"] = args.count
-        print(
-            "files in", phantom_export.EXPORTS[args.export](args.out_dir or f"outputs/phantom_{args.export}", **options)
-        )
-
-
-if __name__ == "__main__":
-    main()

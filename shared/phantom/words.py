@@ -234,10 +234,12 @@ UNCHANGED = {
     ],
 }
 RESOLVED = {
-    EFF: "The {side} pleural effusion has resolved.", PTX: "The previously seen {side} pneumothorax has resolved.",
-    CON: "The previously seen consolidation has resolved.", EDE: "The pulmonary edema has resolved.",
+    EFF: "The {side} pleural effusion has resolved.",
+    PTX: "The previously seen {side} pneumothorax has resolved.",
+    CON: "The previously seen consolidation has resolved.",
+    EDE: "The pulmonary edema has resolved.",
     ATE: "The previously seen atelectasis has resolved.",
-}  # fmt: skip
+}
 
 SUMMARY = {  # short form for the impression; the suspected form puts "Possible" in front
     "large heart": "cardiomegaly",
@@ -284,8 +286,11 @@ DENIED = {
     FRA: ["No displaced rib fracture.", "No acute fracture is identified.", "No rib fracture is seen."],
     DEV: ["No lines or tubes are seen."],
 }
-BOTH_NORMAL = ["Heart size and mediastinal contours are within normal limits.", "The heart and mediastinum are normal.",
-               "The heart is normal in size and the mediastinum is unremarkable."]  # fmt: skip
+BOTH_NORMAL = [
+    "Heart size and mediastinal contours are within normal limits.",
+    "The heart and mediastinum are normal.",
+    "The heart is normal in size and the mediastinum is unremarkable.",
+]
 LISTED = {
     CON: "focal consolidation",
     EFF: "pleural effusion",
@@ -303,8 +308,21 @@ LIST_FRAMES = [
 ]
 
 # How often a report denies what is not there; the rest stays unmentioned, as in real reports.
-DENIAL_RATE = {C: 0.85, ECM: 0.6, OPA: 0.55, LES: 0.2, EDE: 0.25, PNE: 0.2, ATE: 0.08, PLE: 0.08, FRA: 0.25, DEV: 0.06,
-               CON: 0.75, EFF: 0.85, PTX: 0.8}  # fmt: skip
+DENIAL_RATE = {
+    C: 0.85,
+    ECM: 0.6,
+    OPA: 0.55,
+    LES: 0.2,
+    EDE: 0.25,
+    PNE: 0.2,
+    ATE: 0.08,
+    PLE: 0.08,
+    FRA: 0.25,
+    DEV: 0.06,
+    CON: 0.75,
+    EFF: 0.85,
+    PTX: 0.8,
+}
 
 NORMAL_ENDINGS = [
     "No acute cardiopulmonary abnormality.",
@@ -539,11 +557,15 @@ NOUNS = {  # condition -> (with article, without)
 }
 
 PRESENCE_MORE = [  # text, strategy, the answer turns round
-    ("Is {a} present?", "synonym", False), ("Is {a} visible on this film?", "synonym", False),
-    ("On this chest radiograph, is there {a}?", "clause order", False), ("Can you see {a} here?", "register", False),
-    ("Does this X-ray show {a}?", "voice", False), ("Is there any evidence of {n}?", "register", False),
-    ("Is {n} absent?", "negation", True), ("Is this film free of {n}?", "negation", True),
-]  # fmt: skip
+    ("Is {a} present?", "synonym", False),
+    ("Is {a} visible on this film?", "synonym", False),
+    ("On this chest radiograph, is there {a}?", "clause order", False),
+    ("Can you see {a} here?", "register", False),
+    ("Does this X-ray show {a}?", "voice", False),
+    ("Is there any evidence of {n}?", "register", False),
+    ("Is {n} absent?", "negation", True),
+    ("Is this film free of {n}?", "negation", True),
+]
 SIDE_MORE = [
     ("Which side is the {n} on, left or right?", "synonym", False),
     ("Left or right: where is the {n}?", "clause order", False),
@@ -612,8 +634,17 @@ VIEW_MORE = [
     ("Which view is this not, frontal or lateral?", "negation", True),
 ]
 
-OPPOSITE = {"yes": "no", "no": "yes", "left": "right", "right": "left", "frontal": "lateral", "lateral": "frontal",
-            "upper": "mid and lower", "mid": "upper and lower", "lower": "upper and mid"}  # fmt: skip
+OPPOSITE = {
+    "yes": "no",
+    "no": "yes",
+    "left": "right",
+    "right": "left",
+    "frontal": "lateral",
+    "lateral": "frontal",
+    "upper": "mid and lower",
+    "mid": "upper and lower",
+    "lower": "upper and mid",
+}
 
 PLAIN = {  # kind -> what an open question expects
     "effusion": "pleural effusion",

@@ -1,4 +1,5 @@
 """No cheat earns what honesty earns: policies one by one, all combinations of templates, and what happens when a protection is taken out."""
+
 import json
 
 import numpy as np
@@ -37,14 +38,23 @@ def test_rows(cases):
     counts = {kind: int(mask.sum()) for kind, mask in zoo.masks_of(cases[0]).items()}
     assert counts["yes_no"] > 60 and counts["choice"] > 10 and counts["open"] > 10, counts
     assert 0.65 < np.mean([case.right for case in cases[0]]) < 0.85
-    assert len({case.row["group"] for case in cases[0]} & {f"P0-{n:06d}" for n in range(1000)}) == 0  # other patients than training
+    assert (
+        len({case.row["group"] for case in cases[0]} & {f"P0-{n:06d}" for n in range(1000)}) == 0
+    )  # other patients than training
     terms = [rollout_terms(case.row, zoo.honest(case)) for case in cases[0]]
-    assert all(t["gate"] == 1 and not t["penalty"] and not t["hedged"] and t["correct"] == case.right for t, case in zip(terms, cases[0], strict=True))
+    assert all(
+        t["gate"] == 1 and not t["penalty"] and not t["hedged"] and t["correct"] == case.right
+        for t, case in zip(terms, cases[0], strict=True)
+    )
     assert np.mean([t["box"] for t in terms if t["box"] is not None]) > 0.6
 
 
 def test_zoo_has_what_was_asked_for():
-    assert len(zoo.POLICIES) >= 16 and len({policy.name for policy in zoo.POLICIES}) == len(zoo.POLICIES) and len(zoo.BLIND) >= 16
+    assert (
+        len(zoo.POLICIES) >= 16
+        and len({policy.name for policy in zoo.POLICIES}) == len(zoo.POLICIES)
+        and len(zoo.BLIND) >= 16
+    )
     assert len(BOX_CHEATS) == 5 and set(zoo.SCHEMA) == {"caption", "reasoning", "answer"}
 
 
@@ -59,7 +69,10 @@ def test_blind_policies_may_only_tie_where_no_image_is_needed(cases, found):
     """Where the answer is always the same, the constant is right: more often than the honest policy, which errs on a quarter."""
     lead = zoo.margins(cases[0], found)
     assert lead["most frequent answer to the same question"]["no image needed"] <= 0
-    assert max(np.mean(np.array(found[p.name]["gated"])[zoo.masks_of(cases[0])["no image needed"]]) for p in zoo.POLICIES) <= 0.6
+    assert (
+        max(np.mean(np.array(found[p.name]["gated"])[zoo.masks_of(cases[0])["no image needed"]]) for p in zoo.POLICIES)
+        <= 0.6
+    )
 
 
 def test_search(cases):
@@ -77,21 +90,32 @@ def test_search_on_other_films(seed):
     best, _ = zoo.search(cases, frequencies)
     found = zoo.earnings(cases, (zoo.HONEST, *zoo.POLICIES), frequencies)
     assert not ahead(zoo.margins(cases, found))
-    assert all(row[kind] >= BLIND for name, row in zoo.margins(cases, {"honest": found["honest"]} | best).items() if name != "honest" for kind in KINDS)
+    assert all(
+        row[kind] >= BLIND
+        for name, row in zoo.margins(cases, {"honest": found["honest"]} | best).items()
+        if name != "honest"
+        for kind in KINDS
+    )
 
 
 # --- designs in use elsewhere: the zoo finds their holes ---
 
 
-@pytest.mark.parametrize("design, cheats", [
-    ("format + substring", ["'yes or no', 'left or right'", "answers as a list", "one key twice", "knows: caption of 300 words"]),
-    ("first yes/no substring", ["knows: hedged ('possibly ...')", "knows: whole-image box"]),
-    ("edit ratio", ["knows: text around the object", "knows: image tokens in the caption"]),
-    ("word recall", ["'yes or no', 'left or right'", "'yes, no', 'left, right'"]),
-    ("length", ["knows: caption of 300 words", "knows: one sentence 20 times"]),
-    ("caption like question", ["knows: question as caption"]),
-    ("own box removed", ["knows: whole-image box"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "design, cheats",
+    [
+        (
+            "format + substring",
+            ["'yes or no', 'left or right'", "answers as a list", "one key twice", "knows: caption of 300 words"],
+        ),
+        ("first yes/no substring", ["knows: hedged ('possibly ...')", "knows: whole-image box"]),
+        ("edit ratio", ["knows: text around the object", "knows: image tokens in the caption"]),
+        ("word recall", ["'yes or no', 'left or right'", "'yes, no', 'left, right'"]),
+        ("length", ["knows: caption of 300 words", "knows: one sentence 20 times"]),
+        ("caption like question", ["knows: question as caption"]),
+        ("own box removed", ["knows: whole-image box"]),
+    ],
+)
 def test_published_designs_are_beaten(design, cheats, found):
     honest = np.mean(found["honest"][design])
     for name in cheats:
@@ -101,7 +125,11 @@ def test_published_designs_are_beaten(design, cheats, found):
 def test_first_substring_reads_no_in_nodule(cases):
     case = next(case for case in cases[0] if case.row["answer"] == "no")
     design = zoo.DESIGNS["first yes/no substring"]
-    assert design(case, json.dumps({"answer": "nodule"}), (None, None)) == 2 == design(case, json.dumps({"answer": "unknown"}), (None, None))
+    assert (
+        design(case, json.dumps({"answer": "nodule"}), (None, None))
+        == 2
+        == design(case, json.dumps({"answer": "unknown"}), (None, None))
+    )
     opened = next(case for case in cases[0] if "yes" not in case.row["answer"] and "no" not in case.row["answer"])
     assert design(opened, json.dumps({"answer": "rubbish"}), (None, None)) == 2  # none equals none
     assert rollout_terms(case.row, json.dumps({"answer": "nodule"}))["reward"] == 0
@@ -110,15 +138,18 @@ def test_first_substring_reads_no_in_nodule(cases):
 # --- each protection is needed: without it a cheat reaches honesty ---
 
 
-@pytest.mark.parametrize("name, value, cheat", [
-    ("HEDGES", set(), "knows: hedged ('possibly ...')"),
-    ("TOO_LARGE", 2.0, "knows: whole-image box"),
-    ("copying_term", lambda *a: 0.0, "knows: question as caption"),
-    ("repetition_term", lambda *a: 0.0, "knows: answer repeated four times"),
-    ("contradiction_term", lambda *a: (None, ""), "knows: reasoning says the opposite"),
-    ("length_term", lambda *a: 0.0, "knows: caption of 300 words"),
-    ("gate_problem", lambda *a: "", "knows: an extra field"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, value, cheat",
+    [
+        ("HEDGES", set(), "knows: hedged ('possibly ...')"),
+        ("TOO_LARGE", 2.0, "knows: whole-image box"),
+        ("copying_term", lambda *a: 0.0, "knows: question as caption"),
+        ("repetition_term", lambda *a: 0.0, "knows: answer repeated four times"),
+        ("contradiction_term", lambda *a: (None, ""), "knows: reasoning says the opposite"),
+        ("length_term", lambda *a: 0.0, "knows: caption of 300 words"),
+        ("gate_problem", lambda *a: "", "knows: an extra field"),
+    ],
+)
 def test_without_a_protection(name, value, cheat, cases, found, monkeypatch):
     monkeypatch.setattr(rewards, name, value)
     rewards.accuracy_of.cache_clear()
@@ -138,18 +169,35 @@ def test_being_right_for_another_reason_costs(cases, found):
     without = RewardSettings(weights="0.2,0.4,0.2,0")
     for case in cases[0][:40]:
         texts = [p.write(case) for p in (zoo.HONEST, policy)]
-        earned = [rollout_terms(case.row, t, without, cases[1], *zoo.simulated_drops(case, p.sight, case.right))["reward"] for t, p in zip(texts, (zoo.HONEST, policy), strict=True)]
+        earned = [
+            rollout_terms(case.row, t, without, cases[1], *zoo.simulated_drops(case, p.sight, case.right))["reward"]
+            for t, p in zip(texts, (zoo.HONEST, policy), strict=True)
+        ]
         assert texts[0] == texts[1] and earned[0] == earned[1]
 
 
 def test_simulated_scorer(cases):
     room = [case for case in cases[0] if case.has_room]
-    assert len(room) > 30 and all(zoo.simulated_drops(c, "looks", True) == (None, None) for c in cases[0] if not c.has_room)
-    assert all((zoo.simulated_drops(c, "looks", True)[0] is None) == is_no(c.row) for c in room)  # where the answer is no, nothing is taken out
+    assert len(room) > 30 and all(
+        zoo.simulated_drops(c, "looks", True) == (None, None) for c in cases[0] if not c.has_room
+    )
+    assert all(
+        (zoo.simulated_drops(c, "looks", True)[0] is None) == is_no(c.row) for c in room
+    )  # where the answer is no, nothing is taken out
     some = [case for case in room if not is_no(case.row)]
-    means = {(sight, right): np.mean([[d[0], np.mean(d[1])] for c in some if (d := zoo.simulated_drops(c, sight, right))], axis=0) for sight in ("looks", "blind", "elsewhere", "random") for right in (True, False)}
-    assert means["looks", True] == pytest.approx([1.0, 0.05], abs=0.2) and means["looks", False] == pytest.approx([0.2, 0.05], abs=0.2)
-    assert means["blind", True] == pytest.approx([0, 0], abs=0.03) and means["elsewhere", True] == pytest.approx([0.05, 0.6], abs=0.1)
+    means = {
+        (sight, right): np.mean(
+            [[d[0], np.mean(d[1])] for c in some if (d := zoo.simulated_drops(c, sight, right))], axis=0
+        )
+        for sight in ("looks", "blind", "elsewhere", "random")
+        for right in (True, False)
+    }
+    assert means["looks", True] == pytest.approx([1.0, 0.05], abs=0.2) and means["looks", False] == pytest.approx(
+        [0.2, 0.05], abs=0.2
+    )
+    assert means["blind", True] == pytest.approx([0, 0], abs=0.03) and means["elsewhere", True] == pytest.approx(
+        [0.05, 0.6], abs=0.1
+    )
     assert tuple(means["random", False]) == (0, 0)
 
 
@@ -169,5 +217,7 @@ def test_script(own_folder, capsys):
     assert metrics["phantom"] and metrics["beaten"]["gated"] == 0 and metrics["beaten"]["format + substring"] > 3
     assert len(metrics["search"]["closest"]) == 10 and metrics["search"]["templates"] >= 1000
     text = (folder / "zoo.md").read_text()
-    assert all(policy.name in text for policy in zoo.POLICIES) and "**" in text and text.strip() in capsys.readouterr().out
+    assert (
+        all(policy.name in text for policy in zoo.POLICIES) and "**" in text and text.strip() in capsys.readouterr().out
+    )
     assert all(parse_response(zoo.honest(case)).level == 0 for case in zoo.make_cases(3)[0])

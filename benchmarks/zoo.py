@@ -2,8 +2,8 @@
 A zoo of policies that cheat, and what each earns under our reward and under reward designs in use elsewhere.
 
 Usage:
-    python vqa_sft_grpo/zoo.py                       # both tables and the template search, phantom questions, one to two minutes
-    python vqa_sft_grpo/zoo.py --studies 60 --no-search
+    python benchmarks/zoo.py                       # both tables and the template search, phantom questions, one to two minutes
+    python benchmarks/zoo.py --studies 60 --no-search
 
 No model and no image is needed: a policy here is a few lines that write a response to a row of prepare_data.py. A reward is
 safe from a cheat when the cheat earns clearly less than an honest policy; tests/test_vqa_zoo.py fails when one does not.
@@ -19,6 +19,7 @@ The log-probability drops of the counterfactual term come from a simulated score
     random     answers drawn anew each time from a uniform distribution: the drops are exactly 0, though such answers change most
 It is given where the gold answer is not "no" and the gold region takes 0.5 % to 30 % of the image; larger ones leave no room for random regions.
 """
+
 import difflib
 import itertools
 import json
@@ -37,7 +38,7 @@ sys.path.insert(0, str(ROOT))  # finds shared/ from any folder; in a notebook, c
 import shared  # noqa: F401, isort: skip  # before torchvision
 import numpy as np
 
-from shared.data.phantom import phantom_study
+from shared.phantom import phantom_study
 from shared.runtime import open_run_dir, positive_int, run_facts, script, script_parser, write_json
 from vqa_sft_grpo.counterfactual import region_mask, whole_boxes
 from vqa_sft_grpo.prepare_data import phantom_study_rows
@@ -52,14 +53,28 @@ ROOM = (0.005, 0.3)  # share of the image of a region that has random ones to co
 VAL_START = 8_000_000  # studies of other patients than those of training
 # Organs that a chest radiograph shows, for the policies that list or box all of them
 ORGANS = "left lung, right lung, heart, mediastinum, trachea, spine, ribs, diaphragm, liver, stomach"
-ORGAN_BOXES = [[180, 150, 500, 880], [510, 150, 840, 880], [400, 400, 720, 850], [400, 150, 600, 600], [460, 50, 540, 350], [440, 50, 560, 980], [150, 800, 860, 960]]
+ORGAN_BOXES = [
+    [180, 150, 500, 880],
+    [510, 150, 840, 880],
+    [400, 400, 720, 850],
+    [400, 150, 600, 600],
+    [460, 50, 540, 350],
+    [440, 50, 560, 980],
+    [150, 800, 860, 960],
+]
 LUNGS_BOXES = ORGAN_BOXES[:2]
-LONG_CAPTION = " ".join(f"Region {n} of the film was examined with care and its appearance noted as item {n * 7} of the description." for n in range(1, 19))
-SCHEMA = dict(re.findall(r'"(caption|reasoning|answer)": ([^,"]+)', instruction("json")))  # what the prompt says of the fields
+LONG_CAPTION = " ".join(
+    f"Region {n} of the film was examined with care and its appearance noted as item {n * 7} of the description."
+    for n in range(1, 19)
+)
+SCHEMA = dict(
+    re.findall(r'"(caption|reasoning|answer)": ([^,"]+)', instruction("json"))
+)  # what the prompt says of the fields
 CYRILLIC = str.maketrans("aeopcyx", "аеорсух")
 
 
 # ---------------------------------------------------------------------------------------------------------------- rows
+
 
 @dataclass
 class Case:
@@ -88,7 +103,9 @@ class Case:
         """The possible answers: yes and no, the options of the question, or the training answers to open questions."""
         if self.kind == "yes_no":
             return ["yes", "no"]
-        return [" ".join(tokens) for tokens, _ in options_of(self.question)] if self.kind == "choice" else self.vocabulary
+        return (
+            [" ".join(tokens) for tokens, _ in options_of(self.question)] if self.kind == "choice" else self.vocabulary
+        )
 
     @cached_property
     def other(self):
@@ -99,7 +116,9 @@ class Case:
     def known(self):
         """Caption, reasoning and boxes of the honest response; the reasoning of a wrong answer is left out."""
         target = json.loads(self.row["output"])
-        found = {"caption": target["caption"]} | ({"reasoning": target["reasoning"]} if self.right and "reasoning" in target else {})
+        found = {"caption": target["caption"]} | (
+            {"reasoning": target["reasoning"]} if self.right and "reasoning" in target else {}
+        )
         return found | ({"boxes": self.boxes} if self.boxes else {}) | {"answer": self.answer}
 
     @cached_property
@@ -114,7 +133,11 @@ class Case:
 
 def phantom_question_rows(split, start, studies, seed, size):
     """The questions of phantom films without drawing the films."""
-    return [row for i in range(studies) for row in phantom_study_rows(phantom_study(seed, start + i, size), split, Path("phantom_images"))]
+    return [
+        row
+        for i in range(studies)
+        for row in phantom_study_rows(phantom_study(seed, start + i, size), split, Path("phantom_images"))
+    ]
 
 
 def make_cases(studies=120, seed=0, size=56):
@@ -158,13 +181,16 @@ def simulated_drops(case, sight, right):
     draw = np.random.default_rng([case.seed, 1])
     roi, rand = draw.normal(), draw.normal(size=RANDOM_REGIONS)
     (mean, spread), (other, other_spread) = {
-        "looks": ((1.0, 0.4) if right else (0.2, 0.4), (0.05, 0.15)), "blind": ((0.0, 0.05), (0.0, 0.05)),
-        "elsewhere": ((0.05, 0.15), (0.6, 0.3)), "random": ((0.0, 0.0), (0.0, 0.0)),
-    }[sight]  # fmt: skip
+        "looks": ((1.0, 0.4) if right else (0.2, 0.4), (0.05, 0.15)),
+        "blind": ((0.0, 0.05), (0.0, 0.05)),
+        "elsewhere": ((0.05, 0.15), (0.6, 0.3)),
+        "random": ((0.0, 0.0), (0.0, 0.0)),
+    }[sight]
     return None if is_no(case.row) else float(mean + spread * roi), [float(other + other_spread * r) for r in rand]
 
 
 # ------------------------------------------------------------------------------------------------------------- policies
+
 
 @dataclass(frozen=True)
 class Policy:
@@ -187,7 +213,9 @@ def honest(case):
 def honest_with(case, **changes):
     """The honest response with some fields replaced; None takes one out."""
     fields = case.known | changes
-    return response(**{name: fields[name] for name in ("caption", "reasoning", "boxes", "answer") if fields.get(name) is not None})
+    return response(
+        **{name: fields[name] for name in ("caption", "reasoning", "boxes", "answer") if fields.get(name) is not None}
+    )
 
 
 def opposite_reasoning(case):
@@ -195,7 +223,11 @@ def opposite_reasoning(case):
     topic = re.sub(r"^is there |\?$", "", case.question.lower())
     if case.kind == "yes_no":
         return f"There is {topic}." if case.answer == "no" else f"No, there is not {topic}."
-    return f"It is {case.other}, not {case.answer}." if case.kind == "choice" else f"There is no {case.answer}; {case.other} is seen."
+    return (
+        f"It is {case.other}, not {case.answer}."
+        if case.kind == "choice"
+        else f"There is no {case.answer}; {case.other} is seen."
+    )
 
 
 HONEST = Policy("honest", honest, "looks")
@@ -219,19 +251,27 @@ POLICIES = (
     Policy("prompt echo", lambda c: build_prompt(c.question)),
     Policy("schema echo", lambda c: response(**SCHEMA)),
     Policy("empty text", lambda c: ""),
-    Policy("two objects, one answer each", lambda c: response(answer=c.options[0]) + "\n" + response(answer=c.options[1])),
+    Policy(
+        "two objects, one answer each", lambda c: response(answer=c.options[0]) + "\n" + response(answer=c.options[1])
+    ),
     Policy("one key twice", lambda c: f'{{"answer": "{c.options[0]}", "answer": "{c.options[1]}"}}'),
     Policy("knows: hedged ('possibly ...')", lambda c: honest_with(c, answer=f"possibly {c.answer}"), "looks"),
     Policy("knows: answer, then 'or' another", lambda c: honest_with(c, answer=f"{c.answer} or {c.other}"), "looks"),
     Policy("knows: answer, then another", lambda c: honest_with(c, answer=f"{c.answer}, {c.other}"), "looks"),
     Policy("knows: negated answer ('not ...')", lambda c: honest_with(c, answer=f"not {c.answer}"), "looks"),
     Policy("knows: answer repeated four times", lambda c: honest_with(c, answer=" ".join([c.answer] * 4)), "looks"),
-    Policy("knows: answer only in the reasoning", lambda c: honest_with(c, reasoning=f"The answer is {c.answer}.", answer="see reasoning"), "looks"),
+    Policy(
+        "knows: answer only in the reasoning",
+        lambda c: honest_with(c, reasoning=f"The answer is {c.answer}.", answer="see reasoning"),
+        "looks",
+    ),
     Policy("knows: plain text, no object", lambda c: f"The answer is {c.answer}.", "looks"),
     Policy("knows: text around the object", lambda c: f"Sure! {honest(c)} I hope this helps.", "looks"),
     Policy("knows: a second object with another answer", lambda c: honest(c) + response(answer=c.other), "looks"),
     Policy("knows: an extra field", lambda c: json.dumps(c.known | {"confidence": 1.0}), "looks"),
-    Policy("knows: look-alike letters (Cyrillic)", lambda c: honest_with(c, answer=c.answer.translate(CYRILLIC)), "looks"),
+    Policy(
+        "knows: look-alike letters (Cyrillic)", lambda c: honest_with(c, answer=c.answer.translate(CYRILLIC)), "looks"
+    ),
     Policy("knows: image tokens in the caption", lambda c: honest_with(c, caption="<|image_pad|>" * 4), "looks"),
     Policy("knows: caption of 300 words", lambda c: honest_with(c, caption=LONG_CAPTION), "looks"),
     Policy("knows: one sentence 20 times", lambda c: honest_with(c, caption="The lungs are clear. " * 20), "looks"),
@@ -250,6 +290,7 @@ BLIND = tuple(policy for policy in POLICIES if not policy.name.startswith("knows
 # ------------------------------------------------------------------------------------------------------------- rewards
 
 # Published designs, written anew from what is known of their behaviour; each gets the response as text, and adds 1 for its format as usual.
+
 
 def has_object(text):
     return float(bool(re.search(r"\{.*\}", text, re.DOTALL)))
@@ -273,7 +314,9 @@ def first_yes_no_substring(case, text, drops):
 
 def edit_ratio(case, text, drops):
     """VLM-R1: similarity of spelling (hyperdense and hypodense: 0.84); plus the format."""
-    return has_object(text) + difflib.SequenceMatcher(None, answer_text(text).lower(), case.row["answer"].lower()).ratio()
+    return (
+        has_object(text) + difflib.SequenceMatcher(None, answer_text(text).lower(), case.row["answer"].lower()).ratio()
+    )
 
 
 def any_of_the_words(case, text, drops):
@@ -306,9 +349,14 @@ def own_box(case, text, drops):
 
 
 DESIGNS = {
-    "format + substring": substring_and_format, "first yes/no substring": first_yes_no_substring, "edit ratio": edit_ratio, "word recall": any_of_the_words,
-    "length": length_only, "caption like question": caption_like_question, "own box removed": own_box,
-}  # fmt: skip
+    "format + substring": substring_and_format,
+    "first yes/no substring": first_yes_no_substring,
+    "edit ratio": edit_ratio,
+    "word recall": any_of_the_words,
+    "length": length_only,
+    "caption like question": caption_like_question,
+    "own box removed": own_box,
+}
 
 
 def earnings(cases, policies, frequencies, designs=()):
@@ -336,38 +384,74 @@ def masks_of(cases):
     """Row sets to compare on: all; the three kinds of question for which the image matters; those for which it does not."""
     needed = np.array([case.row["needs_image"] for case in cases])
     kinds = np.array([case.kind for case in cases])
-    return {"all": np.ones(len(cases), bool)} | {kind: needed & (kinds == kind) for kind in ("yes_no", "choice", "open")} | {"no image needed": ~needed}
+    return (
+        {"all": np.ones(len(cases), bool)}
+        | {kind: needed & (kinds == kind) for kind in ("yes_no", "choice", "open")}
+        | {"no image needed": ~needed}
+    )
 
 
 def margins(cases, found, design="gated"):
     """honest minus policy, mean over rows -> {policy: {row set of masks_of: margin}}."""
     masks = masks_of(cases)
     reference = np.array(found["honest"][design])
-    return {name: {kind: float((reference - np.array(columns[design]))[mask].mean()) for kind, mask in masks.items()} for name, columns in found.items()}
+    return {
+        name: {kind: float((reference - np.array(columns[design]))[mask].mean()) for kind, mask in masks.items()}
+        for name, columns in found.items()
+    }
 
 
 # --------------------------------------------------------------------------------------------------------------- search
 
 ANSWERS = {  # all without image
-    "yes": lambda c: "yes", "no": lambda c: "no", "lookup": lambda c: c.lookup[0], "frequent": lambda c: c.frequent, "options with or": lambda c: " or ".join(c.options[:3]),
-    "options in a row": lambda c: " ".join(c.options[:3]), "first two": lambda c: ", ".join(c.options[:2]), "lookup, not the other": lambda c: f"{c.lookup[0]}, not {c.options[-1]}", "first two lookups": lambda c: " ".join(c.lookup[:2]),
-    "lookup hedged": lambda c: f"probably {c.lookup[0]}", "lookup twice": lambda c: f"{c.lookup[0]} {c.lookup[0]}",
-}  # fmt: skip
-BOXES = {"none": None, "placeholder": [[0, 0, 100, 100]], "whole": [[0, 0, 1000, 1000]], "half": [[0, 200, 1000, 790]], "lungs": LUNGS_BOXES, "all organs": ORGAN_BOXES}
-CAPTIONS = {"none": lambda c: None, "plain": lambda c: "Frontal chest x-ray.", "question": lambda c: c.question, "all findings": lambda c: "Chest x-ray with " + ", ".join(c.vocabulary[:8]) + "."}
-WRAPPERS = {"object": lambda fields: response(**fields), "fence": lambda fields: f"```json\n{response(**fields)}\n```", "twice": lambda fields: response(**fields) * 2,
-            "reasoned": lambda fields: response(**({"reasoning": f"I see {fields['answer']}."} | fields))}  # fmt: skip
+    "yes": lambda c: "yes",
+    "no": lambda c: "no",
+    "lookup": lambda c: c.lookup[0],
+    "frequent": lambda c: c.frequent,
+    "options with or": lambda c: " or ".join(c.options[:3]),
+    "options in a row": lambda c: " ".join(c.options[:3]),
+    "first two": lambda c: ", ".join(c.options[:2]),
+    "lookup, not the other": lambda c: f"{c.lookup[0]}, not {c.options[-1]}",
+    "first two lookups": lambda c: " ".join(c.lookup[:2]),
+    "lookup hedged": lambda c: f"probably {c.lookup[0]}",
+    "lookup twice": lambda c: f"{c.lookup[0]} {c.lookup[0]}",
+}
+BOXES = {
+    "none": None,
+    "placeholder": [[0, 0, 100, 100]],
+    "whole": [[0, 0, 1000, 1000]],
+    "half": [[0, 200, 1000, 790]],
+    "lungs": LUNGS_BOXES,
+    "all organs": ORGAN_BOXES,
+}
+CAPTIONS = {
+    "none": lambda c: None,
+    "plain": lambda c: "Frontal chest x-ray.",
+    "question": lambda c: c.question,
+    "all findings": lambda c: "Chest x-ray with " + ", ".join(c.vocabulary[:8]) + ".",
+}
+WRAPPERS = {
+    "object": lambda fields: response(**fields),
+    "fence": lambda fields: f"```json\n{response(**fields)}\n```",
+    "twice": lambda fields: response(**fields) * 2,
+    "reasoned": lambda fields: response(**({"reasoning": f"I see {fields['answer']}."} | fields)),
+}
 
 
 def templates():
     """All combinations of answer, box, caption and wrapper, as blind policies."""
+
     def write(answer, boxes, caption, wrap):
         def text(case):
             fields = {"caption": CAPTIONS[caption](case), "boxes": BOXES[boxes], "answer": ANSWERS[answer](case)}
             return WRAPPERS[wrap]({name: value for name, value in fields.items() if value is not None})
+
         return text
 
-    return [Policy(f"answer: {a}; box: {b}; caption: {c}; {w}", write(a, b, c, w)) for a, b, c, w in itertools.product(ANSWERS, BOXES, CAPTIONS, WRAPPERS)]
+    return [
+        Policy(f"answer: {a}; box: {b}; caption: {c}; {w}", write(a, b, c, w))
+        for a, b, c, w in itertools.product(ANSWERS, BOXES, CAPTIONS, WRAPPERS)
+    ]
 
 
 def search(cases, frequencies, few=24, keep=25):
@@ -382,41 +466,86 @@ def search(cases, frequencies, few=24, keep=25):
     kinds = np.array([case.kind for case in some])
     policies = templates()
     settings = RewardSettings()
-    table = np.array([[rollout_terms(c.row, p.write(c), settings, frequencies, *simulated_drops(c, p.sight, c.right))["reward"] for c in some] for p in policies])
-    best = {int(i) for part in (kinds != "", *(kinds == kind for kind in ("yes_no", "choice", "open"))) for i in np.argsort(-table[:, part].mean(1), kind="stable")[:keep]}
-    found = {policies[i].name: {"gated": [rollout_terms(c.row, policies[i].write(c), settings, frequencies, *simulated_drops(c, policies[i].sight, c.right))["reward"] for c in cases]} for i in sorted(best)}
+    table = np.array(
+        [
+            [
+                rollout_terms(c.row, p.write(c), settings, frequencies, *simulated_drops(c, p.sight, c.right))["reward"]
+                for c in some
+            ]
+            for p in policies
+        ]
+    )
+    best = {
+        int(i)
+        for part in (kinds != "", *(kinds == kind for kind in ("yes_no", "choice", "open")))
+        for i in np.argsort(-table[:, part].mean(1), kind="stable")[:keep]
+    }
+    found = {
+        policies[i].name: {
+            "gated": [
+                rollout_terms(
+                    c.row, policies[i].write(c), settings, frequencies, *simulated_drops(c, policies[i].sight, c.right)
+                )["reward"]
+                for c in cases
+            ]
+        }
+        for i in sorted(best)
+    }
     return found, len(policies)
 
 
 # --------------------------------------------------------------------------------------------------------------- script
 
+
 def markdown(header, rows):
-    return "\n".join(["| " + " | ".join(header) + " |", "|" + "---|" * len(header), *("| " + " | ".join(row) + " |" for row in rows)])
+    return "\n".join(
+        ["| " + " | ".join(header) + " |", "|" + "---|" * len(header), *("| " + " | ".join(row) + " |" for row in rows)]
+    )
 
 
 def design_table(found):
     """Mean earnings; bold: as much as the honest policy or more."""
     names = list(found["honest"])
-    means = {policy: {name: float(np.mean(values)) for name, values in columns.items()} for policy, columns in found.items()}
+    means = {
+        policy: {name: float(np.mean(values)) for name, values in columns.items()} for policy, columns in found.items()
+    }
 
     def cell(policy, name):
         value = round(means[policy][name], 2) + 0.0  # + 0.0: no "-0.00"
-        return f"**{value:.2f}**" if policy != "honest" and means[policy][name] >= means["honest"][name] - 1e-9 else f"{value:.2f}"
+        return (
+            f"**{value:.2f}**"
+            if policy != "honest" and means[policy][name] >= means["honest"][name] - 1e-9
+            else f"{value:.2f}"
+        )
 
-    beaten = {name: sum(means[p][name] >= means["honest"][name] - 1e-9 for p in means if p != "honest") for name in names}
+    beaten = {
+        name: sum(means[p][name] >= means["honest"][name] - 1e-9 for p in means if p != "honest") for name in names
+    }
     rows = [[policy, *(cell(policy, name) for name in names)] for policy in means]
-    return markdown(["policy", *names], [*rows, ["*cheats that earn as much as honesty or more*", *(str(beaten[name]) for name in names)]]), beaten
+    return markdown(
+        ["policy", *names],
+        [*rows, ["*cheats that earn as much as honesty or more*", *(str(beaten[name]) for name in names)]],
+    ), beaten
 
 
 def margin_table(found):
     kinds = list(next(iter(found.values())))
-    return markdown(["honest minus", *kinds], [[name, *(f"{row[kind]:+.2f}" for kind in kinds)] for name, row in found.items() if name != "honest"])
+    return markdown(
+        ["honest minus", *kinds],
+        [[name, *(f"{row[kind]:+.2f}" for kind in kinds)] for name, row in found.items() if name != "honest"],
+    )
 
 
 def parse_args(argv=None):
     parser = script_parser(__doc__, task=TASK)
     g = parser.add_argument_group("zoo")
-    g.add_argument("--studies", type=positive_int, default=120, metavar="N", help="phantom films to ask about; three times as many others give the training answers (%(default)s)")
+    g.add_argument(
+        "--studies",
+        type=positive_int,
+        default=120,
+        metavar="N",
+        help="phantom films to ask about; three times as many others give the training answers (%(default)s)",
+    )
     g.add_argument("--no-search", action="store_true", help="leave the template search out")
     args = parser.parse_args(argv)
     if args.dry_run:
@@ -431,19 +560,29 @@ def main(argv=None):
     run_dir = open_run_dir(args, TASK, "zoo")
     cases, frequencies = make_cases(args.studies, args.seed)
     counts = {kind: int(mask.sum()) for kind, mask in masks_of(cases).items()}
-    print(f"{len(POLICIES)} policies and the honest one on {len(cases)} phantom questions about {args.studies} films: {counts}\n", flush=True)
+    print(
+        f"{len(POLICIES)} policies and the honest one on {len(cases)} phantom questions about {args.studies} films: {counts}\n",
+        flush=True,
+    )
     found = earnings(cases, (HONEST, *POLICIES), frequencies, tuple(DESIGNS))
     table, beaten = design_table(found)
     lead = margins(cases, found)
-    report = [f"Phantom questions: {counts}; honest policy right on {np.mean([c.right for c in cases]):.1%}. Mean reward; bold: as much as the honest policy, or more.\n", table,
-              "\nMargins of the honest policy over each, gated reward:\n", margin_table(lead)]  # fmt: skip
+    report = [
+        f"Phantom questions: {counts}; honest policy right on {np.mean([c.right for c in cases]):.1%}. Mean reward; bold: as much as the honest policy, or more.\n",
+        table,
+        "\nMargins of the honest policy over each, gated reward:\n",
+        margin_table(lead),
+    ]
     metrics = {"counts": counts, "beaten": beaten, "margins": lead}
     if not args.no_search:
         best, tried = search(cases, frequencies, few=6 if args.dry_run else 24)
         lead = margins(cases, {"honest": found["honest"]} | best)
         closest = sorted((name for name in lead if name != "honest"), key=lambda name: lead[name]["all"])[:10]
         metrics["search"] = {"templates": tried, "closest": {name: lead[name] for name in closest}}
-        report += [f"\nTemplate search: {tried} blind templates; the ten that come closest:\n", margin_table({name: lead[name] for name in closest})]
+        report += [
+            f"\nTemplate search: {tried} blind templates; the ten that come closest:\n",
+            margin_table({name: lead[name] for name in closest}),
+        ]
     text = "\n".join(report)
     print(text)
     (run_dir / "zoo.md").write_text(text + "\n", encoding="utf-8")
