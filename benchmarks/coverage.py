@@ -1,14 +1,15 @@
 """
-How often does each interval of shared/metrics/statistics.py hold the truth, and how often does each test reject in error?
+How often does each interval of shared/metrics/statistics.py hold the truth, and how often does each test reject in
+error?
 
 Usage:
-    python benchmarks/coverage.py                                                        # the claim: 1,000 repetitions, minutes on one core
+    python benchmarks/coverage.py  # the claim: 1,000 repetitions, minutes on one core
     python benchmarks/coverage.py --repetitions 300 --clusters 5 100 --num-samples 500   # the short form of the tests
 
-Data of known truth are drawn again and again; nominal coverage is 95 %. Clustered rows come in groups of 1 to 11 rows (as the
-questions about one image do) whose chances vary from group to group with an intra-cluster correlation of 0.3. "rows" in a
-name: the groups are ignored, for contrast. An interval that could not be given, or has no end on one side, counts as a miss.
-Prints two markdown tables with Monte Carlo standard errors and writes --out-dir/coverage.json.
+Data of known truth are drawn again and again; nominal coverage is 95 %. Clustered rows come in groups of 1 to 11 rows
+(as the questions about one image do) whose chances vary from group to group with an intra-cluster correlation of 0.3.
+"rows" in a name: the groups are ignored, for contrast. An interval that could not be given, or has no end on one side,
+counts as a miss. Prints two markdown tables with Monte Carlo standard errors and writes --out-dir/coverage.json.
 """
 
 import argparse
@@ -24,15 +25,8 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 from scipy.stats import norm
 
-from shared.metrics.statistics import (
-    METHODS,
-    bootstrap_interval,
-    delong_auc,
-    effective_clusters,
-    mcnemar_exact,
-    sign_flip_test,
-    wilson_interval,
-)
+from shared.metrics.statistics import METHODS, bootstrap_interval, delong_auc, effective_clusters, mcnemar_exact
+from shared.metrics.statistics import sign_flip_test, wilson_interval
 from shared.runtime import positive_int, run_facts, script, write_json
 
 ICC = 0.3  # of answers to questions about one image; 0 would make groups harmless
@@ -98,7 +92,9 @@ def f1(tp, fp, fn):
 
 
 def f1_score(rng, num_groups):
-    """A quarter positive, recall 0.7, one false alarm in ten negatives: tp .175, fp .075, fn .075 -> F1 = .35 / .5 = 0.7."""
+    """
+    A quarter positive, recall 0.7, one false alarm in ten negatives: tp .175, fp .075, fn .075 -> F1 = .35 / .5 = 0.7.
+    """
     groups = draw_groups(rng, num_groups)
     prevalence, recall, alarm = (beta(rng, mean, num_groups)[groups] for mean in (0.25, 0.7, 0.1))
     label = rng.random(len(groups)) < prevalence
@@ -107,7 +103,9 @@ def f1_score(rng, num_groups):
 
 
 def two_models(rng, num_groups, difference):
-    """Right answers of two models that agree by construction in 60 % of the rows; model b is right in 0.75 - difference."""
+    """
+    Right answers of two models that agree by construction in 60 % of the rows; model b is right in 0.75 - difference.
+    """
     groups = draw_groups(rng, num_groups)
     n = len(groups)
     a = rng.random(n) < beta(rng, 0.75, num_groups)[groups]
@@ -140,7 +138,10 @@ def true_auc():
 
 
 def auc(rng, groups, group_label):
-    """Scores are normal, one unit higher for positives; all rows of a group have one label, as the films of one patient do."""
+    """
+    Scores are normal, one unit higher for positives; all rows of a group have one label, as the films of one patient
+    do.
+    """
     num_groups = len(group_label)
     label = group_label[groups]
     within = len(groups) > num_groups  # groups of one row: independent cases
@@ -248,23 +249,14 @@ def verdict(cells, repetitions):
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--repetitions",
-        type=positive_int,
-        default=1000,
-        help="data sets per cell; the standard error at 95 %% is 0.7 points with 1000, 1.3 with 300 (%(default)s)",
-    )
-    parser.add_argument(
-        "--clusters",
-        type=positive_int,
-        nargs="+",
-        default=[5, 10, 30, 100, 200],
-        metavar="G",
-        help="numbers of groups (%(default)s)",
-    )
-    parser.add_argument(
-        "--num-samples", type=positive_int, default=1000, help="bootstrap resamples per interval (%(default)s)"
-    )
+    # fmt: off
+    parser.add_argument("--repetitions", type=positive_int, default=1000,
+        help="data sets per cell; the standard error at 95 %% is 0.7 points with 1000, 1.3 with 300 (%(default)s)")
+    parser.add_argument("--clusters", type=positive_int, nargs="+", default=[5, 10, 30, 100, 200], metavar="G",
+        help="numbers of groups (%(default)s)")
+    parser.add_argument("--num-samples", type=positive_int, default=1000,
+        help="bootstrap resamples per interval (%(default)s)")
+    # fmt: on
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out-dir", type=Path, default=Path("outputs/benchmarks"))
     args = parser.parse_args(argv)
@@ -298,9 +290,9 @@ def main(argv=None):
     columns = " | ".join(f"G = {g}" for g in args.clusters)
     rule = "|---" * (len(args.clusters) + 1) + "|"
     print(
-        f"\nCoverage in % (± Monte Carlo standard error) of intervals of nominal 95 %, {args.repetitions} repetitions; in brackets: % of the\n"
-        f"repetitions without an interval, when above 0.5. {args.clusters} groups of 1 to 11 rows count like "
-        f"{', '.join(f'{effective[g]:.1f}' for g in args.clusters)} of equal size.\n"
+        f"\nCoverage in % (± Monte Carlo standard error) of intervals of nominal 95 %, {args.repetitions} repetitions;"
+        f" in brackets: % of the\nrepetitions without an interval, when above 0.5. {args.clusters} groups of 1 to 11"
+        f" rows count like {', '.join(f'{effective[g]:.1f}' for g in args.clusters)} of equal size.\n"
     )
     print(f"| data | interval | {columns} | within 93-97 % (± 2 standard errors)? |\n{rule}---|---|")
     for scenario, rows in coverage.items():
@@ -311,7 +303,8 @@ def main(argv=None):
             ]
             print(f"| {scenario} | {name} | {' | '.join(texts)} | {verdicts[scenario][name]} |")
     print(
-        f"\nRejections in % at p < 0.05 between two equally good models on clustered rows (a valid test has at most 5)\n\n| test | {columns} |\n{rule}"
+        "\nRejections in % at p < 0.05 between two equally good models on clustered rows (a valid test has at most"
+        f" 5)\n\n| test | {columns} |\n{rule}"
     )
     for name, cells in tests.items():
         print(f"| {name} | {' | '.join(percent(c['rejected'], c['se']) for c in cells.values())} |")

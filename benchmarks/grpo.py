@@ -1,5 +1,6 @@
 """
-A GRPO step of train_grpo.py against trl's GRPOTrainer: the same model, prompts, group size, lengths, LoRA, loss and KL, in one run.
+A GRPO step of train_grpo.py against trl's GRPOTrainer: the same model, prompts, group size, lengths, LoRA, loss and KL,
+in one run.
 
 Usage:
     pip install -r requirements-dev.txt
@@ -8,15 +9,18 @@ Usage:
 
 Rows:
     ours                    prompts shared by their samples, log-probabilities in chunks
-    ours, nothing shared    every rollout a text of its own in the log-probability passes (--checkpointing without recomputing)
+    ours, nothing shared    every rollout a text of its own in the log-probability passes (--checkpointing without
+                            recomputing)
     ours, with V            the default reward: answers are scored again on edited images (trl has no such thing)
-    trl                     GRPOTrainer, dapo loss, beta 0.02, LoRA (reference = adapter switched off), no gradient checkpointing
+    trl                     GRPOTrainer, dapo loss, beta 0.02, LoRA (reference = adapter switched off), no gradient
+                            checkpointing
     trl, checkpointing      the same as it comes
 
-The model is tiny:qwen2vl with random weights and a vocabulary of --vocab tokens, so that what it writes hardly ever ends: every
-rollout has --tokens tokens. The reward is the same function of the tokens for all. Each row runs in a process of its own, once per
-round, taking turns. Seconds per step: median over the steps after the first ones and the rounds. Memory: growth of the process's
-peak over what it held with model and libraries loaded. Prints a table and writes --out-dir/metrics.json.
+The model is tiny:qwen2vl with random weights and a vocabulary of --vocab tokens, so that what it writes hardly ever
+ends: every rollout has --tokens tokens. The reward is the same function of the tokens for all. Each row runs in a
+process of its own, once per round, taking turns. Seconds per step: median over the steps after the first ones and the
+rounds. Memory: growth of the process's peak over what it held with model and libraries loaded. Prints a table and
+writes --out-dir/metrics.json.
 """
 
 import argparse
@@ -54,9 +58,10 @@ def parse_args(argv=None):
     parser.add_argument("--prompts", type=positive_int, default=4, help="questions per step (%(default)s)")
     parser.add_argument("--num-generations", type=positive_int, default=8, help="answers to each (%(default)s)")
     parser.add_argument("--tokens", type=positive_int, default=64, help="length of an answer (%(default)s)")
-    parser.add_argument(
-        "--image-size", type=positive_int, default=224, help="pixels; 28 x 28 are a token (%(default)s)"
-    )
+    # fmt: off
+    parser.add_argument("--image-size", type=positive_int, default=224,
+        help="pixels; 28 x 28 are a token (%(default)s)")
+    # fmt: on
     parser.add_argument("--steps", type=positive_int, default=6, help="steps that are timed (%(default)s)")
     parser.add_argument("--skip", type=positive_int, default=2, help="steps before the clock starts (%(default)s)")
     parser.add_argument("--rounds", type=positive_int, default=3, help="turns of each row (%(default)s)")
@@ -75,7 +80,7 @@ def parse_args(argv=None):
             args.steps,
             args.skip,
             args.rounds,
-        ) = 2048, 2, 2, 6, 56, 2, 1, 1
+        ) = (2048, 2, 2, 6, 56, 2, 1, 1)
     return args
 
 
@@ -280,7 +285,8 @@ def main(argv=None):
     print("| row | seconds per step | peak growth MiB | tokens per rollout |\n|---|---|---|---|")
     for name, row in table.items():
         print(
-            f"| {name} | {row['seconds_per_step']:.2f} | {row['peak_growth_mib']:.0f} | {row['tokens_per_rollout']:.0f} |"
+            f"| {name} | {row['seconds_per_step']:.2f} | {row['peak_growth_mib']:.0f} |"
+            f" {row['tokens_per_rollout']:.0f} |"
         )
     ratios = {}
     for a, b in (
@@ -295,7 +301,8 @@ def main(argv=None):
                 "memory": table[b]["peak_growth_mib"] / table[a]["peak_growth_mib"],
             }
             print(
-                f"{b} against {a}: {ratios[f'{a} / {b}']['time']:.2f} x as fast, {ratios[f'{a} / {b}']['memory']:.2f} x the memory growth"
+                f"{b} against {a}: {ratios[f'{a} / {b}']['time']:.2f} x as fast, {ratios[f'{a} / {b}']['memory']:.2f} x"
+                " the memory growth"
             )
     write_json(
         args.out_dir / "metrics.json",

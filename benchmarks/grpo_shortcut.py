@@ -6,18 +6,19 @@ Usage:
     python benchmarks/grpo_shortcut.py --agreement 0.5     # GRPO's mark says nothing: does it learn to see?
     python benchmarks/grpo_shortcut.py --small --seeds 96 --arms answer default   # the short form for tests
 
-"Is there a pleural effusion?" on films with a severe effusion or none, half and half. A weak model is fine-tuned until the effusion and
-the mark begin to mean something to it, equally much. GRPO then trains it on films where the mark is there exactly when the effusion is:
+"Is there a pleural effusion?" on films with a severe effusion or none, half and half. A weak model is fine-tuned until
+the effusion and the mark begin to mean something to it, equally much. GRPO then trains it on films where the mark is
+there exactly when the effusion is:
 
     answer      the reward is the answer alone (weights 0,1,0,0 of the additive composition)
     default     the reward as it comes: gated, with V, and its own gradient
     no gradient the default without the reward's own gradient (--cf-gradient 0)
 
-Measured on films of other patients, greedy: accuracy with the mark as in training, without any mark, and with the mark turned
-round; and on films with an effusion how many answers change when its region is filled in, minus the same for random regions.
-Beside the greedy accuracy without mark stands the sampled one, the mean probability of the right one of yes and no, which is what GRPO raises: a
-weak start that leans by a hair to the right side is right on many films when greedy, and on half of them when sampled.
-Intervals draw patients. Writes metrics.json and shortcut.png to --out-dir.
+Measured on films of other patients, greedy: accuracy with the mark as in training, without any mark, and with the mark
+turned round; and on films with an effusion how many answers change when its region is filled in, minus the same for
+random regions. Beside the greedy accuracy without mark stands the sampled one, the mean probability of the right one of
+yes and no, which is what GRPO raises: a weak start that leans by a hair to the right side is right on many films when
+greedy, and on half of them when sampled. Intervals draw patients. Writes metrics.json and shortcut.png to --out-dir.
 """
 
 import argparse
@@ -39,17 +40,8 @@ from PIL import Image
 from shared.metrics.statistics import bootstrap_interval
 from shared.models.loading import load_vlm
 from shared.phantom import PhantomSettings
-from shared.runtime import (
-    InputError,
-    atomic_file,
-    fraction,
-    load_checkpoint,
-    positive_int,
-    run_facts,
-    script,
-    seed_everything,
-    write_json,
-)
+from shared.runtime import InputError, atomic_file, fraction, load_checkpoint, positive_int, run_facts, script
+from shared.runtime import seed_everything, write_json
 from vqa_sft_grpo import train_grpo, train_sft
 from vqa_sft_grpo.examples import ImageStore, make_examples, read_pixels
 from vqa_sft_grpo.prepare_data import make_rows, write_rows
@@ -88,20 +80,16 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(%(default)s)")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS, help="(%(default)s)")
-    parser.add_argument(
-        "--agreement",
-        type=fraction,
-        default=1.0,
-        help="share of GRPO's films whose mark says what is true (%(default)s)",
-    )
+    # fmt: off
+    parser.add_argument("--agreement", type=fraction, default=1.0,
+        help="share of GRPO's films whose mark says what is true (%(default)s)")
     parser.add_argument("--films", type=positive_int, default=2000, help="training films (%(default)s)")
     parser.add_argument("--test-films", type=positive_int, default=600, help="(%(default)s)")
-    parser.add_argument(
-        "--sft-batch-size", type=positive_int, default=32, help="films per step of fine-tuning (%(default)s)"
-    )
-    parser.add_argument(
-        "--steps", type=positive_int, default=300, help="of GRPO, 16 films x 8 answers each (%(default)s)"
-    )
+    parser.add_argument("--sft-batch-size", type=positive_int, default=32,
+        help="films per step of fine-tuning (%(default)s)")
+    parser.add_argument("--steps", type=positive_int, default=300,
+        help="of GRPO, 16 films x 8 answers each (%(default)s)")
+    # fmt: on
     parser.add_argument("--lr", type=float, default=5e-4, help="of GRPO (%(default)s)")
     parser.add_argument("--small", action="store_true", help="fewer films and steps, smaller batches")
     parser.add_argument("--out-dir", type=Path, default=Path("outputs/benchmarks/grpo_shortcut"))
@@ -126,8 +114,8 @@ def film_rows(split, films, seed, folder):
 
 def marked(rows, agreement, seed, folder):
     """
-    The same rows with marked films. agreement: share of films whose mark says what is true (a mark for yes, none for no); 0.5: by
-    chance; None: no mark at all.
+    The same rows with marked films. agreement: share of films whose mark says what is true (a mark for yes, none for
+    no); 0.5: by chance; None: no mark at all.
     """
     if agreement is None:
         return rows
@@ -149,10 +137,11 @@ def marked(rows, agreement, seed, folder):
 
 def fine_tune_weakly(args, folder, seed):
     """
-    A model that writes well and to which effusion and mark mean little, and about equally much -> (its folder, {effusion, mark}: by how many
-    nats each moves the log-odds of yes on validation films). First the answers are shuffled, so that it learns to write. Then they are
-    right, and the mark says what is true or says nothing (HINTS), whichever keeps its effect beside the effusion's, until both have reached
-    SEEING. Its answers are still a matter of chance. (Accuracy cannot tell that moment: the model says now yes, now no, to everything.)
+    A model that writes well and to which effusion and mark mean little, and about equally much -> (its folder,
+    {effusion, mark}: by how many nats each moves the log-odds of yes on validation films). First the answers are
+    shuffled, so that it learns to write. Then they are right, and the mark says what is true or says nothing (HINTS),
+    whichever keeps its effect beside the effusion's, until both have reached SEEING. Its answers are still a matter of
+    chance. (Accuracy cannot tell that moment: the model says now yes, now no, to everything.)
     """
     rows = film_rows("train", args.films, 10 * seed, folder)
     train_rows, val_rows = ([r for r in rows if r["split"] == split] for split in ("train", "val"))
@@ -209,10 +198,12 @@ def fine_tune_weakly(args, folder, seed):
                 break
     else:
         raise InputError(
-            f"seed {seed}: after {settings.steps} steps of fine-tuning the effusion moves the log-odds by {effusion:.3f} nats and the mark by {mark:.3f}; more --films may help"
+            f"seed {seed}: after {settings.steps} steps of fine-tuning the effusion moves the log-odds by"
+            f" {effusion:.3f} nats and the mark by {mark:.3f}; more --films may help"
         )
     print(
-        f"seed {seed}: fine-tuned for {step + 1} steps; the effusion moves the log-odds by {effusion:.2f} nats, the mark by {mark:.2f}",
+        f"seed {seed}: fine-tuned for {step + 1} steps; the effusion moves the log-odds by {effusion:.2f} nats, the"
+        f" mark by {mark:.2f}",
         flush=True,
     )
     train_sft.save_model(vlm, folder / f"sft_{seed}", {"name": "phantom with marks"})
@@ -238,8 +229,8 @@ def log_odds(vlm, rows):
 
 def answers_to(vlm, rows, regions=0, seed=0):
     """
-    Greedy answers to rows -> (right (N,), flips (M, 2), groups of those M): for films with an effusion, whether the answer changes
-    when its region is filled in, and the share of `regions` random regions whose filling changes it.
+    Greedy answers to rows -> (right (N,), flips (M, 2), groups of those M): for films with an effusion, whether the
+    answer changes when its region is filled in, and the share of `regions` random regions whose filling changes it.
     """
     images = [np.array(read_pixels(r["image"])) for r in rows]
     said = write_answers(vlm, [r["question"] for r in rows], images)

@@ -1,15 +1,17 @@
 """
-Two things that loading costs: seconds and memory of bf16 against NF4, and image preprocessing in a loop against all at once.
+Two things that loading costs: seconds and memory of bf16 against NF4, and image preprocessing in a loop against all at
+once.
 
 Usage:
-    python benchmarks/loading.py                              # models of about 50 M parameters with random weights, CPU, a minute
+    python benchmarks/loading.py  # models of about 50 M parameters with random weights, CPU, a minute
     python benchmarks/loading.py --models google/medgemma-4b-it --device cuda
     python benchmarks/loading.py --small                      # the short form for tests
 
-Loading: `weights` are the bytes of the parameters (with the scales of quantised ones), `peak` what the process (or the GPU's
-allocator) needed above what it had before. Preprocessing is compared with what a user would write first, the processor's own
-apply_chat_template in a loop over the cases, and with one call of it for all; the aim is 10 times the loop. Processor seconds
-are counted beside wall seconds, since other programs may share the machine. Writes outputs/benchmarks/loading.json.
+Loading: `weights` are the bytes of the parameters (with the scales of quantised ones), `peak` what the process (or the
+GPU's allocator) needed above what it had before. Preprocessing is compared with what a user would write first, the
+processor's own apply_chat_template in a loop over the cases, and with one call of it for all; the aim is 10 times the
+loop. Processor seconds are counted beside wall seconds, since other programs may share the machine. Writes
+outputs/benchmarks/loading.json.
 """
 
 import argparse
@@ -48,7 +50,10 @@ FAMILIES = ("gemma3", "qwen2vl", "llava")
 
 
 class PeakMemory:
-    """Highest memory use inside a `with` block above the one before it, in bytes: of the GPU's allocator, else of the process."""
+    """
+    Highest memory use inside a `with` block above the one before it, in bytes: of the GPU's allocator, else of the
+    process.
+    """
 
     def __init__(self, device):
         self.cuda = device.type == "cuda"
@@ -153,14 +158,14 @@ def measure_preprocessing(family, count, repeats):
 @script
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--models", nargs="*", help="hub names or folders (default: the three families at 50 M parameters, random)"
-    )
+    # fmt: off
+    parser.add_argument("--models", nargs="*",
+        help="hub names or folders (default: the three families at 50 M parameters, random)")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--images", type=positive_int, default=128, help="films per timing (%(default)s)")
-    parser.add_argument(
-        "--repeats", type=positive_int, default=3, help="timings per row; the best counts (%(default)s)"
-    )
+    parser.add_argument("--repeats", type=positive_int, default=3,
+        help="timings per row; the best counts (%(default)s)")
+    # fmt: on
     parser.add_argument("--small", action="store_true", help="models of 2 M parameters, 8 films, once")
     parser.add_argument("--out-dir", type=Path, default=Path("outputs/benchmarks"))
     args = parser.parse_args(argv)
@@ -173,12 +178,15 @@ def main(argv=None):
     preprocessing = [measure_preprocessing(family, args.images, args.repeats) for family in FAMILIES]
 
     print(
-        "\n| family | M parameters | weights held in | load s | load peak MB | weights MB | 8 tokens s | running peak MB |\n|---|---|---|---|---|---|---|---|"
+        "\n| family | M parameters | weights held in | load s | load peak MB | weights MB | 8 tokens s | running peak"
+        " MB |\n|---|---|---|---|---|---|---|---|"
     )
     for r in loading:
         held = "bf16" if r["quant"] == "none" else r["quant"]
         print(
-            f"| {r['family']} | {r['parameters'] / 1e6:.1f} | {held} | {r['load_seconds']:.2f} | {r['load_peak_mb']:.0f} | {r['weights_mb']:.1f} | {r['generate_seconds']:.2f} | {r['generate_peak_mb']:.0f} |"
+            f"| {r['family']} | {r['parameters'] / 1e6:.1f} | {held} | {r['load_seconds']:.2f} |"
+            f" {r['load_peak_mb']:.0f} | {r['weights_mb']:.1f} | {r['generate_seconds']:.2f} |"
+            f" {r['generate_peak_mb']:.0f} |"
         )
     print(
         "\nmilliseconds per case, processor time (wall time)\n\n| "

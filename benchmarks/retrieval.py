@@ -1,19 +1,22 @@
 """
-What the search for similar cases costs: seconds to index, milliseconds per query, and recall against latency for large galleries.
+What the search for similar cases costs: seconds to index, milliseconds per query, and recall against latency for large
+galleries.
 
 Usage:
-    MEDVLM_DATA=<folder> python benchmarks/retrieval.py --cnn-weights models/task1_model.pth    # a million vectors: tens of minutes, 8 GB
-    python benchmarks/retrieval.py --count 50000                                                # minutes
-    python benchmarks/retrieval.py --small                                                      # the short form for tests
+    MEDVLM_DATA=<folder> python benchmarks/retrieval.py --cnn-weights models/task1_model.pth    # a million vectors:
+    tens of minutes, 8 GB python benchmarks/retrieval.py --count 50000                                                #
+    minutes
+    python benchmarks/retrieval.py --small  # the short form for tests
 
-1. Seconds to embed and index the 4,708 training images. 2. Median time of a query among the 624 test images, inside the process:
-CaseIndex with either backend, beside a NumPy argsort and scikit-learn; the aim is below 1 ms. 3. --count vectors drawn from
-a Gaussian mixture fitted to the real embeddings (--covariance: of the clusters; queries come from the same mixture): FAISS flat, HNSW for
-several efSearch, IVF-PQ for several nprobe, without and with the exact comparison of its 100 best that CaseIndex makes, beside
-NumPy, torch and scikit-learn. recall@10 = share of the ten exact neighbours that were found. The aim is HNSW with a recall
-of at least 0.95 at ten times the queries per second of the flat index. Queries come one at a time, as a reader asks them.
-Vectors and indexes are built once and kept in --cache, named by a digest of what they are made from; their build time is
-kept with them. Writes outputs/benchmarks/retrieval.json.
+1. Seconds to embed and index the 4,708 training images. 2. Median time of a query among the 624 test images, inside the
+process: CaseIndex with either backend, beside a NumPy argsort and scikit-learn; the aim is below 1 ms. 3. --count
+vectors drawn from a Gaussian mixture fitted to the real embeddings (--covariance: of the clusters; queries come from
+the same mixture): FAISS flat, HNSW for several efSearch, IVF-PQ for several nprobe, without and with the exact
+comparison of its 100 best that CaseIndex makes, beside NumPy, torch and scikit-learn. recall@10 = share of the ten
+exact neighbours that were found. The aim is HNSW with a recall of at least 0.95 at ten times the queries per second of
+the flat index. Queries come one at a time, as a reader asks them. Vectors and indexes are built once and kept in
+--cache, named by a digest of what they are made from; their build time is kept with them. Writes
+outputs/benchmarks/retrieval.json.
 """
 
 import argparse
@@ -47,47 +50,27 @@ DRAW = 50_000  # vectors drawn at once
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="pneumoniamnist")
-    parser.add_argument(
-        "--data-dir",
-        default=os.environ.get("MEDVLM_DATA") or "data",
-        help="folder with the data files; $MEDVLM_DATA, else data",
-    )
-    parser.add_argument(
-        "--cnn-weights", help="task 1 classifier (default: models/task1_model.pth, else ./task1_model.pth)"
-    )
-    parser.add_argument(
-        "--count", type=positive_int, default=1_000_000, help="vectors of the large gallery (%(default)s)"
-    )
+    # fmt: off
+    parser.add_argument("--data-dir", default=os.environ.get("MEDVLM_DATA") or "data",
+        help="folder with the data files; $MEDVLM_DATA, else data")
+    parser.add_argument("--cnn-weights",
+        help="task 1 classifier (default: models/task1_model.pth, else ./task1_model.pth)")
+    parser.add_argument("--count", type=positive_int, default=1_000_000,
+        help="vectors of the large gallery (%(default)s)")
     parser.add_argument("--queries", type=positive_int, default=500, help="queries to the large gallery (%(default)s)")
     parser.add_argument("--clusters", type=positive_int, default=16, help="Gaussians of the mixture (%(default)s)")
-    parser.add_argument(
-        "--covariance",
-        default="tied",
-        choices=["tied", "diag"],
-        help="one full matrix for all clusters, or a diagonal each (%(default)s)",
-    )
+    parser.add_argument("--covariance", default="tied", choices=["tied", "diag"],
+        help="one full matrix for all clusters, or a diagonal each (%(default)s)")
     parser.add_argument("--links", type=positive_int, default=32, help="HNSW: links per vector, M (%(default)s)")
-    parser.add_argument(
-        "--ef-construction", type=positive_int, default=100, help="HNSW: candidates while building (%(default)s)"
-    )
-    parser.add_argument(
-        "--threads",
-        type=positive_int,
-        default=torch.get_num_threads(),
-        help="threads of FAISS, torch and scikit-learn (%(default)s)",
-    )
-    parser.add_argument(
-        "--cache",
-        type=Path,
-        default=Path("outputs/benchmarks/retrieval_cache"),
-        help="folder for vectors and indexes, 5 GB at a million (%(default)s)",
-    )
-    parser.add_argument(
-        "--device",
-        default="auto",
-        choices=["auto", "cpu", "cuda", "mps"],
-        help="where the images are embedded (%(default)s)",
-    )
+    parser.add_argument("--ef-construction", type=positive_int, default=100,
+        help="HNSW: candidates while building (%(default)s)")
+    parser.add_argument("--threads", type=positive_int, default=torch.get_num_threads(),
+        help="threads of FAISS, torch and scikit-learn (%(default)s)")
+    parser.add_argument("--cache", type=Path, default=Path("outputs/benchmarks/retrieval_cache"),
+        help="folder for vectors and indexes, 5 GB at a million (%(default)s)")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"],
+        help="where the images are embedded (%(default)s)")
+    # fmt: on
     parser.add_argument("--out-dir", type=Path, default=Path("outputs/benchmarks"))
     parser.add_argument("--small", action="store_true", help="1,200 vectors of phantom pixels, for tests")
     args = parser.parse_args(argv)
@@ -141,7 +124,10 @@ def make_index(vectors, cases, backend="auto"):
 
 
 def small_gallery(embedder, data):
-    """Milliseconds per query among the test images, median and 95th percentile; every way must find the same first neighbour."""
+    """
+    Milliseconds per query among the test images, median and 95th percentile; every way must find the same first
+    neighbour.
+    """
     cases = dataset_cases(data, "test")
     vectors = embedder(cases["images"])
     with_torch, forest = (
@@ -191,7 +177,9 @@ def timed(search, queries):
 
 
 class Mixture:
-    """Gaussian mixture fitted to real embeddings; draws float32 vectors in chunks that depend on seed and number alone."""
+    """
+    Gaussian mixture fitted to real embeddings; draws float32 vectors in chunks that depend on seed and number alone.
+    """
 
     def __init__(self, vectors, clusters, covariance):
         fitted = GaussianMixture(clusters, covariance_type=covariance, reg_covar=1e-4, random_state=0, max_iter=20).fit(
@@ -313,12 +301,14 @@ def large_gallery(mixture, args):
         )
         r = rows[-1]
         print(
-            f"| {name} | {recall:.4f} | {r['ms_median']:.3f} | {r['ms_p95']:.3f} | {r['queries_per_second']:,.0f} | {r['bytes_per_vector']:,.0f} | {facts.get('seconds_building', 0):,.0f} |",
+            f"| {name} | {recall:.4f} | {r['ms_median']:.3f} | {r['ms_p95']:.3f} | {r['queries_per_second']:,.0f} |"
+            f" {r['bytes_per_vector']:,.0f} | {facts.get('seconds_building', 0):,.0f} |",
             flush=True,
         )
 
     print(
-        "\n| way | recall@10 | ms per query, median | ms, 95 % | queries per s | bytes per vector | s to build |\n|---|---|---|---|---|---|---|"
+        "\n| way | recall@10 | ms per query, median | ms, 95 % | queries per s | bytes per vector | s to build"
+        " |\n|---|---|---|---|---|---|---|"
     )
     truth, measured, seconds = flat_search(vectors, queries, few)
     row("FAISS flat", measured, truth, vectors.nbytes, seconds_building=seconds)
@@ -384,7 +374,8 @@ def check_memory(size):
         return
     if needed > available:
         raise InputError(
-            f"the large gallery needs about {needed / 2**30:.1f} GiB of memory, {available / 2**30:.1f} are free: lower --count"
+            f"the large gallery needs about {needed / 2**30:.1f} GiB of memory, {available / 2**30:.1f} are free: lower"
+            " --count"
         )
 
 
@@ -399,11 +390,14 @@ def main(argv=None):
     faiss.omp_set_num_threads(args.threads)
     embedder, data, vectors, indexing = real_index(args, device)
     print(
-        f"{indexing['images']:,} images of {data.name}: embedded ({embedder.name}) in {indexing['seconds_embedding']:.2f} s, indexed in {indexing['seconds_indexing']:.3f} s; {args.threads} threads"
+        f"{indexing['images']:,} images of {data.name}: embedded ({embedder.name}) in"
+        f" {indexing['seconds_embedding']:.2f} s, indexed in {indexing['seconds_indexing']:.3f} s; {args.threads}"
+        " threads"
     )
     small = small_gallery(embedder, data)
     print(
-        f"\namong {small['gallery']} images, one query at a time, k = {K}\n\n| way | ms, median | ms, 95 % | same lists |\n|---|---|---|---|"
+        f"\namong {small['gallery']} images, one query at a time, k = {K}\n\n| way | ms, median | ms, 95 % | same lists"
+        " |\n|---|---|---|---|"
     )
     for name, r in small["ways"].items():
         print(
@@ -414,7 +408,8 @@ def main(argv=None):
     mixture = Mixture(vectors, args.clusters, args.covariance)
     fitting = time.perf_counter() - fitting
     print(
-        f"\n{args.count:,} vectors from {args.clusters} Gaussians ({args.covariance}), fitted to {len(vectors):,} in {fitting:.0f} s; {args.queries} queries"
+        f"\n{args.count:,} vectors from {args.clusters} Gaussians ({args.covariance}), fitted to {len(vectors):,} in"
+        f" {fitting:.0f} s; {args.queries} queries"
     )
     rows = large_gallery(mixture, args)
     flat = rows[0]["queries_per_second"]
@@ -423,7 +418,8 @@ def main(argv=None):
     print(
         "\nHNSW with recall@10 of at least 0.95: "
         + (
-            f"efSearch {best['ef_search']}, recall {best['recall_at_10']:.3f}, {best['queries_per_second'] / flat:.1f} times the queries per second of the flat index (aim: 10)"
+            f"efSearch {best['ef_search']}, recall {best['recall_at_10']:.3f}, {best['queries_per_second'] / flat:.1f}"
+            " times the queries per second of the flat index (aim: 10)"
             if best
             else "not reached"
         )

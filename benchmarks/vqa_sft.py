@@ -1,5 +1,6 @@
 """
-Supervised fine-tuning of train_sft.py against trl's SFTTrainer: the same tiny model, rows, batch size, optimiser and loss, in one run.
+Supervised fine-tuning of train_sft.py against trl's SFTTrainer: the same tiny model, rows, batch size, optimiser and
+loss, in one run.
 
 Usage:
     pip install -r requirements-dev.txt
@@ -7,17 +8,19 @@ Usage:
     python benchmarks/vqa_sft.py --small           # the short form for tests: everything runs, the numbers mean nothing
 
 Rows:
-    ours                    whole tiny:qwen2vl trained; images and beginnings of prompts shared by the questions of an image
+    ours                    whole tiny:qwen2vl trained; images and beginnings of prompts shared by the questions of an
+                            image
     ours, nothing shared    the same examples in any order: --per-image 1, no shared prompts
-    trl                     SFTTrainer on prompt-completion rows with images, loss on the completion, no gradient checkpointing
+    trl                     SFTTrainer on prompt-completion rows with images, loss on the completion, no gradient
+                            checkpointing
     trl, checkpointing      the same as it comes: SFTTrainer recomputes activations unless told otherwise
     ours, LoRA              adapters on the language model, frozen vision tower run on every batch
     ours, LoRA, cached      the same with --cache-features; computing them is in "before"
 
-Each row runs in a process of its own, once per round, taking turns, so that a machine that slows down slows all of them.
-examples/s: over the steps after the first ones, median of the rounds. Memory: growth of the process's peak over what it held with
-model, rows and libraries loaded (Linux resets its peak for that). "before": seconds from there to the first step.
-Prints a table and writes --out-dir/metrics.json.
+Each row runs in a process of its own, once per round, taking turns, so that a machine that slows down slows all of
+them. examples/s: over the steps after the first ones, median of the rounds. Memory: growth of the process's peak over
+what it held with model, rows and libraries loaded (Linux resets its peak for that). "before": seconds from there to the
+first step. Prints a table and writes --out-dir/metrics.json.
 """
 
 import argparse
@@ -246,7 +249,8 @@ def main(argv=None):
     print("| row | examples/s | peak growth MiB | before, s |\n|---|---|---|---|")
     for name, row in table.items():
         print(
-            f"| {name} | {row['examples_per_second']:.1f} | {row['peak_growth_mib']:.0f} | {row['before_seconds']:.1f} |"
+            f"| {name} | {row['examples_per_second']:.1f} | {row['peak_growth_mib']:.0f} |"
+            f" {row['before_seconds']:.1f} |"
         )
     ratios = {}
     for a, b in (
@@ -261,7 +265,8 @@ def main(argv=None):
                 "memory": table[a]["peak_growth_mib"] / table[b]["peak_growth_mib"],
             }
             print(
-                f"{a} against {b}: {ratios[f'{a} / {b}']['speed']:.2f} x the speed, {ratios[f'{a} / {b}']['memory']:.2f} x the memory growth"
+                f"{a} against {b}: {ratios[f'{a} / {b}']['speed']:.2f} x the speed,"
+                f" {ratios[f'{a} / {b}']['memory']:.2f} x the memory growth"
             )
     facts = {
         "dataset": "phantom",

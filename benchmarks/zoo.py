@@ -2,22 +2,28 @@
 A zoo of policies that cheat, and what each earns under our reward and under reward designs in use elsewhere.
 
 Usage:
-    python benchmarks/zoo.py                       # both tables and the template search, phantom questions, one to two minutes
+    python benchmarks/zoo.py  # both tables and the template search, phantom questions, one to two minutes
     python benchmarks/zoo.py --studies 60 --no-search
 
-No model and no image is needed: a policy here is a few lines that write a response to a row of prepare_data.py. A reward is
-safe from a cheat when the cheat earns clearly less than an honest policy; tests/test_vqa_zoo.py fails when one does not.
+No model and no image is needed: a policy here is a few lines that write a response to a row of prepare_data.py. A
+reward is safe from a cheat when the cheat earns clearly less than an honest policy; tests/test_vqa_zoo.py fails when
+one does not.
 
-honest: right on three quarters of the rows; a wrong answer is of the same kind (yes for no, another option, another finding).
-Its boxes are the gold ones, moved and scaled by about 8 % of their size. Policies that "know" give the same answers as the honest one,
-row by row, and cheat in another way; "blind" ones know the question, and all training rows, but not the image.
+honest: right on three quarters of the rows; a wrong answer is of the same kind (yes for no, another option, another
+finding). Its boxes are the gold ones, moved and scaled by about 8 % of their size. Policies that "know" give the same
+answers as the honest one, row by row, and cheat in another way; "blind" ones know the question, and all training rows,
+but not the image.
 
-The log-probability drops of the counterfactual term come from a simulated scorer (nats per token, drawn per row by the seed):
-    looks      region removed: mean 1.0, deviation 0.4 where the answer is right, 0.2 and 0.4 where wrong; random regions: 0.05 and 0.15
+The log-probability drops of the counterfactual term come from a simulated scorer (nats per token, drawn per row by the
+seed):
+    looks      region removed: mean 1.0, deviation 0.4 where the answer is right, 0.2 and 0.4 where wrong; random
+               regions: 0.05 and 0.15
     blind      region and random regions alike: mean 0, deviation 0.05
     elsewhere  region 0.05 and 0.15; random regions 0.6 and 0.3: right for another reason, such as a marker in a corner
-    random     answers drawn anew each time from a uniform distribution: the drops are exactly 0, though such answers change most
-It is given where the gold answer is not "no" and the gold region takes 0.5 % to 30 % of the image; larger ones leave no room for random regions.
+    random     answers drawn anew each time from a uniform distribution: the drops are exactly 0, though such answers
+               change most
+It is given where the gold answer is not "no" and the gold region takes 0.5 % to 30 % of the image; larger ones leave no
+room for random regions.
 """
 
 import difflib
@@ -141,7 +147,10 @@ def phantom_question_rows(split, start, studies, seed, size):
 
 
 def make_cases(studies=120, seed=0, size=56):
-    """-> (cases on other patients than the training rows, AnswerFrequencies of three times as many training films, 60 at least)."""
+    """
+    -> (cases on other patients than the training rows, AnswerFrequencies of three times as many training films, 60 at
+    least).
+    """
     train = phantom_question_rows("train", 0, max(60, 3 * studies), seed, size)
     rows = phantom_question_rows("val", VAL_START, studies, seed, size)
     by_question, by_kind = defaultdict(Counter), defaultdict(Counter)
@@ -175,7 +184,10 @@ def moved(box, draw):
 
 
 def simulated_drops(case, sight, right):
-    """-> (d_roi, [d_rand]) of the simulated scorer, or (None, None) without room; the same for all policies with this sight. d_roi None: gold no, nothing to take out."""
+    """
+    -> (d_roi, [d_rand]) of the simulated scorer, or (None, None) without room; the same for all policies with this
+    sight. d_roi None: gold no, nothing to take out.
+    """
     if not case.has_room:
         return None, None
     draw = np.random.default_rng([case.seed, 1])
@@ -289,7 +301,8 @@ BLIND = tuple(policy for policy in POLICIES if not policy.name.startswith("knows
 
 # ------------------------------------------------------------------------------------------------------------- rewards
 
-# Published designs, written anew from what is known of their behaviour; each gets the response as text, and adds 1 for its format as usual.
+# Published designs, written anew from what is known of their behaviour; each gets the response as text, and adds 1 for
+# its format as usual.
 
 
 def has_object(text):
@@ -307,7 +320,10 @@ def substring_and_format(case, text, drops):
 
 
 def first_yes_no_substring(case, text, drops):
-    """VLM-R1: the first "yes" or "no" in the letters of answer and gold ("nodule" has a "no"), none equal to none; plus the format."""
+    """
+    VLM-R1: the first "yes" or "no" in the letters of answer and gold ("nodule" has a "no"), none equal to none; plus
+    the format.
+    """
     first = [re.search("yes|no", t.lower()) for t in (answer_text(text), case.row["answer"])]
     return has_object(text) + float((first[0] and first[0][0]) == (first[1] and first[1][0]))
 
@@ -325,7 +341,9 @@ def any_of_the_words(case, text, drops):
 
 
 def length_only(case, text, drops):
-    """VLM-R1's cosine length reward with the correctness overwritten: the nearer to 200 words the better; plus the format."""
+    """
+    VLM-R1's cosine length reward with the correctness overwritten: the nearer to 200 words the better; plus the format.
+    """
     return has_object(text) + (1 - np.cos(np.pi * min(1.0, len(text.split()) / 200))) / 2
 
 
@@ -338,7 +356,10 @@ def caption_like_question(case, text, drops):
 
 
 def own_box(case, text, drops):
-    """Gold substring, and the drop when the policy's OWN box is taken out, in proportion to how much of the gold region lies in it; plus the format."""
+    """
+    Gold substring, and the drop when the policy's OWN box is taken out, in proportion to how much of the gold region
+    lies in it; plus the format.
+    """
     base = substring_and_format(case, text, drops)
     if drops[0] is None:
         return base
@@ -361,8 +382,8 @@ DESIGNS = {
 
 def earnings(cases, policies, frequencies, designs=()):
     """
-    What policies earn -> {policy name: {design: [one number per case]}}. Ours are "gated" and "additive"; designs: names of
-    DESIGNS to add.
+    What policies earn -> {policy name: {design: [one number per case]}}. Ours are "gated" and "additive"; designs:
+    names of DESIGNS to add.
     """
     ours = {name: RewardSettings(name) for name in ("gated", "additive")}
     result = {}
@@ -381,7 +402,9 @@ def earnings(cases, policies, frequencies, designs=()):
 
 
 def masks_of(cases):
-    """Row sets to compare on: all; the three kinds of question for which the image matters; those for which it does not."""
+    """
+    Row sets to compare on: all; the three kinds of question for which the image matters; those for which it does not.
+    """
     needed = np.array([case.row["needs_image"] for case in cases])
     kinds = np.array([case.kind for case in cases])
     return (
@@ -456,8 +479,9 @@ def templates():
 
 def search(cases, frequencies, few=24, keep=25):
     """
-    Which blind template earns most under the gated reward? All are tried on `few` cases spread over the kinds of question, the
-    best `keep` of all and of each kind on every case. -> (earnings of these by name, number of templates tried).
+    Which blind template earns most under the gated reward? All are tried on `few` cases spread over the kinds of
+    question, the best `keep` of all and of each kind on every case. -> (earnings of these by name, number of templates
+    tried).
     """
     masks = masks_of(cases)
     groups = [np.flatnonzero(masks[kind]) for kind in ("yes_no", "choice", "open")]
@@ -522,10 +546,13 @@ def design_table(found):
         name: sum(means[p][name] >= means["honest"][name] - 1e-9 for p in means if p != "honest") for name in names
     }
     rows = [[policy, *(cell(policy, name) for name in names)] for policy in means]
-    return markdown(
-        ["policy", *names],
-        [*rows, ["*cheats that earn as much as honesty or more*", *(str(beaten[name]) for name in names)]],
-    ), beaten
+    return (
+        markdown(
+            ["policy", *names],
+            [*rows, ["*cheats that earn as much as honesty or more*", *(str(beaten[name]) for name in names)]],
+        ),
+        beaten,
+    )
 
 
 def margin_table(found):
@@ -539,13 +566,10 @@ def margin_table(found):
 def parse_args(argv=None):
     parser = script_parser(__doc__, task=TASK)
     g = parser.add_argument_group("zoo")
-    g.add_argument(
-        "--studies",
-        type=positive_int,
-        default=120,
-        metavar="N",
-        help="phantom films to ask about; three times as many others give the training answers (%(default)s)",
-    )
+    # fmt: off
+    g.add_argument("--studies", type=positive_int, default=120, metavar="N",
+        help="phantom films to ask about; three times as many others give the training answers (%(default)s)")
+    # fmt: on
     g.add_argument("--no-search", action="store_true", help="leave the template search out")
     args = parser.parse_args(argv)
     if args.dry_run:
@@ -561,14 +585,18 @@ def main(argv=None):
     cases, frequencies = make_cases(args.studies, args.seed)
     counts = {kind: int(mask.sum()) for kind, mask in masks_of(cases).items()}
     print(
-        f"{len(POLICIES)} policies and the honest one on {len(cases)} phantom questions about {args.studies} films: {counts}\n",
+        f"{len(POLICIES)} policies and the honest one on {len(cases)} phantom questions about {args.studies} films:"
+        f" {counts}\n",
         flush=True,
     )
     found = earnings(cases, (HONEST, *POLICIES), frequencies, tuple(DESIGNS))
     table, beaten = design_table(found)
     lead = margins(cases, found)
     report = [
-        f"Phantom questions: {counts}; honest policy right on {np.mean([c.right for c in cases]):.1%}. Mean reward; bold: as much as the honest policy, or more.\n",
+        (
+            f"Phantom questions: {counts}; honest policy right on {np.mean([c.right for c in cases]):.1%}. Mean reward;"
+            " bold: as much as the honest policy, or more.\n"
+        ),
         table,
         "\nMargins of the honest policy over each, gated reward:\n",
         margin_table(lead),

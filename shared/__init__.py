@@ -1,10 +1,11 @@
 """
-Makes torchvision importable and sets up the CUDA allocator. Import anything from `shared` before torchvision or transformers.
+Makes torchvision importable and sets up the CUDA allocator. Import anything from `shared` before torchvision or
+transformers.
 
 A torchvision wheel built for CUDA beside a CPU-only torch cannot load its C++ operators, and its import fails with
-"operator torchvision::nms does not exist"; transformers and peft then fail too. Nothing here uses these operators (images
-are decoded with Pillow), so declaring their names is enough. A healthy torchvision must not meet the declaration first:
-try the import, and declare only when it failed for this very reason.
+"operator torchvision::nms does not exist"; transformers and peft then fail too. Nothing here uses these operators
+(images are decoded with Pillow), so declaring their names is enough. A healthy torchvision must not meet the
+declaration first: try the import, and declare only when it failed for this very reason.
 """
 
 import os

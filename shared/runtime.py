@@ -1,11 +1,13 @@
 """
-What every script needs and must not do differently: arguments, seed, device, memory, checkpoints, JSON, CSV, reports, run folders.
+What every script needs and must not do differently: arguments, seed, device, memory, checkpoints, JSON, CSV, reports,
+run folders.
 
 A script reads:
 
     @script                                                # InputError -> one sentence, exit code 2
     def main(argv=None):
-        args = parse_args(argv)                            # script_parser(__doc__, task=...) and the script's own groups
+        args = parse_args(argv)                            # script_parser(__doc__, task=...) and the script's own
+                                                           groups
         seed_everything(args.seed)
         device, dtype = pick_device(args.device)
         run_dir = open_run_dir(args, "task1_classification", "train")
@@ -99,7 +101,9 @@ class ScriptParser(argparse.ArgumentParser):
         return (flag if flag in self._option_string_actions else ALIASES.get(flag, flag)) + equals + value
 
     def arguments_of(self, name):
-        """The settings of a YAML or JSON file as command-line arguments, so that types and choices are checked alike."""
+        """
+        The settings of a YAML or JSON file as command-line arguments, so that types and choices are checked alike.
+        """
         path = next((p for p in (Path(name), self.script_dir / name) if p.is_file()), None)
         if path is None:
             self.error(f"--config: there is no file {name}, neither here nor in {self.script_dir}")
@@ -143,14 +147,14 @@ def script_parser(doc, task, data=None):
     g = parser.add_argument_group("run")
     g.add_argument("--config", metavar="FILE", help="YAML or JSON file with the same names; flags given here win")
     g.add_argument("--seed", type=int, default=0, help="seed of every random choice (%(default)s)")
-    g.add_argument(
-        "--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to compute (%(default)s)"
-    )
+    # fmt: off
+    g.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"],
+        help="where to compute (%(default)s)")
     g.add_argument("--out-dir", metavar="DIR", help=f"results folder (default: a new outputs/{task}/<script>/<number>)")
     g.add_argument("--overwrite", action="store_true", help="replace the run that --out-dir already holds")
-    g.add_argument(
-        "--dry-run", action="store_true", help="everything once on a few phantom images, on the CPU, in seconds"
-    )
+    g.add_argument("--dry-run", action="store_true",
+        help="everything once on a few phantom images, on the CPU, in seconds")
+    # fmt: on
     g.add_argument("--limit", type=positive_int, metavar="N", help="use only the first N cases of each split")
     if data is not None:
         g = parser.add_argument_group("data")
@@ -171,13 +175,10 @@ def script_parser(doc, task, data=None):
 
 def add_resume(group):
     """--resume for scripts that train: a path, or alone together with --out-dir."""
-    group.add_argument(
-        "--resume",
-        nargs="?",
-        const=True,
-        metavar="PATH",
-        help="go on from a run folder or its last.pt; alone: from --out-dir",
-    )
+    # fmt: off
+    group.add_argument("--resume", nargs="?", const=True, metavar="PATH",
+        help="go on from a run folder or its last.pt; alone: from --out-dir")
+    # fmt: on
 
 
 def positive_int(text):
@@ -265,7 +266,9 @@ def free_gpu():
 
 
 def peak_memory(device):
-    """Highest memory use so far in GiB: of this process (peak_ram_gib) and of the GPU's allocator; None where unknown."""
+    """
+    Highest memory use so far in GiB: of this process (peak_ram_gib) and of the GPU's allocator; None where unknown.
+    """
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
     ram = resource and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
     gpu = torch.cuda.max_memory_allocated(device) / 2**30 if torch.device(device).type == "cuda" else None
@@ -273,7 +276,9 @@ def peak_memory(device):
 
 
 def start_distributed(device):
-    """Join the group when started by torchrun (nccl on GPUs, gloo elsewhere); returns (rank, world_size), (0, 1) alone."""
+    """
+    Join the group when started by torchrun (nccl on GPUs, gloo elsewhere); returns (rank, world_size), (0, 1) alone.
+    """
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if world_size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if torch.device(device).type == "cuda" else "gloo")
@@ -295,7 +300,10 @@ def learning_rate(step, num_steps, warmup_steps, highest):
 
 
 def refuse_other_settings(now, then, path, may_differ=()):
-    """To resume, the settings {name: value} given now must be those of the checkpoint at `path`, all but those named in `may_differ`."""
+    """
+    To resume, the settings {name: value} given now must be those of the checkpoint at `path`, all but those named in
+    `may_differ`.
+    """
     changed = [
         f"--{k.replace('_', '-')} {then.get(k)} (now {v})"
         for k, v in now.items()
@@ -315,7 +323,8 @@ class StopSignal:
                 if stop.requested():    # SIGTERM (SLURM, docker) or Ctrl-C; under torchrun all ranks agree
                     save(); stop.exit()
 
-    A second signal ends the process at once; what was saved before stays whole, since checkpoints are renamed into place.
+    A second signal ends the process at once; what was saved before stays whole, since checkpoints are renamed into
+    place.
     """
 
     def __enter__(self):
@@ -390,7 +399,9 @@ def check_plain(value, where="checkpoint"):
 
 
 def load_checkpoint(path, keys=(), what="checkpoint"):
-    """Read a checkpoint onto the CPU without ever running pickled code. InputError when it is not one, or lacks `keys`."""
+    """
+    Read a checkpoint onto the CPU without ever running pickled code. InputError when it is not one, or lacks `keys`.
+    """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"there is no {what} at {path}; give the path of one, or train it first")
@@ -448,8 +459,9 @@ def write_csv(path, rows):
 
 def write_report(run_dir, text, figures, hand_in=None, prefix=""):
     """
-    report.md in the run folder; with hand_in, a path such as reports/task.md, a copy there with its pictures in figures/ beside
-    it, their names beginning with `prefix`. text: Markdown with {figures} in front of each picture's name; figures: {name: file name}.
+    report.md in the run folder; with hand_in, a path such as reports/task.md, a copy there with its pictures in
+    figures/ beside it, their names beginning with `prefix`. text: Markdown with {figures} in front of each picture's
+    name; figures: {name: file name}.
     """
     with atomic_file(run_dir / "report.md", "w") as file:
         file.write(text.replace("{figures}", "figures/"))
@@ -469,9 +481,10 @@ RUN_FILES = ("*.pt", "*.json", "*.jsonl", "*.csv", "report.md", "figures", "heat
 
 def open_run_dir(args, task, name):
     """
-    The folder this run writes to, created and printed; its settings.json holds every argument. Without --out-dir: the next
-    free outputs/<task>/<name>/001, 002, ... (dry runs: .../dry-run, replaced each time). InputError when a folder given by
-    name holds a run already and neither --resume nor --overwrite is given, or when nothing can be written there.
+    The folder this run writes to, created and printed; its settings.json holds every argument. Without --out-dir: the
+    next free outputs/<task>/<name>/001, 002, ... (dry runs: .../dry-run, replaced each time). InputError when a folder
+    given by name holds a run already and neither --resume nor --overwrite is given, or when nothing can be written
+    there.
     """
     base = Path("outputs") / task / name
     resume = getattr(args, "resume", None)
@@ -494,7 +507,8 @@ def open_run_dir(args, task, name):
     elif (run_dir / "settings.json").exists() and not resume:
         if not args.overwrite:
             raise InputError(
-                f"{run_dir} already holds a run; go on with --resume, replace it with --overwrite, or name another --out-dir"
+                f"{run_dir} already holds a run; go on with --resume, replace it with --overwrite, or name another"
+                " --out-dir"
             )
         clear_run(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)

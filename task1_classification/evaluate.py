@@ -6,10 +6,10 @@ Usage:
     python task1_classification/evaluate.py --checkpoint models/task1_model.pth
     python task1_classification/evaluate.py --checkpoint outputs/task1_classification/train/001 --split val
 
-Threshold and temperature come from the checkpoint, where validation chose them; nothing is chosen here. The pixel baseline is
-fitted on the training images and its threshold on the validation images, as the network's was.
-Writes to the run folder: metrics.json, predictions.csv, report.md, figures/*.png and MedMNIST's result file; and the hand-in
-copy reports/task1_classification_report.md with reports/figures/task1_*.png.
+Threshold and temperature come from the checkpoint, where validation chose them; nothing is chosen here. The pixel
+baseline is fitted on the training images and its threshold on the validation images, as the network's was.
+Writes to the run folder: metrics.json, predictions.csv, report.md, figures/*.png and MedMNIST's result file; and the
+hand-in copy reports/task1_classification_report.md with reports/figures/task1_*.png.
 """
 
 import csv
@@ -31,31 +31,11 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from shared.data.image_sets import load_images, load_phantom
-from shared.metrics.classification import (
-    binary_intervals,
-    binary_metrics,
-    choose_threshold,
-    multiclass_metrics,
-    multilabel_metrics,
-    official_auc_accuracy,
-    prior_correction,
-)
+from shared.metrics.classification import binary_intervals, binary_metrics, choose_threshold, multiclass_metrics
+from shared.metrics.classification import multilabel_metrics, official_auc_accuracy, prior_correction
 from shared.metrics.statistics import bootstrap_interval, delong_test, mcnemar_exact
-from shared.runtime import (
-    InputError,
-    atomic_file,
-    free_gpu,
-    newest_run,
-    open_run_dir,
-    pick_device,
-    positive_int,
-    run_facts,
-    script,
-    script_parser,
-    seed_everything,
-    write_json,
-    write_report,
-)
+from shared.runtime import InputError, atomic_file, free_gpu, newest_run, open_run_dir, pick_device, positive_int
+from shared.runtime import run_facts, script, script_parser, seed_everything, write_json, write_report
 from task1_classification.explain import GradCAM
 from task1_classification.figures import draw_calibration, draw_confusion, draw_curves, draw_gallery
 from task1_classification.model import find_classifier, load_classifier, predict_logits, to_probabilities
@@ -67,24 +47,17 @@ TASK = "task1_classification"
 def parse_args(argv=None):
     parser = script_parser(__doc__, task=TASK, data="the set the classifier was trained on")
     g = parser.add_argument_group("model")
-    g.add_argument(
-        "--checkpoint",
-        nargs="+",
-        metavar="PATH",
-        help="best.pt files or training run folders (default: the newest run, else models/task1_model.pth)",
-    )
-    g.add_argument(
-        "--split", default="test", choices=["train", "val", "test"], help="images to measure on (%(default)s)"
-    )
-    g.add_argument(
-        "--batch-size", type=positive_int, default=256, help="images at a time; lower it if out of memory (%(default)s)"
-    )
+    # fmt: off
+    g.add_argument("--checkpoint", nargs="+", metavar="PATH",
+        help="best.pt files or training run folders (default: the newest run, else models/task1_model.pth)")
+    g.add_argument("--split", default="test", choices=["train", "val", "test"],
+        help="images to measure on (%(default)s)")
+    g.add_argument("--batch-size", type=positive_int, default=256,
+        help="images at a time; lower it if out of memory (%(default)s)")
     g = parser.add_argument_group("report")
-    g.add_argument(
-        "--layer",
-        default="auto",
-        help="layer of the heat maps; auto: the deepest with a map of at least 7x7 (%(default)s)",
-    )
+    g.add_argument("--layer", default="auto",
+        help="layer of the heat maps; auto: the deepest with a map of at least 7x7 (%(default)s)")
+    # fmt: on
     g.add_argument("--cases", type=positive_int, default=6, help="films per row of the failure gallery (%(default)s)")
     args = parser.parse_args(argv)
     if args.dry_run:
@@ -103,7 +76,8 @@ def find_checkpoints(args):
         run, model = newest_run(TASK, "train", "metrics.json"), find_classifier()
         if run is None and model is None:
             raise InputError(
-                "there is no trained classifier here; run python task1_classification/train.py first, or give --checkpoint"
+                "there is no trained classifier here; run python task1_classification/train.py first, or give"
+                " --checkpoint"
             )
         args.checkpoint = [str(run or model)]
     files = []
@@ -116,7 +90,10 @@ def find_checkpoints(args):
 
 
 def pixel_baseline(data, labels, split):
-    """Logistic regression on at most 10,000 training images of 28x28 grey pixels -> scores for `split` and `val`, numpy (N,) or (N, C)."""
+    """
+    Logistic regression on at most 10,000 training images of 28x28 grey pixels -> scores for `split` and `val`, numpy
+    (N,) or (N, C).
+    """
 
     def features(images):
         return F.interpolate(images.float().mean(1, keepdim=True), size=(28, 28), mode="area").flatten(1).numpy() / 255
@@ -138,8 +115,9 @@ def measure_binary(data, labels, probabilities, facts, split):
     rows = {
         "network, threshold from validation": binary_metrics(y, probabilities, facts["threshold"]),
         "network, threshold 0.5": binary_metrics(y, probabilities, 0.5),
-        "network, prior corrected, threshold 0.5": binary_metrics(y, corrected["probabilities"], 0.5)
-        | {"estimated_prevalence": corrected["prior"]},
+        "network, prior corrected, threshold 0.5": (
+            binary_metrics(y, corrected["probabilities"], 0.5) | {"estimated_prevalence": corrected["prior"]}
+        ),
         "baseline: logistic regression on pixels": binary_metrics(y, pixels, pixel_threshold),
         "baseline: mean brightness": brightness_row(data, labels, split),
         "baseline: always the majority class": binary_metrics(y, np.full(len(y), majority), 0.5),
@@ -216,7 +194,8 @@ def medmnist_result(data, scores, split, run_dir, run):
 def failure_groups(labels, probabilities, facts, cases, seed):
     """
     Which films to look at, by rule: the most confident errors, the calls nearest to the threshold, random ones.
-    -> ({name: indices}, called class (N,), captions). Multi-label: each film stands for the label it is furthest off in.
+    -> ({name: indices}, called class (N,), captions). Multi-label: each film stands for the label it is furthest off
+    in.
     """
     names, n = facts["label_names"], len(labels)
     if facts["task"] == "binary-class":
@@ -263,7 +242,8 @@ def main(argv=None):
     trained_on = facts["dataset"]
     if args.data.lower() not in ("auto", trained_on["name"]):
         raise InputError(
-            f"{files[0]} was trained on {trained_on['name']}, not on {args.data}; give the classifier of that set, or leave --data out"
+            f"{files[0]} was trained on {trained_on['name']}, not on {args.data}; give the classifier of that set, or"
+            " leave --data out"
         )
     data = (
         load_phantom(28, {"train": 96, "val": 32, "test": 32})
@@ -288,7 +268,8 @@ def main(argv=None):
             model, other = load_classifier(path, device)
             if other["dataset"]["name"] != trained_on["name"] or other["image_size"] != facts["image_size"]:
                 raise InputError(
-                    f"{path} was trained on {other['dataset']['name']} at {other['image_size']} px, {files[0]} on {trained_on['name']} at {facts['image_size']} px; evaluate them apart"
+                    f"{path} was trained on {other['dataset']['name']} at {other['image_size']} px, {files[0]} on"
+                    f" {trained_on['name']} at {facts['image_size']} px; evaluate them apart"
                 )
         else:
             other = facts
@@ -324,7 +305,10 @@ def main(argv=None):
         measured["medmnist"] = medmnist_result(data, raw, args.split, run_dir, run=f"seed{seed}")
     write_predictions(run_dir / "predictions.csv", predictions, labels[args.split], facts)
 
-    where = f"{'PHANTOM images, ' if data.phantom else ''}{data.name} {args.split} (n = {len(labels[args.split])}), {facts['architecture']}, seed {seed}"
+    where = (
+        f"{'PHANTOM images, ' if data.phantom else ''}{data.name} {args.split} (n = {len(labels[args.split])}),"
+        f" {facts['architecture']}, seed {seed}"
+    )
     figures = draw_all(
         run_dir / "figures",
         model,
@@ -458,7 +442,10 @@ def draw_all(folder, model, facts, data, args, labels, probabilities, raw, pixel
     groups, called, captions = failure_groups(labels, probabilities, facts, args.cases, args.seed)
     with GradCAM(model, args.layer, data.size, data.channels) as cam:
         size = cam(torch.zeros(1, data.channels, data.size, data.size, device=device)).shape[1:]
-        note = f"Grad-CAM for the called class on {cam.name}: a map of {size[1]}x{size[0]} cells, each {data.size / size[1]:.0f} pixels wide"
+        note = (
+            f"Grad-CAM for the called class on {cam.name}: a map of {size[1]}x{size[0]} cells, each"
+            f" {data.size / size[1]:.0f} pixels wide"
+        )
         draw_gallery(
             path("failures"),
             groups,

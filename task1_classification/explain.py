@@ -20,7 +20,10 @@ MIN_MAP = 7  # cells per side that "auto" asks for
 
 
 class GradCAM:
-    """Maps of one layer of `model`; `layer` is a dotted name, or "auto": the deepest ResNet stage with a map of 7x7 or more."""
+    """
+    Maps of one layer of `model`; `layer` is a dotted name, or "auto": the deepest ResNet stage with a map of 7x7 or
+    more.
+    """
 
     def __init__(self, model, layer="auto", image_size=28, channels=1):
         self.model = model.eval()
@@ -49,9 +52,10 @@ class GradCAM:
 
     def __call__(self, images, targets=None, normalised=True):
         """
-        images float (N, C, H, W), already normalised for the network; targets (N,) int class per image, by default the class
-        the network calls. A network with one logit (binary) is explained by +logit for class 1 and -logit for class 0.
-        -> maps (N, h, w), 0 where nothing speaks for the class; each divided by its maximum unless normalised=False.
+        images float (N, C, H, W), already normalised for the network; targets (N,) int class per image, by default the
+        class the network calls. A network with one logit (binary) is explained by +logit for class 1 and -logit for
+        class 0. -> maps (N, h, w), 0 where nothing speaks for the class; each divided by its maximum unless
+        normalised=False.
         """
         if self.hook is None:
             raise RuntimeError("use GradCAM in a with block: with GradCAM(model) as cam: ...")
@@ -92,8 +96,8 @@ def deepest_layer(model, image_size, channels):
 
 def overlay(images, maps, strength=0.45, scale=1):
     """
-    images uint8 (N, C, H, W), maps (N, h, w) in 0..1 -> uint8 (N, H * scale, W * scale, 3): the image in grey (or colour)
-    under the map, enlarged bilinearly; the colour gets stronger with the map, so that the film stays visible.
+    images uint8 (N, C, H, W), maps (N, h, w) in 0..1 -> uint8 (N, H * scale, W * scale, 3): the image in grey (or
+    colour) under the map, enlarged bilinearly; the colour gets stronger with the map, so that the film stays visible.
     """
     size = (images.shape[2] * scale, images.shape[3] * scale)
     base = F.interpolate(images.float() / 255, size=size, mode="bicubic", align_corners=False).clamp(0, 1)

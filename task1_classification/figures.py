@@ -1,4 +1,7 @@
-"""The pictures of train.py and evaluate.py: training curves, confusion matrix, ROC and precision-recall curves, calibration, and Grad-CAM of failures."""
+"""
+The pictures of train.py and evaluate.py: training curves, confusion matrix, ROC and precision-recall curves,
+calibration, and Grad-CAM of failures.
+"""
 
 import matplotlib
 import numpy as np
@@ -73,8 +76,8 @@ def draw_confusion(path, matrix, names, title):
 
 def draw_curves(path, curves, prevalence, points, title):
     """
-    ROC and precision-recall. curves {name: (labels, scores)}; points {name: (recall, specificity, precision)} are marked;
-    `prevalence` is the precision of guessing, None where it differs by curve.
+    ROC and precision-recall. curves {name: (labels, scores)}; points {name: (recall, specificity, precision)} are
+    marked; `prevalence` is the precision of guessing, None where it differs by curve.
     """
     figure, (roc, pr) = plt.subplots(1, 2, figsize=(9, 4.2), layout="constrained")
     for name, (labels, scores) in curves.items():

@@ -6,8 +6,8 @@ Usage:
     python task1_classification/infer.py folder/ "more/*.jpg" --heatmaps
     python task1_classification/infer.py film.dcm --checkpoint outputs/task1_classification/train/001/best.pt
 
-Reads PNG, JPEG, TIFF, BMP and .npy of any size, grey or colour, 8 or 16 bit (DICOM where pydicom is installed); takes the central
-square and scales it to the size the network was trained on.
+Reads PNG, JPEG, TIFF, BMP and .npy of any size, grey or colour, 8 or 16 bit (DICOM where pydicom is installed); takes
+the central square and scales it to the size the network was trained on.
 Writes to the run folder: predictions.csv; errors.csv with the files that could not be used; heatmaps/*.png.
 For research and teaching only: this is not a medical device, and no output of it is medical advice.
 """
@@ -24,17 +24,8 @@ import torch
 from PIL import Image
 
 from shared.data.images import find_images, read_image, to_square
-from shared.runtime import (
-    InputError,
-    open_run_dir,
-    pick_device,
-    positive_int,
-    run_facts,
-    script,
-    script_parser,
-    write_csv,
-    write_json,
-)
+from shared.runtime import InputError, open_run_dir, pick_device, positive_int, run_facts, script, script_parser
+from shared.runtime import write_csv, write_json
 from task1_classification.explain import GradCAM, overlay
 from task1_classification.model import find_classifier, load_classifier, normalise, predict_logits, to_probabilities
 from task1_classification.typicality import unusualness
@@ -46,22 +37,17 @@ def parse_args(argv=None):
     parser = script_parser(__doc__, task=TASK)
     g = parser.add_argument_group("images")
     g.add_argument("images", nargs="*", metavar="PATH", help="image files, folders (searched through) or glob patterns")
-    g.add_argument(
-        "--batch-size", type=positive_int, default=256, help="images at a time; lower it if out of memory (%(default)s)"
-    )
+    # fmt: off
+    g.add_argument("--batch-size", type=positive_int, default=256,
+        help="images at a time; lower it if out of memory (%(default)s)")
     g = parser.add_argument_group("model")
-    g.add_argument(
-        "--checkpoint",
-        metavar="FILE",
-        help="best.pt of a training run (default: models/task1_model.pth, else ./task1_model.pth)",
-    )
+    g.add_argument("--checkpoint", metavar="FILE",
+        help="best.pt of a training run (default: models/task1_model.pth, else ./task1_model.pth)")
     g = parser.add_argument_group("output")
     g.add_argument("--heatmaps", action="store_true", help="also write Grad-CAM overlays, 448 pixels wide")
-    g.add_argument(
-        "--layer",
-        default="auto",
-        help="layer of the heat maps; auto: the deepest with a map of at least 7x7 (%(default)s)",
-    )
+    g.add_argument("--layer", default="auto",
+        help="layer of the heat maps; auto: the deepest with a map of at least 7x7 (%(default)s)")
+    # fmt: on
     args = parser.parse_args(argv)
     if not args.images and not args.dry_run:
         parser.error("name at least one image file, folder or pattern (or --dry-run)")
@@ -77,7 +63,9 @@ def main(argv=None):
     device, dtype = pick_device(args.device)
     model, facts = classifier_for(args, device)
     print(
-        f"classifier: {facts['architecture']}, trained on {'PHANTOM images' if facts['dataset']['phantom'] else facts['dataset']['name']} at {facts['image_size']} px, answers {', '.join(facts['label_names'])}"
+        f"classifier: {facts['architecture']}, trained on"
+        f" {'PHANTOM images' if facts['dataset']['phantom'] else facts['dataset']['name']} at {facts['image_size']} px,"
+        f" answers {', '.join(facts['label_names'])}"
     )
     paths = find_images(args.images)[: args.limit] if args.images else []
     inputs, names, errors = [], [], []
@@ -138,14 +126,16 @@ def main(argv=None):
     )
     for row in rows[:20]:
         print(
-            f"  {row['path']}: {row['decision']} ({row['probability']:.3f}){'  WARNING: unlike the training images' if row['unlike_training'] else ''}"
+            f"  {row['path']}: {row['decision']}"
+            f" ({row['probability']:.3f}){'  WARNING: unlike the training images' if row['unlike_training'] else ''}"
         )
     if len(rows) > 20:
         print(f"  ... and {len(rows) - 20} more")
     for error in errors:
         print(f"  skipped {error['path']}: {error['error']}", file=sys.stderr)
     print(
-        f"{len(rows)} images classified, {len(errors)} skipped, {sum(r['unlike_training'] for r in rows)} unlike the training images; results in {run_dir}"
+        f"{len(rows)} images classified, {len(errors)} skipped, {sum(r['unlike_training'] for r in rows)} unlike the"
+        f" training images; results in {run_dir}"
     )
 
 
@@ -159,14 +149,17 @@ def classifier_for(args, device):
         path = Path("outputs") / TASK / "train" / "dry-run" / "best.pt"
     if path is None:
         raise InputError(
-            "there is no classifier at models/task1_model.pth; train one with python task1_classification/train.py, or give --checkpoint"
+            "there is no classifier at models/task1_model.pth; train one with python task1_classification/train.py, or"
+            " give --checkpoint"
         )
     print(f"checkpoint: {path}")
     return load_classifier(path, device)
 
 
 def decision_of(probability, facts):
-    """One row: the probability (of the positive class; of the called one), the decision, and every class's probability."""
+    """
+    One row: the probability (of the positive class; of the called one), the decision, and every class's probability.
+    """
     names = facts["label_names"]
     if facts["task"] == "binary-class":
         p = float(probability)
@@ -190,7 +183,8 @@ def write_heatmaps(folder, model, images, names, facts, layer, device, batch_siz
                 Image.fromarray(picture).save(folder / f"{number:05d}_{Path(names[number]).stem}.png")
                 number += 1
         print(
-            f"heat maps: Grad-CAM on {cam.name}, {maps.shape[2]}x{maps.shape[1]} cells, each {facts['image_size'] / maps.shape[2]:.1f} of {facts['image_size']} pixels wide"
+            f"heat maps: Grad-CAM on {cam.name}, {maps.shape[2]}x{maps.shape[1]} cells, each"
+            f" {facts['image_size'] / maps.shape[2]:.1f} of {facts['image_size']} pixels wide"
         )
 
 

@@ -58,7 +58,8 @@ def build_model(architecture="resnet18", num_outputs=1, channels=1, image_size=2
         model = torchvision.models.get_model(architecture, weights=weights)
     except OSError as error:  # URLError, HTTPError, and a cache folder that cannot be written
         raise InputError(
-            f"--pretrained: the ImageNet weights could not be fetched ({error}); save {weights.url} in {torch.hub.get_dir()}/checkpoints, or leave --pretrained out"
+            f"--pretrained: the ImageNet weights could not be fetched ({error}); save {weights.url} in"
+            f" {torch.hub.get_dir()}/checkpoints, or leave --pretrained out"
         ) from error
     stem = choose_stem(stem, image_size)
     old = model.conv1
@@ -81,7 +82,9 @@ def choose_stem(stem, image_size):
 
 
 def normalise(images, normalisation):
-    """images uint8, or float in 0..1, (N, C, H, W) -> float (N, C, H, W) with the mean and spread of the training images."""
+    """
+    images uint8, or float in 0..1, (N, C, H, W) -> float (N, C, H, W) with the mean and spread of the training images.
+    """
     images = images.float() / 255 if images.dtype == torch.uint8 else images
     mean, std = (torch.tensor(normalisation[k], device=images.device).view(1, -1, 1, 1) for k in ("mean", "std"))
     return (images - mean) / std
@@ -89,8 +92,9 @@ def normalise(images, normalisation):
 
 def to_probabilities(logits, task, temperature=1.0):
     """
-    logits (N, outputs) -> float64 (N,) probability of the second class of a binary set, else (N, C): softmax or, multi-label,
-    sigmoid. In float64, because float32 rounds every logit above 17 to a probability of 1, and ties change an AUC.
+    logits (N, outputs) -> float64 (N,) probability of the second class of a binary set, else (N, C): softmax or,
+    multi-label, sigmoid. In float64, because float32 rounds every logit above 17 to a probability of 1, and ties change
+    an AUC.
     """
     logits = logits.double() / temperature
     if task == "binary-class":
@@ -100,8 +104,8 @@ def to_probabilities(logits, task, temperature=1.0):
 
 def decision_threshold(probabilities, labels, task):
     """
-    Where to cut: highest balanced accuracy, which does not depend on how many of the cases are ill. One number for a binary
-    set, one per label for a multi-label set, None for a multi-class one, where the highest probability decides.
+    Where to cut: highest balanced accuracy, which does not depend on how many of the cases are ill. One number for a
+    binary set, one per label for a multi-label set, None for a multi-class one, where the highest probability decides.
     """
     if task == "binary-class":
         return choose_threshold(labels.numpy(), probabilities.numpy(), "balanced_accuracy")
@@ -113,9 +117,9 @@ def decision_threshold(probabilities, labels, task):
 
 def classifier_checkpoint(best, args, data, normalisation, seed):
     """
-    What evaluate.py, infer.py and tasks 2 and 3 read: the network, how to feed it, and how to decide with it. The temperature
-    is fitted on the validation images; the threshold on them and their shifted copies, because on the 524 plain images alone
-    the best cut jumps between .2 and .7 from seed to seed.
+    What evaluate.py, infer.py and tasks 2 and 3 read: the network, how to feed it, and how to decide with it. The
+    temperature is fitted on the validation images; the threshold on them and their shifted copies, because on the 524
+    plain images alone the best cut jumps between .2 and .7 from seed to seed.
     """
     labels, task = data.labels["val"], data.task
     temperature = fit_temperature(best["val_logits"].squeeze(1).numpy(), labels.numpy(), task)
@@ -157,8 +161,9 @@ def predict_logits(model, images, normalisation, device="cpu", dtype=torch.float
 
 def load_classifier(path, device="cpu"):
     """
-    Read a checkpoint of train.py -> (model in eval mode on `device`, its facts: architecture, task, label_names, image_size,
-    channels, normalisation, threshold, temperature, dataset, validation, ...). InputError when it is something else.
+    Read a checkpoint of train.py -> (model in eval mode on `device`, its facts: architecture, task, label_names,
+    image_size, channels, normalisation, threshold, temperature, dataset, validation, ...). InputError when it is
+    something else.
     """
     state = load_checkpoint(path, KEYS, what="task 1 classifier")
     if state["format"] != FORMAT:

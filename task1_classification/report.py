@@ -36,8 +36,16 @@ def report_text(data, args, facts, files, measured, runs, spread, figures):
     if data.phantom:
         text += ["**PHANTOM IMAGES. Drawn by this project; nothing here says anything about real X-rays.**", ""]
     text += [
-        f"{facts['architecture']} (stem {facts['stem']}), {data.size} pixels, trained from {facts['dataset']['source']}; checkpoint `{files[0]}`, seed {facts['seed']}, epoch {validation['epoch']}.",
-        f"Measured on {n} {args.split} images. Training: {len(data.images['train'])} images, validation: {len(data.images['val'])}; validation AUC {validation['val_auc']:.4f}. Epoch, threshold and temperature were chosen on validation images only.",
+        (
+            f"{facts['architecture']} (stem {facts['stem']}), {data.size} pixels, trained from"
+            f" {facts['dataset']['source']}; checkpoint `{files[0]}`, seed {facts['seed']}, epoch"
+            f" {validation['epoch']}."
+        ),
+        (
+            f"Measured on {n} {args.split} images. Training: {len(data.images['train'])} images, validation:"
+            f" {len(data.images['val'])}; validation AUC {validation['val_auc']:.4f}. Epoch, threshold and temperature"
+            " were chosen on validation images only."
+        ),
         "",
         "## Results",
         "",
@@ -47,33 +55,56 @@ def report_text(data, args, facts, files, measured, runs, spread, figures):
     if data.task == "binary-class":
         chosen, against = rows["network, threshold from validation"], measured["against_pixels"]
         text += [
-            f"Threshold from validation: {facts['threshold']:.3f}; temperature {facts['temperature']:.3f}. Probabilities above the threshold are called {data.label_names[1]}.",
+            (
+                f"Threshold from validation: {facts['threshold']:.3f}; temperature {facts['temperature']:.3f}."
+                f" Probabilities above the threshold are called {data.label_names[1]}."
+            ),
             "",
         ]
         text += ["| threshold from validation | value | 95 % interval | method |", "|---|---|---|---|"]
         for name, interval in measured["intervals"].items():
             value = chosen["auc" if name == "auc_bootstrap" else name]
             text.append(
-                f"| {name.replace('_', ' ')} | {number(value)} | {number(interval['low'])} to {number(interval['high'])} | {interval['method']} |"
+                f"| {name.replace('_', ' ')} | {number(value)} | {number(interval['low'])} to"
+                f" {number(interval['high'])} | {interval['method']} |"
             )
         text += [
             "",
-            f"Counts: {chosen['tp']} true positives, {chosen['fp']} false positives, {chosen['tn']} true negatives, {chosen['fn']} false negatives. Brier score {chosen['brier']:.4f}, expected calibration error {chosen['ece']:.4f}.",
+            (
+                f"Counts: {chosen['tp']} true positives, {chosen['fp']} false positives, {chosen['tn']} true negatives,"
+                f" {chosen['fn']} false negatives. Brier score {chosen['brier']:.4f}, expected calibration error"
+                f" {chosen['ece']:.4f}."
+            ),
             "",
-            f"Against the pixel baseline: AUC difference {against['auc']['difference']:.4f} [{number(against['auc']['low'], 4)}, {number(against['auc']['high'], 4)}] (DeLong, {p_value(against['auc']['p'])}); {against['accuracy']['only_a']} images only the network gets right, {against['accuracy']['only_b']} only the baseline (exact McNemar, {p_value(against['accuracy']['p'])}).",
+            (
+                f"Against the pixel baseline: AUC difference {against['auc']['difference']:.4f}"
+                f" [{number(against['auc']['low'], 4)}, {number(against['auc']['high'], 4)}] (DeLong,"
+                f" {p_value(against['auc']['p'])}); {against['accuracy']['only_a']} images only the network gets right,"
+                f" {against['accuracy']['only_b']} only the baseline (exact McNemar,"
+                f" {p_value(against['accuracy']['p'])})."
+            ),
             "",
-            'The row "prior corrected" adapts the probabilities to the share of ill cases estimated from these images without their labels (Saerens et al. 2002).',
+            (
+                'The row "prior corrected" adapts the probabilities to the share of ill cases estimated from these'
+                " images without their labels (Saerens et al. 2002)."
+            ),
             "",
         ]
     else:
         text += [
-            f"95 % bootstrap intervals in MedMNIST's definition: AUC {number(measured['intervals']['auc']['low'])} to {number(measured['intervals']['auc']['high'])}, accuracy {number(measured['intervals']['accuracy']['low'])} to {number(measured['intervals']['accuracy']['high'])}.",
+            (
+                f"95 % bootstrap intervals in MedMNIST's definition: AUC {number(measured['intervals']['auc']['low'])}"
+                f" to {number(measured['intervals']['auc']['high'])}, accuracy"
+                f" {number(measured['intervals']['accuracy']['low'])} to"
+                f" {number(measured['intervals']['accuracy']['high'])}."
+            ),
             "",
         ]
         table = rows["network"].get("per_class") or rows["network"]["per_label"]
         text += ["| class | n | recall | precision | F1 | AUC |", "|---|---|---|---|---|---|"]
         text += [
-            f"| {data.label_names[r['label']]} | {r.get('num_positive', r['n'])} | {number(r.get('recall'))} | {number(r.get('precision'))} | {number(r.get('f1'))} | {number(r.get('auc'))} |"
+            f"| {data.label_names[r['label']]} | {r.get('num_positive', r['n'])} | {number(r.get('recall'))} |"
+            f" {number(r.get('precision'))} | {number(r.get('f1'))} | {number(r.get('auc'))} |"
             for r in table
         ] + [""]
     if "medmnist" in measured:
@@ -101,7 +132,10 @@ def report_text(data, args, facts, files, measured, runs, spread, figures):
         text += [f"{captions[name]}:", "", f"![{captions[name]}]({{figures}}{file})", ""]
     size = measured["heat_maps"]["native_size"]
     text += [
-        f"The heat maps come from {measured['heat_maps']['layer']} and have {size[1]}x{size[0]} cells; they show where this layer's evidence for the call lies, not where the disease is.",
+        (
+            f"The heat maps come from {measured['heat_maps']['layer']} and have {size[1]}x{size[0]} cells; they show"
+            " where this layer's evidence for the call lies, not where the disease is."
+        ),
         "",
         "For research and teaching only; not a medical device, no medical advice.",
         "",

@@ -35,41 +35,13 @@ from tqdm import tqdm
 from shared.data.augment import STRENGTHS, augment, shifted_copies
 from shared.data.image_sets import SIZES, load_images, load_phantom
 from shared.metrics.classification import official_auc_accuracy
-from shared.runtime import (
-    InputError,
-    StopSignal,
-    add_resume,
-    atomic_file,
-    fraction,
-    free_gpu,
-    learning_rate,
-    load_checkpoint,
-    not_negative,
-    open_run_dir,
-    pick_device,
-    positive_float,
-    positive_int,
-    refuse_other_settings,
-    run_facts,
-    save_checkpoint,
-    script,
-    script_parser,
-    seed_everything,
-    start_distributed,
-    write_json,
-    write_jsonl,
-)
+from shared.runtime import InputError, StopSignal, add_resume, atomic_file, fraction, free_gpu, learning_rate
+from shared.runtime import load_checkpoint, not_negative, open_run_dir, pick_device, positive_float, positive_int
+from shared.runtime import refuse_other_settings, run_facts, save_checkpoint, script, script_parser, seed_everything
+from shared.runtime import start_distributed, write_json, write_jsonl
 from task1_classification.figures import draw_training
-from task1_classification.model import (
-    ARCHITECTURES,
-    STEMS,
-    build_model,
-    choose_stem,
-    classifier_checkpoint,
-    normalise,
-    predict_logits,
-    to_probabilities,
-)
+from task1_classification.model import ARCHITECTURES, STEMS, build_model, choose_stem, classifier_checkpoint, normalise
+from task1_classification.model import predict_logits, to_probabilities
 
 TASK = "task1_classification"
 MODEL_PATH = Path("models/task1_model.pth")  # where tasks 2 and 3 look
@@ -80,52 +52,31 @@ def parse_args(argv=None):
     parser = script_parser(__doc__, task=TASK, data="PneumoniaMNIST")
     g = parser.add_argument_group("images")
     g.add_argument("--image-size", type=int, default=28, choices=SIZES, help="pixels per side (%(default)s)")
-    g.add_argument(
-        "--augment", default="full", choices=STRENGTHS, help="random changes of the training images (%(default)s)"
-    )
+    # fmt: off
+    g.add_argument("--augment", default="full", choices=STRENGTHS,
+        help="random changes of the training images (%(default)s)")
     g = parser.add_argument_group("model")
     g.add_argument("--arch", default="resnet18", choices=ARCHITECTURES, help="network (%(default)s)")
-    g.add_argument(
-        "--stem",
-        default="auto",
-        choices=STEMS,
-        help="first layer; auto: 3x3-stride2 up to 64 pixels, else 7x7 (%(default)s)",
-    )
+    g.add_argument("--stem", default="auto", choices=STEMS,
+        help="first layer; auto: 3x3-stride2 up to 64 pixels, else 7x7 (%(default)s)")
     g.add_argument("--pretrained", action="store_true", help="start from torchvision's ImageNet weights (a download)")
     g = parser.add_argument_group("optimisation")
     g.add_argument("--epochs", type=positive_int, default=10, help="passes over the training images (%(default)s)")
-    g.add_argument(
-        "--batch-size", type=positive_int, default=64, help="images per step over all GPUs; at least 2 (%(default)s)"
-    )
-    g.add_argument(
-        "--lr", type=positive_float, default=0.05, help="highest learning rate of SGD with momentum 0.9 (%(default)s)"
-    )
+    g.add_argument("--batch-size", type=positive_int, default=64,
+        help="images per step over all GPUs; at least 2 (%(default)s)")
+    g.add_argument("--lr", type=positive_float, default=0.05,
+        help="highest learning rate of SGD with momentum 0.9 (%(default)s)")
     g.add_argument("--weight-decay", type=not_negative, default=5e-4, help="L2 penalty on all weights (%(default)s)")
-    g.add_argument(
-        "--warmup-epochs",
-        type=not_negative,
-        default=1.0,
-        help="epochs of rising learning rate before the cosine (%(default)s)",
-    )
-    g.add_argument(
-        "--label-smoothing",
-        type=fraction,
-        default=0.0,
-        help="share of each label spread over all classes (%(default)s)",
-    )
+    g.add_argument("--warmup-epochs", type=not_negative, default=1.0,
+        help="epochs of rising learning rate before the cosine (%(default)s)")
+    g.add_argument("--label-smoothing", type=fraction, default=0.0,
+        help="share of each label spread over all classes (%(default)s)")
     g.add_argument("--class-weights", action="store_true", help="weigh every class alike in the loss")
-    g.add_argument(
-        "--ema",
-        type=fraction,
-        default=0.99,
-        help="decay per step of the averaged weights that are kept; 0 = off (%(default)s)",
-    )
-    g.add_argument(
-        "--dtype",
-        default="auto",
-        choices=["auto", "float32", "bfloat16", "float16"],
-        help="computing precision; auto: 16 bit on CUDA only (%(default)s)",
-    )
+    g.add_argument("--ema", type=fraction, default=0.99,
+        help="decay per step of the averaged weights that are kept; 0 = off (%(default)s)")
+    g.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
+        help="computing precision; auto: 16 bit on CUDA only (%(default)s)")
+    # fmt: on
     g = parser.add_argument_group("runs")
     g.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="train once per seed, in place of --seed")
     add_resume(g)
@@ -147,7 +98,9 @@ def parse_args(argv=None):
 
 
 def loss_of(logits, labels, task, class_weights, smoothing):
-    """logits (N, outputs), labels (N,) or (N, L) -> mean loss. class_weights: None, or one weight per class or label."""
+    """
+    logits (N, outputs), labels (N,) or (N, L) -> mean loss. class_weights: None, or one weight per class or label.
+    """
     if task in ("multi-class", "ordinal-regression"):
         return F.cross_entropy(logits, labels, weight=class_weights, label_smoothing=smoothing)
     targets = labels.float().view(len(labels), -1)  # (N, 1) for a binary set
@@ -160,7 +113,10 @@ def loss_of(logits, labels, task, class_weights, smoothing):
 
 
 def weights_of_classes(labels, num_classes, task):
-    """Weights inversely proportional to the class counts, mean 1; for a multi-label set negatives per positive, at most 20."""
+    """
+    Weights inversely proportional to the class counts, mean 1; for a multi-label set negatives per positive, at most
+    20.
+    """
     if task.startswith("multi-label"):
         positives = labels.sum(0).clamp(min=1)
         return ((len(labels) - positives) / positives).clamp(max=20)
@@ -169,7 +125,10 @@ def weights_of_classes(labels, num_classes, task):
 
 
 def pixel_statistics(images, most=20_000):
-    """Mean and standard deviation per channel, pixels as 0..1, over at most `most` images: uint8 (N, C, H, W) -> dict of lists."""
+    """
+    Mean and standard deviation per channel, pixels as 0..1, over at most `most` images: uint8 (N, C, H, W) -> dict of
+    lists.
+    """
     pixels = images[:most].transpose(0, 1).flatten(1).float() / 255  # (C, N * H * W)
     return {"mean": pixels.mean(1).tolist(), "std": pixels.std(1).tolist()}
 
@@ -186,7 +145,8 @@ def validate(model, data, copies, normalisation, device, dtype):
     scores = [official_auc_accuracy(labels.numpy(), to_probabilities(z, task).numpy(), task) for z in logits]
     if None in (s["auc"] for s in scores):
         raise InputError(
-            f"a label of {data.name} has no positive, or no negative, validation image, so that there is no AUC to choose by; raise --limit"
+            f"a label of {data.name} has no positive, or no negative, validation image, so that there is no AUC to"
+            " choose by; raise --limit"
         )
     numbers = {
         "val_loss": float(loss_of(logits[0], labels, task, None, 0.0)),
@@ -229,7 +189,8 @@ def train_one(args, data, seed, run_dir, device, dtype, rank, world_size):
     steps = len(images) // batch_size  # per epoch; the few images left over by an epoch's order are left out of it
     num_steps, warmup_steps = args.epochs * steps, round(args.warmup_epochs * steps)
     say(
-        f"seed {seed}: {args.arch}, {sum(p.numel() for p in model.parameters()):,} parameters, stem {choose_stem(args.stem, data.size)}; {args.epochs} epochs of {steps} steps of {batch_size} images"
+        f"seed {seed}: {args.arch}, {sum(p.numel() for p in model.parameters()):,} parameters, stem"
+        f" {choose_stem(args.stem, data.size)}; {args.epochs} epochs of {steps} steps of {batch_size} images"
     )
 
     first_epoch, first_step, totals, history, best = 0, 0, {"loss": 0.0, "steps": 0, "skipped": 0}, [], None
@@ -253,7 +214,9 @@ def train_one(args, data, seed, run_dir, device, dtype, rank, world_size):
     network = torch.nn.parallel.DistributedDataParallel(model) if world_size > 1 else model
 
     def save(epoch, step):
-        """All it takes to go on exactly here. best.pt and history.jsonl are written from the same state, and after it."""
+        """
+        All it takes to go on exactly here. best.pt and history.jsonl are written from the same state, and after it.
+        """
         if rank > 0:
             return
         save_checkpoint(
@@ -277,7 +240,8 @@ def train_one(args, data, seed, run_dir, device, dtype, rank, world_size):
     micro_batch = batch_size
     with StopSignal() as stop:
         for epoch in range(first_epoch, args.epochs):
-            # Every random choice depends on seed, epoch and step alone, so that a resumed run repeats the uninterrupted one
+            # Every random choice depends on seed, epoch and step alone, so that a resumed run repeats the uninterrupted
+            # one
             order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed * 10_000 + epoch)).to(
                 images.device
             )
@@ -332,7 +296,8 @@ def train_one(args, data, seed, run_dir, device, dtype, rank, world_size):
                     )  # the running statistics have seen the same infinities
                     if totals["skipped"] > 20 or totals["skipped"] == steps:
                         raise InputError(
-                            f"the loss is not finite in epoch {epoch + 1} ({totals['skipped']} steps skipped); lower --lr. {last_path.parent} keeps the epochs before"
+                            f"the loss is not finite in epoch {epoch + 1} ({totals['skipped']} steps skipped); lower"
+                            f" --lr. {last_path.parent} keeps the epochs before"
                         )
                 if stop.requested():
                     save(epoch, step + 1)
@@ -362,7 +327,9 @@ def train_one(args, data, seed, run_dir, device, dtype, rank, world_size):
                     "all_logits": all_logits,
                 }
             say(
-                f"epoch {epoch + 1:3d}/{args.epochs}  loss {row['train_loss']:.4f}  val loss {row['val_loss']:.4f}  AUC {row['val_auc']:.4f}  shifted {row['val_auc_shifted']:.4f}  accuracy {row['val_accuracy']:.4f}  {seconds:.1f} s{'  *' if best['row'] is row else ''}"
+                f"epoch {epoch + 1:3d}/{args.epochs}  loss {row['train_loss']:.4f}  val loss {row['val_loss']:.4f}  AUC"
+                f" {row['val_auc']:.4f}  shifted {row['val_auc_shifted']:.4f}  accuracy {row['val_accuracy']:.4f} "
+                f" {seconds:.1f} s{'  *' if best['row'] is row else ''}"
             )
             first_step, totals = 0, {"loss": 0.0, "steps": 0, "skipped": 0}
             save(epoch + 1, 0)
@@ -377,8 +344,9 @@ def train_one(args, data, seed, run_dir, device, dtype, rank, world_size):
 
 def backward(network, images, labels, micro_batch, optimizer, scaler, dtype, loss_function):
     """
-    Gradients of the mean loss over the batch -> (loss tensor, micro-batch that fitted). Out of GPU memory: the batch is taken
-    in halves, quarters, ... from here on; the gradient stays that of the whole batch (batch statistics are of the parts).
+    Gradients of the mean loss over the batch -> (loss tensor, micro-batch that fitted). Out of GPU memory: the batch is
+    taken in halves, quarters, ... from here on; the gradient stays that of the whole batch (batch statistics are of the
+    parts).
     """
     while True:
         optimizer.zero_grad(set_to_none=True)
@@ -422,7 +390,10 @@ def refuse_other_run(state, args, data, seed, path):
 
 
 def publish(classifier, args, run_dir):
-    """Put the classifier where the other tasks look, unless that would cost something better, and the curves beside the reports."""
+    """
+    Put the classifier where the other tasks look, unless that would cost something better, and the curves beside the
+    reports.
+    """
     if args.dry_run or args.limit:
         return print(f"{MODEL_PATH} left alone: this was a {'dry run' if args.dry_run else 'run with --limit'}")
     with atomic_file(REPORT_CURVES) as file:
@@ -431,7 +402,8 @@ def publish(classifier, args, run_dir):
         there, mine = load_checkpoint(MODEL_PATH, ("dataset",), what="classifier")["dataset"], classifier["dataset"]
         if not there["phantom"] and there["name"] != mine["name"]:
             return print(
-                f"{MODEL_PATH} left alone: it was trained on {there['name']}, this run on {mine['name']}; delete it to have it replaced, or give {run_dir}/best.pt to the other scripts"
+                f"{MODEL_PATH} left alone: it was trained on {there['name']}, this run on {mine['name']}; delete it to"
+                f" have it replaced, or give {run_dir}/best.pt to the other scripts"
             )
     save_checkpoint(MODEL_PATH, classifier)
     print(f"classifier for the other tasks: {MODEL_PATH}")
@@ -498,11 +470,16 @@ def main(argv=None):
             **run_facts(started, device),
         },
     )
-    title = f"{'PHANTOM images, ' if data.phantom else ''}{data.name} {data.size} px, {args.arch}, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
+    title = (
+        f"{'PHANTOM images, ' if data.phantom else ''}{data.name} {data.size} px, {args.arch}, {len(seeds)}"
+        f" seed{'s' if len(seeds) > 1 else ''}"
+    )
     draw_training(run_dir / "figures" / "curves.png", histories, title)
     publish(best, args, run_dir)
     print(
-        f"best epoch of seed {best['seed']}: {best['validation']['epoch']}, validation AUC {best['validation']['val_auc']:.4f}; measure it on the test images with python task1_classification/evaluate.py\nresults in {run_dir} ({time.time() - started:.0f} s)"
+        f"best epoch of seed {best['seed']}: {best['validation']['epoch']}, validation AUC"
+        f" {best['validation']['val_auc']:.4f}; measure it on the test images with python"
+        f" task1_classification/evaluate.py\nresults in {run_dir} ({time.time() - started:.0f} s)"
     )
 
 

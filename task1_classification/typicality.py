@@ -1,11 +1,11 @@
 """
 Does an image look like the training images at all? A classifier answers for anything, a photograph of a cat included.
 
-Two probabilistic principal component models (Tipping & Bishop 1999) of the 28x28 grey picture, one of the pixels as they are and one
-after setting mean and spread of each picture to 0 and 1: the first notices other exposure and framing, the second an inverted,
-turned or altogether different picture. The unusualness of an image is the larger of its two Mahalanobis distances, each as
-a multiple of what 99.5 % of the validation images stay below; above 1 it gets a warning. It is a coarse check: the README
-gives the share of several kinds of foreign images that it notices.
+Two probabilistic principal component models (Tipping & Bishop 1999) of the 28x28 grey picture, one of the pixels as
+they are and one after setting mean and spread of each picture to 0 and 1: the first notices other exposure and framing,
+the second an inverted, turned or altogether different picture. The unusualness of an image is the larger of its two
+Mahalanobis distances, each as a multiple of what 99.5 % of the validation images stay below; above 1 it gets a warning.
+It is a coarse check: the README gives the share of several kinds of foreign images that it notices.
 """
 
 import torch

@@ -2,17 +2,18 @@
 Build an index of labelled images for the search for similar cases, or change one.
 
 Usage:
-    python task3_retrieval/build_index.py                                              # training images, task 1's network
-    python task3_retrieval/build_index.py --split test --index flat --metric l2        # the 624 test images, 512 numbers each
-    python task3_retrieval/build_index.py --data phantom --backbone pixels             # needs neither data, weights nor network
+    python task3_retrieval/build_index.py  # training images, task 1's network
+    python task3_retrieval/build_index.py --split test --index flat --metric l2  # the 624 test images, 512 numbers each
+    python task3_retrieval/build_index.py --data phantom --backbone pixels  # needs neither data, weights nor network
     python task3_retrieval/build_index.py --images films/ --labels films.csv --index hnsw --metric cosine
     python task3_retrieval/build_index.py --update outputs/task3_retrieval/build_index/001 --add --split val
     python task3_retrieval/build_index.py --update outputs/task3_retrieval/build_index/001 --remove 17 40
 
-A gallery of up to about 10,000 images is searched in under a millisecond by flat; hnsw and ivfpq are for much larger ones.
-The labels file has the columns file and label, and split where wanted; a file is named relative to --images or by its name.
-Writes to the run folder: index/ (manifest.json, vectors, cases, FAISS's file), metrics.json. The images are not copied: index/
-holds their vectors, names and labels. Vectors can tell whose film it is: treat an index like the images it was made from.
+A gallery of up to about 10,000 images is searched in under a millisecond by flat; hnsw and ivfpq are for much larger
+ones. The labels file has the columns file and label, and split where wanted; a file is named relative to --images or by
+its name. Writes to the run folder: index/ (manifest.json, vectors, cases, FAISS's file), metrics.json. The images are
+not copied: index/ holds their vectors, names and labels. Vectors can tell whose film it is: treat an index like the
+images it was made from.
 """
 
 import csv
@@ -29,19 +30,8 @@ import torch.distributed as dist
 
 from shared.data.image_sets import SIZES, SPLITS, load_images, load_phantom
 from shared.data.images import find_images, read_image, to_square
-from shared.runtime import (
-    InputError,
-    open_run_dir,
-    pick_device,
-    positive_int,
-    run_facts,
-    script,
-    script_parser,
-    seed_everything,
-    start_distributed,
-    write_csv,
-    write_json,
-)
+from shared.runtime import InputError, open_run_dir, pick_device, positive_int, run_facts, script, script_parser
+from shared.runtime import seed_everything, start_distributed, write_csv, write_json
 from task1_classification.model import find_classifier
 from task3_retrieval.embed import embedder_like, load_embedder
 from task3_retrieval.index import BACKENDS, KINDS, METRICS, UNKNOWN, CaseIndex, find_index
@@ -53,64 +43,38 @@ DRY_RUN = {"train": 96, "val": 32, "test": 32}  # phantom images
 def parse_args(argv=None):
     parser = script_parser(__doc__, task=TASK, data="what the CNN was trained on (other backbones: PneumoniaMNIST)")
     g = parser.add_argument_group("images")
-    g.add_argument(
-        "--split", default=None, choices=[*SPLITS, "all"], help="images of the data set to put in (default: train)"
-    )
-    g.add_argument(
-        "--image-size",
-        type=int,
-        choices=SIZES,
-        help="pixels per side of the data set's images (default: the CNN's; else 28)",
-    )
-    g.add_argument(
-        "--images",
-        nargs="+",
-        metavar="PATH",
-        help="instead of a data set: image files, folders (searched through) or glob patterns",
-    )
-    g.add_argument(
-        "--labels", metavar="CSV", help="labels of --images: columns file, label and, if there are several, split"
-    )
+    # fmt: off
+    g.add_argument("--split", default=None, choices=[*SPLITS, "all"],
+        help="images of the data set to put in (default: train)")
+    g.add_argument("--image-size", type=int, choices=SIZES,
+        help="pixels per side of the data set's images (default: the CNN's; else 28)")
+    g.add_argument("--images", nargs="+", metavar="PATH",
+        help="instead of a data set: image files, folders (searched through) or glob patterns")
+    g.add_argument("--labels", metavar="CSV",
+        help="labels of --images: columns file, label and, if there are several, split")
     g = parser.add_argument_group("vectors")
-    g.add_argument(
-        "--backbone",
-        help="cnn, pixels, a torchvision name, random:NAME, a SigLIP or CLIP model folder, vlm:MODEL (default: cnn)",
-    )
-    g.add_argument(
-        "--cnn-weights",
-        metavar="FILE",
-        help="checkpoint of task 1 or of task3_retrieval/train.py (default: models/task1_model.pth, else ./task1_model.pth)",
-    )
-    g.add_argument(
-        "--allow-other-dataset", action="store_true", help="use weights that were trained on another data set"
-    )
-    g.add_argument(
-        "--input-size",
-        type=positive_int,
-        metavar="PIXELS",
-        help="side of the network's input (default: torchvision 224, pixels the image's own)",
-    )
-    g.add_argument(
-        "--batch-size", type=positive_int, default=256, help="images at a time; lower it if out of memory (%(default)s)"
-    )
+    g.add_argument("--backbone",
+        help="cnn, pixels, a torchvision name, random:NAME, a SigLIP or CLIP model folder, vlm:MODEL (default: cnn)")
+    g.add_argument("--cnn-weights", metavar="FILE", help="checkpoint of task 1 or of task3_retrieval/train.py "
+        "(default: models/task1_model.pth, else ./task1_model.pth)")
+    g.add_argument("--allow-other-dataset", action="store_true",
+        help="use weights that were trained on another data set")
+    g.add_argument("--input-size", type=positive_int, metavar="PIXELS",
+        help="side of the network's input (default: torchvision 224, pixels the image's own)")
+    g.add_argument("--batch-size", type=positive_int, default=256,
+        help="images at a time; lower it if out of memory (%(default)s)")
     g = parser.add_argument_group("index")
-    g.add_argument(
-        "--index",
-        default=None,
-        choices=KINDS,
-        help="flat: exact; hnsw, ivfpq: approximate, for large galleries (default: flat)",
-    )
-    g.add_argument(
-        "--metric", default=None, choices=METRICS, help="Euclidean distance, or cosine similarity (default: l2)"
-    )
-    g.add_argument(
-        "--backend", default="auto", choices=BACKENDS, help="auto: faiss where it is installed (%(default)s)"
-    )
+    g.add_argument("--index", default=None, choices=KINDS,
+        help="flat: exact; hnsw, ivfpq: approximate, for large galleries (default: flat)")
+    g.add_argument("--metric", default=None, choices=METRICS,
+        help="Euclidean distance, or cosine similarity (default: l2)")
+    g.add_argument("--backend", default="auto", choices=BACKENDS,
+        help="auto: faiss where it is installed (%(default)s)")
     g.add_argument("--update", metavar="INDEX", help="an index, or its run folder, to change in place")
     g.add_argument("--add", action="store_true", help="with --update: add the images of --split or --images")
-    g.add_argument(
-        "--remove", type=int, nargs="+", metavar="ID", help="with --update: remove these ids (see index/cases-*.csv)"
-    )
+    g.add_argument("--remove", type=int, nargs="+", metavar="ID",
+        help="with --update: remove these ids (see index/cases-*.csv)")
+    # fmt: on
     args = parser.parse_args(argv)
     if args.update is None and (args.add or args.remove):
         parser.error("--add and --remove change an existing index: name it with --update")
@@ -122,7 +86,8 @@ def parse_args(argv=None):
         ]
         if fixed or args.dry_run:
             parser.error(
-                f"--update keeps what the index was built with and changes it in place: leave {(fixed or ['--dry-run'])[0].replace('_', '-')} out"
+                "--update keeps what the index was built with and changes it in place: leave"
+                f" {(fixed or ['--dry-run'])[0].replace('_', '-')} out"
             )
     if args.images and (args.data != "auto" or args.split or args.image_size):
         parser.error("--images stands instead of a data set: leave --data, --split and --image-size out")
@@ -217,7 +182,8 @@ def main(argv=None):
         + ", ".join(f"{n} {c}" for n, c in label_counts(index).items())
     )
     print(
-        f"embedded in {embedded - started:.1f} s, indexed in {built - embedded:.1f} s{f', {len(errors)} files skipped (errors.csv)' if errors else ''}; index in {run_dir / 'index'}"
+        f"embedded in {embedded - started:.1f} s, indexed in {built - embedded:.1f}"
+        f" s{f', {len(errors)} files skipped (errors.csv)' if errors else ''}; index in {run_dir / 'index'}"
     )
 
 
@@ -244,7 +210,8 @@ def update(args, device, rank, world_size):
             cases = dataset_cases(data, args.split)
             if index.metadata["label_names"] not in ([], cases["label_names"]):
                 raise InputError(
-                    f"the index has the labels {', '.join(index.metadata['label_names'])}, {data.name} has {', '.join(cases['label_names'])}; build an index of its own"
+                    f"the index has the labels {', '.join(index.metadata['label_names'])}, {data.name} has"
+                    f" {', '.join(cases['label_names'])}; build an index of its own"
                 )
         vectors, good, errors = embed_cases(embedder, cases, rank, world_size)
         columns = [[cases[c][i] for i in good] for c in ("labels", "names", "splits")]
@@ -258,7 +225,8 @@ def update(args, device, rank, world_size):
     if errors:
         write_csv(folder.parent / "errors.csv", errors)
     print(
-        f"{folder}: {before} images before, {len(index)} now{f', {len(errors)} files skipped ({folder.parent}/errors.csv)' if errors else ''}: "
+        f"{folder}: {before} images before, {len(index)}"
+        f" now{f', {len(errors)} files skipped ({folder.parent}/errors.csv)' if errors else ''}: "
         + ", ".join(f"{n} {c}" for n, c in label_counts(index).items())
     )
 
@@ -267,7 +235,10 @@ def update(args, device, rank, world_size):
 
 
 def load_data(args, embedder, known=None):
-    """--data -> ImageSet, at the size of the CNN where there is one; auto: the set of the index, of the CNN, else PneumoniaMNIST."""
+    """
+    --data -> ImageSet, at the size of the CNN where there is one; auto: the set of the index, of the CNN, else
+    PneumoniaMNIST.
+    """
     if args.dry_run:
         return load_phantom(28, DRY_RUN)
     size = args.image_size or (
@@ -282,7 +253,10 @@ def load_data(args, embedder, known=None):
 
 
 def dataset_cases(data, split):
-    """An ImageSet -> what goes into the index: images uint8 (N, H, W) or (N, H, W, 3), and a list each of labels, names, splits."""
+    """
+    An ImageSet -> what goes into the index: images uint8 (N, H, W) or (N, H, W, 3), and a list each of labels, names,
+    splits.
+    """
     if data.multi_label:
         raise InputError(
             f"{data.name} has several labels per image; the search counts and filters by one, so take a set with one"
@@ -320,7 +294,8 @@ def file_cases(args, label_names):
         found.append(next((rows[k] for k in keys if k in rows), {"label": "", "split": ""}))
     if rows and not any(r["label"] for r in found):
         raise InputError(
-            f"none of the {len(rows)} files named in {args.labels} is among the {len(paths)} images; name them relative to --images"
+            f"none of the {len(rows)} files named in {args.labels} is among the {len(paths)} images; name them relative"
+            " to --images"
         )
     label_names = list(label_names) + sorted({r["label"] for r in found} - set(label_names) - {""})
     if args.labels:
@@ -336,14 +311,17 @@ def file_cases(args, label_names):
 
 
 def read_labels(path):
-    """CSV with the columns file, label and perhaps split -> {file: {"label", "split"}}; an empty label is an unknown one."""
+    """
+    CSV with the columns file, label and perhaps split -> {file: {"label", "split"}}; an empty label is an unknown one.
+    """
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             missing = {"file", "label"} - set(reader.fieldnames or ())
             if missing:
                 raise InputError(
-                    f"{path} has no column {' and no column '.join(sorted(missing))}; it has {', '.join(reader.fieldnames or ['nothing'])}"
+                    f"{path} has no column {' and no column '.join(sorted(missing))}; it has"
+                    f" {', '.join(reader.fieldnames or ['nothing'])}"
                 )
             rows = {}
             for row in reader:
@@ -359,8 +337,8 @@ def read_labels(path):
 
 def embed_cases(embedder, cases, rank=0, world_size=1):
     """
-    -> (vectors (n, D), numbers of the n cases that could be read, errors as rows). Under torchrun each process embeds every
-    world_size-th case, and all get the whole.
+    -> (vectors (n, D), numbers of the n cases that could be read, errors as rows). Under torchrun each process embeds
+    every world_size-th case, and all get the whole.
     """
     mine = range(rank, len(cases["images"]), world_size)
     errors = []

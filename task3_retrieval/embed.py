@@ -5,7 +5,8 @@ Images -> vectors, for retrieval. One function for every backbone, one object th
     vectors = embed(images)                          # images uint8 (N, H, W) or (N, H, W, 3) -> float32 (N, embed.dim)
 
 --backbone cnn                  task 1's classifier, or what task 3's train.py made of it (--cnn-weights)
-           pixels               the picture itself, each image's mean subtracted: the floor that every network has to beat
+           pixels               the picture itself, each image's mean subtracted: the floor that every network has to
+                                beat
            resnet50, vit_b_16   any torchvision classifier with its published weights, last layer taken off
            random:resnet18      the same, untrained: what the architecture alone does
            FOLDER, owner/name   SigLIP- or CLIP-type model, through get_image_features; tiny:siglip offline
@@ -42,8 +43,8 @@ RANDOM_SEED = 0  # of random:<name>, so that the same untrained network comes ba
 @dataclass
 class Embedder:
     """
-    Call it with images uint8 (N, H, W) or (N, H, W, 3) -> float32 (N, dim), in their order, not normalised. Images of another
-    size are resized to settings["image_size"] first (bicubic, antialiased).
+    Call it with images uint8 (N, H, W) or (N, H, W, 3) -> float32 (N, dim), in their order, not normalised. Images of
+    another size are resized to settings["image_size"] first (bicubic, antialiased).
     """
 
     name: str  # as asked for with --backbone
@@ -77,7 +78,8 @@ class Embedder:
         """InputError when the weights were trained on another data set than `name`, unless that is allowed."""
         if self.trained_on not in (None, name) and not allow_other:
             raise InputError(
-                f"{self.weights} was trained on {self.trained_on}, not on {name}; give --cnn-weights trained on it, or --allow-other-dataset to use them all the same"
+                f"{self.weights} was trained on {self.trained_on}, not on {name}; give --cnn-weights trained on it, or"
+                " --allow-other-dataset to use them all the same"
             )
 
     def facts(self):
@@ -124,9 +126,9 @@ def load_embedder(
 ):
     """
     backbone: see the top of this file; cnn_weights: checkpoint of task 1 or task 3, or its run folder (default:
-    models/task1_model.pth, else ./task1_model.pth); data: the ImageSet to be embedded, against which the weights' data set is
-    checked; image_size: pixels per side at the network's input (default: what the weights were trained at; pixels: 28).
-    -> Embedder. InputError when weights are missing, of another kind or of another data set.
+    models/task1_model.pth, else ./task1_model.pth); data: the ImageSet to be embedded, against which the weights' data
+    set is checked; image_size: pixels per side at the network's input (default: what the weights were trained at;
+    pixels: 28). -> Embedder. InputError when weights are missing, of another kind or of another data set.
     """
     device = torch.device(device)
     common = dict(batch_size=batch_size, device=device)
@@ -150,8 +152,8 @@ def load_embedder(
 
 def embedder_like(facts, cnn_weights=None, device="cpu", batch_size=256):
     """
-    The Embedder that an index was built with, from what Embedder.facts() said of it; cnn_weights: where its CNN lies now.
-    Whether it is the same is checked by CaseIndex.load and check_embedder, by digest.
+    The Embedder that an index was built with, from what Embedder.facts() said of it; cnn_weights: where its CNN lies
+    now. Whether it is the same is checked by CaseIndex.load and check_embedder, by digest.
     """
     backbone, settings = facts["backbone"], facts["settings"]
     if backbone == "pixels":
@@ -180,7 +182,8 @@ def load_cnn(path, data, image_size, allow_other_dataset, common):
     path = Path(path) if path is not None else find_classifier()
     if path is None:
         raise InputError(
-            "there are no task 1 weights at models/task1_model.pth or ./task1_model.pth; train them with python task1_classification/train.py, give --cnn-weights, or use --backbone pixels, which needs none"
+            "there are no task 1 weights at models/task1_model.pth or ./task1_model.pth; train them with python"
+            " task1_classification/train.py, give --cnn-weights, or use --backbone pixels, which needs none"
         )
     path = path / "best.pt" if path.is_dir() else path
     print(f"CNN weights: {path}", flush=True)
@@ -234,7 +237,8 @@ def build_embedding(state, path):
     ]
     if missing:
         raise InputError(
-            f"{path} is not a task 3 embedding of this version: it lacks {', '.join(missing)}; train it again with python task3_retrieval/train.py"
+            f"{path} is not a task 3 embedding of this version: it lacks {', '.join(missing)}; train it again with"
+            " python task3_retrieval/train.py"
         )
     settings = state["settings"]
     model = build_model(settings["architecture"], 1, settings["channels"], settings["image_size"], settings["stem"])
@@ -250,8 +254,8 @@ def build_embedding(state, path):
 
 def build_head(state):
     """
-    State of an nn.Sequential of Linear layers with ReLU between them ("0.weight", "0.bias", "2.weight", ...) -> that module,
-    random; {} -> nn.Identity().
+    State of an nn.Sequential of Linear layers with ReLU between them ("0.weight", "0.bias", "2.weight", ...) -> that
+    module, random; {} -> nn.Identity().
     """
     layers = []
     for key in sorted((k for k in state if k.endswith(".weight")), key=lambda k: int(k.split(".")[0])):
@@ -274,7 +278,8 @@ def load_torchvision(backbone, name, image_size, common):
             model = torchvision.models.get_model(name, weights=weights)
         except OSError as error:  # URLError, HTTPError, and a cache folder that cannot be written
             raise InputError(
-                f"--backbone {name}: its weights could not be fetched ({error}); save {weights.url} in {torch.hub.get_dir()}/checkpoints, or use random:{name} for the untrained network"
+                f"--backbone {name}: its weights could not be fetched ({error}); save {weights.url} in"
+                f" {torch.hub.get_dir()}/checkpoints, or use random:{name} for the untrained network"
             ) from error
         preset = weights.transforms()
         normalisation = {"mean": list(preset.mean), "std": list(preset.std)}
@@ -307,7 +312,9 @@ def load_torchvision(backbone, name, image_size, common):
 
 
 def load_transformer(backbone, device, common):
-    """Model folders and hub names: one with both towers (SigLIP, CLIP) by its image features, a VLM by its vision tower."""
+    """
+    Model folders and hub names: one with both towers (SigLIP, CLIP) by its image features, a VLM by its vision tower.
+    """
     from transformers import AutoImageProcessor, AutoModel  # takes seconds to import
 
     from shared.models.inputs import preprocess_images
@@ -316,7 +323,8 @@ def load_transformer(backbone, device, common):
     name = backbone.removeprefix("vlm:")
     if not Path(name).expanduser().is_dir() and not name.startswith("tiny:") and "/" not in name:
         raise InputError(
-            f"there is no --backbone {backbone}: it is cnn, pixels, a torchvision name such as resnet50, random:resnet18, a model folder, or vlm: and a model"
+            f"there is no --backbone {backbone}: it is cnn, pixels, a torchvision name such as resnet50,"
+            " random:resnet18, a model folder, or vlm: and a model"
         )
     try:
         source, config = find_model(name)
@@ -346,7 +354,8 @@ def load_transformer(backbone, device, common):
         model = load_part(AutoModel, source, name=name, device=device)
         if not hasattr(model, "get_image_features"):
             raise InputError(
-                f"{name} is a {config.get('model_type')} model without image features; give a SigLIP- or CLIP-type model, or vlm: and a vision-language model"
+                f"{name} is a {config.get('model_type')} model without image features; give a SigLIP- or CLIP-type"
+                " model, or vlm: and a vision-language model"
             )
         try:
             processing = AutoImageProcessor.from_pretrained(source, local_files_only=Path(source).is_dir())

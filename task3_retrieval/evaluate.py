@@ -2,17 +2,17 @@
 Measure retrieval of similar cases: every test image searches the training images, and the other test images.
 
 Usage:
-    python task3_retrieval/evaluate.py                                  # newest embedding of train.py, else task 1's features
+    python task3_retrieval/evaluate.py  # newest embedding of train.py, else task 1's features
     python task3_retrieval/evaluate.py --cnn-weights models/task1_model.pth
     python task3_retrieval/evaluate.py --backbone google/siglip-base-patch16-224
     python task3_retrieval/evaluate.py --queries val                    # for choosing; the test split stays unread
     python task3_retrieval/evaluate.py --dry-run                        # phantom images, CPU, a few seconds
 
-Similar = same label. Rankings are exact and over the whole gallery, ties go to the smaller id; a query never finds itself or a
-byte-identical copy. Chance, raw pixels and an untrained network are searched in the same way and stand in the same table.
-Nothing is chosen or fitted here, except the limit of the warning for foreign images, which comes from the validation images.
-Writes to the run folder: metrics.json, predictions.csv (one row per query), report.md, figures/*.png; and the hand-in copy
-reports/task3_retrieval.md with reports/figures/task3_*.png.
+Similar = same label. Rankings are exact and over the whole gallery, ties go to the smaller id; a query never finds
+itself or a byte-identical copy. Chance, raw pixels and an untrained network are searched in the same way and stand in
+the same table. Nothing is chosen or fitted here, except the limit of the warning for foreign images, which comes from
+the validation images. Writes to the run folder: metrics.json, predictions.csv (one row per query), report.md,
+figures/*.png; and the hand-in copy reports/task3_retrieval.md with reports/figures/task3_*.png.
 """
 
 import csv
@@ -32,38 +32,11 @@ from sklearn.metrics import cohen_kappa_score, roc_auc_score
 
 from shared.data.augment import shifted_copies  # the same changes that validation is judged under, see train.py
 from shared.data.image_sets import load_images, load_phantom
-from shared.metrics.retrieval import (
-    chance,
-    chance_vote,
-    content_codes,
-    duplicate_report,
-    first_of,
-    hubness,
-    knn_vote,
-    leave_one_out_draws,
-    query_draws,
-    query_metrics,
-    rank_gallery,
-    relevance,
-    summarise,
-)
+from shared.metrics.retrieval import chance, chance_vote, content_codes, duplicate_report, first_of, hubness, knn_vote
+from shared.metrics.retrieval import leave_one_out_draws, query_draws, query_metrics, rank_gallery, relevance, summarise
 from shared.metrics.statistics import bootstrap_interval, mcnemar_exact, wilson_interval
-from shared.runtime import (
-    InputError,
-    atomic_file,
-    free_gpu,
-    load_checkpoint,
-    newest_run,
-    open_run_dir,
-    pick_device,
-    positive_int,
-    run_facts,
-    script,
-    script_parser,
-    seed_everything,
-    write_json,
-    write_report,
-)
+from shared.runtime import InputError, atomic_file, free_gpu, load_checkpoint, newest_run, open_run_dir, pick_device
+from shared.runtime import positive_int, run_facts, script, script_parser, seed_everything, write_json, write_report
 from task1_classification.model import find_classifier, load_classifier, predict_logits, to_probabilities
 from task3_retrieval.embed import EMBEDDING_KIND, load_embedder
 from task3_retrieval.figures import draw_distances, draw_map, draw_neighbours, draw_precision
@@ -79,50 +52,30 @@ MOST_LOO = 2000  # images up to which leave-one-out resamples the gallery too
 def parse_args(argv=None):
     parser = script_parser(__doc__, task=TASK, data="PneumoniaMNIST")
     g = parser.add_argument_group("embedding")
-    g.add_argument(
-        "--backbone",
-        default="cnn",
-        help="what makes the vectors; cnn, pixels, a torchvision name, a model folder: see embed.py (%(default)s)",
-    )
-    g.add_argument(
-        "--cnn-weights",
-        metavar="PATH",
-        help="best.pt or run folder of train.py, or a task 1 classifier (default: newest run of train.py, else models/task1_model.pth)",
-    )
-    g.add_argument(
-        "--classifier",
-        metavar="FILE",
-        help="task 1 classifier to compare the vote with (default: models/task1_model.pth, else ./task1_model.pth)",
-    )
-    g.add_argument(
-        "--allow-other-dataset", action="store_true", help="use weights that were trained on another data set"
-    )
-    g.add_argument(
-        "--metric", default="cosine", choices=["cosine", "l2"], help="similarity of the vectors (%(default)s)"
-    )
-    g.add_argument(
-        "--image-size",
-        type=int,
-        default=28,
-        choices=[28, 64, 128, 224],
-        help="pixels per side of the data file (%(default)s)",
-    )
-    g.add_argument(
-        "--batch-size", type=positive_int, default=256, help="images at a time; lower it if out of memory (%(default)s)"
-    )
+    # fmt: off
+    g.add_argument("--backbone", default="cnn",
+        help="what makes the vectors; cnn, pixels, a torchvision name, a model folder: see embed.py (%(default)s)")
+    g.add_argument("--cnn-weights", metavar="PATH", help="best.pt or run folder of train.py, or a task 1 classifier "
+        "(default: newest run of train.py, else models/task1_model.pth)")
+    g.add_argument("--classifier", metavar="FILE",
+        help="task 1 classifier to compare the vote with (default: models/task1_model.pth, else ./task1_model.pth)")
+    g.add_argument("--allow-other-dataset", action="store_true",
+        help="use weights that were trained on another data set")
+    g.add_argument("--metric", default="cosine", choices=["cosine", "l2"],
+        help="similarity of the vectors (%(default)s)")
+    g.add_argument("--image-size", type=int, default=28, choices=[28, 64, 128, 224],
+        help="pixels per side of the data file (%(default)s)")
+    g.add_argument("--batch-size", type=positive_int, default=256,
+        help="images at a time; lower it if out of memory (%(default)s)")
     g = parser.add_argument_group("search")
     g.add_argument("--queries", default="test", choices=["test", "val"], help="images that ask (%(default)s)")
     g.add_argument("--vote", type=positive_int, default=5, metavar="K", help="neighbours that vote; odd (%(default)s)")
-    g.add_argument(
-        "--resamples",
-        type=positive_int,
-        default=2000,
-        help="bootstrap resamples; leave-one-out takes a quarter of them (%(default)s)",
-    )
+    g.add_argument("--resamples", type=positive_int, default=2000,
+        help="bootstrap resamples; leave-one-out takes a quarter of them (%(default)s)")
     g = parser.add_argument_group("report")
-    g.add_argument(
-        "--show", type=int, nargs="+", metavar="INDEX", help="queries of the demonstration picture (default: 0 20 70)"
-    )
+    g.add_argument("--show", type=int, nargs="+", metavar="INDEX",
+        help="queries of the demonstration picture (default: 0 20 70)")
+    # fmt: on
     g.add_argument("--cases", type=positive_int, default=6, help="failures shown and listed (%(default)s)")
     args = parser.parse_args(argv)
     if args.vote % 2 == 0:
@@ -136,7 +89,10 @@ def parse_args(argv=None):
 
 
 def prepare(vectors, metric):
-    """float32 (N, D) -> float64; for cosine of unit length (a vector of zeros stays one), rounded to float32 as in index.py."""
+    """
+    float32 (N, D) -> float64; for cosine of unit length (a vector of zeros stays one), rounded to float32 as in
+    index.py.
+    """
     vectors = vectors.astype(np.float64)
     if metric == "cosine":
         vectors = (vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-30)).astype(np.float32)
@@ -145,8 +101,8 @@ def prepare(vectors, metric):
 
 def similarities(queries, gallery, metric):
     """
-    (Q, D), (N, D), both prepared -> float32 (Q, N): cosine, or minus the Euclidean distance. Computed in float64 and rounded, so
-    that copies of one image tie, and then the smaller id comes first, as in index.py.
+    (Q, D), (N, D), both prepared -> float32 (Q, N): cosine, or minus the Euclidean distance. Computed in float64 and
+    rounded, so that copies of one image tie, and then the smaller id comes first, as in index.py.
     """
     product = queries @ gallery.T
     if metric == "cosine":
@@ -157,9 +113,9 @@ def similarities(queries, gallery, metric):
 
 def search(queries, gallery, metric, query_labels, gallery_labels, num_classes, same, k):
     """
-    Rank the gallery for every query, block by block. `same` (Q,), (N,): content codes; equal ones must not find each other.
-    -> dict of values {metric: (Q,)}, first (Q, most) gallery rows, left (Q,), similarity (Q, most) of these, called (Q,),
-    share (Q, C); most = 50 or the size of the gallery.
+    Rank the gallery for every query, block by block. `same` (Q,), (N,): content codes; equal ones must not find each
+    other. -> dict of values {metric: (Q,)}, first (Q, most) gallery rows, left (Q,), similarity (Q, most) of these,
+    called (Q,), share (Q, C); most = 50 or the size of the gallery.
     """
     queries, gallery = prepare(queries, metric), prepare(gallery, metric)
     query_codes, gallery_codes = same
@@ -212,11 +168,14 @@ def pictures(images):
     return images[:, 0].numpy() if images.shape[1] == 1 else images.permute(0, 2, 3, 1).numpy()
 
 
-# ------------------------------------------------------------------------------------------------------ what is measured
+# ----------------------------------------------------------------------------------------------------- what is measured
 
 
 def compare_all(systems, data, args, codes, labels):
-    """Tables {protocol: {system: {"micro" | "macro" | class: {metric: numbers}}}}; the floor of all differences is pixels, cosine."""
+    """
+    Tables {protocol: {system: {"micro" | "macro" | class: {metric: numbers}}}}; the floor of all differences is pixels,
+    cosine.
+    """
     queries, num_classes, tables = args.queries, len(data.label_names), {}
     y, floor = labels[queries], "raw pixels, cosine"
     for protocol, gallery in (("across", "train"), ("within", queries)):
@@ -266,8 +225,9 @@ def against(systems, args, labels, codes, num_classes, first, second):
 
 def view_recall(system, data, queries, codes):
     """
-    A similarity that needs no label: a changed copy of every query image searches the unchanged query images. How often does it
-    find its own original (or a byte-identical one) first, and among the first five? {change: {"R@1", "R@5"}} and their mean.
+    A similarity that needs no label: a changed copy of every query image searches the unchanged query images. How often
+    does it find its own original (or a byte-identical one) first, and among the first five? {change: {"R@1", "R@5"}}
+    and their mean.
     """
     gallery = prepare(system["vectors"][queries], system["metric"])
     rows = {}
@@ -295,8 +255,9 @@ def foreign_images(images, seed):
 
 def foreign_detection(system, data, args):
     """
-    Does the distance to the k-th neighbour tell foreign images from real queries? AUROC, interval over images; and the share
-    warned of at the limit that 95 % of the *validation* images stay below. -> ({kind: numbers}, {kind: distances})
+    Does the distance to the k-th neighbour tell foreign images from real queries? AUROC, interval over images; and the
+    share warned of at the limit that 95 % of the *validation* images stay below. -> ({kind: numbers}, {kind:
+    distances})
     """
     k = min(args.vote, system["across"]["similarity"].shape[1]) - 1
     gallery = prepare(system["vectors"]["train"], system["metric"])
@@ -332,8 +293,8 @@ def foreign_detection(system, data, args):
 
 def explanation_checks(found, y, gallery_labels, num_classes, k, seed, times=200):
     """
-    Can the explanation fail? With shuffled gallery labels the vote must fall to chance, and without its neighbours it has to
-    be found again from the next ones. Balanced accuracy of the vote; share of queries whose vote stays.
+    Can the explanation fail? With shuffled gallery labels the vote must fall to chance, and without its neighbours it
+    has to be found again from the next ones. Balanced accuracy of the vote; share of queries whose vote stays.
     """
     first, similarity, left = found["first"], found["similarity"], found["left"]
     rng = np.random.default_rng(seed)
@@ -363,7 +324,9 @@ def explanation_checks(found, y, gallery_labels, num_classes, k, seed, times=200
 
 
 def agreement(found, y, classifier, facts, images, device, dtype, batch_size):
-    """The vote beside the classifier's own answer on the same queries -> (numbers, its answers (Q,), probability of them)."""
+    """
+    The vote beside the classifier's own answer on the same queries -> (numbers, its answers (Q,), probability of them).
+    """
     logits = predict_logits(classifier, images, facts["normalisation"], device, dtype, batch_size)
     probabilities = to_probabilities(logits, facts["task"], facts["temperature"]).numpy()
     if facts["task"] == "binary-class":
@@ -377,9 +340,11 @@ def agreement(found, y, classifier, facts, images, device, dtype, batch_size):
         "agree": float(same.mean()),
         "low": low,
         "high": high,
-        "kappa": float(cohen_kappa_score(answers, found["called"]))
-        if len(np.unique([answers, found["called"]])) > 1
-        else None,
+        "kappa": (
+            float(cohen_kappa_score(answers, found["called"]))
+            if len(np.unique([answers, found["called"]])) > 1
+            else None
+        ),
         "accuracy_classifier": float(right.mean()),
         "accuracy_vote": float(vote_right.mean()),
         "mcnemar": mcnemar_exact(vote_right, right),
@@ -391,7 +356,9 @@ def agreement(found, y, classifier, facts, images, device, dtype, batch_size):
 
 
 def copies_matter(system, labels, codes, args, num_classes):
-    """What the treatment of copies does to leave-one-out: P@1 and mAP with copies out, only the query out, nothing out."""
+    """
+    What the treatment of copies does to leave-one-out: P@1 and mAP with copies out, only the query out, nothing out.
+    """
     y, vectors, own = labels[args.queries], system["vectors"][args.queries], np.arange(len(labels[args.queries]))
     cases = {
         "query and copies left out": (codes[args.queries], codes[args.queries]),
@@ -406,7 +373,10 @@ def copies_matter(system, labels, codes, args, num_classes):
 
 
 def failures(found, y):
-    """Queries whose vote is wrong, most confident first: largest share of the vote, then lowest average precision, then index."""
+    """
+    Queries whose vote is wrong, most confident first: largest share of the vote, then lowest average precision, then
+    index.
+    """
     wrong = np.flatnonzero(found["called"] != y)
     return wrong[np.lexsort((wrong, found["values"]["AP"][wrong], -found["share"].max(1)[wrong]))]
 
@@ -594,7 +564,8 @@ def main(argv=None):
         if facts["dataset"]["name"] != data.name and not args.allow_other_dataset:
             if args.classifier:
                 raise InputError(
-                    f"{classifier_path} was trained on {facts['dataset']['name']}, not on {data.name}; give the classifier of that set"
+                    f"{classifier_path} was trained on {facts['dataset']['name']}, not on {data.name}; give the"
+                    " classifier of that set"
                 )
             classifier = None
     run_dir = open_run_dir(args, TASK, "evaluate")
@@ -636,17 +607,27 @@ def main(argv=None):
         "headline": title,
         "tables": compare_all(systems, data, args, codes, labels),
         "intervals": {
-            "across": f"percentile bootstrap over queries ({args.resamples} resamples, gallery fixed, byte-identical queries drawn together)",
-            "within": f"percentile bootstrap over images as queries and gallery at once ({max(1, args.resamples // 4)} resamples)"
-            if len(y) <= MOST_LOO
-            else f"percentile bootstrap over queries ({args.resamples} resamples, gallery fixed)",
+            "across": (
+                f"percentile bootstrap over queries ({args.resamples} resamples, gallery fixed, byte-identical queries"
+                " drawn together)"
+            ),
+            "within": (
+                f"percentile bootstrap over images as queries and gallery at once ({max(1, args.resamples // 4)}"
+                " resamples)"
+                if len(y) <= MOST_LOO
+                else f"percentile bootstrap over queries ({args.resamples} resamples, gallery fixed)"
+            ),
         },
-        "against_task1": against(systems, args, labels, codes, num_classes, title, "task 1 features")
-        if title == "trained embedding" and "task 1 features" in systems
-        else None,
-        "vote_auc": {name: float(roc_auc_score(y, s["across"]["share"][:, 1])) for name, s in systems.items()}
-        if num_classes == 2
-        else None,
+        "against_task1": (
+            against(systems, args, labels, codes, num_classes, title, "task 1 features")
+            if title == "trained embedding" and "task 1 features" in systems
+            else None
+        ),
+        "vote_auc": (
+            {name: float(roc_auc_score(y, s["across"]["share"][:, 1])) for name, s in systems.items()}
+            if num_classes == 2
+            else None
+        ),
         "view_recall": {name: view_recall(s, data, args.queries, codes) for name, s in systems.items()},
         "explanation": explanation_checks(found, y, labels["train"], num_classes, args.vote, args.seed),
         "hubness": {
@@ -656,8 +637,10 @@ def main(argv=None):
             }
             for name, s in systems.items()
         },
-        "duplicates": duplicate_report(codes, labels)
-        | {"leave_one_out": copies_matter(systems[title], labels, codes, args, num_classes)},
+        "duplicates": (
+            duplicate_report(codes, labels)
+            | {"leave_one_out": copies_matter(systems[title], labels, codes, args, num_classes)}
+        ),
     }
     detected = {name: foreign_detection(s, data, args) for name, s in systems.items() if name != "untrained ResNet-18"}
     measured["foreign"] = {name: numbers for name, (numbers, _) in detected.items()}
@@ -685,7 +668,10 @@ def main(argv=None):
         probabilities,
         measured["foreign"][title]["limit"],
     )
-    where = f"{'PHANTOM images, ' if data.phantom else ''}{data.name} {data.size} px: {args.queries} (n = {len(y)}) searches train (n = {len(labels['train'])}), {title}, {args.metric}"
+    where = (
+        f"{'PHANTOM images, ' if data.phantom else ''}{data.name} {data.size} px: {args.queries} (n = {len(y)})"
+        f" searches train (n = {len(labels['train'])}), {title}, {args.metric}"
+    )
     figures = draw_all(run_dir / "figures", systems, title, data, labels, args, wrong, detected[title], where)
     write_json(
         run_dir / "metrics.json",

@@ -1,4 +1,7 @@
-"""The pictures of train.py and evaluate.py: curves, galleries of queries with their neighbours, precision by rank, map, distances."""
+"""
+The pictures of train.py and evaluate.py: curves, galleries of queries with their neighbours, precision by rank, map,
+distances.
+"""
 
 import matplotlib
 import numpy as np
@@ -48,8 +51,8 @@ def draw_training(path, history, title):
 
 def draw_neighbours(path, rows, names, title):
     """
-    One row per query: the query, a gap, its neighbours from most to least alike. rows: [((image, label, caption), [the same for
-    each neighbour]), ...]; image uint8 (H, W) or (H, W, 3). The frame's colour is the label.
+    One row per query: the query, a gap, its neighbours from most to least alike. rows: [((image, label, caption), [the
+    same for each neighbour]), ...]; image uint8 (H, W) or (H, W, 3). The frame's colour is the label.
     """
     columns = max(len(neighbours) for _, neighbours in rows)
     figure, axes = plt.subplots(
@@ -81,7 +84,9 @@ def draw_neighbours(path, rows, names, title):
 
 
 def draw_precision(path, curves, names, title):
-    """curves {system: (classes, K)}: mean precision among the first k neighbours, one panel per class (of at most 6)."""
+    """
+    curves {system: (classes, K)}: mean precision among the first k neighbours, one panel per class (of at most 6).
+    """
     shown = range(min(len(names), 6))
     figure, axes = plt.subplots(
         1, len(shown), figsize=(4.2 * len(shown), 3.6), layout="constrained", squeeze=False, sharey=True

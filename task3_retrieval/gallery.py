@@ -1,8 +1,9 @@
 """
-Similar cases side by side: finds the pictures of an index again, draws them as a figure and as a page that needs nothing else.
+Similar cases side by side: finds the pictures of an index again, draws them as a figure and as a page that needs
+nothing else.
 
-An index does not copy images. Those of a data set are read from --data-dir (and must be the file the index was built from),
-others from where they were when the index was built.
+An index does not copy images. Those of a data set are read from --data-dir (and must be the file the index was built
+from), others from where they were when the index was built.
 """
 
 import base64
@@ -56,7 +57,8 @@ class Pictures:
             data = load_images(name, self.data_dir, facts["size"])
             if data.sha256 != facts["sha256"]:
                 raise InputError(
-                    f"{data.source} is not the file the index was built from (other SHA-256); give its folder with --data-dir"
+                    f"{data.source} is not the file the index was built from (other SHA-256); give its folder with"
+                    " --data-dir"
                 )
             self.sets[name] = data
         return self.sets[name]
@@ -83,7 +85,9 @@ def grey_tile(size=28):
 
 
 def to_rgb(picture, side=224):
-    """uint8 tensor (C, H, W) -> array (side, side, 3); enlarged without smoothing, so that 28 pixels look like 28 pixels."""
+    """
+    uint8 tensor (C, H, W) -> array (side, side, 3); enlarged without smoothing, so that 28 pixels look like 28 pixels.
+    """
     array = picture.expand(3, -1, -1).permute(1, 2, 0).numpy()
     return np.array(
         Image.fromarray(np.ascontiguousarray(array)).resize(
@@ -93,7 +97,9 @@ def to_rgb(picture, side=224):
 
 
 def heat_maps(classifier, facts, pictures, layer="auto", device="cpu"):
-    """pictures: uint8 tensors (C, H, W) -> arrays (224, 224, 3) with the classifier's Grad-CAM for the class it calls."""
+    """
+    pictures: uint8 tensors (C, H, W) -> arrays (224, 224, 3) with the classifier's Grad-CAM for the class it calls.
+    """
     inputs = torch.cat([fit_images(p[None], facts["image_size"], facts["channels"]) for p in pictures])
     out = []
     with GradCAM(classifier, layer, facts["image_size"], facts["channels"]) as cam:
@@ -112,9 +118,9 @@ def color_of(label, label_names):
 
 def draw_gallery(path, cases, label_names, title, unit):
     """
-    cases: dicts with name, label ("" when not known), picture (H, W, 3), heat (or None), verdict (lines of text), warn, and
-    neighbours: dicts with rank, name, label, distance, picture, heat. One row per case, the heat map below each picture. The
-    frame has the colour of the label.
+    cases: dicts with name, label ("" when not known), picture (H, W, 3), heat (or None), verdict (lines of text), warn,
+    and neighbours: dicts with rank, name, label, distance, picture, heat. One row per case, the heat map below each
+    picture. The frame has the colour of the label.
     """
     heat = cases[0]["heat"] is not None
     columns = 1 + max(len(c["neighbours"]) for c in cases)
@@ -191,7 +197,10 @@ def tile_html(tile, head, label, label_names):
         for key in ("picture", "heat")
         if tile[key] is not None
     )
-    return f'<figure>{pictures}<figcaption><b>{html.escape(head)}</b><br>{html.escape(label)}<br><span title="{html.escape(tile["name"])}">{html.escape(short(tile["name"], 28))}</span></figcaption></figure>'
+    return (
+        f"<figure>{pictures}<figcaption><b>{html.escape(head)}</b><br>{html.escape(label)}<br><span"
+        f' title="{html.escape(tile["name"])}">{html.escape(short(tile["name"], 28))}</span></figcaption></figure>'
+    )
 
 
 def data_uri(array):

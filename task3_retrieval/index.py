@@ -7,17 +7,21 @@ An index of labelled images: vectors, what they show, and how they were made, ke
     distances, ids = index.search(queries, k=5, exclude=own_ids, where={"label": "pneumonia"})
 
 metric l2: Euclidean distance, the root and not FAISS's square, smallest first. cosine: similarity, largest first.
-Ties go to the smaller id, so that every backend gives the same list: FAISS or a torch matrix product only proposes a few more
-candidates than asked for, their distances are computed again from the stored vectors in float64, and where a candidate beyond
-the last one fetched could still belong into the list, all vectors are compared. What is compared is rounded to float32.
+Ties go to the smaller id, so that every backend gives the same list: FAISS or a torch matrix product only proposes a
+few more candidates than asked for, their distances are computed again from the stored vectors in float64, and where a
+candidate beyond the last one fetched could still belong into the list, all vectors are compared. What is compared is
+rounded to float32.
 
-kind flat    every vector is compared; exact. With a filter (`where`) every kind is exact: the filtered vectors are compared.
-     hnsw    graph (Malkov & Yashunin 2018), (4 d + 8 M) bytes per vector and the vectors; cannot forget: removed ids are skipped
+kind flat    every vector is compared; exact. With a filter (`where`) every kind is exact: the filtered vectors are
+             compared.
+     hnsw    graph (Malkov & Yashunin 2018), (4 d + 8 M) bytes per vector and the vectors; cannot forget: removed ids
+             are skipped
      ivfpq   lists and product codes (Jegou et al. 2011), d / 8 + 8 bytes per vector; needs 1,024 vectors to train on
 Without faiss a saved index of any kind is searched exactly, by torch; building hnsw or ivfpq needs faiss.
 
-Files: manifest.json, and beside it vectors-*.npy (row by row, unit length for cosine), cases-*.csv and index-*.faiss, named by
-what is in them. The manifest is written last and in one step, so an interrupted save leaves the index before it untouched.
+Files: manifest.json, and beside it vectors-*.npy (row by row, unit length for cosine), cases-*.csv and index-*.faiss,
+named by what is in them. The manifest is written last and in one step, so an interrupted save leaves the index before
+it untouched.
 """
 
 import contextlib
@@ -57,8 +61,8 @@ TYPICAL_K, TYPICAL_SAMPLE = 10, 5000
 
 class CaseIndex:
     """
-    vectors float (N, D); ids int64 (N,), unique and not negative; labels int64 (N,), -1 unknown, names of the classes in
-    metadata["label_names"]; names and splits: N texts; metadata: a dict that JSON can hold, such as {"embedder":
+    vectors float (N, D); ids int64 (N,), unique and not negative; labels int64 (N,), -1 unknown, names of the classes
+    in metadata["label_names"]; names and splits: N texts; metadata: a dict that JSON can hold, such as {"embedder":
     embedder.facts(), "label_names": [...], "dataset": {...}}. InputError for whatever does not fit together.
     """
 
@@ -77,7 +81,8 @@ class CaseIndex:
     ):
         if kind not in KINDS or metric not in METRICS:
             raise InputError(
-                f"an index is of the kind {', '.join(KINDS)} with the metric {' or '.join(METRICS)}, not {kind} with {metric}"
+                f"an index is of the kind {', '.join(KINDS)} with the metric {' or '.join(METRICS)}, not {kind} with"
+                f" {metric}"
             )
         self.kind, self.metric, self.backend = kind, metric, pick_backend(backend)
         self.settings = SETTINGS[kind] | (settings or {})
@@ -102,7 +107,8 @@ class CaseIndex:
         names, splits = list(map(str, names)), list(map(str, splits))
         if not len(ids) == len(labels) == len(names) == len(splits) == n:
             raise InputError(
-                f"there are {n} vectors, {len(ids)} ids, {len(labels)} labels, {len(names)} names and {len(splits)} splits"
+                f"there are {n} vectors, {len(ids)} ids, {len(labels)} labels, {len(names)} names and {len(splits)}"
+                " splits"
             )
         if ids.dtype.kind not in "iu" or labels.dtype.kind not in "iu" or ids.ndim != 1 or labels.ndim != 1:
             raise InputError("ids and labels are whole numbers, one per image")
@@ -143,12 +149,18 @@ class CaseIndex:
         return np.where(self.sorted_ids[place] == ids, self.order[place], -1)
 
     def ids_of(self, names):
-        """File names -> int64 ids, -1 for one the index does not hold: whom to exclude when an image of the gallery is the query."""
+        """
+        File names -> int64 ids, -1 for one the index does not hold: whom to exclude when an image of the gallery is the
+        query.
+        """
         known = dict(zip(self.names, self.ids.tolist(), strict=True))
         return np.array([known.get(str(n), -1) for n in names], dtype=np.int64)
 
     def prepare(self, vectors):
-        """-> float32 (n, D), contiguous, of unit length for cosine (a vector of zeros stays one: similarity 0 to everything)."""
+        """
+        -> float32 (n, D), contiguous, of unit length for cosine (a vector of zeros stays one: similarity 0 to
+        everything).
+        """
         vectors = np.ascontiguousarray(vectors, dtype=np.float32)
         if vectors.ndim != 2 or vectors.shape[1] != self.dim:
             raise InputError(
@@ -164,9 +176,10 @@ class CaseIndex:
 
     def search(self, queries, k, exclude=None, where=None):
         """
-        queries float (Q, D), not normalised; exclude: an id per query, int (Q,), or a collection of ids per query (-1 stands
-        for none); where: bool (N,), or a dict of "label" and "split" with one value or several each.
-        -> (distances or similarities float32 (Q, k), ids int64 (Q, k)), best first. InputError when fewer than k are left.
+        queries float (Q, D), not normalised; exclude: an id per query, int (Q,), or a collection of ids per query (-1
+        stands for none); where: bool (N,), or a dict of "label" and "split" with one value or several each.
+        -> (distances or similarities float32 (Q, k), ids int64 (Q, k)), best first. InputError when fewer than k are
+        left.
         """
         queries = self.prepare(np.atleast_2d(np.asarray(queries)))
         pool = None if where is None else np.flatnonzero(self.mask_of(where))
@@ -183,7 +196,8 @@ class CaseIndex:
         most = max(map(len, excluded), default=0)
         if k < 1 or k > size - most:
             raise InputError(
-                f"k must be from 1 to {size - most}, the number of images to choose from{' after the excluded ones' if most else ''}; not {k}"
+                f"k must be from 1 to {size - most}, the number of images to choose"
+                f" from{' after the excluded ones' if most else ''}; not {k}"
             )
 
         scores, rows = np.empty((len(queries), k), dtype=np.float32), np.empty((len(queries), k), dtype=np.int64)
@@ -266,8 +280,8 @@ class CaseIndex:
 
     def propose(self, queries, fetch, pool):
         """
-        The `fetch` nearest or so -> (rows (Q, fetch), -1 where there was none; worst approximate score (Q,): the negative square
-        of the distance, or the similarity).
+        The `fetch` nearest or so -> (rows (Q, fetch), -1 where there was none; worst approximate score (Q,): the
+        negative square of the distance, or the similarity).
         """
         if self.backend == "torch" or pool is not None:
             return self.propose_torch(queries, fetch, pool)
@@ -308,7 +322,9 @@ class CaseIndex:
         return -np.sqrt(np.einsum("qfd,qfd->qf", v, v)).astype(np.float32)
 
     def compare_all(self, queries, pool):
-        """queries (Q, D) -> scores float32 (Q, N) against everything, or against the rows `pool`, computed in float64."""
+        """
+        queries (Q, D) -> scores float32 (Q, N) against everything, or against the rows `pool`, computed in float64.
+        """
         q = torch.from_numpy(queries).double()
         out = []
         for v in (self.torch_vectors if pool is None else self.torch_vectors[pool]).split(max(1, CHUNK // self.dim)):
@@ -333,8 +349,8 @@ class CaseIndex:
 
     def settled(self, queries, last, far, exact):
         """
-        Is the list final? It is not when fewer than k were found; nor, in an exact search, when what was not fetched could be as
-        near as the last of the list, given how far float32 products of such long vectors can be off.
+        Is the list final? It is not when fewer than k were found; nor, in an exact search, when what was not fetched
+        could be as near as the last of the list, given how far float32 products of such long vectors can be off.
         """
         full = np.isfinite(last)
         if not exact:
@@ -388,9 +404,9 @@ class CaseIndex:
 
     def fit_typical(self, k=TYPICAL_K, quantiles=(0.95, 0.99), seed=0):
         """
-        How far an image of the gallery has its own k-th neighbour, itself left out: quantiles over the gallery (over 5,000 of
-        it where it is larger), kept in metadata["typical"]. An image further away than that is unlike the gallery. For cosine
-        the distance is 1 - similarity. Nothing is kept where the gallery has fewer than 20 images.
+        How far an image of the gallery has its own k-th neighbour, itself left out: quantiles over the gallery (over
+        5,000 of it where it is larger), kept in metadata["typical"]. An image further away than that is unlike the
+        gallery. For cosine the distance is 1 - similarity. Nothing is kept where the gallery has fewer than 20 images.
         """
         self.metadata["typical"] = None
         if len(self) >= 20:
@@ -470,8 +486,8 @@ class CaseIndex:
     @classmethod
     def load(cls, folder, embedder=None, backend="auto"):
         """
-        Read an index that save wrote, after checking the SHA-256 of every file; with an Embedder, also that it is the one the
-        vectors came from. InputError with one sentence otherwise.
+        Read an index that save wrote, after checking the SHA-256 of every file; with an Embedder, also that it is the
+        one the vectors came from. InputError with one sentence otherwise.
         """
         folder = find_index(folder)
         manifest = read_json(folder / "manifest.json")
@@ -490,7 +506,8 @@ class CaseIndex:
                 cases = list(csv.DictReader(file))
             if self.vectors.dtype != np.float32 or self.vectors.shape != (count, self.dim) or len(cases) != count:
                 raise InputError(
-                    f"{folder} is damaged: it should hold {count} x {self.dim} numbers and as many cases; build it again"
+                    f"{folder} is damaged: it should hold {count} x {self.dim} numbers and as many cases; build it"
+                    " again"
                 )
             columns = (
                 [int(c["id"]) for c in cases],
@@ -512,7 +529,8 @@ class CaseIndex:
                 len(self.retired) if self.kind == "hnsw" else 0
             ):
                 raise InputError(
-                    f"{folder} is damaged: its FAISS part does not hold the {count} x {self.dim} vectors; build it again"
+                    f"{folder} is damaged: its FAISS part does not hold the {count} x {self.dim} vectors; build it"
+                    " again"
                 )
         elif self.kind != "flat":
             print(f"faiss is not used: the {self.kind} index in {folder} is searched exactly, by torch", flush=True)
@@ -523,7 +541,8 @@ class CaseIndex:
         made = self.metadata.get("embedder") or {}
         if made.get("digest") != embedder.digest:
             raise InputError(
-                f"{folder} was built with {describe(made)}, the queries are embedded with {describe(embedder.facts())}: give the same weights, or build the index again"
+                f"{folder} was built with {describe(made)}, the queries are embedded with {describe(embedder.facts())}:"
+                " give the same weights, or build the index again"
             )
         changed = [
             k
@@ -561,7 +580,10 @@ def pick_backend(name):
 
 
 def new_faiss(kind, metric, vectors, settings):
-    """An empty FAISS index that takes ids, trained on `vectors` (prepared, float32) where the kind needs it; fills in settings."""
+    """
+    An empty FAISS index that takes ids, trained on `vectors` (prepared, float32) where the kind needs it; fills in
+    settings.
+    """
     n, dim = vectors.shape
     measure = faiss.METRIC_INNER_PRODUCT if metric == "cosine" else faiss.METRIC_L2
     if kind == "flat":

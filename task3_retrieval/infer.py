@@ -4,15 +4,16 @@ Find the cases most similar to an image: table, gallery and page, what the neigh
 Usage:
     python task3_retrieval/infer.py film.png                                     # in the newest index
     python task3_retrieval/infer.py films/ "more/*.jpg" --index outputs/task3_retrieval/build_index/001 -k 10
-    python task3_retrieval/infer.py --query-index 0 20 70 --heatmaps             # test images of the index's data set, by number
+    python task3_retrieval/infer.py --query-index 0 20 70 --heatmaps  # test images of the index's data set, by number
     python task3_retrieval/infer.py film.png --only-label pneumonia --only-split train
 
-A query that is itself in the index is not among its own neighbours. The warning "unlike the gallery": the distance to the 10th
-neighbour is above what 95 % of the gallery's own images have, each without itself; filters do not matter. It is a coarse check, and
-5 % of ordinary images are meant to get it: a network may put a picture of something else close to a class (README).
-Writes to the run folder: neighbours.csv, predictions.csv (vote, classifier, warning), errors.csv with what could not be used,
-figures/gallery_*.png, page.html, metrics.json. Figures and page show the films of the gallery: treat them like the films.
-For research and teaching only: this is not a medical device, and no output of it is medical advice.
+A query that is itself in the index is not among its own neighbours. The warning "unlike the gallery": the distance to
+the 10th neighbour is above what 95 % of the gallery's own images have, each without itself; filters do not matter. It
+is a coarse check, and 5 % of ordinary images are meant to get it: a network may put a picture of something else close
+to a class (README). Writes to the run folder: neighbours.csv, predictions.csv (vote, classifier, warning), errors.csv
+with what could not be used, figures/gallery_*.png, page.html, metrics.json. Figures and page show the films of the
+gallery: treat them like the films. For research and teaching only: this is not a medical device, and no output of it is
+medical advice.
 """
 
 import os
@@ -30,19 +31,8 @@ import torch
 from shared.data.image_sets import SPLITS, load_phantom
 from shared.data.images import find_images
 from shared.metrics.retrieval import knn_vote
-from shared.runtime import (
-    InputError,
-    load_checkpoint,
-    newest_run,
-    open_run_dir,
-    pick_device,
-    positive_int,
-    run_facts,
-    script,
-    script_parser,
-    write_csv,
-    write_json,
-)
+from shared.runtime import InputError, load_checkpoint, newest_run, open_run_dir, pick_device, positive_int, run_facts
+from shared.runtime import script, script_parser, write_csv, write_json
 from task1_classification.explain import GradCAM
 from task1_classification.model import KEYS, find_classifier, load_classifier, predict_logits, to_probabilities
 from task3_retrieval.build_index import DRY_RUN, case_name, channels_last, read_files
@@ -57,66 +47,37 @@ def parse_args(argv=None):
     parser = script_parser(__doc__, task=TASK)
     g = parser.add_argument_group("queries")
     g.add_argument("query", nargs="*", metavar="PATH", help="image files, folders (searched through) or glob patterns")
-    g.add_argument(
-        "--query-index",
-        type=int,
-        nargs="+",
-        metavar="N",
-        help="images of the index's data set, by their number in --query-split, from 0",
-    )
-    g.add_argument(
-        "--query-split", default="test", choices=SPLITS, help="split that --query-index counts in (%(default)s)"
-    )
-    g.add_argument(
-        "--data-dir",
-        metavar="DIR",
-        default=os.environ.get("MEDVLM_DATA") or "data",
-        help="folder with the data files; $MEDVLM_DATA, else data (%(default)s)",
-    )
+    # fmt: off
+    g.add_argument("--query-index", type=int, nargs="+", metavar="N",
+        help="images of the index's data set, by their number in --query-split, from 0")
+    g.add_argument("--query-split", default="test", choices=SPLITS,
+        help="split that --query-index counts in (%(default)s)")
+    g.add_argument("--data-dir", metavar="DIR", default=os.environ.get("MEDVLM_DATA") or "data",
+        help="folder with the data files; $MEDVLM_DATA, else data (%(default)s)")
     g = parser.add_argument_group("search")
     g.add_argument("--index", metavar="DIR", help="folder of an index (default: the newest run of build_index.py)")
     g.add_argument("-k", type=positive_int, default=5, help="neighbours per query (%(default)s)")
     g.add_argument("--only-label", nargs="+", metavar="LABEL", help="search among images with these labels")
     g.add_argument("--only-split", nargs="+", metavar="SPLIT", help="search among images of these splits")
-    g.add_argument(
-        "--backend", default="auto", choices=BACKENDS, help="auto: faiss where it is installed (%(default)s)"
-    )
-    g.add_argument(
-        "--warn-at",
-        default="0.95",
-        choices=["0.95", "0.99"],
-        help="share of the gallery that the warning spares (%(default)s)",
-    )
-    g.add_argument(
-        "--batch-size", type=positive_int, default=256, help="images at a time; lower it if out of memory (%(default)s)"
-    )
+    g.add_argument("--backend", default="auto", choices=BACKENDS,
+        help="auto: faiss where it is installed (%(default)s)")
+    g.add_argument("--warn-at", default="0.95", choices=["0.95", "0.99"],
+        help="share of the gallery that the warning spares (%(default)s)")
+    g.add_argument("--batch-size", type=positive_int, default=256,
+        help="images at a time; lower it if out of memory (%(default)s)")
     g = parser.add_argument_group("model")
-    g.add_argument(
-        "--cnn-weights", metavar="FILE", help="where the weights of the index lie now (default: where they lay)"
-    )
-    g.add_argument(
-        "--classifier",
-        metavar="FILE",
-        help="task 1 checkpoint to compare the vote with (default: the index's own, or models/task1_model.pth)",
-    )
+    g.add_argument("--cnn-weights", metavar="FILE",
+        help="where the weights of the index lie now (default: where they lay)")
+    g.add_argument("--classifier", metavar="FILE",
+        help="task 1 checkpoint to compare the vote with (default: the index's own, or models/task1_model.pth)")
     g = parser.add_argument_group("output")
-    g.add_argument(
-        "--heatmaps",
-        action="store_true",
-        help="also show where the classifier looks (Grad-CAM), on queries and neighbours",
-    )
-    g.add_argument(
-        "--layer",
-        default="auto",
-        help="layer of the heat maps; auto: the deepest with a map of at least 7x7 (%(default)s)",
-    )
-    g.add_argument(
-        "--show",
-        type=positive_int,
-        default=24,
-        metavar="N",
-        help="queries to draw, the first N; the tables hold all (%(default)s)",
-    )
+    g.add_argument("--heatmaps", action="store_true",
+        help="also show where the classifier looks (Grad-CAM), on queries and neighbours")
+    g.add_argument("--layer", default="auto",
+        help="layer of the heat maps; auto: the deepest with a map of at least 7x7 (%(default)s)")
+    g.add_argument("--show", type=positive_int, default=24, metavar="N",
+        help="queries to draw, the first N; the tables hold all (%(default)s)")
+    # fmt: on
     args = parser.parse_args(argv)
     if not args.query and not args.query_index and not args.dry_run:
         parser.error("name an image file, folder or pattern, or --query-index (or --dry-run)")
@@ -137,12 +98,14 @@ def main(argv=None):
     index.check_embedder(embedder, index_dir)
     classifier, facts = choose_classifier(args, index, embedder, device)
     print(
-        f"{index}; the vote is compared with {facts['path'] if facts else 'no classifier: there is none for these labels'}"
+        f"{index}; the vote is compared with"
+        f" {facts['path'] if facts else 'no classifier: there is none for these labels'}"
     )
     if args.heatmaps:
         if classifier is None:
             raise InputError(
-                "--heatmaps needs a task 1 classifier with the labels of the index: give --classifier, or leave --heatmaps out"
+                "--heatmaps needs a task 1 classifier with the labels of the index: give --classifier, or leave"
+                " --heatmaps out"
             )
         GradCAM(
             classifier, args.layer, facts["image_size"], facts["channels"]
@@ -236,7 +199,8 @@ def main(argv=None):
     if len(predictions) > 20:
         print(f"  ... and {len(predictions) - 20} more")
     print(
-        f"{len(cases)} queries, {len(errors)} skipped, {args.k} neighbours each; results in {run_dir} (page.html opens in any browser)"
+        f"{len(cases)} queries, {len(errors)} skipped, {args.k} neighbours each; results in {run_dir} (page.html opens"
+        " in any browser)"
     )
 
 
@@ -257,7 +221,10 @@ def choose_index(args):
 
 
 def choose_classifier(args, index, embedder, device):
-    """--classifier, else the CNN of the index where it is a whole classifier, else the one at its usual place if it knows the labels."""
+    """
+    --classifier, else the CNN of the index where it is a whole classifier, else the one at its usual place if it knows
+    the labels.
+    """
     path = args.classifier
     if path is None:
         own = embedder.weights if embedder.name == "cnn" else None
@@ -269,7 +236,8 @@ def choose_classifier(args, index, embedder, device):
     if facts["label_names"] != index.label_names:
         if args.classifier:
             raise InputError(
-                f"{path} answers {', '.join(facts['label_names'])}, the index has {', '.join(index.label_names)}; leave --classifier out"
+                f"{path} answers {', '.join(facts['label_names'])}, the index has {', '.join(index.label_names)}; leave"
+                " --classifier out"
             )
         return None, None
     return model, facts | {"path": str(path)}
@@ -325,7 +293,10 @@ def read_queries(args, index, embedder, pictures):
 
 
 def embed_queries(embedder, queries):
-    """-> float32 (Q, dim). Images of a data set and files may differ in size and colour: each kind on its own, the order kept."""
+    """
+    -> float32 (Q, dim). Images of a data set and files may differ in size and colour: each kind on its own, the order
+    kept.
+    """
     vectors = np.empty((len(queries), embedder.dim), dtype=np.float32)
     shapes = [q["image"].shape for q in queries]
     for shape in set(shapes):
@@ -335,7 +306,9 @@ def embed_queries(embedder, queries):
 
 
 def distance_to_gallery(index, vectors, itself, quantile):
-    """-> (distance of each query to its k-th neighbour, limit), or (None, None) for a gallery too small to have a limit."""
+    """
+    -> (distance of each query to its k-th neighbour, limit), or (None, None) for a gallery too small to have a limit.
+    """
     typical = index.metadata.get("typical")
     if not typical or typical["k"] >= len(index):
         return None, None
@@ -368,7 +341,8 @@ def verdict(row):
     lines = [f"neighbours: {row['vote']} ({row['vote_share']:.0%})" if row["vote"] else "no labelled neighbour"]
     if "classifier" in row:
         lines.append(
-            f"classifier: {row['classifier']} ({row['classifier_probability']:.2f}), {'agrees' if row['agree'] else 'DISAGREES'}"
+            f"classifier: {row['classifier']} ({row['classifier_probability']:.2f}),"
+            f" {'agrees' if row['agree'] else 'DISAGREES'}"
         )
     if row.get("unlike_gallery"):
         lines.append(f"WARNING: unlike the gallery ({row['distance_to_kth']:.3g}, limit {row['limit']:.3g})")
@@ -408,13 +382,18 @@ def show(args, run_dir, index, cases, pictures, classifier, facts, device):
     for tile, h in zip(tiles, heat, strict=True):
         tile["heat"], tile["picture"] = h, to_rgb(tile["picture"])
     phantom = any(d["phantom"] for d in index.metadata["datasets"].values())
-    title = f"{'PHANTOM images, ' if phantom else ''}the {args.k} most similar of {len(index)} ({', '.join(index.metadata['datasets']) or 'files'}), {index.metadata['embedder']['backbone']}, {index.metric}"
+    title = (
+        f"{'PHANTOM images, ' if phantom else ''}the {args.k} most similar of {len(index)}"
+        f" ({', '.join(index.metadata['datasets']) or 'files'}), {index.metadata['embedder']['backbone']},"
+        f" {index.metric}"
+    )
     for page, start in enumerate(range(0, len(drawn), PAGE), 1):
         draw_gallery(
             run_dir / "figures" / f"gallery_{page:02d}.png", drawn[start : start + PAGE], index.label_names, title, unit
         )
     notes = [
-        "Research and teaching only: not a medical device. The page holds pictures of the gallery: share it only where the images may be shared."
+        "Research and teaching only: not a medical device. The page holds pictures of the gallery: share it only where"
+        " the images may be shared."
     ]
     if len(cases) > len(drawn):
         notes.append(f"The first {len(drawn)} of {len(cases)} queries (--show); all are in neighbours.csv.")

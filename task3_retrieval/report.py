@@ -4,7 +4,10 @@ from pathlib import Path
 
 HAND_IN = Path("reports/task3_retrieval.md")
 CAPTIONS = {
-    "visual_results": "Demonstration queries and their nearest training images; three queries picked by hand prove nothing, the table does",
+    "visual_results": (
+        "Demonstration queries and their nearest training images; three queries picked by hand prove nothing, the table"
+        " does"
+    ),
     "failures": "Wrong votes, most confident first",
     "precision": "Precision among the first k neighbours",
     "map": "Principal components of the vectors",
@@ -98,7 +101,12 @@ def report_text(data, args, embed, measured, labels, figures):
     if data.phantom:
         text += ["**PHANTOM IMAGES. Drawn by this project; nothing here says anything about real X-rays.**", ""]
     text += [
-        f"Vectors: {title} (`{embed.name}`{f', weights `{embed.weights}`' if embed.weights else ''}), {embed.dim} numbers per image, {args.metric}{', unit length' if args.metric == 'cosine' else ''}; {data.size} pixels. Similar = same label. Rankings over the whole gallery, ties by id; a query never finds itself or a byte-identical copy. All numbers in per cent.",
+        (
+            f"Vectors: {title} (`{embed.name}`{f', weights `{embed.weights}`' if embed.weights else ''}), {embed.dim}"
+            f" numbers per image, {args.metric}{', unit length' if args.metric == 'cosine' else ''}; {data.size}"
+            " pixels. Similar = same label. Rankings over the whole gallery, ties by id; a query never finds itself or"
+            " a byte-identical copy. All numbers in per cent."
+        ),
         "",
         f"## {split} ({n}) searches train ({len(labels['train'])})",
         "",
@@ -143,7 +151,10 @@ def report_text(data, args, embed, measured, labels, figures):
         "",
     ]
     text += [
-        "Queries and gallery come from the same source here, which flatters every system; the table above is the honest one.",
+        (
+            "Queries and gallery come from the same source here, which flatters every system; the table above is the"
+            " honest one."
+        ),
         "",
     ]
 
@@ -153,24 +164,40 @@ def report_text(data, args, embed, measured, labels, figures):
         text += [
             "## Does the vote say what the classifier says?",
             "",
-            f"The vote of {args.vote} agrees with task 1's classifier in {percent(a['agree'])}{interval(a)} of the queries{kappa}; accuracy: classifier {percent(a['accuracy_classifier'])}, vote {percent(a['accuracy_vote'])} ({a['mcnemar']['only_a']} only the vote has right, {a['mcnemar']['only_b']} only the classifier; exact McNemar {p_value(a['mcnemar']['p'])}). Where they agree {percent(a['accuracy_when_agreed'])} are right; in the {a['num_disagree']} others the vote is right in {percent(a['accuracy_vote_when_not'])}.",
+            (
+                f"The vote of {args.vote} agrees with task 1's classifier in {percent(a['agree'])}{interval(a)} of the"
+                f" queries{kappa}; accuracy: classifier {percent(a['accuracy_classifier'])}, vote"
+                f" {percent(a['accuracy_vote'])} ({a['mcnemar']['only_a']} only the vote has right,"
+                f" {a['mcnemar']['only_b']} only the classifier; exact McNemar {p_value(a['mcnemar']['p'])}). Where"
+                f" they agree {percent(a['accuracy_when_agreed'])} are right; in the {a['num_disagree']} others the"
+                f" vote is right in {percent(a['accuracy_vote_when_not'])}."
+            ),
             "",
         ]
     e = measured["explanation"]
     text += [
         "## Can the explanation fail?",
         "",
-        f"Balanced accuracy of the vote: {percent(e['vote'])}; with shuffled gallery labels {percent(e['shuffled_mean'])} (95 % of {e['num_shuffles']} shuffles within {percent(e['shuffled_low'])} to {percent(e['shuffled_high'])}).",
+        (
+            f"Balanced accuracy of the vote: {percent(e['vote'])}; with shuffled gallery labels"
+            f" {percent(e['shuffled_mean'])} (95 % of {e['num_shuffles']} shuffles within {percent(e['shuffled_low'])}"
+            f" to {percent(e['shuffled_high'])})."
+        ),
     ]
     if "vote_stays_without_neighbours" in e:
         text[-1] += (
-            f" With the voting neighbours taken out of the gallery, the next {args.vote} vote the same in {percent(e['vote_stays_without_neighbours'])} of the queries (balanced accuracy {percent(e['vote_without_neighbours'])})."
+            f" With the voting neighbours taken out of the gallery, the next {args.vote} vote the same in"
+            f" {percent(e['vote_stays_without_neighbours'])} of the queries (balanced accuracy"
+            f" {percent(e['vote_without_neighbours'])})."
         )
     text += [
         "",
         "## A similarity without labels",
         "",
-        "A changed copy of each query image searches the unchanged ones; share that finds its own original first (among the first five).",
+        (
+            "A changed copy of each query image searches the unchanged ones; share that finds its own original first"
+            " (among the first five)."
+        ),
         "",
     ]
     kinds = list(next(iter(measured["view_recall"].values())))
@@ -183,7 +210,10 @@ def report_text(data, args, embed, measured, labels, figures):
         "",
         "## Foreign images",
         "",
-        f"AUROC of the distance to neighbour {measured['foreign'][title]['k']}, foreign images against real queries; in brackets the share warned of at the limit below which 95 % of the validation images lie.",
+        (
+            f"AUROC of the distance to neighbour {measured['foreign'][title]['k']}, foreign images against real"
+            " queries; in brackets the share warned of at the limit below which 95 % of the validation images lie."
+        ),
         "",
     ]
     kinds = list(measured["foreign"][title]["kinds"])
@@ -200,7 +230,8 @@ def report_text(data, args, embed, measured, labels, figures):
         "|---|---|---|---|---|",
     ]
     text += [
-        f"| {name} | {decimals(h['skewness'])} | train {h['item']}, {h['max']} times | {percent(h['never'])} | {percent(h['top1_percent'])} |"
+        f"| {name} | {decimals(h['skewness'])} | train {h['item']}, {h['max']} times | {percent(h['never'])} |"
+        f" {percent(h['top1_percent'])} |"
         for name, both in measured["hubness"].items()
         for h in [both["across"]]
     ]
@@ -211,7 +242,9 @@ def report_text(data, args, embed, measured, labels, figures):
         + ", ".join(f"{count} repeats in {split}" for split, count in d["repeats"].items())
         + "; "
         + ", ".join(f"{count} in both {pair.replace('-', ' and ')}" for pair, count in d["shared"].items())
-        + f"; {d['conflicting']} with two labels. Pairs in {args.queries}: {', '.join('/'.join(map(str, p)) for p in d['pairs'][args.queries]) or 'none'}. Several films of one child cannot be told from this file.",
+        + f"; {d['conflicting']} with two labels. Pairs in {args.queries}:"
+        f" {', '.join('/'.join(map(str, p)) for p in d['pairs'][args.queries]) or 'none'}. Several films of one child"
+        " cannot be told from this file.",
         "",
         "| leave one out | P@1 | P@5 | mAP | vote |",
         "|---|---|---|---|---|",
@@ -222,7 +255,12 @@ def report_text(data, args, embed, measured, labels, figures):
         "",
         "## Failures",
         "",
-        f"{measured['failures']['n']} of {n} votes are wrong; the most confident ones (largest share of the vote, then lowest average precision): {', '.join(f'{args.queries} {q}' for q in measured['failures']['shown']) or 'none'}. All are marked in predictions.csv.",
+        (
+            f"{measured['failures']['n']} of {n} votes are wrong; the most confident ones (largest share of the vote,"
+            " then lowest average precision):"
+            f" {', '.join(f'{args.queries} {q}' for q in measured['failures']['shown']) or 'none'}. All are marked in"
+            " predictions.csv."
+        ),
         "",
         "## Figures",
         "",

@@ -2,16 +2,16 @@
 Train the retrieval embedding: images of one class move together, starting from task 1's classifier.
 
 Usage:
-    python task3_retrieval/train.py                                    # supervised contrastive, from models/task1_model.pth
+    python task3_retrieval/train.py  # supervised contrastive, from models/task1_model.pth
     python task3_retrieval/train.py --loss triplet
     python task3_retrieval/train.py --resume outputs/task3_retrieval/train/001
     python task3_retrieval/train.py --dry-run                          # phantom images, CPU, a few seconds
     torchrun --nproc-per-node 2 task3_retrieval/train.py
 
-Every epoch is judged by what a user would do with it: validation images, and shifted copies of them, search the training
-images. Epoch 0, the classifier as it came, takes part: if nothing beats it, it stays. The test split is never read.
-Writes to the run folder: best.pt (the embedding: --cnn-weights of the other scripts), last.pt (to resume), history.jsonl,
-metrics.json, figures/curves.png. Expected: see task3_retrieval/README.md.
+Every epoch is judged by what a user would do with it: validation images, and shifted copies of them, search the
+training images. Epoch 0, the classifier as it came, takes part: if nothing beats it, it stays. The test split is never
+read. Writes to the run folder: best.pt (the embedding: --cnn-weights of the other scripts), last.pt (to resume),
+history.jsonl, metrics.json, figures/curves.png. Expected: see task3_retrieval/README.md.
 """
 
 import copy
@@ -34,38 +34,12 @@ from tqdm import tqdm
 from shared.data.augment import STRENGTHS, augment, shifted_copies
 from shared.data.image_sets import load_images, load_phantom
 from shared.metrics.retrieval import class_means, content_codes, retrieval_values
-from shared.runtime import (
-    InputError,
-    StopSignal,
-    add_resume,
-    fraction,
-    free_gpu,
-    is_main_process,
-    learning_rate,
-    load_checkpoint,
-    not_negative,
-    open_run_dir,
-    pick_device,
-    positive_float,
-    positive_int,
-    refuse_other_settings,
-    run_facts,
-    save_checkpoint,
-    script,
-    script_parser,
-    seed_everything,
-    start_distributed,
-    write_json,
-    write_jsonl,
-)
-from task1_classification.model import (
-    build_model,
-    choose_stem,
-    find_classifier,
-    load_classifier,
-    normalise,
-    predict_logits,
-)
+from shared.runtime import InputError, StopSignal, add_resume, fraction, free_gpu, is_main_process, learning_rate
+from shared.runtime import load_checkpoint, not_negative, open_run_dir, pick_device, positive_float, positive_int
+from shared.runtime import refuse_other_settings, run_facts, save_checkpoint, script, script_parser, seed_everything
+from shared.runtime import start_distributed, write_json, write_jsonl
+from task1_classification.model import build_model, choose_stem, find_classifier, load_classifier, normalise
+from task1_classification.model import predict_logits
 from task3_retrieval.embed import EMBEDDING_KIND
 from task3_retrieval.figures import draw_training
 
@@ -76,81 +50,39 @@ CHOSEN_BY = "val_map_shifted"
 def parse_args(argv=None):
     parser = script_parser(__doc__, task=TASK, data="PneumoniaMNIST")
     g = parser.add_argument_group("model")
-    g.add_argument(
-        "--cnn-weights",
-        metavar="FILE",
-        help="task 1 classifier to start from (default: models/task1_model.pth, else ./task1_model.pth)",
-    )
+    # fmt: off
+    g.add_argument("--cnn-weights", metavar="FILE",
+        help="task 1 classifier to start from (default: models/task1_model.pth, else ./task1_model.pth)")
     g.add_argument("--allow-other-dataset", action="store_true", help="start from a classifier of another data set")
-    g.add_argument(
-        "--projection",
-        type=int,
-        nargs="*",
-        default=[],
-        metavar="WIDTH",
-        help="widths of linear layers behind the 512 features, ReLU between them, kept for the search: 128, or 512 128 (default: none)",
-    )
+    g.add_argument("--projection", type=int, nargs="*", default=[], metavar="WIDTH",
+        help="widths of linear layers behind the 512 features, ReLU between them, kept for the search: 128, or 512 "
+        "128 (default: none)")
     g = parser.add_argument_group("loss")
-    g.add_argument(
-        "--loss",
-        default="supcon",
-        choices=["supcon", "triplet"],
-        help="supervised contrastive, or batch-hard triplets (%(default)s)",
-    )
-    g.add_argument(
-        "--temperature",
-        type=positive_float,
-        default=0.1,
-        help="of supcon; lower looks harder at the nearest (%(default)s)",
-    )
-    g.add_argument(
-        "--margin",
-        type=positive_float,
-        default=0.2,
-        help="of triplet, in units of distance on the unit sphere (%(default)s)",
-    )
+    g.add_argument("--loss", default="supcon", choices=["supcon", "triplet"],
+        help="supervised contrastive, or batch-hard triplets (%(default)s)")
+    g.add_argument("--temperature", type=positive_float, default=0.1,
+        help="of supcon; lower looks harder at the nearest (%(default)s)")
+    g.add_argument("--margin", type=positive_float, default=0.2,
+        help="of triplet, in units of distance on the unit sphere (%(default)s)")
     g = parser.add_argument_group("optimisation")
-    g.add_argument(
-        "--epochs",
-        type=positive_int,
-        default=3,
-        help="passes over as many images as the training split has (%(default)s)",
-    )
-    g.add_argument(
-        "--batch-size",
-        type=positive_int,
-        default=64,
-        help="images per step over all GPUs, each seen as two views (%(default)s)",
-    )
-    g.add_argument(
-        "--lr", type=positive_float, default=0.005, help="highest learning rate of SGD with momentum 0.9 (%(default)s)"
-    )
+    g.add_argument("--epochs", type=positive_int, default=3,
+        help="passes over as many images as the training split has (%(default)s)")
+    g.add_argument("--batch-size", type=positive_int, default=64,
+        help="images per step over all GPUs, each seen as two views (%(default)s)")
+    g.add_argument("--lr", type=positive_float, default=0.005,
+        help="highest learning rate of SGD with momentum 0.9 (%(default)s)")
     g.add_argument("--weight-decay", type=not_negative, default=5e-4, help="L2 penalty on all weights (%(default)s)")
-    g.add_argument(
-        "--warmup-epochs",
-        type=not_negative,
-        default=0.5,
-        help="epochs of rising learning rate before the cosine (%(default)s)",
-    )
-    g.add_argument(
-        "--ema",
-        type=fraction,
-        default=0.99,
-        help="decay per step of the averaged weights that are kept; 0 = off (%(default)s)",
-    )
-    g.add_argument(
-        "--balance",
-        default="anchors",
-        choices=["anchors", "draws", "none"],
-        help="anchors: batches with the classes as frequent as in the gallery, every class weighing the same in the loss; draws: every class drawn equally often; or none (%(default)s)",
-    )
+    g.add_argument("--warmup-epochs", type=not_negative, default=0.5,
+        help="epochs of rising learning rate before the cosine (%(default)s)")
+    g.add_argument("--ema", type=fraction, default=0.99,
+        help="decay per step of the averaged weights that are kept; 0 = off (%(default)s)")
+    g.add_argument("--balance", default="anchors", choices=["anchors", "draws", "none"],
+        help="anchors: batches with the classes as frequent as in the gallery, every class weighing the same in the "
+        "loss; draws: every class drawn equally often; or none (%(default)s)")
     g.add_argument("--augment", default="full", choices=STRENGTHS, help="random changes of each view (%(default)s)")
-    g.add_argument(
-        "--dtype",
-        default="auto",
-        choices=["auto", "float32", "bfloat16", "float16"],
-        help="computing precision; auto: 16 bit on CUDA only (%(default)s)",
-    )
+    g.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
+        help="computing precision; auto: 16 bit on CUDA only (%(default)s)")
+    # fmt: on
     g = parser.add_argument_group("runs")
     add_resume(g)
     args = parser.parse_args(argv)
@@ -176,9 +108,10 @@ def parse_args(argv=None):
 
 def supervised_contrastive(vectors, labels, temperature=0.1, class_weights=None):
     """
-    vectors (N, D) of unit length, labels (N,) -> mean loss (Khosla et al. 2020, arXiv:2004.11362, the variant L_out): every
-    other image of the class should hold a large share of the softmax over all other images. Images without a partner are
-    left out; 0 when none has one. class_weights (number of classes,): what an image of each class counts in the mean.
+    vectors (N, D) of unit length, labels (N,) -> mean loss (Khosla et al. 2020, arXiv:2004.11362, the variant L_out):
+    every other image of the class should hold a large share of the softmax over all other images. Images without a
+    partner are left out; 0 when none has one. class_weights (number of classes,): what an image of each class counts in
+    the mean.
     """
     logits = vectors @ vectors.T / temperature
     itself = torch.eye(len(vectors), dtype=torch.bool, device=vectors.device)
@@ -191,8 +124,9 @@ def supervised_contrastive(vectors, labels, temperature=0.1, class_weights=None)
 
 def batch_hard_triplet(vectors, labels, margin=0.2, class_weights=None):
     """
-    vectors (N, D) of unit length, labels (N,) -> mean over images of max(0, distance to the furthest image of the class -
-    distance to the nearest of another + margin) (Hermans et al. 2017, arXiv:1703.07737). Images without both are left out.
+    vectors (N, D) of unit length, labels (N,) -> mean over images of max(0, distance to the furthest image of the class
+    - distance to the nearest of another + margin) (Hermans et al. 2017, arXiv:1703.07737). Images without both are left
+      out.
     """
     distance = (2 - 2 * vectors @ vectors.T).clamp(min=1e-8).sqrt()  # the floor keeps the gradient of the root finite
     same = labels[:, None] == labels
@@ -238,7 +172,8 @@ def embed(network, images, normalisation, device, dtype, batch_size=256):
 def judge(network, data, copies, copied, normalisation, device, dtype):
     """
     Validation images and their shifted copies search the training images (cosine; `copied` (val, train): byte-identical
-    pairs, which are not allowed to find each other) -> macro numbers of the plain images, and their means over all copies.
+    pairs, which are not allowed to find each other) -> macro numbers of the plain images, and their means over all
+    copies.
     """
     gallery = embed(network, data.images["train"], normalisation, device, dtype)
     labels, gallery_labels = data.labels["val"].numpy(), data.labels["train"].numpy()
@@ -255,7 +190,9 @@ def judge(network, data, copies, copied, normalisation, device, dtype):
 
 
 def epoch_order(labels, balanced, seed):
-    """Which training images an epoch shows, in which order: a permutation, or (balanced) draws that favour rare classes."""
+    """
+    Which training images an epoch shows, in which order: a permutation, or (balanced) draws that favour rare classes.
+    """
     generator = torch.Generator().manual_seed(seed)
     if not balanced:
         return torch.randperm(len(labels), generator=generator)
@@ -290,8 +227,8 @@ def train(args, data, classifier, facts, weights, run_dir, device, dtype, rank, 
     )
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     generator = torch.Generator(device)
-    # A class that fills the gallery is often near by its number alone. Batches with the gallery's own shares let the loss see
-    # that, and the weights keep it from giving up the rare class, which asks less often.
+    # A class that fills the gallery is often near by its number alone. Batches with the gallery's own shares let the
+    # loss see that, and the weights keep it from giving up the rare class, which asks less often.
     class_weights = 1 / torch.bincount(labels).clamp(min=1).float().to(device) if args.balance == "anchors" else None
 
     batch_size = min(args.batch_size, len(images) // world_size * world_size)
@@ -299,7 +236,8 @@ def train(args, data, classifier, facts, weights, run_dir, device, dtype, rank, 
     num_steps, warmup_steps = args.epochs * steps, round(args.warmup_epochs * steps)
     width = args.projection[-1] if args.projection else facts["features"]
     say(
-        f"{args.loss} on {width} numbers per image; {args.epochs} epochs of {steps} steps of {batch_size} images, two views each"
+        f"{args.loss} on {width} numbers per image; {args.epochs} epochs of {steps} steps of {batch_size} images, two"
+        " views each"
     )
 
     first_epoch, first_step, totals, history, best = 0, 0, {"loss": 0.0, "steps": 0, "skipped": 0}, [], None
@@ -330,7 +268,9 @@ def train(args, data, classifier, facts, weights, run_dir, device, dtype, rank, 
         ):
             best = {"row": row, "model": plain_state(average.model), "head": plain_state(average.head)}
         say(
-            f"epoch {row['epoch']:3d}/{args.epochs}  loss {row['train_loss'] or math.nan:.4f}  validation macro mAP {row['val_map']:.4f} P@5 {row['val_p5']:.4f}  shifted mAP {row['val_map_shifted']:.4f} P@5 {row['val_p5_shifted']:.4f}  {row['seconds']:.1f} s{'  *' if best['row'] is row else ''}"
+            f"epoch {row['epoch']:3d}/{args.epochs}  loss {row['train_loss'] or math.nan:.4f}  validation macro mAP"
+            f" {row['val_map']:.4f} P@5 {row['val_p5']:.4f}  shifted mAP {row['val_map_shifted']:.4f} P@5"
+            f" {row['val_p5_shifted']:.4f}  {row['seconds']:.1f} s{'  *' if best['row'] is row else ''}"
         )
 
     def save(epoch, step):
@@ -368,7 +308,8 @@ def train(args, data, classifier, facts, weights, run_dir, device, dtype, rank, 
             if not args.projection:
                 keep_if_best(history[-1])
         for epoch in range(first_epoch, args.epochs):
-            # Every random choice depends on seed, epoch and step alone, so that a resumed run repeats the uninterrupted one
+            # Every random choice depends on seed, epoch and step alone, so that a resumed run repeats the uninterrupted
+            # one
             order = epoch_order(labels, args.balance == "draws", args.seed * 10_000 + epoch)
             started = time.time()
             network.train()
@@ -423,7 +364,8 @@ def train(args, data, classifier, facts, weights, run_dir, device, dtype, rank, 
                     )  # the running statistics have seen the same infinities
                     if totals["skipped"] > 20 or totals["skipped"] == steps:
                         raise InputError(
-                            f"the loss is not finite in epoch {epoch + 1} ({totals['skipped']} steps skipped); lower --lr. {run_dir} keeps the epochs before"
+                            f"the loss is not finite in epoch {epoch + 1} ({totals['skipped']} steps skipped); lower"
+                            f" --lr. {run_dir} keeps the epochs before"
                         )
                 if stop.requested():
                     save(epoch, step + 1)
@@ -455,11 +397,13 @@ def train(args, data, classifier, facts, weights, run_dir, device, dtype, rank, 
         "loss": args.loss,
         "seed": args.seed,
         "started_from": weights,
-        "settings": {
-            k: facts[k]
-            for k in ("architecture", "stem", "channels", "image_size", "normalisation", "label_names", "task")
-        }
-        | {"dataset": data.facts()},
+        "settings": (
+            {
+                k: facts[k]
+                for k in ("architecture", "stem", "channels", "image_size", "normalisation", "label_names", "task")
+            }
+            | {"dataset": data.facts()}
+        ),
     }
     if rank == 0:
         save_checkpoint(run_dir / "best.pt", embedding)
@@ -507,7 +451,8 @@ def starting_point(args, device):
         }
     elif path is None:
         raise InputError(
-            "there are no task 1 weights at models/task1_model.pth or ./task1_model.pth; train them with python task1_classification/train.py, or give --cnn-weights"
+            "there are no task 1 weights at models/task1_model.pth or ./task1_model.pth; train them with python"
+            " task1_classification/train.py, or give --cnn-weights"
         )
     else:
         path = path / "best.pt" if path.is_dir() else path
@@ -518,7 +463,8 @@ def starting_point(args, device):
     )  # enough to notice another classifier on --resume
     if is_main_process():
         print(
-            f"starting from {path or 'a random network'}: {facts['architecture']}, {facts['image_size']} px, trained on {facts['dataset']['name'] if path else 'nothing'}"
+            f"starting from {path or 'a random network'}: {facts['architecture']}, {facts['image_size']} px, trained on"
+            f" {facts['dataset']['name'] if path else 'nothing'}"
         )
     return classifier, facts, path and str(path)
 
@@ -531,7 +477,8 @@ def main(argv=None):
     rank, world_size = start_distributed(device)
     if args.batch_size < 2 * world_size or args.batch_size % world_size:
         raise InputError(
-            f"--batch-size {args.batch_size} must be a multiple of the {world_size} processes, with two images or more for each"
+            f"--batch-size {args.batch_size} must be a multiple of the {world_size} processes, with two images or more"
+            " for each"
         )
     classifier, facts, weights = starting_point(args, device)
     trained_on = facts["dataset"]["name"]
@@ -543,7 +490,8 @@ def main(argv=None):
     )
     if data.name != trained_on and not args.allow_other_dataset:
         raise InputError(
-            f"{weights} was trained on {trained_on}, not on {data.name}; give --cnn-weights trained on it, or --allow-other-dataset to start from them all the same"
+            f"{weights} was trained on {trained_on}, not on {data.name}; give --cnn-weights trained on it, or"
+            " --allow-other-dataset to start from them all the same"
         )
     if data.multi_label:
         raise InputError(
@@ -551,7 +499,8 @@ def main(argv=None):
         )
     if data.channels != facts["channels"]:
         raise InputError(
-            f"{weights} reads images of {facts['channels']} channels, {data.name} has {data.channels}; give --cnn-weights that fit"
+            f"{weights} reads images of {facts['channels']} channels, {data.name} has {data.channels}; give"
+            " --cnn-weights that fit"
         )
     facts["label_names"], facts["task"] = data.label_names, data.task
     if args.limit:
@@ -592,12 +541,15 @@ def main(argv=None):
     draw_training(
         run_dir / "figures" / "curves.png",
         history,
-        f"{'PHANTOM images, ' if data.phantom else ''}{data.name} {data.size} px, {args.loss}, seed {args.seed}: validation searches training",
+        f"{'PHANTOM images, ' if data.phantom else ''}{data.name} {data.size} px, {args.loss}, seed {args.seed}:"
+        " validation searches training",
     )
     if best["epoch"] == 0:
         print("no epoch was better than the classifier as it came: best.pt holds its features unchanged")
     print(
-        f"best epoch {best['epoch']}: macro mAP over validation and its shifted copies {best[CHOSEN_BY]:.4f} (before training {history[0][CHOSEN_BY]:.4f}); measure it with python task3_retrieval/evaluate.py\nresults in {run_dir} ({time.time() - started:.0f} s)"
+        f"best epoch {best['epoch']}: macro mAP over validation and its shifted copies {best[CHOSEN_BY]:.4f} (before"
+        f" training {history[0][CHOSEN_BY]:.4f}); measure it with python task3_retrieval/evaluate.py\nresults in"
+        f" {run_dir} ({time.time() - started:.0f} s)"
     )
 
 

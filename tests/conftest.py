@@ -80,7 +80,9 @@ def refused(capsys):
 
 @pytest.fixture(scope="session")
 def start_script():
-    """start_script(path or module arguments, folder) -> a running process of the script, its output in folder/output.txt."""
+    """
+    start_script(path or module arguments, folder) -> a running process of the script, its output in folder/output.txt.
+    """
 
     def start(arguments, folder, **environment):
         command = [sys.executable, *map(str, arguments)]
@@ -107,8 +109,8 @@ def films(seed, counts, size):
 @pytest.fixture(scope="session")
 def write_medmnist():
     """
-    write_medmnist(folder, name, counts) -> path of a small file in MedMNIST's layout. PneumoniaMNIST gets phantom films;
-    elsewhere each class or label brightens its own patch, and every class is in every split.
+    write_medmnist(folder, name, counts) -> path of a small file in MedMNIST's layout. PneumoniaMNIST gets phantom
+    films; elsewhere each class or label brightens its own patch, and every class is in every split.
     """
 
     def write(folder, name="pneumoniamnist", counts=None, size=28, seed=0):
@@ -168,7 +170,9 @@ class SmallNet(nn.Module):
 
 @pytest.fixture
 def small_network(monkeypatch):
-    """Every architecture is the small one and figures are coarse: for tests of what the scripts do around the network."""
+    """
+    Every architecture is the small one and figures are coarse: for tests of what the scripts do around the network.
+    """
     save = Figure.savefig
     monkeypatch.setattr(torchvision.models, "get_model", lambda name, weights=None: SmallNet())
     monkeypatch.setattr(Figure, "savefig", lambda self, path, **options: save(self, path, dpi=20))

@@ -389,9 +389,11 @@ def export_slake(folder, seed=0, counts=None, size=256, settings=DEFAULT):
                         "answer_type": kind,
                         "base_type": "kvqa" if knowledge else "vqa",
                         "content_type": content,
-                        "triple": ["vhead", "effect" if kind == "OPEN" else "system", "ktail"]
-                        if knowledge
-                        else ["vhead", "_", "_"],
+                        "triple": (
+                            ["vhead", "effect" if kind == "OPEN" else "system", "ktail"]
+                            if knowledge
+                            else ["vhead", "_", "_"]
+                        ),
                         "qid": qid,
                     }
                 )

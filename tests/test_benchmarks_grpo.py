@@ -1,4 +1,7 @@
-"""The experiments about GRPO in their short forms: a shortcut is learned by one reward and not by the other, and the comparison with trl runs."""
+"""
+The experiments about GRPO in their short forms: a shortcut is learned by one reward and not by the other, and the
+comparison with trl runs.
+"""
 
 import pytest
 import torch

@@ -1,4 +1,7 @@
-"""No cheat earns what honesty earns: policies one by one, all combinations of templates, and what happens when a protection is taken out."""
+"""
+No cheat earns what honesty earns: policies one by one, all combinations of templates, and what happens when a
+protection is taken out.
+"""
 
 import json
 
@@ -66,7 +69,10 @@ def test_no_cheat_reaches_honesty(policy, cases, found):
 
 
 def test_blind_policies_may_only_tie_where_no_image_is_needed(cases, found):
-    """Where the answer is always the same, the constant is right: more often than the honest policy, which errs on a quarter."""
+    """
+    Where the answer is always the same, the constant is right: more often than the honest policy, which errs on a
+    quarter.
+    """
     lead = zoo.margins(cases[0], found)
     assert lead["most frequent answer to the same question"]["no image needed"] <= 0
     assert (

@@ -9,17 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from phantom_files import (
-    MASK_VALUES,
-    SLAKE_ORGANS,
-    export_attention,
-    export_iu_xray,
-    export_medmnist,
-    export_slake,
-    export_vqa_rad,
-    label_table,
-    phantom_splits,
-)
+from phantom_files import MASK_VALUES, SLAKE_ORGANS, export_attention, export_iu_xray, export_medmnist, export_slake
+from phantom_files import export_vqa_rad, label_table, phantom_splits
 from shared.metrics.labels import CONDITIONS
 from shared.phantom import main, patient_of, phantom_classification, phantom_study
 

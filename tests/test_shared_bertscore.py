@@ -48,7 +48,9 @@ def random_texts(n, seed, longest=30):  # some are cut, and a few words are outs
 
 @pytest.fixture
 def package(monkeypatch):
-    """bert_score.score. With transformers 5 the package fails on an empty text; it gets the two ids that it asks for."""
+    """
+    bert_score.score. With transformers 5 the package fails on an empty text; it gets the two ids that it asks for.
+    """
     module = pytest.importorskip("bert_score")
     plain = module.utils.sent_encode
     monkeypatch.setattr(

@@ -1,4 +1,6 @@
-"""CheXbert in the layout of chexbert.pth: random weights in a tiny encoder, and heads that are set to answer by word."""
+"""
+CheXbert in the layout of chexbert.pth: random weights in a tiny encoder, and heads that are set to answer by word.
+"""
 
 import json
 

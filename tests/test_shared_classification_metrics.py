@@ -8,18 +8,9 @@ import pytest
 from scipy.special import expit, softmax
 from sklearn import metrics as sk
 
-from shared.metrics.classification import (
-    binary_intervals,
-    binary_metrics,
-    choose_threshold,
-    expected_calibration_error,
-    fit_temperature,
-    multiclass_metrics,
-    multilabel_metrics,
-    official_auc_accuracy,
-    prior_correction,
-    reliability_bins,
-)
+from shared.metrics.classification import binary_intervals, binary_metrics, choose_threshold, expected_calibration_error
+from shared.metrics.classification import fit_temperature, multiclass_metrics, multilabel_metrics, official_auc_accuracy
+from shared.metrics.classification import prior_correction, reliability_bins
 from shared.metrics.statistics import bootstrap_interval, delong_auc, wilson_interval
 
 

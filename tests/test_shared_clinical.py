@@ -21,7 +21,8 @@ def test_a_case_by_hand():
     result = clinical_efficacy(hypotheses, references)
     assert result["n"] == 3
     positive, negative = result["uncertain_positive"], result["uncertain_negative"]
-    # doubted counts: true Edema, Atelectasis | Fracture | No Finding; called Edema | Edema, Fracture | No Finding: 3 of 4 and 3 of 4
+    # doubted counts: true Edema, Atelectasis | Fracture | No Finding; called Edema | Edema, Fracture | No Finding: 3 of
+    # 4 and 3 of 4
     assert positive["precision_micro_14"] == positive["recall_micro_14"] == positive["f1_micro_14"] == 3 / 4
     assert positive["f1_macro_14"] == pytest.approx(
         (2 / 3 + 1 + 1) / 14

@@ -1,4 +1,8 @@
-"""download.py against a server on this machine: cut connections, changed files, wrong checksums, archives that reach outside."""
+"""
+download.py against a server on this machine: cut connections, changed files, wrong checksums, archives that reach
+outside.
+"""
+
 import hashlib
 import http.server
 import io
@@ -22,7 +26,10 @@ SHA = hashlib.sha256(BODY).hexdigest()
 
 @pytest.fixture
 def server():
-    """files {path: bytes}; cut_after: end the connection after so many bytes, for the next `cuts` answers; requests: what was asked."""
+    """
+    files {path: bytes}; cut_after: end the connection after so many bytes, for the next `cuts` answers; requests: what
+    was asked.
+    """
     state = SimpleNamespace(files={}, cut_after=None, cuts=0, codes=[], ranges=True, etag='"one"', requests=[])
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -71,7 +78,8 @@ def quick(monkeypatch):
     monkeypatch.setattr(downloads.time, "sleep", lambda seconds: None)
 
 
-# ------------------------------------------------------------------------------------------------------------------ fetch
+# ---------------------------------------------------------------------------------------------------------------- fetch
+
 
 def test_a_file_arrives_whole_and_is_not_fetched_twice(server, tmp_path):
     server.files["/a.bin"] = BODY
@@ -148,7 +156,11 @@ def test_a_wrong_checksum_leaves_nothing(server, tmp_path):
 def test_a_missing_page_is_one_sentence_with_address_and_folder(server, tmp_path):
     with pytest.raises(DataNotFound) as stop:
         fetch(f"{server.address}/none.zip", tmp_path / "x" / "none.zip")
-    assert "404" in str(stop.value) and f"{server.address}/none.zip" in str(stop.value) and str(tmp_path / "x") in str(stop.value)
+    assert (
+        "404" in str(stop.value)
+        and f"{server.address}/none.zip" in str(stop.value)
+        and str(tmp_path / "x") in str(stop.value)
+    )
     assert "\n" not in str(stop.value) and len(server.requests) == 1  # it will not appear by asking again
 
 
@@ -167,7 +179,8 @@ def test_no_server_and_no_web_address(server, tmp_path):
         fetch(f"file://{tmp_path}/a.bin", tmp_path / "b.bin")
 
 
-# ----------------------------------------------------------------------------------------------------------------- unpack
+# --------------------------------------------------------------------------------------------------------------- unpack
+
 
 def make_zip(path, members):
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -190,7 +203,12 @@ def make_tar(path, members):
     return path
 
 
-GOOD = {"imgs/a.jpg": b"first", "./imgs/deep/b.jpg": b"second", "__MACOSX/imgs/._a.jpg": b"rubbish", "imgs/.DS_Store": b"rubbish"}
+GOOD = {
+    "imgs/a.jpg": b"first",
+    "./imgs/deep/b.jpg": b"second",
+    "__MACOSX/imgs/._a.jpg": b"rubbish",
+    "imgs/.DS_Store": b"rubbish",
+}
 
 
 @pytest.mark.parametrize("make", [make_zip, make_tar])
@@ -205,7 +223,15 @@ def test_unpack(make, tmp_path):
     assert [p.name for p in folder.iterdir()] == ["imgs"]  # no temporary folder is left
 
 
-BAD_NAMES = ["../out.txt", "imgs/../../out.txt", "/tmp/out.txt", "..\\out.txt", "C:\\out.txt", "C:out.txt", "\\\\host\\out.txt"]
+BAD_NAMES = [
+    "../out.txt",
+    "imgs/../../out.txt",
+    "/tmp/out.txt",
+    "..\\out.txt",
+    "C:\\out.txt",
+    "C:out.txt",
+    "\\\\host\\out.txt",
+]
 
 
 @pytest.mark.parametrize("name", BAD_NAMES)
@@ -256,12 +282,16 @@ def test_an_archive_that_fills_the_disk_is_refused(make, tmp_path):
         unpack(archive, tmp_path / "here", largest=2_000_000)
 
 
-# ------------------------------------------------------------------------------------------------------ the sets' downloads
+# -------------------------------------------------------------------------------------------------- the sets' downloads
+
 
 def test_download_iu_xray(server, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(iu_xray, "ADDRESS", f"{server.address}/")
     reports = make_tar(tmp_path / "r", {"ecgen-radiology/1.xml": b"<eCitation/>"}).read_bytes()
-    server.files |= {"/NLMCXR_reports.tgz": reports, "/NLMCXR_png.tgz": make_tar(tmp_path / "p", {"CXR1_1_IM-0001-3001.png": b"png"}).read_bytes()}
+    server.files |= {
+        "/NLMCXR_reports.tgz": reports,
+        "/NLMCXR_png.tgz": make_tar(tmp_path / "p", {"CXR1_1_IM-0001-3001.png": b"png"}).read_bytes(),
+    }
     with pytest.raises(DataNotFound, match="not the expected file"):  # the real archive has a known checksum
         iu_xray.download(tmp_path)
     monkeypatch.setitem(iu_xray.KNOWN, "NLMCXR_reports.tgz", hashlib.sha256(reports).hexdigest())
@@ -278,12 +308,18 @@ def test_download_iu_xray(server, tmp_path, monkeypatch, capsys):
 
 def test_download_vqa_rad(server, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(vqa, "RAD_ADDRESS", f"{server.address}/rad?zip=")
-    server.files["/rad?zip="] = make_zip(tmp_path / "z", {vqa.PUBLIC: "[]", "VQA_RAD Image Folder/synpic1.jpg": b"jpg"}).read_bytes()
+    server.files["/rad?zip="] = make_zip(
+        tmp_path / "z", {vqa.PUBLIC: "[]", "VQA_RAD Image Folder/synpic1.jpg": b"jpg"}
+    ).read_bytes()
     folder = vqa.download_vqa_rad(tmp_path)
-    assert (folder / "VQA_RAD Image Folder" / "synpic1.jpg").read_bytes() == b"jpg" and not (folder / "VQA_RAD.zip").exists()
+    assert (folder / "VQA_RAD Image Folder" / "synpic1.jpg").read_bytes() == b"jpg" and not (
+        folder / "VQA_RAD.zip"
+    ).exists()
     assert "not byte for byte" in capsys.readouterr().out
     server.files["/rad?zip="] = make_zip(tmp_path / "z", {"other.txt": b""}).read_bytes()
-    with pytest.raises(DataNotFound, match="has no VQA_RAD Dataset Public.json; get the files from https://osf.io/89kps/"):
+    with pytest.raises(
+        DataNotFound, match="has no VQA_RAD Dataset Public.json; get the files from https://osf.io/89kps/"
+    ):
         vqa.download_vqa_rad(tmp_path / "again")
 
 
@@ -308,7 +344,9 @@ def test_the_command_ends_with_one_sentence(server, tmp_path, monkeypatch, refus
 
 
 def test_find_folder(tmp_path):
-    with pytest.raises(DataNotFound, match=r"SET is not in .*set1 \(looked for a.csv or b.csv\); get it from http://x and put"):
+    with pytest.raises(
+        DataNotFound, match=r"SET is not in .*set1 \(looked for a.csv or b.csv\); get it from http://x and put"
+    ):
         find_folder(tmp_path, ("set1",), ("a.csv", "b.csv"), "SET", "http://x")
     (tmp_path / "b.csv").touch()
     assert find_folder(tmp_path, ("set1",), ("a.csv", "b.csv"), "SET", "") == tmp_path

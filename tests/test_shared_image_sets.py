@@ -1,4 +1,6 @@
-"""medmnist.py: every kind of set read as it lies there, nothing downloaded that is present, nothing replaced in silence."""
+"""
+medmnist.py: every kind of set read as it lies there, nothing downloaded that is present, nothing replaced in silence.
+"""
 
 import hashlib
 from pathlib import Path
@@ -198,8 +200,8 @@ def test_a_set_asked_for_by_name_that_is_nowhere(no_network, own_folder):
     with pytest.raises(DataNotFound) as error:
         load_images("pneumoniamnist", "folder", 64)
     assert (
-        str(error.value)
-        == f"pneumoniamnist (64 px) is not in folder and could not be downloaded; fetch {INFO['pneumoniamnist']['url_64']} and save it as folder/pneumoniamnist_64.npz"
+        str(error.value) == "pneumoniamnist (64 px) is not in folder and could not be downloaded; fetch"
+        f" {INFO['pneumoniamnist']['url_64']} and save it as folder/pneumoniamnist_64.npz"
     )
     assert no_network == [{"split": "train", "download": True, "root": "folder", "size": 64}]
 

@@ -149,8 +149,10 @@ def test_damaged_bytes_end_in_pixels_or_in_a_sentence():
     rng = np.random.default_rng(0)
     for name in ("a.png", "a.jpg", "a.tif", "a.npy"):
         buffer = io.BytesIO()
-        np.save(buffer, RAMP) if name == "a.npy" else Image.fromarray(RAMP).save(
-            buffer, {"png": "PNG", "jpg": "JPEG", "tif": "TIFF"}[name[2:]]
+        (
+            np.save(buffer, RAMP)
+            if name == "a.npy"
+            else Image.fromarray(RAMP).save(buffer, {"png": "PNG", "jpg": "JPEG", "tif": "TIFF"}[name[2:]])
         )
         refused = 0
         for _ in range(60):

@@ -1,8 +1,8 @@
 """
 shared/__init__.py with a broken, a healthy and no torchvision, and the allocator settings.
 
-The fake torchvision registers its operators' shapes as the real one does at import; torch itself then says that an operator
-does not exist. Each test starts one process, since importing torch takes seconds.
+The fake torchvision registers its operators' shapes as the real one does at import; torch itself then says that an
+operator does not exist. Each test starts one process, since importing torch takes seconds.
 """
 
 import json
@@ -29,7 +29,10 @@ def fresh(folder=None):
     return importlib.import_module("shared")
 """
 
-REGISTERS = 'import torch\n\n@torch.library.register_fake("torchvision::nms")\ndef meta_nms(dets, scores, iou_threshold):\n    return dets\n'
+REGISTERS = (
+    'import torch\n\n@torch.library.register_fake("torchvision::nms")\ndef meta_nms(dets, scores, iou_threshold):\n   '
+    " return dets\n"
+)
 
 
 def package(folder, init, **modules):
@@ -81,7 +84,10 @@ print(json.dumps({"alone": alone, "state": shared.TORCHVISION, "again": shared.m
 
 
 def test_a_healthy_an_absent_and_another_broken_torchvision():
-    define = 'import torch\nlibrary = torch.library.Library("torchvision", "DEF")\nlibrary.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")\n'
+    define = (
+        'import torch\nlibrary = torch.library.Library("torchvision", "DEF")\nlibrary.define("nms(Tensor dets, Tensor'
+        ' scores, float iou_threshold) -> Tensor")\n'
+    )
     package("fake1", "healthy = True\n")
     package("fake2", define + "from . import _meta\n", _meta=REGISTERS)
     package("fake3", 'raise RuntimeError("CUDA driver version is insufficient")\n')

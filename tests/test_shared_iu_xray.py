@@ -10,28 +10,12 @@ import pytest
 from PIL import Image
 
 from shared.data import audit as audits
-from shared.data.audit import (
-    image_hash,
-    linked_groups,
-    near_pairs,
-    repeats,
-    seen,
-    shared_between_splits,
-    similar_images,
-    split_groups,
-)
+from shared.data.audit import image_hash, linked_groups, near_pairs, repeats, seen, shared_between_splits
+from shared.data.audit import similar_images, split_groups
 from shared.data.download import DataNotFound
 from shared.data.images import read_image
-from shared.data.iu_xray import (
-    add_image_paths,
-    audit,
-    clean_r2gen,
-    load_gold_labels,
-    load_iu_xray,
-    load_negbio_test_uids,
-    plain_name,
-    read_reports,
-)
+from shared.data.iu_xray import add_image_paths, audit, clean_r2gen, load_gold_labels, load_iu_xray
+from shared.data.iu_xray import load_negbio_test_uids, plain_name, read_reports
 from shared.runtime import InputError
 
 # uid: (MeSH terms, indication, findings, impression, films)
@@ -102,7 +86,10 @@ def xml_of(uid):
     abstract = "".join(f'<AbstractText Label="{label}">{text}</AbstractText>' for label, text in texts.items())
     images = "".join(f'<parentImage id="CXR{"1_" if uid == 1 else ""}{film.split()[0]}"/>' for film in films)
     terms = "".join(f"<major>{term}</major>" for term in mesh)
-    return f'<?xml version="1.0"?><eCitation><uId id="CXR{uid}"/><Article>{abstract}</Article><MeSH>{terms}<automatic>x</automatic></MeSH>{images}</eCitation>'
+    return (
+        '<?xml version="1.0"?><eCitation><uId'
+        f' id="CXR{uid}"/><Article>{abstract}</Article><MeSH>{terms}<automatic>x</automatic></MeSH>{images}</eCitation>'
+    )
 
 
 def write_xml(folder, archive=True):
@@ -141,7 +128,7 @@ def uids(studies):
     return [row["uid"] for row in studies.rows]
 
 
-# ------------------------------------------------------------------------------------------------------------- made-up files
+# -------------------------------------------------------------------------------------------------------- made-up files
 
 
 def test_rows(made_up):
@@ -365,7 +352,7 @@ def test_groups_stay_together():
         split_groups(["a", "b"], {"train": 0.8, "val": 0.1, "test": 0.1})
 
 
-# ------------------------------------------------------------------------------------------------------------------- images
+# --------------------------------------------------------------------------------------------------------------- images
 
 
 def film(seed, size=256):
@@ -460,7 +447,7 @@ def test_the_phantom_in_this_format(tmp_path):
     assert {read_image(row["image_path"]).shape for row in rows} == {(64, 64)} and rows[0]["lateral_path"] is not None
 
 
-# ---------------------------------------------------------------------------------------------------------------- real files
+# ----------------------------------------------------------------------------------------------------------- real files
 
 
 @pytest.fixture

@@ -14,15 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from shared.metrics.labels import (
-    CHEXBERT_ORDER,
-    CONDITIONS,
-    LABELLER_ORDER,
-    condition_name,
-    from_row,
-    label_report,
-    to_row,
-)
+from shared.metrics.labels import CHEXBERT_ORDER, CONDITIONS, LABELLER_ORDER, condition_name, from_row, label_report
+from shared.metrics.labels import to_row
 from shared.phantom import phantom_study
 
 SHORT = {
@@ -284,12 +277,15 @@ def test_every_label_has_a_span_that_gives_it():
 
 def test_letters_that_grow_in_lower_case_do_not_move_the_evidence():
     text = "İİİ no pneumothorax."
-    (span, _) = label_report(text, evidence=True)[1]
+    span, _ = label_report(text, evidence=True)[1]
     assert (span["text"], span["cue"]) == ("pneumothorax", "no")
 
 
 def test_sections_that_are_not_read():
-    text = "INDICATION: Pneumonia, rule out effusion. Known nodule.\nCOMPARISON: Chest with edema. The heart is enlarged.\nFINDINGS: No pneumothorax."
+    text = (
+        "INDICATION: Pneumonia, rule out effusion. Known nodule.\nCOMPARISON: Chest with edema. The heart is"
+        " enlarged.\nFINDINGS: No pneumothorax."
+    )
     assert stated(text) == {"Cardiomegaly": 1, "Pneumothorax": 0}
     assert stated("History: pneumonia. Small effusion.") == {
         "Pleural Effusion": 1
@@ -335,7 +331,10 @@ def test_the_order_of_sentences_changes_nothing():
 
 
 def test_adding_a_normal_report_removes_no_positive():
-    normal = "The heart is normal in size. The lungs are clear. No consolidation, edema, effusion or pneumothorax. No fracture. No lines or tubes."
+    normal = (
+        "The heart is normal in size. The lungs are clear. No consolidation, edema, effusion or pneumothorax. No"
+        " fracture. No lines or tubes."
+    )
     assert 1 not in stated(normal).values()
     for text in texts_for_properties():
         for both in (f"{text} {normal}", f"{normal} {text}"):
@@ -371,8 +370,9 @@ def f1(called, true):
     return 2 * tp / (len(called) + len(true))
 
 
-# Condition -> column of the index and the F1 reached at least on all 3,851 reports, -1 counted as not positive. The index holds
-# what somebody found worth indexing: congestion is not edema there, and a "possible pneumonia" may be either.
+# Condition -> column of the index and the F1 reached at least on all 3,851 reports, -1 counted as not positive. The
+# index holds what somebody found worth indexing: congestion is not edema there, and a "possible pneumonia" may be
+# either.
 INDEXED = {
     "Atelectasis": ("Atelectasis", 0.91),
     "Cardiomegaly": ("Cardiomegaly", 0.89),
@@ -401,8 +401,8 @@ def test_indexed_labels_of_all_iu_reports(real_data):
     print({name: round(value, 3) for name, value in reached.items()})
 
 
-# Condition -> the labels of radlabels that mean it. It lets "consolidation" and "pneumonia" state an air-space opacity; for
-# Lung Opacity ours are joined in the same way.
+# Condition -> the labels of radlabels that mean it. It lets "consolidation" and "pneumonia" state an air-space opacity;
+# for Lung Opacity ours are joined in the same way.
 RADLABELS = {
     "Atelectasis": ["atelectasis", "lobar_segmental_collapse", "whole_lung_or_majority_collapse"],
     "Cardiomegaly": ["cardiomegaly"],
@@ -429,8 +429,8 @@ RADLABELS = {
 
 def radlabels_f1(half):
     """
-    F1 per condition on the reports with an even (half = 0, used for tuning) or odd number. Stated and doubted are positive on
-    both sides: most of what a report doubts ("could reflect pneumonia") is "definitely present" there.
+    F1 per condition on the reports with an even (half = 0, used for tuning) or odd number. Stated and doubted are
+    positive on both sides: most of what a report doubts ("could reflect pneumonia") is "definitely present" there.
     """
     found = importlib.util.find_spec(
         "radlabels"

@@ -5,13 +5,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import (
-    CLIPImageProcessor,
-    Gemma3ImageProcessor,
-    LlavaImageProcessor,
-    Qwen2VLImageProcessor,
-    SiglipImageProcessor,
-)
+from transformers import CLIPImageProcessor, Gemma3ImageProcessor, LlavaImageProcessor, Qwen2VLImageProcessor
+from transformers import SiglipImageProcessor
 
 from shared.models import inputs as inputs_module
 from shared.models.inputs import Images, build_inputs, decode, generate_text, preprocess_images
@@ -303,7 +298,10 @@ def test_pixels_change_the_logits(vlm):
 
 
 def test_sampling_never_writes_image_tokens(vlm, films):
-    """An untrained model picks every token about equally often; a placeholder in the answer would break the next forward pass."""
+    """
+    An untrained model picks every token about equally often; a placeholder in the answer would break the next forward
+    pass.
+    """
     inputs = build_inputs(vlm, QUESTIONS, films[:3])
     torch.manual_seed(0)
     with torch.inference_mode():

@@ -1,4 +1,7 @@
-"""shared/models/llava_med.py on tiny checkpoints in the layouts of LLaVA-Med and LLaVA-Rad: the logits stay what they were."""
+"""
+shared/models/llava_med.py on tiny checkpoints in the layouts of LLaVA-Med and LLaVA-Rad: the logits stay what they
+were.
+"""
 
 import shared  # noqa: F401, isort: skip  # before transformers
 import re
@@ -248,7 +251,9 @@ def test_a_checkpoint_without_tower_takes_it_from_a_folder(llava_med_folder, tmp
 
 
 def timm_tower(model):
-    """The tower's weights under timm's names, query, key and value in one matrix, as open_clip's training saves them."""
+    """
+    The tower's weights under timm's names, query, key and value in one matrix, as open_clip's training saves them.
+    """
     state = {n.removeprefix("model.vision_tower."): w for n, w in model.state_dict().items() if "vision_tower" in n}
     out = {"cls_token": state["embeddings.cls_token"], "pos_embed": state["embeddings.position_embeddings"]}
     for part in ("weight", "bias"):

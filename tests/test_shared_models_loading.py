@@ -9,12 +9,8 @@ from types import SimpleNamespace
 import bitsandbytes as bnb
 import pytest
 import torch
-from huggingface_hub.errors import (
-    GatedRepoError,
-    LocalEntryNotFoundError,
-    RemoteEntryNotFoundError,
-    RepositoryNotFoundError,
-)
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RemoteEntryNotFoundError
+from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, SiglipVisionModel, T5ForConditionalGeneration
 
@@ -256,13 +252,19 @@ def http_error(kind, status):
     [
         (
             http_error(GatedRepoError, 403),
-            "is gated: accept its licence at https://huggingface.co/google/medgemma-4b-it, then set HF_TOKEN or run `hf auth login`; .*tiny",
+            (
+                "is gated: accept its licence at https://huggingface.co/google/medgemma-4b-it, then set HF_TOKEN or run"
+                " `hf auth login`; .*tiny"
+            ),
         ),
         (http_error(RepositoryNotFoundError, 404), "is not on the Hugging Face hub, or is private"),
         (http_error(RemoteEntryNotFoundError, 404), "has no config.json, so it is not a model for transformers"),
         (
             LocalEntryNotFoundError("offline"),
-            "is not on this computer and the hub cannot be reached: accept its licence at .*medgemma-4b-it, fetch it elsewhere with `hf download",
+            (
+                "is not on this computer and the hub cannot be reached: accept its licence at .*medgemma-4b-it, fetch"
+                " it elsewhere with `hf download"
+            ),
         ),
         (ConnectionError("no route"), "is not on this computer and the hub cannot be reached"),
     ],
@@ -383,7 +385,10 @@ def test_a_layer_that_cannot_hold_four_bits(monkeypatch):
     monkeypatch.setattr(bnb.nn.Linear4bit, "forward", fussy)
     with pytest.raises(
         InputError,
-        match=r"the layer .*k_proj \(128 -> 64\) cannot be held in --quant nf4 here \(N must be .*\); use --quant nf4-text or none",
+        match=(
+            r"the layer .*k_proj \(128 -> 64\) cannot be held in --quant nf4 here \(N must be .*\); use --quant"
+            r" nf4-text or none"
+        ),
     ):
         load_vlm("tiny:qwen2vl", quant="nf4")
 

@@ -11,18 +11,8 @@ from transformers import AutoModelForImageTextToText
 from shared.models import memory
 from shared.models.inputs import build_inputs
 from shared.models.loading import add_lora, count_parameters, load_vlm
-from shared.models.memory import (
-    CARDS,
-    GIB,
-    Setting,
-    allocate,
-    main,
-    nearest_that_fits,
-    nf4_bytes,
-    predict,
-    read_layout,
-    weight_bytes,
-)
+from shared.models.memory import CARDS, GIB, Setting, allocate, main, nearest_that_fits, nf4_bytes, predict, read_layout
+from shared.models.memory import weight_bytes
 from shared.models.tiny import tiny_folder
 from shared.phantom import phantom_study
 from shared.runtime import InputError
@@ -53,7 +43,9 @@ def test_exact_parameter_counts(name, parameters):
 
 
 def test_weights_of_medgemma():
-    """8.60 GB in bf16; 3.23 GB in NF4 was measured once with a really allocated model (3.171 GB and 0.058 GB of scales)."""
+    """
+    8.60 GB in bf16; 3.23 GB in NF4 was measured once with a really allocated model (3.171 GB and 0.058 GB of scales).
+    """
     layout = read_layout(MEDGEMMA)
     assert weight_bytes(layout, "none", torch.bfloat16) == 2 * 4_300_079_472
     nf4 = weight_bytes(layout, "nf4", torch.bfloat16)
@@ -63,7 +55,8 @@ def test_weights_of_medgemma():
 
 
 def test_nf4_bytes_by_hand():
-    # 64 x 256 weights: 8192 bytes of halves, 256 blocks with a byte each, one group of 256 scales: one float32; tables: 273 float32
+    # 64 x 256 weights: 8192 bytes of halves, 256 blocks with a byte each, one group of 256 scales: one float32; tables:
+    # 273 float32
     assert nf4_bytes(64 * 256) == 8192 + 256 + 4 + 4 * 273
 
 
@@ -138,7 +131,8 @@ def test_cache_of_a_generation(family):
         ).past_key_values
     found = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     image_tokens = memory.image_counts(layout, 112)[0]
-    # The last token is never fed back, so 8 of the 9 are in the cache; a sliding layer drops the oldest key before the next step.
+    # The last token is never fed back, so 8 of the 9 are in the cache; a sliding layer drops the oldest key before the
+    # next step.
     setting = Setting(
         dtype=torch.float32, batch=2, tokens=inputs["input_ids"].shape[1] - image_tokens, new_tokens=8, image_size=112
     )

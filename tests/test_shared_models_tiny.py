@@ -8,14 +8,8 @@ import time
 import numpy as np
 import pytest
 import torch
-from transformers import (
-    AutoModel,
-    AutoModelForImageTextToText,
-    AutoModelForSeq2SeqLM,
-    AutoProcessor,
-    AutoTokenizer,
-    SiglipVisionModel,
-)
+from transformers import AutoModel, AutoModelForImageTextToText, AutoModelForSeq2SeqLM, AutoProcessor, AutoTokenizer
+from transformers import SiglipVisionModel
 
 from shared.models.inputs import build_inputs, generate_text
 from shared.models.loading import load_vlm
@@ -234,7 +228,10 @@ def test_learns_what_only_the_image_tells(family):
 
 
 def test_columns_of_image_tokens_can_be_told_apart():
-    """Two image tokens side by side differ by a turn of the fastest frequency that the width has; with the real layout it is 0.0002 radians."""
+    """
+    Two image tokens side by side differ by a turn of the fastest frequency that the width has; with the real layout it
+    is 0.0002 radians.
+    """
     rope = load_vlm("tiny:qwen2vl").base.model.language_model.rotary_emb
     assert sum(rope.mrope_section) == len(rope.inv_freq) and len(rope.mrope_section) % 3 == 0
     axis = torch.arange(len(rope.mrope_section)).remainder(3).repeat_interleave(torch.tensor(rope.mrope_section))
@@ -244,7 +241,9 @@ def test_columns_of_image_tokens_can_be_told_apart():
 
 @pytest.mark.slow
 def test_learns_left_from_right():
-    """One bright patch on each picture, never twice the same picture: at chance after 300 steps if the columns look alike."""
+    """
+    One bright patch on each picture, never twice the same picture: at chance after 300 steps if the columns look alike.
+    """
     vlm = load_vlm("tiny:qwen2vl")
     rng = np.random.default_rng(0)
 

@@ -14,16 +14,8 @@ import numpy as np
 import pytest
 
 from shared.metrics.labels import CHEXBERT_ORDER, CONDITIONS, LABELLER_ORDER, PARENTS, condition_name, from_row, to_row
-from shared.phantom import (
-    ORDER,
-    PhantomSettings,
-    as_record,
-    label_rates,
-    patient_of,
-    phantom_classification,
-    phantom_set,
-    phantom_study,
-)
+from shared.phantom import ORDER, PhantomSettings, as_record, label_rates, patient_of, phantom_classification
+from shared.phantom import phantom_set, phantom_study
 from shared.phantom import study as phantom
 from shared.phantom.words import DENIED, LISTED, STATED, SUSPECTED, UNCHANGED
 

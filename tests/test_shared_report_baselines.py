@@ -3,16 +3,8 @@
 import numpy as np
 import pytest
 
-from shared.metrics.report_baselines import (
-    baseline_reports,
-    best_constant,
-    diversity,
-    most_frequent,
-    nearest_reports,
-    oracle_reports,
-    random_reports,
-    self_bleu,
-)
+from shared.metrics.report_baselines import baseline_reports, best_constant, diversity, most_frequent, nearest_reports
+from shared.metrics.report_baselines import oracle_reports, random_reports, self_bleu
 from shared.metrics.text import score_reports
 
 WORDS = "the no is are lungs effusion normal clear heart . . . of".split()
@@ -23,7 +15,7 @@ def random_texts(n, seed, longest=15, shortest=1):
     return [" ".join(rng.choice(WORDS, rng.integers(shortest, longest + 1))) for _ in range(n)]
 
 
-# ------------------------------------------------------------------------------------------------------------------ constant
+# ------------------------------------------------------------------------------------------------------------- constant
 
 
 @pytest.mark.parametrize("metric", ["bleu_1", "bleu_2", "bleu_4"])
@@ -51,7 +43,7 @@ def test_bad_input_for_a_constant():
         best_constant(["a"], ["a"], metric="cider")
 
 
-# ------------------------------------------------------------------------------------------------- mode, random, neighbour
+# ---------------------------------------------------------------------------------------------- mode, random, neighbour
 
 
 def test_most_frequent():
@@ -86,7 +78,7 @@ def test_nearest_reports_by_angle_not_by_length():
             nearest_reports(reports, vectors, [bad])
 
 
-# -------------------------------------------------------------------------------------------------------------------- oracle
+# --------------------------------------------------------------------------------------------------------------- oracle
 
 
 def test_oracle_gives_the_canned_report_of_the_same_labels():
@@ -137,7 +129,7 @@ def test_all_baselines_by_name():
         baseline_reports(train, ["effusion"], 2, train_labels=labels, labels=[(1, 0)])
 
 
-# ----------------------------------------------------------------------------------------------------------------- diversity
+# ------------------------------------------------------------------------------------------------------------ diversity
 
 
 def test_self_bleu_is_the_mean_bleu_against_all_others():

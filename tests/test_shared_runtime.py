@@ -13,37 +13,11 @@ import pytest
 import torch
 
 from shared import runtime
-from shared.runtime import (
-    InputError,
-    StopSignal,
-    add_resume,
-    atomic_file,
-    check_plain,
-    fraction,
-    learning_rate,
-    load_checkpoint,
-    newest_run,
-    next_number,
-    open_run_dir,
-    peak_memory,
-    pick_device,
-    plain,
-    positive_float,
-    positive_int,
-    read_json,
-    refuse_other_settings,
-    resume_dir,
-    run_facts,
-    save_checkpoint,
-    script,
-    script_parser,
-    seed_everything,
-    start_distributed,
-    write_csv,
-    write_json,
-    write_jsonl,
-    write_report,
-)
+from shared.runtime import InputError, StopSignal, add_resume, atomic_file, check_plain, fraction, learning_rate
+from shared.runtime import load_checkpoint, newest_run, next_number, open_run_dir, peak_memory, pick_device, plain
+from shared.runtime import positive_float, positive_int, read_json, refuse_other_settings, resume_dir, run_facts
+from shared.runtime import save_checkpoint, script, script_parser, seed_everything, start_distributed, write_csv
+from shared.runtime import write_json, write_jsonl, write_report
 
 # --- arguments ---
 
@@ -257,7 +231,10 @@ def test_settings_that_differ_are_named():
     refuse_other_settings({"lr": 0.1, "batch_size": 8, "epochs": 5}, then, "last.pt", may_differ=("epochs",))
     with pytest.raises(
         InputError,
-        match=r"^last.pt was written with --batch-size 8 \(now 16\), --new None \(now 1\); give the same to resume, or start a new run$",
+        match=(
+            r"^last.pt was written with --batch-size 8 \(now 16\), --new None \(now 1\); give the same to resume, or"
+            r" start a new run$"
+        ),
     ):
         refuse_other_settings(
             {"lr": 0.1, "batch_size": 16, "epochs": 5, "new": 1}, then, "last.pt", may_differ=("epochs",)

@@ -10,25 +10,10 @@ from scipy.stats import binomtest
 from sklearn.metrics import f1_score, roc_auc_score
 
 from benchmarks import coverage
-from shared.metrics.statistics import (
-    FEW_CLUSTERS,
-    METHODS,
-    bca_interval,
-    benjamini_hochberg,
-    bootstrap_interval,
-    cases_needed,
-    delong_auc,
-    delong_test,
-    effective_clusters,
-    holm,
-    mcnemar_exact,
-    paired_bootstrap,
-    percentile_interval,
-    resample_counts,
-    sign_flip_test,
-    studentised_interval,
-    wilson_interval,
-)
+from shared.metrics.statistics import FEW_CLUSTERS, METHODS, bca_interval, benjamini_hochberg, bootstrap_interval
+from shared.metrics.statistics import cases_needed, delong_auc, delong_test, effective_clusters, holm, mcnemar_exact
+from shared.metrics.statistics import paired_bootstrap, percentile_interval, resample_counts, sign_flip_test
+from shared.metrics.statistics import studentised_interval, wilson_interval
 
 
 def made_up(n=200, effect=1.0, seed=0, decimals=None):
@@ -460,8 +445,8 @@ def test_effective_clusters_by_hand():
     # groups (0, 1), (1, 1), (0, 0): means .5, 1, 0 -> between = 2 * .5 / 2 = .5, within = .5 / 3; icc = (1/3) / (2/3)
     mixed = effective_clusters([0, 0, 1, 1, 2, 2], [0, 1, 1, 1, 0, 0])
     assert (mixed["icc"], mixed["design_effect"], mixed["effective_rows"]) == pytest.approx((0.5, 1.5, 4))
-    # sizes 3, 1, 2; means 1/3, 1, 1 around 2/3 -> between = 6/9 / 2 = 1/3, within = 6/9 / 3 = 2/9, size = (6 - 14/6) / 2 = 11/6
-    # icc = (1/3 - 2/9) / (1/3 + 5/6 * 2/9) = 3/14; design effect 1 + (14/6 - 1) * 3/14 = 9/7
+    # sizes 3, 1, 2; means 1/3, 1, 1 around 2/3 -> between = 6/9 / 2 = 1/3, within = 6/9 / 3 = 2/9, size = (6 - 14/6) /
+    # 2 = 11/6 icc = (1/3 - 2/9) / (1/3 + 5/6 * 2/9) = 3/14; design effect 1 + (14/6 - 1) * 3/14 = 9/7
     uneven = effective_clusters([0, 0, 0, 1, 2, 2], [0, 0, 1, 1, 1, 1])
     assert (uneven["icc"], uneven["design_effect"], uneven["effective_rows"]) == pytest.approx((3 / 14, 9 / 7, 14 / 3))
     for groups in (np.arange(5), np.zeros(5)):  # one row each, or one group: nothing to compare

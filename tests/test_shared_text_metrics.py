@@ -1,7 +1,9 @@
 """
-Report scores against hand-worked cases, stored values of the reference tools, and the tools themselves where they are installed.
+Report scores against hand-worked cases, stored values of the reference tools, and the tools themselves where they are
+installed.
 
-Random texts over a few words are the hard case for every matcher: they repeat words, share stems, and have many equal alignments.
+Random texts over a few words are the hard case for every matcher: they repeat words, share stems, and have many equal
+alignments.
 """
 
 import hashlib
@@ -21,7 +23,10 @@ from shared.metrics.report_baselines import best_constant, most_frequent, random
 from shared.metrics.stemmers import porter_stem, snowball_stem
 from shared.metrics.text import METRICS, TOKENIZERS, bleu_from_counts, r2gen_reference, r2gen_vocabulary, score_reports
 
-WORDS = "the the the . . no is are lung lungs effusion effusions pleural normal clear clearly enlarged enlargement heart and of , 12 x-ray it's".split()
+WORDS = (
+    "the the the . . no is are lung lungs effusion effusions pleural normal clear clearly enlarged enlargement heart"
+    " and of , 12 x-ray it's".split()
+)
 NAMES = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider", "meteor_15", "meteor_nltk_nosyn")
 
 
@@ -46,7 +51,10 @@ def java_folder():
 
 
 def java_meteor(hypotheses, references, full=False):
-    """Strings, strings -> (N, 23) statistics, scores (N,), corpus score of the Java tool; full: with synonyms and paraphrases."""
+    """
+    Strings, strings -> (N, 23) statistics, scores (N,), corpus score of the Java tool; full: with synonyms and
+    paraphrases.
+    """
     command = ["java", "-Xmx1G", "-jar", "meteor-1.5.jar", "-", "-", "-stdio", "-l", "en", "-norm"]
     command += [] if full else ["-m", "exact stem", "-w", "1.0 0.6"]
 
@@ -83,7 +91,7 @@ def fixtures(real_data):
     return json.loads(real_data("text_metric_fixtures.json").read_text(encoding="utf-8"))
 
 
-# ------------------------------------------------------------------------------------------------------------ worked by hand
+# ------------------------------------------------------------------------------------------------------- worked by hand
 
 
 def test_bleu_by_hand():
@@ -119,11 +127,12 @@ def test_rouge_l_by_hand():
 
 
 def test_cider_by_hand():
-    # Two reports, each equal to its reference; "a" is in both references and weighs 0, "b" and "c" weigh log 2. Orders 1 and 2
-    # agree fully, orders 3 and 4 do not exist: 10 * (1 + 1 + 0 + 0) / 4
+    # Two reports, each equal to its reference; "a" is in both references and weighs 0, "b" and "c" weigh log 2. Orders
+    # 1 and 2 agree fully, orders 3 and 4 do not exist: 10 * (1 + 1 + 0 + 0) / 4
     scores = score_reports(["a b", "a c"], ["a b", "a c"], metrics=("cider",), per_report=True)["cider"]
     assert scores == pytest.approx([5, 5])
-    # three bigrams too many: exp(-9 / 72); words: clipped "b" once, vectors (2 log 2) and (log 2): 1/2; no pair in common
+    # three bigrams too many: exp(-9 / 72); words: clipped "b" once, vectors (2 log 2) and (log 2): 1/2; no pair in
+    # common
     assert score_reports(["b b b b b", "a c"], ["a b", "a c"], metrics=("cider",), per_report=True)["cider"][
         0
     ] == pytest.approx(10 / 4 * (1 / 5) * np.exp(-9 / 72))
@@ -131,7 +140,8 @@ def test_cider_by_hand():
 
 
 def test_meteor_by_hand():
-    # lungs, clear match as content words, are and the full stop as function words; "the" and "bilaterally" are left over
+    # lungs, clear match as content words, are and the full stop as function words; "the" and "bilaterally" are left
+    # over
     precision = (0.75 * 2 + 0.25 * 2) / (0.75 * 2 + 0.25 * 3)
     recall = (0.75 * 2 + 0.25 * 2) / (0.75 * 3 + 0.25 * 2)
     mean = precision * recall / (0.85 * precision + 0.15 * recall)
@@ -159,7 +169,8 @@ def test_meteor_sums_counts_over_the_corpus():
 
 
 def test_nltk_meteor_by_hand():
-    # matches: "effusion"/"effusions" by stem and "no"; P = 2/2, R = 2/3, one chunk: mean 10 P R / (R + 9 P), penalty 0.5 (1/2)^3
+    # matches: "effusion"/"effusions" by stem and "no"; P = 2/2, R = 2/3, one chunk: mean 10 P R / (R + 9 P), penalty
+    # 0.5 (1/2)^3
     expected = (2 / 3) / (0.9 + 0.1 * 2 / 3) * (1 - 0.5 / 8)
     assert score_reports(["No effusion"], ["no effusions ."])["meteor_nltk_nosyn"] == pytest.approx(expected, abs=1e-12)
 
@@ -190,7 +201,7 @@ def test_meteor_words(text, words):
     assert meteor_words(text) == words.split()
 
 
-# ------------------------------------------------------------------------------------------------------------------ fixtures
+# ------------------------------------------------------------------------------------------------------------- fixtures
 
 
 @pytest.mark.realdata
@@ -209,7 +220,7 @@ def test_fixtures(fixtures):
     assert abs(corpus["meteor_15"] - fixtures["corpus"]["meteor"]) < 0.004
 
 
-# ---------------------------------------------------------------------------------------------------------- reference packages
+# --------------------------------------------------------------------------------------------------- reference packages
 
 
 @pytest.mark.parity
@@ -256,8 +267,16 @@ def test_equals_nltk_meteor_with_an_empty_wordnet():
     )
 
 
-ENDINGS = "s es ed ing ly ness ful fulness fulli ation ational ator ization izer alism iviti biliti iveness ousness ement ment ent ence ance able ible al alli entli ousli eed eedly ies ied y ey e ll ss us ous ive ate icate ical iciti alize ative sses ion sion tion er est ogi ogy ology 's s' '".split()
-STARTS = "lung opaci effus consolid cardiomeg pneumothora gener commun arsen dy ly ti sk s feed agre plast motor conflat hop hopp fall fil fail univers divers a ab yes say by radi log valu oper rate electr hesit digi caller beaut herr inn proce exce succe early on id ug singl gent new atla bia ande how ow ax tax".split()
+ENDINGS = (
+    "s es ed ing ly ness ful fulness fulli ation ational ator ization izer alism iviti biliti iveness ousness ement"
+    " ment ent ence ance able ible al alli entli ousli eed eedly ies ied y ey e ll ss us ous ive ate icate ical iciti"
+    " alize ative sses ion sion tion er est ogi ogy ology 's s' '".split()
+)
+STARTS = (
+    "lung opaci effus consolid cardiomeg pneumothora gener commun arsen dy ly ti sk s feed agre plast motor conflat hop"
+    " hopp fall fil fail univers divers a ab yes say by radi log valu oper rate electr hesit digi caller beaut herr inn"
+    " proce exce succe early on id ug singl gent new atla bia ande how ow ax tax".split()
+)
 
 
 @pytest.mark.parity
@@ -277,7 +296,8 @@ def test_stemmers_equal_nltk():
     }
     porter, snowball = stem.porter.PorterStemmer(), stem.snowball.EnglishStemmer()
     assert {w: porter_stem(w) for w in words} == {w: porter.stem(w) for w in words}
-    # NLTK's Snowball keeps an e after -izer and -ization that the published rules, and METEOR's own Snowball (below), take off
+    # NLTK's Snowball keeps an e after -izer and -ization that the published rules, and METEOR's own Snowball (below),
+    # take off
     differing = {w for w in words if snowball_stem(w) != snowball.stem(w)}
     assert len(words) > 3000 and all(w.endswith(("izer", "ization")) for w in differing), differing
 
@@ -331,9 +351,10 @@ def test_stems_and_function_words_of_every_word_in_the_reports(iu):
     assert {w: porter_stem(w) for w in words} == {w: stem.porter.PorterStemmer().stem(w) for w in words}
 
 
-# ----------------------------------------------------------------------------------------------------- the constant of IU X-ray
+# --------------------------------------------------------------------------------------------- the constant of IU X-ray
 
-# sha256 of the cleaned training report whose scores stand in the literature notes of this project (the text may not be copied)
+# sha256 of the cleaned training report whose scores stand in the literature notes of this project (the text may not be
+# copied)
 KNOWN_CONSTANT = "88159368f87972790df776ce383a2ff1156de70b8ca92bdaf62790177d138314"
 
 
@@ -381,7 +402,7 @@ def test_the_best_constant_of_all_training_reports(iu):
     ]
 
 
-# ----------------------------------------------------------------------------------------------------------------- properties
+# ----------------------------------------------------------------------------------------------------------- properties
 
 
 def test_identical_reports():
@@ -465,7 +486,7 @@ def test_small_counts_of_bleu():
     assert bleu_from_counts(np.array([0, 0, 0, 0, 0, 0, 0, 0, 0.0, 5])).tolist() == pytest.approx([0, 0, 0, 0])
 
 
-# ------------------------------------------------------------------------------------------------------------- degenerate input
+# ----------------------------------------------------------------------------------------------------- degenerate input
 
 
 def test_an_empty_hypothesis_scores_nothing_and_counts():

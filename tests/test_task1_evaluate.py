@@ -1,4 +1,6 @@
-"""evaluate.py: its numbers against a recomputation from predictions.csv, MedMNIST's evaluator, and what it must not touch."""
+"""
+evaluate.py: its numbers against a recomputation from predictions.csv, MedMNIST's evaluator, and what it must not touch.
+"""
 
 import csv
 import json
@@ -40,7 +42,10 @@ def columns(rows, *names):
 
 @pytest.fixture(autouse=True)
 def few_resamples(monkeypatch):
-    """The bootstrap of the multi-class sets sorts every class a thousand times; its numbers are tested with the statistics."""
+    """
+    The bootstrap of the multi-class sets sorts every class a thousand times; its numbers are tested with the
+    statistics.
+    """
     whole = evaluate_script.bootstrap_interval
     monkeypatch.setattr(
         evaluate_script, "bootstrap_interval", lambda *arguments, num_samples: whole(*arguments, num_samples=10)
@@ -322,7 +327,8 @@ def test_failure_groups_by_hand():
     labels, p = np.array([1, 0, 1, 0, 1, 0]), np.array([0.1, 0.9, 0.62, 0.3, 0.95, 0.7])
     facts = {"label_names": ["normal", "ill"], "task": "binary-class", "threshold": 0.6}
     groups, called, captions = failure_groups(labels, p, facts, 2, 0)
-    # wrong: 0 (called normal), 1 and 5 (called ill). Way from the threshold to 0 or 1: .5 / .6 = .83, .3 / .4 = .75, .1 / .4 = .25
+    # wrong: 0 (called normal), 1 and 5 (called ill). Way from the threshold to 0 or 1: .5 / .6 = .83, .3 / .4 = .75, .1
+    # / .4 = .25
     assert groups["most confident errors"].tolist() == [0, 1]
     assert groups["nearest to the threshold"].tolist() == [2, 5]  # .02 / .4 and .1 / .4
     assert called.tolist() == [0, 1, 1, 0, 1, 1] and captions[1] == "#1 true normal, p(ill) 0.90"

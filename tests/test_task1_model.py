@@ -1,4 +1,6 @@
-"""model.py, augment.py and typicality.py: shapes, checkpoints that are refused, changes of images that do what they say."""
+"""
+model.py, augment.py and typicality.py: shapes, checkpoints that are refused, changes of images that do what they say.
+"""
 
 import math
 from pathlib import Path
@@ -14,17 +16,8 @@ from sklearn.metrics import balanced_accuracy_score
 from shared.data.augment import affine, augment, blur, shifted_copies
 from shared.data.image_sets import load_phantom
 from shared.runtime import InputError, save_checkpoint
-from task1_classification.model import (
-    FORMAT,
-    build_model,
-    choose_stem,
-    decision_threshold,
-    find_classifier,
-    load_classifier,
-    normalise,
-    predict_logits,
-    to_probabilities,
-)
+from task1_classification.model import FORMAT, build_model, choose_stem, decision_threshold, find_classifier
+from task1_classification.model import load_classifier, normalise, predict_logits, to_probabilities
 from task1_classification.typicality import fit_typicality, unusualness
 
 GREY = {"mean": [0.5], "std": [0.25]}

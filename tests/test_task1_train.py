@@ -1,4 +1,6 @@
-"""train.py: what a run writes, what it refuses, that it learns, and that a killed run goes on as if nothing had happened."""
+"""
+train.py: what a run writes, what it refuses, that it learns, and that a killed run goes on as if nothing had happened.
+"""
 
 import contextlib
 import functools
@@ -418,7 +420,9 @@ def rows_in(folder):
 
 @pytest.fixture(scope="module")
 def real_run(tmp_path_factory, start_script, write_medmnist):
-    """The command of a short run of the real network in a process of its own, and the folder of such a run left alone."""
+    """
+    The command of a short run of the real network in a process of its own, and the folder of such a run left alone.
+    """
     folder = tmp_path_factory.mktemp("whole")
     data = write_medmnist(folder / "data", counts={"train": 48, "val": 24, "test": 8})
     command = [

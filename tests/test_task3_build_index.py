@@ -1,4 +1,7 @@
-"""build_index.py: the plain index of a split, folders of files, adding and removing, refusals; and the benchmark's short form."""
+"""
+build_index.py: the plain index of a split, folders of files, adding and removing, refusals; and the benchmark's short
+form.
+"""
 
 import csv
 import json
@@ -165,8 +168,8 @@ def test_refusals(tiny_run, refused, write_medmnist, own_folder):
     write_medmnist("data", "pneumoniamnist")
     write_medmnist("data", "chestmnist", {"train": 16, "val": 8, "test": 8})
     assert (
-        "no task 1 weights at models/task1_model.pth or ./task1_model.pth; train them with python task1_classification/train.py"
-        in refused(main, [])
+        "no task 1 weights at models/task1_model.pth or ./task1_model.pth; train them with python"
+        " task1_classification/train.py" in refused(main, [])
     )
     message = refused(main, ["--data", "pneumoniamnist", "--data-dir", "data", "--cnn-weights", tiny_run.checkpoint])
     assert "was trained on phantom, not on pneumoniamnist" in message and "--allow-other-dataset" in message

@@ -1,4 +1,7 @@
-"""evaluate.py of task 3: its numbers against a recomputation and against the index, what it excludes, what it must not touch."""
+"""
+evaluate.py of task 3: its numbers against a recomputation and against the index, what it excludes, what it must not
+touch.
+"""
 
 import csv
 import json
@@ -411,7 +414,9 @@ def test_bad_input(start, refused, write_medmnist):
 
 @pytest.mark.realdata
 def test_the_floor_of_raw_pixels_through_the_script_itself(real_data, small_network, monkeypatch):
-    """Read, embedded, searched and summarised: the published floor, with the untrained network left out to save time."""
+    """
+    Read, embedded, searched and summarised: the published floor, with the untrained network left out to save time.
+    """
     folder = real_data("pneumoniamnist/pneumoniamnist.npz").parent.parent
     monkeypatch.setattr(evaluate_script, "view_recall", lambda *a: {"mean": {"R@1": 0.0, "R@5": 0.0}})
     monkeypatch.setattr(

@@ -1,4 +1,7 @@
-"""index.py and embed.py: exact lists with and without faiss, ties by id, save and load, damage, add and remove; the backbones."""
+"""
+index.py and embed.py: exact lists with and without faiss, ties by id, save and load, damage, add and remove; the
+backbones.
+"""
 
 import json
 from pathlib import Path

@@ -1,4 +1,6 @@
-"""infer.py: neighbours of files and data set images, vote and classifier, warning, filters, figure and page, bad items."""
+"""
+infer.py: neighbours of files and data set images, vote and classifier, warning, filters, figure and page, bad items.
+"""
 
 import base64
 import csv
@@ -134,7 +136,9 @@ def test_filters(built):
 
 
 def test_vote_against_the_classifier(built, tiny_run):
-    """A vote that follows the labels: with every label of the gallery turned round, each unanimous vote turns round too."""
+    """
+    A vote that follows the labels: with every label of the gallery turned round, each unanimous vote turns round too.
+    """
     predictions, _ = infer(built.train, "--query-index", *range(20), "-k", 5)
     assert all((p["agree"] == "True") == (p["vote"] == p["classifier"]) for p in predictions.values())
     index = CaseIndex.load(built.train)
@@ -166,7 +170,10 @@ def test_the_classifier_gives_the_probability_of_task_1(built, tiny_run):
 
 
 def test_images_unlike_the_gallery_are_marked(built, tiny_run):
-    """The limit is that of the gallery's own images; in pixel space inverted films must exceed it and most ordinary films must not."""
+    """
+    The limit is that of the gallery's own images; in pixel space inverted films must exceed it and most ordinary films
+    must not.
+    """
     build(["--data", "phantom", "--backbone", "pixels", "--device", "cpu", "--out-dir", "pixels"])
     films = save_films(tiny_run, 20)
     for i, film in enumerate(films[:6]):

@@ -1,4 +1,7 @@
-"""Training the retrieval embedding: its losses by hand, that it learns, what a run writes, and that a stopped run goes on exactly."""
+"""
+Training the retrieval embedding: its losses by hand, that it learns, what a run writes, and that a stopped run goes on
+exactly.
+"""
 
 import json
 import math
@@ -448,7 +451,10 @@ def test_a_loss_that_is_not_finite_keeps_the_epochs_before(start, refused, monke
 
 @pytest.mark.slow
 def test_two_processes_compute_the_gradient_of_one(small_network, tmp_path, start_script):
-    """The loss compares all images of the batch: gathered vectors must send every gradient home, scaled as for one process."""
+    """
+    The loss compares all images of the batch: gathered vectors must send every gradient home, scaled as for one
+    process.
+    """
     script = tmp_path / "two.py"
     script.write_text(f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})

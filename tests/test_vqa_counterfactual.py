@@ -6,21 +6,8 @@ from scipy.sparse.linalg import spsolve
 
 from shared.phantom import phantom_study
 from vqa_sft_grpo import counterfactual
-from vqa_sft_grpo.counterfactual import (
-    FILLS,
-    FOREGROUND,
-    OVERLAP,
-    blank,
-    clusters_of,
-    fill_region,
-    foreground_of,
-    harmonic,
-    identity_edits,
-    plan_regions,
-    region_iou,
-    region_mask,
-    whole_boxes,
-)
+from vqa_sft_grpo.counterfactual import FILLS, FOREGROUND, OVERLAP, blank, clusters_of, fill_region, foreground_of
+from vqa_sft_grpo.counterfactual import harmonic, identity_edits, plan_regions, region_iou, region_mask, whole_boxes
 from vqa_sft_grpo.prompting import boxes_from_model, boxes_to_model
 
 

@@ -1,4 +1,6 @@
-"""evaluate.py: measured on scripted answerers whose flip rates are known, and once from end to end with a tiny model."""
+"""
+evaluate.py: measured on scripted answerers whose flip rates are known, and once from end to end with a tiny model.
+"""
 
 import json
 import re
@@ -49,7 +51,10 @@ def make_row(number, answer, region=None, image="", answer_type="closed", questi
 
 @pytest.fixture
 def films(tmp_path):
-    """24 grey films: half of them with a bright patch of 24 x 20 pixels at a place of its own, which is the region of their question."""
+    """
+    24 grey films: half of them with a bright patch of 24 x 20 pixels at a place of its own, which is the region of
+    their question.
+    """
     rng, rows = np.random.default_rng(0), []
     for i in range(24):
         image = rng.integers(60, 90, (80, 96)).astype(np.uint8)
@@ -89,7 +94,10 @@ def boxes_of(bright):
 
 
 class Scripted:
-    """A model in the form evaluate() wants: respond(image or None) -> yes, no or None (says nothing), how sure it is (log-probability) and boxes."""
+    """
+    A model in the form evaluate() wants: respond(image or None) -> yes, no or None (says nothing), how sure it is
+    (log-probability) and boxes.
+    """
 
     def __init__(self, respond):
         self.respond, self.seen = respond, []
@@ -225,14 +233,17 @@ def test_cases_are_drawn_by_the_seed_and_capped(films):
 
 
 def with_redrawn(films, folder):
-    """The question of each film with a patch gets it without the patch, and (but for the first) without a corner that nobody asks about."""
+    """
+    The question of each film with a patch gets it without the patch, and (but for the first) without a corner that
+    nobody asks about.
+    """
     rows = []
     for number, row in enumerate(films):
         if row["region"]:
             image = np.asarray(Image.open(row["image"])).copy()
             other = image.copy()
             other[:4, :4] = 0
-            (x0, y0, x1, y1) = row["region"][0]
+            x0, y0, x1, y1 = row["region"][0]
             image[y0:y1, x0:x1] = 75
             for field, pixels in (("redrawn", image), ("redrawn_other", other)):
                 if field == "redrawn" or number:

@@ -12,25 +12,14 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from vqa_sft_grpo.grpo import (
-    KL_ESTIMATORS,
-    LOSSES,
-    RATIO_LEVELS,
-    SCALES,
-    check_first_step,
-    combine_metrics,
-    completion_mask,
-    group_advantages,
-    has_signal,
-    policy_loss,
-    selected_logprobs,
-)
+from vqa_sft_grpo.grpo import KL_ESTIMATORS, LOSSES, RATIO_LEVELS, SCALES, check_first_step, combine_metrics
+from vqa_sft_grpo.grpo import completion_mask, group_advantages, has_signal, policy_loss, selected_logprobs
 
 EPS = {"eps_low": 0.2, "eps_high": 0.28}
 MAX_LENGTH = 9
 
 
-# --------------------------------------------------- the definitions once more, in numpy, rollout by rollout and token by token
+# ------------------------------------------- the definitions once more, in numpy, rollout by rollout and token by token
 
 
 def numpy_advantages(rewards, group_size, scale):
@@ -90,7 +79,10 @@ def numpy_gradient(function, x, step=1e-6):
 
 
 def rollouts(seed=6, b=8, t=6, spread=0.35):
-    """Log-probabilities of three policies whose ratios lie below, in and above the clipping range; rewards, mask with gaps of length."""
+    """
+    Log-probabilities of three policies whose ratios lie below, in and above the clipping range; rewards, mask with gaps
+    of length.
+    """
     rng = np.random.default_rng(seed)
     logp = -rng.exponential(1.0, (b, t))
     drift = rng.standard_normal((b, 1)) + rng.standard_normal(
@@ -112,7 +104,7 @@ def options(loss, **more):
     return EPS | {"loss": loss, "max_completion_length": MAX_LENGTH} | more
 
 
-# -------------------------------------------------------------------------------------------------------------- the loss
+# ------------------------------------------------------------------------------------------------------------- the loss
 
 
 @pytest.mark.parametrize(("loss", "scale", "level"), list(itertools.product(LOSSES, SCALES, RATIO_LEVELS)))
@@ -168,7 +160,8 @@ def test_gradcheck(loss, level):
 
 
 def test_a_case_by_hand():
-    # Two rollouts, A = +1 and -1; ratios 1.5 (clipped to 1.28), 1 | 0.5 (clipped to 0.8). Losses of the tokens: -1.28, -1 | 0.8.
+    # Two rollouts, A = +1 and -1; ratios 1.5 (clipped to 1.28), 1 | 0.5 (clipped to 0.8). Losses of the tokens: -1.28,
+    # -1 | 0.8.
     old = torch.zeros(2, 2, dtype=torch.float64) - 1
     logp = old + torch.tensor([[1.5, 1.0], [0.5, 9.0]], dtype=torch.float64).log()
     mask, advantages = torch.tensor([[1, 1], [1, 0]]), torch.tensor([1.0, -1.0])
@@ -336,7 +329,10 @@ def test_kl_measured_with_beta_0_changes_nothing():
 
 @pytest.mark.parametrize("shift", [0.0, 0.8])
 def test_what_the_kl_estimators_descend_on(shift):
-    """One token of five, so the expectation over samples of the old policy is a sum: the claims of the module's docstring, exactly."""
+    """
+    One token of five, so the expectation over samples of the old policy is a sum: the claims of the module's docstring,
+    exactly.
+    """
     generator = torch.Generator().manual_seed(0)
     scores, other, noise = (torch.randn(5, generator=generator, dtype=torch.float64) for _ in range(3))
     scores.requires_grad_()
@@ -418,11 +414,12 @@ def test_policy_loss_refuses():
         policy_loss(x, None, None, a[:, None], m)
 
 
-# -------------------------------------------------------------------------------------------------- advantages and masks
+# ------------------------------------------------------------------------------------------------- advantages and masks
 
 
 def test_advantages_by_hand():
-    # Group 1: mean 0.5, sample std sqrt(1/3). Group 2: 2 and 4, mean 3, sample std sqrt(2); one undefined. 3 and 4: nothing to compare.
+    # Group 1: mean 0.5, sample std sqrt(1/3). Group 2: 2 and 4, mean 3, sample std sqrt(2); one undefined. 3 and 4:
+    # nothing to compare.
     rewards = [0, 1, 0, 1, 2, None, 4, None, 1, 1, 1, 1, float("nan"), None, 5, None]
     advantages, stats = group_advantages(rewards, 4)
     one, two = 0.5 / ((1 / 3) ** 0.5 + 1e-4), 1 / (2**0.5 + 1e-4)
@@ -498,7 +495,7 @@ def test_completion_mask():
     assert truncated.tolist() == [False, True, False, False]
 
 
-# ----------------------------------------------------------------------------------------------------- log-probabilities
+# ---------------------------------------------------------------------------------------------------- log-probabilities
 
 
 def plain_logprobs(hidden, weight, ids, temperature=1.0, bias=None, suppress=()):
@@ -741,7 +738,10 @@ def test_loss_gradient_and_metrics_equal_trl(loss, level):
 @pytest.mark.parity
 @pytest.mark.slow
 def test_a_run_of_trl_has_our_advantages_log_probabilities_losses_and_gradients(tmp_path):
-    """Two prompts with images, G = 4, one rollout phase of two micro-batches, taken twice: the second pass has ratios other than 1."""
+    """
+    Two prompts with images, G = 4, one rollout phase of two micro-batches, taken twice: the second pass has ratios
+    other than 1.
+    """
     trl = pytest.importorskip("trl")
     datasets = pytest.importorskip("datasets")
     from peft import LoraConfig

@@ -1,4 +1,7 @@
-"""Rows for training and evaluation: the documented commands, what targets may say, splits and audit, files read back, bad input."""
+"""
+Rows for training and evaluation: the documented commands, what targets may say, splits and audit, files read back, bad
+input.
+"""
 
 import json
 import shutil
@@ -15,19 +18,8 @@ from phantom_files import export_slake, export_vqa_rad
 from shared.phantom import phantom_study
 from shared.runtime import InputError
 from vqa_sft_grpo.counterfactual import region_mask
-from vqa_sft_grpo.prepare_data import (
-    GRPO_FIELDS,
-    PHANTOM_START,
-    ROW_FIELDS,
-    ancestors,
-    grpo_row,
-    main,
-    make_rows,
-    phantom_settings,
-    read_rows,
-    slake_region,
-    write_rows,
-)
+from vqa_sft_grpo.prepare_data import GRPO_FIELDS, PHANTOM_START, ROW_FIELDS, ancestors, grpo_row, main, make_rows
+from vqa_sft_grpo.prepare_data import phantom_settings, read_rows, slake_region, write_rows
 from vqa_sft_grpo.prompting import FIELDS, build_target, parse_response
 from vqa_sft_grpo.scoring import score_answer
 

@@ -7,17 +7,8 @@ import time
 import pytest
 
 from shared.runtime import InputError
-from vqa_sft_grpo.prompting import (
-    REPAIR_LEVELS,
-    STYLES,
-    VALID_LEVEL,
-    boxes_from_model,
-    boxes_to_model,
-    build_prompt,
-    build_target,
-    instruction,
-    parse_response,
-)
+from vqa_sft_grpo.prompting import REPAIR_LEVELS, STYLES, VALID_LEVEL, boxes_from_model, boxes_to_model, build_prompt
+from vqa_sft_grpo.prompting import build_target, instruction, parse_response
 
 ROW = {
     "question": "Is there an effusion?",
@@ -321,7 +312,9 @@ HUGE = {
 
 @pytest.mark.parametrize("name", HUGE)
 def test_a_megabyte_takes_linear_time(name):
-    """CPU seconds of 1 MB against 1/8 of it: eight times as much where the time is linear, 64 times where it is quadratic."""
+    """
+    CPU seconds of 1 MB against 1/8 of it: eight times as much where the time is linear, 64 times where it is quadratic.
+    """
 
     def seconds(text):
         start = time.process_time()

@@ -1,4 +1,7 @@
-"""What a rollout earns: formulas worked out by hand, each term on cases for and against, the edited images, and the report of why."""
+"""
+What a rollout earns: formulas worked out by hand, each term on cases for and against, the edited images, and the report
+of why.
+"""
 
 import json
 import random
@@ -14,21 +17,9 @@ from vqa_sft_grpo import rewards
 from vqa_sft_grpo.counterfactual import FILLS
 from vqa_sft_grpo.prepare_data import grpo_row, make_rows, phantom_study_rows
 from vqa_sft_grpo.prompting import boxes_to_model, build_prompt, build_target, instruction, parse_response
-from vqa_sft_grpo.rewards import (
-    AnswerFrequencies,
-    EditPlan,
-    RewardSettings,
-    answer_alone,
-    answer_to_score,
-    explain,
-    ignored_fields,
-    lend_regions,
-    measure_drops,
-    parse_weights,
-    plan_edits,
-    rollout_terms,
-    score_rollouts,
-)
+from vqa_sft_grpo.rewards import AnswerFrequencies, EditPlan, RewardSettings, answer_alone, answer_to_score, explain
+from vqa_sft_grpo.rewards import ignored_fields, lend_regions, measure_drops, parse_weights, plan_edits, rollout_terms
+from vqa_sft_grpo.rewards import score_rollouts
 
 YES_NO = {
     "id": "a",
@@ -435,7 +426,9 @@ def test_repetition():
     assert share(caption="The lungs are clear. " * 20, answer="x") > 0.9
     assert (
         share(
-            caption="Frontal chest x-ray with cardiomegaly, left pleural effusion and nodule in the right upper lung zone.",
+            caption=(
+                "Frontal chest x-ray with cardiomegaly, left pleural effusion and nodule in the right upper lung zone."
+            ),
             answer="x",
         )
         == 0

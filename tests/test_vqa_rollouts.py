@@ -1,4 +1,7 @@
-"""rollouts.py: shared prompts change nothing but the time, the sampler's numbers are the model's own, and answers are scored as evaluate.py does."""
+"""
+rollouts.py: shared prompts change nothing but the time, the sampler's numbers are the model's own, and answers are
+scored as evaluate.py does.
+"""
 
 import numpy as np
 import pytest
@@ -8,15 +11,8 @@ from shared.models.loading import load_vlm
 from vqa_sft_grpo.infer import Answerer
 from vqa_sft_grpo.prompting import build_prompt
 from vqa_sft_grpo.rewards import answer_alone
-from vqa_sft_grpo.rollouts import (
-    Fits,
-    answer_logprobs,
-    answer_tokens,
-    completion_logprobs,
-    make_prompts,
-    sample,
-    stop_tokens,
-)
+from vqa_sft_grpo.rollouts import Fits, answer_logprobs, answer_tokens, completion_logprobs, make_prompts, sample
+from vqa_sft_grpo.rollouts import stop_tokens
 
 QUESTIONS = [
     "Is there an effusion?",
@@ -28,7 +24,10 @@ TEMPERATURE = 1.3
 
 @pytest.fixture(scope="module", params=["qwen2vl", "gemma3", "llava"])
 def rolled(request):
-    """A tiny model of each family, prompts of different lengths about images of different sizes, and four rollouts of each."""
+    """
+    A tiny model of each family, prompts of different lengths about images of different sizes, and four rollouts of
+    each.
+    """
     vlm = load_vlm(f"tiny:{request.param}")
     rng = np.random.default_rng(0)
     images = [rng.integers(0, 255, shape, dtype=np.uint8) for shape in ((112, 84), (112, 112), (112, 112, 3))]

@@ -1,4 +1,7 @@
-"""Right or wrong: hand-written answers for every pitfall, laws that must hold for any text, real gold answers, and two published scripts' columns."""
+"""
+Right or wrong: hand-written answers for every pitfall, laws that must hold for any text, real gold answers, and two
+published scripts' columns.
+"""
 
 import random
 import time
@@ -6,21 +9,9 @@ import unicodedata
 
 import pytest
 
-from vqa_sft_grpo.scoring import (
-    OPPOSITES,
-    SYNONYMS,
-    choice,
-    column_means,
-    fold_synonyms,
-    llava_med_scores,
-    medevalkit_scores,
-    normalise,
-    options_of,
-    overlap,
-    polarity,
-    score_answer,
-    score_with_synonyms,
-)
+from vqa_sft_grpo.scoring import OPPOSITES, SYNONYMS, choice, column_means, fold_synonyms, llava_med_scores
+from vqa_sft_grpo.scoring import medevalkit_scores, normalise, options_of, overlap, polarity, score_answer
+from vqa_sft_grpo.scoring import score_with_synonyms
 from vqa_sft_grpo.sources import load_slake, load_vqa_rad
 
 # --- texts ---
@@ -360,9 +351,11 @@ def random_texts(n, seed):
         "mass",
     ]
     return [
-        "".join(chr(rng.randrange(32, 0x3000)) for _ in range(rng.randint(0, 12)))
-        if rng.random() < 0.2
-        else " ".join(rng.choices(words, k=rng.randint(0, 8)))
+        (
+            "".join(chr(rng.randrange(32, 0x3000)) for _ in range(rng.randint(0, 12)))
+            if rng.random() < 0.2
+            else " ".join(rng.choices(words, k=rng.randint(0, 8)))
+        )
         for _ in range(n)
     ]
 

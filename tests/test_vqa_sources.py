@@ -1,4 +1,7 @@
-"""vqa.py: made-up questions with every quirk of the real files, the phantom in both formats, and the real files with their counts."""
+"""
+vqa.py: made-up questions with every quirk of the real files, the phantom in both formats, and the real files with their
+counts.
+"""
 
 import json
 from collections import Counter
@@ -8,30 +11,12 @@ import pytest
 from PIL import Image
 
 from shared.data import audit as audits
-from shared.data.audit import (
-    conflicts,
-    frames_in,
-    plain_text,
-    repeats,
-    reworded,
-    seen,
-    shared_between_splits,
-    shared_values,
-    word_overlap,
-)
+from shared.data.audit import conflicts, frames_in, plain_text, repeats, reworded, seen, shared_between_splits
+from shared.data.audit import shared_values, word_overlap
 from shared.data.download import DataNotFound
 from shared.runtime import InputError
-from vqa_sft_grpo.sources import (
-    PUBLIC,
-    audit_slake,
-    audit_vqa_rad,
-    boxes_in,
-    load_slake,
-    load_vqa_rad,
-    make_row,
-    read_boxes,
-    read_mask,
-)
+from vqa_sft_grpo.sources import PUBLIC, audit_slake, audit_vqa_rad, boxes_in, load_slake, load_vqa_rad, make_row
+from vqa_sft_grpo.sources import read_boxes, read_mask
 
 
 def rad(qid, image, question, answer, split="freeform", kind="CLOSED", type_="PRES", frame="NULL", linked=None):
@@ -157,7 +142,7 @@ def qids(rows):
     return [row["qid"] for row in rows]
 
 
-# ------------------------------------------------------------------------------------------------------------------ VQA-RAD
+# -------------------------------------------------------------------------------------------------------------- VQA-RAD
 
 
 def test_rad_rows(rad_dir):
@@ -315,7 +300,7 @@ def test_rad_audit(rad_dir):
     assert found["images"]["images"] == 4 and found["images"]["similar"] == []
 
 
-# -------------------------------------------------------------------------------------------------------------------- SLAKE
+# ---------------------------------------------------------------------------------------------------------------- SLAKE
 
 
 def test_slake_rows(slake_dir):
@@ -433,7 +418,7 @@ def test_slake_audit(slake_dir, capsys):
     assert "English test images in Chinese train / shared: 1" in capsys.readouterr().out
 
 
-# -------------------------------------------------------------------------------------------------------- audits, by hand
+# ------------------------------------------------------------------------------------------------------ audits, by hand
 
 
 def row(qid, image, question, answer, frame=None):
@@ -472,7 +457,7 @@ def test_audits_by_hand():
     assert shared_values(test, train) == {"a": 3, "b": 2, "shared": 2, "ids": ["a", "b"]}
 
 
-# ------------------------------------------------------------------------------------------------------ phantom, both formats
+# ------------------------------------------------------------------------------------------------ phantom, both formats
 
 
 def test_the_phantom_as_vqa_rad(tmp_path):
@@ -506,7 +491,7 @@ def test_the_phantom_as_slake(tmp_path):
         assert 0 <= x0 < x1 <= 64 and 0 <= y0 < y1 <= 64 and mask[y0:y1, x0:x1].any()
 
 
-# ---------------------------------------------------------------------------------------------------------------- real files
+# ----------------------------------------------------------------------------------------------------------- real files
 
 
 @pytest.fixture
@@ -612,7 +597,8 @@ def test_real_rad_policies(real_rad):
     )
     assert load_vqa_rad(real_rad, policy="no_frames").counts() == {"train": 1797, "test": 451}
     some = load_vqa_rad(real_rad, policy="no_test_frames")
-    # the 284 and one frame row of a training question that reads the same, about the same image and with the same answer (qid 674)
+    # the 284 and one frame row of a training question that reads the same, about the same image and with the same
+    # answer (qid 674)
     assert some.left_out["frame row of a test question"] == 285
     assert (
         frames_in(

@@ -1,4 +1,7 @@
-"""train_grpo.py: gradients are those of the formulas however a step is cut, the reference is the model as it was given, and a killed run goes on as if nothing had happened."""
+"""
+train_grpo.py: gradients are those of the formulas however a step is cut, the reference is the model as it was given,
+and a killed run goes on as if nothing had happened.
+"""
 
 import json
 import os
@@ -20,19 +23,8 @@ from vqa_sft_grpo.infer import model_of
 from vqa_sft_grpo.prepare_data import main as prepare
 from vqa_sft_grpo.rewards import AnswerFrequencies, EditPlan, RewardSettings, compose, images_of_v, rollout_terms, slope
 from vqa_sft_grpo.rollouts import Fits, answer_logprobs, completion_logprobs, never_drawn
-from vqa_sft_grpo.train_grpo import (
-    as_reference,
-    joined,
-    load_policy,
-    load_rows,
-    loss_and_gradient,
-    main,
-    parse_args,
-    reward_gradient,
-    roll_out,
-    row_at,
-    trained_parameters,
-)
+from vqa_sft_grpo.train_grpo import as_reference, joined, load_policy, load_rows, loss_and_gradient, main, parse_args
+from vqa_sft_grpo.train_grpo import reward_gradient, roll_out, row_at, trained_parameters
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -92,7 +84,10 @@ WRITTEN = [
 
 @pytest.fixture(scope="module")
 def step(rows_file):
-    """A policy that is not its reference any more, and a batch whose rollouts are readable answers: what an untrained model never writes."""
+    """
+    A policy that is not its reference any more, and a batch whose rollouts are readable answers: what an untrained
+    model never writes.
+    """
     args = parse_args(options(rows_file, "--scale-rewards", "group", "--beta", "0.1"))
     rows, _, _ = load_rows(args)
     torch.manual_seed(1)
@@ -161,7 +156,9 @@ def test_rollouts_are_scored_on_what_the_policy_wrote(step):
 
 @pytest.mark.parametrize("loss", ["grpo", "dr_grpo", "dapo"])
 def test_gradient_does_not_depend_on_how_a_step_is_cut(step, loss):
-    """One pass, five rollouts at a time (groups of three are cut in the middle), whole texts instead of shared prompts."""
+    """
+    One pass, five rollouts at a time (groups of three are cut in the middle), whole texts instead of shared prompts.
+    """
     args, vlm, batch, _ = step
     args = parse_args(["--num-generations", "3", "--max-new-tokens", "10", "--loss", loss, "--beta", "0.1"])
     advantages = torch.linspace(-1, 1, 12)
@@ -213,7 +210,10 @@ def test_out_of_memory_changes_nothing_but_the_size_of_a_pass(step, monkeypatch)
 
 
 def test_reward_gradient_is_that_of_the_mean_reward_through_v(step):
-    """By finite differences: the rollouts fixed, the weights moved along a direction, V and reward computed anew. Yes, yes at the limit, and no."""
+    """
+    By finite differences: the rollouts fixed, the weights moved along a direction, V and reward computed anew. Yes, yes
+    at the limit, and no.
+    """
     args, vlm, batch, settings = step
     vlm.model.double()  # in float32 the differences would be mostly rounding
     vlm.dtype = torch.float64
@@ -391,7 +391,10 @@ def test_reference_is_the_model_as_it_was_given(kind, adapter, rows_file):
 
 @pytest.fixture(scope="module", autouse=True)
 def rewards_that_differ():
-    """An untrained model writes nothing that earns anything: here it also earns by the letters it uses, so that there is something to learn."""
+    """
+    An untrained model writes nothing that earns anything: here it also earns by the letters it uses, so that there is
+    something to learn.
+    """
 
     def spelled(rows, texts, *rest):
         return [

@@ -1,4 +1,7 @@
-"""train_sft.py and data.py: the loss is the model's own, nothing is cut off, a killed run goes on as if nothing had happened, and it learns."""
+"""
+train_sft.py and data.py: the loss is the model's own, nothing is cut off, a killed run goes on as if nothing had
+happened, and it learns.
+"""
 
 import json
 import os
@@ -142,7 +145,9 @@ def test_loss_and_gradient_are_those_of_the_model_itself(family, rows):
 
 @pytest.mark.parity
 def test_the_loss_is_that_of_trl(vlm, rows):
-    """trl's collator and the model's own loss on the same rows; the only difference is the line break after the end token."""
+    """
+    trl's collator and the model's own loss on the same rows; the only difference is the line break after the end token.
+    """
     pytest.importorskip("trl", reason="needs trl (requirements-dev.txt)")
     from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
@@ -515,8 +520,8 @@ def test_dry_run(capsys):
 @pytest.mark.slow
 def test_a_short_run_learns_what_answers_look_like(own_folder):
     """
-    120 steps teach the form of the answers and the usual places of boxes: 1 nat a token where guessing costs 6.9. That says
-    nothing about looking: so early the model answers without the film.
+    120 steps teach the form of the answers and the usual places of boxes: 1 nat a token where guessing costs 6.9. That
+    says nothing about looking: so early the model answers without the film.
     """
     prepare(
         [

@@ -1,10 +1,12 @@
 """
-What goes wrong in GRPO shows in its numbers before it shows in its answers: rules over the last steps, each with a sentence.
+What goes wrong in GRPO shows in its numbers before it shows in its answers: rules over the last steps, each with a
+sentence.
 
     for name, text in alarms(history): print(text)        # history: rows of history.jsonl, oldest first
 
-A rule looks at means over the last WINDOW steps, some against the first WINDOW steps; before that many steps it says nothing.
-The levels come from what was seen to collapse in published runs; they call for a look at completions.md, and stop nothing.
+A rule looks at means over the last WINDOW steps, some against the first WINDOW steps; before that many steps it says
+nothing. The levels come from what was seen to collapse in published runs; they call for a look at completions.md, and
+stop nothing.
 """
 
 import statistics
@@ -19,42 +21,66 @@ def alarms(history, window=WINDOW):
     now, then = (Means(rows) for rows in (history[-window:], history[:window]))
     past = Means(history[-2 * window : -window] or history[:window])
     found = {
-        "truncated": now.truncated > 0.5
-        and f"{now.truncated:.0%} of the rollouts are cut off at --max-new-tokens: raise it, or look whether the end token is still written",
-        "zero_variance": now.frac_reward_zero_std > 0.8
-        and f"{now.frac_reward_zero_std:.0%} of the groups have equal rewards and teach nothing: other questions, more generations or --resample",
-        "entropy": now.entropy < 0.05
-        and f"entropy is {now.entropy:.3f} nats per token: nothing is tried out any more; a smaller --lr or a larger --beta",
-        "one_answer": now.most_frequent_answer > 0.8
-        and now.most_frequent_answer > now.most_frequent_gold + 0.2
-        and f"one answer makes up {now.most_frequent_answer:.0%} of the rollouts, and {now.most_frequent_gold:.0%} of the gold answers",
-        "length_collapse": now.length < 0.5 * then.length
-        and f"responses have shrunk from {then.length:.0f} to {now.length:.0f} tokens",
-        "length_growth": now.length > 2 * then.length
-        and f"responses have grown from {then.length:.0f} to {now.length:.0f} tokens",
-        "unreadable": now.gate < 0.9
-        and now.gate <= then.gate
-        and f"{1 - now.gate:.0%} of the responses do not pass the gate",
-        "reward_variance": now.reward_std < 0.1 * then.reward_std
-        and f"the spread of the rewards has fallen from {then.reward_std:.3f} to {now.reward_std:.3f}",
-        "clipping": now.clip_region > 0.2
-        and f"{now.clip_region:.0%} of the ratios are clipped: fewer --inner-steps or a smaller --lr",
-        "kl": now.kl > 0.1
-        and now.kl > 4 * past.kl
-        and f"KL from the reference has risen from {past.kl:.3f} to {now.kl:.3f} nats per token within {window} steps",
-        "not_looking": now.gap < then.gap - 0.05
-        and now.correct > then.correct + 0.05
-        and f"accuracy rose from {then.correct:.0%} to {now.correct:.0%} while taking the region out came to matter less ({then.gap:.3f} to {now.gap:.3f} nats): a shortcut?",
+        "truncated": (
+            now.truncated > 0.5
+            and f"{now.truncated:.0%} of the rollouts are cut off at --max-new-tokens: raise it, or look whether the end token is still written"
+        ),
+        "zero_variance": (
+            now.frac_reward_zero_std > 0.8
+            and f"{now.frac_reward_zero_std:.0%} of the groups have equal rewards and teach nothing: other questions, more generations or --resample"
+        ),
+        "entropy": (
+            now.entropy < 0.05
+            and f"entropy is {now.entropy:.3f} nats per token: nothing is tried out any more; a smaller --lr or a larger --beta"
+        ),
+        "one_answer": (
+            now.most_frequent_answer > 0.8
+            and now.most_frequent_answer > now.most_frequent_gold + 0.2
+            and f"one answer makes up {now.most_frequent_answer:.0%} of the rollouts, and {now.most_frequent_gold:.0%} of the gold answers"
+        ),
+        "length_collapse": (
+            now.length < 0.5 * then.length
+            and f"responses have shrunk from {then.length:.0f} to {now.length:.0f} tokens"
+        ),
+        "length_growth": (
+            now.length > 2 * then.length and f"responses have grown from {then.length:.0f} to {now.length:.0f} tokens"
+        ),
+        "unreadable": (
+            now.gate < 0.9 and now.gate <= then.gate and f"{1 - now.gate:.0%} of the responses do not pass the gate"
+        ),
+        "reward_variance": (
+            now.reward_std < 0.1 * then.reward_std
+            and f"the spread of the rewards has fallen from {then.reward_std:.3f} to {now.reward_std:.3f}"
+        ),
+        "clipping": (
+            now.clip_region > 0.2
+            and f"{now.clip_region:.0%} of the ratios are clipped: fewer --inner-steps or a smaller --lr"
+        ),
+        "kl": (
+            now.kl > 0.1
+            and now.kl > 4 * past.kl
+            and f"KL from the reference has risen from {past.kl:.3f} to {now.kl:.3f} nats per token within {window} steps"
+        ),
+        "not_looking": (
+            now.gap < then.gap - 0.05
+            and now.correct > then.correct + 0.05
+            and f"accuracy rose from {then.correct:.0%} to {now.correct:.0%} while taking the region out came to matter less ({then.gap:.3f} to {now.gap:.3f} nats): a shortcut?"
+        ),
         "v_at_clip": now.v_clipped > 0.5 and f"V is at its limit in {now.v_clipped:.0%} of the rollouts that have one",
-        "contradictions": now.contradiction > then.contradiction + 0.1
-        and f"reasoning contradicts the answer in {now.contradiction:.0%} of the rollouts, in the beginning {then.contradiction:.0%}",
+        "contradictions": (
+            now.contradiction > then.contradiction + 0.1
+            and f"reasoning contradicts the answer in {now.contradiction:.0%} of the rollouts, in the beginning {then.contradiction:.0%}"
+        ),
         "skipped": now.skipped > 0.1 and f"{now.skipped:.0%} of the steps were skipped: loss or gradient not finite",
     }
     return {name: text for name, text in found.items() if text}
 
 
 class Means:
-    """Means of the columns over rows in which they are defined; NaN, with which every comparison is false, where there are none."""
+    """
+    Means of the columns over rows in which they are defined; NaN, with which every comparison is false, where there are
+    none.
+    """
 
     def __init__(self, rows):
         self.rows = rows

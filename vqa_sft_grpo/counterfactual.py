@@ -1,14 +1,16 @@
 """
-Edits that take a region out of an image, and random regions to compare with: does an answer depend on the place it should?
+Edits that take a region out of an image, and random regions to compare with: does an answer depend on the place it
+should?
 
-    plan = plan_regions(image, boxes, k=5, seed=0)          # boxes: [[x0, y0, x1, y1], ...] in pixels: the region of interest
+    plan = plan_regions(image, boxes, k=5, seed=0)          # boxes: [[x0, y0, x1, y1], ...] in pixels: the region of
+    interest
     if not plan.why:                                        # else why there is no fair comparison
         without = fill_region(image, plan.roi, "inpaint")
         others = [fill_region(image, boxes, "inpaint") for boxes in plan.random]
 
-Taking anything out of a picture can change an answer, so a change means nothing alone: it is compared with what the same
-edit does in random regions of the same size and about the same share of foreground, elsewhere. Every fill is odd in its own
-way (a flat patch is like no film), so there are several, and an effect counts only when they agree.
+Taking anything out of a picture can change an answer, so a change means nothing alone: it is compared with what the
+same edit does in random regions of the same size and about the same share of foreground, elsewhere. Every fill is odd
+in its own way (a flat patch is like no film), so there are several, and an effect counts only when they agree.
 
     inpaint   harmonic: each channel solves Laplace's equation with the pixels around the region as its edge
     mean      the mean of a ring around each box
@@ -42,7 +44,10 @@ RASTER = 256  # pixels: places are compared on a grid no finer than this
 
 @dataclass
 class Plan:
-    """roi: whole-pixel boxes; random: k regions, each a list of boxes (empty when infeasible); why: "" or the reason; shares of the image."""
+    """
+    roi: whole-pixel boxes; random: k regions, each a list of boxes (empty when infeasible); why: "" or the reason;
+    shares of the image.
+    """
 
     roi: list
     random: list
@@ -55,7 +60,10 @@ class Plan:
 
 
 def whole_boxes(boxes, height, width):
-    """Pixel boxes of any numbers -> whole pixels inside the image, [x0, y0, x1, y1] with x1, y1 one past the last; empty ones go."""
+    """
+    Pixel boxes of any numbers -> whole pixels inside the image, [x0, y0, x1, y1] with x1, y1 one past the last; empty
+    ones go.
+    """
     whole = []
     for x0, y0, x1, y1 in boxes or ():
         box = [
@@ -83,8 +91,9 @@ def nearest(boxes):
 
 def region_iou(boxes, others, height, width):
     """
-    Intersection over union of two regions in pixels, each the union of its boxes; 0 when either is empty. Edges count to the
-    nearest pixel: 28.99, of a box written in thousandths, is the gold 29, and rounded outwards it would cover a pixel more.
+    Intersection over union of two regions in pixels, each the union of its boxes; 0 when either is empty. Edges count
+    to the nearest pixel: 28.99, of a box written in thousandths, is the gold 29, and rounded outwards it would cover a
+    pixel more.
     """
     a, b = (region_mask(whole_boxes(nearest(some), height, width), height, width) for some in (boxes, others))
     union = (a | b).sum()
@@ -161,7 +170,9 @@ def clusters_of(boxes):
 
 
 def fill_region(image, boxes, fill, seed=0):
-    """The image with a region (whole-pixel boxes) filled by one of FILLS -> a new uint8 array; all other pixels stay."""
+    """
+    The image with a region (whole-pixel boxes) filled by one of FILLS -> a new uint8 array; all other pixels stay.
+    """
     if fill not in FILLS:
         raise ValueError(f"there is no fill {fill!r}; there are {', '.join(FILLS)}")
     mask = region_mask(boxes, *image.shape[:2])
@@ -183,7 +194,10 @@ def fill_region(image, boxes, fill, seed=0):
 
 
 def ring_pixels(image, mask, x0, y0, x1, y1):
-    """Pixels around a box and outside the region -> (n,) or (n, 3). The ring is a fifth of the box wide, and wider if it is all region."""
+    """
+    Pixels around a box and outside the region -> (n,) or (n, 3). The ring is a fifth of the box wide, and wider if it
+    is all region.
+    """
     height, width = mask.shape
     margin = max(2, (min(x1 - x0, y1 - y0) + 4) // 5)
     while True:
@@ -195,7 +209,9 @@ def ring_pixels(image, mask, x0, y0, x1, y1):
 
 
 def blurred(image, x0, y0, x1, y1):
-    """The box of the blurred image, computed from its surroundings only. Pillow's blur takes the same time for any radius."""
+    """
+    The box of the blurred image, computed from its surroundings only. Pillow's blur takes the same time for any radius.
+    """
     sigma = max(2.0, min(x1 - x0, y1 - y0) / 2)
     reach = int(np.ceil(2.5 * sigma))
     top, left = max(0, y0 - reach), max(0, x0 - reach)
@@ -207,8 +223,8 @@ def blurred(image, x0, y0, x1, y1):
 def harmonic(image, mask):
     """
     Values (n,) or (n, 3) of the masked pixels of a float image (H, W) or (H, W, 3) for which each is the mean of its
-    neighbours; neighbours beyond the edge of the image do not count. Conjugate gradients, to less than half a grey value;
-    a large region is solved on every second pixel first, where they start from.
+    neighbours; neighbours beyond the edge of the image do not count. Conjugate gradients, to less than half a grey
+    value; a large region is solved on every second pixel first, where they start from.
     """
     rows, columns = np.nonzero(mask)
     number = np.full(mask.shape, -1)
@@ -239,7 +255,7 @@ def harmonic(image, mask):
     return solved[0] if image.ndim == 2 else np.stack(solved, axis=1)
 
 
-# ------------------------------------------------------------------------------------------------ edits that change nothing
+# -------------------------------------------------------------------------------------------- edits that change nothing
 
 
 def identity_edits(image):

@@ -2,29 +2,33 @@
 Measure a model on medical questions: is it right, does it need the image, and does it look where it should?
 
 Usage:
-    python vqa_sft_grpo/evaluate.py --model tiny --data phantom --limit 40                     # offline, a minute; untrained, so it answers nothing
+    python vqa_sft_grpo/evaluate.py --model tiny --data phantom --limit 40  # offline, a minute; untrained, so it answers nothing
     python vqa_sft_grpo/evaluate.py --dataset slake --sft_ckpt checkpoints/qwen2vl_sft
     python vqa_sft_grpo/evaluate.py --dataset vqa_rad --sft_ckpt checkpoints/qwen2vl_sft --sentence-encoder FOLDER
     python vqa_sft_grpo/evaluate.py --dataset phantom --split train --sft_ckpt ... --export-grpo data/grpo_scored.jsonl
 
-Every row counts: what cannot be read, parsed or loaded is wrong. Intervals draw whole images (95 %). The first prompt of
---prompts is the main one: the controls, the confidence and the counterfactual test are made with it.
+Every row counts: what cannot be read, parsed or loaded is wrong. Intervals draw whole images (95 %). The first prompt
+of --prompts is the main one: the controls, the confidence and the counterfactual test are made with it.
 
-Answers         scoring.py: closed strict, open exact, clipped recall, precision, F1; a synonym list and two published scripts' ways of
-                counting in columns of their own
-Controls        question without image, grey image, image of another group, the most frequent answer of the training rows
-Boxes           share of responses with a box, IoU with the gold region beside the best constant box (chosen on training rows)
-Confidence      risk-coverage and AURC for the answer's log-probability, caption-question similarity and stability under edits
-Counterfactual  region removed against K random regions of its size and share of foreground, several fills (counterfactual.py): how
-                often the answer changes, and how much less likely the model finds its own answer and its whole response. Where a
-                response reasons before it answers, the answer follows from the reasoning, and only the response's drop can show that
-                the region mattered. The region is the gold one;
+Answers         scoring.py: closed strict, open exact, clipped recall, precision, F1; a synonym list and two published
+                scripts' ways of counting in columns of their own
+Controls        question without image, grey image, image of another group, the most frequent answer of the training
+                rows
+Boxes           share of responses with a box, IoU with the gold region beside the best constant box (chosen on training
+                rows)
+Confidence      risk-coverage and AURC for the answer's log-probability, caption-question similarity and stability under
+                edits
+Counterfactual  region removed against K random regions of its size and share of foreground, several fills
+                (counterfactual.py): how often the answer changes, and how much less likely the model finds its own
+                answer and its whole response. Where a response reasons before it answers, the answer follows from the
+                reasoning, and only the response's drop can show that the region mattered. The region is the gold one;
                 where none is known the model's own, counted apart ("self"): a model can choose it to look good.
-Redrawn         phantom only: the same film drawn anew without the finding asked about, and without another one (prepare_data.py).
-                No fill can leave a trace there, and the right answer is known, so it needs no random regions beside it
+Redrawn         phantom only: the same film drawn anew without the finding asked about, and without another one
+                (prepare_data.py). No fill can leave a trace there, and the right answer is known, so it needs no random
+                regions beside it
 
-Writes to the run folder: metrics.json, predictions.jsonl, report.md, report.html (self-contained), figures/*.png, errors.csv.
-For research and teaching only; nothing here is medical advice.
+Writes to the run folder: metrics.json, predictions.jsonl, report.md, report.html (self-contained), figures/*.png,
+errors.csv. For research and teaching only; nothing here is medical advice.
 """
 
 import functools
@@ -44,51 +48,18 @@ from shared.data.download import sha256_of
 from shared.data.images import read_image
 from shared.metrics.statistics import effective_clusters
 from shared.models.loading import count_parameters
-from shared.runtime import (
-    InputError,
-    not_negative,
-    open_run_dir,
-    pick_device,
-    positive_int,
-    read_json,
-    run_facts,
-    script,
-    script_parser,
-    seed_everything,
-    write_csv,
-    write_json,
-    write_jsonl,
-)
+from shared.runtime import InputError, not_negative, open_run_dir, pick_device, positive_int, read_json, run_facts
+from shared.runtime import script, script_parser, seed_everything, write_csv, write_json, write_jsonl
 from vqa_sft_grpo.counterfactual import FILLS, blank, fill_region, identity_edits, plan_regions
 from vqa_sft_grpo.infer import TASK, Answerer, add_model_options, load_model, pixel_boxes, to_bytes
-from vqa_sft_grpo.measures import (
-    SentenceEncoder,
-    at_thresholds,
-    aurc_row,
-    caption_similarity,
-    case_summary,
-    json_success,
-    measure_boxes,
-    measure_counterfactual,
-    measure_redrawn,
-    paired_difference,
-    risk_coverage,
-    strata,
-    summarise,
-)
+from vqa_sft_grpo.measures import SentenceEncoder, at_thresholds, aurc_row, caption_similarity, case_summary
+from vqa_sft_grpo.measures import json_success, measure_boxes, measure_counterfactual, measure_redrawn
+from vqa_sft_grpo.measures import paired_difference, risk_coverage, strata, summarise
 from vqa_sft_grpo.prepare_data import NAMES, POLICIES, REDRAWN, grpo_row, make_rows, read_rows
 from vqa_sft_grpo.prompting import STYLES, build_prompt, parse_response
 from vqa_sft_grpo.report import draw_risk_coverage, draw_strip, write_report
-from vqa_sft_grpo.scoring import (
-    SYNONYMS_NAME,
-    choice,
-    llava_med_scores,
-    medevalkit_scores,
-    normalise,
-    polarity,
-    score_answer,
-    score_with_synonyms,
-)
+from vqa_sft_grpo.scoring import SYNONYMS_NAME, choice, llava_med_scores, medevalkit_scores, normalise, polarity
+from vqa_sft_grpo.scoring import score_answer, score_with_synonyms
 from vqa_sft_grpo.sources import load_slake
 
 CONTROLS = ("question only", "blank image", "shuffled image", "majority answer")
@@ -100,59 +71,30 @@ def parse_args(argv=None):
     # --data also takes a file of rows
     g = parser.add_argument_group("rows")
     g.add_argument("--split", default="test", choices=["train", "val", "test"], help="rows to measure on (%(default)s)")
-    g.add_argument(
-        "--policy",
-        default="clean-train",
-        choices=list(POLICIES),
-        help="split policy, see prepare_data.py (%(default)s)",
-    )
-    g.add_argument(
-        "--allow-overlap",
-        action="store_true",
-        help="accept --policy official, where images of the test set are in training; every result is then marked",
-    )
-    g.add_argument(
-        "--studies",
-        type=positive_int,
-        metavar="N",
-        help="phantom: films to ask about (300 for test, 100 for val, 1000 for train); for other settings make a file with prepare_data.py and give it as --data",
-    )
+    # fmt: off
+    g.add_argument("--policy", default="clean-train", choices=list(POLICIES),
+        help="split policy, see prepare_data.py (%(default)s)")
+    g.add_argument("--allow-overlap", action="store_true",
+        help="accept --policy official, where images of the test set are in training; every result is then marked")
+    g.add_argument("--studies", type=positive_int, metavar="N", help="phantom: films to ask about (300 for test, 100 "
+        "for val, 1000 for train); for other settings make a file with prepare_data.py and give it as --data")
     add_model_options(parser)
     g = parser.add_argument_group("what to measure")
-    g.add_argument(
-        "--prompts",
-        nargs="+",
-        default=["json", "think"],
-        choices=STYLES,
-        help="prompt styles; controls and tests use the first (json think)",
-    )
-    g.add_argument(
-        "--counterfactual-cases",
-        type=not_negative,
-        default=100,
-        metavar="N",
-        help="rows for the counterfactual test, drawn by the seed; each takes (1 + K) x fills + 2 answers; 0: leave it out (%(default)s)",
-    )
-    g.add_argument(
-        "--random-regions",
-        type=positive_int,
-        default=5,
-        metavar="K",
-        help="random regions per case, at least 5 (%(default)s)",
-    )
-    g.add_argument(
-        "--fills", nargs="+", default=list(FILLS), choices=FILLS, help="ways to take a region out; at least two (all)"
-    )
-    g.add_argument(
-        "--sentence-encoder",
-        metavar="FOLDER",
-        help="a BERT-like encoder (folder or hub name) for caption-question similarity, mean pooling; default: tiny:bert for a tiny model, else the similarity is left out",
-    )
-    g.add_argument(
-        "--export-grpo",
-        metavar="FILE",
-        help="write the rows for train_grpo.py with what was measured; not for test rows",
-    )
+    g.add_argument("--prompts", nargs="+", default=["json", "think"], choices=STYLES,
+        help="prompt styles; controls and tests use the first (json think)")
+    g.add_argument("--counterfactual-cases", type=not_negative, default=100, metavar="N",
+        help="rows for the counterfactual test, drawn by the seed; each takes (1 + K) x fills + 2 answers; 0: leave "
+        "it out (%(default)s)")
+    g.add_argument("--random-regions", type=positive_int, default=5, metavar="K",
+        help="random regions per case, at least 5 (%(default)s)")
+    g.add_argument("--fills", nargs="+", default=list(FILLS), choices=FILLS,
+        help="ways to take a region out; at least two (all)")
+    g.add_argument("--sentence-encoder", metavar="FOLDER", help="a BERT-like encoder (folder or hub name) for "
+        "caption-question similarity, mean pooling; default: tiny:bert for a tiny model, else the similarity is left "
+        "out")
+    g.add_argument("--export-grpo", metavar="FILE",
+        help="write the rows for train_grpo.py with what was measured; not for test rows")
+    # fmt: on
     args = parser.parse_args(argv)
     args.prompts, args.fills = list(dict.fromkeys(args.prompts)), list(dict.fromkeys(args.fills))
     args.counterfactual_cases = int(args.counterfactual_cases)
@@ -164,7 +106,8 @@ def parse_args(argv=None):
         parser.error("--export-grpo makes training data: use --split train or val")
     if args.policy == "official" and not args.allow_overlap:
         parser.error(
-            "--policy official has images and reworded questions of the test set in training: add --allow-overlap if that is meant, or take clean-train"
+            "--policy official has images and reworded questions of the test set in training: add --allow-overlap if"
+            " that is meant, or take clean-train"
         )
     args.data = args.data if Path(args.data).is_file() else args.data.lower().replace("-", "_")
     if args.data not in NAMES and not Path(args.data).is_file():
@@ -223,27 +166,31 @@ def load_rows(args):
             train_rows += load_slake(args.data_dir, allow_missing_images=True).split("train")
     if not rows:
         raise InputError(
-            f"{args.data} has no {args.split} rows with their images; make them with prepare_data.py, or take another --split"
+            f"{args.data} has no {args.split} rows with their images; make them with prepare_data.py, or take another"
+            " --split"
         )
     rows = rows[: args.limit]
     facts |= {
         "phantom": any(row["dataset"] == "phantom" for row in rows),
         "train_rows": len(train_rows),
-        "version": f"split {args.split}, policy {facts['policy']}"
-        + (f", first {args.limit} rows" if args.limit else ""),
+        "version": (
+            f"split {args.split}, policy {facts['policy']}" + (f", first {args.limit} rows" if args.limit else "")
+        ),
     }
     return rows, train_rows, facts
 
 
 def training_of(adapter):
-    """What the training run that wrote this folder says of its data -> dict, or None where nothing is written beside it."""
+    """
+    What the training run that wrote this folder says of its data -> dict, or None where nothing is written beside it.
+    """
     for path in (Path(adapter) / "training.json", Path(adapter).parent / "metrics.json"):
         if path.is_file():
             return read_json(path).get("dataset")
     return None
 
 
-# ---------------------------------------------------------------------------------------------------- asking and scoring
+# --------------------------------------------------------------------------------------------------- asking and scoring
 
 
 @functools.lru_cache(maxsize=1024)
@@ -298,7 +245,10 @@ def scores_of(row, answer):
 
 
 def answer_key(answer, question, kind):
-    """What must stay equal for an answer to be the same one: yes or no, the option, or the normalised words. None: unparsed."""
+    """
+    What must stay equal for an answer to be the same one: yes or no, the option, or the normalised words. None:
+    unparsed.
+    """
     if kind == "yes/no":
         return polarity(answer or "", question)
     words = " ".join(normalise(answer)) or None
@@ -324,7 +274,10 @@ def shuffled_images(rows, images, seed):
 
 
 def majority_answers(rows, train_rows):
-    """The most frequent answer that training rows give to the same question, else to questions of the same kind; None without training rows."""
+    """
+    The most frequent answer that training rows give to the same question, else to questions of the same kind; None
+    without training rows.
+    """
     if not train_rows:
         return None
 
@@ -356,8 +309,8 @@ def edit_seed(row, seed):
 
 def pick_cases(rows, records, images, limit, k, seed):
     """
-    Rows for the counterfactual test, drawn by the seed among those with a parsed answer and a region: gold ones first, then the
-    model's own boxes. -> (cases, {source: {reason: how many were looked at and not taken}}).
+    Rows for the counterfactual test, drawn by the seed among those with a parsed answer and a region: gold ones first,
+    then the model's own boxes. -> (cases, {source: {reason: how many were looked at and not taken}}).
     """
     cases, refused = [], {"gold": Counter(), "self": Counter()}
     usable = [i for i, r in enumerate(records) if r["key"] is not None and images[i] is not None]
@@ -379,7 +332,9 @@ def pick_cases(rows, records, images, limit, k, seed):
 
 
 def edits_of(image, plan, fills, seed):
-    """All edited images of a case -> [((what, fill, number), image)]: identity edits, the region, the random regions."""
+    """
+    All edited images of a case -> [((what, fill, number), image)]: identity edits, the region, the random regions.
+    """
     edits = [(("identity", name, 0), edited) for name, edited in identity_edits(image).items()]
     for fill in fills:
         for number, boxes in enumerate([plan.roi, *plan.random]):
@@ -394,9 +349,9 @@ def edits_of(image, plan, fills, seed):
 
 def run_counterfactual(answerer, rows, records, images, cases, style, fills, seed, scores):
     """
-    Answer every edited image anew, and score the original response on it. Adds to each case "edits": {(what, fill, number): {"answer",
-    "flipped", "unparsed", "wrong_now", "drop", "drop_response"}}. drop: mean log-probability per token of the original answer (of the
-    whole original response), original minus edited image.
+    Answer every edited image anew, and score the original response on it. Adds to each case "edits": {(what, fill,
+    number): {"answer", "flipped", "unparsed", "wrong_now", "drop", "drop_response"}}. drop: mean log-probability per
+    token of the original answer (of the whole original response), original minus edited image.
     """
     for start in range(0, len(cases), CHUNK):
         some = cases[start : start + CHUNK]
@@ -588,7 +543,10 @@ def evaluate(answerer, rows, images, train_rows, args, encoder=None):
 
 
 def ask_redrawn(answerer, rows, style):
-    """The questions whose film was drawn anew without a finding -> {"redrawn", "redrawn_other": {row number: record}}; a film that cannot be read gives no answer."""
+    """
+    The questions whose film was drawn anew without a finding -> {"redrawn", "redrawn_other": {row number: record}}; a
+    film that cannot be read gives no answer.
+    """
     asked = {}
     for field in REDRAWN:
         chosen = [i for i, row in enumerate(rows) if row.get(field)]
@@ -606,8 +564,9 @@ def say(name, rows, records):
 
 def telling_cases(cases, rows, records, images, args, most=4, least=2):
     """
-    Cases for the picture, by rule: the largest and the smallest difference of flip rates, ties by the log-probability drops. Each
-    shows the image with its regions, the region taken out by each fill, and the first random region taken out.
+    Cases for the picture, by rule: the largest and the smallest difference of flip rates, ties by the log-probability
+    drops. Each shows the image with its regions, the region taken out by each fill, and the first random region taken
+    out.
     """
 
     def order(case):
@@ -643,9 +602,11 @@ def telling_cases(cases, rows, records, images, args, most=4, least=2):
                     "name": f"without it: {name[1]}" if name[0] == "roi" else f"random: {name[1]}",
                     "below": f"{edit['answer']}{drop}",
                     "changed": edit["flipped"] or edit["unparsed"],
-                    "boxes": [(box, "red") for box in plan.roi]
-                    if name[0] == "roi"
-                    else [(box, "tab:blue") for box in plan.random[0]],
+                    "boxes": (
+                        [(box, "red") for box in plan.roi]
+                        if name[0] == "roi"
+                        else [(box, "tab:blue") for box in plan.random[0]]
+                    ),
                 }
             )
         strips.append({"text": f"{what}: {row['question']} gold: {row['answer']}", "panels": panels})
@@ -653,7 +614,10 @@ def telling_cases(cases, rows, records, images, args, most=4, least=2):
 
 
 def redrawn_strips(rows, records, predictions, most=2):
-    """Pictures of films drawn anew: the first two on which the answer follows the finding and nothing else, and the first two on which it does not."""
+    """
+    Pictures of films drawn anew: the first two on which the answer follows the finding and nothing else, and the first
+    two on which it does not.
+    """
     chosen, seen = {True: [], False: []}, set()
     for i, row in enumerate(rows):
         if row["image"] not in seen and all(field in predictions[i] for field in REDRAWN):
@@ -687,7 +651,10 @@ def redrawn_strips(rows, records, predictions, most=2):
 
 
 def export_rows(rows, records, predictions, folder):
-    """Rows for train_grpo.py with what was measured. delta_cf_*: mean log-probability drops (nats per token), null where not measured."""
+    """
+    Rows for train_grpo.py with what was measured. delta_cf_*: mean log-probability drops (nats per token), null where
+    not measured.
+    """
     exported = []
     for row, record, prediction in zip(rows, records, predictions, strict=True):
         tested = prediction["counterfactual"] or {}
@@ -715,7 +682,8 @@ def main(argv=None):
     if all(image is None for image in images):
         raise InputError(f"none of the images can be read; {errors[0]['path']}: {errors[0]['error']}")
     print(
-        f"{len(rows)} rows of {data['name']} ({data['version']}), {len({row['group'] for row in rows})} image groups; {data['train_rows']} training rows for the baselines"
+        f"{len(rows)} rows of {data['name']} ({data['version']}), {len({row['group'] for row in rows})} image groups;"
+        f" {data['train_rows']} training rows for the baselines"
     )
     vlm = load_model(args, device)
     encoder = args.sentence_encoder or ("tiny:bert" if vlm.tiny else None)
@@ -777,11 +745,13 @@ def warnings_of(args, vlm, data, trained_on, encoder):
         found.append("The tiny model is untrained: these numbers show that the code runs.")
     if data["overlap"]:
         found.append(
-            f"OVERLAP: under the policy {data['policy']} images of the test set are in training, so a model trained on it has seen them."
+            f"OVERLAP: under the policy {data['policy']} images of the test set are in training, so a model trained on"
+            " it has seen them."
         )
     if trained_on and trained_on.get("overlap"):
         found.append(
-            f"OVERLAP: this model was trained with the policy {trained_on['policy']}, which has images of the test set in training."
+            f"OVERLAP: this model was trained with the policy {trained_on['policy']}, which has images of the test set"
+            " in training."
         )
     if args.adapter and trained_on is None:
         found.append(

@@ -1,17 +1,21 @@
 """
-From prepared rows to training batches: tokens with weights, images kept in memory, batches in an order that can be resumed.
+From prepared rows to training batches: tokens with weights, images kept in memory, batches in an order that can be
+resumed.
 
     images = ImageStore(vlm.processor, [row["image"] for row in rows], budget_gib=2)
     examples = make_examples(vlm, rows, images, styles=("json", "think"), max_length=2048)
-    for batch in epoch_batches(examples, batch_size=32, per_image=4, seed=0, epoch=3):     # lists of numbers of examples
+    for batch in epoch_batches(examples, batch_size=32, per_image=4, seed=0, epoch=3):     # lists of numbers of
+    examples
         total, weight = batch_loss(vlm, [examples[i] for i in batch], images)
         (total / weight).backward()
 
-An example is one row in one prompt style. The loss is on the answer and the token that ends it; prompt and image are not learned.
+An example is one row in one prompt style. The loss is on the answer and the token that ends it; prompt and image are
+not learned.
 
-What questions about one image have in common is computed once: the image goes through the vision tower once per batch, and
-with share_prompt the beginning of the prompt (system text, image, instruction) goes through the language model once, its keys
-and values serving all its questions. The loss and its gradient are those of the plain way to rounding (tests).
+What questions about one image have in common is computed once: the image goes through the vision tower once per batch,
+and with share_prompt the beginning of the prompt (system text, image, instruction) goes through the language model
+once, its keys and values serving all its questions. The loss and its gradient are those of the plain way to rounding
+(tests).
 """
 
 import functools
@@ -28,17 +32,8 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import DynamicCache
 
-from shared.models.inputs import (
-    IGNORED,
-    as_pixels,
-    grid_of,
-    mark_images,
-    preprocess_images,
-    render,
-    spread,
-    target_size,
-    token_ids,
-)
+from shared.models.inputs import IGNORED, as_pixels, grid_of, mark_images, preprocess_images, render, spread
+from shared.models.inputs import target_size, token_ids
 from shared.models.loading import FAMILIES
 from shared.runtime import InputError
 from vqa_sft_grpo.prompting import build_prompt, build_target
@@ -53,8 +48,8 @@ BOXES = re.compile(r'(?<="boxes": )\[\[[\d, \[\]]*\]\]')
 
 class ImageStore:
     """
-    The images of a data set by number, each file once. Preprocessed once and kept where all of them fit into budget_gib GiB,
-    else kept as decoded pixels where those fit, else read again for each batch; `kept` says which.
+    The images of a data set by number, each file once. Preprocessed once and kept where all of them fit into budget_gib
+    GiB, else kept as decoded pixels where those fit, else read again for each batch; `kept` says which.
 
     images: paths, or uint8 arrays (H, W) or (H, W, 3); equal paths are one image. number_of[i]: the number of the i-th.
     """
@@ -110,12 +105,16 @@ class ImageStore:
 
     @torch.no_grad()
     def cache_features(self, vlm, budget_gib, batch_size=16):
-        """Run the frozen tower and projector over all images once and keep what they give, in the computing dtype on the CPU."""
+        """
+        Run the frozen tower and projector over all images once and keep what they give, in the computing dtype on the
+        CPU.
+        """
         config = vlm.config.get_text_config()
         need = sum(r * c for r, c in self.grids) * config.hidden_size * torch.finfo(vlm.dtype).bits / 8 / 2**30
         if need > budget_gib:
             raise InputError(
-                f"--cache-features: the features of {len(self)} images take {need:.2f} GiB and --cache-gib is {budget_gib:g}; raise it, lower --max-pixels, or leave --cache-features out"
+                f"--cache-features: the features of {len(self)} images take {need:.2f} GiB and --cache-gib is"
+                f" {budget_gib:g}; raise it, lower --max-pixels, or leave --cache-features out"
             )
         features = []
         for start in range(0, len(self), batch_size):
@@ -126,7 +125,9 @@ class ImageStore:
 
 
 def size_of(source):
-    """(height, width) of an array, or of an image file without decoding it. InputError when it is missing or not an image."""
+    """
+    (height, width) of an array, or of an image file without decoding it. InputError when it is missing or not an image.
+    """
     if isinstance(source, np.ndarray):
         return source.shape[:2]
     try:
@@ -134,7 +135,8 @@ def size_of(source):
             return image.size[::-1]
     except FileNotFoundError as error:
         raise InputError(
-            f"the image {source} is not there; make the rows again with prepare_data.py, or run from the folder where that was done"
+            f"the image {source} is not there; make the rows again with prepare_data.py, or run from the folder where"
+            " that was done"
         ) from error
     except (OSError, SyntaxError, ValueError) as error:
         raise InputError(f"the image {source} cannot be read ({str(error).splitlines()[0]})") from error
@@ -191,7 +193,9 @@ class Example:
 
 
 def prompt_tokens(vlm, question, style, grid):
-    """The user's turn about one image -> int32 (L,), with as many image tokens as the grid (rows, columns) has cells."""
+    """
+    The user's turn about one image -> int32 (L,), with as many image tokens as the grid (rows, columns) has cells.
+    """
     text, _ = render(vlm.processor, vlm.processor.chat_template, build_prompt(question, style), 1, None, None)
     marked = mark_images(vlm.family, vlm.tokenizer, text, 1)
     return np.array(spread(token_ids(vlm.tokenizer, [marked])[0], vlm.image_token_id, [grid]), np.int32)
@@ -207,9 +211,9 @@ def around_answer(vlm):
 def make_examples(vlm, rows, images, styles, max_length=2048, answer_weight=1.0, box_weight=1.0):
     """
     rows of prepare_data.py, images.number_of[i] being the image of row i -> Examples, row by row, style by style.
-    answer_weight, box_weight: weights in the loss of the tokens of the answer itself and of the boxes; all others have 1.
-    InputError, with the numbers, for an example longer than max_length tokens: cutting it would leave image tokens without
-    their features, or an answer without its end.
+    answer_weight, box_weight: weights in the loss of the tokens of the answer itself and of the boxes; all others have
+    1. InputError, with the numbers, for an example longer than max_length tokens: cutting it would leave image tokens
+    without their features, or an answer without its end.
     """
     placeholders = FAMILIES[vlm.family].image_tokens
     tokenizer = vlm.tokenizer
@@ -240,8 +244,9 @@ def make_examples(vlm, rows, images, styles, max_length=2048, answer_weight=1.0,
             if example.length > max_length:
                 tokens = grid[0] * grid[1]
                 raise InputError(
-                    f"row {i} ({row['image']}) has {example.length} tokens, {tokens} of the image, {len(example.prompt) - tokens} of the question and {len(example.target)} of the answer, "
-                    f"and --max-length is {max_length}: raise it, or lower --max-pixels; nothing is ever cut off"
+                    f"row {i} ({row['image']}) has {example.length} tokens, {tokens} of the image,"
+                    f" {len(example.prompt) - tokens} of the question and {len(example.target)} of the answer, and"
+                    f" --max-length is {max_length}: raise it, or lower --max-pixels; nothing is ever cut off"
                 )
             examples.append(example)
     return examples
@@ -249,11 +254,12 @@ def make_examples(vlm, rows, images, styles, max_length=2048, answer_weight=1.0,
 
 def epoch_batches(examples, batch_size, per_image=1, seed=0, epoch=0):
     """
-    Every example once -> list of lists of numbers of examples. It depends on the arguments alone, so a run is resumed at batch k
-    by taking the batches from k on.
+    Every example once -> list of lists of numbers of examples. It depends on the arguments alone, so a run is resumed
+    at batch k by taking the batches from k on.
 
-    Up to per_image questions about one image in one style stay side by side, so that what they share is computed once. Those
-    groups are shuffled; within BLOCK batches they are sorted by length, so that little is padding; the batches are shuffled.
+    Up to per_image questions about one image in one style stay side by side, so that what they share is computed once.
+    Those groups are shuffled; within BLOCK batches they are sorted by length, so that little is padding; the batches
+    are shuffled.
     """
     draw = random.Random(f"{seed} {epoch}")
     order = list(range(len(examples)))
@@ -280,7 +286,10 @@ def epoch_batches(examples, batch_size, per_image=1, seed=0, epoch=0):
 
 
 class ready_features:
-    """with ready_features(vlm, features): the model takes these features, one (tokens, width) tensor per image, for its images."""
+    """
+    with ready_features(vlm, features): the model takes these features, one (tokens, width) tensor per image, for its
+    images.
+    """
 
     def __init__(self, vlm, features):
         self.model = vlm.base.model
@@ -296,9 +305,10 @@ class ready_features:
 
 def batch_loss(vlm, batch, images, share_prompt=False, train_tower=False):
     """
-    batch: Examples -> (sum over learned tokens of weight * cross entropy, sum of the weights), float32 scalars on the device.
-    share_prompt: compute the common beginning of the prompts once per image (needs activations kept, no checkpointing).
-    train_tower: gradients go into the vision tower; otherwise it runs without them, or its cached features are taken.
+    batch: Examples -> (sum over learned tokens of weight * cross entropy, sum of the weights), float32 scalars on the
+    device. share_prompt: compute the common beginning of the prompts once per image (needs activations kept, no
+    checkpointing). train_tower: gradients go into the vision tower; otherwise it runs without them, or its cached
+    features are taken.
     """
     unique = list(dict.fromkeys(e.image for e in batch))
     if images.features is not None:
@@ -326,7 +336,10 @@ def padded(rows, fill, side):
 
 
 def image_tensors(vlm, grids):
-    """What the forward pass wants to see of images whose features are ready: any value in place of the pixels, and the (rows, columns) of each."""
+    """
+    What the forward pass wants to see of images whose features are ready: any value in place of the pixels, and the
+    (rows, columns) of each.
+    """
     tensors = {"pixel_values": torch.zeros(1, device=vlm.device, dtype=vlm.dtype)}
     if vlm.family == "qwen2vl":
         merge = vlm.processor.image_processor.merge_size
@@ -341,7 +354,9 @@ KINDS = {
 
 
 def plain_logits(vlm, batch, images, feature_of):
-    """Left-padded whole texts -> logits (B, T, vocabulary) that predict the last T tokens, targets and weights (B, T)."""
+    """
+    Left-padded whole texts -> logits (B, T, vocabulary) that predict the last T tokens, targets and weights (B, T).
+    """
     pad = vlm.tokenizer.pad_token_id
     rows = [np.concatenate([e.prompt, e.target]) for e in batch]
     ids, mask = (
@@ -369,8 +384,8 @@ def padded_weights(rows, longest, side):
 
 def shared_lengths(batch, image_token_id):
     """
-    Examples -> {style: how many first tokens all prompts of that style have in common}; None where sharing saves little, or where
-    the common part ends before the image does (images with different numbers of tokens).
+    Examples -> {style: how many first tokens all prompts of that style have in common}; None where sharing saves
+    little, or where the common part ends before the image does (images with different numbers of tokens).
     """
     if len({(e.image, e.style) for e in batch}) > 0.75 * len(batch):
         return None
@@ -389,7 +404,8 @@ def shared_lengths(batch, image_token_id):
 def shared_prompt_logits(vlm, batch, images, feature_of, cut):
     """
     As plain_logits, with the common beginning of the prompts computed once per image and style. Columns are
-    [beginning, left-padded][rest of the prompt, left-padded][target, right-padded]; positions are given, so padding anywhere is harmless.
+    [beginning, left-padded][rest of the prompt, left-padded][target, right-padded]; positions are given, so padding
+    anywhere is harmless.
     """
     pad, kind = vlm.tokenizer.pad_token_id, KINDS.get(vlm.family)
     begin = padded([e.prompt[: cut[e.style]] for e in batch], -1, "left")

@@ -6,38 +6,46 @@ Group relative policy optimisation (GRPO): advantages, loss and log-probabilitie
     logp, entropy = selected_logprobs(hidden, model.lm_head.weight, completion_ids, temperature=1.0)
     loss, metrics = policy_loss(logp, old_logp, ref_logp, advantages, mask, loss="dapo", beta=0.04, entropy=entropy)
 
-Shapes: N rollouts, prompt-major (the G rollouts of a prompt are neighbours); a micro-batch has B of them, right-padded to T
-completion tokens. Log-probabilities are natural logarithms and belong to sampled tokens. Rewards and advantages: one per rollout.
+Shapes: N rollouts, prompt-major (the G rollouts of a prompt are neighbours); a micro-batch has B of them, right-padded
+to T completion tokens. Log-probabilities are natural logarithms and belong to sampled tokens. Rewards and advantages:
+one per rollout.
 
 How this differs from the textbook (GRPO as in DeepSeekMath, arXiv 2402.03300)
 
-    advantage  (r - mean) / (std + 1e-4), std being the sample standard deviation (n - 1) of the group's defined rewards; the paper does
-               not say which one and adds nothing. "none" divides by nothing (Dr. GRPO, 2503.20783: the division weighs easy and hard
-               prompts up). "batch" divides by the std of all rewards of the batch (2508.08221), prompts' different means included, so it
-               alone is not blind to a constant added to one prompt's rewards: that rescales every advantage by a common factor.
-    undefined  a reward of None or NaN is left out of mean and std and its rollout gets advantage 0, as does every rollout of a group with
-               equal rewards or fewer than two defined ones: such a group has nothing to say (the paper has neither case).
+    advantage  (r - mean) / (std + 1e-4), std being the sample standard deviation (n - 1) of the group's defined
+               rewards; the paper does not say which one and adds nothing. "none" divides by nothing (Dr. GRPO,
+               2503.20783: the division weighs easy and hard prompts up). "batch" divides by the std of all rewards of
+               the batch (2508.08221), prompts' different means included, so it alone is not blind to a constant added
+               to one prompt's rewards: that rescales every advantage by a common factor.
+    undefined  a reward of None or NaN is left out of mean and std and its rollout gets advantage 0, as does every
+               rollout of a group with equal rewards or fewer than two defined ones: such a group has nothing to say
+               (the paper has neither case).
     several    rewards are summed before the mean is taken (GDPO, 2601.05242, takes a z score of each first).
-    loss       grpo     mean over rollouts of the mean over their tokens: the textbook; long wrong answers are punished less per token
-               dr_grpo  sum over tokens / (rollouts * max_completion_length), a constant (2503.20783)
+    loss       grpo     mean over rollouts of the mean over their tokens: the textbook; long wrong answers are punished
+               less per token dr_grpo  sum over tokens / (rollouts * max_completion_length), a constant (2503.20783)
                dapo     sum over tokens / tokens of the whole step (2503.14476)
-               bnpo     sum over tokens / tokens of this micro-batch: the only one whose result depends on how a step is split
-    clipping   two numbers: 1 - eps_low and 1 + eps_high (2503.14476). delta also bounds the ratio where the advantage is negative,
-               which min() leaves open (INTELLECT-2, 2505.07291).
+               bnpo     sum over tokens / tokens of this micro-batch: the only one whose result depends on how a step is
+                        split
+    clipping   two numbers: 1 - eps_low and 1 + eps_high (2503.14476). delta also bounds the ratio where the advantage
+               is negative, which min() leaves open (INTELLECT-2, 2505.07291).
     ratio      per token (textbook) or one per rollout, the exponential of the mean log ratio (GSPO, 2507.18071).
     KL         of the policy from the reference, estimated at the sampled tokens, d = ref - logp:
-               k1 = -d, k2 = d^2 / 2, k3 = e^d - d - 1 (the textbook), k3_corrected = k3 * ratio (DeepSeek-V3.2, 2512.02556; default).
-               As a *loss* they differ from what they estimate: on policy the expected gradient of k1 is zero (noise only), of k2 that of
-               KL(policy || ref), of k3 that of KL(ref || policy), of k3_corrected that of KL(policy || ref), off policy too.
-    truncated  rollouts without a stop token can be taken out of the loss (mask & ~truncated[:, None]; 2503.14476). grpo and dr_grpo
-               still count them among the rollouts that they divide by; the other two have fewer tokens to divide by.
+               k1 = -d, k2 = d^2 / 2, k3 = e^d - d - 1 (the textbook), k3_corrected = k3 * ratio (DeepSeek-V3.2,
+               2512.02556; default). As a *loss* they differ from what they estimate: on policy the expected gradient of
+               k1 is zero (noise only), of k2 that of KL(policy || ref), of k3 that of KL(ref || policy), of
+               k3_corrected that of KL(policy || ref), off policy too.
+    truncated  rollouts without a stop token can be taken out of the loss (mask & ~truncated[:, None]; 2503.14476). grpo
+               and dr_grpo still count them among the rollouts that they divide by; the other two have fewer tokens to
+               divide by.
     on policy  old_logp=None: the ratio is exp(logp - logp.detach()), which is 1 and has the gradient of logp.
-    steps      the losses of a step's micro-batches add up to the loss of the step (bnpo: to the average of theirs), given its
-               total_sequences and total_tokens; where gradients are averaged over processes, pass both divided by their number.
+    steps      the losses of a step's micro-batches add up to the loss of the step (bnpo: to the average of theirs),
+               given its total_sequences and total_tokens; where gradients are averaged over processes, pass both
+               divided by their number.
 
-TRL 1.16.0 has the same definitions; where the papers leave room its choice was taken, and the tests compare the two. Other than
-there, values at masked positions may be anything (-inf and NaN too), a group of equal rewards has advantages of exactly 0 and
-zero-variance groups are counted per group under every scale, and log-probabilities know tokens that the sampler never draws.
+TRL 1.16.0 has the same definitions; where the papers leave room its choice was taken, and the tests compare the two.
+Other than there, values at masked positions may be anything (-inf and NaN too), a group of equal rewards has advantages
+of exactly 0 and zero-variance groups are counted per group under every scale, and log-probabilities know tokens that
+the sampler never draws.
 """
 
 import numpy as np
@@ -87,7 +95,10 @@ def _std(x, dim):
 
 
 def has_signal(rewards, group_size):
-    """rewards (N,) -> bool (N / G,): does the group hold two defined rewards that differ? If not, its advantages are all 0."""
+    """
+    rewards (N,) -> bool (N / G,): does the group hold two defined rewards that differ? If not, its advantages are all
+    0.
+    """
     grouped = _groups(rewards, group_size)
     undefined = grouped.isnan()
     highest = grouped.masked_fill(undefined, -torch.inf).amax(1)
@@ -97,8 +108,9 @@ def has_signal(rewards, group_size):
 def group_advantages(rewards, group_size, scale="group"):
     """
     rewards (N,), a tensor or a list, None or NaN = undefined -> advantages float64 (N,), stats.
-    scale: "group", "batch" or "none" (see above). stats: mean and sample std of the defined rewards (None if undefined), groups,
-    zero_variance_groups (no two defined rewards that differ), frac_reward_zero_std (their share), undefined_rewards.
+    scale: "group", "batch" or "none" (see above). stats: mean and sample std of the defined rewards (None if
+    undefined), groups, zero_variance_groups (no two defined rewards that differ), frac_reward_zero_std (their share),
+    undefined_rewards.
     """
     _choose("scale", scale, SCALES)
     grouped = _groups(rewards, group_size)
@@ -124,7 +136,10 @@ def group_advantages(rewards, group_size, scale="group"):
 
 
 def completion_mask(ids, stop_ids):
-    """ids (B, T) of completions -> mask bool (B, T), true up to and including the first stop token, and truncated (B,): has none."""
+    """
+    ids (B, T) of completions -> mask bool (B, T), true up to and including the first stop token, and truncated (B,):
+    has none.
+    """
     is_stop = torch.isin(ids, torch.as_tensor(list(stop_ids), device=ids.device))
     return is_stop.cumsum(1) - is_stop.long() == 0, ~is_stop.any(1)
 
@@ -151,16 +166,17 @@ def policy_loss(
     """
     Loss of one micro-batch of rollouts, to be minimised -> scalar (differentiable in logp), metrics.
 
-    logp, old_logp, ref_logp (B, T): log-probabilities of the sampled tokens under the policy, the policy that sampled them (None: the same,
-    on policy) and the reference (None only if beta is 0; given with beta 0, its KL is measured and not minimised).
-    advantages (B,), mask (B, T) true or 1 at tokens that count, entropy (B, T) in nats or None (measured only).
-    loss, eps_low, eps_high, beta, ratio_level, kl, delta: see above. max_completion_length: tokens, for dr_grpo.
-    total_tokens, total_sequences: mask.sum() and B of the whole optimiser step if this is a part of it.
+    logp, old_logp, ref_logp (B, T): log-probabilities of the sampled tokens under the policy, the policy that sampled
+    them (None: the same, on policy) and the reference (None only if beta is 0; given with beta 0, its KL is measured
+    and not minimised). advantages (B,), mask (B, T) true or 1 at tokens that count, entropy (B, T) in nats or None
+    (measured only). loss, eps_low, eps_high, beta, ratio_level, kl, delta: see above. max_completion_length: tokens,
+    for dr_grpo. total_tokens, total_sequences: mask.sum() and B of the whole optimiser step if this is a part of it.
 
     metrics, floats over the tokens that count (None if there is none; combine_metrics joins micro-batches):
         ratio_mean, ratio_min, ratio_max        of the policy to the old policy, before clipping
-        clip_low, clip_high, clip_region        share of ratios below 1 - eps_low with a negative advantage, above 1 + eps_high with a
-                                                positive one, either: those that give no gradient; at sequence level, of rollouts with tokens
+        clip_low, clip_high, clip_region        share of ratios below 1 - eps_low with a negative advantage, above 1 +
+                                                eps_high with a positive one, either: those that give no gradient; at
+                                                sequence level, of rollouts with tokens
         clip_delta                              share above delta with a negative advantage (with delta)
         kl, entropy                             mean per token, kl by the chosen estimator
         tokens, ratios                          how many of each the means are over
@@ -170,7 +186,8 @@ def policy_loss(
     _choose("kl", kl, KL_ESTIMATORS)
     if logp.ndim != 2 or mask.shape != logp.shape or advantages.shape != logp.shape[:1]:
         raise ValueError(
-            f"logp and mask must be (B, T) and advantages (B,), got {tuple(logp.shape)}, {tuple(mask.shape)}, {tuple(advantages.shape)}"
+            f"logp and mask must be (B, T) and advantages (B,), got {tuple(logp.shape)}, {tuple(mask.shape)},"
+            f" {tuple(advantages.shape)}"
         )
     if any(x is not None and x.shape != logp.shape for x in (old_logp, ref_logp, entropy)):
         raise ValueError(f"old_logp, ref_logp and entropy must have the shape of logp, {tuple(logp.shape)}")
@@ -247,7 +264,9 @@ def _measure(ratio, advantages, keep, kl_per_token, entropy, eps_low, eps_high, 
 
 
 def combine_metrics(parts):
-    """Metrics of the micro-batches of a step -> those of the whole step: means by their counts, extremes and sums as such."""
+    """
+    Metrics of the micro-batches of a step -> those of the whole step: means by their counts, extremes and sums as such.
+    """
     whole = {}
     for name in parts[0]:
         weight = "tokens" if name in ("kl", "entropy") else "ratios"
@@ -265,9 +284,10 @@ def combine_metrics(parts):
 
 def check_first_step(metrics, tolerance=1e-3, fresh_reference=True):
     """
-    What holds at the first update on fresh rollouts, whatever the rewards: every ratio is 1, nothing is clipped, and the KL is 0 while the
-    policy still is the reference (fresh_reference). If not, the passes differ in something (image, dropout, padding, temperature) and
-    training would go astray in silence: RuntimeError. tolerance: of ratio and KL, by the precision of the model.
+    What holds at the first update on fresh rollouts, whatever the rewards: every ratio is 1, nothing is clipped, and
+    the KL is 0 while the policy still is the reference (fresh_reference). If not, the passes differ in something
+    (image, dropout, padding, temperature) and training would go astray in silence: RuntimeError. tolerance: of ratio
+    and KL, by the precision of the model.
     """
     if not metrics["tokens"]:
         return
@@ -281,7 +301,8 @@ def check_first_step(metrics, tolerance=1e-3, fresh_reference=True):
         faults.append(f"KL {metrics['kl']:.6g} instead of 0")
     if faults:
         raise RuntimeError(
-            f"The first update must see the policy that sampled: {', '.join(faults)}. The passes see different inputs or settings."
+            f"The first update must see the policy that sampled: {', '.join(faults)}. The passes see different inputs"
+            " or settings."
         )
 
 
@@ -290,19 +311,21 @@ def check_first_step(metrics, tolerance=1e-3, fresh_reference=True):
 
 def selected_logprobs(hidden, head_weight, ids, temperature=1.0, chunk=128, bias=None, suppress=(), with_entropy=True):
     """
-    Log-probabilities of chosen tokens without the logits of all of them: equal to log_softmax(F.linear(hidden, head_weight, bias) / temperature),
-    but only `chunk` rows of it exist at a time, forward and backward (computed again there), so memory grows with chunk * V and not with
-    tokens * V, and the result does not depend on chunk.
+    Log-probabilities of chosen tokens without the logits of all of them: equal to log_softmax(F.linear(hidden,
+    head_weight, bias) / temperature), but only `chunk` rows of it exist at a time, forward and backward (computed again
+    there), so memory grows with chunk * V and not with tokens * V, and the result does not depend on chunk.
 
-    hidden (..., D): last hidden states, aligned, so that hidden[..., i, :] predicts ids[..., i]; select masked tokens out before (hidden[mask])
-    to save their cost. head_weight (V, D), bias (V,) or None: a linear head with nothing behind it (no soft-capping: Gemma 3, Qwen2-VL and
-    LLaVA have none). suppress: ids that the sampler never draws; their probability is 0 here too.
-    -> logp and entropy (nats, without gradient; None unless with_entropy), both shaped like ids, in float32 (float64 for float64 weights).
-    The product is computed in the head's precision, also under autocast; all after it in float32. Gradients: hidden, head_weight, bias.
+    hidden (..., D): last hidden states, aligned, so that hidden[..., i, :] predicts ids[..., i]; select masked tokens
+    out before (hidden[mask]) to save their cost. head_weight (V, D), bias (V,) or None: a linear head with nothing
+    behind it (no soft-capping: Gemma 3, Qwen2-VL and LLaVA have none). suppress: ids that the sampler never draws;
+    their probability is 0 here too. -> logp and entropy (nats, without gradient; None unless with_entropy), both shaped
+    like ids, in float32 (float64 for float64 weights). The product is computed in the head's precision, also under
+    autocast; all after it in float32. Gradients: hidden, head_weight, bias.
     """
     if hidden.shape[:-1] != ids.shape or hidden.shape[-1] != head_weight.shape[1]:
         raise ValueError(
-            f"hidden {tuple(hidden.shape)}, ids {tuple(ids.shape)} and head_weight {tuple(head_weight.shape)} do not fit: want (..., D), (...), (V, D)"
+            f"hidden {tuple(hidden.shape)}, ids {tuple(ids.shape)} and head_weight {tuple(head_weight.shape)} do not"
+            " fit: want (..., D), (...), (V, D)"
         )
     if temperature <= 0 or chunk < 1:
         raise ValueError(f"temperature must be above 0 and chunk at least 1, got {temperature} and {chunk}")

@@ -1,5 +1,6 @@
 """
-What a GRPO run tells: numbers of a step, a line per rollout, a table of completions, curves, and the edited images behind a reward.
+What a GRPO run tells: numbers of a step, a line per rollout, a table of completions, curves, and the edited images
+behind a reward.
 
 Used by train_grpo.py; nothing here changes the training.
 """
@@ -32,7 +33,9 @@ HISTORY = {
     "penalty": "mean penalty for length, repetition, copying",
     "v": "mean V of the rollouts that have one",
     "v_clipped": "share at -1 or 1 of those with a region to take out",
-    "gap": "mean over these of drop without the region minus mean drop without a random one, nats per token, not clipped",
+    "gap": (
+        "mean over these of drop without the region minus mean drop without a random one, nats per token, not clipped"
+    ),
     "most_frequent_answer": "share of the rollouts with the most frequent answer",
     "most_frequent_gold": "share of the most frequent gold answer",
     "length": "mean tokens of a rollout",
@@ -103,7 +106,9 @@ def describe(batch, advantages, stats):
 
 
 def log_rollouts(path, batch, advantages, step, size):
-    """One line per rollout: id, question, text, every term and the advantage; and how to make its edited images again."""
+    """
+    One line per rollout: id, question, text, every term and the advantage; and how to make its edited images again.
+    """
     with path.open("a", encoding="utf-8") as file:
         for n, (text, terms) in enumerate(zip(batch.texts, batch.terms, strict=True)):
             q, row = n // size, batch.rows[n // size]
@@ -212,7 +217,10 @@ def draw_curves(path, history, title):
 
 
 def draw_edits(path, plan, drops):
-    """The images of a plan side by side, each with its box and what its edit did to the log-probability of the answer (nats per token, None: not measured)."""
+    """
+    The images of a plan side by side, each with its box and what its edit did to the log-probability of the answer
+    (nats per token, None: not measured).
+    """
     names = (
         ["as it is"]
         + ["without the region"] * bool(plan.roi)

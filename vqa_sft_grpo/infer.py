@@ -1,15 +1,16 @@
 """
-Ask a vision-language model about images: the answer, the whole response as it was read, and its boxes drawn on the image.
+Ask a vision-language model about images: the answer, the whole response as it was read, and its boxes drawn on the
+image.
 
 Usage:
     python vqa_sft_grpo/infer.py --image film.png --question "Is there a pleural effusion?"
-    python vqa_sft_grpo/infer.py --image a.png b.jpg folder/ --question "Is this normal?" "What is abnormal?"     # every question, every image
+    python vqa_sft_grpo/infer.py --image a.png b.jpg folder/ --question "Is this normal?" "What is abnormal?"  # every question, every image
     python vqa_sft_grpo/infer.py --image film.png --question "..." --sft_ckpt checkpoints/qwen2vl_sft
-    python vqa_sft_grpo/infer.py --image film.png --question "..." --model tiny                                  # untrained: shows the path, answers nothing sensible
+    python vqa_sft_grpo/infer.py --image film.png --question "..." --model tiny  # untrained: shows the path, answers nothing sensible
 
 Reads PNG, JPEG, TIFF, BMP and .npy, grey or colour (DICOM where pydicom is installed).
-Writes to the run folder: answers.jsonl, boxes/*.png with the boxes of a response in the pixels of its image, errors.csv with
-the images that could not be used, metrics.json.
+Writes to the run folder: answers.jsonl, boxes/*.png with the boxes of a response in the pixels of its image, errors.csv
+with the images that could not be used, metrics.json.
 For research and teaching only: this is not a medical device, and no output of it is medical advice.
 """
 
@@ -30,22 +31,8 @@ from PIL import Image, ImageDraw
 from shared.data.images import find_images, read_image
 from shared.models.inputs import build_inputs, generate_text, preprocess_images, render
 from shared.models.loading import FAMILIES, QUANTS, load_vlm
-from shared.runtime import (
-    InputError,
-    atomic_file,
-    free_gpu,
-    open_run_dir,
-    pick_device,
-    positive_int,
-    read_json,
-    run_facts,
-    script,
-    script_parser,
-    seed_everything,
-    write_csv,
-    write_json,
-    write_jsonl,
-)
+from shared.runtime import InputError, atomic_file, free_gpu, open_run_dir, pick_device, positive_int, read_json
+from shared.runtime import run_facts, script, script_parser, seed_everything, write_csv, write_json, write_jsonl
 from vqa_sft_grpo.prompting import STYLES, boxes_from_model, build_prompt, parse_response
 
 TASK = "vqa_sft_grpo"
@@ -57,8 +44,9 @@ BASE_MODEL = "Qwen/Qwen2-VL-2B-Instruct"
 
 class Answerer:
     """
-    A model that answers prompts about images, greedily and in batches: generate() and score() keep the order of what they are
-    given, and sort by length inside. images: uint8 arrays (H, W) or (H, W, 3), or None for a prompt without image.
+    A model that answers prompts about images, greedily and in batches: generate() and score() keep the order of what
+    they are given, and sort by length inside. images: uint8 arrays (H, W) or (H, W, 3), or None for a prompt without
+    image.
     """
 
     def __init__(self, vlm, batch_size=16, max_new_tokens=256):
@@ -75,8 +63,8 @@ class Answerer:
     def score(self, prompts, images, texts):
         """
         How likely the model finds texts it wrote, read with these images -> per text {"answer", "response"}: mean
-        log-probability (nats) of the tokens of the answer, and of the whole text without the token that ends it; None where
-        there are none. The tokens are those of the text written anew, which can differ from the generated ones.
+        log-probability (nats) of the tokens of the answer, and of the whole text without the token that ends it; None
+        where there are none. The tokens are those of the text written anew, which can differ from the generated ones.
         """
         placeholders = FAMILIES[self.vlm.family].image_tokens
         fit = [i for i, t in enumerate(texts) if t and not any(p in t for p in placeholders)]
@@ -90,7 +78,10 @@ class Answerer:
         return scores
 
     def in_batches(self, work, lengths):
-        """work(row numbers) -> results, for all rows, longest first, so that a batch too large for the memory fails at once."""
+        """
+        work(row numbers) -> results, for all rows, longest first, so that a batch too large for the memory fails at
+        once.
+        """
         order = np.argsort([-n for n in lengths], kind="stable").tolist()
         results, start = [None] * len(lengths), 0
         while start < len(order):
@@ -162,7 +153,10 @@ class Answerer:
 
 
 def answer_span(text):
-    """Where the answer stands in a response -> (first, one past the last) character; all of the text if it cannot be found."""
+    """
+    Where the answer stands in a response -> (first, one past the last) character; all of the text if it cannot be
+    found.
+    """
     answer = parse_response(text).answer
     if answer:
         mark = text.lower().rfind("answer")
@@ -174,8 +168,8 @@ def answer_span(text):
 
 def model_of(model, adapter, default=BASE_MODEL):
     """
-    --model and --adapter -> (model, adapter). An adapter says which model it was trained on; a folder with a whole model
-    (tiny models are trained whole) is the model itself.
+    --model and --adapter -> (model, adapter). An adapter says which model it was trained on; a folder with a whole
+    model (tiny models are trained whole) is the model itself.
     """
     if adapter is None:
         return model or default, None
@@ -199,25 +193,17 @@ def load_model(args, device):
 
 def add_model_options(parser):
     g = parser.add_argument_group("model")
-    g.add_argument(
-        "--model", help=f"hub name, folder or tiny (default: what the adapter was trained on, else {BASE_MODEL})"
-    )
-    g.add_argument(
-        "--adapter",
-        "--sft-ckpt",
-        dest="adapter",
-        metavar="FOLDER",
-        help="trained by train_sft.py or train_grpo.py: a LoRA adapter, or a whole model",
-    )
+    # fmt: off
+    g.add_argument("--model",
+        help=f"hub name, folder or tiny (default: what the adapter was trained on, else {BASE_MODEL})")
+    g.add_argument("--adapter", "--sft-ckpt", dest="adapter", metavar="FOLDER",
+        help="trained by train_sft.py or train_grpo.py: a LoRA adapter, or a whole model")
     g.add_argument("--quant", default="none", choices=QUANTS, help="weights in 4 or 8 bit (%(default)s)")
-    g.add_argument(
-        "--batch-size",
-        type=positive_int,
-        help="prompts at a time; halved by itself when memory runs out (16; evaluate.py: 64 for models below 100 M parameters)",
-    )
-    g.add_argument(
-        "--max-new-tokens", type=positive_int, default=256, metavar="TOKENS", help="longest response (%(default)s)"
-    )
+    g.add_argument("--batch-size", type=positive_int, help="prompts at a time; halved by itself when memory runs out "
+        "(16; evaluate.py: 64 for models below 100 M parameters)")
+    g.add_argument("--max-new-tokens", type=positive_int, default=256, metavar="TOKENS",
+        help="longest response (%(default)s)")
+    # fmt: on
     return g
 
 
@@ -247,7 +233,7 @@ def with_caption(picture, text, size=14):
     lines = [
         part
         for line in text.split("\n")
-        for part in (textwrap.wrap(line, max(10, round(picture.width / (size * 0.5)))) or [""])
+        for part in textwrap.wrap(line, max(10, round(picture.width / (size * 0.5)))) or [""]
     ]
     page = Image.new("RGB", (picture.width, picture.height + round(len(lines) * size * 1.35) + 10), "white")
     page.paste(picture)
@@ -263,28 +249,14 @@ def with_caption(picture, text, size=14):
 def parse_args(argv=None):
     parser = script_parser(__doc__, task=TASK)
     g = parser.add_argument_group("what to ask")
-    g.add_argument(
-        "--image",
-        "--images",
-        nargs="+",
-        default=[],
-        metavar="PATH",
-        help="image files, folders (searched through) or glob patterns",
-    )
-    g.add_argument(
-        "--question",
-        "--questions",
-        nargs="+",
-        default=[],
-        metavar="TEXT",
-        help="questions; each is asked of every image",
-    )
-    g.add_argument(
-        "--prompt",
-        default="json",
-        choices=STYLES,
-        help="json: caption, reasoning, boxes and answer; think: thought, then answer (%(default)s)",
-    )
+    # fmt: off
+    g.add_argument("--image", "--images", nargs="+", default=[], metavar="PATH",
+        help="image files, folders (searched through) or glob patterns")
+    g.add_argument("--question", "--questions", nargs="+", default=[], metavar="TEXT",
+        help="questions; each is asked of every image")
+    g.add_argument("--prompt", default="json", choices=STYLES,
+        help="json: caption, reasoning, boxes and answer; think: thought, then answer (%(default)s)")
+    # fmt: on
     add_model_options(parser)
     args = parser.parse_args(argv)
     if args.dry_run:
@@ -366,7 +338,8 @@ def main(argv=None):
     for error in errors:
         print(f"  skipped {error['path']}: {error['error']}", file=sys.stderr)
     print(
-        f"{len(rows)} questions asked, {unread} without a readable answer, {len(errors)} images skipped; results in {run_dir}"
+        f"{len(rows)} questions asked, {unread} without a readable answer, {len(errors)} images skipped; results in"
+        f" {run_dir}"
     )
 
 

@@ -1,5 +1,6 @@
 """
-What evaluate.py computes from answers: rates with intervals, boxes, confidence, and the comparison of region and random regions.
+What evaluate.py computes from answers: rates with intervals, boxes, confidence, and the comparison of region and random
+regions.
 
 Every rate is over all rows it speaks of, and its interval draws whole image groups.
 """
@@ -14,14 +15,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModel, AutoTokenizer
 
-from shared.metrics.statistics import (
-    bootstrap_interval,
-    cases_needed,
-    effective_clusters,
-    holm,
-    mcnemar_exact,
-    sign_flip_test,
-)
+from shared.metrics.statistics import bootstrap_interval, cases_needed, effective_clusters, holm, mcnemar_exact
+from shared.metrics.statistics import sign_flip_test
 from shared.models.loading import load_part
 from shared.models.tiny import is_tiny, tiny_folder
 from shared.runtime import InputError
@@ -36,7 +31,9 @@ THRESHOLDS = (0.3, 0.4, 0.5, 0.6)  # of the caption-question similarity
 
 
 def rate(values, groups):
-    """Mean of values (booleans or numbers, every row) with its interval over groups -> {"value", "low", "high", "n"}."""
+    """
+    Mean of values (booleans or numbers, every row) with its interval over groups -> {"value", "low", "high", "n"}.
+    """
     if len(values) == 0:
         return {"value": None, "low": None, "high": None, "n": 0}
     with warnings.catch_warnings():
@@ -111,8 +108,8 @@ def paired_difference(a, b, groups):
 
 def best_constant_box(rows, cells=16):
     """
-    The box [x0, y0, x1, y1], in shares of width and height, with the best mean IoU over the regions of training rows, of all
-    boxes on a grid of cells x cells; None when no row has a region.
+    The box [x0, y0, x1, y1], in shares of width and height, with the best mean IoU over the regions of training rows,
+    of all boxes on a grid of cells x cells; None when no row has a region.
     """
     known = [row for row in rows if row.get("region")]
     if not known:
@@ -156,8 +153,9 @@ def is_place(row):
 
 def measure_boxes(rows, records, images, train_rows):
     """
-    Box rate over all rows; IoU with the gold region over all rows that have one (no box: 0) and, as "places", over those whose
-    region is one: a box that always covers both lungs is nearly right for every "no". Each beside its own best constant box.
+    Box rate over all rows; IoU with the gold region over all rows that have one (no box: 0) and, as "places", over
+    those whose region is one: a box that always covers both lungs is nearly right for every "no". Each beside its own
+    best constant box.
     """
     known = [i for i, row in enumerate(rows) if row.get("region")]
     found = {"box_rate": rate([bool(r["boxes"]) for r in records], [row["group"] for row in rows])}
@@ -247,8 +245,9 @@ def caption_similarity(rows, records, encoder):
 
 def risk_coverage(confidence, correct):
     """
-    confidence (N,) numbers or None (least of all), correct (N,) booleans -> (coverage (N,), risk (N,), AURC). risk[k]: error rate of
-    the k + 1 rows answered first; equal confidences share their errors evenly. AURC: mean risk (Geifman & El-Yaniv 2017).
+    confidence (N,) numbers or None (least of all), correct (N,) booleans -> (coverage (N,), risk (N,), AURC). risk[k]:
+    error rate of the k + 1 rows answered first; equal confidences share their errors evenly. AURC: mean risk (Geifman &
+    El-Yaniv 2017).
     """
     c = np.array([-np.inf if v is None else v for v in confidence], dtype=float)
     order = np.argsort(-c, kind="stable")
@@ -279,8 +278,8 @@ def aurc_row(confidence, correct, groups):
 
 def at_thresholds(similarity, logprob, correct):
     """
-    Answer only where caption and question are at least this similar: coverage of all rows and accuracy there, beside the accuracy on
-    as many rows chosen by the answer's log-probability.
+    Answer only where caption and question are at least this similar: coverage of all rows and accuracy there, beside
+    the accuracy on as many rows chosen by the answer's log-probability.
     """
     _, risk, _ = risk_coverage(logprob, correct)
     rows = []
@@ -300,8 +299,9 @@ def at_thresholds(similarity, logprob, correct):
 
 # ------------------------------------------------------------------------------------------------------- counterfactual
 #
-# A case: {"row": number of its row, "source": "gold" or "self", "plan": Plan, "was_correct": bool, "edits": {(what, fill, number):
-# {"answer", "flipped", "unparsed", "wrong_now", "drop", "drop_response"}}} with what "identity", "roi" or "random" (see evaluate.py).
+# A case: {"row": number of its row, "source": "gold" or "self", "plan": Plan, "was_correct": bool, "edits": {(what,
+# fill, number): {"answer", "flipped", "unparsed", "wrong_now", "drop", "drop_response"}}} with what "identity", "roi"
+# or "random" (see evaluate.py).
 
 
 def edit_values(case, what, key, fills, numbers):
@@ -318,9 +318,10 @@ def means(roi, rand):
 
 def compare_cases(cases, rows, fills, k):
     """
-    Region against random regions, averaged over `fills`, for one set of cases -> dict. delta: share of answers that change without the
-    region minus the mean share without a random one; unparsed answers do not count as changed and are given apart. necessity: the same
-    of the drops in log-probability of the answer, necessity_response: of the whole response. McNemar's test pairs the region with the first random one, which needs a single fill.
+    Region against random regions, averaged over `fills`, for one set of cases -> dict. delta: share of answers that
+    change without the region minus the mean share without a random one; unparsed answers do not count as changed and
+    are given apart. necessity: the same of the drops in log-probability of the answer, necessity_response: of the whole
+    response. McNemar's test pairs the region with the first random one, which needs a single fill.
     """
     if not cases:
         return {"n": 0}
@@ -372,7 +373,10 @@ def kind_of(row):
 
 
 def measure_counterfactual(cases, rows, fills, k):
-    """Per source of the region (gold, self): all fills together, each alone, by kind of question, and the floor of the identity edits."""
+    """
+    Per source of the region (gold, self): all fills together, each alone, by kind of question, and the floor of the
+    identity edits.
+    """
     measured = {}
     for source in ("gold", "self"):
         some = [c for c in cases if c["source"] == source]
@@ -408,11 +412,12 @@ def measure_counterfactual(cases, rows, fills, k):
 
 def measure_redrawn(rows, records, redrawn):
     """
-    Answers about films drawn anew without a finding (see prepare_data.py) -> dict, or None where there are none. redrawn: {"redrawn",
-    "redrawn_other": {row number: record}}. without: share of answers that change when the finding asked about is gone, other: when
-    another one is gone, difference: on the rows that have both; both_right: yes with the finding and no without it, also for the films
-    that are normal then (only_finding) and those that are not (others_left): who says yes for any ill film is right about the first only.
-    Every row with such a film counts; an answer that cannot be read has not changed, and is counted apart.
+    Answers about films drawn anew without a finding (see prepare_data.py) -> dict, or None where there are none.
+    redrawn: {"redrawn", "redrawn_other": {row number: record}}. without: share of answers that change when the finding
+    asked about is gone, other: when another one is gone, difference: on the rows that have both; both_right: yes with
+    the finding and no without it, also for the films that are normal then (only_finding) and those that are not
+    (others_left): who says yes for any ill film is right about the first only. Every row with such a film counts; an
+    answer that cannot be read has not changed, and is counted apart.
     """
     if not redrawn["redrawn"]:
         return None

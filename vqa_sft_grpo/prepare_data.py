@@ -1,34 +1,42 @@
 """
-Questions about images -> one file of rows for training and evaluation: VQA-RAD, SLAKE or the phantom, split without leaks.
+Questions about images -> one file of rows for training and evaluation: VQA-RAD, SLAKE or the phantom, split without
+leaks.
 
 Usage:
     python vqa_sft_grpo/prepare_data.py --output data/train.json --dataset both --split train
     python vqa_sft_grpo/prepare_data.py --output data/test.json --dataset vqa_rad --split test --grpo_output data/grpo_data.jsonl
-    python vqa_sft_grpo/prepare_data.py --output data/phantom.json --dataset phantom --split all --studies 400    # works offline
+    python vqa_sft_grpo/prepare_data.py --output data/phantom.json --dataset phantom --split all --studies 400  # works offline
 
-Writes --output, one JSON object per line; beside it <name>.audit.json (what the splits share, counts, checksums, settings), and
-for the phantom the folder phantom_images/. `--split train` holds the rows to train on ("split": "train") and the validation
-rows taken from them ("split": "val"); test rows come with `--split test`, all of them with `--split all`.
+Writes --output, one JSON object per line; beside it <name>.audit.json (what the splits share, counts, checksums,
+settings), and for the phantom the folder phantom_images/. `--split train` holds the rows to train on ("split": "train")
+and the validation rows taken from them ("split": "val"); test rows come with `--split test`, all of them with `--split
+all`.
 
 A row:
-    instruction, input, output   task text, question, and what to answer: a JSON text with those of caption, reasoning, boxes and
-                                 answer that the data set knows. Nothing is made up: VQA-RAD has no boxes and no reasoning.
-    image, question, answer      path (relative to the file where the image lies below it), and the two texts as published
-    id, dataset, split, group    group: the image, cluster of near-identical images, or phantom patient: the unit of splits and intervals
+    instruction, input, output   task text, question, and what to answer: a JSON text with those of caption, reasoning,
+                                 boxes and answer that the data set knows. Nothing is made up: VQA-RAD has no boxes and
+                                 no reasoning.
+    image, question, answer      path (relative to the file where the image lies below it), and the two texts as
+                                 published
+    id, dataset, split, group    group: the image, cluster of near-identical images, or phantom patient: the unit of
+                                 splits and intervals
     answer_type                  "closed" (yes or no, one of several) or "open"
     question_type                VQA-RAD: PRES, ABN, ...; SLAKE: vqa, kvqa; phantom: yes_no, choice, open
-    content_type                 VQA-RAD: CHEST, ABD, HEAD; SLAKE: Organ, Position, ..., KG; phantom: presence, side, zone, size, ...
-    needs_image                  false where the image does not matter (SLAKE's knowledge questions; modality and view of the
-                                 phantom, which are always the same); null: not known (VQA-RAD)
-    region                       gold boxes [[x0, y0, x1, y1]] in pixels of the stored image that the answer needs, or null
+    content_type                 VQA-RAD: CHEST, ABD, HEAD; SLAKE: Organ, Position, ..., KG; phantom: presence, side,
+                                 zone, size, ...
+    needs_image                  false where the image does not matter (SLAKE's knowledge questions; modality and view
+                                 of the phantom, which are always the same); null: not known (VQA-RAD)
+    region                       gold boxes [[x0, y0, x1, y1]] in pixels of the stored image that the answer needs, or
+                                 null
     width, height                of the image, pixels
-    redrawn, redrawn_other       validation and test rows of the phantom whose answer is yes to a condition: the same film drawn
-                                 without what the question asks about, and without another finding (where there is one): the
-                                 same patient, position and noise, and no trace of an edit
+    redrawn, redrawn_other       validation and test rows of the phantom whose answer is yes to a condition: the same
+                                 film drawn without what the question asks about, and without another finding (where
+                                 there is one): the same patient, position and noise, and no trace of an edit
     policy, overlap              the split policy, and whether it lets images of the test set into training
 
 Policies (--policy); validation is a tenth of the training images, SLAKE's own for SLAKE:
-    clean-train       official test set; training rows only of images that are in no test set (VQA-RAD: 1,152 rows, 111 images)
+    clean-train       official test set; training rows only of images that are in no test set (VQA-RAD: 1,152 rows, 111
+                      images)
     image-disjoint    all rows split anew, 70/10/20, by image and cluster of near-identical images
     official-noframe  as published without VQA-RAD's rows in stock wording (1,797 rows); test images stay in training
     official          as published: 284 of VQA-RAD's 451 test questions are in training, reworded; needs --allow-overlap
@@ -48,35 +56,15 @@ import shared  # noqa: F401, isort: skip  # before torchvision
 import numpy as np
 from PIL import Image
 
-from shared.data.audit import (
-    RowSet,
-    conflicts,
-    frames_in,
-    plain_text,
-    repeats,
-    reworded,
-    seen,
-    shared_between_splits,
-    similar_images,
-    split_groups,
-    values_of,
-)
+from shared.data.audit import RowSet, conflicts, frames_in, plain_text, repeats, reworded, seen, shared_between_splits
+from shared.data.audit import similar_images, split_groups, values_of
 from shared.data.download import DataNotFound
 from shared.metrics.labels import PARENTS
 from shared.phantom import DEFAULT, PREVALENCE, TOGETHER, PhantomSettings, phantom_study
 from shared.phantom.findings import LEVELS, ORDER
 from shared.phantom.words import NOUNS, SIZES, SUMMARY
-from shared.runtime import (
-    InputError,
-    atomic_file,
-    fraction,
-    not_negative,
-    positive_int,
-    script,
-    script_parser,
-    write_json,
-    write_jsonl,
-)
+from shared.runtime import InputError, atomic_file, fraction, not_negative, positive_int, script, script_parser
+from shared.runtime import write_json, write_jsonl
 from vqa_sft_grpo import sources as vqa
 from vqa_sft_grpo.prompting import FIELDS, instruction
 from vqa_sft_grpo.scoring import normalise
@@ -120,53 +108,28 @@ GRPO_FIELDS = ("image_path", "question", "gold")
 def parse_args(argv=None):
     parser = script_parser(__doc__, task=TASK, data="VQA-RAD and SLAKE (whichever are there)")
     g = parser.add_argument_group("rows", "--data (or --dataset) is vqa_rad, slake, both, phantom or auto, in any case")
-    g.add_argument(
-        "--split", default="train", choices=list(SPLITS), help="train: training and validation rows (%(default)s)"
-    )
-    g.add_argument(
-        "--policy",
-        default="clean-train",
-        choices=list(POLICIES),
-        help="what may be trained on, see above (%(default)s)",
-    )
-    g.add_argument(
-        "--allow-overlap",
-        action="store_true",
-        help="accept that --policy official trains on images and questions of the test set",
-    )
+    # fmt: off
+    g.add_argument("--split", default="train", choices=list(SPLITS),
+        help="train: training and validation rows (%(default)s)")
+    g.add_argument("--policy", default="clean-train", choices=list(POLICIES),
+        help="what may be trained on, see above (%(default)s)")
+    g.add_argument("--allow-overlap", action="store_true",
+        help="accept that --policy official trains on images and questions of the test set")
     g = parser.add_argument_group("output")
-    g.add_argument(
-        "--output",
-        metavar="FILE",
-        help="rows, one JSON object per line (default: <split>.json in --out-dir, else in data/)",
-    )
-    g.add_argument(
-        "--grpo-output",
-        metavar="FILE",
-        help="also write rows for train_grpo.py: image_path, question, gold, region, group, answer_type, split",
-    )
+    g.add_argument("--output", metavar="FILE",
+        help="rows, one JSON object per line (default: <split>.json in --out-dir, else in data/)")
+    g.add_argument("--grpo-output", metavar="FILE",
+        help="also write rows for train_grpo.py: image_path, question, gold, region, group, answer_type, split")
     g = parser.add_argument_group("phantom")
-    g.add_argument(
-        "--studies",
-        type=positive_int,
-        metavar="N",
-        help="films of training (or of the split asked for); validation and, with --split all, test get a tenth and three tenths (1000 train, 100 val, 300 test)",
-    )
+    g.add_argument("--studies", type=positive_int, metavar="N", help="films of training (or of the split asked for); "
+        "validation and, with --split all, test get a tenth and three tenths (1000 train, 100 val, 300 test)")
     g.add_argument("--image-size", type=int, default=112, metavar="N", help="pixels per side, 28 to 512 (%(default)s)")
     g.add_argument("--conditions", nargs="+", metavar="NAME", help=f"draw and ask about these only: {', '.join(ORDER)}")
-    g.add_argument(
-        "--prevalence",
-        type=fraction,
-        metavar="P",
-        help="chance of each condition in patients who are not well, 0 to 1 (default: its own, 0.07 to 0.2)",
-    )
-    g.add_argument(
-        "--severities",
-        type=not_negative,
-        nargs=3,
-        metavar="W",
-        help="weights of mild, moderate and severe findings: 0 0 1 is an easy course (default: 35 40 25)",
-    )
+    g.add_argument("--prevalence", type=fraction, metavar="P",
+        help="chance of each condition in patients who are not well, 0 to 1 (default: its own, 0.07 to 0.2)")
+    g.add_argument("--severities", type=not_negative, nargs=3, metavar="W",
+        help="weights of mild, moderate and severe findings: 0 0 1 is an easy course (default: 35 40 25)")
+    # fmt: on
     args = parser.parse_args(argv)
     args.data = args.data.lower().replace("-", "_")
     if args.dry_run:
@@ -176,7 +139,8 @@ def parse_args(argv=None):
         parser.error(f"--data {args.data}: there is no such data set; there are {', '.join(NAMES)}")
     if args.policy == "official" and not args.allow_overlap:
         parser.error(
-            "--policy official trains on images and reworded questions of the test set: add --allow-overlap if that is meant, or take clean-train"
+            "--policy official trains on images and reworded questions of the test set: add --allow-overlap if that is"
+            " meant, or take clean-train"
         )
     if not 28 <= args.image_size <= 512:
         parser.error(f"--image-size must be between 28 and 512 pixels, not {args.image_size}")
@@ -226,7 +190,7 @@ def main(argv=None):
     print(f"{len(rows)} rows in {', '.join(map(str, written))}; the audit with all numbers is in {audit_path}")
 
 
-# ------------------------------------------------------------------------------------------------------------- all the rows
+# --------------------------------------------------------------------------------------------------------- all the rows
 
 
 def make_rows(
@@ -245,12 +209,13 @@ def make_rows(
     -> (rows as described above, with absolute image paths; audit, a dict of plain numbers and ids).
 
     data: a name of NAMES; split: a key of SPLITS; policy: a key of POLICIES ("official" without further question).
-    image_dir: where phantom films are written; studies, image_size, settings: see phantom_rows. limit: the first so many rows of
-    each split of each data set. InputError when the data are not there or nothing is left.
+    image_dir: where phantom films are written; studies, image_size, settings: see phantom_rows. limit: the first so
+    many rows of each split of each data set. InputError when the data are not there or nothing is left.
     """
     if data not in NAMES or split not in SPLITS or policy not in POLICIES:
         raise InputError(
-            f"there is no data '{data}', split '{split}' or policy '{policy}'; there are {', '.join(NAMES)}; {', '.join(SPLITS)}; {', '.join(POLICIES)}"
+            f"there is no data '{data}', split '{split}' or policy '{policy}'; there are {', '.join(NAMES)};"
+            f" {', '.join(SPLITS)}; {', '.join(POLICIES)}"
         )
     sets, absent = [], []
     for name in {"both": ("vqa_rad", "slake"), "auto": ("vqa_rad", "slake"), "phantom": ()}.get(data, (data,)):
@@ -264,7 +229,8 @@ def make_rows(
         return real_rows(sets, split, policy, limit, absent)
     if data == "auto":
         print(
-            f"*** {data_dir} has neither VQA-RAD nor SLAKE: these rows are of the PHANTOM, made-up films of no patients ***"
+            f"*** {data_dir} has neither VQA-RAD nor SLAKE: these rows are of the PHANTOM, made-up films of no"
+            " patients ***"
         )
     return phantom_rows(split, seed, Path(image_dir or "phantom_images"), studies, image_size, settings, limit)
 
@@ -291,7 +257,10 @@ def load(name, data_dir, policy, seed):
 
 
 def real_rows(sets, split, policy, limit, absent=()):
-    """RowSets -> (rows, audit). Near-identical images across splits and data sets are looked for, and taken out of training where the policy says so."""
+    """
+    RowSets -> (rows, audit). Near-identical images across splits and data sets are looked for, and taken out of
+    training where the policy says so.
+    """
     images = {(row["dataset"], row["image_id"]): row["image_path"] for found in sets for row in found.rows}
     copies = similar_images(images)
     group_of = {image: group[0] for group in copies["similar"] for image in group}
@@ -341,12 +310,14 @@ def real_rows(sets, split, policy, limit, absent=()):
         if not chosen:
             reasons = ", ".join(f"{n}: {reason}" for reason, n in found.left_out.items() if n)
             audit["absent"].append(
-                f"{found.name} has no {split} question with its image in {found.source} (left out: {reasons or 'nothing'})"
+                f"{found.name} has no {split} question with its image in {found.source} (left out:"
+                f" {reasons or 'nothing'})"
             )
         rows += [real_row(row, sizes[row["dataset"], row["image_id"]], policy, audit["overlap"]) for row in chosen]
     if not rows:
         raise InputError(
-            f"nothing to write: {'; '.join(audit['absent'])}; put the missing images there, or take another --split, --policy or --data"
+            f"nothing to write: {'; '.join(audit['absent'])}; put the missing images there, or take another --split,"
+            " --policy or --data"
         )
     audit["counts"] = counts_of(rows)
     return rows, audit
@@ -420,7 +391,7 @@ def make_row(
     }
 
 
-# --------------------------------------------------------------------------------------------------- what real sets know
+# -------------------------------------------------------------------------------------------------- what real sets know
 
 RAD_BODY = {"CHEST": "chest", "ABD": "abdomen", "HEAD": "head"}
 SLAKE_BODY = {
@@ -448,9 +419,10 @@ NO_PLACE = ("Modality", "Plane", "KG")  # content types that no place in the ima
 
 def slake_region(row):
     """
-    Boxes [[x0, y0, x1, y1]] of the annotated objects that question and triple name, or None: no box file, no object named, or a
-    question about modality, plane or knowledge. For an open question that names none ("Which organ is abnormal?"), those that
-    the answer names. "lung" means both lungs, "left lung" the left one; a side that is asked for ("left or right lung?") both.
+    Boxes [[x0, y0, x1, y1]] of the annotated objects that question and triple name, or None: no box file, no object
+    named, or a question about modality, plane or knowledge. For an open question that names none ("Which organ is
+    abnormal?"), those that the answer names. "lung" means both lungs, "left lung" the left one; a side that is asked
+    for ("left or right lung?") both.
     """
     if not row["boxes"] or row["question_type"] in NO_PLACE or not row["needs_image"]:
         return None
@@ -490,8 +462,9 @@ def phantom_settings(conditions=None, prevalence=None, severities=None):
 
 def phantom_rows(split, seed, image_dir, studies=None, image_size=112, settings=DEFAULT, limit=None):
     """
-    -> (rows, audit) of made-up films, written to image_dir as PNG. studies: films of the first split asked for; of "train" and
-    "all", validation gets a tenth and test three tenths of that. A split's films do not depend on how many the others have.
+    -> (rows, audit) of made-up films, written to image_dir as PNG. studies: films of the first split asked for; of
+    "train" and "all", validation gets a tenth and test three tenths of that. A split's films do not depend on how many
+    the others have.
     """
     image_dir.mkdir(parents=True, exist_ok=True)
     first = {"val": "val", "test": "test"}.get(split, "train")
@@ -569,8 +542,9 @@ def save_film(study, path):
 
 def redrawn_films(study, question, path):
     """
-    For "is there a ...?" with the answer yes: {"redrawn": film without all findings that make it true, "redrawn_other": film without
-    one other finding, if there is one}, paths beside the film's own; {} for other questions. The right answers there are no and yes.
+    For "is there a ...?" with the answer yes: {"redrawn": film without all findings that make it true, "redrawn_other":
+    film without one other finding, if there is one}, paths beside the film's own; {} for other questions. The right
+    answers there are no and yes.
     """
     if question.content != "presence" or question.answer != "yes":
         return {}
@@ -686,7 +660,8 @@ def counts_of(rows):
 def print_audit(audit):
     """The audit in a few lines; the file has all of it."""
     print(
-        f"policy {audit['policy']}; {'training shares images with the test set' if audit['overlap'] else 'no image of the test set is in training'}"
+        f"policy {audit['policy']};"
+        f" {'training shares images with the test set' if audit['overlap'] else 'no image of the test set is in training'}"
     )
     for name, found in audit.get("data", {}).items():
         print(
@@ -704,7 +679,8 @@ def print_audit(audit):
             if isinstance(value, dict) and "rows" in value and "of" in value:
                 print(f"  {key}: {value['rows']} of {value['of']}")
         print(
-            f"  in train: {found['train rows that repeat another']['repeats']} repeats, {found['conflicting answers in train']['pairs']} questions with conflicting answers"
+            f"  in train: {found['train rows that repeat another']['repeats']} repeats,"
+            f" {found['conflicting answers in train']['pairs']} questions with conflicting answers"
         )
     for note in audit["absent"]:
         print(f"*** not in these rows: {note} ***")
@@ -712,7 +688,8 @@ def print_audit(audit):
         kinds = ", ".join(f"{n} {kind}" for kind, n in counts["by answer type"].items())
         yes = counts["closed answers"]
         print(
-            f"{split}: {counts['rows']} rows ({kinds}; yes {yes['yes']}, no {yes['no']}, other closed {yes['other']}) on {counts['images']} images, {counts['with region']} with a region"
+            f"{split}: {counts['rows']} rows ({kinds}; yes {yes['yes']}, no {yes['no']}, other closed {yes['other']})"
+            f" on {counts['images']} images, {counts['with region']} with a region"
         )
 
 
@@ -752,10 +729,10 @@ def grpo_row(row, folder):
 
 def read_rows(path, splits=None, fields=ROW_FIELDS):
     """
-    The rows of a file of this script -> list of dicts with absolute image paths. splits: keep only these ("train", ("train",
-    "val"), ...). fields: what a row must have; GRPO_FIELDS for the other file, whose older versions had nothing more.
-    Lines of JSON, or one JSON list. InputError, one sentence, for: no file, no JSON, a row without a field or with one of
-    the wrong kind, an image that is not there, no row left.
+    The rows of a file of this script -> list of dicts with absolute image paths. splits: keep only these ("train",
+    ("train", "val"), ...). fields: what a row must have; GRPO_FIELDS for the other file, whose older versions had
+    nothing more. Lines of JSON, or one JSON list. InputError, one sentence, for: no file, no JSON, a row without a
+    field or with one of the wrong kind, an image that is not there, no row left.
     """
     path = Path(path)
     try:
@@ -773,7 +750,8 @@ def read_rows(path, splits=None, fields=ROW_FIELDS):
                     numbered.append((number, json.loads(line)))
                 except ValueError as error:
                     raise InputError(
-                        f"{path}, line {number}, is not JSON ({error}); make the file again with vqa_sft_grpo/prepare_data.py"
+                        f"{path}, line {number}, is not JSON ({error}); make the file again with"
+                        " vqa_sft_grpo/prepare_data.py"
                     ) from error
     wanted = (splits,) if isinstance(splits, str) else splits
     rows, here = [], {}
@@ -792,7 +770,8 @@ def read_rows(path, splits=None, fields=ROW_FIELDS):
     absent = [image for image, there in here.items() if not there]
     if absent:
         raise InputError(
-            f"{len(absent)} of the {len(here)} images of {path} are not there, the first is {absent[0]}; put them back, or make the rows again with vqa_sft_grpo/prepare_data.py"
+            f"{len(absent)} of the {len(here)} images of {path} are not there, the first is {absent[0]}; put them back,"
+            " or make the rows again with vqa_sft_grpo/prepare_data.py"
         )
     return rows
 

@@ -8,8 +8,8 @@ What the model is asked, what it is taught to answer, and how its text is read.
 Two styles. "json": one JSON object with caption, reasoning, boxes and answer, of which only the answer must be there.
 "think": <think>...</think><answer>...</answer>, the form of MedVLM-R1 and R1-V; it has no boxes.
 
-Boxes are pixels of the stored image in every file of ours and thousandths of width and height (0 to 1000, as Qwen2-VL writes
-them) in everything that a model reads or writes; boxes_to_model and boxes_from_model stand between the two.
+Boxes are pixels of the stored image in every file of ours and thousandths of width and height (0 to 1000, as Qwen2-VL
+writes them) in everything that a model reads or writes; boxes_to_model and boxes_from_model stand between the two.
 
 parse_response takes the new tokens only: with the prompt in front, the schema in the prompt would be read as an answer.
 """
@@ -71,8 +71,9 @@ def build_prompt(question, style="json"):
 
 def build_target(row, style="json"):
     """
-    -> the text that a model is taught for a row of prepare_data.py: its `output` with the boxes in the model's units, or the
-    same in the other style. What the row does not know is left out; "think" without caption and reasoning has an empty thought.
+    -> the text that a model is taught for a row of prepare_data.py: its `output` with the boxes in the model's units,
+    or the same in the other style. What the row does not know is left out; "think" without caption and reasoning has an
+    empty thought.
     """
     check_style(style)
     known = json.loads(row["output"])
@@ -85,7 +86,10 @@ def build_target(row, style="json"):
 
 
 def boxes_to_model(boxes, width, height):
-    """[[x0, y0, x1, y1]] in pixels of an image of width x height -> whole thousandths of width and height, within 0 to 1000."""
+    """
+    [[x0, y0, x1, y1]] in pixels of an image of width x height -> whole thousandths of width and height, within 0 to
+    1000.
+    """
 
     def scaled(value, side):
         return min(1000, max(0, round(1000 * value / side)))
@@ -94,7 +98,10 @@ def boxes_to_model(boxes, width, height):
 
 
 def boxes_from_model(boxes, width, height):
-    """The way back: thousandths -> pixels (floats), within the image. A box written with its corners swapped stays swapped."""
+    """
+    The way back: thousandths -> pixels (floats), within the image. A box written with its corners swapped stays
+    swapped.
+    """
 
     def pixels(value, side):
         return min(1.0, max(0.0, value / 1000)) * side
@@ -102,7 +109,7 @@ def boxes_from_model(boxes, width, height):
     return [[pixels(x0, width), pixels(y0, height), pixels(x1, width), pixels(y1, height)] for x0, y0, x1, y1 in boxes]
 
 
-# ---------------------------------------------------------------------------------------------------- reading a response
+# --------------------------------------------------------------------------------------------------- reading a response
 
 
 @dataclass
@@ -135,9 +142,10 @@ def parse_response(text, style=None):
     """
     The new text of a model -> Response. Never raises, whatever the text; time grows linearly with its length.
 
-    style: the one that was asked for; None: <answer> marks are looked for first, then an object. A text in the other style is
-    read as plain text (level 6). Conflicting values for one key, NaN and infinities, more than MAX_DEPTH nested brackets and
-    two different <answer> marks are refused: no answer, level 7. str and bytes; anything else, None too, is an empty text.
+    style: the one that was asked for; None: <answer> marks are looked for first, then an object. A text in the other
+    style is read as plain text (level 6). Conflicting values for one key, NaN and infinities, more than MAX_DEPTH
+    nested brackets and two different <answer> marks are refused: no answer, level 7. str and bytes; anything else, None
+    too, is an empty text.
     """
     if isinstance(text, bytes):
         text = text.decode("utf-8", "replace")
@@ -205,9 +213,9 @@ def read_object(text):
 
 def object_spans(text):
     """
-    Where objects may lie: (start, end, complete), in the order to try them. First what was cut off: of the braces never closed
-    the first and the last. Then balanced braces that lie in no other balanced ones, the last first, MAX_OBJECTS at most.
-    Braces within double quotes do not count. One pass over the text.
+    Where objects may lie: (start, end, complete), in the order to try them. First what was cut off: of the braces never
+    closed the first and the last. Then balanced braces that lie in no other balanced ones, the last first, MAX_OBJECTS
+    at most. Braces within double quotes do not count. One pass over the text.
     """
     stack, spans, quoted = [], [], False
     for match in re.finditer(r'\\.|["{}]', text, re.DOTALL):
@@ -273,7 +281,9 @@ def check_depth(value, depth=1):
 
 
 class LooseReader:
-    """Reads one object from text[start:end] with small repairs, in one pass; `level` is the highest repair it needed."""
+    """
+    Reads one object from text[start:end] with small repairs, in one pass; `level` is the highest repair it needed.
+    """
 
     CLOSING = {'"': '"', "'": "'", "\u201c": "\u201d", "\u2018": "\u2019"}
     WORDS = {"true": True, "false": False, "null": None}
@@ -420,7 +430,10 @@ def answer_of(data):
 
 
 def boxes_of(data):
-    """The boxes of an object: a list of boxes, one box, or {"box": ...} and Qwen's {"bbox_2d": ...}; what is none is left out."""
+    """
+    The boxes of an object: a list of boxes, one box, or {"box": ...} and Qwen's {"bbox_2d": ...}; what is none is left
+    out.
+    """
     value = data.get("boxes", data.get("box", data.get("bbox_2d")))
     values = [value] if is_box(value) or isinstance(value, dict) else value if isinstance(value, list) else []
     values = [item.get("box", item.get("bbox_2d")) if isinstance(item, dict) else item for item in values]
@@ -439,7 +452,10 @@ MARKED = re.compile(r"\banswer\b[\"'*]{0,4}[ \t]{0,4}(?:is\b:?|:)[ \t]{0,4}([^\n
 
 
 def plain_answer(text):
-    """The answer of a text without an object: what follows the last 'answer:' or 'answer is' of a line, else a short text itself."""
+    """
+    The answer of a text without an object: what follows the last 'answer:' or 'answer is' of a line, else a short text
+    itself.
+    """
     marked = [m[1].strip(" \t\"'*`.,{}[]") for m in MARKED.finditer(text)]
     marked = [m for m in marked if m]
     if marked:

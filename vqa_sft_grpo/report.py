@@ -19,7 +19,7 @@ STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:72em;margin:2em aut
 td,th{border:1px solid #ccc;padding:.25em .6em;text-align:right;white-space:nowrap}td:first-child,th:first-child{text-align:left}th{background:#f3f3f3}img{max-width:100%}figcaption{color:#555}strong{color:#a00}"""
 
 
-# ---------------------------------------------------------------------------------------------------------------- numbers
+# -------------------------------------------------------------------------------------------------------------- numbers
 
 
 def number(value, digits=3):
@@ -92,7 +92,8 @@ class Document:
             return re.sub(r"`(.+?)`", r"<code>\1</code>", text)
 
         out = [
-            f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{html.escape(title)}</title><style>{STYLE}</style><body>"
+            "<!doctype html><html lang='en'><meta"
+            f" charset='utf-8'><title>{html.escape(title)}</title><style>{STYLE}</style><body>"
         ]
         for kind, *what in self.blocks:
             if kind == "heading":
@@ -108,7 +109,8 @@ class Document:
             else:
                 data = base64.b64encode(what[0].read_bytes()).decode()
                 out.append(
-                    f"<figure><img alt='{html.escape(what[1], quote=True)}' src='data:image/png;base64,{data}'><figcaption>{html.escape(what[1])}</figcaption></figure>"
+                    f"<figure><img alt='{html.escape(what[1], quote=True)}'"
+                    f" src='data:image/png;base64,{data}'><figcaption>{html.escape(what[1])}</figcaption></figure>"
                 )
         return "\n".join([*out, "</body></html>", ""])
 
@@ -124,7 +126,7 @@ def write_report(run_dir, metrics, figures):
             file.write(text)
 
 
-# ---------------------------------------------------------------------------------------------------------- the sections
+# --------------------------------------------------------------------------------------------------------- the sections
 
 
 def build(metrics, figures):
@@ -137,9 +139,10 @@ def build(metrics, figures):
     doc.text(
         f"Model `{metrics['model']}`"
         + (f", adapter `{metrics['adapter']}`" if metrics["adapter"] else "")
-        + f"; {data['version']}; seed {metrics['seed']}. "
-        f"{metrics['n']} questions in {clusters['num_groups']} image groups (which count like {clusters['effective_groups']:.1f} of equal size); {metrics['n_errors']} rows without a readable image, counted as wrong. "
-        "Square brackets: 95 % intervals, whole image groups resampled. Numbers in percent unless said otherwise; greedy decoding."
+        + f"; {data['version']}; seed {metrics['seed']}. {metrics['n']} questions in {clusters['num_groups']} image"
+        f" groups (which count like {clusters['effective_groups']:.1f} of equal size); {metrics['n_errors']} rows"
+        " without a readable image, counted as wrong. Square brackets: 95 % intervals, whole image groups resampled."
+        " Numbers in percent unless said otherwise; greedy decoding."
         + (
             " With so few groups the intervals are too short; the p values of the sign-flip tests hold."
             if clusters["warning"]
@@ -156,7 +159,8 @@ def build(metrics, figures):
     confidence_section(doc, metrics, figures)
     strata_section(doc, metrics)
     doc.text(
-        f"{metrics['seconds']:.0f} s on {metrics['hardware']['gpu'] or metrics['hardware']['device']}, {metrics['date']}. For research and teaching only; not a medical device, no medical advice."
+        f"{metrics['seconds']:.0f} s on {metrics['hardware']['gpu'] or metrics['hardware']['device']},"
+        f" {metrics['date']}. For research and teaching only; not a medical device, no medical advice."
     )
     return doc
 
@@ -166,8 +170,9 @@ def answers_section(doc, metrics):
     n = rows[main]
     doc.heading("Answers and controls")
     doc.text(
-        f"All: closed strict and open exact together, n = {n['n']}. Closed n = {n['closed']['n']}, open n = {n['open_exact']['n']}. The controls use the {metrics['main_prompt']} prompt; "
-        "the majority answer is the most frequent one that training rows give to the same question, else to that kind of question."
+        f"All: closed strict and open exact together, n = {n['n']}. Closed n = {n['closed']['n']}, open n ="
+        f" {n['open_exact']['n']}. The controls use the {metrics['main_prompt']} prompt; the majority answer is the"
+        " most frequent one that training rows give to the same question, else to that kind of question."
     )
     header = [
         "",
@@ -199,7 +204,9 @@ def answers_section(doc, metrics):
     doc.text(
         "What the image adds: accuracy with the image minus the control, on the same rows."
         + (
-            f" This model was shown {taught} grey pictures in training, with answers of the training rows (--blank-share): that it gives the most likely answer there was taught. The images of other groups were not."
+            f" This model was shown {taught} grey pictures in training, with answers of the training rows"
+            " (--blank-share): that it gives the most likely answer there was taught. The images of other groups were"
+            " not."
             if taught
             else ""
         )
@@ -210,8 +217,10 @@ def answers_section(doc, metrics):
     )
     doc.heading("Other ways of counting", 3)
     doc.text(
-        f"Synonyms: the strict score after the word list `{metrics['synonyms']}`. The LLaVA-Med and MedEvalKit columns count as those scripts do, faults included, on the answer read from the response: "
-        "LLaVA-Med's closed score leaves some wrong answers out of its denominator and its recall rewards repetition; MedEvalKit's precision, recall and F1 stand under each other's names. For reading beside published numbers only."
+        f"Synonyms: the strict score after the word list `{metrics['synonyms']}`. The LLaVA-Med and MedEvalKit columns"
+        " count as those scripts do, faults included, on the answer read from the response: LLaVA-Med's closed score"
+        " leaves some wrong answers out of its denominator and its recall rewards repetition; MedEvalKit's precision,"
+        " recall and F1 stand under each other's names. For reading beside published numbers only."
     )
     header = [
         "",
@@ -289,7 +298,8 @@ def boxes_section(doc, boxes):
         doc.text("No gold regions are known for these rows: no IoU.")
     elif boxes["constant_box"]:
         doc.text(
-            f"The constant box, {', '.join(f'{v:.2f}' for v in boxes['constant_box'])} in shares of width and height, was chosen on training rows, and for the smaller regions another. Several boxes count as their union."
+            f"The constant box, {', '.join(f'{v:.2f}' for v in boxes['constant_box'])} in shares of width and height,"
+            " was chosen on training rows, and for the smaller regions another. Several boxes count as their union."
         )
     else:
         doc.text("No training row has a region, so there is no constant box to compare with.")
@@ -301,11 +311,17 @@ def verdict(source, test):
     whose = {"gold": "the gold region", "self": "the model's own region"}[source]
     floor = max(edit["flipped"] for edit in test["identity"].values())
     if floor and floor >= test["all_fills"]["flip_roi"]:
-        return f"Nothing is shown: {percent(floor)} % of the answers change when the image is only saved again or shifted by a pixel, and {percent(test['all_fills']['flip_roi'])} % without {whose}."
+        return (
+            f"Nothing is shown: {percent(floor)} % of the answers change when the image is only saved again or shifted"
+            f" by a pixel, and {percent(test['all_fills']['flip_roi'])} % without {whose}."
+        )
     if clear and delta["value"] > 0 and test["fills_agree_in_sign"]:
         return f"Answers change more often without {whose} than without random regions of its size, with every fill."
     if clear and delta["value"] > 0:
-        return f"On average answers change more often without {whose}, but not with every fill: part of it may be the fills' own oddity ({sum(f['delta']['value'] > 0 for f in fills)} of {len(fills)} fills above 0)."
+        return (
+            f"On average answers change more often without {whose}, but not with every fill: part of it may be the"
+            f" fills' own oddity ({sum(f['delta']['value'] > 0 for f in fills)} of {len(fills)} fills above 0)."
+        )
     if clear:
         return f"Answers change less often without {whose} than without random regions: they do not come from there."
     return f"No difference between {whose} and random regions is shown: answers change about as often without either."
@@ -319,7 +335,9 @@ def counterfactual_section(doc, cf, figures):
         if reasons
     )
     doc.text(
-        f"{cf['cases']} cases (at most {cf['asked_for']} asked for, drawn by the seed among rows with a parsed answer and a region), each region against {cf['random_regions']} random ones of its area and share of foreground that hardly touch it. "
+        f"{cf['cases']} cases (at most {cf['asked_for']} asked for, drawn by the seed among rows with a parsed answer"
+        f" and a region), each region against {cf['random_regions']} random ones of its area and share of foreground"
+        " that hardly touch it. "
         + (f"Not taken: {refused}. " if refused else "")
         + "Only the difference has a meaning: taking anything out changes some answers."
     )
@@ -392,7 +410,9 @@ def counterfactual_section(doc, cf, figures):
 
         doc.table(header, [line("all fills", every), *(line(fill, t) for fill, t in test["by_fill"].items())])
         doc.text(
-            "How much less likely the model finds its own answer, and its own response, when it sees the edited image (drop of the log-probability, nats per token). An answer that follows from reasoning written before it stays likely whatever the image shows; then the response's drop tells more."
+            "How much less likely the model finds its own answer, and its own response, when it sees the edited image"
+            " (drop of the log-probability, nats per token). An answer that follows from reasoning written before it"
+            " stays likely whatever the image shows; then the response's drop tells more."
         )
         doc.table(drops, [drop_line("all fills", every), *(drop_line(fill, t) for fill, t in test["by_fill"].items())])
         floor = test["identity"]
@@ -407,9 +427,11 @@ def counterfactual_section(doc, cf, figures):
             ", so few that the intervals are too short: go by the p values" if every["num_groups"] < FEW_GROUPS else ""
         )
         doc.text(
-            f"{every['n']} cases on {every['num_groups']} image groups{few}. Identity floor: {percent(floor['jpeg']['flipped'])} changed by JPEG of quality 95, {percent(floor['shift']['flipped'])} by a shift of one pixel. "
-            f"Right answers that become wrong: {percent(ctw['roi'])} without the region, {percent(ctw['random'])} without a random one, difference {with_interval(ctw)} (n = {ctw['n']}). "
-            f"{needed}"
+            f"{every['n']} cases on {every['num_groups']} image groups{few}. Identity floor:"
+            f" {percent(floor['jpeg']['flipped'])} changed by JPEG of quality 95, {percent(floor['shift']['flipped'])}"
+            f" by a shift of one pixel. Right answers that become wrong: {percent(ctw['roi'])} without the region,"
+            f" {percent(ctw['random'])} without a random one, difference {with_interval(ctw)} (n = {ctw['n']})."
+            f" {needed}"
             + (
                 f"; several questions per image make that {design:.2f} times as many"
                 if design and design > 1 and every["cases_needed"]
@@ -435,16 +457,19 @@ def counterfactual_section(doc, cf, figures):
     if "strip" in figures:
         doc.figure(
             figures["strip"],
-            "Cases chosen by rule: the largest and the smallest difference between region and random regions. Red: region of interest; blue: random regions; below each picture the answer given to it.",
+            "Cases chosen by rule: the largest and the smallest difference between region and random regions. Red:"
+            " region of interest; blue: random regions; below each picture the answer given to it.",
         )
 
 
 def redrawn_section(doc, test, figures):
     doc.heading("When the finding is really not there")
     doc.text(
-        "Films of the phantom drawn anew, same patient, position and noise: without what the question asks about, and without another finding. Questions whether a condition is there, all with the answer yes. "
-        "A model that sees the finding says no in the first case and yes in the second; no fill is involved, and these shares are not comparable with those of the fills above. "
-        f"Answers that cannot be read have not changed: {test['unparsed']['redrawn']} and {test['unparsed']['redrawn_other']}."
+        "Films of the phantom drawn anew, same patient, position and noise: without what the question asks about, and"
+        " without another finding. Questions whether a condition is there, all with the answer yes. A model that sees"
+        " the finding says no in the first case and yes in the second; no fill is involved, and these shares are not"
+        " comparable with those of the fills above. Answers that cannot be read have not changed:"
+        f" {test['unparsed']['redrawn']} and {test['unparsed']['redrawn_other']}."
     )
     lines = (
         ("answers change without the finding asked about", test["without"]),
@@ -464,7 +489,8 @@ def redrawn_section(doc, test, figures):
     if "redrawn" in figures:
         doc.figure(
             figures["redrawn"],
-            "The first two films on which the answer changes without the finding and stays without another one, and the first two of the others. Red: the region of the question; red text: the answer has changed.",
+            "The first two films on which the answer changes without the finding and stays without another one, and the"
+            " first two of the others. Red: the region of the question; red text: the answer has changed.",
         )
 
 
@@ -472,7 +498,8 @@ def confidence_section(doc, metrics, figures):
     confidence = metrics["confidence"]
     doc.heading("Confidence: which answers to keep")
     doc.text(
-        "AURC is the mean error rate over all coverages when rows are answered in order of the signal (lower is better; in percent). It lies between that of a perfect order and the error rate (no order)."
+        "AURC is the mean error rate over all coverages when rows are answered in order of the signal (lower is better;"
+        " in percent). It lies between that of a perfect order and the error rate (no order)."
     )
     table = []
     for scope in ("all rows", "counterfactual cases"):
@@ -495,7 +522,8 @@ def confidence_section(doc, metrics, figures):
         doc.text("Caption-question similarity: not measured, no --sentence-encoder was given.")
         return
     doc.text(
-        f"Caption-question similarity by `{encoder}`; {confidence['rows_with_caption']} of {metrics['n']} responses have a caption."
+        f"Caption-question similarity by `{encoder}`; {confidence['rows_with_caption']} of {metrics['n']} responses"
+        " have a caption."
         + (
             " **This encoder has random weights: the numbers show that the code runs, nothing else.**"
             if encoder.startswith("tiny")
@@ -531,7 +559,7 @@ def strata_section(doc, metrics):
         )
 
 
-# --------------------------------------------------------------------------------------------------------------- figures
+# -------------------------------------------------------------------------------------------------------------- figures
 
 
 def save(figure, path):
@@ -569,8 +597,8 @@ def draw_risk_coverage(path, curves, title):
 
 def draw_strip(path, strips, title):
     """
-    strips: [{"text", "panels": [{"image", "name", "below", "changed", "boxes": [(box, colour)]}]}]: a row of pictures per case, changed
-    answers in red.
+    strips: [{"text", "panels": [{"image", "name", "below", "changed", "boxes": [(box, colour)]}]}]: a row of pictures
+    per case, changed answers in red.
     """
     columns, side, head = (
         max(len(strip["panels"]) for strip in strips),

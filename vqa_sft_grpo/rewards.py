@@ -1,29 +1,33 @@
 """
 What one rollout earns, term by term, and why.
 
-    plan = plan_edits(row, image, k=4, seed=0)                    # once per prompt: the images that the counterfactual term needs
-    drops = measure_drops(score, questions, answers, plans)       # one call of score() for all rollouts of a step
-    terms = score_rollouts(rows, texts, settings, frequencies, drops, tokens)    # one dict per rollout, all of it for the log
-    terms[0]["reward"]; print("\\n".join(explain(rows[0], texts[0], terms[0])))
+    plan = plan_edits(row, image, k=4, seed=0)                    # once per prompt: the images that the counterfactual
+    term needs drops = measure_drops(score, questions, answers, plans)       # one call of score() for all rollouts of a
+    step terms = score_rollouts(rows, texts, settings, frequencies, drops, tokens)    # one dict per rollout, all of it
+    for the log terms[0]["reward"]; print("\\n".join(explain(rows[0], texts[0], terms[0])))
 
 Terms of a rollout; None where a row does not define one (no region, no reasoning): it then counts as nothing.
 
-    gate            1 when the text is one JSON object of the four known fields (or <think>..</think><answer>..</answer>) and
-                    nothing else, at most in a code fence, without image or chat tokens; else 0
-    A answer        closed: 1 for the right label. open: squared F1 of words, each counted at most as often as the gold answer has
-                    it. Squared, since to list k candidates (F1 2/(k+1)) must earn less than to guess one of them (1/k).
-                    0 for an answer that says both, hedges, or contradicts the gold one (left for right, "no mass" for "mass").
-                    Times the inverse frequency of the gold answer in the training rows, 0.5 to 2
-    B box           IoU of all boxes together with the gold region, 0 for none, a placeholder, or more than 60 % of the image; times
-                    (n + 1) / boxes where there are more than n + 1 boxes for n gold ones; None without gold
-    C contradiction -1 when the reasoning contradicts the answer (yes or no, side, zone, organ, negation), else 0; None without reasoning
-    V counterfactual  clip(min(d_roi, 1) - max_k d_rand, -1, 1), in nats: how much less likely the policy finds its OWN answer when
-                    the gold region is taken out of the image, minus the same for random regions of equal area. Of these the one that matters most
-                    counts, not their mean: an answer that also hangs on something else, which one of four regions happens to cover, must not pass.
-                    d_roi is limited by itself, so that a large one cannot hide that. Where the gold answer is no there is
-                    nothing to take out, and V = clip(-max_k d_rand, -1, 0): regions filled in at random must not turn it into a
-                    yes (without this a policy may take any filled region for a yes). None without gold region; a gold no
-                    is lent that of another row, for the size
+    gate            1 when the text is one JSON object of the four known fields (or
+                    <think>..</think><answer>..</answer>) and nothing else, at most in a code fence, without image or
+                    chat tokens; else 0
+    A answer        closed: 1 for the right label. open: squared F1 of words, each counted at most as often as the gold
+                    answer has it. Squared, since to list k candidates (F1 2/(k+1)) must earn less than to guess one of
+                    them (1/k). 0 for an answer that says both, hedges, or contradicts the gold one (left for right, "no
+                    mass" for "mass"). Times the inverse frequency of the gold answer in the training rows, 0.5 to 2
+    B box           IoU of all boxes together with the gold region, 0 for none, a placeholder, or more than 60 % of the
+                    image; times (n + 1) / boxes where there are more than n + 1 boxes for n gold ones; None without
+                    gold
+    C contradiction -1 when the reasoning contradicts the answer (yes or no, side, zone, organ, negation), else 0; None
+    without reasoning V counterfactual  clip(min(d_roi, 1) - max_k d_rand, -1, 1), in nats: how much less likely the
+                                        policy finds its OWN answer when
+                    the gold region is taken out of the image, minus the same for random regions of equal area. Of these
+                    the one that matters most counts, not their mean: an answer that also hangs on something else, which
+                    one of four regions happens to cover, must not pass. d_roi is limited by itself, so that a large one
+                    cannot hide that. Where the gold answer is no there is nothing to take out, and V = clip(-max_k
+                    d_rand, -1, 0): regions filled in at random must not turn it into a yes (without this a policy may
+                    take any filled region for a yes). None without gold region; a gold no is lent that of another row,
+                    for the size
     P penalty       too long + repetition + question or instruction copied, each 0 to 1, together at most 1
 
 composition="gated", the default; f, a, s, v are the four weights divided by their defaults 0.2, 0.4, 0.2, 0.2:
@@ -31,23 +35,25 @@ composition="gated", the default; f, a, s, v are the four weights divided by the
     R = gate (min(1.5 max(1, a), a A (1 + 0.3 v V+)) + 0.15 s B + 0.3 v V-) - 0.2 f P + 0.2 s C
     V+ = max(V, 0) where the answer is right (A before its frequency above 0.5), else 0;    V- = min(V, 0)
 
-With the default weights R lies in [-0.7, 1.65]. Only the answer's part is capped at 1.5: a cap on the whole would hide box and
-penalties of every right answer whose frequency weight is near 2 (zoo.py: a caption of 300 words then cost 0.03 instead of 0.2).
+With the default weights R lies in [-0.7, 1.65]. Only the answer's part is capped at 1.5: a cap on the whole would hide
+box and penalties of every right answer whose frequency weight is near 2 (zoo.py: a caption of 300 words then cost 0.03
+instead of 0.2).
 
 composition="additive", the plain weighted sum that is usual, for comparison (what it lets through: zoo.py):
 
     R = w_format (gate - P) + w_answer A + w_consistency (B + C) + w_counterfactual V
 
-Format is a gate and no income: paid for, it would pay every wrong answer alike. V multiplies A: looking at the right place
-earns nothing without being right, and being right for another reason costs. V is measured on the gold region (a
-model chooses its own box so as to look good) and on this rollout (what is read from a file is the same for all rollouts of a
-prompt, so that the group's mean takes it away: delta_cf_roi, delta_cf_rand, valid_json and answer_correct of older files are
-ignored, see ignored_fields).
+Format is a gate and no income: paid for, it would pay every wrong answer alike. V multiplies A: looking at the right
+place earns nothing without being right, and being right for another reason costs. V is measured on the gold region (a
+model chooses its own box so as to look good) and on this rollout (what is read from a file is the same for all rollouts
+of a prompt, so that the group's mean takes it away: delta_cf_roi, delta_cf_rand, valid_json and answer_correct of older
+files are ignored, see ignored_fields).
 
-What V can do. The answer is scored as a response of its own, without the rollout's reasoning: after "Seen: left effusion" the
-word "left" hardly depends on the image. So rollouts of one prompt with equal answers have equal V: as a number it sets right answers
-further apart from wrong ones where the model looks at the region, and nearer where it does not, but never one right answer
-from another. What teaches a policy to look is the other half of the gradient, through V itself: slope(), images_of_v() and train_grpo.py.
+What V can do. The answer is scored as a response of its own, without the rollout's reasoning: after "Seen: left
+effusion" the word "left" hardly depends on the image. So rollouts of one prompt with equal answers have equal V: as a
+number it sets right answers further apart from wrong ones where the model looks at the region, and nearer where it does
+not, but never one right answer from another. What teaches a policy to look is the other half of the gradient, through V
+itself: slope(), images_of_v() and train_grpo.py.
 """
 
 import functools
@@ -63,18 +69,8 @@ import numpy as np
 from shared.runtime import InputError
 from vqa_sft_grpo.counterfactual import FILLS, fill_region, nearest, plan_regions, region_iou, region_mask, whole_boxes
 from vqa_sft_grpo.prompting import FIELDS, boxes_from_model, check_style, instruction, parse_response
-from vqa_sft_grpo.scoring import (
-    COMMON,
-    NEGATORS,
-    OPPOSITES,
-    choice,
-    negated,
-    normalise,
-    options_of,
-    polarity,
-    score_answer,
-    words_and_marks,
-)
+from vqa_sft_grpo.scoring import COMMON, NEGATORS, OPPOSITES, choice, negated, normalise, options_of, polarity
+from vqa_sft_grpo.scoring import score_answer, words_and_marks
 
 COMPOSITIONS = ("gated", "additive")
 TERMS = ("format", "answer", "consistency", "counterfactual")
@@ -114,7 +110,8 @@ HEDGES = {
     "depend",
 }
 ORGANS = set(
-    "lung heart liver spleen kidney stomach bladder brain colon intestine rectum esophagus trachea pancreas aorta spine larynx eye".split()
+    "lung heart liver spleen kidney stomach bladder brain colon intestine rectum esophagus trachea pancreas aorta spine"
+    " larynx eye".split()
 )
 OPPOSITE_WORDS = [pair for pair in OPPOSITES if pair != ("yes", "no")] + [("small", "large")]
 
@@ -152,7 +149,10 @@ MEANINGS = {  # of what a rollout's dict holds, for the head of a log
 
 @dataclass(frozen=True)
 class RewardSettings:
-    """composition: of COMPOSITIONS. weights: of TERMS, or the text "0.2,0.4,0.2,0.2". max_tokens: the longest response that can be sampled."""
+    """
+    composition: of COMPOSITIONS. weights: of TERMS, or the text "0.2,0.4,0.2,0.2". max_tokens: the longest response
+    that can be sampled.
+    """
 
     composition: str = "gated"
     weights: tuple = DEFAULT_WEIGHTS
@@ -169,7 +169,10 @@ class RewardSettings:
 
 
 def parse_weights(weights):
-    """ "0.2,0.4,0.2,0.2" or four numbers, of format, answer, consistency and counterfactual -> tuple of floats; InputError."""
+    """
+    "0.2,0.4,0.2,0.2" or four numbers, of format, answer, consistency and counterfactual -> tuple of floats;
+    InputError.
+    """
     parts = weights.split(",") if isinstance(weights, str) else weights
     try:
         numbers = tuple(float(part) for part in parts)
@@ -177,7 +180,8 @@ def parse_weights(weights):
         numbers = ()
     if len(numbers) != len(TERMS) or not all(0 <= n < math.inf for n in numbers) or not any(numbers):
         raise InputError(
-            f"the reward weights are {weights!r}; give four numbers of at least 0, not all 0, for {', '.join(TERMS)}: 0.2,0.4,0.2,0.2"
+            f"the reward weights are {weights!r}; give four numbers of at least 0, not all 0, for {', '.join(TERMS)}:"
+            " 0.2,0.4,0.2,0.2"
         )
     return numbers
 
@@ -187,7 +191,10 @@ def ignored_fields(rows):
     counts = Counter(name for row in rows for name in IGNORED if name in row)
     if not counts:
         return ""
-    return f"the rows hold {', '.join(f'{name} ({n} rows)' for name, n in counts.items())}: ignored, since rewards are measured on each rollout and never read from a file"
+    return (
+        f"the rows hold {', '.join(f'{name} ({n} rows)' for name, n in counts.items())}: ignored, since rewards are"
+        " measured on each rollout and never read from a file"
+    )
 
 
 def gold_of(row):
@@ -205,11 +212,14 @@ def answer_type_of(row):
     return "closed" if normalise(gold_of(row)) in (["yes"], ["no"]) or options_of(row["question"]) else "open"
 
 
-# -------------------------------------------------------------------------------------------------------- answer frequency
+# ----------------------------------------------------------------------------------------------------- answer frequency
 
 
 def answer_class(row):
-    """-> (group of questions with the same possible answers, the gold answer's class in it, number of classes or None: open-ended)."""
+    """
+    -> (group of questions with the same possible answers, the gold answer's class in it, number of classes or None:
+    open-ended).
+    """
     return class_of(gold_of(row), answer_type_of(row), row["question"])
 
 
@@ -227,10 +237,10 @@ class AnswerFrequencies:
     """
     Inverse frequencies of gold answers, from training rows only: rows of another split are left out.
 
-    weight(row) = (n + m) / (m (n_c + 1)) within [1/CAP, CAP]: n training rows of the group (yes/no; questions with the same
-    options; open), n_c of them with this answer, m possible answers (open: those that occur). One is added to each count, so
-    an answer that never occurred has a weight too. A constant answer to questions with m possible ones earns about 1/m on
-    average, however often it is right, and never more than about a half.
+    weight(row) = (n + m) / (m (n_c + 1)) within [1/CAP, CAP]: n training rows of the group (yes/no; questions with the
+    same options; open), n_c of them with this answer, m possible answers (open: those that occur). One is added to each
+    count, so an answer that never occurred has a weight too. A constant answer to questions with m possible ones earns
+    about 1/m on average, however often it is right, and never more than about a half.
     """
 
     def __init__(self, rows):
@@ -250,12 +260,15 @@ class AnswerFrequencies:
         return min(CAP, max(1 / CAP, weight))
 
 
-# ---------------------------------------------------------------------------------------------------------- counterfactual
+# ------------------------------------------------------------------------------------------------------- counterfactual
 
 
 @dataclass
 class EditPlan:
-    """images: [as it is, without the region if roi names one, without random region 1, ... K], uint8; empty where `why` says that none can be made."""
+    """
+    images: [as it is, without the region if roi names one, without random region 1, ... K], uint8; empty where `why`
+    says that none can be made.
+    """
 
     images: list = field(default_factory=list)
     why: str = ""
@@ -266,10 +279,11 @@ class EditPlan:
 
 def plan_edits(row, image, k=4, fill="inpaint", seed=0):
     """
-    The 2 + k images on which each answer to this row is scored; they do not depend on the rollout. image: uint8 (H, W) or
-    (H, W, 3); row: its "region" is the gold region in pixels. Where the gold answer is no they are 1 + k, the random regions
-    being of the size and shape of "lent", the gold region of another row in shares of width and height. fill: one of
-    counterfactual.FILLS, or "mixed": drawn by the seed (with the step in the seed, a policy cannot get used to one). -> EditPlan.
+    The 2 + k images on which each answer to this row is scored; they do not depend on the rollout. image: uint8 (H, W)
+    or (H, W, 3); row: its "region" is the gold region in pixels. Where the gold answer is no they are 1 + k, the random
+    regions being of the size and shape of "lent", the gold region of another row in shares of width and height. fill:
+    one of counterfactual.FILLS, or "mixed": drawn by the seed (with the step in the seed, a policy cannot get used to
+    one). -> EditPlan.
     """
     if fill != "mixed" and fill not in FILLS:
         raise InputError(f"there is no fill '{fill}'; there are {', '.join(FILLS)} and mixed")
@@ -283,9 +297,11 @@ def plan_edits(row, image, k=4, fill="inpaint", seed=0):
     )
     if not boxes:
         return EditPlan(
-            why="the gold answer is no: there is nothing to take out, and no other row has a region to lend"
-            if nothing
-            else "no gold region"
+            why=(
+                "the gold answer is no: there is nothing to take out, and no other row has a region to lend"
+                if nothing
+                else "no gold region"
+            )
         )
     plan = plan_regions(image, boxes, k, seed)
     if plan.why:
@@ -302,8 +318,9 @@ def plan_edits(row, image, k=4, fill="inpaint", seed=0):
 
 def lend_regions(rows, lenders):
     """
-    Gives each row with the gold answer no a "lent": the gold region of one of `lenders` (training rows), of the same question
-    if there is one, in shares of width and height. Which one follows from the row's id. Rows without a lender stay as they are.
+    Gives each row with the gold answer no a "lent": the gold region of one of `lenders` (training rows), of the same
+    question if there is one, in shares of width and height. Which one follows from the row's id. Rows without a lender
+    stay as they are.
     """
     pool = {}
     for row in lenders:
@@ -320,7 +337,10 @@ def lend_regions(rows, lenders):
 
 
 def answer_alone(answer, style="json"):
-    """The answer as a whole response, for scoring it without the rollout's reasoning (see above) -> (text, (first, one past the last) character of the answer)."""
+    """
+    The answer as a whole response, for scoring it without the rollout's reasoning (see above) -> (text, (first, one
+    past the last) character of the answer).
+    """
     if style == "json":
         shown = json.dumps(answer, ensure_ascii=False)[1:-1]
         before, after = '{"answer": "', '"}'
@@ -331,11 +351,12 @@ def answer_alone(answer, style="json"):
 
 def measure_drops(score, questions, answers, plans):
     """
-    score(images, questions, answers) -> log-probabilities, one float each (mean nats per token of the answer; None or a number
-    that is not finite: cannot be scored). With an infer.Answerer: [s["answer"] for s in answerer.score([build_prompt(q) for q in
-    questions], images, [answer_alone(a)[0] for a in answers])]. questions, answers, plans: one per rollout; an answer of None, and a plan without
-    images, is not scored. score() is called once, with every distinct (plan, answer) as often as there are plan.images, in their order.
-    -> per rollout {"d_roi", "d_rand_each", "counterfactual_why"}: drops, original minus edited; d_roi None where the plan takes no region out.
+    score(images, questions, answers) -> log-probabilities, one float each (mean nats per token of the answer; None or a
+    number that is not finite: cannot be scored). With an infer.Answerer: [s["answer"] for s in
+    answerer.score([build_prompt(q) for q in questions], images, [answer_alone(a)[0] for a in answers])]. questions,
+    answers, plans: one per rollout; an answer of None, and a plan without images, is not scored. score() is called
+    once, with every distinct (plan, answer) as often as there are plan.images, in their order. -> per rollout {"d_roi",
+    "d_rand_each", "counterfactual_why"}: drops, original minus edited; d_roi None where the plan takes no region out.
     """
     jobs = {}
     for question, answer, plan in zip(questions, answers, plans, strict=True):
@@ -370,7 +391,10 @@ def measure_drops(score, questions, answers, plans):
 
 
 def answer_to_score(text, settings=RewardSettings()):  # noqa: B008 - frozen
-    """-> the answer of a rollout whose V can matter, else None: behind a closed gate it counts nothing, so it need not be measured."""
+    """
+    -> the answer of a rollout whose V can matter, else None: behind a closed gate it counts nothing, so it need not be
+    measured.
+    """
     found = parse_response(text, settings.style)
     return None if gate_problem(text, found, settings.style) else found.answer
 
@@ -442,7 +466,10 @@ def box_term(row, found):
 
 
 def contradiction_term(reasoning, answer, question, kind):
-    """-> (C, how). None without reasoning. Says -1 only where words settle it: what the reasoning leaves open is no contradiction."""
+    """
+    -> (C, how). None without reasoning. Says -1 only where words settle it: what the reasoning leaves open is no
+    contradiction.
+    """
     if not isinstance(reasoning, str) or not reasoning.strip() or answer is None:
         return None, ""
     reasoning = re.sub(r"\b(?:nothing|neither|nor)\b", "no", reasoning.lower())
@@ -514,7 +541,10 @@ def prompt_sentences(question, style):
 
 
 def copying_term(texts, question, style):
-    """1.0 where a sentence has more than COPIED of its words in common, in order, with a sentence of the prompt (of the longer of the two), else 0.0."""
+    """
+    1.0 where a sentence has more than COPIED of its words in common, in order, with a sentence of the prompt (of the
+    longer of the two), else 0.0.
+    """
     for text in texts:
         for sentence in sentences(text)[:50]:
             for prompt in prompt_sentences(question, style):
@@ -526,8 +556,9 @@ def copying_term(texts, question, style):
 
 def repetition_term(texts):
     """
-    0 to 1: the largest share, over the texts, of words that repeat the one before, or of three words in a row that came before
-    (from 8 words on; what is above 0.4, stretched to 0..1: "nodule in the left lung zone, mass in the left lung zone" is a list).
+    0 to 1: the largest share, over the texts, of words that repeat the one before, or of three words in a row that came
+    before (from 8 words on; what is above 0.4, stretched to 0..1: "nodule in the left lung zone, mass in the left lung
+    zone" is a list).
     """
     worst = 0.0
     for text in texts:
@@ -545,7 +576,7 @@ def length_term(tokens, max_tokens):
     return min(1.0, max(0.0, tokens / max_tokens - 0.5) * 2)
 
 
-# -------------------------------------------------------------------------------------------------------------- together
+# ------------------------------------------------------------------------------------------------------------- together
 
 
 def rollout_terms(
@@ -555,9 +586,10 @@ def rollout_terms(
     Everything about one rollout -> a dict of plain values with the keys of MEANINGS.
 
     row: question, gold (or answer), and where known answer_type, region, width, height. text: the new tokens, decoded
-    without the token that ends them but with all other special tokens, so that these are seen. frequencies: AnswerFrequencies, None: no weighting. d_roi: drop of the answer's
-    log-probability without the gold region (not read where the gold answer is no); d_rand: of the random ones, a list; None: not measured, V is undefined.
-    tokens: number of new tokens; None: words and punctuation marks are counted instead.
+    without the token that ends them but with all other special tokens, so that these are seen. frequencies:
+    AnswerFrequencies, None: no weighting. d_roi: drop of the answer's log-probability without the gold region (not read
+    where the gold answer is no); d_rand: of the random ones, a list; None: not measured, V is undefined. tokens: number
+    of new tokens; None: words and punctuation marks are counted instead.
     """
     style, question, gold = settings.style, row["question"], gold_of(row)
     found = parse_response(text, style)
@@ -653,12 +685,14 @@ def parts(terms, settings):
 
 def slope(terms, settings):
     """
-    Derivative of a right answer's reward by V; 0 for a wrong answer, where V is undefined or can rise no further, and where the answer's
-    part is capped. At V = -1 the reward falls no further, but there a policy needs the slope most: it stays.
+    Derivative of a right answer's reward by V; 0 for a wrong answer, where V is undefined or can rise no further, and
+    where the answer's part is capped. At V = -1 the reward falls no further, but there a policy needs the slope most:
+    it stays.
 
-    V is a function of the policy's own weights, so the gradient of the expected reward has two parts: E[R grad log p], which
-    GRPO estimates, and E[dR/dV grad V]. The first alone cannot set apart two policies that give the same answers. Wrong
-    answers are left out of the second: it makes the answer likelier on films with a random region filled in, and there it is wrong too.
+    V is a function of the policy's own weights, so the gradient of the expected reward has two parts: E[R grad log p],
+    which GRPO estimates, and E[dR/dV grad V]. The first alone cannot set apart two policies that give the same answers.
+    Wrong answers are left out of the second: it makes the answer likelier on films with a random region filled in, and
+    there it is wrong too.
     """
     v = terms["counterfactual"]
     if v is None or v >= (0 if terms["d_roi"] is None else 1) or terms["accuracy"] <= RIGHT:
@@ -672,17 +706,20 @@ def slope(terms, settings):
 
 def images_of_v(terms, plan):
     """
-    Places in plan.images of the two on which V rises when the rollout's answer becomes less likely on the first, and likelier on the
-    second, each by 1 / NATS per nat: without the gold region and without the random one that matters most. Where d_roi is at its limit, or nothing
-    is taken out, the first is the image as it is. (So V never makes an answer likelier everywhere: without that first part a model that
-    is asked to bear random regions learned to say no to everything, within 25 steps of GRPO.)
+    Places in plan.images of the two on which V rises when the rollout's answer becomes less likely on the first, and
+    likelier on the second, each by 1 / NATS per nat: without the gold region and without the random one that matters
+    most. Where d_roi is at its limit, or nothing is taken out, the first is the image as it is. (So V never makes an
+    answer likelier everywhere: without that first part a model that is asked to bear random regions learned to say no
+    to everything, within 25 steps of GRPO.)
     """
     worst = 1 + bool(plan.roi) + max(range(len(plan.random)), key=terms["d_rand_each"].__getitem__)
     return (0 if terms["d_roi"] is None or terms["d_roi"] >= NATS else 1), worst
 
 
 def score_rollouts(rows, texts, settings=RewardSettings(), frequencies=None, drops=None, tokens=None):  # noqa: B008 - frozen
-    """rollout_terms of a batch. drops: of measure_drops, or None: V undefined; tokens: numbers of new tokens, or None."""
+    """
+    rollout_terms of a batch. drops: of measure_drops, or None: V undefined; tokens: numbers of new tokens, or None.
+    """
     n = len(texts)
     drops, tokens = drops or [{}] * n, tokens if tokens is not None else [None] * n
     return [
@@ -701,7 +738,10 @@ def score_rollouts(rows, texts, settings=RewardSettings(), frequencies=None, dro
 
 
 def explain(row, text, terms, settings=RewardSettings()):  # noqa: B008 - frozen
-    """Why a rollout earned what it earned -> lines of text: each summand with what it comes from; they add up to the reward."""
+    """
+    Why a rollout earned what it earned -> lines of text: each summand with what it comes from; they add up to the
+    reward.
+    """
     t, gold = terms, gold_of(row)
     lines = [
         f"question: {row['question']}",
@@ -712,15 +752,22 @@ def explain(row, text, terms, settings=RewardSettings()):  # noqa: B008 - frozen
     verdict = (
         "right"
         if t["correct"]
-        else "no answer that can be read"
-        if not t["parsed"]
-        else "the opposite of the gold answer"
-        if t["opposite"]
-        else f"right in part, squared F1 {t['accuracy']:.2f}"
-        if t["kind"] == "open"
-        else "wrong"
+        else (
+            "no answer that can be read"
+            if not t["parsed"]
+            else (
+                "the opposite of the gold answer"
+                if t["opposite"]
+                else f"right in part, squared F1 {t['accuracy']:.2f}"
+                if t["kind"] == "open"
+                else "wrong"
+            )
+        )
     )
-    answer = f"'{t['said']}' is {verdict}{', but hedged: counts 0' if t['hedged'] else ''}; A {t['accuracy']:.2f} x {t['class_weight']:.2f} for how rare the gold answer is"
+    answer = (
+        f"'{t['said']}' is {verdict}{', but hedged: counts 0' if t['hedged'] else ''}; A {t['accuracy']:.2f} x"
+        f" {t['class_weight']:.2f} for how rare the gold answer is"
+    )
     gate = f"{t['gate']:.0f}" + (
         f": {t['gate_why']}; nothing but penalties counts"
         if t["gate_why"] and settings.composition == "gated"
@@ -740,9 +787,15 @@ def explain(row, text, terms, settings=RewardSettings()):  # noqa: B008 - frozen
     if t["counterfactual"] is None:
         looked = f"V undefined: {t['counterfactual_why']}"
     elif t["d_roi"] is None:
-        looked = f"without a random region the answer loses at most {max(t['d_rand_each']):+.3f} nats per token: V {t['counterfactual']:+.2f}; there is no finding to take out"
+        looked = (
+            f"without a random region the answer loses at most {max(t['d_rand_each']):+.3f} nats per token: V"
+            f" {t['counterfactual']:+.2f}; there is no finding to take out"
+        )
     else:
-        looked = f"without the region the answer loses {t['d_roi']:+.3f} nats per token, without a random one at most {max(t['d_rand_each']):+.3f}: V {t['counterfactual']:+.2f}"
+        looked = (
+            f"without the region the answer loses {t['d_roi']:+.3f} nats per token, without a random one at most"
+            f" {max(t['d_rand_each']):+.3f}: V {t['counterfactual']:+.2f}"
+        )
     lines.append(f"  gate {gate}")
     sources = {
         "additive": {
@@ -753,13 +806,12 @@ def explain(row, text, terms, settings=RewardSettings()):  # noqa: B008 - frozen
         },
         "gated": {
             "answer": answer,
-            "looked at the region": looked
-            + ("" if t["accuracy"] > RIGHT else "; counts upwards for right answers only"),
-            "looked elsewhere": ""
-            if t["counterfactual"] is None
-            else "a random region matters"
-            if t["counterfactual"] < 0
-            else "no",
+            "looked at the region": (
+                looked + ("" if t["accuracy"] > RIGHT else "; counts upwards for right answers only")
+            ),
+            "looked elsewhere": (
+                "" if t["counterfactual"] is None else "a random region matters" if t["counterfactual"] < 0 else "no"
+            ),
             "box": box,
             "contradiction": against,
             "penalty": penalty,

@@ -1,13 +1,15 @@
 """
-The passes of a vision-language model that GRPO needs: sampling, log-probabilities of what was sampled, and of answers on edited images.
+The passes of a vision-language model that GRPO needs: sampling, log-probabilities of what was sampled, and of answers
+on edited images.
 
     prompts = make_prompts(vlm, questions, "json", images)                 # the vision tower runs once per image
     groups, logps = sample(vlm, prompts, group_size=8, max_new_tokens=256, temperature=1.0, generator=generator)
     logp, entropy, mask = completion_logprobs(vlm, prompts, groups, temperature=1.0)        # (N, T), with gradient
 
-All samples of a prompt share one pass over it: its keys and values are computed once and given to each. The log-probabilities of the
-sampled tokens are computed the same way, and only for them, so that no (tokens x vocabulary) array is ever whole. Equal to the
-plain way (share=False: every rollout a text of its own) to rounding; the tests say 1e-5 for all three families.
+All samples of a prompt share one pass over it: its keys and values are computed once and given to each. The
+log-probabilities of the sampled tokens are computed the same way, and only for them, so that no (tokens x vocabulary)
+array is ever whole. Equal to the plain way (share=False: every rollout a text of its own) to rounding; the tests say
+1e-5 for all three families.
 
 The vision tower is not trained here: its features are numbers that policy, reference and scoring passes share.
 """
@@ -21,15 +23,8 @@ from transformers import DynamicCache
 
 from shared.models.inputs import preprocess_images
 from shared.runtime import free_gpu
-from vqa_sft_grpo.examples import (
-    KINDS,
-    around_answer,
-    image_features,
-    image_tensors,
-    padded,
-    prompt_tokens,
-    ready_features,
-)
+from vqa_sft_grpo.examples import KINDS, around_answer, image_features, image_tensors, padded, prompt_tokens
+from vqa_sft_grpo.examples import ready_features
 from vqa_sft_grpo.grpo import selected_logprobs
 from vqa_sft_grpo.rewards import answer_alone
 
@@ -45,7 +40,10 @@ class Prompt:
 
 @torch.no_grad()
 def make_prompts(vlm, questions, style, images, chunk=32):
-    """Questions and uint8 images (H, W) or (H, W, 3), one each -> Prompts. Equal images (the same object) are looked at once; `chunk` at a time."""
+    """
+    Questions and uint8 images (H, W) or (H, W, 3), one each -> Prompts. Equal images (the same object) are looked at
+    once; `chunk` at a time.
+    """
     distinct = list({id(image): image for image in images}.values())
     found = {}
     for start in range(0, len(distinct), chunk):
@@ -73,7 +71,8 @@ def never_drawn(vlm):
 
 class Fits:
     """
-    How many rollouts (or edited images) go through the model at a time: halved when the GPU memory runs out, and so for the rest of the run.
+    How many rollouts (or edited images) go through the model at a time: halved when the GPU memory runs out, and so for
+    the rest of the run.
 
         results = fits.parts(work, n)           # work(start, stop) -> list; the results of all parts, joined
         fits.parts(work, n, each=8)             # items that stand for eight rollouts each
@@ -106,7 +105,7 @@ class Fits:
         return results
 
 
-# -------------------------------------------------------------------------------------------------------- the two passes
+# ------------------------------------------------------------------------------------------------------- the two passes
 
 
 def lay_out(vlm, prompts):
@@ -131,7 +130,10 @@ def kinds(vlm, is_image):
 
 
 def prefill(vlm, prompts):
-    """All tokens of the prompts but the last -> cache, mask (P, L - 1), and ids and positions of the last ones (P, 1) or (3, P, 1)."""
+    """
+    All tokens of the prompts but the last -> cache, mask (P, L - 1), and ids and positions of the last ones (P, 1) or
+    (3, P, 1).
+    """
     ids, mask, is_image, positions = lay_out(vlm, prompts)
     cache = DynamicCache(config=vlm.config.get_text_config())
     with ready_features(vlm, [p.features for p in prompts]):
@@ -161,8 +163,8 @@ def continued(vlm, cache, ids, mask, positions):
 
 def completion_hidden(vlm, prompts, groups, share=True):
     """
-    groups[i]: the completions of prompts[i], lists of token ids -> hidden (N, T, D), of which hidden[n, t] predicts token t of
-    completion n; ids (N, T), -1 behind the end of a completion; in the order of the prompts.
+    groups[i]: the completions of prompts[i], lists of token ids -> hidden (N, T, D), of which hidden[n, t] predicts
+    token t of completion n; ids (N, T), -1 behind the end of a completion; in the order of the prompts.
     """
     rows = torch.repeat_interleave(torch.arange(len(prompts)), torch.tensor([len(g) for g in groups])).to(vlm.device)
     targets = padded([completion for group in groups for completion in group], -1, "right").to(vlm.device)
@@ -189,7 +191,10 @@ def completion_hidden(vlm, prompts, groups, share=True):
 
 
 def completion_logprobs(vlm, prompts, groups, temperature=1.0, suppress=(), share=True, with_entropy=True):
-    """groups as above -> logp and entropy (N, T) of the completions' tokens, 0 behind their ends, and mask (N, T). Differentiable in logp."""
+    """
+    groups as above -> logp and entropy (N, T) of the completions' tokens, 0 behind their ends, and mask (N, T).
+    Differentiable in logp.
+    """
     hidden, targets = completion_hidden(vlm, prompts, groups, share)
     mask = targets >= 0
     head = vlm.base.lm_head
@@ -209,9 +214,10 @@ def completion_logprobs(vlm, prompts, groups, temperature=1.0, suppress=(), shar
 @torch.no_grad()
 def sample(vlm, prompts, group_size, max_new_tokens, temperature=1.0, generator=None, suppress=(), stop_ids=()):
     """
-    group_size completions of each prompt -> groups of lists of token ids, with the token that ends them if they end, and the same
-    with the log-probability of each token. generator: torch.Generator on the device; None: the most likely token (greedy).
-    All tokens can be drawn but those of `suppress`: with top-k or top-p, log-probabilities would be those of another distribution.
+    group_size completions of each prompt -> groups of lists of token ids, with the token that ends them if they end,
+    and the same with the log-probability of each token. generator: torch.Generator on the device; None: the most likely
+    token (greedy). All tokens can be drawn but those of `suppress`: with top-k or top-p, log-probabilities would be
+    those of another distribution.
     """
     cache, mask, ids, positions = prefill(vlm, prompts)
     rows = torch.arange(len(prompts), device=vlm.device).repeat_interleave(group_size)
@@ -247,7 +253,7 @@ def sample(vlm, prompts, group_size, max_new_tokens, temperature=1.0, generator=
     return tuple([x[i : i + group_size] for i in range(0, len(x), group_size)] for x in (written, logps))
 
 
-# ------------------------------------------------------------------------------------------------- answers, on their own
+# ------------------------------------------------------------------------------------------------ answers, on their own
 
 
 def answer_tokens(vlm, answer, style):
@@ -262,7 +268,10 @@ def answer_tokens(vlm, answer, style):
 
 
 def answer_logprobs(vlm, prompts, answers, style, suppress=(), share=True):
-    """answers[i]: answers (texts) to prompts[i] -> float32 (N,): mean log-probability, in nats, of the tokens of each answer. Differentiable."""
+    """
+    answers[i]: answers (texts) to prompts[i] -> float32 (N,): mean log-probability, in nats, of the tokens of each
+    answer. Differentiable.
+    """
     tokens = [[answer_tokens(vlm, answer, style) for answer in some] for some in answers]
     logp, _, mask = completion_logprobs(
         vlm, prompts, [[ids for ids, _ in some] for some in tokens], suppress=suppress, share=share, with_entropy=False

@@ -1,23 +1,25 @@
 """
 Is this answer right? One strict score for every task, and columns that reproduce what two published scripts compute.
 
-    score_answer("No, the lungs are clear.", "no", "closed", "Is there an effusion?")  -> {"correct": True, "parsed": True, ...}
+    score_answer("No, the lungs are clear.", "no", "closed", "Is there an effusion?")  -> {"correct": True, "parsed":
+    True, ...}
 
 The strict score, in words:
-    texts         NFKC, lower case, no articles, no punctuation; number words as digits, plural s off; x-ray = xray = x ray,
-                  T2-weighted = T2, hyper dense = hyperdense, 5cm = 5 centimetres. No synonyms.
-    yes or no     the one answer that the text gives in whole words: "nodule", "none", "normal" and "n" are not "no". "No" before
-                  other words ("no evidence of effusion") answers a question about an effusion and no other. Both or neither:
-                  not parsed, hence wrong, and counted as unparsed.
+    texts         NFKC, lower case, no articles, no punctuation; number words as digits, plural s off; x-ray = xray = x
+                  ray, T2-weighted = T2, hyper dense = hyperdense, 5cm = 5 centimetres. No synonyms.
+    yes or no     the one answer that the text gives in whole words: "nodule", "none", "normal" and "n" are not "no".
+                  "No" before other words ("no evidence of effusion") answers a question about an effusion and no other.
+                  Both or neither: not parsed, hence wrong, and counted as unparsed.
     A or B        the options are read from the question; exactly one must be named, outside "not ...".
     other closed  equal after the above.
-    open          correct = equal after the above; recall, precision, F1 count every word at most as often as both texts have it.
-                  `contradiction`: the text says the opposite (left for right, upper for lower, hyper- for hypo-, "no mass" for
-                  "mass"). Similarity of spelling is never used: opposites differ by two letters.
+    open          correct = equal after the above; recall, precision, F1 count every word at most as often as both texts
+                  have it. `contradiction`: the text says the opposite (left for right, upper for lower, hyper- for
+                  hypo-, "no mass" for "mass"). Similarity of spelling is never used: opposites differ by two letters.
 Every row keeps its place in the denominator; an empty text is a wrong one. All functions take time linear in the text.
 
 score_with_synonyms is the same with the word list SYNONYMS folded first: a column of its own, never the headline.
-llava_med_scores and medevalkit_scores do what those scripts do, their faults included: to be read beside published numbers only.
+llava_med_scores and medevalkit_scores do what those scripts do, their faults included: to be read beside published
+numbers only.
 """
 
 import re
@@ -25,7 +27,8 @@ import unicodedata
 
 NUMBERS = dict(
     zip(
-        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty".split(),
+        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
+        " seventeen eighteen nineteen twenty".split(),
         map(str, range(21)),
         strict=True,
     )
@@ -39,9 +42,9 @@ CLAUSE = set(
 )
 # Words of questions and answers that do not say what is asked about
 COMMON = set(
-    "is are was were be been do does did has have had can could would should may this that these those there it its any evidence sign "
-    "finding seen see visible present presence shown show noted identified appear appearance demonstrate image picture film scan "
-    "in on of at to for from with by and or patient you what which where how who when as also".split()
+    "is are was were be been do does did has have had can could would should may this that these those there it its any"
+    " evidence sign finding seen see visible present presence shown show noted identified appear appearance demonstrate"
+    " image picture film scan in on of at to for from with by and or patient you what which where how who when as also".split()
 )
 OPPOSITES = [
     ("left", "right"),
@@ -117,7 +120,7 @@ SYNONYMS = {
     "nope": "no",
 }
 
-# ------------------------------------------------------------------------------------------------------------------ texts
+# ---------------------------------------------------------------------------------------------------------------- texts
 
 FOLDS = [
     (re.compile(pattern), new)
@@ -155,7 +158,9 @@ def folded(text):
 
 
 def singular(word):
-    """ "lungs" -> "lung", "masses" -> "mass", "opacities" -> "opacity"; not "mass", "pus", "pelvis", "mucous", "does"."""
+    """
+    "lungs" -> "lung", "masses" -> "mass", "opacities" -> "opacity"; not "mass", "pus", "pelvis", "mucous", "does".
+    """
     if len(word) < 4 or word == "does" or not word.endswith("s") or word.endswith(("ss", "us", "is")):
         return word
     if word.endswith("ies") and len(word) > 4:
@@ -202,11 +207,14 @@ def overlap(prediction, gold):
     return recall, precision, 2 * recall * precision / (recall + precision)
 
 
-# --------------------------------------------------------------------------------------------------------- what was meant
+# ------------------------------------------------------------------------------------------------------- what was meant
 
 
 def reach(tokens, i, longest=8):
-    """The tokens that a negation at i speaks of: up to the end of its clause, at most `longest`; [] for a "no" that stands alone."""
+    """
+    The tokens that a negation at i speaks of: up to the end of its clause, at most `longest`; [] for a "no" that stands
+    alone.
+    """
     scope = []
     for token in tokens[i + 1 : i + 1 + longest]:
         if token in CLAUSE or (not scope and token in ("or", "and")):
@@ -222,8 +230,8 @@ def negated(tokens):
 
 def polarity(text, question=""):
     """
-    -> "yes", "no", or None where the text says both or neither. A "no" that belongs to other words counts when these words are
-    what the question asks about; without a question it counts when there is no answer that stands alone.
+    -> "yes", "no", or None where the text says both or neither. A "no" that belongs to other words counts when these
+    words are what the question asks about; without a question it counts when there is no answer that stands alone.
     """
     tokens = words_and_marks(text)
     asked_tokens = words_and_marks(question)
@@ -259,9 +267,9 @@ SHARED = set(
 
 def options_of(question):
     """
-    The options of "is it A or B?", "which is it, A, B or C?", "A or B: which is it?" -> list of (tokens, whole). whole: the
-    tokens are the whole option; otherwise the rest of the sentence runs on around it and only the word next to "or" is
-    certain. [] where the question offers none.
+    The options of "is it A or B?", "which is it, A, B or C?", "A or B: which is it?" -> list of (tokens, whole). whole:
+    the tokens are the whole option; otherwise the rest of the sentence runs on around it and only the word next to "or"
+    is certain. [] where the question offers none.
     """
     text = re.sub(r"\b(?:vs\b\.?|versus\b)", " or ", folded(question))
     clauses = [clause for clause in re.split(r"[.?!;:\n()]", text) if re.search(r"\bor\b", clause)]
@@ -295,7 +303,9 @@ def options_of(question):
 
 
 def named_options(tokens, options):
-    """Which of the options a text names: set of numbers. Longer ones first, so that "lower right" does not name "right"."""
+    """
+    Which of the options a text names: set of numbers. Longer ones first, so that "lower right" does not name "right".
+    """
     free, found = list(tokens), set()
     for number in sorted(range(len(options)), key=lambda k: -len(options[k][0])):
         option = options[number][0]
@@ -343,13 +353,13 @@ def contradicts(prediction, gold):
     return bool(affirmed & prediction_denies or (gold_denies - COMMON) & (said - prediction_denies))
 
 
-# ------------------------------------------------------------------------------------------------------------------ scores
+# --------------------------------------------------------------------------------------------------------------- scores
 
 
 def score_answer(prediction, gold, answer_type, question=""):
     """
-    prediction: text or None; gold: text; answer_type: "closed", "choice" (scored as closed) or "open", any case; question: text,
-    for options and negations. Returns a dict:
+    prediction: text or None; gold: text; answer_type: "closed", "choice" (scored as closed) or "open", any case;
+    question: text, for options and negations. Returns a dict:
         parsed         the text gives an answer of the kind asked for
         correct        the headline: closed: the right one; open: exact
         exact          equal after normalisation
@@ -407,7 +417,7 @@ def score_with_synonyms(prediction, gold, answer_type, question=""):
     )
 
 
-# -------------------------------------------------------------------------- columns that are compatible with other scripts
+# ----------------------------------------------------------------------- columns that are compatible with other scripts
 
 LLAVA_MED_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 LLAVA_MED_WORDS = {"none": "0", **{word: number for word, number in NUMBERS.items() if int(number) <= 10}}
@@ -415,9 +425,9 @@ LLAVA_MED_WORDS = {"none": "0", **{word: number for word, number in NUMBERS.item
 
 def llava_med_words(text):
     """
-    Words as LLaVA-Med's glossary.py leaves them: a mark is deleted when it stands beside a space anywhere in the text (or the
-    text has a comma between digits), else it becomes a space; full stops go unless a digit follows; "none" is 0, one to ten are
-    digits; articles go. Its list of contractions (dont -> don't) is left out.
+    Words as LLaVA-Med's glossary.py leaves them: a mark is deleted when it stands beside a space anywhere in the text
+    (or the text has a comma between digits), else it becomes a space; full stops go unless a digit follows; "none" is
+    0, one to ten are digits; articles go. Its list of contractions (dont -> don't) is left out.
     """
     text = str(text).lower()
     result, numbers = text, re.search(r"\d,\d", text)
@@ -429,11 +439,11 @@ def llava_med_words(text):
 
 def llava_med_scores(prediction, gold, answer_type):
     """
-    One row as LLaVA-Med's llava/eval/run_eval.py counts it (microsoft/LLaVA-Med, commit ad758b6) -> {"closed", "exact", "recall",
-    "precision", "f1"}, None where the row does not count. Faults, reproduced:
-        closed     right when the gold text is a substring of a prediction that has "yes" or "no" as a substring: "yes or no" is
-                   right for both, "it is normal" is right for no. A prediction with "yes" or "no" that is not right is left out
-                   of the denominator instead of being wrong, so that a constant "yes" scores 100 %.
+    One row as LLaVA-Med's llava/eval/run_eval.py counts it (microsoft/LLaVA-Med, commit ad758b6) -> {"closed", "exact",
+    "recall", "precision", "f1"}, None where the row does not count. Faults, reproduced:
+        closed     right when the gold text is a substring of a prediction that has "yes" or "no" as a substring: "yes
+                   or no" is right for both, "it is normal" is right for no. A prediction with "yes" or "no" that is not
+                   right is left out of the denominator instead of being wrong, so that a constant "yes" scores 100 %.
         recall     words count as often as the prediction repeats them: "left left left left" for "left lung" is 0.8.
         exact      not a match, but the share of the prediction's words that are distinct gold words.
     Average over the rows that are not None.
@@ -473,12 +483,14 @@ MEDEVALKIT_MARKS = (
 
 def medevalkit_scores(prediction, gold, answer_type, dataset):
     """
-    One row as MedEvalKit counts it (alibaba-damo-academy/MedEvalKit, utils/VQA_RAD, utils/SLAKE; its first version, without a
-    language model as judge) -> {"closed", "exact", "precision", "recall", "f1"}, None where the row does not count. Its choices:
-        vqa_rad    closed = the gold answer is yes or no (whatever answer_type says): right when exactly one of the substrings
-                   "yes" and "no" is there, and it is the gold one; so "yes, it is abnormal" is unparsed
-        slake      closed by answer_type; its test for yes and no never holds for "Yes" and "No", so the whole answer must be equal,
-                   full stops aside. (It also mixes English and Chinese rows; pass the rows that you mean.)
+    One row as MedEvalKit counts it (alibaba-damo-academy/MedEvalKit, utils/VQA_RAD, utils/SLAKE; its first version,
+    without a language model as judge) -> {"closed", "exact", "precision", "recall", "f1"}, None where the row does not
+    count. Its choices:
+        vqa_rad    closed = the gold answer is yes or no (whatever answer_type says): right when exactly one of the
+                   substrings "yes" and "no" is there, and it is the gold one; so "yes, it is abnormal" is unparsed
+        slake      closed by answer_type; its test for yes and no never holds for "Yes" and "No", so the whole answer
+                   must be equal, full stops aside. (It also mixes English and Chinese rows; pass the rows that you
+                   mean.)
         columns    sets of words split at spaces, and the three are printed under each other's names: "precision" is F1,
                    "recall" is precision, "f1" is recall
     dataset: "slake", or anything else for the rules of vqa_rad.

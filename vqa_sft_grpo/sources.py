@@ -1,5 +1,6 @@
 """
-VQA-RAD (Lau et al. 2018, doi:10.1038/sdata.2018.251; CC0) and SLAKE (Liu et al. 2021, arXiv:2102.09542): one row per question.
+VQA-RAD (Lau et al. 2018, doi:10.1038/sdata.2018.251; CC0) and SLAKE (Liu et al. 2021, arXiv:2102.09542): one row per
+question.
 
     questions = load_vqa_rad("data", val_share=0.1)        # or load_slake("data")
     for row in questions.split("train"):
@@ -11,19 +12,22 @@ A row of either set is a dict with these keys; None where the set does not say:
     image_group                    what must stay on one side of a split: the image, or a cluster of near-identical ones
     question, answer               texts, stripped; the answer is not lower-cased
     answer_type                    "closed" or "open", as the file says
-    question_type                  VQA-RAD: PRES, ABN, ... with typos mended, several joined in order of the alphabet ("ATTRIB+PRES");
-                                   SLAKE: content_type (Organ, Position, ..., KG)
+    question_type                  VQA-RAD: PRES, ABN, ... with typos mended, several joined in order of the alphabet
+                                   ("ATTRIB+PRES"); SLAKE: content_type (Organ, Position, ..., KG)
     question_type_raw              as in the file
     phrase_type                    VQA-RAD: freeform, para, or frame (the question in a stock wording)
-    organ, modality, language      VQA-RAD: CHEST, ABD, HEAD and no modality; SLAKE: location and CT, MRI, X-Ray; "en" or "zh"
+    organ, modality, language      VQA-RAD: CHEST, ABD, HEAD and no modality; SLAKE: location and CT, MRI, X-Ray; "en"
+                                   or "zh"
     needs_image                    SLAKE: False for base_type kvqa, which asks for knowledge; VQA-RAD: None
-    boxes                          SLAKE: [{"organ", "box": [x0, y0, x1, y1] in pixels of the image}], None without detection.json
+    boxes                          SLAKE: [{"organ", "box": [x0, y0, x1, y1] in pixels of the image}], None without
+                                   detection.json
     mask_path                      SLAKE: Path of mask.png, see read_mask
     triple                         SLAKE: [head, relation, tail] of the knowledge graph
     question_frame, question_rephrase, question_relation, linked_id, case      VQA-RAD's public file only
 
 Files, in <data-dir>/vqa_rad and <data-dir>/slake, or <data-dir> itself:
-    VQA-RAD   "VQA_RAD Dataset Public.json"; trainset.json and testset.json (of MEVF, used by most papers); images/ or "VQA_RAD Image Folder/"
+    VQA-RAD   "VQA_RAD Dataset Public.json"; trainset.json and testset.json (of MEVF, used by most papers); images/ or
+              "VQA_RAD Image Folder/"
     SLAKE     train.json, validate.json, test.json; imgs/xmlabN/source.jpg, mask.png, detection.json
 """
 
@@ -34,21 +38,8 @@ import numpy as np
 from PIL import Image
 
 from shared.data import download as downloads
-from shared.data.audit import (
-    RowSet,
-    conflicts,
-    frames_in,
-    id_of,
-    plain_text,
-    repeats,
-    reworded,
-    seen,
-    shared_between_splits,
-    shared_values,
-    similar_images,
-    split_groups,
-    values_of,
-)
+from shared.data.audit import RowSet, conflicts, frames_in, id_of, plain_text, repeats, reworded, seen
+from shared.data.audit import shared_between_splits, shared_values, similar_images, split_groups, values_of
 from shared.runtime import InputError, read_json
 
 RAD_PAGE, RAD_ADDRESS = (
@@ -141,7 +132,8 @@ def keep_with_image(rows, allow_missing_images, folder):
     kept = rows if allow_missing_images else [row for row in rows if row["image_path"] is not None]
     if not kept:
         raise InputError(
-            f"none of the {len(rows)} questions has its image in {folder}; put the images there, or allow missing images for work on texts"
+            f"none of the {len(rows)} questions has its image in {folder}; put the images there, or allow missing"
+            " images for work on texts"
         )
     return kept, {"image missing": len(rows) - len(kept)}
 
@@ -156,7 +148,7 @@ def hold_out(rows, share, seed=0):
                 row["split"] = split_of[row["image_group"]]
 
 
-# ---------------------------------------------------------------------------------------------------------------- VQA-RAD
+# -------------------------------------------------------------------------------------------------------------- VQA-RAD
 
 
 def load_vqa_rad(
@@ -165,17 +157,20 @@ def load_vqa_rad(
     """
     -> RowSet. Rows whose image is missing are left out and counted, unless that is allowed (work on texts only).
 
-    version: "files" (trainset.json 3,064 rows, testset.json 451), "public" (2,248 rows, test where phrase_type begins with test_:
-    451), "auto" (files where both are there). The Hugging Face copy is a third one and not read here. Numbers on them differ.
+    version: "files" (trainset.json 3,064 rows, testset.json 451), "public" (2,248 rows, test where phrase_type begins
+    with test_: 451), "auto" (files where both are there). The Hugging Face copy is a third one and not read here.
+    Numbers on them differ.
 
-    policy: what may be trained on. Every image of the official test set is in the official training set, and 284 of its 451
-    questions are there in a stock wording, with the answer:
+    policy: what may be trained on. Every image of the official test set is in the official training set, and 284 of its
+    451 questions are there in a stock wording, with the answer:
         official        as published
-        no_test_frames  without the frame rows that reword a test question (needs the public file, which says which they are)
+        no_test_frames  without the frame rows that reword a test question (needs the public file, which says which they
+                        are)
         no_frames       without all frame rows
         clean_train     official test; train rows of other images only
         image_disjoint  all rows split anew with `shares` and `seed`, by image and by clusters of near-identical images
-    val_share: this share of the training images, chosen with `seed`, becomes "val"; for image_disjoint `shares` says it.
+    val_share: this share of the training images, chosen with `seed`, becomes "val"; for image_disjoint `shares` says
+    it.
     """
     if version not in ("auto", "files", "public"):
         raise InputError(f"there is no version '{version}' of VQA-RAD; there are files and public")
@@ -287,15 +282,15 @@ def given(text):
     return None if text is None or str(text).strip().upper() in ("", "NULL") else str(text).strip()
 
 
-# ------------------------------------------------------------------------------------------------------------------ SLAKE
+# ---------------------------------------------------------------------------------------------------------------- SLAKE
 
 
 def load_slake(data_dir, language="en", allow_missing_images=False):
     """
     -> RowSet with the published splits. Rows whose image is missing are left out and counted, unless that is allowed.
 
-    language: "en" (4,919 / 1,053 / 1,061 rows on 450 / 96 / 96 images), "zh", or None for both. Each language alone is split by
-    image; the two together are not: 72 of the 96 English test images are in the Chinese training split.
+    language: "en" (4,919 / 1,053 / 1,061 rows on 450 / 96 / 96 images), "zh", or None for both. Each language alone is
+    split by image; the two together are not: 72 of the 96 English test images are in the Chinese training split.
     One English training row (qid 1622) has an empty answer. qid 0 to 14,027 are unique over the three files.
     """
     if language not in ("en", "zh", None):
@@ -372,11 +367,12 @@ def load_slake(data_dir, language="en", allow_missing_images=False):
 
 def read_boxes(places):
     """
-    {name: {"image", "boxes"}: paths} -> ({name: [{"organ", "box": [x0, y0, x1, y1]}]}, notes). A file that cannot be used is
-    counted and left out; one without boxes gives [].
+    {name: {"image", "boxes"}: paths} -> ({name: [{"organ", "box": [x0, y0, x1, y1]}]}, notes). A file that cannot be
+    used is counted and left out; one without boxes gives [].
 
-    Four numbers may mean [x, y, width, height], which is how SLAKE describes them, or two corners. A single small box fits both
-    readings, so all files are looked at together: corners are taken when they contradict no image and x, y, width, height some.
+    Four numbers may mean [x, y, width, height], which is how SLAKE describes them, or two corners. A single small box
+    fits both readings, so all files are looked at together: corners are taken when they contradict no image and x, y,
+    width, height some.
     """
     found, sizes, unreadable = {}, {}, []
     for name, place in places.items():
@@ -438,7 +434,10 @@ def boxes_in(value):
 
 
 def read_mask(row):
-    """-> uint8 (H, W), a grey level per organ (SLAKE's mask.txt names them), as large as the image. InputError when it is not."""
+    """
+    -> uint8 (H, W), a grey level per organ (SLAKE's mask.txt names them), as large as the image. InputError when it is
+    not.
+    """
     try:
         with Image.open(row["mask_path"]) as image:
             mask = np.asarray(
@@ -455,14 +454,14 @@ def read_mask(row):
     return mask
 
 
-# ------------------------------------------------------------------------------------------------------ download and audit
+# --------------------------------------------------------------------------------------------------- download and audit
 
 
 def download_vqa_rad(data_dir):
     """
-    Fetch everything from the Open Science Framework, which packs it on the way (so no checksum, and no going on after a cut);
-    returns the folder. trainset.json and testset.json are not there: they come with https://github.com/aioz-ai/MICCAI19-MedVQA.
-    Addresses not verified.
+    Fetch everything from the Open Science Framework, which packs it on the way (so no checksum, and no going on after a
+    cut); returns the folder. trainset.json and testset.json are not there: they come with
+    https://github.com/aioz-ai/MICCAI19-MedVQA. Addresses not verified.
     """
     folder = Path(data_dir) / "vqa_rad"
     if not (folder / PUBLIC).is_file() or not any((folder / name).is_dir() for name in RAD_IMAGES):
@@ -473,7 +472,10 @@ def download_vqa_rad(data_dir):
 
 
 def download_slake(data_dir):
-    """Fetch questions and images (about 210 MB) from the authors' copy on Hugging Face; returns the folder. Addresses not verified."""
+    """
+    Fetch questions and images (about 210 MB) from the authors' copy on Hugging Face; returns the folder. Addresses not
+    verified.
+    """
     folder = Path(data_dir) / "slake"
     for name in ("train.json", "validate.json", "test.json"):
         try:
@@ -505,7 +507,8 @@ def expected(folder, names, page):
             )
         if downloads.sha256_of(folder / name) != KNOWN[name]:
             print(
-                f"{folder / name} is not byte for byte the file known here: check the counts that are printed when it is loaded"
+                f"{folder / name} is not byte for byte the file known here: check the counts that are printed when it"
+                " is loaded"
             )
     return folder
 

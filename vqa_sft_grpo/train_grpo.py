@@ -4,39 +4,44 @@ GRPO: let a fine-tuned vision-language model answer each question several times,
 Usage:
     python vqa_sft_grpo/prepare_data.py --output data/train.json --dataset both --split train --grpo_output data/grpo_data.jsonl
     python vqa_sft_grpo/train_grpo.py --base_model Qwen/Qwen2-VL-2B-Instruct --sft_ckpt checkpoints/qwen2vl_sft \
-        --data_jsonl data/grpo_data.jsonl --out_dir checkpoints/qwen2vl_grpo --steps 1000 --batch_size 2 --lr 1e-6 --weights "0.2,0.4,0.2,0.2"
+        --data_jsonl data/grpo_data.jsonl --out_dir checkpoints/qwen2vl_grpo --steps 1000 --batch_size 2 --lr 1e-6
+        --weights "0.2,0.4,0.2,0.2"
     python vqa_sft_grpo/train_grpo.py --sft_ckpt checkpoints/tiny_sft --data_jsonl data/phantom_grpo.jsonl --batch_size 16 --num_generations 8 --lr 5e-4
     python vqa_sft_grpo/train_grpo.py --resume checkpoints/qwen2vl_grpo
-    python vqa_sft_grpo/train_grpo.py --explain 12.1.3 --out_dir checkpoints/qwen2vl_grpo       # step 12, prompt 1, rollout 3: why it earned what it earned
-    python vqa_sft_grpo/train_grpo.py --dry-run                                                 # everything once, seconds
+    python vqa_sft_grpo/train_grpo.py --explain 12.1.3 --out_dir checkpoints/qwen2vl_grpo  # step 12, prompt 1, rollout 3: why it earned what it earned
+    python vqa_sft_grpo/train_grpo.py --dry-run  # everything once, seconds
 
 Expected of these: see vqa_sft_grpo/README.md, where each number stands beside its command.
-Writes to the run folder: the adapter with the best validation accuracy (evaluate.py and infer.py take the folder as --sft_ckpt),
-rollouts.jsonl (every rollout with every term of its reward), completions.md (the last ones as a table), history.jsonl and
-meanings.json (what its names mean), figures/curves.png, last.pt (to resume), metrics.json.
+Writes to the run folder: the adapter with the best validation accuracy (evaluate.py and infer.py take the folder as
+--sft_ckpt), rollouts.jsonl (every rollout with every term of its reward), completions.md (the last ones as a table),
+history.jsonl and meanings.json (what its names mean), figures/curves.png, last.pt (to resume), metrics.json.
 
 One step
-    1  --batch-size questions; the vision tower sees each image once, the prompt goes through the model once, and --num-generations
-       answers are sampled from it
-    2  rewards.py scores each answer. For V, the answer's log-probability is measured again without the gold region and without
-       --cf-regions random ones of the same size
+    1  --batch-size questions; the vision tower sees each image once, the prompt goes through the model once, and
+       --num-generations answers are sampled from it
+    2  rewards.py scores each answer. For V, the answer's log-probability is measured again without the gold region and
+       without --cf-regions random ones of the same size
     3  advantages: better or worse than the other answers to the same question
     4  one gradient step (--inner-steps: several) on grpo.policy_loss, image included, --micro-batch rollouts at a time
 
 How this differs from the textbook (GRPO in DeepSeekMath, arXiv 2402.03300; trl 1.16.0; formulas in grpo.py)
-    loss       dapo: every token of a step counts alike, also that of a long answer; trl's default as well. --loss grpo is the textbook
-    scaling    none: advantages are not divided by the spread of the group, which would make a difference of 0.01 in box overlap as
-               large as right against wrong (and hide V, see rewards.py). --scale-rewards group is the textbook and trl's default
+    loss       dapo: every token of a step counts alike, also that of a long answer; trl's default as well. --loss grpo
+               is the textbook
+    scaling    none: advantages are not divided by the spread of the group, which would make a difference of 0.01 in box
+               overlap as large as right against wrong (and hide V, see rewards.py). --scale-rewards group is the
+               textbook and trl's default
     clipping   1 - 0.2 to 1 + 0.28; it only matters with --inner-steps above 1, since otherwise every ratio is 1
-    KL         0.02 of the corrected k3 estimate from the model as it was given: the adapter switched off, or where training goes on
-               with an SFT adapter, a frozen copy of it. trl's default is none
-    V          is part of the reward, and depends on the weights by itself, so the gradient of the expected reward has a second part,
-               E[dR/dV grad V]: --cf-gradient 1 adds it, 0 leaves it out as usual. An answer counts once in it, whatever its length,
-               where most losses divide the first part by the number of tokens
-    sampling   from the model's own distribution: no top-k or top-p, with which log-probabilities would not be those of what was drawn
-    vision     the tower is frozen: its features are computed once per step and serve sampling, scoring, policy and reference
-    dropout    off, so that the policy that learns is the one that sampled; the first step of every run compares its log-probabilities
-               with the sampler's own, and checks ratios, clipping and KL: a mistake stops the run
+    KL         0.02 of the corrected k3 estimate from the model as it was given: the adapter switched off, or where
+               training goes on with an SFT adapter, a frozen copy of it. trl's default is none
+    V          is part of the reward, and depends on the weights by itself, so the gradient of the expected reward has a
+               second part, E[dR/dV grad V]: --cf-gradient 1 adds it, 0 leaves it out as usual. An answer counts once in
+               it, whatever its length, where most losses divide the first part by the number of tokens
+    sampling   from the model's own distribution: no top-k or top-p, with which log-probabilities would not be those of
+               what was drawn
+    vision     the tower is frozen: its features are computed once per step and serve sampling, scoring, policy and
+               reference
+    dropout    off, so that the policy that learns is the one that sampled; the first step of every run compares its
+               log-probabilities with the sampler's own, and checks ratios, clipping and KL: a mistake stops the run
 """
 
 import contextlib
@@ -62,83 +67,25 @@ from tqdm import tqdm
 from shared.data.download import sha256_of
 from shared.models.loading import LORA_LAYERS, QUANTS, add_lora, count_parameters, load_vlm
 from shared.models.tiny import is_tiny, quietly
-from shared.runtime import (
-    InputError,
-    StopSignal,
-    add_resume,
-    fraction,
-    free_gpu,
-    learning_rate,
-    load_checkpoint,
-    not_negative,
-    open_run_dir,
-    peak_memory,
-    pick_device,
-    positive_float,
-    positive_int,
-    read_json,
-    refuse_other_settings,
-    run_facts,
-    save_checkpoint,
-    script,
-    script_parser,
-    seed_everything,
-    write_json,
-    write_jsonl,
-)
+from shared.runtime import InputError, StopSignal, add_resume, fraction, free_gpu, learning_rate, load_checkpoint
+from shared.runtime import not_negative, open_run_dir, peak_memory, pick_device, positive_float, positive_int, read_json
+from shared.runtime import refuse_other_settings, run_facts, save_checkpoint, script, script_parser, seed_everything
+from shared.runtime import write_json, write_jsonl
 from vqa_sft_grpo.alarms import alarms
 from vqa_sft_grpo.counterfactual import FILLS, region_iou
 from vqa_sft_grpo.examples import read_pixels
-from vqa_sft_grpo.grpo import (
-    KL_ESTIMATORS,
-    LOSSES,
-    RATIO_LEVELS,
-    SCALES,
-    check_first_step,
-    combine_metrics,
-    group_advantages,
-    has_signal,
-    policy_loss,
-)
-from vqa_sft_grpo.grpo_log import (
-    HISTORY,
-    cut_rollouts,
-    describe,
-    draw_curves,
-    draw_edits,
-    log_rollouts,
-    mean,
-    write_completions,
-)
+from vqa_sft_grpo.grpo import KL_ESTIMATORS, LOSSES, RATIO_LEVELS, SCALES, check_first_step, combine_metrics
+from vqa_sft_grpo.grpo import group_advantages, has_signal, policy_loss
+from vqa_sft_grpo.grpo_log import HISTORY, cut_rollouts, describe, draw_curves, draw_edits, log_rollouts, mean
+from vqa_sft_grpo.grpo_log import write_completions
 from vqa_sft_grpo.infer import BASE_MODEL, model_of
 from vqa_sft_grpo.prepare_data import GRPO_FIELDS, make_rows, phantom_settings, read_rows
 from vqa_sft_grpo.prompting import STYLES, boxes_from_model, parse_response
-from vqa_sft_grpo.rewards import (
-    COMPOSITIONS,
-    MEANINGS,
-    NATS,
-    AnswerFrequencies,
-    RewardSettings,
-    answer_to_score,
-    explain,
-    gold_of,
-    ignored_fields,
-    images_of_v,
-    lend_regions,
-    measure_drops,
-    plan_edits,
-    score_rollouts,
-    slope,
-)
-from vqa_sft_grpo.rollouts import (
-    Fits,
-    answer_logprobs,
-    completion_logprobs,
-    make_prompts,
-    never_drawn,
-    sample,
-    stop_tokens,
-)
+from vqa_sft_grpo.rewards import COMPOSITIONS, MEANINGS, NATS, AnswerFrequencies, RewardSettings, answer_to_score
+from vqa_sft_grpo.rewards import explain, gold_of, ignored_fields, images_of_v, lend_regions, measure_drops, plan_edits
+from vqa_sft_grpo.rewards import score_rollouts, slope
+from vqa_sft_grpo.rollouts import Fits, answer_logprobs, completion_logprobs, make_prompts, never_drawn, sample
+from vqa_sft_grpo.rollouts import stop_tokens
 from vqa_sft_grpo.train_sft import limit_pixels, restore
 
 TASK = "vqa_sft_grpo"
@@ -153,173 +100,82 @@ TOLERANCE = {
 def parse_args(argv=None):
     parser = script_parser(__doc__, task=TASK)
     g = parser.add_argument_group("data")
-    g.add_argument(
-        "--data-jsonl",
-        "--data",
-        dest="data_jsonl",
-        default="data/grpo_data.jsonl",
-        metavar="FILE",
-        help="rows of prepare_data.py --grpo_output (--output does as well), or phantom: drawn here (%(default)s)",
-    )
-    g.add_argument(
-        "--films",
-        type=positive_int,
-        default=2000,
-        help="phantom: films to draw, and a tenth more for validation (%(default)s)",
-    )
-    g.add_argument(
-        "--conditions", nargs="+", metavar="NAME", help="phantom: draw and ask about these only (default: all)"
-    )
+    # fmt: off
+    g.add_argument("--data-jsonl", "--data", dest="data_jsonl", default="data/grpo_data.jsonl", metavar="FILE",
+        help="rows of prepare_data.py --grpo_output (--output does as well), or phantom: drawn here (%(default)s)")
+    g.add_argument("--films", type=positive_int, default=2000,
+        help="phantom: films to draw, and a tenth more for validation (%(default)s)")
+    g.add_argument("--conditions", nargs="+", metavar="NAME",
+        help="phantom: draw and ask about these only (default: all)")
     g.add_argument("--style", default="json", choices=STYLES, help="prompt style (%(default)s)")
-    g.add_argument(
-        "--max-pixels",
-        type=positive_int,
-        default=262_144,
-        help="Qwen2-VL: images are scaled down to this area; 784 pixels are one token (%(default)s)",
-    )
+    g.add_argument("--max-pixels", type=positive_int, default=262_144,
+        help="Qwen2-VL: images are scaled down to this area; 784 pixels are one token (%(default)s)")
     g = parser.add_argument_group("model")
-    g.add_argument(
-        "--model",
-        help=f"hub name, folder or tiny (default: what --sft-ckpt was trained on, else {BASE_MODEL}); also --base-model",
-    )
-    g.add_argument(
-        "--sft-ckpt",
-        metavar="FOLDER",
-        help="of train_sft.py: an adapter, which is trained on, or a whole model, which gets a new one",
-    )
+    g.add_argument("--model", help=f"hub name, folder or tiny (default: what --sft-ckpt was trained on, else "
+        f"{BASE_MODEL}); also --base-model")
+    g.add_argument("--sft-ckpt", metavar="FOLDER",
+        help="of train_sft.py: an adapter, which is trained on, or a whole model, which gets a new one")
     g.add_argument("--quant", default="none", choices=QUANTS, help="weights in 4 or 8 bit (%(default)s)")
-    g.add_argument(
-        "--dtype",
-        default="auto",
-        choices=["auto", "float32", "bfloat16", "float16"],
-        help="computing precision (%(default)s)",
-    )
-    g.add_argument(
-        "--lora-rank", type=positive_int, default=16, help="of a new adapter; alpha is twice that (%(default)s)"
-    )
+    g.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
+        help="computing precision (%(default)s)")
+    g.add_argument("--lora-rank", type=positive_int, default=16,
+        help="of a new adapter; alpha is twice that (%(default)s)")
     g = parser.add_argument_group("rollouts")
-    g.add_argument(
-        "--num-generations",
-        type=positive_int,
-        default=4,
-        metavar="G",
-        help="answers per question, at least 2; 8 is better where memory allows (%(default)s)",
-    )
-    g.add_argument(
-        "--max-new-tokens", type=positive_int, default=256, metavar="TOKENS", help="longest answer (%(default)s)"
-    )
-    g.add_argument(
-        "--temperature", type=positive_float, default=1.0, help="of sampling and of all log-probabilities (%(default)s)"
-    )
-    g.add_argument(
-        "--resample",
-        type=int,
-        default=0,
-        metavar="TIMES",
-        help="draw other questions for groups with equal rewards, at most so many times a step (%(default)s)",
-    )
+    g.add_argument("--num-generations", type=positive_int, default=4, metavar="G",
+        help="answers per question, at least 2; 8 is better where memory allows (%(default)s)")
+    g.add_argument("--max-new-tokens", type=positive_int, default=256, metavar="TOKENS",
+        help="longest answer (%(default)s)")
+    g.add_argument("--temperature", type=positive_float, default=1.0,
+        help="of sampling and of all log-probabilities (%(default)s)")
+    g.add_argument("--resample", type=int, default=0, metavar="TIMES",
+        help="draw other questions for groups with equal rewards, at most so many times a step (%(default)s)")
     g = parser.add_argument_group("reward", "see rewards.py")
-    g.add_argument(
-        "--weights",
-        default="0.2,0.4,0.2,0.2",
-        help="of format, answer, consistency, counterfactual (%(default)s); 0 for the last: edited images are not looked at",
-    )
-    g.add_argument(
-        "--composition", default="gated", choices=COMPOSITIONS, help="how the terms make up the reward (%(default)s)"
-    )
-    g.add_argument(
-        "--cf-regions",
-        type=positive_int,
-        default=4,
-        metavar="K",
-        help="random regions to compare the gold one with (%(default)s)",
-    )
-    g.add_argument(
-        "--cf-fill",
-        default="mixed",
-        choices=[*FILLS, "mixed"],
-        help="what an edit puts into a region; mixed: another one for each row (%(default)s)",
-    )
-    g.add_argument(
-        "--cf-gradient",
-        type=not_negative,
-        default=1.0,
-        help="weight of the reward's own gradient through V, 0 leaves it out (%(default)s)",
-    )
+    g.add_argument("--weights", default="0.2,0.4,0.2,0.2", help="of format, answer, consistency, counterfactual "
+        "(%(default)s); 0 for the last: edited images are not looked at")
+    g.add_argument("--composition", default="gated", choices=COMPOSITIONS,
+        help="how the terms make up the reward (%(default)s)")
+    g.add_argument("--cf-regions", type=positive_int, default=4, metavar="K",
+        help="random regions to compare the gold one with (%(default)s)")
+    g.add_argument("--cf-fill", default="mixed", choices=[*FILLS, "mixed"],
+        help="what an edit puts into a region; mixed: another one for each row (%(default)s)")
+    g.add_argument("--cf-gradient", type=not_negative, default=1.0,
+        help="weight of the reward's own gradient through V, 0 leaves it out (%(default)s)")
     g = parser.add_argument_group("loss", "see grpo.py")
     g.add_argument("--loss", default="dapo", choices=LOSSES, help="how tokens are averaged (%(default)s)")
-    g.add_argument(
-        "--scale-rewards", default="none", choices=SCALES, help="what advantages are divided by (%(default)s)"
-    )
-    g.add_argument(
-        "--ratio-level", default="token", choices=RATIO_LEVELS, help="one ratio per token or per answer (%(default)s)"
-    )
+    g.add_argument("--scale-rewards", default="none", choices=SCALES,
+        help="what advantages are divided by (%(default)s)")
+    g.add_argument("--ratio-level", default="token", choices=RATIO_LEVELS,
+        help="one ratio per token or per answer (%(default)s)")
     g.add_argument("--eps-low", type=positive_float, default=0.2, help="ratios are clipped at 1 - this (%(default)s)")
     g.add_argument("--eps-high", type=positive_float, default=0.28, help="and at 1 + this (%(default)s)")
-    g.add_argument(
-        "--beta",
-        type=not_negative,
-        default=0.02,
-        help="weight of the KL from the reference; 0: it is not computed (%(default)s)",
-    )
+    g.add_argument("--beta", type=not_negative, default=0.02,
+        help="weight of the KL from the reference; 0: it is not computed (%(default)s)")
     g.add_argument("--kl", default="k3_corrected", choices=KL_ESTIMATORS, help="its estimator (%(default)s)")
-    g.add_argument(
-        "--inner-steps",
-        type=positive_int,
-        default=1,
-        metavar="N",
-        help="gradient steps on the same answers (%(default)s)",
-    )
+    g.add_argument("--inner-steps", type=positive_int, default=1, metavar="N",
+        help="gradient steps on the same answers (%(default)s)")
     g.add_argument("--mask-truncated", action="store_true", help="answers without end token are left out of the loss")
     g = parser.add_argument_group("optimisation")
     g.add_argument("--steps", type=positive_int, default=1000, help="steps (%(default)s)")
     g.add_argument("--batch-size", type=positive_int, default=2, metavar="P", help="questions per step (%(default)s)")
-    g.add_argument(
-        "--micro-batch",
-        type=positive_int,
-        help="answers (or edited images) per pass; the result stays the same (default: --num-generations, for small models all)",
-    )
-    g.add_argument(
-        "--lr",
-        type=positive_float,
-        default=1e-6,
-        help="highest learning rate of AdamW; an adapter bears 1e-5, the tiny model 5e-4 (%(default)s)",
-    )
-    g.add_argument(
-        "--warmup",
-        type=fraction,
-        default=0.05,
-        help="share of the steps with rising learning rate, before a cosine to 0 (%(default)s)",
-    )
+    g.add_argument("--micro-batch", type=positive_int, help="answers (or edited images) per pass; the result stays "
+        "the same (default: --num-generations, for small models all)")
+    g.add_argument("--lr", type=positive_float, default=1e-6,
+        help="highest learning rate of AdamW; an adapter bears 1e-5, the tiny model 5e-4 (%(default)s)")
+    g.add_argument("--warmup", type=fraction, default=0.05,
+        help="share of the steps with rising learning rate, before a cosine to 0 (%(default)s)")
     g.add_argument("--grad-clip", type=positive_float, default=1.0, help="largest norm of the gradient (%(default)s)")
-    g.add_argument(
-        "--checkpointing",
-        action="store_true",
-        help="compute activations again in the backward pass; prompts are then not shared there",
-    )
+    g.add_argument("--checkpointing", action="store_true",
+        help="compute activations again in the backward pass; prompts are then not shared there")
     g = parser.add_argument_group("validation, saving, looking")
-    g.add_argument(
-        "--eval-every", type=positive_int, metavar="STEPS", help="steps between two validations (default: ten in a run)"
-    )
-    g.add_argument(
-        "--eval-rows",
-        type=positive_int,
-        default=100,
-        metavar="N",
-        help="validation rows that are answered, drawn with --seed (%(default)s)",
-    )
-    g.add_argument(
-        "--save-every",
-        type=positive_int,
-        default=25,
-        metavar="STEPS",
-        help="steps between two last.pt: what a killed run repeats (%(default)s)",
-    )
-    g.add_argument(
-        "--explain",
-        metavar="ID",
-        help="no training: print why a rollout of --out-dir (step.prompt.rollout, as in rollouts.jsonl) earned what it earned, and draw its edited images",
-    )
+    g.add_argument("--eval-every", type=positive_int, metavar="STEPS",
+        help="steps between two validations (default: ten in a run)")
+    g.add_argument("--eval-rows", type=positive_int, default=100, metavar="N",
+        help="validation rows that are answered, drawn with --seed (%(default)s)")
+    g.add_argument("--save-every", type=positive_int, default=25, metavar="STEPS",
+        help="steps between two last.pt: what a killed run repeats (%(default)s)")
+    g.add_argument("--explain", metavar="ID", help="no training: print why a rollout of --out-dir "
+        "(step.prompt.rollout, as in rollouts.jsonl) earned what it earned, and draw its edited images")
+    # fmt: on
     add_resume(g)
     args = parser.parse_args(argv)
     if args.dry_run:
@@ -351,7 +207,10 @@ def parse_args(argv=None):
 
 
 def load_rows(args):
-    """-> (training rows, validation rows, facts for metrics.json). Rows of a test split are left out, whatever the file holds."""
+    """
+    -> (training rows, validation rows, facts for metrics.json). Rows of a test split are left out, whatever the file
+    holds.
+    """
     if args.data_jsonl.lower() == "phantom":
         rows, audit = make_rows(
             "phantom",
@@ -371,7 +230,8 @@ def load_rows(args):
         for number, row in enumerate(rows, 1):
             if not {"image", "image_path"} & row.keys() or not {"answer", "gold"} & row.keys():
                 raise InputError(
-                    f"{args.data_jsonl}, row {number} lacks {' or '.join(GRPO_FIELDS)}; make the file again with vqa_sft_grpo/prepare_data.py"
+                    f"{args.data_jsonl}, row {number} lacks {' or '.join(GRPO_FIELDS)}; make the file again with"
+                    " vqa_sft_grpo/prepare_data.py"
                 )
         names = "+".join(sorted({r.get("dataset", "unknown") for r in rows}))
         facts = {
@@ -391,7 +251,8 @@ def load_rows(args):
     train, held_out = train[: args.limit], held_out[: args.limit]
     if not train or not held_out:
         raise InputError(
-            f"{args.data_jsonl} has {len(train)} rows to train on and {len(held_out)} for validation, and both are needed: make it with prepare_data.py --split train --grpo_output FILE"
+            f"{args.data_jsonl} has {len(train)} rows to train on and {len(held_out)} for validation, and both are"
+            " needed: make it with prepare_data.py --split train --grpo_output FILE"
         )
     lend_regions(train + held_out, train)
     held_out = [
@@ -422,7 +283,9 @@ def with_size(row, image):
 
 
 def row_at(place, count, seed):
-    """The row of a place in the endless stream of questions: every row once per epoch, each epoch in an order of its own."""
+    """
+    The row of a place in the endless stream of questions: every row once per epoch, each epoch in an order of its own.
+    """
     return int(order_of(count, seed, place // count)[place % count])
 
 
@@ -482,7 +345,9 @@ def trained_parameters(vlm):
 
 
 def text_of(vlm, ids):
-    """New tokens as text: without the one that ends them, but with any other special token, which the reward must see."""
+    """
+    New tokens as text: without the one that ends them, but with any other special token, which the reward must see.
+    """
     return vlm.tokenizer.decode(ids[:-1] if ids[-1] in stop_tokens(vlm) else ids, skip_special_tokens=False)
 
 
@@ -490,7 +355,10 @@ def text_of(vlm, ids):
 
 
 class Batch:
-    """The questions of a step with their rollouts. Lists by question: rows, prompts, plans, edited (Prompts of the plan's images), groups, logps; by rollout: texts, terms."""
+    """
+    The questions of a step with their rollouts. Lists by question: rows, prompts, plans, edited (Prompts of the plan's
+    images), groups, logps; by rollout: texts, terms.
+    """
 
     def __init__(self, **fields):
         self.__dict__.update(fields)
@@ -638,15 +506,16 @@ def fixed_logprobs(vlm, batch, args, fits):
 
 def check_sampler(vlm, batch, args, fits):
     """
-    -> fixed_logprobs of the policy, after a look whether they are those that the sampler found token by token: if not, the two see different
-    inputs (image, positions, temperature), and training would go astray in silence. RuntimeError.
+    -> fixed_logprobs of the policy, after a look whether they are those that the sampler found token by token: if not,
+    the two see different inputs (image, positions, temperature), and training would go astray in silence. RuntimeError.
     """
     lines = fixed_logprobs(vlm, batch, args, fits)
     sampled = torch.tensor([logp for group in batch.logps for line in group for logp in line], device=vlm.device)
     distance = (torch.cat(lines) - sampled).abs().mean().item()
     if not distance <= TOLERANCE[vlm.dtype]:
         raise RuntimeError(
-            f"The policy that learns must be the policy that sampled: their log-probabilities differ by {distance:.3g} nats on average. The passes see different inputs or settings."
+            f"The policy that learns must be the policy that sampled: their log-probabilities differ by {distance:.3g}"
+            " nats on average. The passes see different inputs or settings."
         )
     return lines
 
@@ -703,8 +572,9 @@ def loss_and_gradient(vlm, batch, advantages, old, ref, args, fits, scaler):
 
 def reward_gradient(vlm, batch, args, settings, fits, scaler):
     """
-    Adds the gradient of -mean reward through V -> its loss: right answers become less likely without their gold region (where that is at its
-    limit, or there is none, on the image as it is) and likelier without the random region that they depend on most.
+    Adds the gradient of -mean reward through V -> its loss: right answers become less likely without their gold region
+    (where that is at its limit, or there is none, on the image as it is) and likelier without the random region that
+    they depend on most.
     """
     n, size, jobs = len(batch.texts), args.num_generations, {}
     for i, terms in enumerate(batch.terms):
@@ -752,7 +622,10 @@ def reward_gradient(vlm, batch, args, settings, fits, scaler):
 
 
 def validate(vlm, rows, args, settings, fits):
-    """Greedy answers to validation rows -> {val_accuracy, val_valid, val_iou, val_gap}. Every row counts; what cannot be read is wrong."""
+    """
+    Greedy answers to validation rows -> {val_accuracy, val_valid, val_iou, val_gap}. Every row counts; what cannot be
+    read is wrong.
+    """
     numbers = []
     for start in range(0, len(rows), 64):
         some = rows[start : start + 64]
@@ -798,8 +671,9 @@ def train(args, vlm, train_rows, val_rows, facts, run_dir):
     )
     eval_every = args.eval_every or max(1, args.steps // 10)
     print(
-        f"{count_parameters(vlm.model, trainable=True):,} of {count_parameters(vlm.model):,} parameters are trained; {len(train_rows)} questions, {facts['with_region']} with a region; "
-        f"{args.steps} steps of {args.batch_size} x {args.num_generations} answers, {fits.size} per pass, lr {args.lr:g}",
+        f"{count_parameters(vlm.model, trainable=True):,} of {count_parameters(vlm.model):,} parameters are trained;"
+        f" {len(train_rows)} questions, {facts['with_region']} with a region; {args.steps} steps of {args.batch_size} x"
+        f" {args.num_generations} answers, {fits.size} per pass, lr {args.lr:g}",
         flush=True,
     )
     step, place, history, best, told, last_path = 0, 0, [], None, set(), run_dir / "last.pt"
@@ -808,7 +682,8 @@ def train(args, vlm, train_rows, val_rows, facts, run_dir):
         refuse_other_settings(settings_of(args), state["settings"], last_path)
         if state["data"] != facts["sha256"]:
             raise InputError(
-                f"{last_path} was trained on other rows than those of {args.data_jsonl}; give the same file, or start a new run"
+                f"{last_path} was trained on other rows than those of {args.data_jsonl}; give the same file, or start a"
+                " new run"
             )
         restore(state, named, optimizer, scaler, last_path)
         step, place, history, best, fits.size = (state[k] for k in ("step", "place", "history", "best", "fits"))
@@ -820,7 +695,10 @@ def train(args, vlm, train_rows, val_rows, facts, run_dir):
     write_json(run_dir / "meanings.json", {"history.jsonl": HISTORY, "rollouts.jsonl": MEANINGS})
 
     def save():
-        """All it takes to go on exactly here; which questions come, and every random number, follow from seed, step and place."""
+        """
+        All it takes to go on exactly here; which questions come, and every random number, follow from seed, step and
+        place.
+        """
         save_checkpoint(
             last_path,
             {
@@ -915,7 +793,8 @@ def train(args, vlm, train_rows, val_rows, facts, run_dir):
                     skipped, bad_in_a_row = 1, bad_in_a_row + 1
                     if bad_in_a_row >= MOST_SKIPPED:
                         raise InputError(
-                            f"loss or gradient was not finite {bad_in_a_row} times in a row, up to step {step + 1}: lower --lr, or use --dtype float32; {run_dir} keeps what was saved before"
+                            f"loss or gradient was not finite {bad_in_a_row} times in a row, up to step {step + 1}:"
+                            f" lower --lr, or use --dtype float32; {run_dir} keeps what was saved before"
                         )
                 scaler.update()
                 optimizer.zero_grad(set_to_none=True)
@@ -961,7 +840,8 @@ def train(args, vlm, train_rows, val_rows, facts, run_dir):
             log_rollouts(run_dir / "rollouts.jsonl", batch, advantages, step, args.num_generations)
             if step == 1:
                 print(
-                    f"first answers, rewards {', '.join(f'{r:.2f}' for r in batch.rewards[: args.num_generations])}: {[t[:80] for t in batch.texts[: min(2, args.num_generations)]]}"
+                    f"first answers, rewards {', '.join(f'{r:.2f}' for r in batch.rewards[: args.num_generations])}:"
+                    f" {[t[:80] for t in batch.texts[: min(2, args.num_generations)]]}"
                 )
             star = None
             if step % eval_every == 0 or step == args.steps:
@@ -1096,7 +976,9 @@ def main(argv=None):
         },
     )
     print(
-        f"validation accuracy {history[0]['val_accuracy']:.3f} before, {best['val_accuracy']:.3f} at best (step {best['step']}); measure it on the test rows with python vqa_sft_grpo/evaluate.py --sft_ckpt {run_dir}\nresults in {run_dir} ({time.time() - started:.0f} s)"
+        f"validation accuracy {history[0]['val_accuracy']:.3f} before, {best['val_accuracy']:.3f} at best (step"
+        f" {best['step']}); measure it on the test rows with python vqa_sft_grpo/evaluate.py --sft_ckpt"
+        f" {run_dir}\nresults in {run_dir} ({time.time() - started:.0f} s)"
     )
 
 

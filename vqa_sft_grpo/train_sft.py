@@ -1,27 +1,30 @@
 """
-Supervised fine-tuning of a vision-language model on prepared questions, answers, captions and boxes; keep the best by validation.
+Supervised fine-tuning of a vision-language model on prepared questions, answers, captions and boxes; keep the best by
+validation.
 
 Usage:
     python vqa_sft_grpo/prepare_data.py --output data/train.json --dataset both --split train
-    python vqa_sft_grpo/train_sft.py --cfg configs/sft.yaml --data data/train.json          # Qwen2-VL 2B, LoRA, one 16 GB GPU
+    python vqa_sft_grpo/train_sft.py --cfg configs/sft.yaml --data data/train.json  # Qwen2-VL 2B, LoRA, one 16 GB GPU
     python vqa_sft_grpo/train_sft.py --cfg configs/sft.yaml --data data/train.json --quant nf4        # QLoRA
-    python vqa_sft_grpo/train_sft.py --model tiny --data phantom                            # offline, two cores, 20 minutes
+    python vqa_sft_grpo/train_sft.py --model tiny --data phantom  # offline, two cores, 20 minutes
     python vqa_sft_grpo/train_sft.py --resume outputs/vqa_sft_grpo/train_sft/001
     python vqa_sft_grpo/train_sft.py --dry-run                                              # everything once, seconds
     torchrun --nproc-per-node 2 vqa_sft_grpo/train_sft.py --cfg configs/sft.yaml --data data/train.json
 
 Expected of these: see vqa_sft_grpo/README.md, where each number stands beside its command.
-Writes to the run folder: best/ (the model with the best validation accuracy), last.pt (to resume), history.jsonl, metrics.json,
-figures/curves.png; at the end best/ is copied to --save-to. best/ is a LoRA adapter as peft reads it, or for a model trained whole
-a model folder; either way with the processor, and evaluate.py, infer.py and train_grpo.py take it as --sft-ckpt.
+Writes to the run folder: best/ (the model with the best validation accuracy), last.pt (to resume), history.jsonl,
+metrics.json, figures/curves.png; at the end best/ is copied to --save-to. best/ is a LoRA adapter as peft reads it, or
+for a model trained whole a model folder; either way with the processor, and evaluate.py, infer.py and train_grpo.py
+take it as --sft-ckpt.
 
-What is trained. --train lora: low-rank adapters in the language model, all else frozen; the features of the frozen vision tower
-can be computed once (--cache-features). --train full: everything, for models that start from random weights. The loss is the mean
-over the learned tokens of the whole batch, however it is cut into passes: answer and end token, never prompt or image.
---blank-share adds rows whose image is a plain grey picture and whose target is their own answer alone, with no caption and no
-box: over many rows these answers are those of the question's prior, so a model that sees nothing is taught to give that prior and
-to describe nothing. Without it a grey picture is unlike all training images, and what a model writes there is no baseline.
-Validation writes answers (greedy) and scores them strictly; the test split is never read.
+What is trained. --train lora: low-rank adapters in the language model, all else frozen; the features of the frozen
+vision tower can be computed once (--cache-features). --train full: everything, for models that start from random
+weights. The loss is the mean over the learned tokens of the whole batch, however it is cut into passes: answer and end
+token, never prompt or image. --blank-share adds rows whose image is a plain grey picture and whose target is their own
+answer alone, with no caption and no box: over many rows these answers are those of the question's prior, so a model
+that sees nothing is taught to give that prior and to describe nothing. Without it a grey picture is unlike all training
+images, and what a model writes there is no baseline. Validation writes answers (greedy) and scores them strictly; the
+test split is never read.
 """
 
 import json
@@ -46,29 +49,10 @@ from tqdm import tqdm
 from shared.data.download import sha256_of
 from shared.models.loading import QUANTS, add_lora, count_parameters, load_vlm
 from shared.models.tiny import is_tiny, quietly
-from shared.runtime import (
-    InputError,
-    StopSignal,
-    add_resume,
-    fraction,
-    free_gpu,
-    learning_rate,
-    load_checkpoint,
-    not_negative,
-    open_run_dir,
-    pick_device,
-    positive_float,
-    positive_int,
-    refuse_other_settings,
-    run_facts,
-    save_checkpoint,
-    script,
-    script_parser,
-    seed_everything,
-    start_distributed,
-    write_json,
-    write_jsonl,
-)
+from shared.runtime import InputError, StopSignal, add_resume, fraction, free_gpu, learning_rate, load_checkpoint
+from shared.runtime import not_negative, open_run_dir, pick_device, positive_float, positive_int, refuse_other_settings
+from shared.runtime import run_facts, save_checkpoint, script, script_parser, seed_everything, start_distributed
+from shared.runtime import write_json, write_jsonl
 from vqa_sft_grpo.counterfactual import blank, region_iou
 from vqa_sft_grpo.examples import ImageStore, batch_loss, epoch_batches, make_examples
 from vqa_sft_grpo.infer import BASE_MODEL, Answerer
@@ -86,146 +70,67 @@ MOST_SKIPPED = 20  # steps in a row without a finite loss or gradient
 def parse_args(argv=None):
     parser = script_parser(__doc__, task=TASK)
     g = parser.add_argument_group("data")
-    g.add_argument(
-        "--data",
-        default="data/train.json",
-        metavar="FILE",
-        help="rows written by prepare_data.py, or phantom: drawn here (%(default)s)",
-    )
-    g.add_argument(
-        "--films",
-        type=positive_int,
-        default=6000,
-        help="phantom: films to draw, and a tenth more for validation (%(default)s)",
-    )
-    g.add_argument(
-        "--conditions", nargs="+", metavar="NAME", help="phantom: draw and ask about these only (default: all)"
-    )
-    g.add_argument(
-        "--styles",
-        nargs="+",
-        default=list(STYLES),
-        choices=STYLES,
-        help="prompt styles; each row is learned in each (default: both)",
-    )
-    g.add_argument(
-        "--blank-share",
-        type=fraction,
-        default=0.0,
-        metavar="P",
-        help="add this share of the training rows once more, with a grey picture and the answer alone (%(default)s)",
-    )
-    g.add_argument(
-        "--max-length",
-        type=positive_int,
-        default=2048,
-        metavar="TOKENS",
-        help="longest example, image included; a longer one stops the run (%(default)s)",
-    )
-    g.add_argument(
-        "--max-pixels",
-        type=positive_int,
-        default=262_144,
-        help="Qwen2-VL: images are scaled down to this area; 784 pixels are one token (%(default)s)",
-    )
-    g.add_argument(
-        "--cache-gib",
-        type=positive_float,
-        default=2.0,
-        metavar="GIB",
-        help="memory for images prepared once, and for features (%(default)s)",
-    )
-    g.add_argument(
-        "--cache-features",
-        action="store_true",
-        help="compute the features of the frozen vision tower once; equal losses",
-    )
+    # fmt: off
+    g.add_argument("--data", default="data/train.json", metavar="FILE",
+        help="rows written by prepare_data.py, or phantom: drawn here (%(default)s)")
+    g.add_argument("--films", type=positive_int, default=6000,
+        help="phantom: films to draw, and a tenth more for validation (%(default)s)")
+    g.add_argument("--conditions", nargs="+", metavar="NAME",
+        help="phantom: draw and ask about these only (default: all)")
+    g.add_argument("--styles", nargs="+", default=list(STYLES), choices=STYLES,
+        help="prompt styles; each row is learned in each (default: both)")
+    g.add_argument("--blank-share", type=fraction, default=0.0, metavar="P",
+        help="add this share of the training rows once more, with a grey picture and the answer alone (%(default)s)")
+    g.add_argument("--max-length", type=positive_int, default=2048, metavar="TOKENS",
+        help="longest example, image included; a longer one stops the run (%(default)s)")
+    g.add_argument("--max-pixels", type=positive_int, default=262_144,
+        help="Qwen2-VL: images are scaled down to this area; 784 pixels are one token (%(default)s)")
+    g.add_argument("--cache-gib", type=positive_float, default=2.0, metavar="GIB",
+        help="memory for images prepared once, and for features (%(default)s)")
+    g.add_argument("--cache-features", action="store_true",
+        help="compute the features of the frozen vision tower once; equal losses")
     g = parser.add_argument_group("model")
     g.add_argument("--model", default=BASE_MODEL, help="hub name, folder or tiny (%(default)s)")
     g.add_argument("--quant", default="none", choices=QUANTS, help="weights in 4 or 8 bit: QLoRA (%(default)s)")
-    g.add_argument(
-        "--dtype",
-        default="auto",
-        choices=["auto", "float32", "bfloat16", "float16"],
-        help="computing precision (%(default)s)",
-    )
-    g.add_argument(
-        "--train",
-        default="auto",
-        choices=["auto", "lora", "full"],
-        help="what is trained; auto: full for a tiny model, else lora (%(default)s)",
-    )
-    g.add_argument(
-        "--lora-rank", type=positive_int, default=8, help="rank of the adapters; alpha is twice that (%(default)s)"
-    )
+    g.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
+        help="computing precision (%(default)s)")
+    g.add_argument("--train", default="auto", choices=["auto", "lora", "full"],
+        help="what is trained; auto: full for a tiny model, else lora (%(default)s)")
+    g.add_argument("--lora-rank", type=positive_int, default=8,
+        help="rank of the adapters; alpha is twice that (%(default)s)")
     g.add_argument("--lora-dropout", type=fraction, default=0.05, help="dropout in front of the adapters (%(default)s)")
     g = parser.add_argument_group("optimisation")
     g.add_argument("--epochs", type=positive_int, default=3, help="passes over the examples (%(default)s)")
     g.add_argument("--steps", type=positive_int, help="optimiser steps, in place of --epochs")
-    g.add_argument(
-        "--batch-size", type=positive_int, default=8, help="examples per step, over all processes (%(default)s)"
-    )
-    g.add_argument(
-        "--micro-batch",
-        type=positive_int,
-        help="examples per pass; gradients add up to those of the batch (default: 1, for a model trained whole the batch)",
-    )
-    g.add_argument(
-        "--per-image",
-        type=positive_int,
-        default=4,
-        help="questions about one image kept side by side in a batch, which share its features (%(default)s)",
-    )
-    g.add_argument(
-        "--lr", type=positive_float, help="highest learning rate of AdamW (default: 1e-4 for lora, 1e-3 for full)"
-    )
-    g.add_argument(
-        "--warmup",
-        type=fraction,
-        default=0.1,
-        help="share of the steps with rising learning rate, before a cosine to 0 (%(default)s)",
-    )
+    g.add_argument("--batch-size", type=positive_int, default=8,
+        help="examples per step, over all processes (%(default)s)")
+    g.add_argument("--micro-batch", type=positive_int, help="examples per pass; gradients add up to those of the "
+        "batch (default: 1, for a model trained whole the batch)")
+    g.add_argument("--per-image", type=positive_int, default=4,
+        help="questions about one image kept side by side in a batch, which share its features (%(default)s)")
+    g.add_argument("--lr", type=positive_float,
+        help="highest learning rate of AdamW (default: 1e-4 for lora, 1e-3 for full)")
+    g.add_argument("--warmup", type=fraction, default=0.1,
+        help="share of the steps with rising learning rate, before a cosine to 0 (%(default)s)")
     g.add_argument("--weight-decay", type=not_negative, default=0.01, help="of AdamW, on matrices (%(default)s)")
     g.add_argument("--grad-clip", type=positive_float, default=1.0, help="largest norm of the gradient (%(default)s)")
-    g.add_argument(
-        "--answer-weight",
-        type=positive_float,
-        default=1.0,
-        help="weight of the answer's own tokens in the loss; all others have 1 (%(default)s)",
-    )
-    g.add_argument(
-        "--box-weight",
-        type=not_negative,
-        default=1.0,
-        help="weight of the box coordinates, whose last digits are mostly noise (%(default)s)",
-    )
-    g.add_argument(
-        "--checkpointing",
-        action="store_true",
-        default=None,
-        help="compute activations again in the backward pass (default: for lora on real models)",
-    )
+    g.add_argument("--answer-weight", type=positive_float, default=1.0,
+        help="weight of the answer's own tokens in the loss; all others have 1 (%(default)s)")
+    g.add_argument("--box-weight", type=not_negative, default=1.0,
+        help="weight of the box coordinates, whose last digits are mostly noise (%(default)s)")
+    g.add_argument("--checkpointing", action="store_true", default=None,
+        help="compute activations again in the backward pass (default: for lora on real models)")
     g.add_argument("--no-checkpointing", dest="checkpointing", action="store_false", help="keep all activations")
     g = parser.add_argument_group("validation and saving")
-    g.add_argument(
-        "--eval-every", type=positive_int, metavar="STEPS", help="steps between two validations (default: ten in a run)"
-    )
-    g.add_argument(
-        "--eval-rows",
-        type=positive_int,
-        default=200,
-        metavar="N",
-        help="validation rows that are answered, drawn with --seed (%(default)s)",
-    )
+    g.add_argument("--eval-every", type=positive_int, metavar="STEPS",
+        help="steps between two validations (default: ten in a run)")
+    g.add_argument("--eval-rows", type=positive_int, default=200, metavar="N",
+        help="validation rows that are answered, drawn with --seed (%(default)s)")
     g.add_argument("--eval-style", default="json", choices=STYLES, help="prompt style of the validation (%(default)s)")
     g.add_argument("--eval-batch", type=positive_int, default=32, help="prompts answered at a time (%(default)s)")
-    g.add_argument(
-        "--save-to",
-        type=Path,
-        default=Path("checkpoints/qwen2vl_sft"),
-        metavar="FOLDER",
-        help="where best/ is copied at the end (%(default)s)",
-    )
+    g.add_argument("--save-to", type=Path, default=Path("checkpoints/qwen2vl_sft"), metavar="FOLDER",
+        help="where best/ is copied at the end (%(default)s)")
+    # fmt: on
     add_resume(g)
     args = parser.parse_args(argv)
     if args.dry_run:
@@ -245,7 +150,8 @@ def parse_args(argv=None):
         )
     if args.train == "full" and args.cache_features:
         parser.error(
-            "--cache-features needs a frozen vision tower, and --train full trains it: use --train lora, or leave --cache-features out"
+            "--cache-features needs a frozen vision tower, and --train full trains it: use --train lora, or leave"
+            " --cache-features out"
         )
     if args.eval_style not in args.styles:
         parser.error(f"--eval-style {args.eval_style} is not among the --styles that are trained")
@@ -285,7 +191,8 @@ def load_rows(args):
     blanks = blank_rows(train, args.blank_share, args.seed)
     if not train or not held_out:
         raise InputError(
-            f"{args.data} has {len(train)} rows to train on and {len(held_out)} for validation, and both are needed: make it with prepare_data.py --split train"
+            f"{args.data} has {len(train)} rows to train on and {len(held_out)} for validation, and both are needed:"
+            " make it with prepare_data.py --split train"
         )
     chosen = sorted(random.Random(args.seed).sample(range(len(held_out)), min(args.eval_rows, len(held_out))))
     phantom = any(r["dataset"] == "phantom" for r in rows)
@@ -297,7 +204,10 @@ def load_rows(args):
 
 
 def blank_rows(rows, share, seed):
-    """A random share of the rows with a grey picture of their size in place of the image, and the answer as the whole target."""
+    """
+    A random share of the rows with a grey picture of their size in place of the image, and the answer as the whole
+    target.
+    """
     grey, blanks = {}, []
     for row in random.Random(seed).sample(rows, round(share * len(rows))):
         size = row["height"], row["width"]
@@ -311,8 +221,8 @@ def blank_rows(rows, share, seed):
 
 def validate(vlm, rows, store, examples, args, max_new_tokens, rank, world_size):
     """
-    Answers to validation rows, greedy -> (numbers, answered rows). Every row counts: what cannot be parsed is wrong, a missing box
-    overlaps by 0. The loss is over the same rows, answers given.
+    Answers to validation rows, greedy -> (numbers, answered rows). Every row counts: what cannot be parsed is wrong, a
+    missing box overlaps by 0. The loss is over the same rows, answers given.
     """
     vlm.model.eval()
     mine = range(rank, len(rows), world_size)
@@ -381,7 +291,9 @@ def rank_of(row):
 
 
 class BatchOrder:
-    """The batch of every step of a run, known from seed and step alone: nothing has to be stored to go on in the middle."""
+    """
+    The batch of every step of a run, known from seed and step alone: nothing has to be stored to go on in the middle.
+    """
 
     def __init__(self, examples, args):
         self.examples, self.args, self.starts, self.epoch, self.batches = examples, args, [0], None, None
@@ -405,8 +317,9 @@ class BatchOrder:
 
 def backward(vlm, batch, store, micro_batch, scaler, args, rank, world_size):
     """
-    Gradients of the mean loss over the batch -> (this process's part of the loss, micro-batch that fitted). Out of GPU memory:
-    smaller parts from here on; loss and gradient stay those of the whole batch, since each token's share does not change.
+    Gradients of the mean loss over the batch -> (this process's part of the loss, micro-batch that fitted). Out of GPU
+    memory: smaller parts from here on; loss and gradient stay those of the whole batch, since each token's share does
+    not change.
     """
     weight = sum(float(e.weights.sum()) for e in batch)  # of all processes
     mine = batch[rank * len(batch) // world_size : (rank + 1) * len(batch) // world_size]
@@ -434,7 +347,10 @@ def backward(vlm, batch, store, micro_batch, scaler, args, rank, world_size):
 
 
 def sum_over_processes(parameters, total):
-    """Gradients and loss of all processes; the parts add up, since each is already divided by the weight of the whole batch."""
+    """
+    Gradients and loss of all processes; the parts add up, since each is already divided by the weight of the whole
+    batch.
+    """
     for p in parameters:
         if p.grad is None:  # a process without examples in a short last batch
             p.grad = torch.zeros_like(p)
@@ -478,7 +394,8 @@ def train(args, vlm, train_rows, val_rows, facts, run_dir, rank, world_size):
     longest_answer = max(len(e.target) for e in examples if e.style == args.eval_style)
     eval_every = args.eval_every or max(1, order.num_steps // 10)
     say(
-        f"training: {store}; {len(examples)} examples of {statistics.mean(lengths):.0f} tokens (longest {max(lengths)}, --max-length {args.max_length}); validation: {len(val_examples)} rows, {len(val_store)} images"
+        f"training: {store}; {len(examples)} examples of {statistics.mean(lengths):.0f} tokens (longest {max(lengths)},"
+        f" --max-length {args.max_length}); validation: {len(val_examples)} rows, {len(val_store)} images"
     )
 
     trainable = [p for p in vlm.model.parameters() if p.requires_grad]
@@ -489,7 +406,8 @@ def train(args, vlm, train_rows, val_rows, facts, run_dir, rank, world_size):
     scaler = torch.amp.GradScaler(vlm.device.type, enabled=vlm.dtype == torch.float16)
     warmup_steps = round(args.warmup * order.num_steps)
     say(
-        f"{args.train}: {count_parameters(vlm.model, trainable=True):,} of {count_parameters(vlm.model):,} parameters; {order.num_steps} steps of {args.batch_size} examples, {args.micro_batch} per pass, lr {args.lr:g}"
+        f"{args.train}: {count_parameters(vlm.model, trainable=True):,} of {count_parameters(vlm.model):,} parameters;"
+        f" {order.num_steps} steps of {args.batch_size} examples, {args.micro_batch} per pass, lr {args.lr:g}"
     )
 
     step, history, best, micro_batch = 0, [], None, args.micro_batch
@@ -552,7 +470,8 @@ def train(args, vlm, train_rows, val_rows, facts, run_dir, rank, world_size):
                 bad_in_a_row += 1
                 if bad_in_a_row >= MOST_SKIPPED:
                     raise InputError(
-                        f"loss or gradient was not finite in {bad_in_a_row} steps in a row, up to step {step + 1}: lower --lr, or use --dtype float32; {run_dir} keeps what was saved before"
+                        f"loss or gradient was not finite in {bad_in_a_row} steps in a row, up to step {step + 1}:"
+                        f" lower --lr, or use --dtype float32; {run_dir} keeps what was saved before"
                     )
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
@@ -582,7 +501,8 @@ def train(args, vlm, train_rows, val_rows, facts, run_dir, rank, world_size):
                 if better:
                     best = row
                 say(
-                    f"step {step:5d}/{order.num_steps}  loss {row['train_loss']:.3f}  val loss {row['val_loss']:.3f}  accuracy {row['val_accuracy']:.3f}  valid {row['val_valid']:.3f}"
+                    f"step {step:5d}/{order.num_steps}  loss {row['train_loss']:.3f}  val loss {row['val_loss']:.3f} "
+                    f" accuracy {row['val_accuracy']:.3f}  valid {row['val_valid']:.3f}"
                     + (f"  IoU {row['val_box_iou']:.3f}" if row["val_box_iou"] is not None else "")
                     + f"  {row['examples_per_second']:.1f} examples/s{'  *' if better else ''}",
                     flush=True,
@@ -627,10 +547,14 @@ def data_of(facts):
 
 
 def restore(state, named, optimizer, scaler, path):
-    """Weights (of the parameters `named`), optimiser and scale from the checkpoint `state` read from `path`. InputError when it is of another model."""
+    """
+    Weights (of the parameters `named`), optimiser and scale from the checkpoint `state` read from `path`. InputError
+    when it is of another model.
+    """
     if set(state["weights"]) != set(named) or any(state["weights"][name].shape != p.shape for name, p in named.items()):
         raise InputError(
-            f"{path} holds the weights of another model; give the same arguments that choose the model, or start a new run"
+            f"{path} holds the weights of another model; give the same arguments that choose the model, or start a"
+            " new run"
         )
     with torch.no_grad():
         for name, p in named.items():
@@ -686,7 +610,10 @@ def publish(args, run_dir):
     ]
     if args.save_to.exists() and kinds[0] != kinds[1]:
         return print(
-            f"{args.save_to} left alone: it holds {'an adapter' if kinds[0] == 'adapter_config.json' else 'something else'}, and this run trained {'an adapter' if kinds[1] == 'adapter_config.json' else 'a whole model'}; delete it to have it replaced, or use {run_dir}/best"
+            f"{args.save_to} left alone: it holds"
+            f" {'an adapter' if kinds[0] == 'adapter_config.json' else 'something else'}, and this run trained"
+            f" {'an adapter' if kinds[1] == 'adapter_config.json' else 'a whole model'}; delete it to have it replaced,"
+            f" or use {run_dir}/best"
         )
     building = args.save_to.with_name(f".{args.save_to.name}.part")
     shutil.rmtree(building, ignore_errors=True)
@@ -752,11 +679,14 @@ def main(argv=None):
     draw_curves(
         run_dir / "figures" / "curves.png",
         history,
-        f"{'PHANTOM films' if facts['phantom'] else facts['name']}, {args.model}, {args.train}, {len(val_rows)} validation rows",
+        f"{'PHANTOM films' if facts['phantom'] else facts['name']}, {args.model}, {args.train}, {len(val_rows)}"
+        " validation rows",
     )
     publish(args, run_dir)
     print(
-        f"best step {best['step']}: validation accuracy {best['val_accuracy']:.3f}; measure it on the test rows with python vqa_sft_grpo/evaluate.py --sft_ckpt {run_dir / 'best'}\nresults in {run_dir} ({time.time() - started:.0f} s)"
+        f"best step {best['step']}: validation accuracy {best['val_accuracy']:.3f}; measure it on the test rows with"
+        f" python vqa_sft_grpo/evaluate.py --sft_ckpt {run_dir / 'best'}\nresults in {run_dir}"
+        f" ({time.time() - started:.0f} s)"
     )
 
 

@@ -1,12 +1,13 @@
 """
-Rows of the sets with texts (iu_xray.py, vqa.py), splits by group, and what to look for before a split is trusted: images and
-texts on both sides, reworded questions, conflicting answers, near-identical images.
+Rows of the sets with texts (iu_xray.py, vqa.py), splits by group, and what to look for before a split is trusted:
+images and texts on both sides, reworded questions, conflicting answers, near-identical images.
 
 Usage:
     python -m shared.data.audit slake --data-dir data --allow-missing-images     # texts only
     python -m shared.data.audit vqa_rad --hash-images --json audit.json
 
-Audits take lists of rows and return plain numbers and lists of ids. Texts are compared by `plain_text`, so that "Yes." = "yes".
+Audits take lists of rows and return plain numbers and lists of ids. Texts are compared by `plain_text`, so that "Yes."
+= "yes".
 """
 
 import argparse
@@ -71,13 +72,14 @@ class RowSet:
         return f"{self.name} ({self.version}; {counts}{left_out}) from {self.source}"
 
 
-# ----------------------------------------------------------------------------------------------------------------- splits
+# --------------------------------------------------------------------------------------------------------------- splits
 
 
 def split_groups(groups, shares, seed=0):
     """
-    Group names (repeats allowed) -> {group: split}. shares: {"train": 0.7, "val": 0.1, "test": 0.2}, of the groups, adding up
-    to 1. The order is that of a hash of seed and name: the same on every machine and with every library version.
+    Group names (repeats allowed) -> {group: split}. shares: {"train": 0.7, "val": 0.1, "test": 0.2}, of the groups,
+    adding up to 1. The order is that of a hash of seed and name: the same on every machine and with every library
+    version.
     """
     if not shares or min(shares.values()) <= 0 or abs(sum(shares.values()) - 1) > 1e-6:
         raise InputError(f"the shares of a split must be above 0 and add up to 1, not {shares}")
@@ -94,7 +96,7 @@ def split_groups(groups, shares, seed=0):
     return chosen
 
 
-# ------------------------------------------------------------------------------------------------------------------ texts
+# ---------------------------------------------------------------------------------------------------------------- texts
 
 
 def plain_text(text):
@@ -107,7 +109,9 @@ def id_of(row):
 
 
 def values_of(row, keys, plain):
-    """The row's values under `keys`; the texts among them as plain(text). Names of images and groups stay as they are."""
+    """
+    The row's values under `keys`; the texts among them as plain(text). Names of images and groups stay as they are.
+    """
     return tuple(
         plain(row[k]) if k in ("question", "question_frame", "answer", "report", "findings", "impression") else row[k]
         for k in keys
@@ -131,7 +135,9 @@ def shared_between_splits(rows, key="image_id"):
 
 
 def repeats(rows, keys=("image_id", "question", "answer"), plain=plain_text):
-    """Rows equal in `keys`: how many are distinct, how many are repeats of an earlier one, and the ids of each such group."""
+    """
+    Rows equal in `keys`: how many are distinct, how many are repeats of an earlier one, and the ids of each such group.
+    """
     groups = defaultdict(list)
     for row in rows:
         groups[values_of(row, keys, plain)].append(id_of(row))
@@ -151,7 +157,9 @@ def seen(test, train, keys=("image_id", "question", "answer"), plain=plain_text)
 
 
 def frames_in(test, train):
-    """Rows of `test` whose question_frame is a question of `train`, with the same image and the same answer (VQA-RAD)."""
+    """
+    Rows of `test` whose question_frame is a question of `train`, with the same image and the same answer (VQA-RAD).
+    """
     framed = [row for row in test if row.get("question_frame")]
     known = {values_of(row, ("image_id", "question", "answer"), plain_text) for row in train}
     ids = [
@@ -168,8 +176,8 @@ def word_overlap(a, b):
 
 def reworded(test, train, threshold=0.5):
     """
-    Rows of `test` for which `train` has the same image and answer and a question with a word overlap of at least `threshold`;
-    pairs: (test id, train id, overlap) of the closest one.
+    Rows of `test` for which `train` has the same image and answer and a question with a word overlap of at least
+    `threshold`; pairs: (test id, train id, overlap) of the closest one.
     """
     known = defaultdict(list)
     for row in train:
@@ -196,19 +204,20 @@ def conflicts(rows):
     return {"pairs": len(found), "ids": [ids[key] for key in found]}
 
 
-# ----------------------------------------------------------------------------------------------------------------- images
+# --------------------------------------------------------------------------------------------------------------- images
 
 
 def image_hash(pixels):
     """
-    float (H, W) or (H, W, 3) in 0..1 -> bool (255,): the signs, against their median, of the lowest 16 x 16 frequencies of
-    the image at 64 x 64 pixels, without the mean (a pHash with more bits than usual: with 64 bits, chest films of different
-    patients lie as near as copies do).
+    float (H, W) or (H, W, 3) in 0..1 -> bool (255,): the signs, against their median, of the lowest 16 x 16 frequencies
+    of the image at 64 x 64 pixels, without the mean (a pHash with more bits than usual: with 64 bits, chest films of
+    different patients lie as near as copies do).
 
-    Measured: copies saved as JPEG of quality 40, at a half or a third of the size, 30 % darker or with 30 % more contrast,
-    with gamma 0.7, or moved by one pixel differ in at most 30 bits (190 films of IU X-ray, 79 images of VQA-RAD); films of
-    different patients in at least 48 (3,794 of IU X-ray), different images of VQA-RAD in at least 68. Hence SAME_IMAGE. Two
-    exposures of one patient lie at 30 and up; a copy without its outer 2 % differs in about 40 bits and is not found.
+    Measured: copies saved as JPEG of quality 40, at a half or a third of the size, 30 % darker or with 30 % more
+    contrast, with gamma 0.7, or moved by one pixel differ in at most 30 bits (190 films of IU X-ray, 79 images of
+    VQA-RAD); films of different patients in at least 48 (3,794 of IU X-ray), different images of VQA-RAD in at least
+    68. Hence SAME_IMAGE. Two exposures of one patient lie at 30 and up; a copy without its outer 2 % differs in about
+    40 bits and is not found.
     """
     if pixels.ndim == 3:
         pixels = pixels @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
@@ -221,9 +230,10 @@ def image_hash(pixels):
 
 def similar_images(paths, max_distance=SAME_IMAGE):
     """
-    paths: {id: path} -> groups of ids with the same pixels (`identical`), groups linked by hashes at most `max_distance` bits
-    apart (`similar`; these hold the identical ones too), the pairs behind them with their distance, and ids that cannot be
-    read with the reason. About 2 ms per image of 256 x 256 pixels on one core, and 0.3 s to compare 3,794 with each other.
+    paths: {id: path} -> groups of ids with the same pixels (`identical`), groups linked by hashes at most
+    `max_distance` bits apart (`similar`; these hold the identical ones too), the pairs behind them with their distance,
+    and ids that cannot be read with the reason. About 2 ms per image of 256 x 256 pixels on one core, and 0.3 s to
+    compare 3,794 with each other.
     """
     ids, hashes, pixels_seen, unreadable = [], [], defaultdict(list), {}
     for key, path in paths.items():
@@ -266,7 +276,7 @@ def linked_groups(pairs):
     return [list(group) for group in sorted({tuple(sorted(group)) for group in group_of.values()})]
 
 
-# ---------------------------------------------------------------------------------------------------------------- command
+# -------------------------------------------------------------------------------------------------------------- command
 
 
 @script
@@ -278,20 +288,14 @@ def main(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("data", choices=["iu_xray", "vqa_rad", "slake"], help="data set to look through")
-    parser.add_argument(
-        "--data-dir",
-        metavar="DIR",
-        default=os.environ.get("MEDVLM_DATA") or "data",
-        help="folder of all data sets; $MEDVLM_DATA, else data (%(default)s)",
-    )
-    parser.add_argument(
-        "--allow-missing-images", action="store_true", help="look at the texts also where images are missing"
-    )
-    parser.add_argument(
-        "--hash-images",
-        action="store_true",
-        help="look for near-identical images too; about 2 ms per image of 256 pixels",
-    )
+    # fmt: off
+    parser.add_argument("--data-dir", metavar="DIR", default=os.environ.get("MEDVLM_DATA") or "data",
+        help="folder of all data sets; $MEDVLM_DATA, else data (%(default)s)")
+    parser.add_argument("--allow-missing-images", action="store_true",
+        help="look at the texts also where images are missing")
+    parser.add_argument("--hash-images", action="store_true",
+        help="look for near-identical images too; about 2 ms per image of 256 pixels")
+    # fmt: on
     parser.add_argument("--json", metavar="FILE", help="write numbers and ids to this file")
     args = parser.parse_args(argv)
     audit = {"iu_xray": iu_xray.audit, "vqa_rad": vqa.audit_vqa_rad, "slake": vqa.audit_slake}[args.data]

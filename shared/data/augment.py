@@ -43,7 +43,10 @@ def augment(images, generator, strength="full"):
 
 
 def affine(images, angle, shift_x, shift_y, zoom):
-    """images (N, C, H, W); angle in degrees, shifts as a share of the side, zoom > 1 enlarges: each a number or (N, 1, 1, 1)."""
+    """
+    images (N, C, H, W); angle in degrees, shifts as a share of the side, zoom > 1 enlarges: each a number or (N, 1, 1,
+    1).
+    """
     n = len(images)
     angle, shift_x, shift_y, zoom = (
         torch.as_tensor(v, device=images.device, dtype=images.dtype).expand(n, 1, 1, 1).flatten()
@@ -67,9 +70,9 @@ def blur(images):
 
 def shifted_copies(images, seed=0):
     """
-    images uint8 (N, C, H, W) -> {name: float 0..1 (N, C, H, W)}: the images as they are and six fixed changes of framing,
-    exposure and sharpness that another hospital's films might show. Validation on these tells recipes, epochs and thresholds
-    apart that plain validation, near 0.99 AUC for all of them, cannot.
+    images uint8 (N, C, H, W) -> {name: float 0..1 (N, C, H, W)}: the images as they are and six fixed changes of
+    framing, exposure and sharpness that another hospital's films might show. Validation on these tells recipes, epochs
+    and thresholds apart that plain validation, near 0.99 AUC for all of them, cannot.
     """
     generator = torch.Generator().manual_seed(seed)
     x = images.float() / 255

@@ -1,9 +1,9 @@
 """
-Fetch the files of a public data set: a cut download goes on where it stopped, is checked, and is renamed into place only when
-whole; archives are unpacked without letting a member out of its folder.
+Fetch the files of a public data set: a cut download goes on where it stopped, is checked, and is renamed into place
+only when whole; archives are unpacked without letting a member out of its folder.
 
 Usage:
-    python -m shared.data.download vqa_rad --data-dir data      # or slake, iu_xray; --images adds the 14 GB of IU X-ray films
+    python -m shared.data.download vqa_rad --data-dir data  # or slake, iu_xray; --images adds the 14 GB of IU X-ray films
 """
 
 import argparse
@@ -41,20 +41,21 @@ class CutShort(Exception):
     """The connection ended before the file did."""
 
 
-# --------------------------------------------------------------------------------------------------------------- folders
+# -------------------------------------------------------------------------------------------------------------- folders
 
 
 def find_folder(data_dir, names, holding, what, address):
     """
-    The first of <data_dir>/<name>, then data_dir itself, that has one of the files `holding`. DataNotFound, with the address
-    and the folder to put the files in, when none has.
+    The first of <data_dir>/<name>, then data_dir itself, that has one of the files `holding`. DataNotFound, with the
+    address and the folder to put the files in, when none has.
     """
     data_dir = Path(data_dir)
     for folder in [*(data_dir / name for name in names), data_dir]:
         if any((folder / name).exists() for name in holding):
             return folder
     raise DataNotFound(
-        f"{what} is not in {data_dir / names[0]} (looked for {' or '.join(holding)}); get it from {address} and put the files into that folder"
+        f"{what} is not in {data_dir / names[0]} (looked for {' or '.join(holding)}); get it from {address} and put the"
+        " files into that folder"
     )
 
 
@@ -66,15 +67,15 @@ def sha256_of(path):
     return digest.hexdigest()
 
 
-# ------------------------------------------------------------------------------------------------------------------ fetch
+# ---------------------------------------------------------------------------------------------------------------- fetch
 
 
 def fetch(address, path, sha256=None, tries=5, timeout=30, wait=1.0):
     """
-    Download `address` to `path`; returns the path. A file that is there is kept when its checksum is right, or none is known.
-    What has arrived stays in <path>.part, and the next try, or the next call, asks for the rest only; it starts anew when the
-    server has another file by now. `timeout` and the first `wait` between tries are seconds; one process per file, please.
-    DataNotFound, with the address and the folder, when it cannot be had or has the wrong checksum.
+    Download `address` to `path`; returns the path. A file that is there is kept when its checksum is right, or none is
+    known. What has arrived stays in <path>.part, and the next try, or the next call, asks for the rest only; it starts
+    anew when the server has another file by now. `timeout` and the first `wait` between tries are seconds; one process
+    per file, please. DataNotFound, with the address and the folder, when it cannot be had or has the wrong checksum.
     """
     path = Path(path)
     by_hand = f"fetch {address} by hand and put it into {path.parent} as {path.name}"
@@ -113,8 +114,9 @@ def fetch(address, path, sha256=None, tries=5, timeout=30, wait=1.0):
 
 def fetch_rest(address, part, note, timeout, unmarked_ok):
     """
-    One request for what `part` still lacks. `note` holds the mark (ETag or date) of the file that `part` is the beginning of:
-    sent back as If-Range, it makes the server send the whole file when that has changed (RFC 9110, 13.1.5 and 14).
+    One request for what `part` still lacks. `note` holds the mark (ETag or date) of the file that `part` is the
+    beginning of: sent back as If-Range, it makes the server send the whole file when that has changed (RFC 9110, 13.1.5
+    and 14).
     """
     known = {}
     if note.exists() and part.exists():
@@ -167,13 +169,14 @@ def fetch_rest(address, part, note, timeout, unmarked_ok):
         raise CutShort(f"{have:,} of {total:,} bytes have arrived")
 
 
-# ----------------------------------------------------------------------------------------------------------------- unpack
+# --------------------------------------------------------------------------------------------------------------- unpack
 
 
 def unpack(archive, folder, largest=LARGEST):
     """
-    Unpack a zip or tar archive into `folder`; returns how many files it had. InputError, with nothing written, when it is
-    damaged, unpacks to more than `largest` bytes, or has a member that is a link or a device or would leave the folder.
+    Unpack a zip or tar archive into `folder`; returns how many files it had. InputError, with nothing written, when it
+    is damaged, unpacks to more than `largest` bytes, or has a member that is a link or a device or would leave the
+    folder.
     """
     archive, folder = Path(archive), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -192,7 +195,8 @@ def unpack(archive, folder, largest=LARGEST):
                     copied = copy_at_most(source, file, size)
                 if copied != size:
                     raise InputError(
-                        f"{archive} is damaged: {name} has {copied:,} bytes, not {size:,}; delete it and download it again"
+                        f"{archive} is damaged: {name} has {copied:,} bytes, not {size:,}; delete it and download it"
+                        " again"
                     )
                 names.append(name)
         except (
@@ -215,7 +219,10 @@ def unpack(archive, folder, largest=LARGEST):
 
 
 def members(archive):
-    """Yields (safe name, size in bytes, function that opens it) of each plain file. InputError for a member that is unsafe."""
+    """
+    Yields (safe name, size in bytes, function that opens it) of each plain file. InputError for a member that is
+    unsafe.
+    """
     if tarfile.is_tarfile(archive):
         with tarfile.open(archive) as file:  # knows gzip, bzip2 and xz by their content
             for info in file:
@@ -238,7 +245,10 @@ def members(archive):
 
 
 def safe_name(name, archive):
-    """'./imgs/a.jpg' -> 'imgs/a.jpg'; '' for the folder itself and for what macOS adds. InputError for a name that leads elsewhere."""
+    """
+    './imgs/a.jpg' -> 'imgs/a.jpg'; '' for the folder itself and for what macOS adds. InputError for a name that leads
+    elsewhere.
+    """
     parts = [p for p in PurePosixPath(name).parts if p != "."]
     if (
         name.startswith(("/", "\\")) or ".." in parts or any(c in name for c in "\\:\0")
@@ -250,7 +260,10 @@ def safe_name(name, archive):
 
 
 def copy_at_most(source, file, size):
-    """Copy, and stop soon after `size` bytes: a header that lies must not fill the disk. Returns the number of bytes copied."""
+    """
+    Copy, and stop soon after `size` bytes: a header that lies must not fill the disk. Returns the number of bytes
+    copied.
+    """
     copied = 0
     while copied <= size and (block := source.read(BLOCK)):
         file.write(block)
@@ -258,7 +271,7 @@ def copy_at_most(source, file, size):
     return copied
 
 
-# ---------------------------------------------------------------------------------------------------------------- command
+# -------------------------------------------------------------------------------------------------------------- command
 
 
 @script
@@ -270,17 +283,12 @@ def main(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("data", choices=["iu_xray", "vqa_rad", "slake"], help="data set to fetch")
-    parser.add_argument(
-        "--data-dir",
-        metavar="DIR",
-        default=os.environ.get("MEDVLM_DATA") or "data",
-        help="folder of all data sets; $MEDVLM_DATA, else data (%(default)s)",
-    )
-    parser.add_argument(
-        "--images",
-        action="store_true",
-        help="iu_xray: the films too, about 14 GB; the other sets always come with theirs",
-    )
+    # fmt: off
+    parser.add_argument("--data-dir", metavar="DIR", default=os.environ.get("MEDVLM_DATA") or "data",
+        help="folder of all data sets; $MEDVLM_DATA, else data (%(default)s)")
+    parser.add_argument("--images", action="store_true",
+        help="iu_xray: the films too, about 14 GB; the other sets always come with theirs")
+    # fmt: on
     args = parser.parse_args(argv)
     if args.data == "iu_xray":
         folder = iu_xray.download(args.data_dir, images=args.images)

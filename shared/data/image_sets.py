@@ -1,6 +1,7 @@
 """
-Every 2-D MedMNIST set (Yang et al. 2023, doi:10.1038/s41597-022-01721-8) as uint8 tensors held in memory, and the phantom
-in the same form. A file that is present is used as it is; only an absent one is downloaded, through the medmnist package.
+Every 2-D MedMNIST set (Yang et al. 2023, doi:10.1038/s41597-022-01721-8) as uint8 tensors held in memory, and the
+phantom in the same form. A file that is present is used as it is; only an absent one is downloaded, through the
+medmnist package.
 """
 
 import hashlib
@@ -74,8 +75,8 @@ class ImageSet:
 
 def load_images(name, data_dir, size=28, auto="pneumoniamnist"):
     """
-    --data NAME -> ImageSet. "auto" takes the set `auto` from `data_dir`, else downloads it, else makes phantom images and
-    says so; a set asked for by its own name is never replaced by another.
+    --data NAME -> ImageSet. "auto" takes the set `auto` from `data_dir`, else downloads it, else makes phantom images
+    and says so; a set asked for by its own name is never replaced by another.
     """
     name = name.lower()
     if name == "phantom":
@@ -87,7 +88,8 @@ def load_images(name, data_dir, size=28, auto="pneumoniamnist"):
     except DataNotFound as error:
         line = "*" * 100
         print(
-            f"{line}\n{error}\nPHANTOM DATA: going on with drawn images. No number of this run says anything about real X-rays.\n{line}"
+            f"{line}\n{error}\nPHANTOM DATA: going on with drawn images. No number of this run says anything about real"
+            f" X-rays.\n{line}"
         )
         return load_phantom(size)
 
@@ -116,7 +118,8 @@ def load_medmnist(name, data_dir, size=28):
                 shape, width = (size, size) + (3,) * (info["n_channels"] == 3), len(info["label"]) if multi_label else 1
                 if x.dtype != np.uint8 or x.shape[1:] != shape or len(x) == 0 or y.shape != (len(x), width):
                     raise InputError(
-                        f"{path}: {split} has images {x.dtype} {x.shape} and labels {y.shape}, not uint8 {shape} images with {width} label{'s' * (width > 1)} each"
+                        f"{path}: {split} has images {x.dtype} {x.shape} and labels {y.shape}, not uint8 {shape} images"
+                        f" with {width} label{'s' * (width > 1)} each"
                     )
                 if y.dtype.kind not in "ui" or not 0 <= y.min() <= y.max() < (2 if multi_label else len(info["label"])):
                     raise InputError(
@@ -166,7 +169,8 @@ def download(name, size, data_dir, file_name):
                 f"{name} is not in {data_dir} and that folder cannot be written; choose another --data-dir"
             ) from error
         raise DataNotFound(
-            f"{name} ({size} px) is not in {data_dir} and could not be downloaded; fetch {address} and save it as {place}"
+            f"{name} ({size} px) is not in {data_dir} and could not be downloaded; fetch {address} and save it as"
+            f" {place}"
         ) from error
     return place
 

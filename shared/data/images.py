@@ -1,5 +1,6 @@
 """
-Image files of users -> arrays in 0..1. Pillow decodes PNG, JPEG and TIFF, NumPy .npy, pydicom DICOM where it is installed.
+Image files of users -> arrays in 0..1. Pillow decodes PNG, JPEG and TIFF, NumPy .npy, pydicom DICOM where it is
+installed.
 """
 
 import glob
@@ -15,7 +16,10 @@ MIN_SIDE = 16  # pixels; below that nothing of a chest film is left
 
 
 def find_images(patterns):
-    """Files, folders (searched through) and glob patterns -> sorted list of paths. InputError when one of them has no image."""
+    """
+    Files, folders (searched through) and glob patterns -> sorted list of paths. InputError when one of them has no
+    image.
+    """
     found = []
     for pattern in patterns:
         path = Path(pattern)
@@ -36,8 +40,9 @@ def read_image(path):
     """
     -> float32 (H, W) grey or (H, W, 3) colour, in 0..1. InputError with one sentence for whatever cannot be used.
 
-    8-bit pixels are divided by 255. Deeper ones (16-bit PNG and TIFF, float arrays, DICOM) say nothing about black and white,
-    so their 0.5 and 99.5 percentiles become 0 and 1; arrays of floats that lie in 0..1 already are taken as they are.
+    8-bit pixels are divided by 255. Deeper ones (16-bit PNG and TIFF, float arrays, DICOM) say nothing about black and
+    white, so their 0.5 and 99.5 percentiles become 0 and 1; arrays of floats that lie in 0..1 already are taken as they
+    are.
     """
     path = Path(path)
     if not path.is_file():
@@ -55,7 +60,8 @@ def read_image(path):
         raise InputError(f"an image has the shape (H, W) or (H, W, 3), this one {pixels.shape}")
     if min(pixels.shape[:2]) < MIN_SIDE:
         raise InputError(
-            f"the image is too small: {pixels.shape[1]}x{pixels.shape[0]} pixels, at least {MIN_SIDE}x{MIN_SIDE} are needed"
+            f"the image is too small: {pixels.shape[1]}x{pixels.shape[0]} pixels, at least {MIN_SIDE}x{MIN_SIDE} are"
+            " needed"
         )
     if pixels.dtype == np.uint8:
         return pixels.astype(np.float32) / 255
@@ -128,7 +134,8 @@ def read_dicom(path):
         pixels = apply_voi_lut(apply_modality_lut(dataset.pixel_array, dataset), dataset).astype(np.float32)
     except Exception as error:  # pydicom raises many kinds for damaged and for compressed files
         raise InputError(
-            f"the DICOM file cannot be read ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+            f"the DICOM file cannot be read ({type(error).__name__}:"
+            f" {str(error).splitlines()[0] if str(error) else ''})"
         ) from error
     if dataset.get("PhotometricInterpretation") == "MONOCHROME1":  # stored with white as zero
         pixels = pixels.max() - pixels
@@ -137,8 +144,9 @@ def read_dicom(path):
 
 def to_square(pixels, size, channels):
     """
-    float (H, W) or (H, W, 3) in 0..1 -> uint8 (channels, size, size): the central square, resized with an antialiased bicubic
-    filter, which is how MedMNIST made its images. Grey to colour repeats the channel; colour to grey is ITU-R 601 luma.
+    float (H, W) or (H, W, 3) in 0..1 -> uint8 (channels, size, size): the central square, resized with an antialiased
+    bicubic filter, which is how MedMNIST made its images. Grey to colour repeats the channel; colour to grey is ITU-R
+    601 luma.
     """
     if pixels.ndim == 3 and channels == 1:
         pixels = pixels @ np.array([0.299, 0.587, 0.114], dtype=np.float32)

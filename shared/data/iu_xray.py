@@ -1,5 +1,6 @@
 """
-Indiana University chest X-rays with reports (Open-i; Demner-Fushman et al. 2016, doi:10.1093/jamia/ocv080): one row per study.
+Indiana University chest X-rays with reports (Open-i; Demner-Fushman et al. 2016, doi:10.1093/jamia/ocv080): one row per
+study.
 
     studies = load_iu_xray("data", section="findings", split="r2gen")
     for row in studies.split("train"):
@@ -8,15 +9,21 @@ Indiana University chest X-rays with reports (Open-i; Demner-Fushman et al. 2016
 A row is a dict:
     dataset, uid (int), patient (str: a uid is a patient), split (train, val, test or None)
     section, report            the section asked for, and its text
-    findings, impression, indication, comparison                "" where the report has none; XXXX stands for removed words
-    mesh, problems             index terms, such as "Cardiomegaly/mild", and their first parts; normal: the only term is "normal"
+    findings, impression, indication, comparison                "" where the report has none; XXXX stands for removed
+    words
+    mesh, problems             index terms, such as "Cardiomegaly/mild", and their first parts; normal: the only term is
+                               "normal"
     image_path, lateral_path   Path of the first frontal and the first lateral film that is there, or None
-    images                     every film of the study: {"name", "projection" (Frontal, Lateral or None), "path" (or None)}
+    images                     every film of the study: {"name", "projection" (Frontal, Lateral or None), "path" (or
+                               None)}
 
 Files, in <data-dir>/iu_xray or <data-dir> itself:
-    indiana_reports.csv, indiana_projections.csv   3,851 reports with images, 7,466 images (Kaggle: raddar/chest-xrays-indiana-university)
-    NLMCXR_reports.tgz or ecgen-radiology/*.xml    all 3,955 reports; which film is frontal stands in indiana_projections.csv only
-    images_normalized/, images/images_normalized/, NLMCXR_png/, images/ or frontal_256/        one of them is used, the fullest
+    indiana_reports.csv, indiana_projections.csv   3,851 reports with images, 7,466 images (Kaggle:
+                                                   raddar/chest-xrays-indiana-university)
+    NLMCXR_reports.tgz or ecgen-radiology/*.xml    all 3,955 reports; which film is frontal stands in
+                                                   indiana_projections.csv only
+    images_normalized/, images/images_normalized/, NLMCXR_png/, images/ or frontal_256/        one of them is used, the
+    fullest
     annotation.json or r2gen_split_uids.json       the split of R2Gen (Chen et al. 2020)
     labels/openi_gld_std14.csv                     gold labels of NegBio, see load_gold_labels
 Licence CC BY-NC-ND 4.0: images and texts may not be passed on changed. Split by uid: one patient each, 3,851 of them.
@@ -58,11 +65,12 @@ def load_iu_xray(
     allow_missing_images=False,
 ):
     """
-    -> RowSet of the studies that have the section(s) named and a film on disk for each of `views` ("frontal", "lateral";
-    () asks for none). `section`: findings, impression, findings+impression (both must be there, joined by a space).
-    `split`: "r2gen" (studies outside it are left out), "patient" (by uid, with `shares` and `seed`), or None.
-    `reports`: "csv", "xml", or "auto", the CSV files where they are. `allow_missing_images` keeps rows without a film, for
-    work on texts. What is left out is counted. InputError when nothing is left, DataNotFound when there are no files.
+    -> RowSet of the studies that have the section(s) named and a film on disk for each of `views` ("frontal",
+    "lateral"; () asks for none). `section`: findings, impression, findings+impression (both must be there, joined by a
+    space). `split`: "r2gen" (studies outside it are left out), "patient" (by uid, with `shares` and `seed`), or None.
+    `reports`: "csv", "xml", or "auto", the CSV files where they are. `allow_missing_images` keeps rows without a film,
+    for work on texts. What is left out is counted. InputError when nothing is left, DataNotFound when there are no
+    files.
     """
     if section not in SECTIONS:
         raise InputError(f"there is no section '{section}' of IU X-ray reports; there are {', '.join(SECTIONS)}")
@@ -91,16 +99,21 @@ def load_iu_xray(
     if views and not allow_missing_images:
         if not any(image["projection"] for row in rows for image in row["images"]):
             raise InputError(
-                f"nothing in {folder} says which film is frontal: indiana_projections.csv does ({CSV_ADDRESS}); put it there, or ask for no views"
+                f"nothing in {folder} says which film is frontal: indiana_projections.csv does ({CSV_ADDRESS}); put it"
+                " there, or ask for no views"
             )
         for view in views:
             key = {"frontal": "image_path", "lateral": "lateral_path"}[view]
             keep(lambda row, key=key: row[key] is not None, f"no {view} film on disk")
     if not rows:
         raise InputError(
-            f"no study of {folder} is left ({', '.join(f'{n} {reason}' for reason, n in left_out.items())}); put the films into {folder / IMAGE_FOLDERS[0]}, or allow missing images for work on texts"
+            f"no study of {folder} is left ({', '.join(f'{n} {reason}' for reason, n in left_out.items())}); put the"
+            f" films into {folder / IMAGE_FOLDERS[0]}, or allow missing images for work on texts"
         )
-    version = f"section {section}, split {split or 'none'}{f' with seed {seed}' if split == 'patient' else ''}, reports from {read[0].name}"
+    version = (
+        f"section {section}, split {split or 'none'}{f' with seed {seed}' if split == 'patient' else ''}, reports from"
+        f" {read[0].name}"
+    )
     digests = {path.name: downloads.sha256_of(path) for path in read if path.is_file()}
     official = bool(digests) and all(KNOWN.get(name) == digest for name, digest in digests.items())
     return RowSet("iu_xray", rows, version, left_out, digests, official, str(folder), {"films": films})
@@ -116,7 +129,7 @@ def find_iu_xray(data_dir):
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------- reports
+# -------------------------------------------------------------------------------------------------------------- reports
 
 
 def read_reports(folder, reports="auto"):
@@ -203,7 +216,10 @@ def no_repeated_uid(rows, path):
 
 
 def read_xml_reports(path):
-    """The archive NLMCXR_reports.tgz (read as it is, not unpacked), or the folder ecgen-radiology -> rows without projections."""
+    """
+    The archive NLMCXR_reports.tgz (read as it is, not unpacked), or the folder ecgen-radiology -> rows without
+    projections.
+    """
     rows = []
     try:
         if path.is_dir():
@@ -232,13 +248,14 @@ def parse_xml(data, path):
         raise InputError(f"{path} is not a report of the Open-i collection ({error})") from error
 
 
-# ------------------------------------------------------------------------------------------------------------------ films
+# ---------------------------------------------------------------------------------------------------------------- films
 
 
 def plain_name(name):
     """
-    The name of a film without the habits of the folder it is in: "2_IM-0652-1001.dcm.png" (Kaggle), "CXR2_IM-0652-1001.png"
-    (Open-i) and "CXR2_IM-0652-1001" (XML) are one film. Open-i repeats the uid in study 1: CXR1_1_IM-0001-3001.
+    The name of a film without the habits of the folder it is in: "2_IM-0652-1001.dcm.png" (Kaggle),
+    "CXR2_IM-0652-1001.png" (Open-i) and "CXR2_IM-0652-1001" (XML) are one film. Open-i repeats the uid in study 1:
+    CXR1_1_IM-0001-3001.
     """
     name = re.sub(r"(\.dcm)?(\.(png|jpg|jpeg))?$", "", Path(name).name, flags=re.IGNORECASE).removeprefix("CXR")
     return re.sub(r"^(\d+)_\1_", r"\1_", name)
@@ -272,7 +289,7 @@ def add_image_paths(rows, folder, image_folder=None):
     return f"{best}: {len(found)} of {len(wanted)}" if best else "none"
 
 
-# ----------------------------------------------------------------------------------------------------- splits and cleaning
+# -------------------------------------------------------------------------------------------------- splits and cleaning
 
 
 def r2gen_split(folder):
@@ -294,7 +311,8 @@ def r2gen_split(folder):
             ) from error
     else:
         raise InputError(
-            f"the R2Gen split needs annotation.json of R2Gen (https://github.com/zhjohnchan/R2Gen) in {folder}; or split by patient"
+            f"the R2Gen split needs annotation.json of R2Gen (https://github.com/zhjohnchan/R2Gen) in {folder}; or"
+            " split by patient"
         )
     if not isinstance(uids, dict) or set(uids) != {"train", "val", "test"}:
         raise InputError(f"{path} must hold the splits train, val and test")
@@ -311,8 +329,9 @@ DROPPED = re.compile(
 
 def clean_r2gen(text):
     """
-    A report as R2Gen cleans it before it is tokenised, trained on and scored, its accidents included, so that scores can be
-    compared: lower case, sentences joined by " . ", list numbers and most punctuation gone. Empty sentences leave two spaces.
+    A report as R2Gen cleans it before it is tokenised, trained on and scored, its accidents included, so that scores
+    can be compared: lower case, sentences joined by " . ", list numbers and most punctuation gone. Empty sentences
+    leave two spaces.
     """
     for _ in range(3):
         text = text.replace("..", ".")
@@ -330,9 +349,9 @@ def clean_r2gen(text):
 
 def load_gold_labels(data_dir):
     """
-    -> {uid: {name: 0 or 1}} for all 3,851 reports, by the authors of NegBio (Peng et al. 2018): the 14 names of ChestX-ray14 and
-    "normal", from how the reports were indexed. They are not the 14 CheXpert conditions, there is no "uncertain", and a finding
-    that the text mentions may be missing.
+    -> {uid: {name: 0 or 1}} for all 3,851 reports, by the authors of NegBio (Peng et al. 2018): the 14 names of
+    ChestX-ray14 and "normal", from how the reports were indexed. They are not the 14 CheXpert conditions, there is no
+    "uncertain", and a finding that the text mentions may be missing.
     """
     path = find_iu_xray(data_dir) / "labels" / "openi_gld_std14.csv"
     labels = {}
@@ -352,11 +371,14 @@ def load_negbio_test_uids(data_dir):
     return [uid_of(line, path) for line in path.read_text(encoding="utf-8").split()]
 
 
-# ------------------------------------------------------------------------------------------------------ download and audit
+# --------------------------------------------------------------------------------------------------- download and audit
 
 
 def download(data_dir, images=False):
-    """Fetch the reports (1 MB) and, with `images`, the films (about 14 GB) from Open-i; returns the folder. Addresses not verified."""
+    """
+    Fetch the reports (1 MB) and, with `images`, the films (about 14 GB) from Open-i; returns the folder. Addresses not
+    verified.
+    """
     folder = Path(data_dir) / "iu_xray"
     downloads.fetch(ADDRESS + REPORTS, folder / REPORTS, sha256=KNOWN[REPORTS])
     if images and not (folder / "NLMCXR_png").is_dir():
@@ -365,13 +387,17 @@ def download(data_dir, images=False):
         archive.unlink()
     if not (folder / "indiana_projections.csv").is_file():
         print(
-            f"which film is frontal stands in indiana_projections.csv only: get it from {CSV_ADDRESS} and put it into {folder}"
+            f"which film is frontal stands in indiana_projections.csv only: get it from {CSV_ADDRESS} and put it into"
+            f" {folder}"
         )
     return folder
 
 
 def audit(data_dir, allow_missing_images=False, hash_images=False):
-    """What the R2Gen split hides: cleaned test reports that occur in train, how few are distinct, patients or films in two splits."""
+    """
+    What the R2Gen split hides: cleaned test reports that occur in train, how few are distinct, patients or films in two
+    splits.
+    """
     studies = load_iu_xray(data_dir, allow_missing_images=allow_missing_images)
     train, val, test = (studies.split(name) for name in ("train", "val", "test"))
     found = {

@@ -1,12 +1,15 @@
 """
-BERTScore (Zhang et al. 2020, arXiv 1904.09675) with any encoder in a local folder, equal to the package bert-score 0.3.13 to 1e-5.
+BERTScore (Zhang et al. 2020, arXiv 1904.09675) with any encoder in a local folder, equal to the package bert-score
+0.3.13 to 1e-5.
 
     bert_score(hypotheses, references, "models/distilbert-base-uncased", layer=5)
-    # {"bertscore_precision": ..., "bertscore_recall": ..., "bertscore_f1": ..., "hash": "..._L5_no-idf_version=0.3.12(hug_trans=...)"}
+    # {"bertscore_precision": ..., "bertscore_recall": ..., "bertscore_f1": ..., "hash":
+    "..._L5_no-idf_version=0.3.12(hug_trans=...)"}
 
-Always print the hash: model, layer, idf weights and rescaling change the number by more than models differ. Layers that papers use:
-roberta-large 17, microsoft/deberta-xlarge-mnli 40, distilbert-base-uncased 5. Rescaling, (x - b) / (1 - b) with b the score of
-unrelated sentences, needs `baseline`: the file of the package's rescale_baseline folder, or (b_P, b_R, b_F).
+Always print the hash: model, layer, idf weights and rescaling change the number by more than models differ. Layers that
+papers use: roberta-large 17, microsoft/deberta-xlarge-mnli 40, distilbert-base-uncased 5. Rescaling, (x - b) / (1 - b)
+with b the score of unrelated sentences, needs `baseline`: the file of the package's rescale_baseline folder, or (b_P,
+b_R, b_F).
 """
 
 import math
@@ -31,10 +34,11 @@ def bert_score(
     hypotheses, references, model, layer, idf=False, baseline=None, batch_size=64, device="cpu", per_report=False
 ):
     """
-    hypotheses: N strings; references: N strings or lists of strings (the best of each number counts, as in the package).
-    model: folder of an encoder with its tokenizer. layer: hidden layer, from 1. idf: weigh each word piece by the log of its
-    rarity in the references. baseline: None, a .tsv file with a row for each layer, or three numbers. -> dict of the means and
-    the hash; with per_report=True arrays (N,). InputError for a folder that holds no encoder, a layer it has not, a bad baseline.
+    hypotheses: N strings; references: N strings or lists of strings (the best of each number counts, as in the
+    package). model: folder of an encoder with its tokenizer. layer: hidden layer, from 1. idf: weigh each word piece by
+    the log of its rarity in the references. baseline: None, a .tsv file with a row for each layer, or three numbers. ->
+    dict of the means and the hash; with per_report=True arrays (N,). InputError for a folder that holds no encoder, a
+    layer it has not, a bad baseline.
     """
     hypotheses, groups = check_reports(hypotheses, references)
     tokenizer, encoder = load_encoder(model, layer, device)
@@ -85,7 +89,9 @@ def idf_weights(documents):
 
 
 def score_hash(model, layer, idf, rescaled):
-    """The string that names a setting, as the package builds it for the same folder with a baseline file of one's own."""
+    """
+    The string that names a setting, as the package builds it for the same folder with a baseline file of one's own.
+    """
     return (
         f"{model}_L{layer}_{'idf' if idf else 'no-idf'}_version={VERSION}(hug_trans={transformers.__version__})"
         + "-custom-rescaled" * rescaled
@@ -163,7 +169,9 @@ def side(texts, ids, vectors, weights, device):
 
 @torch.inference_mode()
 def match(hypothesis, reference):
-    """Each word piece takes its most similar partner: precision over the hypothesis, recall over the reference. -> (B, 3)."""
+    """
+    Each word piece takes its most similar partner: precision over the hypothesis, recall over the reference. -> (B, 3).
+    """
     vector, weight, mask, empty = hypothesis
     other_vector, other_weight, other_mask, other_empty = reference
     similarity = (

@@ -1,14 +1,15 @@
 """
 CheXbert: the 14 conditions of a report, read by a BERT with 14 heads (Smit et al. 2020, arXiv 2004.09167).
 
-    labeller = load_chexbert("chexbert.pth", "bert-base-uncased", device="cuda")   # two local paths, nothing is downloaded
-    labeller.label(["Small left effusion. No pneumothorax."])   -> [{"Pleural Effusion": 1, "Pneumothorax": 0, ...}]
+    labeller = load_chexbert("chexbert.pth", "bert-base-uncased", device="cuda")   # two local paths, nothing is
+    downloaded labeller.label(["Small left effusion. No pneumothorax."])   -> [{"Pleural Effusion": 1, "Pneumothorax":
+    0, ...}]
 
-The weights (research use; trained on credentialed reports) are linked in github.com/stanfordmlgroup/CheXbert and copied in
-the hub repository StanfordAIMI/RRG_scorers; the folder of bert-base-uncased gives vocab.txt and config.json.
+The weights (research use; trained on credentialed reports) are linked in github.com/stanfordmlgroup/CheXbert and copied
+in the hub repository StanfordAIMI/RRG_scorers; the folder of bert-base-uncased gives vocab.txt and config.json.
 
-chexbert.pth holds model_state_dict with the keys module.bert.* and module.linear_heads.0 ... .13: thirteen heads of four
-classes (blank, positive, negative, uncertain) in CHEXBERT_ORDER and, last, No Finding with two (blank, positive).
+chexbert.pth holds model_state_dict with the keys module.bert.* and module.linear_heads.0 ... .13: thirteen heads of
+four classes (blank, positive, negative, uncertain) in CHEXBERT_ORDER and, last, No Finding with two (blank, positive).
 """
 
 from pathlib import Path
@@ -55,7 +56,10 @@ class CheXbertLabeller:
 
     @torch.inference_mode()
     def label(self, texts, batch_size=32):
-        """texts: N strings -> N dicts {condition: 1, 0, -1 (uncertain) or None (blank)}, the 14 in the order of CONDITIONS."""
+        """
+        texts: N strings -> N dicts {condition: 1, 0, -1 (uncertain) or None (blank)}, the 14 in the order of
+        CONDITIONS.
+        """
         if isinstance(texts, str):
             raise TypeError("label takes a list of texts, not one text")
         device = next(self.network.parameters()).device
@@ -80,7 +84,8 @@ class CheXbertLabeller:
 def load_chexbert(checkpoint, encoder, device="cpu"):
     """
     checkpoint: path of chexbert.pth; encoder: folder with the config.json and vocab.txt of bert-base-uncased
-    -> CheXbertLabeller on `device`. InputError when a file is missing or the checkpoint's keys or shapes are not CheXbert's.
+    -> CheXbertLabeller on `device`. InputError when a file is missing or the checkpoint's keys or shapes are not
+    CheXbert's.
     """
     checkpoint, encoder = Path(checkpoint), Path(encoder)
     if not checkpoint.is_file():

@@ -9,15 +9,8 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.special import logsumexp
 from scipy.stats import rankdata
-from sklearn.metrics import (
-    average_precision_score,
-    cohen_kappa_score,
-    confusion_matrix,
-    log_loss,
-    matthews_corrcoef,
-    precision_recall_fscore_support,
-    roc_auc_score,
-)
+from sklearn.metrics import average_precision_score, cohen_kappa_score, confusion_matrix, log_loss, matthews_corrcoef
+from sklearn.metrics import precision_recall_fscore_support, roc_auc_score
 
 from shared.metrics.statistics import check_binary, delong_auc, percentile_interval, resample_counts, wilson_interval
 
@@ -425,6 +418,7 @@ def fit_temperature(logits, labels, task="binary-class", bounds=(0.01, 100.0)):
 
         def loss(log_t):
             return np.mean(logsumexp(logits / np.exp(log_t), axis=1) - true / np.exp(log_t))
+
     elif task in ("binary-class", "multi-label, binary-class"):
         if logits.ndim != 1 + (task != "binary-class") or logits.shape != labels.shape:
             raise ValueError(f"logits {logits.shape} and labels {labels.shape} do not fit task '{task}'")
@@ -436,6 +430,7 @@ def fit_temperature(logits, labels, task="binary-class", bounds=(0.01, 100.0)):
 
         def loss(log_t):
             return np.mean(np.logaddexp(0, -margins / np.exp(log_t)))
+
     else:
         raise ValueError(f"unknown MedMNIST task '{task}'")
     if margins.min() >= 0:

@@ -9,8 +9,9 @@ Clinical efficacy of generated reports: precision, recall and F1 of the labels r
 Papers print very different numbers under the name "clinical F1". So every key says what it is:
     f1_micro_14   average (micro, macro, weighted, example) and conditions: 14, 13 (without No Finding) or 5 (TOP_FIVE)
     uncertain_positive, uncertain_negative   what a -1 counts as: the first is the "rrg" convention, the second R2Gen's
-Negative and not mentioned are both "not positive". As in scikit-learn with zero_division=0, a precision, recall or F1 without
-a case counts as 0 in the averages; `num_without_positive_*` says how many conditions have no positive reference.
+Negative and not mentioned are both "not positive". As in scikit-learn with zero_division=0, a precision, recall or F1
+without a case counts as 0 in the averages; `num_without_positive_*` says how many conditions have no positive
+reference.
 """
 
 import numpy as np
@@ -50,7 +51,10 @@ def _scores(hypothesis, reference, axis):
 
 
 def averages(hypothesis, reference):
-    """hypothesis, reference: bool (N, 14) in the order of CONDITIONS -> flat dict of floats, keys as in the module's docstring."""
+    """
+    hypothesis, reference: bool (N, 14) in the order of CONDITIONS -> flat dict of floats, keys as in the module's
+    docstring.
+    """
     result = {}
     for subset, names in SUBSETS.items():
         columns = [CONDITIONS.index(name) for name in names]

@@ -103,20 +103,25 @@ def to_row(labels, order=CONDITIONS):
 
 # ---------------------------------------------------------------------------------------------- the labeller's phrases
 #
-# Regular expressions for lower-case text in which hyphens and slashes are spaces ("right-sided" -> "right sided"). A space
-# stands for itself, every phrase starts and ends at a word boundary. Where two phrases start at the same word, the one in
-# the earlier table, or earlier in its table, is read.
+# Regular expressions for lower-case text in which hyphens and slashes are spaces ("right-sided" -> "right sided"). A
+# space stands for itself, every phrase starts and ends at a word boundary. Where two phrases start at the same word,
+# the one in the earlier table, or earlier in its table, is read.
 
 _SIZE = "mild|moderate|severe|marked|minimal|slight|small|large|trace|tiny|massive|subtle|moderately|mildly|severely|markedly|minimally|slightly"
 _TEXTURE = (
-    "airspace|air space|alveolar|interstitial|parenchymal|pulmonary|lung|focal|patchy|hazy|linear|streaky|vague|faint|confluent|ill defined|increased|"
-    "increasing|retrocardiac|basilar|bibasilar|perihilar|lower lobe|upper lobe|middle lobe|reticular|ground glass|bandlike|platelike|opaque"
+    "airspace|air"
+    " space|alveolar|interstitial|parenchymal|pulmonary|lung|focal|patchy|hazy|linear|streaky|vague|faint|confluent|ill"
+    " defined|increased|increasing|retrocardiac|basilar|bibasilar|perihilar|lower lobe|upper lobe|middle"
+    " lobe|reticular|ground glass|bandlike|platelike|opaque"
 )
 _TUBES = (
     "endotracheal|et|trach|tracheostomy|tracheal|nasogastric|orogastric|nasoenteric|enteric|enteral|feeding|gastric|gastrostomy|peg|ng|og|dobb?hoff|chest|"
     "thoracostomy|thoracic|pleural|pigtail|drainage|intercostal"
 )
-_LINES = "central|venous|arterial|picc|ij|jugular|subclavian|femoral|dialysis|support|monitoring|intravenous|iv|swan ganz|ng|et"
+_LINES = (
+    "central|venous|arterial|picc|ij|jugular|subclavian|femoral|dialysis|support|monitoring|intravenous|iv|swan"
+    " ganz|ng|et"
+)
 _BONES = "rib|ribs|clavicle|clavicular|vertebral|vertebra|sternal|humeral|humerus|scapular|scapula|spinal|hip|shoulder"
 
 MENTIONS = {
@@ -152,7 +157,10 @@ MENTIONS = {
         r"(?:airspace|air space|alveolar) (?:disease|process)",
         rf"(?:(?:{_TEXTURE}) )+densit(?:y|ies)",
         "areas? of (?:increased )?density",
-        r"(?:increased|prominent|coarse|coarsened|accentuated|thickened|reticular|chronic|bronchovascular)(?: (?:pulmonary|interstitial|lung|bronchovascular|chronic|bilateral))* (?:markings|pattern)",
+        (
+            r"(?:increased|prominent|coarse|coarsened|accentuated|thickened|reticular|chronic|bronchovascular)(?:"
+            r" (?:pulmonary|interstitial|lung|bronchovascular|chronic|bilateral))* (?:markings|pattern)"
+        ),
         r"(?:prominence|thickening|coarsening) of the (?:pulmonary |lung )?interstiti\w+",
         r"interstitial (?:prominence|thickening|lung disease|disease|abnormality|changes?|process)",
         r"reticulation\w*",
@@ -258,7 +266,8 @@ UNMENTIONS = [
     "(?:vertebral|vertebral body|endplate|subchondral|compression) collapse",
 ]
 
-# Heart failure says nothing about the size of the heart but makes a large one likely: uncertain, as the CheXpert labeller has it.
+# Heart failure says nothing about the size of the heart but makes a large one likely: uncertain, as the CheXpert
+# labeller has it.
 FAILURE = ["(?:congestive )?(?:heart|cardiac) (?:failure|decompensation)", "chf"]
 
 # Abnormal, and none of the 13: a report that states one of these has findings.
@@ -279,7 +288,8 @@ OTHERS = [
     r"scar(?:s|red|ring)?",
 ]
 
-# Anatomy that is called normal or enlarged -> the conditions meant; none: read so that its "normal" is not taken for the heart's.
+# Anatomy that is called normal or enlarged -> the conditions meant; none: read so that its "normal" is not taken for
+# the heart's.
 _PARTS = "(?:contours?|silhouettes?|structures?|shadows?|borders?|outlines?|margins?|size|width)"
 ANATOMY = {
     ("Cardiomegaly", "Enlarged Cardiomediastinum"): [
@@ -343,7 +353,10 @@ NORMAL = [
 
 # Look like a negation or an uncertainty and are none.
 KEEP = [
-    r"no (?:other |further |significant |appreciable |interval |substantial |relevant |major |new )*(?:change|changes|increase|decrease|improvement|worsening|progression|difference)(?: in| of| from)?",
+    (
+        r"no (?:other |further |significant |appreciable |interval |substantial |relevant |major |new"
+        r" )*(?:change|changes|increase|decrease|improvement|worsening|progression|difference)(?: in| of| from)?"
+    ),
     r"without (?:significant |interval |substantial )*(?:change|worsening|increase)",
     r"not (?:significantly |substantially |appreciably )*(?:changed|different|increased|decreased|worsened|improved)",
     "not only",
@@ -384,7 +397,10 @@ UNSURE = [  # doubts all that follows, until something ends it
     r"if any(?:, there (?:is|are))?",
     r"if present(?:, there (?:is|are))?",
     r"(?:possibly|probably|presumably|perhaps|potentially) (?:due to|related to|secondary to|from|in the setting of)",
-    r"(?:may|might|could|would|can)(?: \w+){0,2}? (?:be (?:\w+ )?(?:secondary to|due to|related to|in the setting of|from)|be|represent|reflect|indicate|suggest|relate|correspond|have|contain)",
+    (
+        r"(?:may|might|could|would|can)(?: \w+){0,2}? (?:be (?:\w+ )?(?:secondary to|due to|related to|in the setting"
+        r" of|from)|be|represent|reflect|indicate|suggest|relate|correspond|have|contain)"
+    ),
     "may",
     "might",
     "could",
@@ -420,16 +436,30 @@ UNSURE_NEXT = [  # doubts the next finding
 ]
 UNSURE_BACK = [  # doubts what was just named
     r"(?:(?:can ?not|can't|could not|is not|are not|not)(?: \w+){0,3} (?:excluded|ruled out))",
-    r"(?:(?:is|are|would be|remains?) )?(?:\w+ )?(?:difficult|hard|impossible) to (?:\w+ )?exclude(?=$|,| and| given| on| in)",
-    r"(?:is|are|was|were|remains?) (?:also |thought |felt |another )*(?:a )?(?:possible|possibility|suspected|presumed|questioned|questionable|likely|probable|unlikely|less likely|consideration|in the differential|considered|equivocal)(?=$|,| and| but| given| though| as| in| on| at| because)",
+    (
+        r"(?:(?:is|are|would be|remains?) )?(?:\w+ )?(?:difficult|hard|impossible) to (?:\w+ )?exclude(?=$|,| and|"
+        r" given| on| in)"
+    ),
+    (
+        r"(?:is|are|was|were|remains?) (?:also |thought |felt |another )*(?:a"
+        r" )?(?:possible|possibility|suspected|presumed|questioned|questionable|likely|probable|unlikely|less"
+        r" likely|consideration|in the differential|considered|equivocal)(?=$|,| and| but| given| though| as| in| on|"
+        r" at| because)"
+    ),
     r"(?:should|could|may|might|must) (?:also )?be (?:considered|present)",
     "likely(?=$|,)",
     "suspected(?=$|,)",
 ]
 ABSENT_BACK = [  # denies what was just named
-    r"(?:(?:is|are|was|were|has|have|been|since|now|also|completely|entirely|interval) )+(?:resolved|cleared|disappeared|removed|absent|ruled out)",
+    (
+        r"(?:(?:is|are|was|were|has|have|been|since|now|also|completely|entirely|interval)"
+        r" )+(?:resolved|cleared|disappeared|removed|absent|ruled out)"
+    ),
     r"(?:resolved|removed|absent|cleared)(?=$|,| and)",
-    r"(?:(?:is|are|was|were|has|have) )?(?:no longer|not)(?: \w+)? (?:seen|identified|evident|present|visuali[sz]ed|appreciated|demonstrated|detected|apparent|noted|found|visible)",
+    (
+        r"(?:(?:is|are|was|were|has|have) )?(?:no longer|not)(?: \w+)?"
+        r" (?:seen|identified|evident|present|visuali[sz]ed|appreciated|demonstrated|detected|apparent|noted|found|visible)"
+    ),
     r"can ?not be (?:seen|identified|appreciated)",
     ": (?:none|no|absent|negative|nil)(?=$|,)",
     "removal(?! of)",
@@ -518,7 +548,9 @@ HOW = r"(?:technique|comparisons?|exam(?:ination)?|procedure)"
 
 @lru_cache(maxsize=1)
 def _matchers():
-    """First letter -> (match function of all phrases that can start with it, kind of each group). Compiled at first use."""
+    """
+    First letter -> (match function of all phrases that can start with it, kind of each group). Compiled at first use.
+    """
     tables = [
         ("unmention", UNMENTIONS),
         ("keep", KEEP),
@@ -615,7 +647,9 @@ _OR = re.compile(r"\b(?:or|nor)\b")
 
 
 class _Scope:
-    """What is open while a sentence is read from left to right: one denial, one doubt, one that says "not described"."""
+    """
+    What is open while a sentence is read from left to right: one denial, one doubt, one that says "not described".
+    """
 
     __slots__ = ("cue", "used", "short")
 
@@ -631,7 +665,10 @@ class _Scope:
 
 @lru_cache(maxsize=65536)
 def _read_sentence(sentence):
-    """-> tuple of (condition, label, rule, start, end, cue start, cue end); label None: mentioned, but nothing is said of it."""
+    """
+    -> tuple of (condition, label, rule, start, end, cue start, cue end); label None: mentioned, but nothing is said of
+    it.
+    """
     tokens = _tokens(sentence)
     last_or = max((found.start() for found in _OR.finditer(sentence)), default=-1)
     spans = []
@@ -721,7 +758,8 @@ def _read_sentence(sentence):
         elif kind == "ignore" or kind == "ignore rest":
             silence.open((start, end), short=kind == "ignore")
         elif kind == "unsure back" or kind == "absent back":
-            # "edema, effusion or pneumonia cannot be excluded", "A and B are not seen": the whole list; else its last part
+            # "edema, effusion or pneumonia cannot be excluded", "A and B are not seen": the whole list; else its last
+            # part
             whole = sentence.startswith(("are ", "were ", "have "), start) or (recent and last_or > spans[recent[0]][3])
             targets = recent if whole else recent[list_start:]
             if kind == "unsure back":
@@ -777,7 +815,9 @@ _FLAT = str.maketrans({c: " " for c in "-/\u2010\u2011\u2012\u2013\u2014_"})
 
 
 def _sentences(text):
-    """Flattened text -> (start, end) of the sentences; sections that say why and how the film was taken are left out."""
+    """
+    Flattened text -> (start, end) of the sentences; sections that say why and how the film was taken are left out.
+    """
     skip = []
     if ":" in text:
         headers = list(_HEADER.finditer(text))
@@ -801,15 +841,17 @@ def _sentences(text):
 
 def label_report(text, evidence=False):
     """
-    text: a report, or any part of one -> {condition: 1 stated, 0 denied, -1 doubted, None not mentioned}, the 14 in order.
+    text: a report, or any part of one -> {condition: 1 stated, 0 denied, -1 doubted, None not mentioned}, the 14 in
+    order.
 
-    Among several mentions 1 beats -1 beats 0. No Finding is 1 when none of the other 13 but Support Devices, nor another
-    abnormality (OTHERS), is stated or doubted, else None; a text without a word has no labels at all. Sections headed
-    "Indication:" or "History:" are not read, nor is the first sentence after "Technique:", "Examination:" or "Comparison:".
+    Among several mentions 1 beats -1 beats 0. No Finding is 1 when none of the other 13 but Support Devices, nor
+    another abnormality (OTHERS), is stated or doubted, else None; a text without a word has no labels at all. Sections
+    headed "Indication:" or "History:" are not read, nor is the first sentence after "Technique:", "Examination:" or
+    "Comparison:".
 
-    evidence=True -> (labels, spans); a span is a dict with condition ("other": one of OTHERS), label (None: mentioned, not
-    described), rule, start, end, text (the mention, in characters of `text`), cue, cue_start, cue_end (the word that denies
-    or doubts it, or None).
+    evidence=True -> (labels, spans); a span is a dict with condition ("other": one of OTHERS), label (None: mentioned,
+    not described), rule, start, end, text (the mention, in characters of `text`), cue, cue_start, cue_end (the word
+    that denies or doubts it, or None).
     """
     if not isinstance(text, str):
         raise TypeError(f"label_report reads a text, got {type(text).__name__}")
@@ -858,7 +900,10 @@ def label_report(text, evidence=False):
 
 
 def _flatten(text, with_places):
-    """-> the text in lower case, one space between words, hyphens and slashes as spaces; where its letters stood (or None)."""
+    """
+    -> the text in lower case, one space between words, hyphens and slashes as spaces; where its letters stood (or
+    None).
+    """
     low = text.lower()
     if len(low) != len(text):  # a few letters grow in lower case, which would move what follows
         low = "".join(c.lower() if len(c.lower()) == 1 else c for c in text)

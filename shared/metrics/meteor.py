@@ -2,16 +2,18 @@
 METEOR 1.5 with its exact and stem matches, without Java and without its synonym and paraphrase tables.
 
     statistics = meteor_statistics(hypotheses, references)      # (N, 11) counts, one row per pair of texts
-    meteor_from_statistics(statistics.sum(axis=0))              # the corpus score: counts are summed, scores are not averaged
+    meteor_from_statistics(statistics.sum(axis=0))              # the corpus score: counts are summed, scores are not
+    averaged
 
-Equal, pair by pair, to `meteor-1.5.jar -l en -norm -m 'exact stem' -w '1.0 0.6'` on every pair of IU X-ray reports tried (six
-sets of 590, cleaned and as written). The tables that are left out raise the corpus score of the full tool by 0.005 to 0.007
-there. Source: Denkowski and Lavie 2014, doi:10.3115/v1/W14-3348; its search and its word rules were learnt from the
-tool's published source (github.com/cmu-mtlab/meteor, LGPL), written anew and checked against the tool.
+Equal, pair by pair, to `meteor-1.5.jar -l en -norm -m 'exact stem' -w '1.0 0.6'` on every pair of IU X-ray reports
+tried (six sets of 590, cleaned and as written). The tables that are left out raise the corpus score of the full tool by
+0.005 to 0.007 there. Source: Denkowski and Lavie 2014, doi:10.3115/v1/W14-3348; its search and its word rules were
+learnt from the tool's published source (github.com/cmu-mtlab/meteor, LGPL), written anew and checked against the tool.
 
-An alignment pairs words one to one. The tool searches for the one with most exact matches, then fewest chunks (runs of words in
-the same order in both texts), then the least distance, from left to right with a beam of 40 paths, and cannot be replaced by an
-exact search without changing scores. Here the beams of all pairs advance together as rows of NumPy arrays.
+An alignment pairs words one to one. The tool searches for the one with most exact matches, then fewest chunks (runs of
+words in the same order in both texts), then the least distance, from left to right with a beam of 40 paths, and cannot
+be replaced by an exact search without changing scores. Here the beams of all pairs advance together as rows of NumPy
+arrays.
 """
 
 import re
@@ -24,13 +26,14 @@ ALPHA, BETA, GAMMA, DELTA = 0.85, 0.2, 0.6, 0.75  # `-t rank`, the default task
 STEM_WEIGHT = 0.6
 BEAM = 40
 
-# What the tool counts as a function word. Its rule is a relative frequency above 0.001 in news text; these are the words for
-# which its own statistics (SCORE) said so, asked about 41,114 words and marks, among them every one in the IU X-ray reports.
+# What the tool counts as a function word. Its rule is a relative frequency above 0.001 in news text; these are the
+# words for which its own statistics (SCORE) said so, asked about 41,114 words and marks, among them every one in the IU
+# X-ray reports.
 FUNCTION_WORDS = frozenset(
     """
-    a about after all also an and are as at be been but by can could first for from had has have he her his i if in into is it its
-    last more new no not of on one or other out over people s said she so some than that the their there they this time to two up
-    was we were what when which who will with would year years you 's 't " $ ' ( ) , - . : ?
+    a about after all also an and are as at be been but by can could first for from had has have he her his i if in into
+    is it its last more new no not of on one or other out over people s said she so some than that the their there they
+    this time to two up was we were what when which who will with would year years you 's 't " $ ' ( ) , - . : ?
     """.split()
 )
 
@@ -49,7 +52,7 @@ COLUMNS = (
     "chunks",
 )
 
-# ------------------------------------------------------------------------------------------------------------------- words
+# ---------------------------------------------------------------------------------------------------------------- words
 
 LETTER = "A-Za-zŠŽšžŸÀ-ÖØ-öø-ž"
 DOT = "\ue000"  # stands for the dots of an ellipsis while other dots are looked at
@@ -73,9 +76,9 @@ PLAIN = re.compile(r"[a-z0-9]+|\.|,")
 
 def meteor_words(text):
     """
-    A text as `-norm` cuts it: lower case, marks apart, no hyphens inside words. A full stop at the end of a word is cut off
-    unless a word in lower case follows ("opacity. heart" keeps it), and the dots of "U.S." vanish. The tool also keeps the dot of
-    some 140 abbreviations (Dr., a.m.) before capitals; that list is not used here.
+    A text as `-norm` cuts it: lower case, marks apart, no hyphens inside words. A full stop at the end of a word is cut
+    off unless a word in lower case follows ("opacity. heart" keeps it), and the dots of "U.S." vanish. The tool also
+    keeps the dot of some 140 abbreviations (Dr., a.m.) before capitals; that list is not used here.
     """
     words = text.split()
     if all(PLAIN.fullmatch(word) for word in words):
@@ -96,7 +99,7 @@ def meteor_words(text):
     return " ".join(cut).replace(DOT, ".").lower().split()
 
 
-# --------------------------------------------------------------------------------------------------------------- alignment
+# ------------------------------------------------------------------------------------------------------------ alignment
 
 
 def possible_matches(hypothesis, reference):
@@ -121,8 +124,9 @@ def possible_matches(hypothesis, reference):
 
 def align(pairs, rows=64):
     """
-    pairs: [(hypothesis words, reference words)] -> for each pair, arrays over the reference words: place of the partner in the
-    hypothesis or -1, and whether it is the same word; and the number of chunks. `rows` pairs are searched together.
+    pairs: [(hypothesis words, reference words)] -> for each pair, arrays over the reference words: place of the partner
+    in the hypothesis or -1, and whether it is the same word; and the number of chunks. `rows` pairs are searched
+    together.
     """
     found = [possible_matches(*pair) for pair in pairs]
     width = [max((len(matches) for matches in sentence), default=0) for sentence in found]
@@ -139,7 +143,10 @@ def align(pairs, rows=64):
 
 
 def beam_search(found, hypothesis_length):
-    """The alignments of one batch; see `align`. B pairs, T reference words, K possible partners, P paths, W words of 64 bits."""
+    """
+    The alignments of one batch; see `align`. B pairs, T reference words, K possible partners, P paths, W words of 64
+    bits.
+    """
     batch, steps = len(found), max(len(sentence) for sentence in found)
     width = max((len(matches) for sentence in found for matches in sentence), default=0)
     place = np.full((batch, steps, width), -1, dtype=np.int64)
@@ -172,7 +179,8 @@ def beam_search(found, hypothesis_length):
         (1 << order_bits + distance_bits + count_bits),
     )
     dead = np.int64(1) << 62
-    # What a match adds to its path: an exact one takes a missing one away; ordinary ones branch off, fixed ones are the path.
+    # What a match adds to its path: an exact one takes a missing one away; ordinary ones branch off, fixed ones are the
+    # path.
     gain = -exact.astype(np.int64) * one_missing
     gain[fixed] += away[fixed] * one_distance
     branching_distance = away * one_distance
@@ -196,8 +204,9 @@ def beam_search(found, hypothesis_length):
             free = alive & (to >= 0) & (taken & bit[:, t, k, None] == 0)
             branch = path - (last == to) * one_chunk + gain[:, t, k, None]
             keys[:, k] = np.where(free, branch, dead)
-            # The tool adds the distance of each match it tries to the path it branches off from, not to the branch itself: a
-            # branch carries the distances of its elder sisters, and the path that leaves the word alone those of all.
+            # The tool adds the distance of each match it tries to the path it branches off from, not to the branch
+            # itself: a branch carries the distances of its elder sisters, and the path that leaves the word alone those
+            # of all.
             path = path + free * branching_distance[:, t, k, None]
         skips = alive & ~fixed[:, t, None] if t < steps else alive
         keys[:, -1] = np.where(skips, path, dead)
@@ -235,7 +244,7 @@ def beam_search(found, hypothesis_length):
     return [(partner[b, : len(sentence)], same[b, : len(sentence)], int(chunks[b])) for b, sentence in enumerate(found)]
 
 
-# -------------------------------------------------------------------------------------------------------------- statistics
+# ----------------------------------------------------------------------------------------------------------- statistics
 
 
 def meteor_statistics(hypotheses, references):

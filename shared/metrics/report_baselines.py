@@ -1,16 +1,20 @@
 """
-What every table of report scores needs beside the model: reports written without looking, and numbers that show a collapse.
+What every table of report scores needs beside the model: reports written without looking, and numbers that show a
+collapse.
 
     best_constant(train, val_references)              one report for everybody, chosen on validation
     most_frequent(train)                              the mode of the training reports
     random_reports(train, n, seed)                    one training report each, drawn at random
     nearest_reports(train, train_vectors, vectors)    the report of the most similar training image
-    oracle_reports(train, train_labels, labels)       the true labels in canned words: the best constant of the reports with these labels
+    oracle_reports(train, train_labels, labels)       the true labels in canned words: the best constant of the reports
+                                                      with these labels
     baseline_reports(...)                             all of these, by name
-    diversity(hypotheses, references)                 distinct reports and sentences, share of the most frequent, self-BLEU, lengths
+    diversity(hypotheses, references)                 distinct reports and sentences, share of the most frequent,
+                                                      self-BLEU, lengths
 
-A model that does not beat the constant has learnt the style of the reports; one that writes few distinct reports has collapsed,
-whatever its BLEU. The texts come from training reports; the constant is chosen with validation references; none sees test reports.
+A model that does not beat the constant has learnt the style of the reports; one that writes few distinct reports has
+collapsed, whatever its BLEU. The texts come from training reports; the constant is chosen with validation references;
+none sees test reports.
 """
 
 import re
@@ -32,7 +36,9 @@ def baseline_reports(
     labels=None,
     tokenizer="whitespace",
 ):
-    """-> {name: n reports}; the nearest neighbour needs train_vectors and vectors, the oracle train_labels and labels."""
+    """
+    -> {name: n reports}; the nearest neighbour needs train_vectors and vectors, the oracle train_labels and labels.
+    """
     baselines = {
         "constant": [best_constant(train, val_references, tokenizer)] * n,
         "most frequent": [most_frequent(train)] * n,
@@ -50,8 +56,9 @@ def baseline_reports(
 
 def best_constant(candidates, references, tokenizer="whitespace", metric="bleu_4"):
     """
-    The candidate that scores best as the answer to every report of `references` (N strings or lists of strings, of validation).
-    metric: bleu_1 to bleu_4. Of equally good ones the first. Every candidate is scored, in one pass over the references.
+    The candidate that scores best as the answer to every report of `references` (N strings or lists of strings, of
+    validation). metric: bleu_1 to bleu_4. Of equally good ones the first. Every candidate is scored, in one pass over
+    the references.
     """
     if metric not in [f"bleu_{order}" for order in range(1, ORDERS + 1)]:
         raise ValueError(f"a constant is chosen by bleu_1 to bleu_{ORDERS}, not by '{metric}'")
@@ -60,7 +67,8 @@ def best_constant(candidates, references, tokenizer="whitespace", metric="bleu_4
         raise ValueError("there are no candidates to choose from")
     references = check_reports([""] * len(references), references)[1]
     groups = [[clean(text).split() for text in group] for group in references]
-    # The j-th time that a candidate uses an n-gram counts in every report of which one reference has it j times or more.
+    # The j-th time that a candidate uses an n-gram counts in every report of which one reference has it j times or
+    # more.
     reports_with = Counter()
     for group in groups:
         reports_with.update(set().union(*(numbered_grams(words) for words in group)))
@@ -99,7 +107,10 @@ def random_reports(reports, n, seed=0):
 
 
 def nearest_reports(reports, vectors, queries):
-    """Reports (N), their vectors (N, D), queries (Q, D) -> Q reports, by cosine similarity; of equally near ones the first."""
+    """
+    Reports (N), their vectors (N, D), queries (Q, D) -> Q reports, by cosine similarity; of equally near ones the
+    first.
+    """
     vectors, queries = np.asarray(vectors, dtype=np.float32), np.asarray(queries, dtype=np.float32)
     if (
         vectors.ndim != 2
@@ -109,7 +120,8 @@ def nearest_reports(reports, vectors, queries):
         or not len(reports)
     ):
         raise ValueError(
-            f"{len(reports)} reports, vectors {vectors.shape} and queries {queries.shape} do not fit: need (N, D) and (Q, D)"
+            f"{len(reports)} reports, vectors {vectors.shape} and queries {queries.shape} do not fit: need (N, D) and"
+            " (Q, D)"
         )
     length, query_length = np.linalg.norm(vectors, axis=1), np.linalg.norm(queries, axis=1)
     if not (np.isfinite(length).all() and np.isfinite(query_length).all() and length.all() and query_length.all()):
@@ -120,10 +132,11 @@ def nearest_reports(reports, vectors, queries):
 
 def oracle_reports(reports, train_labels, labels, tokenizer="whitespace"):
     """
-    For each row of labels the canned report of the training reports with the very same labels: the one among them that answers all
-    of them best (BLEU-4). Where none has them, that of the label set with the fewest differences (of several, the most frequent).
-    Rows are sequences of comparable values. Give 0 and 1: with "negative" and "not mentioned" kept apart, labels tell how a report
-    is worded, not what the image shows, and on IU X-ray BLEU-4 more than doubles.
+    For each row of labels the canned report of the training reports with the very same labels: the one among them that
+    answers all of them best (BLEU-4). Where none has them, that of the label set with the fewest differences (of
+    several, the most frequent). Rows are sequences of comparable values. Give 0 and 1: with "negative" and "not
+    mentioned" kept apart, labels tell how a report is worded, not what the image shows, and on IU X-ray BLEU-4 more
+    than doubles.
     """
     if len(reports) != len(train_labels) or not len(reports):
         raise ValueError(
@@ -143,14 +156,15 @@ def oracle_reports(reports, train_labels, labels, tokenizer="whitespace"):
     return [canned[nearest[row]] for row in wanted]
 
 
-# --------------------------------------------------------------------------------------------------- diversity and collapse
+# ----------------------------------------------------------------------------------------------- diversity and collapse
 
 
 def diversity(hypotheses, references=None, tokenizer="whitespace"):
     """
-    -> dict: n, distinct_reports, distinct_sentences (of `sentences`), share_most_frequent (of the n reports), words (mean per report),
-    self_bleu (mean BLEU-4 of each report against all others: 1 when all are equal, None for one report), and with references
-    length_ratio (words, against the closest reference) and reference_distinct_reports (of the first references).
+    -> dict: n, distinct_reports, distinct_sentences (of `sentences`), share_most_frequent (of the n reports), words
+    (mean per report), self_bleu (mean BLEU-4 of each report against all others: 1 when all are equal, None for one
+    report), and with references length_ratio (words, against the closest reference) and reference_distinct_reports (of
+    the first references).
     """
     groups = check_reports(hypotheses, [""] * len(hypotheses) if references is None else references)[1]
     clean = pick_tokenizer(tokenizer)
@@ -175,14 +189,17 @@ def diversity(hypotheses, references=None, tokenizer="whitespace"):
 
 
 def self_bleu(hypotheses):
-    """Mean over the reports of their BLEU-4 with all other reports as references (Zhu et al. 2018); None for one report."""
+    """
+    Mean over the reports of their BLEU-4 with all other reports as references (Zhu et al. 2018); None for one report.
+    """
     n = len(hypotheses)
     if n < 2:
         return None
     grams = NGrams(hypotheses, [[]] * n)
     table = np.zeros((n, 2 * ORDERS + 2))
     for order, (keys, counts, size) in enumerate(grams.orders):
-        # The others' highest count of an n-gram is the highest of all; for the report that holds it, the second highest.
+        # The others' highest count of an n-gram is the highest of all; for the report that holds it, the second
+        # highest.
         ranking = np.lexsort((-counts, keys % size))
         gram, ranked = keys[ranking] % size, counts[ranking]
         start = np.flatnonzero(np.r_[True, gram[1:] != gram[:-1]]) if len(gram) else np.zeros(0, dtype=int)

@@ -1,9 +1,10 @@
 """
-Metrics of retrieval by similarity: arrays in, numbers out. Pure NumPy / SciPy; undefined is NaN per query, None in a summary.
+Metrics of retrieval by similarity: arrays in, numbers out. Pure NumPy / SciPy; undefined is NaN per query, None in a
+summary.
 
     exclude = query_ids[:, None] == gallery_ids                       # the query itself, by id, never "the first hit"
-    values = retrieval_values(similarity, query_labels, gallery_labels, num_classes, exclude)   # {"P@1": (Q,), "AP": (Q,), ...}
-    draws = query_draws(values, query_labels, num_classes)
+    values = retrieval_values(similarity, query_labels, gallery_labels, num_classes, exclude)   # {"P@1": (Q,), "AP":
+    (Q,), ...} draws = query_draws(values, query_labels, num_classes)
     table = summarise(values, query_labels, num_classes, draws)       # micro, macro and per class, with intervals
 
 Relevant = same label. Definitions, with R = relevant items of the gallery after exclusion:
@@ -27,8 +28,9 @@ KS = (1, 3, 5, 10)
 def rank_gallery(similarity, exclude=None):
     """
     similarity (Q, N) finite, higher = more alike; exclude (Q, N) bool, items a query may not find (itself, its copies)
-    -> order (Q, N) int64: gallery rows from most to least alike, excluded ones last; num_left (Q,): how many are not excluded.
-    Equal similarities keep the order of the gallery: put the gallery in the order of its ids and every index type agrees.
+    -> order (Q, N) int64: gallery rows from most to least alike, excluded ones last; num_left (Q,): how many are not
+    excluded. Equal similarities keep the order of the gallery: put the gallery in the order of its ids and every index
+    type agrees.
     """
     similarity = np.asarray(similarity)
     if similarity.ndim != 2 or similarity.shape[1] == 0:
@@ -53,7 +55,8 @@ def relevance(order, num_left, query_labels, gallery_labels):
     query_labels, gallery_labels = np.asarray(query_labels), np.asarray(gallery_labels)
     if len(query_labels) != len(order) or len(gallery_labels) != order.shape[1]:
         raise ValueError(
-            f"order {order.shape} needs that many query and gallery labels, got {len(query_labels)} and {len(gallery_labels)}"
+            f"order {order.shape} needs that many query and gallery labels, got {len(query_labels)} and"
+            f" {len(gallery_labels)}"
         )
     in_gallery = np.arange(order.shape[1]) < np.asarray(num_left)[:, None]
     return (gallery_labels[order] == query_labels[:, None]) & in_gallery
@@ -88,8 +91,8 @@ def query_metrics(relevant, ks=KS):
 def knn_vote(neighbours, num_left, similarity, gallery_labels, num_classes, k=5):
     """
     neighbours (Q, k or more): gallery rows by rank; similarity of the same shape, to these; num_left (Q,).
-    Majority of the first k; equal counts go to the class with the larger summed similarity, and should these be equal too, to
-    the nearer neighbour's. -> called (Q,) int64, share (Q, num_classes) of the neighbours, adding up to 1.
+    Majority of the first k; equal counts go to the class with the larger summed similarity, and should these be equal
+    too, to the nearer neighbour's. -> called (Q,) int64, share (Q, num_classes) of the neighbours, adding up to 1.
     Queries with fewer than k items left vote with what there is.
     """
     first = neighbours[:, :k]
@@ -110,7 +113,9 @@ def first_of(similarity, order, k):
 
 
 def retrieval_values(similarity, query_labels, gallery_labels, num_classes, exclude=None, ks=KS, vote_k=5):
-    """similarity (Q, N), query_labels (Q,), gallery_labels (N,) int, exclude (Q, N) bool or None -> {name: (Q,) float64}."""
+    """
+    similarity (Q, N), query_labels (Q,), gallery_labels (N,) int, exclude (Q, N) bool or None -> {name: (Q,) float64}.
+    """
     order, num_left = rank_gallery(similarity, exclude)
     values = query_metrics(relevance(order, num_left, query_labels, gallery_labels), ks)
     first, near = first_of(similarity, order, vote_k)
@@ -123,8 +128,8 @@ def retrieval_values(similarity, query_labels, gallery_labels, num_classes, excl
 
 def class_means(values, labels, num_classes, weights=None):
     """
-    values (Q, M) with NaN for undefined, labels (Q,), weights (B, Q) or None (all 1, B = 1) -> means (B, 2 + num_classes, M):
-    micro, macro, then every class. Macro = mean of the classes that have queries.
+    values (Q, M) with NaN for undefined, labels (Q,), weights (B, Q) or None (all 1, B = 1) -> means (B, 2 +
+    num_classes, M): micro, macro, then every class. Macro = mean of the classes that have queries.
     """
     values = np.asarray(values, dtype=np.float64)
     weights = np.ones((1, len(values))) if weights is None else np.asarray(weights, dtype=np.float64)
@@ -141,8 +146,9 @@ def class_means(values, labels, num_classes, weights=None):
 
 def query_draws(values, labels, num_classes, groups=None, num_samples=2000, seed=0):
     """
-    Bootstrap over queries, the gallery held fixed: {name: (Q,)} -> (num_samples, 2 + num_classes, M) means as `class_means`.
-    groups (Q,): draw whole groups, such as copies of one image. The same seed gives the same draws to every system.
+    Bootstrap over queries, the gallery held fixed: {name: (Q,)} -> (num_samples, 2 + num_classes, M) means as
+    `class_means`. groups (Q,): draw whole groups, such as copies of one image. The same seed gives the same draws to
+    every system.
     """
     counts = np.stack(list(resample_counts(len(labels), num_samples, seed, groups)))
     return class_means(np.stack(list(values.values()), axis=1), labels, num_classes, counts)
@@ -150,11 +156,11 @@ def query_draws(values, labels, num_classes, groups=None, num_samples=2000, seed
 
 def leave_one_out_draws(similarity, labels, num_classes, exclude, ks=KS, vote_k=5, num_samples=500, seed=0):
     """
-    Bootstrap of a set that is query and gallery at once, similarity (N, N): an image drawn twice counts twice as a query *and*
-    stands twice in the gallery, one not drawn does neither; a query never finds its own copies (exclude has a true diagonal).
-    Resampling the queries alone would treat the gallery as fixed although it is the same sample of films.
-    -> (num_samples, 2 + num_classes, M). A resample holds about 63 % of the images, so that its near neighbours are a little
-    further away and the interval lies a little low.
+    Bootstrap of a set that is query and gallery at once, similarity (N, N): an image drawn twice counts twice as a
+    query *and* stands twice in the gallery, one not drawn does neither; a query never finds its own copies (exclude has
+    a true diagonal). Resampling the queries alone would treat the gallery as fixed although it is the same sample of
+    films. -> (num_samples, 2 + num_classes, M). A resample holds about 63 % of the images, so that its near neighbours
+    are a little further away and the interval lies a little low.
     """
     labels, similarity = np.asarray(labels), np.asarray(similarity)
     if similarity.shape != (len(labels), len(labels)) or not np.diagonal(exclude).all():
@@ -179,9 +185,10 @@ def leave_one_out_draws(similarity, labels, num_classes, exclude, ks=KS, vote_k=
 
 def summarise(values, labels, num_classes, draws=None, baseline=None):
     """
-    {name: (Q,)} and its resampled means `draws` (None: no intervals); baseline: (values, draws) of another system, resampled by
-    the same seed -> {"micro" | "macro" | 0 | 1 | ...: {name: dict(value, low, high)}}, 95 % percentile intervals; with a baseline
-    also difference (system - baseline), difference_low, difference_high, p (paired; as in statistics.paired_bootstrap).
+    {name: (Q,)} and its resampled means `draws` (None: no intervals); baseline: (values, draws) of another system,
+    resampled by the same seed -> {"micro" | "macro" | 0 | 1 | ...: {name: dict(value, low, high)}}, 95 % percentile
+    intervals; with a baseline also difference (system - baseline), difference_low, difference_high, p (paired; as in
+    statistics.paired_bootstrap).
     """
 
     def means(of):
@@ -212,10 +219,12 @@ def summarise(values, labels, num_classes, draws=None, baseline=None):
 
 def chance(num_relevant, num_left, ks=KS):
     """
-    Expected metrics of a random order, exactly, for queries with num_relevant (Q,) of num_left (Q,) items -> {name: (Q,)}.
+    Expected metrics of a random order, exactly, for queries with num_relevant (Q,) of num_left (Q,) items -> {name:
+    (Q,)}.
 
-    The item at any rank is relevant with R / N. Given that rank i holds one, a rank before it does with (R - 1) / (N - 1),
-    and i itself is uniform: E[AP] = a + (1 - a) H_N / N with a = (R - 1) / (N - 1). E[RR] sums P(first hit at rank i) / i.
+    The item at any rank is relevant with R / N. Given that rank i holds one, a rank before it does with (R - 1) / (N -
+    1), and i itself is uniform: E[AP] = a + (1 - a) H_N / N with a = (R - 1) / (N - 1). E[RR] sums P(first hit at rank
+    i) / i.
     """
     unique, back = np.unique(np.stack([num_relevant, num_left], axis=1), axis=0, return_inverse=True)
     rows = []
@@ -254,9 +263,10 @@ def chance_vote(num_relevant, num_left, k=5):
 
 def hubness(first, num_left, num_items, k=10):
     """
-    Does the gallery have hubs, items that are everybody's neighbour (Radovanovic et al. 2010, JMLR 11:2487)? k-occurrence =
-    in how many of the first-k lists an item stands. first (Q, k or more): gallery rows by rank, of num_items. -> dict(k, skewness of the k-occurrence, max and the item that has it,
-    never: share of items in no list, top1_percent: share of all places held by the most frequent 1 % of the items).
+    Does the gallery have hubs, items that are everybody's neighbour (Radovanovic et al. 2010, JMLR 11:2487)?
+    k-occurrence = in how many of the first-k lists an item stands. first (Q, k or more): gallery rows by rank, of
+    num_items. -> dict(k, skewness of the k-occurrence, max and the item that has it, never: share of items in no list,
+    top1_percent: share of all places held by the most frequent 1 % of the items).
     """
     first = first[:, :k]
     there = np.arange(first.shape[1]) < np.asarray(num_left)[:, None]
@@ -275,7 +285,9 @@ def hubness(first, num_left, num_items, k=10):
 
 
 def content_codes(*image_sets):
-    """uint8 arrays (N, ...) -> one int64 array (N,) per set; equal codes = byte-identical images, within and between sets."""
+    """
+    uint8 arrays (N, ...) -> one int64 array (N,) per set; equal codes = byte-identical images, within and between sets.
+    """
     seen = {}
     return [
         np.array([seen.setdefault(image.tobytes(), len(seen)) for image in images], dtype=np.int64)
@@ -286,7 +298,8 @@ def content_codes(*image_sets):
 def duplicate_report(codes, labels):
     """
     {split: codes (N,)}, {split: labels (N,)} -> dict(repeats {split: images that repeat an earlier one of their split},
-    pairs {split: [[i, j], ...]}, shared {"a-b": different images that lie in both}, conflicting: images with two labels).
+    pairs {split: [[i, j], ...]}, shared {"a-b": different images that lie in both}, conflicting: images with two
+    labels).
     """
     repeats = {s: len(c) - len(np.unique(c)) for s, c in codes.items()}
     pairs = {}

@@ -5,8 +5,10 @@ Which one to use:
     proportion (accuracy, recall, ...)   wilson_interval
     AUC, independent cases               delong_auc; two models on the same cases: delong_test
     any other metric                     bootstrap_interval; two models: paired_bootstrap
-    several rows per patient or image    bootstrap_interval with groups=patient, for every metric, proportions and AUC too
-    few patients (below about 30)        bootstrap_interval with groups and method="jackknife"; effective_clusters counts them
+    several rows per patient or image    bootstrap_interval with groups=patient, for every metric, proportions and AUC
+                                         too
+    few patients (below about 30)        bootstrap_interval with groups and method="jackknife"; effective_clusters
+                                         counts them
     two models, right or wrong           mcnemar_exact; with groups: sign_flip_test
     paired differences of any kind       sign_flip_test
     how many cases a comparison needs    cases_needed
@@ -143,8 +145,9 @@ def delong_test(labels, scores_a, scores_b, confidence=0.95):
 
 # --- clusters: rows of one patient, study or image ---
 
-# Below this number intervals are noticeably short. benchmarks/coverage.py, clustered data: percentile intervals of nominal 95 %
-# held the truth in 86-93 % with an effective number of 24 and in 66-88 % with 4 to 8. Cameron et al. 2008 call 5 to 30 few.
+# Below this number intervals are noticeably short. benchmarks/coverage.py, clustered data: percentile intervals of
+# nominal 95 % held the truth in 86-93 % with an effective number of 24 and in 66-88 % with 4 to 8. Cameron et al. 2008
+# call 5 to 30 few.
 FEW_CLUSTERS = 30
 
 
@@ -154,8 +157,8 @@ def effective_clusters(groups, values=None):
 
     effective_groups = (sum n)^2 / sum n^2 over group sizes n (Kish): num_groups where all are of one size, near 1 where
     one holds most rows. warning: a sentence when it is below FEW_CLUSTERS, else None.
-    values (N,), e.g. 1 for a right answer, adds icc (one-way analysis of variance), design_effect = 1 + (sum n^2 / N - 1) icc,
-    the factor on the variance of their mean, and effective_rows = N / design_effect; None where undefined.
+    values (N,), e.g. 1 for a right answer, adds icc (one-way analysis of variance), design_effect = 1 + (sum n^2 / N -
+    1) icc, the factor on the variance of their mean, and effective_rows = N / design_effect; None where undefined.
     """
     unit = _codes(groups, len(groups), "groups")
     if len(unit) == 0:
@@ -329,17 +332,20 @@ def bootstrap_interval(
     -> dict(value, low, high, num_samples, num_undefined): resamples where metric is None or NaN are left out of the
     interval and counted; many of them mean that the interval describes only the favourable part of the resamples.
 
-    groups (N,): whole groups are drawn, and every method counts in groups; warns when there are few (effective_clusters).
+    groups (N,): whole groups are drawn, and every method counts in groups; warns when there are few
+    (effective_clusters).
     method: "percentile"   quantiles of the resampled metric
             "bca"          corrected for bias and skewness; one more call per group
-            "studentised"  bootstrap-t, each resample scaled by its own jackknife error: best for skewed data and from about
-                           30 groups on (with few, shares often have no end); one call per resample and group: slow unless of_sums
-            "jackknife"    value +- t(G - 1) x jackknife error over the G groups, nothing drawn: the closest of the four for few
-                           groups, though with five it may hold in 85 % only; not for medians and other jumping metrics
+            "studentised"  bootstrap-t, each resample scaled by its own jackknife error: best for skewed data and from
+                           about 30 groups on (with few, shares often have no end); one call per resample and group:
+                           slow unless of_sums
+            "jackknife"    value +- t(G - 1) x jackknife error over the G groups, nothing drawn: the closest of the four
+                           for few groups, though with five it may hold in 85 % only; not for medians and other jumping
+                           metrics
         strata go with percentile only. None where the metric without one of the groups is undefined.
     of_sums: metric is a function of the sums of the arrays, which takes and returns arrays: thousands of resamples in
-        milliseconds. lambda right, n: right / n for a mean (n: ones), lambda tp, fp, fn: 2 * tp / (2 * tp + fp + fn) for F1,
-        lambda a, b, n: (a - b) / n for a paired difference.
+        milliseconds. lambda right, n: right / n for a mean (n: ones), lambda tp, fp, fn: 2 * tp / (2 * tp + fp + fn)
+        for F1, lambda a, b, n: (a - b) / n for a paired difference.
     """
     arrays = _same_length(arrays)
     _check_confidence(confidence)
@@ -498,10 +504,11 @@ def sign_flip_test(differences, groups=None, num_samples=9999, seed=0):
     Paired permutation test: is the mean of differences (N,), a_i - b_i, 0?
     -> dict(difference, p, exact, num_groups, num_samples), p two-sided; num_groups: those whose sum is not 0.
 
-    Under the null hypothesis a and b could change places: the sum of each row, or of each group (N,) as a whole, keeps its
-    size and takes either sign. All signs are tried for up to 20 groups; beyond that num_samples random ones, and
-    p = (1 + those at least as far from 0) / (num_samples + 1). With G groups p is at least 2 / 2^G: five cannot reach 0.05.
-    On right-or-wrong differences of independent rows it equals mcnemar_exact; with groups it is the version for clusters.
+    Under the null hypothesis a and b could change places: the sum of each row, or of each group (N,) as a whole, keeps
+    its size and takes either sign. All signs are tried for up to 20 groups; beyond that num_samples random ones, and
+    p = (1 + those at least as far from 0) / (num_samples + 1). With G groups p is at least 2 / 2^G: five cannot reach
+    0.05. On right-or-wrong differences of independent rows it equals mcnemar_exact; with groups it is the version for
+    clusters.
     """
     differences = np.asarray(differences, dtype=np.float64)
     if differences.ndim != 1 or len(differences) == 0 or not np.isfinite(differences).all():
@@ -579,8 +586,8 @@ def _in_order(p_values, order, steps):
 
 def holm(p_values):
     """
-    p values -> Holm-adjusted ones in the same order: those <= 0.05 hold at a chance of 5 % for any false one among them.
-    None stays None and still counts as one of the tests.
+    p values -> Holm-adjusted ones in the same order: those <= 0.05 hold at a chance of 5 % for any false one among
+    them. None stays None and still counts as one of the tests.
     """
     p, order = _p_array(p_values)
     steps = p[order] * np.arange(len(p), 0, -1)  # smallest times m, next times m - 1, ...

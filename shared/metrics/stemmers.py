@@ -1,5 +1,6 @@
 """
-Two stemmers for English words, written from their published descriptions: the metrics that need them must run without NLTK.
+Two stemmers for English words, written from their published descriptions: the metrics that need them must run without
+NLTK.
 
     snowball_stem("effusions") -> "effus"     Snowball "English" (Porter2), used by METEOR 1.5
     porter_stem("effusions")   -> "effus"     Porter 1980 with NLTK's changes, used by NLTK's METEOR
@@ -91,7 +92,9 @@ SHORT_SYLLABLE = re.compile(r"(?:[^aeiouy][aeiouy][^aeiouywxY]|^[aeiouy][^aeiouy
 
 
 def longest_suffix(word, suffixes):
-    """The longest of the suffixes that the word ends with, or None: only that one is tried, even if its condition fails."""
+    """
+    The longest of the suffixes that the word ends with, or None: only that one is tried, even if its condition fails.
+    """
     return max((s for s in suffixes if word.endswith(s)), key=len, default=None)
 
 
@@ -163,7 +166,7 @@ def snowball_stem(word):
     return word.replace("Y", "y")
 
 
-# ------------------------------------------------------------------------------------------------- Porter, as NLTK has it
+# ----------------------------------------------------------------------------------------------- Porter, as NLTK has it
 
 PORTER_WORDS = {
     "sky": "sky",

@@ -1,23 +1,27 @@
 """
-Scores of generated reports against reference reports, equal to the implementations that papers use. No network, no Java, no weights.
+Scores of generated reports against reference reports, equal to the implementations that papers use. No network, no
+Java, no weights.
 
-    score_reports(hypotheses, references)                          # {"bleu_1": ..., ..., "meteor_nltk_nosyn": ...} of the corpus
-    score_reports(hypotheses, references, per_report=True)         # the same names, each an array (N,) of the single reports
-    score_reports(hypotheses, references, tokenizer="r2gen")       # both cleaned as R2Gen does before
+    score_reports(hypotheses, references)                          # {"bleu_1": ..., ..., "meteor_nltk_nosyn": ...} of
+    the corpus score_reports(hypotheses, references, per_report=True)         # the same names, each an array (N,) of
+    the single reports score_reports(hypotheses, references, tokenizer="r2gen")       # both cleaned as R2Gen does
+    before
 
 Several conventions carry one name and differ by a factor of two. What each number here is:
-    bleu_1 .. bleu_4    BLEU of pycocoevalcap: one corpus value, closest reference length, punctuation counts. Equal to 1e-9. Neither
-                        the mean over reports nor sacreBLEU.
+    bleu_1 .. bleu_4    BLEU of pycocoevalcap: one corpus value, closest reference length, punctuation counts. Equal to
+                        1e-9. Neither the mean over reports nor sacreBLEU.
     rouge_l             F of pycocoevalcap (beta 1.2), mean over reports; equal to 1e-9. Google's rouge_score is lower.
-    cider               pycocoevalcap's "Cider" (clipped, Gaussian length penalty, times 10), document frequencies from the references
-                        given: equal to 1e-9, and only comparable on the same references. One report alone scores 0.
-    meteor_15           METEOR 1.5 with exact and stem matches and function words, without its synonym and paraphrase tables; see
-                        shared/metrics/meteor.py and, for the gap to the full Java tool, README.md. Counts are summed over the corpus.
-    meteor_nltk_nosyn   NLTK's METEOR (other formula and parameters, mean over reports) with an empty WordNet: about twice as high.
-                        Never print these two under one name.
+    cider               pycocoevalcap's "Cider" (clipped, Gaussian length penalty, times 10), document frequencies from
+                        the references given: equal to 1e-9, and only comparable on the same references. One report
+                        alone scores 0.
+    meteor_15           METEOR 1.5 with exact and stem matches and function words, without its synonym and paraphrase
+                        tables; see shared/metrics/meteor.py and, for the gap to the full Java tool, README.md. Counts
+                        are summed over the corpus.
+    meteor_nltk_nosyn   NLTK's METEOR (other formula and parameters, mean over reports) with an empty WordNet: about
+                        twice as high. Never print these two under one name.
 
-Tokens are what stands between whitespace, as in all of these packages: "clear." is another word than "clear", and case counts except
-for METEOR. So pass texts that are cleaned alike, or name a tokenizer.
+Tokens are what stands between whitespace, as in all of these packages: "clear." is another word than "clear", and case
+counts except for METEOR. So pass texts that are cleaned alike, or name a tokenizer.
 """
 
 import functools
@@ -33,18 +37,18 @@ ORDERS = 4  # BLEU and CIDEr use n-grams of 1 to 4 words
 METRICS = ("bleu", "rouge_l", "cider", "meteor_15", "meteor_nltk_nosyn")
 TOKENIZERS = {
     "whitespace": str,  # as given
-    # Lower case, " . " between sentences, other punctuation gone: what R2Gen and its followers score. Single spaces, as their
-    # texts have after encoding and decoding. Cleaned texts stay as they are.
+    # Lower case, " . " between sentences, other punctuation gone: what R2Gen and its followers score. Single spaces, as
+    # their texts have after encoding and decoding. Cleaned texts stay as they are.
     "r2gen": lambda text: " ".join(clean_r2gen(text).split()),
 }
 
 
 def score_reports(hypotheses, references, tokenizer="whitespace", metrics=METRICS, per_report=False):
     """
-    hypotheses: N strings; references: N strings, or N lists of strings. tokenizer: a name in TOKENIZERS, or a function string ->
-    string. metrics: any of METRICS; "bleu" gives bleu_1 to bleu_4. -> dict of floats for the corpus, or of float64 arrays (N,)
-    with per_report=True. ValueError for empty or unequal lists, and for a report without a reference. An empty hypothesis is
-    scored like any other: it gets 0 and counts.
+    hypotheses: N strings; references: N strings, or N lists of strings. tokenizer: a name in TOKENIZERS, or a function
+    string -> string. metrics: any of METRICS; "bleu" gives bleu_1 to bleu_4. -> dict of floats for the corpus, or of
+    float64 arrays (N,) with per_report=True. ValueError for empty or unequal lists, and for a report without a
+    reference. An empty hypothesis is scored like any other: it gets 0 and counts.
     """
     hypotheses, references = check_reports(hypotheses, references)
     clean = functools.cache(pick_tokenizer(tokenizer))
@@ -103,13 +107,14 @@ def pick_tokenizer(tokenizer):
     return TOKENIZERS[tokenizer]
 
 
-# ------------------------------------------------------------------------------------------------- n-grams, BLEU and CIDEr
+# ---------------------------------------------------------------------------------------------- n-grams, BLEU and CIDEr
 
 
 class NGrams:
     """
-    The n-grams of all texts as integers, counted once for BLEU and CIDEr. A document is a hypothesis (number 0 to N-1) or a
-    reference (N and up). For each order: `keys`, sorted, document * size + n-gram, and `counts`, how often it occurs there.
+    The n-grams of all texts as integers, counted once for BLEU and CIDEr. A document is a hypothesis (number 0 to N-1)
+    or a reference (N and up). For each order: `keys`, sorted, document * size + n-gram, and `counts`, how often it
+    occurs there.
     """
 
     def __init__(self, hypotheses, references):
@@ -143,7 +148,10 @@ class NGrams:
         return (keys[:border], counts[:border]), (keys[border:] // size - self.n, keys[border:] % size, counts[border:])
 
     def bleu_counts(self):
-        """-> (N, 10): for each order the n-grams found in a reference (clipped) and all of them; words, closest reference length."""
+        """
+        -> (N, 10): for each order the n-grams found in a reference (clipped) and all of them; words, closest reference
+        length.
+        """
         table = np.zeros((self.n, 2 * ORDERS + 2))
         words, reference_words = self.lengths[: self.n], self.lengths[self.n :]
         for order, (keys, counts, size) in enumerate(self.orders):
@@ -158,7 +166,10 @@ class NGrams:
         return table
 
     def cider(self, sigma=6.0):
-        """-> (N,) scores: tf-idf vectors per order, clipped to the reference, times a Gaussian of the difference in bigrams."""
+        """
+        -> (N,) scores: tf-idf vectors per order, clipped to the reference, times a Gaussian of the difference in
+        bigrams.
+        """
         num_references = len(self.group)
         similarity = np.zeros(num_references)
         bigrams = np.maximum(self.lengths - 1, 0)
@@ -202,11 +213,14 @@ def bleu_from_counts(counts):
     return precision * np.exp(np.minimum(0, 1 - 1 / ratio))
 
 
-# ----------------------------------------------------------------------------------------------------------------- ROUGE-L
+# -------------------------------------------------------------------------------------------------------------- ROUGE-L
 
 
 def rouge_l(hypotheses, references, beta=1.2):
-    """-> (N,). Best precision and best recall over the references, taken apart, as pycocoevalcap does; split(" "), not split()."""
+    """
+    -> (N,). Best precision and best recall over the references, taken apart, as pycocoevalcap does; split(" "), not
+    split().
+    """
     scores = np.zeros(len(hypotheses))
     for i, (hypothesis, group) in enumerate(zip(hypotheses, references, strict=True)):
         words = hypothesis.split(" ")
@@ -225,8 +239,9 @@ def rouge_l(hypotheses, references, beta=1.2):
 
 def longest_common_subsequence(where, length, words):
     """
-    Length of the longest common subsequence of two texts; `where` holds, for each word of the first, its places as bits. One row
-    of the usual table at a time, held as the bits where it grows (Hyyro 2004): a sum carries through all columns at once.
+    Length of the longest common subsequence of two texts; `where` holds, for each word of the first, its places as
+    bits. One row of the usual table at a time, held as the bits where it grows (Hyyro 2004): a sum carries through all
+    columns at once.
     """
     full = (1 << length) - 1
     row = full
@@ -238,7 +253,7 @@ def longest_common_subsequence(where, length, words):
     return length - row.bit_count()
 
 
-# ------------------------------------------------------------------------------------------------------------------ METEOR
+# --------------------------------------------------------------------------------------------------------------- METEOR
 
 
 def best_meteor(hypotheses, references):
@@ -285,7 +300,7 @@ def nltk_pair(hypothesis, reference, alpha, beta, gamma):
     return (1 - gamma * (chunks / len(matched)) ** beta) * mean
 
 
-# ------------------------------------------------------------------------------------------- references as R2Gen makes them
+# --------------------------------------------------------------------------------------- references as R2Gen makes them
 
 
 def r2gen_vocabulary(train_reports, min_count=3):
@@ -296,7 +311,7 @@ def r2gen_vocabulary(train_reports, min_count=3):
 
 def r2gen_reference(text, vocabulary, max_ids=60):
     """
-    A report as R2Gen scores against it: cleaned, cut to max_ids ids of which the first is the start sign (so 59 words), words
-    outside the vocabulary as <unk>. Give the result to score_reports as it is, with the default tokenizer.
+    A report as R2Gen scores against it: cleaned, cut to max_ids ids of which the first is the start sign (so 59 words),
+    words outside the vocabulary as <unk>. Give the result to score_reports as it is, with the default tokenizer.
     """
     return " ".join(word if word in vocabulary else "<unk>" for word in clean_r2gen(text).split()[: max_ids - 1])

@@ -4,16 +4,18 @@ Attention weights of a few query rows, while the model runs as it always does.
     inputs = build_inputs(vlm, [question], [image])
     with AttentionCapture(vlm.model, keys=inputs.image_positions[0][0]) as capture:
         vlm.model.generate(**inputs.tensors, max_new_tokens=20)
-    capture.steps[0].weights                  # (layers, B, heads, rows, keys): the prompt's last token, looking at the image
+    capture.steps[0].weights                  # (layers, B, heads, rows, keys): the prompt's last token, looking at the
+                                              image
     capture.steps[3].weights                  # the fourth generated token
     capture.layer_kinds                       # "full_attention" or "sliding_attention", per layer
 
-sdpa and flash attention never hold the weights, and eager, which does, holds all of them (layers x heads x L x L) and rounds
-differently. Here sdpa runs unchanged, so the text is the same to the last bit, and beside it the softmax of the chosen rows is
-computed from the same queries and keys (after rotary embedding and norms), scale and mask, in float32.
+sdpa and flash attention never hold the weights, and eager, which does, holds all of them (layers x heads x L x L) and
+rounds differently. Here sdpa runs unchanged, so the text is the same to the last bit, and beside it the softmax of the
+chosen rows is computed from the same queries and keys (after rotary embedding and norms), scale and mask, in float32.
 
-Columns are those of the padded batch, counted from the start of the prompt, in decoding as in the prompt. Sliding layers keep
-only the last keys: a column that has left the window has weight 0 there. A row that may look at nothing (padding) is all 0.
+Columns are those of the padded batch, counted from the start of the prompt, in decoding as in the prompt. Sliding
+layers keep only the last keys: a column that has left the window has weight 0 there. A row that may look at nothing
+(padding) is all 0.
 """
 
 from dataclasses import dataclass
@@ -31,8 +33,8 @@ _active = None  # the capture that is on; attention functions are found by name 
 @dataclass
 class Step:
     """
-    One forward pass. rows: columns of the recorded queries; weights: float32 (layers, B, heads, rows, keys), on the CPU. The
-    row at column p predicts the token at p + 1.
+    One forward pass. rows: columns of the recorded queries; weights: float32 (layers, B, heads, rows, keys), on the
+    CPU. The row at column p predicts the token at p + 1.
     """
 
     rows: list
@@ -43,8 +45,9 @@ class AttentionCapture:
     """
     Context manager. model: a model loaded with attention="sdpa", with or without an adapter.
 
-    queries: "last" (of every forward pass: the prompt's last token, then each generated one), or a list of columns, of which
-    each pass records those it computes. keys: columns (K,) for all cases, or (B, K) with -1 as filler; None: every column.
+    queries: "last" (of every forward pass: the prompt's last token, then each generated one), or a list of columns, of
+    which each pass records those it computes. keys: columns (K,) for all cases, or (B, K) with -1 as filler; None:
+    every column.
     """
 
     def __init__(self, model, queries="last", keys=None):
@@ -92,7 +95,10 @@ class AttentionCapture:
         self._passes.append(self._now)
 
     def record(self, module, query, key, mask, scaling):
-        """query (B, H, Q, D), key (B, H / groups, N, D), mask bool or additive (B, 1 or H, Q, N) or None; keeps the chosen rows."""
+        """
+        query (B, H, Q, D), key (B, H / groups, N, D), mask bool or additive (B, 1 or H, Q, N) or None; keeps the chosen
+        rows.
+        """
         start, total, rows, layers = self._now
         if not rows:
             return
@@ -115,7 +121,10 @@ class AttentionCapture:
         layers[module.layer_idx] = self.pick(scores.softmax(-1).masked_fill(hidden, 0.0), total)
 
     def pick(self, weights, total):
-        """weights (B, H, R, N) over the last N of `total` columns -> the chosen columns, 0 for those that are not among them."""
+        """
+        weights (B, H, R, N) over the last N of `total` columns -> the chosen columns, 0 for those that are not among
+        them.
+        """
         gone = total - weights.shape[-1]  # columns that left the window
         if self.keys is None:
             return torch.nn.functional.pad(weights, (gone, 0))
@@ -138,7 +147,9 @@ class AttentionCapture:
 
     @property
     def status(self):
-        """ "ok", "no_attn" when nothing was recorded, or "nan": for tables, where a failed extraction has to stay visible."""
+        """
+        "ok", "no_attn" when nothing was recorded, or "nan": for tables, where a failed extraction has to stay visible.
+        """
         steps = self.steps
         if not steps or any(len(s.weights) != len(self.layer_kinds) for s in steps):
             return "no_attn"

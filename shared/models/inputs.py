@@ -11,12 +11,14 @@ For training, preprocess all images once, in one go, and pick from them; give th
 
     images = preprocess_images(vlm.processor, films)             # films: uint8 arrays, tensors or PIL images
     inputs = build_inputs(vlm, questions, images.pick(rows), answers=answers)
-    loss = vlm.model(**inputs.tensors).loss                      # labels are -100 but for the answer and the token that ends it
+    loss = vlm.model(**inputs.tensors).loss                      # labels are -100 but for the answer and the token that
+    ends it
 
-Text and tensors equal those of the processor's own apply_chat_template (tests/test_shared_models_inputs.py). In a loop that
-takes 0.7 ms per case on an idle core and 20 ms on busy ones, as much as the step of a small model; here it is 0.1 to 0.2 ms,
-and 0.04 with the images ready (benchmarks/loading.py). What is different: images are handled together, grey ones as one
-channel, and the number of image tokens is checked against the grid, so that a template applied twice or not at all stops.
+Text and tensors equal those of the processor's own apply_chat_template (tests/test_shared_models_inputs.py). In a loop
+that takes 0.7 ms per case on an idle core and 20 ms on busy ones, as much as the step of a small model; here it is 0.1
+to 0.2 ms, and 0.04 with the images ready (benchmarks/loading.py). What is different: images are handled together, grey
+ones as one channel, and the number of image tokens is checked against the grid, so that a template applied twice or not
+at all stops.
 """
 
 import functools
@@ -44,8 +46,8 @@ CHUNK = 64  # images resized at once: 64 films of 896 px are 0.6 GB
 @dataclass
 class Images:
     """
-    Preprocessed images. values: float32 (N, 3, H, W), or the patch rows (sum of patches, 1176) of Qwen2-VL with grid_thw
-    (N, 3); grids: (rows, columns) of each image's tokens.
+    Preprocessed images. values: float32 (N, 3, H, W), or the patch rows (sum of patches, 1176) of Qwen2-VL with
+    grid_thw (N, 3); grids: (rows, columns) of each image's tokens.
     """
 
     values: torch.Tensor
@@ -69,7 +71,10 @@ class Images:
 
 @dataclass
 class Inputs:
-    """One left-padded batch. image_positions[case][image]: columns (tokens,) of its tokens; grids[case][image]: (rows, columns)."""
+    """
+    One left-padded batch. image_positions[case][image]: columns (tokens,) of its tokens; grids[case][image]: (rows,
+    columns).
+    """
 
     tensors: dict = field(repr=False)
     image_positions: list = field(repr=False)
@@ -85,8 +90,9 @@ class Inputs:
 
     def repeat(self, n):
         """
-        Each case n times in a row (a, a, b, b), for several completions of one prompt. Qwen2-VL's pixel values are patch rows
-        of all images one after the other, so whole blocks are repeated; repeating the tensor as it is mixes up the images.
+        Each case n times in a row (a, a, b, b), for several completions of one prompt. Qwen2-VL's pixel values are
+        patch rows of all images one after the other, so whole blocks are repeated; repeating the tensor as it is mixes
+        up the images.
         """
         blocks = [len(case) for case in self.grids]  # images per case
         out = {}
@@ -173,7 +179,8 @@ def as_pixels(image):
         raise InputError(f"an image is a PIL image, an array or a tensor, not {type(image).__name__}")
     if pixels.dtype != torch.uint8:
         raise InputError(
-            f"images must be 8-bit (0 to 255), not {str(pixels.dtype).removeprefix('torch.')}: scale them first (shared/data/images.py)"
+            f"images must be 8-bit (0 to 255), not {str(pixels.dtype).removeprefix('torch.')}: scale them first"
+            " (shared/data/images.py)"
         )
     if pixels.ndim == 3 and pixels.shape[-1] in (1, 3) and pixels.shape[0] not in (1, 3):
         pixels = pixels.permute(2, 0, 1)
@@ -184,7 +191,10 @@ def as_pixels(image):
 
 
 def transform(ip, pixels):
-    """uint8 (N, C, H, W) of one size -> float32 (N, 3, h, w) and None, or patch rows (N, patches, dim) and their (t, h, w)."""
+    """
+    uint8 (N, C, H, W) of one size -> float32 (N, 3, h, w) and None, or patch rows (N, patches, dim) and their (t, h,
+    w).
+    """
     height, width = pixels.shape[-2:]
     if getattr(ip, "do_pad", None) and height != width:  # LLaVA's "pad": a square with the mean colour around the image
         side, fill = max(height, width), [int(255 * m) for m in ip.image_mean]
@@ -262,7 +272,8 @@ def by_processor(processor, ip, pixels):
     rgb = [Image.fromarray(p.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()) for p in pixels]
     if getattr(ip, "do_pan_and_scan", None):
         raise InputError(
-            "pan-and-scan is on in preprocessor_config.json: it adds image blocks whose place cannot be told; set do_pan_and_scan to false"
+            "pan-and-scan is on in preprocessor_config.json: it adds image blocks whose place cannot be told; set"
+            " do_pan_and_scan to false"
         )
     done = ip(images=rgb, return_tensors="pt")
     if "image_grid_thw" in done:
@@ -288,9 +299,9 @@ def grid_of(processor, size):
 
 def build_inputs(vlm, questions, images=None, answers=None, system=None):
     """
-    questions: texts; images: Images with one image per question, or a list with one image, a list of images, or None each;
-    answers: texts, for training (adds `labels`); system: instruction in front. -> Inputs on the model's device, left-padded.
-    InputError when text and images do not fit together.
+    questions: texts; images: Images with one image per question, or a list with one image, a list of images, or None
+    each; answers: texts, for training (adds `labels`); system: instruction in front. -> Inputs on the model's device,
+    left-padded. InputError when text and images do not fit together.
     """
     cases = len(questions)
     if answers is not None and len(answers) != cases:
@@ -328,7 +339,8 @@ def build_inputs(vlm, questions, images=None, answers=None, system=None):
     mask = torch.tensor([[0] * (longest - len(r)) + [1] * len(r) for r in rows])
     is_image = (ids == vlm.image_token_id) & mask.bool()
     tensors = {"input_ids": ids, "attention_mask": mask}
-    # Gemma 3 lets image tokens see each other both ways, Qwen2-VL counts positions in rows and columns: both need to know.
+    # Gemma 3 lets image tokens see each other both ways, Qwen2-VL counts positions in rows and columns: both need to
+    # know.
     kinds = {"gemma3": "token_type_ids", "qwen2vl": "mm_token_type_ids"}.get(vlm.family)
     if kinds:
         tensors[kinds] = is_image.long()
@@ -361,7 +373,9 @@ def as_images(processor, images, cases):
 
 @functools.lru_cache(maxsize=4096)  # questions repeat, and a template takes 0.1 ms
 def render(processor, template, question, num_images, system, answer):
-    """-> (prompt as text, what follows it: answer and the token that ends it, or None), by the model's own chat template."""
+    """
+    -> (prompt as text, what follows it: answer and the token that ends it, or None), by the model's own chat template.
+    """
     content = [{"type": "image"}] * num_images + [{"type": "text", "text": question}]
     messages = [{"role": "system", "content": [{"type": "text", "text": system}]}] if system else []
     messages.append({"role": "user", "content": content})
@@ -372,17 +386,22 @@ def render(processor, template, question, num_images, system, answer):
     whole = processor.apply_chat_template(messages, chat_template=template, tokenize=False)
     if not whole.startswith(prompt):
         raise InputError(
-            "the chat template writes a conversation with an answer differently from the prompt alone; take the one from the model's page"
+            "the chat template writes a conversation with an answer differently from the prompt alone; take the one"
+            " from the model's page"
         )
     return prompt, whole[len(prompt) :].rstrip("\n")
 
 
 def mark_images(family, tokenizer, text, num_images):
-    """The prompt with one image token per image, as the processor frames it. InputError when the template has other places."""
+    """
+    The prompt with one image token per image, as the processor frames it. InputError when the template has other
+    places.
+    """
     mark = tokenizer.boi_token if family == "gemma3" else FAMILIES[family].image_tokens[0]
     if text.count(mark) != num_images:
         raise InputError(
-            f"the chat template leaves room for {text.count(mark)} images, and there are {num_images}: it is not the template of this model"
+            f"the chat template leaves room for {text.count(mark)} images, and there are {num_images}: it is not the"
+            " template of this model"
         )
     return (
         text.replace(mark, f"\n\n{mark}{tokenizer.image_token}{tokenizer.eoi_token}\n\n")
@@ -392,7 +411,9 @@ def mark_images(family, tokenizer, text, num_images):
 
 
 def spread(ids, image_token_id, grids):
-    """One image token per image -> as many as its grid has cells. The same ids as from a text with that many, and faster."""
+    """
+    One image token per image -> as many as its grid has cells. The same ids as from a text with that many, and faster.
+    """
     counts = iter([rows * columns for rows, columns in grids])
     out = []
     for i in ids:
@@ -414,7 +435,8 @@ def positions_of(is_image, grids):
         sizes = [r * c for r, c in case]
         if len(columns) != sum(sizes):
             raise InputError(
-                f"case {i} has {len(columns)} image tokens, and its images need {sum(sizes)}: processor and model do not belong together"
+                f"case {i} has {len(columns)} image tokens, and its images need {sum(sizes)}: processor and model do"
+                " not belong together"
             )
         parts = list(columns.split(sizes)) if sizes else []
         if any(len(p) and int(p[-1] - p[0]) != len(p) - 1 for p in parts):
@@ -430,7 +452,9 @@ def positions_of(is_image, grids):
 
 @torch.inference_mode()
 def generate_text(vlm, inputs, max_new_tokens=64, **options):
-    """What the model writes for each case (list of texts); options go to generate(). Greedy unless do_sample is given."""
+    """
+    What the model writes for each case (list of texts); options go to generate(). Greedy unless do_sample is given.
+    """
     sequences = vlm.model.generate(
         **{k: v for k, v in inputs.tensors.items() if k != "labels"},
         max_new_tokens=max_new_tokens,

@@ -2,19 +2,20 @@
 LLaVA-Med and LLaVA-Rad as their authors stored them -> LlavaForConditionalGeneration.
 
 Usage:
-    python -m shared.models.llava_med LLAVA_MED_FOLDER OUT                           # a stored copy; load_vlm needs none
+    python -m shared.models.llava_med LLAVA_MED_FOLDER OUT  # a stored copy; load_vlm needs none
     python -m shared.models.llava_med LLAVA_RAD_FOLDER OUT --base VICUNA_FOLDER
 
-`microsoft/llava-med-v1.5-mistral-7b` has the names of the original LLaVA code: transformers would warn and go on with random
-weights. `load_vlm` applies the key map below and refuses anything missing or left over. The converter writes the same weights
-under the new names, one shard at a time, so memory holds one shard.
+`microsoft/llava-med-v1.5-mistral-7b` has the names of the original LLaVA code: transformers would warn and go on with
+random weights. `load_vlm` applies the key map below and refuses anything missing or left over. The converter writes the
+same weights under the new names, one shard at a time, so memory holds one shard.
 
-`microsoft/llava-rad` is published in parts: a LoRA adapter on lmsys/vicuna-7b-v1.5, the projector (non_lora_trainables.bin)
-and a BiomedCLIP-CXR tower, a timm ViT of the DINOv2 form (518 pixels, patch 14: 37x37 tokens), inside an open_clip training
-checkpoint. The converter merges them; the grid is read from the tower's own configuration, and the checkpoint must agree.
+`microsoft/llava-rad` is published in parts: a LoRA adapter on lmsys/vicuna-7b-v1.5, the projector
+(non_lora_trainables.bin) and a BiomedCLIP-CXR tower, a timm ViT of the DINOv2 form (518 pixels, patch 14: 37x37
+tokens), inside an open_clip training checkpoint. The converter merges them; the grid is read from the tower's own
+configuration, and the checkpoint must agree.
 
-A generic LLaVA is never put in the place of either. What the tower sees: LLaVA-Med pads to a square with CLIP's mean colour
-(image_aspect_ratio "pad"), LLaVA-Rad takes the central square.
+A generic LLaVA is never put in the place of either. What the tower sees: LLaVA-Med pads to a square with CLIP's mean
+colour (image_aspect_ratio "pad"), LLaVA-Rad takes the central square.
 """
 
 import argparse
@@ -30,28 +31,17 @@ import torch
 from huggingface_hub import hf_hub_download
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import (
-    AutoModelForImageTextToText,
-    CLIPImageProcessor,
-    CLIPVisionConfig,
-    Dinov2Config,
-    LlamaConfig,
-    LlamaTokenizer,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaImageProcessor,
-    LlavaProcessor,
-    MistralConfig,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoModelForImageTextToText, CLIPImageProcessor, CLIPVisionConfig, Dinov2Config, LlamaConfig
+from transformers import LlamaTokenizer, LlavaConfig, LlavaForConditionalGeneration, LlavaImageProcessor, LlavaProcessor
+from transformers import MistralConfig, PreTrainedTokenizerFast
 
 from shared.models import loading
 from shared.models.tiny import CLIP_MEAN, CLIP_STD, LLAVA_TEMPLATE, quietly
 from shared.runtime import InputError, ScriptParser, load_checkpoint, read_json, script, write_json
 
 PEFT_PREFIX = "base_model.model."
-IMAGE_TOKEN = (
-    "<image>"  # the original code used the id -200, which no vocabulary has; here it is the first id after the old ones
+IMAGE_TOKEN = (  # the original code used the id -200, which no vocabulary has; here it is the first id after the old ones
+    "<image>"
 )
 KEY_MAP = {
     r"^model\.mm_projector\.0\.": "model.multi_modal_projector.linear_1.",
@@ -105,18 +95,21 @@ def is_original(config):
 
 
 def make_config(source, raw):
-    """The LlavaConfig of an original folder, its vocabulary one longer for the image token. InputError for unknown towers."""
+    """
+    The LlavaConfig of an original folder, its vocabulary one longer for the image token. InputError for unknown towers.
+    """
     if (
         raw.get("mm_projector_type") != "mlp2x_gelu"
         or raw.get("mm_use_im_start_end")
         or raw.get("mm_vision_select_feature", "patch") != "patch"
     ):
         raise InputError(
-            f"{source} is a LLaVA of another kind (projector {raw.get('mm_projector_type')}): only LLaVA-Med v1.5 and LLaVA-Rad are supported"
+            f"{source} is a LLaVA of another kind (projector {raw.get('mm_projector_type')}): only LLaVA-Med v1.5 and"
+            " LLaVA-Rad are supported"
         )
     names = (
-        "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads max_position_embeddings rms_norm_eps hidden_act"
-        " bos_token_id eos_token_id sliding_window tie_word_embeddings"
+        "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads"
+        " max_position_embeddings rms_norm_eps hidden_act bos_token_id eos_token_id sliding_window tie_word_embeddings"
     ).split()
     text = {n: raw[n] for n in names if n in raw} | {
         "vocab_size": raw["vocab_size"] + 1,
@@ -137,7 +130,9 @@ def make_config(source, raw):
 
 
 def tower_config(source, raw):
-    """The vision tower's configuration: CLIP's known one, or what a folder or open_clip file beside the weights says."""
+    """
+    The vision tower's configuration: CLIP's known one, or what a folder or open_clip file beside the weights says.
+    """
     name = str(raw.get("mm_vision_tower"))
     if Path(name, "config.json").is_file():
         settings = read_json(Path(name, "config.json"))
@@ -147,7 +142,8 @@ def tower_config(source, raw):
     if "clip" in name and "cxr" in name.lower():
         return biomedclip_config(source, raw)
     raise InputError(
-        f"{source} needs the vision tower {name}, which is not supported: only CLIP ViT-L/14-336 (LLaVA-Med) and BiomedCLIP-CXR (LLaVA-Rad) are"
+        f"{source} needs the vision tower {name}, which is not supported: only CLIP ViT-L/14-336 (LLaVA-Med) and"
+        " BiomedCLIP-CXR (LLaVA-Rad) are"
     )
 
 
@@ -165,7 +161,8 @@ def biomedclip_config(source, raw):
     )
     if vision is None:
         raise InputError(
-            f"{source}: the grid of the vision tower is unknown, since its open_clip configuration is not there; add biomedclipcxr_518.json from the model's page"
+            f"{source}: the grid of the vision tower is unknown, since its open_clip configuration is not there; add"
+            " biomedclipcxr_518.json from the model's page"
         )
     name = vision.get("timm_model_name", "")
     patch = vision.get("patch_size") or int((re.search(r"patch(\d+)", name) or [0, 0])[1])
@@ -174,7 +171,8 @@ def biomedclip_config(source, raw):
     image = vision.get("image_size")
     if not (patch and image and width and layers) or image % patch:
         raise InputError(
-            f"{source}: the grid of the vision tower cannot be read from its configuration ({name or 'no timm_model_name'}, {image} pixels, patch {patch or 'unknown'})"
+            f"{source}: the grid of the vision tower cannot be read from its configuration"
+            f" ({name or 'no timm_model_name'}, {image} pixels, patch {patch or 'unknown'})"
         )
     return Dinov2Config(
         hidden_size=width,
@@ -192,8 +190,9 @@ def biomedclip_config(source, raw):
 
 def read_sentencepiece(path):
     """
-    tokenizer.model -> (pieces, scores, kinds), without the sentencepiece package: the file is a protobuf message whose field 1
-    repeats for each piece, with text (1), score (2) and kind (3: 1 normal, 2 unknown, 3 control, 6 byte) inside.
+    tokenizer.model -> (pieces, scores, kinds), without the sentencepiece package: the file is a protobuf message whose
+    field 1 repeats for each piece, with text (1), score (2) and kind (3: 1 normal, 2 unknown, 3 control, 6 byte)
+    inside.
     """
     data, pieces, scores, kinds = path.read_bytes(), [], [], []
 
@@ -234,8 +233,9 @@ def read_sentencepiece(path):
 
 def load_tokenizer(source, vocab_size):
     """
-    The Llama tokenizer of a folder or hub name, with <image> as its last token. Text after a special token starts with a space
-    piece (legacy=True), as in the original code, which tokenised the text before and after the image on their own.
+    The Llama tokenizer of a folder or hub name, with <image> as its last token. Text after a special token starts with
+    a space piece (legacy=True), as in the original code, which tokenised the text before and after the image on their
+    own.
     """
     if local_file(source, "tokenizer.json"):
         tokenizer = PreTrainedTokenizerFast.from_pretrained(source, local_files_only=Path(source).is_dir())
@@ -254,7 +254,8 @@ def load_tokenizer(source, vocab_size):
         tokenizer = LlamaTokenizer(vocab=vocab, merges=[(a, b) for _, a, b in merges], legacy=True, add_bos_token=True)
     if len(tokenizer) != vocab_size:
         raise InputError(
-            f"{source}: the tokenizer has {len(tokenizer)} tokens, and the model {vocab_size}; take the tokenizer from the model's page"
+            f"{source}: the tokenizer has {len(tokenizer)} tokens, and the model {vocab_size}; take the tokenizer from"
+            " the model's page"
         )
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.unk_token  # as in the original code; padding is masked
@@ -301,11 +302,15 @@ def make_processor(source, raw, config):
 
 
 def load_original(source, raw, options):
-    """-> (model, processor) of an original LLaVA-Med, for load_vlm. The weights keep their file; only their names are mapped."""
+    """
+    -> (model, processor) of an original LLaVA-Med, for load_vlm. The weights keep their file; only their names are
+    mapped.
+    """
     config = make_config(source, raw)
     if Path(source, "adapter_config.json").is_file() or config.vision_config.model_type != "clip_vision_model":
         raise InputError(
-            f"{source} is stored in parts: put them together first with `python -m shared.models.llava_med {source} OUT --base VICUNA_FOLDER`, then give --model OUT"
+            f"{source} is stored in parts: put them together first with `python -m shared.models.llava_med {source} OUT"
+            " --base VICUNA_FOLDER`, then give --model OUT"
         )
     processor = make_processor(source, raw, config)
     before = make_config(source, raw)
@@ -324,7 +329,9 @@ def load_original(source, raw, options):
 
 
 def new_names(key, tensor):
-    """One tensor of an original checkpoint -> {new name: tensor}; empty for what is derived or not part of the model."""
+    """
+    One tensor of an original checkpoint -> {new name: tensor}; empty for what is derived or not part of the model.
+    """
     if key.endswith(DERIVED) or re.match(
         r"(module\.)?(visual\.head|text\.|logit_scale)", key
     ):  # open_clip's projection and text tower
@@ -384,19 +391,22 @@ def read_lora(folder):
 def convert(source, out, base=None, tower=None):
     """
     Write the model of the original folder `source` to the new folder `out`. base: the language model that an adapter in
-    `source` belongs to; tower: folder of the CLIP tower, where the checkpoint has none. InputError when anything is missing.
+    `source` belongs to; tower: folder of the CLIP tower, where the checkpoint has none. InputError when anything is
+    missing.
     """
     source, out = Path(source), Path(out)
     if not (source / "config.json").is_file():
         raise InputError(
-            f"there is no model in {source}; fetch it first, for example with `hf download microsoft/llava-med-v1.5-mistral-7b --local-dir {source}`"
+            f"there is no model in {source}; fetch it first, for example with `hf download"
+            f" microsoft/llava-med-v1.5-mistral-7b --local-dir {source}`"
         )
     if out.exists() and any(out.iterdir()):
         raise InputError(f"{out} exists and is not empty: give a new folder")
     raw = read_json(source / "config.json")
     if not is_original(raw):
         raise InputError(
-            f"{source} is not in the layout of the original LLaVA code (no mm_vision_tower in config.json); load it as it is"
+            f"{source} is not in the layout of the original LLaVA code (no mm_vision_tower in config.json); load it as"
+            " it is"
         )
     config, files, factors, scale = make_config(source, raw), [], {}, 1.0
     if (source / "adapter_config.json").is_file():
@@ -449,11 +459,13 @@ def convert(source, out, base=None, tower=None):
                         value = torch.cat([value, torch.zeros_like(value[:1])])  # the image token
                     if name not in expected:
                         raise InputError(
-                            f"{path}: the weight {key} has no place in the model; this is not the layout of LLaVA-Med v1.5 or LLaVA-Rad"
+                            f"{path}: the weight {key} has no place in the model; this is not the layout of LLaVA-Med"
+                            " v1.5 or LLaVA-Rad"
                         )
                     if tuple(value.shape) != expected[name]:
                         raise InputError(
-                            f"{path}: {key} has the shape {tuple(value.shape)}, and the configuration says {expected[name]}"
+                            f"{path}: {key} has the shape {tuple(value.shape)}, and the configuration says"
+                            f" {expected[name]}"
                         )
                     shard[name] = value.contiguous()
             if shard:
@@ -504,11 +516,10 @@ def main(argv=None):
     )
     parser.add_argument("source", metavar="IN", help="folder in the layout of the original LLaVA code")
     parser.add_argument("out", metavar="OUT", help="new folder for the converted model")
-    parser.add_argument(
-        "--base",
-        metavar="DIR",
-        help="folder of the language model that an adapter in IN belongs to (LLaVA-Rad: lmsys/vicuna-7b-v1.5)",
-    )
+    # fmt: off
+    parser.add_argument("--base", metavar="DIR",
+        help="folder of the language model that an adapter in IN belongs to (LLaVA-Rad: lmsys/vicuna-7b-v1.5)")
+    # fmt: on
     parser.add_argument("--tower", metavar="DIR", help="folder of the CLIP tower, where IN has none")
     args = parser.parse_args(argv)
     out = convert(args.source, args.out, args.base, args.tower)

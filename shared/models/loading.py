@@ -12,7 +12,8 @@ One way to load a vision-language model, real or tiny, whole or quantised, with 
     encoder = load_part(AutoModel, "tiny:bert", device=device)              # one encoder or decoder: SigLIP, T5, BERT
 
 --quant none     weights in the compute dtype
-        nf4      4 bit with double quantisation: language model and vision tower; head, embeddings and projector stay whole
+        nf4      4 bit with double quantisation: language model and vision tower; head, embeddings and projector stay
+                 whole
         nf4-text the same with the vision tower in 16 bit
         int8     8 bit (LLM.int8), the same layers as nf4
 
@@ -51,7 +52,9 @@ QUANTS = ("none", "nf4", "nf4-text", "int8")
 
 @dataclass(frozen=True)
 class Family:
-    """What differs between the model families. Names of modules are those inside the ...ForConditionalGeneration class."""
+    """
+    What differs between the model families. Names of modules are those inside the ...ForConditionalGeneration class.
+    """
 
     name: str  # also the tiny model: tiny:<name>
     model_type: str  # in config.json
@@ -143,7 +146,8 @@ def find_model(name, family=None):
         if not (folder / "config.json").is_file():
             if (folder / "adapter_config.json").is_file():
                 raise InputError(
-                    f"{folder} holds an adapter, not a model: give the model it was trained on with --model, and this folder with --adapter"
+                    f"{folder} holds an adapter, not a model: give the model it was trained on with --model, and this"
+                    " folder with --adapter"
                 )
             raise InputError(f"{folder} holds no model: there is no config.json in it")
         return str(folder), read_json(folder / "config.json")
@@ -174,7 +178,8 @@ def find_model(name, family=None):
             else "the hub cannot be reached"
         )
         raise InputError(
-            f"{name} is not on this computer and {why}: {gated}fetch it elsewhere with `hf download {name} --local-dir FOLDER` and give --model FOLDER{try_tiny()}"
+            f"{name} is not on this computer and {why}: {gated}fetch it elsewhere with `hf download {name} --local-dir"
+            f" FOLDER` and give --model FOLDER{try_tiny()}"
         ) from error
 
 
@@ -199,10 +204,12 @@ def family_of(config, name):
             return family
     if "vision_config" not in config and "mm_vision_tower" not in config:
         raise InputError(
-            f"{name} is a text-only model ({model_type}): it cannot see images; use one of the families {', '.join(FAMILIES)}"
+            f"{name} is a text-only model ({model_type}): it cannot see images; use one of the families"
+            f" {', '.join(FAMILIES)}"
         )
     raise InputError(
-        f"{name} is of the family {model_type}, which these scripts have not been tried with; there are {', '.join(FAMILIES)}"
+        f"{name} is of the family {model_type}, which these scripts have not been tried with; there are"
+        f" {', '.join(FAMILIES)}"
     )
 
 
@@ -211,15 +218,18 @@ def load_processor(source, name):
         processor = AutoProcessor.from_pretrained(source, local_files_only=Path(source).is_dir())
     except (OSError, ValueError, KeyError, TypeError) as error:  # whichever file is missed first
         raise InputError(
-            f"{name} has no complete processor ({first_line(error)}): copy preprocessor_config.json, tokenizer and chat template from the model's page into it"
+            f"{name} has no complete processor ({first_line(error)}): copy preprocessor_config.json, tokenizer and chat"
+            " template from the model's page into it"
         ) from error
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
         raise InputError(
-            f"{name} has no image processor: copy preprocessor_config.json (or processor_config.json) from the model's page into it"
+            f"{name} has no image processor: copy preprocessor_config.json (or processor_config.json) from the model's"
+            " page into it"
         )
     if not processor.chat_template:
         raise InputError(
-            f"{name} has no chat template: copy chat_template.jinja (or chat_template.json) from the model's page into it"
+            f"{name} has no chat template: copy chat_template.jinja (or chat_template.json) from the model's page"
+            " into it"
         )
     processor.tokenizer.padding_side = "left"  # generation goes on from the last column
     if processor.tokenizer.pad_token is None:
@@ -236,9 +246,11 @@ def first_line(error):
 
 def choose_dtype(family, device, parameters, asked="auto"):
     """
-    -> (torch.dtype to compute in, reason). parameters: how many the model has. InputError for a combination known to fail.
+    -> (torch.dtype to compute in, reason). parameters: how many the model has. InputError for a combination known to
+    fail.
 
-    float16 ends at 65504, and the residual stream of Gemma 3 goes beyond it: NaN, or text like "!!!!". A T4 has no bfloat16.
+    float16 ends at 65504, and the residual stream of Gemma 3 goes beyond it: NaN, or text like "!!!!". A T4 has no
+    bfloat16.
     """
     device = torch.device(device)
     bf16_gpu = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
@@ -248,7 +260,8 @@ def choose_dtype(family, device, parameters, asked="auto"):
             raise InputError("Gemma 3 overflows in float16: use --dtype bfloat16, or float32 on a T4")
         if dtype == torch.bfloat16 and device.type == "cuda" and not bf16_gpu:
             raise InputError(
-                f"{torch.cuda.get_device_name(device)} does not compute bfloat16: use --dtype {'float32' if family == 'gemma3' else 'float16'}"
+                f"{torch.cuda.get_device_name(device)} does not compute bfloat16: use --dtype"
+                f" {'float32' if family == 'gemma3' else 'float16'}"
             )
         return dtype, "asked for"
     if device.type == "cuda":
@@ -299,8 +312,9 @@ def guard_cpu(model):
     """
     Keep 4-bit layers on the plain CPU path; nothing changes on a GPU.
 
-    On processors with avx512_bf16, bitsandbytes repacks the weights at the first forward pass in evaluation. It then refuses
-    widths that are no multiple of 64 (SigLIP's 4304), fails in the next training step, and saves damaged weights.
+    On processors with avx512_bf16, bitsandbytes repacks the weights at the first forward pass in evaluation. It then
+    refuses widths that are no multiple of 64 (SigLIP's 4304), fails in the next training step, and saves damaged
+    weights.
     """
     import bitsandbytes as bnb
 
@@ -310,7 +324,9 @@ def guard_cpu(model):
 
 
 def probe_quantised(model, name, quant):
-    """Send one row through a quantised layer of each shape: a layer that cannot hold 4 bit shows here, not an hour later."""
+    """
+    Send one row through a quantised layer of each shape: a layer that cannot hold 4 bit shows here, not an hour later.
+    """
     import bitsandbytes as bnb
 
     seen = set()
@@ -331,7 +347,8 @@ def probe_quantised(model, name, quant):
                 )
         except (RuntimeError, AssertionError, ValueError) as error:
             raise InputError(
-                f"{name}: the layer {layer} ({module.in_features} -> {module.out_features}) cannot be held in --quant {quant} here ({first_line(error)}); use --quant nf4-text or none"
+                f"{name}: the layer {layer} ({module.in_features} -> {module.out_features}) cannot be held in --quant"
+                f" {quant} here ({first_line(error)}); use --quant nf4-text or none"
             ) from error
     if not seen:
         raise InputError(f"{name}: --quant {quant} found no layer to quantise")
@@ -346,10 +363,10 @@ def load_vlm(
     """
     Load a vision-language model -> VLM, in evaluation mode, nothing frozen.
 
-    name: hub name, folder, "tiny:<family>" or "tiny" (then `family` says which); quant: see QUANTS; device: torch.device or
-    its name; dtype: "auto", or the name of one to compute in; adapter: folder or hub name of a LoRA adapter, whose own processor
-    is taken where its folder holds one: it has the image size of the training; attention: "sdpa" or "eager". InputError for
-    everything a user can mend.
+    name: hub name, folder, "tiny:<family>" or "tiny" (then `family` says which); quant: see QUANTS; device:
+    torch.device or its name; dtype: "auto", or the name of one to compute in; adapter: folder or hub name of a LoRA
+    adapter, whose own processor is taken where its folder holds one: it has the image size of the training; attention:
+    "sdpa" or "eager". InputError for everything a user can mend.
     """
     from shared.models import llava_med, memory  # both import this module
 
@@ -366,7 +383,8 @@ def load_vlm(
     dtype, why = choose_dtype(found.name, device, layout.parameters, dtype)
     plan = quantisation(quant, found.name, dtype, device) if not stored else None
     say(
-        f"model: {name} ({found.name}, {layout.parameters / 1e6:,.1f} M parameters), weights {stored or quant}, computing in {str(dtype).removeprefix('torch.')} ({why})"
+        f"model: {name} ({found.name}, {layout.parameters / 1e6:,.1f} M parameters), weights {stored or quant},"
+        f" computing in {str(dtype).removeprefix('torch.')} ({why})"
     )
     memory.warn_if_too_large(name, layout, stored or quant, device, dtype)
 
@@ -427,7 +445,8 @@ def check_keys(info, name, unused_weights=False):
         keys = [k for k in keys if not k.endswith(("position_ids", "inv_freq"))]  # computed, not learned
         if keys:
             raise InputError(
-                f"{name} is not a complete model of its class: {len(keys)} {what.replace('_', ' ')}, the first is {keys[0]}; fetch it again, or convert it (shared/models/llava_med.py)"
+                f"{name} is not a complete model of its class: {len(keys)} {what.replace('_', ' ')}, the first is"
+                f" {keys[0]}; fetch it again, or convert it (shared/models/llava_med.py)"
             )
 
 
@@ -438,7 +457,8 @@ def stored_quant(config):
         return None
     if plan.get("quant_method") != "bitsandbytes":
         raise InputError(
-            f"weights quantised by {plan.get('quant_method')} are not supported; take the model in 16 bit and --quant nf4"
+            f"weights quantised by {plan.get('quant_method')} are not supported; take the model in 16 bit and"
+            " --quant nf4"
         )
     if plan.get("load_in_8bit"):
         return "int8"
@@ -461,17 +481,20 @@ def say(text):
 
 # ------------------------------------------------------------------------------------------------------------ adapters
 
-LORA_LAYERS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"  # plain names would hit the tower too
+LORA_LAYERS = (  # plain names would hit the tower too
+    r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+)
 
 
 def add_lora(vlm, rank=8, alpha=None, dropout=0.05, layers=LORA_LAYERS, checkpointing=None):
     """
     Freeze the model and add LoRA to the layers that match the regular expression; alpha: 2 x rank unless given;
-    checkpointing: recompute activations in the backward pass (default: for real models). -> vlm, with trainable adapters.
+    checkpointing: recompute activations in the backward pass (default: for real models). -> vlm, with trainable
+    adapters.
 
-    peft's prepare_model_for_kbit_training is left out on purpose: it turns norms, embeddings and head into float32, which
-    costs 2.7 GB more in MedGemma-4B and makes a model with the adapter loaded differ from the one that was trained.
-    The adapters themselves are float32.
+    peft's prepare_model_for_kbit_training is left out on purpose: it turns norms, embeddings and head into float32,
+    which costs 2.7 GB more in MedGemma-4B and makes a model with the adapter loaded differ from the one that was
+    trained. The adapters themselves are float32.
     """
     vlm.model.requires_grad_(False)
     if checkpointing if checkpointing is not None else not vlm.tiny:
@@ -498,7 +521,8 @@ def load_adapter(vlm, adapter, trainable=False):
         vlm.model = PeftModel.from_pretrained(vlm.model, str(adapter), is_trainable=trainable)
     except (RuntimeError, ValueError, OSError, SafetensorError) as error:
         raise InputError(
-            f"the adapter {adapter} does not fit {vlm.name} ({first_line(error)}): give --model the one it was trained on"
+            f"the adapter {adapter} does not fit {vlm.name} ({first_line(error)}): give --model the one it was"
+            " trained on"
         ) from error
     vlm.model.eval()
     vlm.adapter = str(adapter)

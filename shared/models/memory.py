@@ -4,13 +4,13 @@ How much memory a model will need, from its configuration alone; nothing is down
 Usage:
     python -m shared.models.memory --model google/medgemma-4b-it --quant nf4
     python -m shared.models.memory --model Qwen/Qwen2-VL-2B-Instruct --train lora --batch-size 2 --image-size 448
-    python -m shared.models.memory --model google/medgemma-4b-it --quant nf4 --allocate   # also builds the weights, random; minutes
+    python -m shared.models.memory --model google/medgemma-4b-it --quant nf4 --allocate  # also builds the weights, random; minutes
 
-The model is built on torch's meta device (shapes without numbers), so parameters are counted exactly and weights follow to
-the byte. Cache, adapters and optimiser state are exact too, given the batch. Activations are an estimate: the peak of the
-vision tower, of the prompt pass and of the output; for training what autograd saves, fitted to tiny models on a CPU (compared
-again in tests/test_shared_models_memory.py). They have not been compared with a GPU. `other` is the CUDA context and 5 % for
-fragmentation.
+The model is built on torch's meta device (shapes without numbers), so parameters are counted exactly and weights follow
+to the byte. Cache, adapters and optimiser state are exact too, given the batch. Activations are an estimate: the peak
+of the vision tower, of the prompt pass and of the output; for training what autograd saves, fitted to tiny models on a
+CPU (compared again in tests/test_shared_models_memory.py). They have not been compared with a GPU. `other` is the CUDA
+context and 5 % for fragmentation.
 
 Known without a network: those of KNOWN. Other names need their config.json: a folder, or the hub.
 """
@@ -25,15 +25,8 @@ from pathlib import Path
 import shared  # noqa: F401, isort: skip  # before transformers
 import torch
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForImageTextToText,
-    CLIPVisionConfig,
-    Gemma3Config,
-    LlavaConfig,
-    MistralConfig,
-    Qwen2VLConfig,
-)
+from transformers import AutoConfig, AutoModelForImageTextToText, CLIPVisionConfig, Gemma3Config, LlavaConfig
+from transformers import MistralConfig, Qwen2VLConfig
 
 from shared.models import loading
 from shared.models.tiny import is_tiny, quietly
@@ -112,9 +105,10 @@ KNOWN = {
 CARDS = {"T4 (16 GB)": 14.6, "L4 (24 GB)": 22.0, "RTX 3090/4090 (24 GB)": 23.5}
 
 
-# (is it Gemma 3, bytes per number) -> bytes saved per token and layer, for each number of (hidden + queries, MLP, keys and
-# values) of a layer; fitted to what autograd saved in 42 tiny models. Gemma has four norms a layer and two in attention, and
-# they are computed in float32; below float32 the adapters, which are float32, keep a copy of each input besides.
+# (is it Gemma 3, bytes per number) -> bytes saved per token and layer, for each number of (hidden + queries, MLP, keys
+# and values) of a layer; fitted to what autograd saved in 42 tiny models. Gemma has four norms a layer and two in
+# attention, and they are computed in float32; below float32 the adapters, which are float32, keep a copy of each input
+# besides.
 SAVED = {
     (False, 4): (12.1, 16.1, 4.0),
     (True, 4): (18.8, 16.8, 6.7),
@@ -125,7 +119,10 @@ SAVED = {
 
 @dataclass
 class Layout:
-    """What a configuration says about memory. linears: (name, in, out) of every linear layer but a tied head; other: parameters elsewhere."""
+    """
+    What a configuration says about memory. linears: (name, in, out) of every linear layer but a tied head; other:
+    parameters elsewhere.
+    """
 
     family: str
     parameters: int
@@ -170,7 +167,10 @@ def read_config(source, raw=None):
 
 @dataclass(frozen=True)
 class Setting:
-    """What decides the memory besides the model. tokens: of text in the prompt; image_size: pixels per side (Qwen2-VL only)."""
+    """
+    What decides the memory besides the model. tokens: of text in the prompt; image_size: pixels per side (Qwen2-VL
+    only).
+    """
 
     quant: str = "none"
     dtype: torch.dtype = torch.bfloat16
@@ -186,8 +186,8 @@ class Setting:
 
 def nf4_bytes(n):
     """
-    Bytes of n weights in NF4 with double quantisation: half a byte each, one byte per block of 64 for its scale, one float32
-    per 256 scales, and the tables of 16 and 256 float32 with the scales' mean that every layer keeps.
+    Bytes of n weights in NF4 with double quantisation: half a byte each, one byte per block of 64 for its scale, one
+    float32 per 256 scales, and the tables of 16 and 256 float32 with the scales' mean that every layer keeps.
     """
     blocks = -(-n // 64)
     return -(-n // 2) + blocks + 4 * -(-blocks // 256) + 4 * (16 + 256 + 1)
@@ -314,7 +314,8 @@ def warn_if_too_large(name, layout, quant, device, dtype):
     if need > free:
         words = nearest_that_fits(layout, setting, free)
         loading.say(
-            f"WARNING: {name} will need about {need / GIB:.1f} GiB with --quant {quant}, and {free / GIB:.1f} GiB are free on {device}; "
+            f"WARNING: {name} will need about {need / GIB:.1f} GiB with --quant {quant}, and {free / GIB:.1f} GiB are"
+            f" free on {device}; "
             + (
                 f"{words} would fit"
                 if words
@@ -372,42 +373,24 @@ def parse_args(argv=None):
     g = parser.add_argument_group("model")
     g.add_argument("--model", default="google/medgemma-4b-it", help="hub name, folder, or tiny:<family> (%(default)s)")
     g.add_argument("--quant", default="none", choices=loading.QUANTS, help="how the weights are held (%(default)s)")
-    g.add_argument(
-        "--dtype",
-        default="auto",
-        choices=["auto", "float32", "bfloat16", "float16"],
-        help="of the computation; auto: what load_vlm takes on each card (%(default)s)",
-    )
+    # fmt: off
+    g.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
+        help="of the computation; auto: what load_vlm takes on each card (%(default)s)")
     g = parser.add_argument_group("use")
     g.add_argument("--batch-size", type=positive_int, default=1, help="cases at once (%(default)s)")
-    g.add_argument(
-        "--tokens",
-        type=positive_int,
-        default=128,
-        help="text tokens of one prompt, image tokens not counted (%(default)s)",
-    )
+    g.add_argument("--tokens", type=positive_int, default=128,
+        help="text tokens of one prompt, image tokens not counted (%(default)s)")
     g.add_argument("--new-tokens", type=positive_int, default=256, help="tokens generated per case (%(default)s)")
-    g.add_argument(
-        "--image-size",
-        type=positive_int,
-        default=448,
-        help="pixels per side, where the family keeps the image's own size: Qwen2-VL (%(default)s)",
-    )
-    g.add_argument(
-        "--train", default="none", choices=["none", "lora", "full"], help="none: only generate (%(default)s)"
-    )
+    g.add_argument("--image-size", type=positive_int, default=448,
+        help="pixels per side, where the family keeps the image's own size: Qwen2-VL (%(default)s)")
+    g.add_argument("--train", default="none", choices=["none", "lora", "full"],
+        help="none: only generate (%(default)s)")
     g.add_argument("--rank", type=positive_int, default=8, help="of the LoRA adapters (%(default)s)")
-    g.add_argument(
-        "--checkpointing",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="recompute activations in the backward pass",
-    )
-    g.add_argument(
-        "--allocate",
-        action="store_true",
-        help="also build the weights with random numbers and compare; takes minutes and the memory itself",
-    )
+    g.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=True,
+        help="recompute activations in the backward pass")
+    g.add_argument("--allocate", action="store_true",
+        help="also build the weights with random numbers and compare; takes minutes and the memory itself")
+    # fmt: on
     args = parser.parse_args(argv)
     if args.train == "full" and args.quant != "none":
         parser.error("--train full needs --quant none: quantised weights cannot be trained, only adapters on them")
@@ -443,7 +426,8 @@ def main(argv=None):
         rows[card] = (setting, predict(layout, setting), gib * GIB)
     tokens, patches = image_counts(layout, args.image_size)
     print(
-        f"{args.model}: {layout.family}, {layout.parameters:,} parameters, {tokens} tokens and {patches} patches per image\n"
+        f"{args.model}: {layout.family}, {layout.parameters:,} parameters, {tokens} tokens and {patches} patches per"
+        " image\n"
     )
     names = list(next(iter(rows.values()))[1])
     print(f"| GiB | {' | '.join(names)} | computing in | fits? |\n|---|" + "---|" * (len(names) + 2))
@@ -454,14 +438,16 @@ def main(argv=None):
             else "no; " + (nearest_that_fits(layout, setting, limit) or "nothing here") + " would"
         )
         print(
-            f"| {card} | {' | '.join(f'{bytes_[n] / GIB:.2f}' for n in names)} | {str(setting.dtype).removeprefix('torch.')} | {fits} |"
+            f"| {card} | {' | '.join(f'{bytes_[n] / GIB:.2f}' for n in names)} |"
+            f" {str(setting.dtype).removeprefix('torch.')} | {fits} |"
         )
     if args.allocate:
         dtype = torch.bfloat16 if args.dtype == "auto" else getattr(torch, args.dtype)
         expected = weight_bytes(layout, args.quant, dtype)
         found, seconds = allocate(layout, args.quant, dtype)
         print(
-            f"\nweights in {dtype}: predicted {expected:,} bytes, allocated {found:,} ({found / expected - 1:+.2%}), {seconds:.0f} s"
+            f"\nweights in {dtype}: predicted {expected:,} bytes, allocated {found:,} ({found / expected - 1:+.2%}),"
+            f" {seconds:.0f} s"
         )
         if abs(found / expected - 1) > 0.1:
             raise InputError("the prediction is off by more than 10 %: please report it")

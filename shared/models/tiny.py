@@ -5,7 +5,7 @@ Small models of the real classes, built on disk in about a second, for use witho
     folder = tiny_folder("tiny:gemma3", layers=2, seed=1)     # any size of SIZES can be changed
 
 Usage:
-    python -m shared.models.tiny                              # builds all of them and prints folder, parameters, megabytes
+    python -m shared.models.tiny  # builds all of them and prints folder, parameters, megabytes
 
 | name | classes | stands in for |
 |---|---|---|
@@ -16,10 +16,10 @@ Usage:
 | tiny:t5 | T5ForConditionalGeneration (Flan form: gated GELU, untied head) | Flan-T5 |
 | tiny:bert | BertModel, BertTokenizer | BioBERT, PubMedBERT |
 
-They have the chat template and the special tokens of the real ones, a tokenizer trained on phantom text, random weights, and
-load through the same Auto classes. A folder's name holds a digest of everything it is made from (sizes, training text, this
-file, the version of transformers); a list of SHA-256 sums inside tells whether it is whole, and it is built again if not.
-They go to $MEDVLM_CACHE/tiny, else ~/.cache/medvlm-plain/tiny.
+They have the chat template and the special tokens of the real ones, a tokenizer trained on phantom text, random
+weights, and load through the same Auto classes. A folder's name holds a digest of everything it is made from (sizes,
+training text, this file, the version of transformers); a list of SHA-256 sums inside tells whether it is whole, and it
+is built again if not. They go to $MEDVLM_CACHE/tiny, else ~/.cache/medvlm-plain/tiny.
 """
 
 import collections
@@ -39,33 +39,12 @@ import shared  # noqa: F401, isort: skip  # before transformers
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import (
-    BertConfig,
-    BertModel,
-    BertTokenizer,
-    CLIPImageProcessor,
-    Gemma3Config,
-    Gemma3ForConditionalGeneration,
-    Gemma3ImageProcessor,
-    Gemma3Processor,
-    GenerationConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
-    Qwen2VLConfig,
-    Qwen2VLForConditionalGeneration,
-    Qwen2VLImageProcessor,
-    Qwen2VLProcessor,
-    Qwen2VLVideoProcessor,
-    SiglipConfig,
-    SiglipImageProcessor,
-    SiglipModel,
-    SiglipProcessor,
-    T5Config,
-    T5ForConditionalGeneration,
-    T5Tokenizer,
-)
+from transformers import BertConfig, BertModel, BertTokenizer, CLIPImageProcessor, Gemma3Config
+from transformers import Gemma3ForConditionalGeneration, Gemma3ImageProcessor, Gemma3Processor, GenerationConfig
+from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
+from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessor, Qwen2VLProcessor
+from transformers import Qwen2VLVideoProcessor, SiglipConfig, SiglipImageProcessor, SiglipModel, SiglipProcessor
+from transformers import T5Config, T5ForConditionalGeneration, T5Tokenizer
 
 from shared.phantom import phantom_study
 from shared.runtime import InputError, read_json, write_json
@@ -75,9 +54,9 @@ TEXT = dict(hidden=128, layers=4, heads=4, kv_heads=2, mlp=384, vocab=1024)
 VISION = dict(image_size=112, patch_size=14, vision_hidden=128, vision_layers=4, vision_heads=4, vision_mlp=256)
 SIZES = {
     "qwen2vl": TEXT | VISION,  # 16 image tokens: 8x8 patches, merged 2x2
-    "gemma3": TEXT
-    | VISION
-    | dict(layers=6, mlp=256, image_tokens=16, sliding_window=512),  # 6 layers: 5 sliding, 1 full
+    "gemma3": (
+        TEXT | VISION | dict(layers=6, mlp=256, image_tokens=16, sliding_window=512)
+    ),  # 6 layers: 5 sliding, 1 full
     "llava": TEXT | VISION,  # 64 image tokens, one per patch
     "siglip": VISION | dict(vocab=1024),
     "t5": dict(hidden=128, layers=3, heads=4, mlp=256, vocab=1024),
@@ -150,8 +129,8 @@ def is_tiny(name):
 
 def tiny_folder(name, seed=0, **sizes):
     """
-    "tiny:qwen2vl" -> Path of the folder of such a model, built if it is not there. seed: of the random weights; sizes: see
-    SIZES. InputError for a family or a size that does not exist.
+    "tiny:qwen2vl" -> Path of the folder of such a model, built if it is not there. seed: of the random weights; sizes:
+    see SIZES. InputError for a family or a size that does not exist.
     """
     family = str(name).removeprefix("tiny:")
     if family not in SIZES:
@@ -225,7 +204,10 @@ def is_whole(folder):
 
 @functools.lru_cache(maxsize=1)
 def phantom_text():
-    """Reports, questions and answers of 250 phantom studies, and what the chat templates add: the tokenizers' training text."""
+    """
+    Reports, questions and answers of 250 phantom studies, and what the chat templates add: the tokenizers' training
+    text.
+    """
     texts = []
     for index in range(250):
         study = phantom_study(seed=1234, index=index, size=64)
@@ -249,11 +231,17 @@ def phantom_text():
     )
 
 
-# The fixed words of prompts and structured answers. Real tokenizers know them; here they would be spelled letter by letter, and an
-# answer of twenty words would be longer than the text of a whole report.
+# The fixed words of prompts and structured answers. Real tokenizers know them; here they would be spelled letter by
+# letter, and an answer of twenty words would be longer than the text of a whole report.
 FORMS = (
-    'Answer the question with one JSON object: "caption": what the image shows, "reasoning": what settles it, "boxes": [[x0, y0, x1, y1], ...] where',
-    'to look, from 0 to 1000, "answer": a few words. First write what you see between <think> and </think>, then the answer in a few words',
+    (
+        'Answer the question with one JSON object: "caption": what the image shows, "reasoning": what settles it,'
+        ' "boxes": [[x0, y0, x1, y1], ...] where'
+    ),
+    (
+        'to look, from 0 to 1000, "answer": a few words. First write what you see between <think> and </think>, then'
+        " the answer in a few words"
+    ),
     "between <answer> and </answer>.\nQuestion:",
     '{"caption": "Frontal',
     '.", "reasoning": "Seen:',
@@ -268,7 +256,10 @@ FORMS = (
 
 
 def byte_bpe(vocab, special_tokens, bos=None):
-    """Byte-level BPE: every text comes back exactly, nothing is unknown. With bos it is put first, as the real tokenizer does."""
+    """
+    Byte-level BPE: every text comes back exactly, nothing is unknown. With bos it is put first, as the real tokenizer
+    does.
+    """
     tokenizer = Tokenizer(models.BPE())
     # Digits one by one, as Qwen2 and Gemma have them: a coordinate is then the same three tokens wherever it stands.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -396,7 +387,8 @@ def build_gemma3(folder, image_tokens, sliding_window, **s):
         eos_token_id=[ids("<eos>"), ids("<end_of_turn>")],
     )
     model = Gemma3ForConditionalGeneration(config)
-    # The library initialises this matrix to zeros, since it expects pretrained weights: the model would not see the image.
+    # The library initialises this matrix to zeros, since it expects pretrained weights: the model would not see the
+    # image.
     torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=0.05)
     processor = Gemma3Processor(image, tokenizer, chat_template=GEMMA3_TEMPLATE, image_seq_length=image_tokens)
     save(
@@ -437,9 +429,10 @@ def build_qwen2vl(folder, **s):
         patch_size=s["patch_size"],
     )
     image, video = Qwen2VLImageProcessor(**limits), Qwen2VLVideoProcessor(**limits)
-    # Frequencies of the rotary positions, dealt out to time, height and width in turn. The real one gives them out in blocks of 2:3:3, the
-    # lowest to the width, from a base of a million: in heads of 32 numbers the columns of 4 x 4 image tokens would lie 0.0005 radians
-    # apart, and left could hardly be told from right. Whole rounds of three, as older releases of transformers need; the rest is for time.
+    # Frequencies of the rotary positions, dealt out to time, height and width in turn. The real one gives them out in
+    # blocks of 2:3:3, the lowest to the width, from a base of a million: in heads of 32 numbers the columns of 4 x 4
+    # image tokens would lie 0.0005 radians apart, and left could hardly be told from right. Whole rounds of three, as
+    # older releases of transformers need; the rest is for time.
     half = s["hidden"] // s["heads"] // 2
     section = [1] * (half // 3 * 3)
     section[-3] += half % 3

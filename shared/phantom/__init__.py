@@ -11,17 +11,8 @@ Nobody needs to read this package to follow a script. study.py puts a study toge
 film, findings.py what can be wrong with it, lateral.py the side view, words.py reports and questions.
 """
 
-from shared.phantom.study import (
-    DEFAULT,
-    PREVALENCE,
-    TOGETHER,
-    VERSION,
-    PhantomSettings,
-    Study,
-    patient_of,
-    phantom_classification,
-    phantom_study,
-)
+from shared.phantom.study import DEFAULT, PREVALENCE, TOGETHER, VERSION, PhantomSettings, Study, patient_of
+from shared.phantom.study import phantom_classification, phantom_study
 
 __all__ = [
     "DEFAULT",

@@ -10,17 +10,8 @@ import math
 
 import numpy as np
 
-from shared.phantom.body import (
-    NOISE,
-    characteristic,
-    clip,
-    mean_matrix,
-    pixel_grid,
-    smooth_matrix,
-    supersampling,
-    textures,
-    tube_path,
-)
+from shared.phantom.body import NOISE, characteristic, clip, mean_matrix, pixel_grid, smooth_matrix, supersampling
+from shared.phantom.body import textures, tube_path
 
 LATERAL_NOISE = NOISE + 1000
 

@@ -12,23 +12,8 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 from shared.metrics.labels import CONDITIONS, PARENTS
-from shared.phantom.body import (
-    CHRONIC_FINDINGS,
-    CLASSES,
-    FINDINGS,
-    PATIENTS,
-    QUESTIONS,
-    WORDS,
-    Anatomy,
-    Draws,
-    Frame,
-    Position,
-    box_of,
-    develop,
-    draw_anatomy,
-    draw_position,
-    organ_boxes,
-)
+from shared.phantom.body import CHRONIC_FINDINGS, CLASSES, FINDINGS, PATIENTS, QUESTIONS, WORDS, Anatomy, Draws, Frame
+from shared.phantom.body import Position, box_of, develop, draw_anatomy, draw_position, organ_boxes
 from shared.phantom.findings import CHRONIC, LEVELS, ORDER, SEVERITIES, SIGN, ZONES, Finding, place, place_blob
 from shared.phantom.lateral import lateral_film
 from shared.phantom.words import write_questions, write_report
