@@ -27,7 +27,6 @@ import platform
 import random
 import re
 import shutil
-import signal
 import sys
 import time
 from pathlib import Path
@@ -47,12 +46,19 @@ class InputError(Exception):
     """What the user gave cannot be used. The message is one sentence: what is wrong and what to do. Exit code 2."""
 
 
-def script(main):
-    """Decorator of every main(argv=None): turns the failures a user can mend into one sentence and exit code 2."""
+def script(main=None, *, torchrun=False):
+    """
+    Decorator of every main(argv=None): turns the failures a user can mend into one sentence and exit code 2.
+    torchrun: the script shares its work between the processes that torchrun starts; the others refuse to be started so.
+    """
+    if main is None:
+        return functools.partial(script, torchrun=torchrun)
 
     @functools.wraps(main)
     def wrapped(argv=None):
         try:
+            if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torchrun:
+                raise InputError("this script works in one process: start it with python, not with torchrun")
             return main(argv)
         except InputError as error:
             message = str(error)
@@ -67,7 +73,8 @@ def script(main):
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        if is_main_process():
+            print(f"error: {message}", file=sys.stderr, flush=True)
         raise SystemExit(2)
 
     return wrapped
@@ -86,10 +93,15 @@ class ScriptParser(argparse.ArgumentParser):
     def parse_args(self, argv=None, namespace=None):
         argv = [self.dashed(str(a)) for a in (sys.argv[1:] if argv is None else argv)]
         first = ScriptParser(prog=self.prog, add_help=False, allow_abbrev=False)
-        first.add_argument("--config")
-        config = first.parse_known_args(argv)[0].config
-        if config is not None:  # the file's settings come first, so that flags on the command line win
-            argv = self.arguments_of(config) + argv
+        for name in ("--config", "--out-dir"):
+            first.add_argument(name)
+        first.add_argument("--resume", nargs="?", const=True)
+        early = first.parse_known_args(argv)[0]
+        # The settings of a file, or of the run that goes on, come first, so that flags on the command line win.
+        if early.config is not None:
+            argv = self.arguments_of(*self.read_config(early.config)) + argv
+        if early.resume and "--resume" in self._option_string_actions:
+            argv = self.arguments_of_run(early.out_dir if early.resume is True else early.resume) + argv
         return super().parse_args(argv, namespace)
 
     def dashed(self, argument):
@@ -100,19 +112,37 @@ class ScriptParser(argparse.ArgumentParser):
         flag = flag.replace("_", "-")
         return (flag if flag in self._option_string_actions else ALIASES.get(flag, flag)) + equals + value
 
-    def arguments_of(self, name):
-        """
-        The settings of a YAML or JSON file as command-line arguments, so that types and choices are checked alike.
-        """
+    def read_config(self, name):
+        """--config FILE -> (its settings, its path)."""
         path = next((p for p in (Path(name), self.script_dir / name) if p.is_file()), None)
         if path is None:
             self.error(f"--config: there is no file {name}, neither here nor in {self.script_dir}")
         try:
-            settings = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
+            settings = yaml.safe_load(path.read_text(encoding="utf-8-sig"))  # JSON is YAML
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             self.error(f"--config: {path} is not readable as YAML or JSON ({str(error).splitlines()[0]})")
         if not isinstance(settings, dict):
             self.error(f"--config: {path} must hold names and values, such as 'epochs: 15'")
+        return settings, path
+
+    def arguments_of_run(self, place):
+        """--resume PATH -> the arguments that the run there was started with, all but where it writes."""
+        path = resume_dir(place) / "settings.json" if place and Path(place).exists() else None
+        if path is None or not path.is_file():
+            return []  # open_run_dir says what is wrong
+        then, settings, switches = read_json(path), {}, []
+        for action in self._actions:
+            value = then.get(action.dest)
+            if value is None or action.dest in ("config", "out_dir", "overwrite", "resume"):
+                continue
+            if action.nargs == 0 and not isinstance(action, argparse.BooleanOptionalAction):  # store_true, store_false
+                switches += [action.option_strings[0]] if action.const is value else []
+            else:
+                settings[action.option_strings[0][2:]] = value
+        return self.arguments_of(settings, path) + switches
+
+    def arguments_of(self, settings, path):
+        """Settings by name as command-line arguments, so that types and choices are checked alike."""
         argv = []
         for key, value in settings.items():
             flag = self.dashed(f"--{key}")
@@ -289,78 +319,6 @@ def is_main_process():
     return int(os.environ.get("RANK", 0)) == 0
 
 
-# ------------------------------------------------------------------------------------------------------------ training
-
-
-def learning_rate(step, num_steps, warmup_steps, highest):
-    """Of step 0 .. num_steps - 1: a linear warm-up to `highest`, then a cosine down to zero."""
-    if step < warmup_steps:
-        return highest * (step + 1) / warmup_steps
-    return highest * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, num_steps - warmup_steps)))
-
-
-def refuse_other_settings(now, then, path, may_differ=()):
-    """
-    To resume, the settings {name: value} given now must be those of the checkpoint at `path`, all but those named in
-    `may_differ`.
-    """
-    changed = [
-        f"--{k.replace('_', '-')} {then.get(k)} (now {v})"
-        for k, v in now.items()
-        if k not in may_differ and then.get(k) != v
-    ]
-    if changed:
-        raise InputError(f"{path} was written with {', '.join(changed)}; give the same to resume, or start a new run")
-
-
-class StopSignal:
-    """
-    Lets a loop finish its step and save when the run is told to stop:
-
-        with StopSignal() as stop:
-            for step in ...:
-                ...
-                if stop.requested():    # SIGTERM (SLURM, docker) or Ctrl-C; under torchrun all ranks agree
-                    save(); stop.exit()
-
-    A second signal ends the process at once; what was saved before stays whole, since checkpoints are renamed into
-    place.
-    """
-
-    def __enter__(self):
-        self.signal = None
-        self.previous = {}
-        with contextlib.suppress(ValueError):  # not the main thread (some notebooks): signals keep their usual meaning
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self.previous[number] = signal.signal(number, self.handle)
-        return self
-
-    def handle(self, number, frame):
-        if self.signal is not None:
-            self.restore()
-            os.kill(os.getpid(), number)
-            return
-        self.signal = number
-        print(f"\n{signal.Signals(number).name}: saving after this step (once more to quit at once)", file=sys.stderr)
-
-    def requested(self):
-        if dist.is_initialized():  # otherwise one rank would leave the others waiting in all_reduce
-            flag = torch.tensor(self.signal or 0, device="cuda" if dist.get_backend() == "nccl" else "cpu")
-            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-            self.signal = int(flag) or None
-        return self.signal is not None
-
-    def exit(self):
-        raise SystemExit(128 + self.signal)
-
-    def restore(self):
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    def __exit__(self, *exception):
-        self.restore()
-
-
 # ------------------------------------------------------------------------------------------------- checkpoints and JSON
 
 
@@ -455,23 +413,6 @@ def write_csv(path, rows):
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-
-
-def write_report(run_dir, text, figures, hand_in=None, prefix=""):
-    """
-    report.md in the run folder; with hand_in, a path such as reports/task.md, a copy there with its pictures in
-    figures/ beside it, their names beginning with `prefix`. text: Markdown with {figures} in front of each picture's
-    name; figures: {name: file name}.
-    """
-    with atomic_file(run_dir / "report.md", "w") as file:
-        file.write(text.replace("{figures}", "figures/"))
-    if hand_in is None:
-        return
-    (hand_in.parent / "figures").mkdir(parents=True, exist_ok=True)
-    for name in figures.values():
-        shutil.copy(run_dir / "figures" / name, hand_in.parent / "figures" / f"{prefix}{name}")
-    with atomic_file(hand_in, "w") as file:
-        file.write(text.replace("{figures}", f"figures/{prefix}"))
 
 
 # ---------------------------------------------------------------------------------------------------------- run folders

@@ -34,8 +34,9 @@ from shared.data.image_sets import load_images, load_phantom
 from shared.metrics.classification import binary_intervals, binary_metrics, choose_threshold, multiclass_metrics
 from shared.metrics.classification import multilabel_metrics, official_auc_accuracy, prior_correction
 from shared.metrics.statistics import bootstrap_interval, delong_test, mcnemar_exact
+from shared.report import write_report
 from shared.runtime import InputError, atomic_file, free_gpu, newest_run, open_run_dir, pick_device, positive_int
-from shared.runtime import run_facts, script, script_parser, seed_everything, write_json, write_report
+from shared.runtime import run_facts, script, script_parser, seed_everything, write_json
 from task1_classification.explain import GradCAM
 from task1_classification.figures import draw_calibration, draw_confusion, draw_curves, draw_gallery
 from task1_classification.model import find_classifier, load_classifier, predict_logits, to_probabilities

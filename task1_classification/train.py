@@ -35,10 +35,10 @@ from tqdm import tqdm
 from shared.data.augment import STRENGTHS, augment, shifted_copies
 from shared.data.image_sets import SIZES, load_images, load_phantom
 from shared.metrics.classification import official_auc_accuracy
-from shared.runtime import InputError, StopSignal, add_resume, atomic_file, fraction, free_gpu, learning_rate
-from shared.runtime import load_checkpoint, not_negative, open_run_dir, pick_device, positive_float, positive_int
-from shared.runtime import refuse_other_settings, run_facts, save_checkpoint, script, script_parser, seed_everything
-from shared.runtime import start_distributed, write_json, write_jsonl
+from shared.runtime import InputError, add_resume, atomic_file, fraction, free_gpu, load_checkpoint, not_negative
+from shared.runtime import open_run_dir, pick_device, positive_float, positive_int, run_facts, save_checkpoint, script
+from shared.runtime import script_parser, seed_everything, start_distributed, write_json, write_jsonl
+from shared.training import StopSignal, learning_rate, refuse_other_settings
 from task1_classification.figures import draw_training
 from task1_classification.model import ARCHITECTURES, STEMS, build_model, choose_stem, classifier_checkpoint, normalise
 from task1_classification.model import predict_logits, to_probabilities

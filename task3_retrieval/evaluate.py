@@ -35,8 +35,9 @@ from shared.data.image_sets import load_images, load_phantom
 from shared.metrics.retrieval import chance, chance_vote, content_codes, duplicate_report, first_of, hubness, knn_vote
 from shared.metrics.retrieval import leave_one_out_draws, query_draws, query_metrics, rank_gallery, relevance, summarise
 from shared.metrics.statistics import bootstrap_interval, mcnemar_exact, wilson_interval
+from shared.report import write_report
 from shared.runtime import InputError, atomic_file, free_gpu, load_checkpoint, newest_run, open_run_dir, pick_device
-from shared.runtime import positive_int, run_facts, script, script_parser, seed_everything, write_json, write_report
+from shared.runtime import positive_int, run_facts, script, script_parser, seed_everything, write_json
 from task1_classification.model import find_classifier, load_classifier, predict_logits, to_probabilities
 from task3_retrieval.embed import EMBEDDING_KIND, load_embedder
 from task3_retrieval.figures import draw_distances, draw_map, draw_neighbours, draw_precision

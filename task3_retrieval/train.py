@@ -34,10 +34,10 @@ from tqdm import tqdm
 from shared.data.augment import STRENGTHS, augment, shifted_copies
 from shared.data.image_sets import load_images, load_phantom
 from shared.metrics.retrieval import class_means, content_codes, retrieval_values
-from shared.runtime import InputError, StopSignal, add_resume, fraction, free_gpu, is_main_process, learning_rate
-from shared.runtime import load_checkpoint, not_negative, open_run_dir, pick_device, positive_float, positive_int
-from shared.runtime import refuse_other_settings, run_facts, save_checkpoint, script, script_parser, seed_everything
-from shared.runtime import start_distributed, write_json, write_jsonl
+from shared.runtime import InputError, add_resume, fraction, free_gpu, is_main_process, load_checkpoint, not_negative
+from shared.runtime import open_run_dir, pick_device, positive_float, positive_int, run_facts, save_checkpoint, script
+from shared.runtime import script_parser, seed_everything, start_distributed, write_json, write_jsonl
+from shared.training import StopSignal, learning_rate, refuse_other_settings
 from task1_classification.model import build_model, choose_stem, find_classifier, load_classifier, normalise
 from task1_classification.model import predict_logits
 from task3_retrieval.embed import EMBEDDING_KIND

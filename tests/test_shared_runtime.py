@@ -13,11 +13,12 @@ import pytest
 import torch
 
 from shared import runtime
-from shared.runtime import InputError, StopSignal, add_resume, atomic_file, check_plain, fraction, learning_rate
-from shared.runtime import load_checkpoint, newest_run, next_number, open_run_dir, peak_memory, pick_device, plain
-from shared.runtime import positive_float, positive_int, read_json, refuse_other_settings, resume_dir, run_facts
-from shared.runtime import save_checkpoint, script, script_parser, seed_everything, start_distributed, write_csv
-from shared.runtime import write_json, write_jsonl, write_report
+from shared.report import write_report
+from shared.runtime import InputError, add_resume, atomic_file, check_plain, fraction, load_checkpoint, newest_run
+from shared.runtime import next_number, open_run_dir, peak_memory, pick_device, plain, positive_float, positive_int
+from shared.runtime import read_json, resume_dir, run_facts, save_checkpoint, script, script_parser, seed_everything
+from shared.runtime import start_distributed, write_csv, write_json, write_jsonl
+from shared.training import StopSignal, learning_rate, refuse_other_settings
 
 # --- arguments ---
 

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 
 import task1_classification.train as train_script
-from shared.runtime import learning_rate, save_checkpoint
+from shared.runtime import save_checkpoint
+from shared.training import learning_rate
 from task1_classification.model import load_classifier, normalise, predict_logits
 from task1_classification.train import backward, loss_of, main, parse_args, weights_of_classes
 

@@ -67,10 +67,10 @@ from tqdm import tqdm
 from shared.data.download import sha256_of
 from shared.models.loading import LORA_LAYERS, QUANTS, add_lora, count_parameters, load_vlm
 from shared.models.tiny import is_tiny, quietly
-from shared.runtime import InputError, StopSignal, add_resume, fraction, free_gpu, learning_rate, load_checkpoint
-from shared.runtime import not_negative, open_run_dir, peak_memory, pick_device, positive_float, positive_int, read_json
-from shared.runtime import refuse_other_settings, run_facts, save_checkpoint, script, script_parser, seed_everything
-from shared.runtime import write_json, write_jsonl
+from shared.runtime import InputError, add_resume, fraction, free_gpu, load_checkpoint, not_negative, open_run_dir
+from shared.runtime import peak_memory, pick_device, positive_float, positive_int, read_json, run_facts, save_checkpoint
+from shared.runtime import script, script_parser, seed_everything, write_json, write_jsonl
+from shared.training import StopSignal, learning_rate, refuse_other_settings
 from vqa_sft_grpo.alarms import alarms
 from vqa_sft_grpo.counterfactual import FILLS, region_iou
 from vqa_sft_grpo.examples import read_pixels

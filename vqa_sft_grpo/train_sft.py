@@ -49,10 +49,10 @@ from tqdm import tqdm
 from shared.data.download import sha256_of
 from shared.models.loading import QUANTS, add_lora, count_parameters, load_vlm
 from shared.models.tiny import is_tiny, quietly
-from shared.runtime import InputError, StopSignal, add_resume, fraction, free_gpu, learning_rate, load_checkpoint
-from shared.runtime import not_negative, open_run_dir, pick_device, positive_float, positive_int, refuse_other_settings
-from shared.runtime import run_facts, save_checkpoint, script, script_parser, seed_everything, start_distributed
-from shared.runtime import write_json, write_jsonl
+from shared.runtime import InputError, add_resume, fraction, free_gpu, load_checkpoint, not_negative, open_run_dir
+from shared.runtime import pick_device, positive_float, positive_int, run_facts, save_checkpoint, script, script_parser
+from shared.runtime import seed_everything, start_distributed, write_json, write_jsonl
+from shared.training import StopSignal, learning_rate, refuse_other_settings
 from vqa_sft_grpo.counterfactual import blank, region_iou
 from vqa_sft_grpo.examples import ImageStore, batch_loss, epoch_batches, make_examples
 from vqa_sft_grpo.infer import BASE_MODEL, Answerer
