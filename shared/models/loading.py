@@ -53,7 +53,8 @@ QUANTS = ("none", "nf4", "nf4-text", "int8")
 @dataclass(frozen=True)
 class Family:
     """
-    What differs between the model families. Names of modules are those inside the ...ForConditionalGeneration class.
+    The one entry of a model family: everything in which it differs from the others. Names of modules are those inside
+    the ...ForConditionalGeneration class.
     """
 
     name: str  # also the tiny model: tiny:<name>
@@ -61,8 +62,20 @@ class Family:
     tower: str
     projector: str
     image_tokens: tuple  # special tokens that stand for parts of an image and must never be generated
+    framed: bool = False  # the processor puts the image tokens between boi and eoi tokens and blank lines
+    kinds: str | None = None  # name of the argument that tells image tokens from text
+    rope: bool = (
+        False  # positions in rows and columns (base.model.get_rope_index); images are patch rows with image_grid_thw
+    )
+    stacked: bool = False  # get_image_features returns one stacked tensor instead of one per image
+    cls_token: bool = False  # the tower's first token stands for no place
+    float16: bool = True  # False: the residual stream goes beyond 65504
 
 
+IMAGE_TOKENS = {
+    "gemma": ("<image_soft_token>", "<start_of_image>", "<end_of_image>"),
+    "qwen": ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"),
+}
 FAMILIES = {
     f.name: f
     for f in (
@@ -71,16 +84,22 @@ FAMILIES = {
             "gemma3",
             "model.vision_tower",
             "model.multi_modal_projector",
-            ("<image_soft_token>", "<start_of_image>", "<end_of_image>"),
+            IMAGE_TOKENS["gemma"],
+            framed=True,
+            kinds="token_type_ids",
+            stacked=True,
+            float16=False,
         ),
         Family(
             "qwen2vl",
             "qwen2_vl",
             "model.visual",
             "model.visual.merger",
-            ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"),
+            IMAGE_TOKENS["qwen"],
+            kinds="mm_token_type_ids",
+            rope=True,
         ),
-        Family("llava", "llava", "model.vision_tower", "model.multi_modal_projector", ("<image>",)),
+        Family("llava", "llava", "model.vision_tower", "model.multi_modal_projector", ("<image>",), cls_token=True),
     )
 }
 GATED = {"google/medgemma", "google/gemma"}  # starts of names known to be gated; offline the hub cannot tell
@@ -99,6 +118,11 @@ class VLM:
     dtype: torch.dtype  # of the computation
     tiny: bool
     adapter: str | None = None
+
+    @property
+    def spec(self):
+        """The Family: what differs between the model families."""
+        return FAMILIES[self.family]
 
     @property
     def config(self):
