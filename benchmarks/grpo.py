@@ -43,7 +43,7 @@ from shared.models.loading import LORA_LAYERS, load_vlm
 from shared.runtime import InputError, positive_int, run_facts, script, seed_everything, write_json
 from vqa_sft_grpo import train_grpo
 from vqa_sft_grpo.grpo import group_advantages
-from vqa_sft_grpo.prepare_data import make_rows, read_rows, write_rows
+from vqa_sft_grpo.rows import make_rows, read_rows, write_rows
 from vqa_sft_grpo.prompting import build_prompt
 from vqa_sft_grpo.rewards import RewardSettings
 from vqa_sft_grpo.rollouts import Fits, sample

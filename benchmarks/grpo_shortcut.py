@@ -44,7 +44,7 @@ from shared.runtime import InputError, atomic_file, fraction, load_checkpoint, p
 from shared.runtime import seed_everything, write_json
 from vqa_sft_grpo import train_grpo, train_sft
 from vqa_sft_grpo.examples import ImageStore, make_examples, read_pixels
-from vqa_sft_grpo.prepare_data import make_rows, write_rows
+from vqa_sft_grpo.rows import make_rows, write_rows
 from vqa_sft_grpo.prompting import parse_response
 from vqa_sft_grpo.rewards import plan_edits
 from vqa_sft_grpo.rollouts import answer_logprobs, make_prompts, never_drawn, sample, stop_tokens

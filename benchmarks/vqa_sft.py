@@ -41,7 +41,7 @@ from PIL import Image
 from shared.models.loading import add_lora, load_vlm
 from shared.runtime import InputError, positive_int, run_facts, script, seed_everything, write_json
 from vqa_sft_grpo.examples import ImageStore, make_examples
-from vqa_sft_grpo.prepare_data import make_rows, read_rows, write_rows
+from vqa_sft_grpo.rows import make_rows, read_rows, write_rows
 from vqa_sft_grpo.prompting import build_prompt, build_target
 from vqa_sft_grpo.train_sft import BatchOrder, backward
 from vqa_sft_grpo.train_sft import parse_args as sft_args

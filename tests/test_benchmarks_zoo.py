@@ -8,7 +8,8 @@ import json
 import numpy as np
 import pytest
 
-from vqa_sft_grpo import rewards, zoo
+from benchmarks import zoo
+from vqa_sft_grpo import rewards
 from vqa_sft_grpo.prompting import parse_response
 from vqa_sft_grpo.rewards import RewardSettings, is_no, rollout_terms
 

@@ -15,7 +15,7 @@ from shared.phantom import phantom_study
 from shared.runtime import InputError
 from vqa_sft_grpo import rewards
 from vqa_sft_grpo.counterfactual import FILLS
-from vqa_sft_grpo.prepare_data import grpo_row, make_rows, phantom_study_rows
+from vqa_sft_grpo.rows import grpo_row, make_rows, phantom_study_rows
 from vqa_sft_grpo.prompting import boxes_to_model, build_prompt, build_target, instruction, parse_response
 from vqa_sft_grpo.rewards import AnswerFrequencies, EditPlan, RewardSettings, answer_alone, answer_to_score, explain
 from vqa_sft_grpo.rewards import ignored_fields, lend_regions, measure_drops, parse_weights, plan_edits, rollout_terms

@@ -24,7 +24,7 @@ from shared.runtime import InputError
 from vqa_sft_grpo.examples import ImageStore, batch_loss, epoch_batches, make_examples
 from vqa_sft_grpo.infer import model_of
 from vqa_sft_grpo.prepare_data import main as prepare
-from vqa_sft_grpo.prepare_data import read_rows
+from vqa_sft_grpo.rows import read_rows
 from vqa_sft_grpo.prompting import build_prompt, build_target
 from vqa_sft_grpo.train_sft import backward, main, parse_args, restore, settings_of
 

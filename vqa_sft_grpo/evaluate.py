@@ -55,7 +55,7 @@ from vqa_sft_grpo.infer import TASK, Answerer, add_model_options, load_model, pi
 from vqa_sft_grpo.measures import SentenceEncoder, at_thresholds, aurc_row, caption_similarity, case_summary
 from vqa_sft_grpo.measures import json_success, measure_boxes, measure_counterfactual, measure_redrawn
 from vqa_sft_grpo.measures import paired_difference, risk_coverage, strata, summarise
-from vqa_sft_grpo.prepare_data import NAMES, POLICIES, REDRAWN, grpo_row, make_rows, read_rows
+from vqa_sft_grpo.rows import NAMES, POLICIES, REDRAWN, grpo_row, make_rows, read_rows
 from vqa_sft_grpo.prompting import STYLES, build_prompt, parse_response
 from vqa_sft_grpo.report import draw_risk_coverage, draw_strip, write_report
 from vqa_sft_grpo.scoring import SYNONYMS_NAME, choice, llava_med_scores, medevalkit_scores, normalise, polarity

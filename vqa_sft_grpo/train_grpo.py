@@ -79,7 +79,7 @@ from vqa_sft_grpo.grpo import group_advantages, has_signal, policy_loss
 from vqa_sft_grpo.grpo_log import HISTORY, cut_rollouts, describe, draw_curves, draw_edits, log_rollouts, mean
 from vqa_sft_grpo.grpo_log import write_completions
 from vqa_sft_grpo.infer import BASE_MODEL, model_of
-from vqa_sft_grpo.prepare_data import GRPO_FIELDS, make_rows, phantom_settings, read_rows
+from vqa_sft_grpo.rows import GRPO_FIELDS, make_rows, phantom_settings, read_rows
 from vqa_sft_grpo.prompting import STYLES, boxes_from_model, parse_response
 from vqa_sft_grpo.rewards import COMPOSITIONS, MEANINGS, NATS, AnswerFrequencies, RewardSettings, answer_to_score
 from vqa_sft_grpo.rewards import explain, gold_of, ignored_fields, images_of_v, lend_regions, measure_drops, plan_edits

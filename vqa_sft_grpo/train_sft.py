@@ -56,7 +56,7 @@ from shared.training import StopSignal, learning_rate, refuse_other_settings
 from vqa_sft_grpo.counterfactual import blank, region_iou
 from vqa_sft_grpo.examples import ImageStore, batch_loss, epoch_batches, make_examples
 from vqa_sft_grpo.infer import BASE_MODEL, Answerer
-from vqa_sft_grpo.prepare_data import make_rows, phantom_settings, read_rows
+from vqa_sft_grpo.rows import make_rows, phantom_settings, read_rows
 from vqa_sft_grpo.prompting import STYLES, boxes_from_model, build_prompt, parse_response
 from vqa_sft_grpo.scoring import score_answer
 
