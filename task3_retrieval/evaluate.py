@@ -32,8 +32,8 @@ from sklearn.metrics import cohen_kappa_score, roc_auc_score
 
 from shared.data.augment import shifted_copies  # the same changes that validation is judged under, see train.py
 from shared.data.image_sets import load_images, load_phantom
-from shared.metrics.retrieval import chance, chance_vote, content_codes, duplicate_report, first_of, hubness, knn_vote
-from shared.metrics.retrieval import leave_one_out_draws, query_draws, query_metrics, rank_gallery, relevance, summarise
+from task3_retrieval.metrics import chance, chance_vote, content_codes, duplicate_report, first_of, hubness, knn_vote
+from task3_retrieval.metrics import leave_one_out_draws, query_draws, query_metrics, rank_gallery, relevance, summarise
 from shared.metrics.statistics import bootstrap_interval, mcnemar_exact, wilson_interval
 from shared.report import write_report
 from shared.runtime import InputError, atomic_file, free_gpu, load_checkpoint, newest_run, open_run_dir, pick_device

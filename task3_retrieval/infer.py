@@ -30,7 +30,7 @@ import torch
 
 from shared.data.image_sets import SPLITS, load_phantom
 from shared.data.images import find_images
-from shared.metrics.retrieval import knn_vote
+from task3_retrieval.metrics import knn_vote
 from shared.runtime import InputError, load_checkpoint, newest_run, open_run_dir, pick_device, positive_int, run_facts
 from shared.runtime import script, script_parser, write_csv, write_json
 from task1_classification.explain import GradCAM

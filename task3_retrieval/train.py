@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from shared.data.augment import STRENGTHS, augment, shifted_copies
 from shared.data.image_sets import load_images, load_phantom
-from shared.metrics.retrieval import class_means, content_codes, retrieval_values
+from task3_retrieval.metrics import class_means, content_codes, retrieval_values
 from shared.runtime import InputError, add_resume, fraction, free_gpu, is_main_process, load_checkpoint, not_negative
 from shared.runtime import open_run_dir, pick_device, positive_float, positive_int, run_facts, save_checkpoint, script
 from shared.runtime import script_parser, seed_everything, start_distributed, write_json, write_jsonl

@@ -16,7 +16,7 @@ import torchvision
 import task3_retrieval.evaluate as evaluate_script
 from conftest import SmallNet
 from shared.data import image_sets
-from shared.metrics.retrieval import content_codes
+from task3_retrieval.metrics import content_codes
 from task1_classification.train import main as train_classifier
 from task3_retrieval.embed import load_embedder
 from task3_retrieval.evaluate import explanation_checks, failures, foreign_images, main, prepare, search, similarities

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 import task3_retrieval.train as train_script
 from shared.data import image_sets
-from shared.metrics.retrieval import class_means, retrieval_values
+from task3_retrieval.metrics import class_means, retrieval_values
 from task1_classification.train import main as train_classifier
 from task3_retrieval.embed import load_embedder
 from task3_retrieval.train import batch_hard_triplet, epoch_order, main, supervised_contrastive

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score, ndcg_score
 
-from shared.metrics.retrieval import chance, chance_vote, class_means, content_codes, duplicate_report, hubness
-from shared.metrics.retrieval import knn_vote, leave_one_out_draws, query_draws, query_metrics, rank_gallery, relevance
-from shared.metrics.retrieval import retrieval_values, summarise
+from task3_retrieval.metrics import chance, chance_vote, class_means, content_codes, duplicate_report, hubness
+from task3_retrieval.metrics import knn_vote, leave_one_out_draws, query_draws, query_metrics, rank_gallery, relevance
+from task3_retrieval.metrics import retrieval_values, summarise
 
 
 def problem(seed=0, q=40, n=60, classes=2):
