@@ -111,7 +111,7 @@ def measure_binary(data, labels, probabilities, facts, split):
     train_prior = float(labels["train"].mean())
     corrected = prior_correction(np.clip(probabilities, 1e-7, 1 - 1e-7), train_prior)
     pixels, pixels_val = pixel_baseline(data, labels, split)
-    pixel_threshold = choose_threshold(labels["val"], pixels_val, "balanced_accuracy")
+    pixel_threshold = choose_threshold(labels["val"], pixels_val)
     majority = float(np.bincount(labels["train"]).argmax())
     rows = {
         "network, threshold from validation": binary_metrics(y, probabilities, facts["threshold"]),
@@ -142,9 +142,7 @@ def brightness_row(data, labels, split):
     sign = 1 if binary_metrics(labels["val"], means["val"])["auc"] >= 0.5 else -1
     offset = 0 if sign == 1 else 1
     scores = {s: offset + sign * m for s, m in means.items()}
-    return binary_metrics(
-        labels[split], scores[split], choose_threshold(labels["val"], scores["val"], "balanced_accuracy")
-    )
+    return binary_metrics(labels[split], scores[split], choose_threshold(labels["val"], scores["val"]))
 
 
 def measure_classes(data, labels, probabilities, facts, split):

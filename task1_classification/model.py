@@ -108,11 +108,11 @@ def decision_threshold(probabilities, labels, task):
     binary set, one per label for a multi-label set, None for a multi-class one, where the highest probability decides.
     """
     if task == "binary-class":
-        return choose_threshold(labels.numpy(), probabilities.numpy(), "balanced_accuracy")
+        return choose_threshold(labels.numpy(), probabilities.numpy())
     if not task.startswith("multi-label"):
         return None
     columns = zip(labels.numpy().T, probabilities.numpy().T, strict=True)
-    return [choose_threshold(y, p, "balanced_accuracy") if 0 < y.sum() < len(y) else 0.5 for y, p in columns]
+    return [choose_threshold(y, p) if 0 < y.sum() < len(y) else 0.5 for y, p in columns]
 
 
 def classifier_checkpoint(best, args, data, normalisation, seed):

@@ -185,45 +185,29 @@ def test_threshold_by_hand():
     # errors by gap: below .1 3, .1-.2 2, .2-.4 1, .4-.5 2, .5-.72 1, .72-.9 2, above .9 3
     # two best gaps, balanced accuracy 5/6 in both; the second is wider
     assert choose_threshold(labels, scores) == pytest.approx(0.61)
-    assert choose_threshold(labels, scores, "accuracy") == pytest.approx(0.61)
-    assert choose_threshold(labels, scores, "youden") == choose_threshold(labels, scores)
-    assert choose_threshold(labels, scores, "sensitivity", target=1.0) == pytest.approx(0.3)
-    assert choose_threshold(labels, scores, "sensitivity", target=0.6) == pytest.approx(0.61)  # 2 of 3
-    assert choose_threshold(labels, scores, "sensitivity", target=0.1) == pytest.approx(0.81)
 
 
 def test_threshold_in_the_middle_of_a_plateau():
-    # accuracy is the same in the gaps .2-.4, .4-.6, .6-.8, because .4 and .6 each hold one of either class
+    # as good in the gaps .2-.4, .4-.6, .6-.8, because .4 and .6 each hold one of either class
     labels, scores = [0, 0, 1, 0, 1, 1], [0.2, 0.4, 0.4, 0.6, 0.6, 0.8]
-    assert choose_threshold(labels, scores, "accuracy") == pytest.approx(0.5)
+    assert choose_threshold(labels, scores) == pytest.approx(0.5)
 
 
 def test_threshold_is_the_best_of_all():
-    def recall(t):
-        return np.mean(scores[labels == 1] > t)
-
     def balanced(t):
-        return (recall(t) + np.mean(scores[labels == 0] <= t)) / 2
-
-    def accuracy(t):
-        return np.mean((scores > t) == labels)
+        return (np.mean(scores[labels == 1] > t) + np.mean(scores[labels == 0] <= t)) / 2
 
     for seed in range(20):
         labels, scores = binary_case(80, seed, decimals=1 + seed % 2)
-        for criterion, value in (("accuracy", accuracy), ("balanced_accuracy", balanced)):
-            chosen = value(choose_threshold(labels, scores, criterion))
-            assert chosen == pytest.approx(max(value(t) for t in [-1, *scores]), abs=1e-12)
-        threshold = choose_threshold(labels, scores, "sensitivity", target=0.9)
-        above = scores[scores > threshold].min()  # one score higher is too high
-        assert recall(threshold) >= 0.9 > recall(above)
+        chosen = balanced(choose_threshold(labels, scores))
+        assert chosen == pytest.approx(max(balanced(t) for t in [-1, *scores]), abs=1e-12)
 
 
 def test_threshold_at_the_ends_and_between_adjacent_floats():
-    labels = [1] * 9 + [0]
-    scores = np.float32([0.5] * 9 + [0.5])
-    threshold = choose_threshold(labels, scores, "accuracy")  # calling all positive is best
-    assert (scores > np.float32(threshold)).all()
-    assert choose_threshold([0] * 9 + [1], scores, "accuracy") == 0.5  # calling none
+    # the wrong way round: between the scores it is worse than calling all positive, just below the lowest score
+    scores = np.float32([0.1, 0.2, 0.3])
+    threshold = choose_threshold([1, 0, 0], scores)
+    assert (scores > np.float32(threshold)).all() and threshold == pytest.approx(0.1, abs=1e-5)
     for low in (1.0, np.nextafter(1.0, 2)):
         scores = np.array([low, np.nextafter(low, 2)])
         assert (scores > choose_threshold([0, 1], scores)).tolist() == [False, True]
@@ -232,11 +216,6 @@ def test_threshold_at_the_ends_and_between_adjacent_floats():
 def test_threshold_refuses():
     with pytest.raises(ValueError, match="both classes"):
         choose_threshold([1, 1], [0.1, 0.2])
-    with pytest.raises(ValueError, match="unknown criterion"):
-        choose_threshold([1, 0], [0.1, 0.2], "f1")
-    for criterion, target in (("sensitivity", None), ("sensitivity", 95), ("accuracy", 0.9)):
-        with pytest.raises(ValueError, match="target"):
-            choose_threshold([1, 0], [0.1, 0.2], criterion, target)
 
 
 # --- several classes ---

@@ -134,20 +134,15 @@ def _weighted_areas(positive, negative):
     return float(auc), float(positive[::-1] @ precision / num_positive)
 
 
-def choose_threshold(labels, scores, criterion="balanced_accuracy", target=None):
+def choose_threshold(labels, scores):
     """
-    Threshold for score > threshold, to be chosen on validation cases: labels (N,) 0/1, scores (N,) -> float.
+    Threshold with the best balanced accuracy, for score > threshold, to be chosen on validation cases: labels (N,) 0/1,
+    scores (N,) -> float. The best by Youden's index (recall + specificity - 1) is the same.
 
-    "accuracy", "balanced_accuracy", "youden" (recall + specificity - 1, so the same choice as balanced accuracy):
-    midpoint between two neighbouring scores, in the middle of the best plateau (of several: the widest).
-    "sensitivity": the highest such midpoint whose recall is at least target, 0 < target <= 1.
-    If calling all (or no) cases positive is best, the threshold lies just below the lowest (at the highest) score.
+    The midpoint between two neighbouring scores, in the middle of the best plateau (of several: the widest). If calling
+    all (or no) cases positive is best, the threshold lies just below the lowest (at the highest) score.
     """
     labels, scores = check_binary(labels, scores)
-    if criterion not in ("balanced_accuracy", "accuracy", "youden", "sensitivity"):
-        raise ValueError(f"unknown criterion '{criterion}'")
-    if (criterion == "sensitivity") != (target is not None) or (target is not None and not 0 < target <= 1):
-        raise ValueError("target is for criterion 'sensitivity' and must lie in (0, 1]")
     if labels.min() == labels.max():
         raise ValueError("a threshold needs cases of both classes")
     values, rank = np.unique(scores, return_inverse=True)
@@ -159,14 +154,7 @@ def choose_threshold(labels, scores, criterion="balanced_accuracy", target=None)
     thresholds[0] = below_all
     positives_below = np.concatenate([[0], np.cumsum(np.bincount(rank, labels))])
     negatives_below = np.concatenate([[0], np.cumsum(np.bincount(rank, 1 - labels))])
-    num_positive, num_negative = labels.sum(), (1 - labels).sum()
-    recall = 1 - positives_below / num_positive
-    if criterion == "sensitivity":
-        return float(thresholds[np.flatnonzero(recall >= target - 1e-12)[-1]])
-    if criterion == "accuracy":
-        value = num_positive - positives_below + negatives_below
-    else:
-        value = recall + negatives_below / num_negative
+    value = negatives_below / (1 - labels).sum() - positives_below / labels.sum()  # Youden's index
     best = np.flatnonzero(value >= value.max() - 1e-9)
     plateaus = np.split(best, np.flatnonzero(np.diff(best) > 1) + 1)
     widest = max(plateaus, key=lambda gaps: edges[gaps[-1] + 1] - edges[gaps[0]])  # the first of equal ones

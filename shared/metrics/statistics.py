@@ -4,7 +4,7 @@ Intervals and tests for metrics on small test sets. Pure NumPy / SciPy; results 
 Which one to use:
     proportion (accuracy, recall, ...)   wilson_interval
     AUC, independent cases               delong_auc; two models on the same cases: delong_test
-    any other metric                     bootstrap_interval; two models: paired_bootstrap
+    any other metric                     bootstrap_interval; two models: of metric(a) - metric(b)
     several rows per patient or image    bootstrap_interval with groups=patient, for every metric, proportions and AUC
                                          too
     few patients (below about 30)        bootstrap_interval with groups and method="jackknife"; effective_clusters
@@ -22,7 +22,7 @@ import warnings
 
 import numpy as np
 from scipy.special import ndtr, ndtri
-from scipy.stats import binomtest, norm, rankdata
+from scipy.stats import binomtest, false_discovery_control, norm, rankdata
 from scipy.stats import t as student_t
 
 
@@ -66,11 +66,7 @@ def wilson_interval(successes, n, confidence=0.95):
         raise ValueError(f"successes must lie between 0 and n, got {successes} of {n}")
     if n == 0:
         return None, None
-    z, p = norm.ppf((1 + confidence) / 2), successes / n
-    centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z / (1 + z**2 / n) * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-    low = 0.0 if successes == 0 else centre - half  # exact ends, free of rounding
-    high = 1.0 if successes == n else centre + half
+    low, high = binomtest(int(successes), int(n)).proportion_ci(confidence, method="wilson")
     return float(low), float(high)
 
 
@@ -452,47 +448,6 @@ def _jackknife_se(values, counts):
     return np.sqrt((n - 1) / n * (counts * (values - mean[:, None]) ** 2).sum(axis=1))
 
 
-def paired_bootstrap(
-    metric, labels, scores_a, scores_b, groups=None, strata=None, num_samples=2000, confidence=0.95, seed=0
-):
-    """
-    metric(labels, scores) of two models on the same resamples
-    -> dict(value_a, value_b, difference = a - b, low, high, p, num_samples, num_undefined).
-
-    p = min(1, 2 min(1 + #{d* <= 0}, 1 + #{d* >= 0}) / (B + 1)) over the B defined resampled differences d*:
-    the level at which the percentile interval just reaches 0. It cannot fall below 2 / (B + 1).
-    For other intervals of a difference: bootstrap_interval with metric(labels, a) - metric(labels, b) as its metric.
-    """
-    labels, scores_a, scores_b = _same_length([labels, scores_a, scores_b])
-    _warn_if_few(groups)
-
-    def both(y, a, b):
-        return _number(metric(y, a)), _number(metric(y, b))
-
-    value_a, value_b = both(labels, scores_a, scores_b)
-    rows = np.arange(len(labels))
-    draws = []
-    for counts in resample_counts(len(rows), num_samples, seed, groups, strata):
-        drawn = np.repeat(rows, counts)
-        a, b = both(labels[drawn], scores_a[drawn], scores_b[drawn])
-        draws.append(a - b)
-    low, high, num_undefined = percentile_interval(draws, confidence)
-    draws = np.array(draws)
-    num_defined = num_samples - num_undefined
-    tail = min((draws <= 0).sum(), (draws >= 0).sum())  # NaN is in neither
-    p = min(1.0, float(2 * (1 + tail) / (num_defined + 1))) if num_defined else None
-    return dict(
-        value_a=none_if_nan(value_a),
-        value_b=none_if_nan(value_b),
-        difference=none_if_nan(value_a - value_b),
-        low=low,
-        high=high,
-        p=p,
-        num_samples=num_samples,
-        num_undefined=num_undefined,
-    )
-
-
 # --- tests ---
 
 
@@ -570,17 +525,12 @@ def mcnemar_exact(correct_a, correct_b):
     return dict(only_a=only_a, only_b=only_b, p=p)
 
 
-def _p_array(p_values):
+def _adjusted(p_values, adjust):
+    """adjust: function of an array of p values. None counts as 1 and stays None."""
     p = np.array([1.0 if v is None else v for v in p_values], dtype=np.float64)
     if not ((p >= 0) & (p <= 1)).all():  # NaN fails too
         raise ValueError("p values must lie between 0 and 1")
-    return p, np.argsort(p, kind="stable")
-
-
-def _in_order(p_values, order, steps):
-    """steps: adjusted values of the sorted p values -> in the given order, at most 1."""
-    adjusted = np.empty(len(order))
-    adjusted[order] = np.minimum(1, steps)
+    adjusted = adjust(p) if len(p) else p
     return [None if v is None else float(a) for v, a in zip(p_values, adjusted, strict=True)]
 
 
@@ -589,9 +539,13 @@ def holm(p_values):
     p values -> Holm-adjusted ones in the same order: those <= 0.05 hold at a chance of 5 % for any false one among
     them. None stays None and still counts as one of the tests.
     """
-    p, order = _p_array(p_values)
-    steps = p[order] * np.arange(len(p), 0, -1)  # smallest times m, next times m - 1, ...
-    return _in_order(p_values, order, np.maximum.accumulate(steps))
+
+    def adjust(p):
+        order = np.argsort(p, kind="stable")
+        steps = p[order] * np.arange(len(p), 0, -1)  # smallest times m, next times m - 1, ...
+        return np.minimum(1, np.maximum.accumulate(steps))[np.argsort(order, kind="stable")]
+
+    return _adjusted(p_values, adjust)
 
 
 def benjamini_hochberg(p_values):
@@ -599,6 +553,4 @@ def benjamini_hochberg(p_values):
     p values -> adjusted ones in the same order (Benjamini & Hochberg 1995): among those <= 0.05, 5 % are expected to be
     false, for independent or positively dependent tests. None stays None and still counts as one of the tests.
     """
-    p, order = _p_array(p_values)
-    steps = p[order] * len(p) / np.arange(1, len(p) + 1)  # smallest times m, next times m / 2, ...
-    return _in_order(p_values, order, np.minimum.accumulate(steps[::-1])[::-1])
+    return _adjusted(p_values, false_discovery_control)
