@@ -112,8 +112,6 @@ def train_ours(args, rows, clock, shared_prompts, with_v):
             str(args.prompts),
             "--max-new-tokens",
             str(args.tokens),
-            "--loss",
-            "dapo",
             "--scale-rewards",
             "group",
             "--beta",

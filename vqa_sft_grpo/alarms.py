@@ -27,7 +27,7 @@ def alarms(history, window=WINDOW):
         ),
         "zero_variance": (
             now.frac_reward_zero_std > 0.8
-            and f"{now.frac_reward_zero_std:.0%} of the groups have equal rewards and teach nothing: other questions, more generations or --resample"
+            and f"{now.frac_reward_zero_std:.0%} of the groups have equal rewards and teach nothing: other questions or more generations"
         ),
         "entropy": (
             now.entropy < 0.05

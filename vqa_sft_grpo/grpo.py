@@ -2,9 +2,8 @@
 Group relative policy optimisation (GRPO): advantages, loss and log-probabilities, as plain functions of tensors.
 
     advantages, reward_stats = group_advantages(rewards, group_size=4, scale="group")
-    mask, truncated = completion_mask(completion_ids, stop_ids)
     logp, entropy = selected_logprobs(hidden, model.lm_head.weight, completion_ids, temperature=1.0)
-    loss, metrics = policy_loss(logp, old_logp, ref_logp, advantages, mask, loss="dapo", beta=0.04, entropy=entropy)
+    loss, metrics = policy_loss(logp, old_logp, ref_logp, advantages, mask, beta=0.02, entropy=entropy)
 
 Shapes: N rollouts, prompt-major (the G rollouts of a prompt are neighbours); a micro-batch has B of them, right-padded
 to T completion tokens. Log-probabilities are natural logarithms and belong to sampled tokens. Rewards and advantages:
@@ -14,38 +13,25 @@ How this differs from the textbook (GRPO as in DeepSeekMath, arXiv 2402.03300)
 
     advantage  (r - mean) / (std + 1e-4), std being the sample standard deviation (n - 1) of the group's defined
                rewards; the paper does not say which one and adds nothing. "none" divides by nothing (Dr. GRPO,
-               2503.20783: the division weighs easy and hard prompts up). "batch" divides by the std of all rewards of
-               the batch (2508.08221), prompts' different means included, so it alone is not blind to a constant added
-               to one prompt's rewards: that rescales every advantage by a common factor.
+               2503.20783: the division weighs easy and hard prompts up).
     undefined  a reward of None or NaN is left out of mean and std and its rollout gets advantage 0, as does every
                rollout of a group with equal rewards or fewer than two defined ones: such a group has nothing to say
                (the paper has neither case).
-    several    rewards are summed before the mean is taken (GDPO, 2601.05242, takes a z score of each first).
-    loss       grpo     mean over rollouts of the mean over their tokens: the textbook; long wrong answers are punished
-               less per token dr_grpo  sum over tokens / (rollouts * max_completion_length), a constant (2503.20783)
-               dapo     sum over tokens / tokens of the whole step (2503.14476)
-               bnpo     sum over tokens / tokens of this micro-batch: the only one whose result depends on how a step is
-                        split
-    clipping   two numbers: 1 - eps_low and 1 + eps_high (2503.14476). delta also bounds the ratio where the advantage
-               is negative, which min() leaves open (INTELLECT-2, 2505.07291).
-    ratio      per token (textbook) or one per rollout, the exponential of the mean log ratio (GSPO, 2507.18071).
+    loss       the sum over tokens / tokens of the whole step (DAPO, 2503.14476). The textbook takes each rollout's mean
+               over its tokens first, which punishes long wrong answers less per token.
+    clipping   two numbers: 1 - eps_low and 1 + eps_high (2503.14476).
     KL         of the policy from the reference, estimated at the sampled tokens, d = ref - logp:
-               k1 = -d, k2 = d^2 / 2, k3 = e^d - d - 1 (the textbook), k3_corrected = k3 * ratio (DeepSeek-V3.2,
-               2512.02556; default). As a *loss* they differ from what they estimate: on policy the expected gradient of
-               k1 is zero (noise only), of k2 that of KL(policy || ref), of k3 that of KL(ref || policy), of
-               k3_corrected that of KL(policy || ref), off policy too.
-    truncated  rollouts without a stop token can be taken out of the loss (mask & ~truncated[:, None]; 2503.14476). grpo
-               and dr_grpo still count them among the rollouts that they divide by; the other two have fewer tokens to
-               divide by.
+               (e^d - d - 1) * ratio (DeepSeek-V3.2, 2512.02556). The textbook's k3 = e^d - d - 1 estimates the same
+               number, but its expected gradient is that of KL(ref || policy); with the ratio it is that of
+               KL(policy || ref), off policy too.
     on policy  old_logp=None: the ratio is exp(logp - logp.detach()), which is 1 and has the gradient of logp.
-    steps      the losses of a step's micro-batches add up to the loss of the step (bnpo: to the average of theirs),
-               given its total_sequences and total_tokens; where gradients are averaged over processes, pass both
-               divided by their number.
+    steps      the losses of a step's micro-batches add up to the loss of the step, given its total_tokens; where
+               gradients are averaged over processes, pass it divided by their number.
 
-TRL 1.16.0 has the same definitions; where the papers leave room its choice was taken, and the tests compare the two.
-Other than there, values at masked positions may be anything (-inf and NaN too), a group of equal rewards has advantages
-of exactly 0 and zero-variance groups are counted per group under every scale, and log-probabilities know tokens that
-the sampler never draws.
+TRL 1.16.0 has the same definitions (loss_type "dapo", use_bias_correction_kl); where the papers leave room its choice
+was taken, and the tests compare the two. Other than there, values at masked positions may be anything (-inf and NaN
+too), a group of equal rewards has advantages of exactly 0, and log-probabilities know tokens that the sampler never
+draws.
 """
 
 import numpy as np
@@ -53,38 +39,26 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-LOSSES = ("grpo", "dr_grpo", "bnpo", "dapo")
-SCALES = ("group", "batch", "none")
-RATIO_LEVELS = ("token", "sequence")
-KL_ESTIMATORS = ("k1", "k2", "k3", "k3_corrected")
+SCALES = ("group", "none")
 STD_EPSILON = 1e-4  # added to a standard deviation before dividing
 EQUAL = 1e-6  # rewards closer than this are equal: what sums in another order differ by
-
-
-def _choose(name, value, choices):
-    if value not in choices:
-        raise ValueError(f"{name} is one of {', '.join(choices)}, not {value!r}")
-
 
 # ---------------------------------------------------------------------------------------------------------- advantages
 
 
 def _groups(rewards, group_size):
     """N numbers, None or NaN -> float64 (N / G, G), NaN where undefined."""
-    rewards = torch.from_numpy(
-        np.array(rewards.tolist() if torch.is_tensor(rewards) else rewards, dtype=np.float64)
-    )  # None becomes NaN
+    # an array of NumPy first, for which None is NaN
+    rewards = np.array(rewards.tolist() if torch.is_tensor(rewards) else rewards, dtype=np.float64)
     if rewards.ndim != 1:
-        raise ValueError(f"rewards must have 1 dimension, got shape {tuple(rewards.shape)}")
+        raise ValueError(f"rewards must have 1 dimension, got shape {rewards.shape}")
     if group_size < 2:
-        raise ValueError(
-            f"group_size must be at least 2, got {group_size}: a rollout alone has nothing to be compared with"
-        )
+        raise ValueError(f"group_size must be at least 2, got {group_size}: one alone has nothing to be compared with")
     if len(rewards) == 0 or len(rewards) % group_size:
         raise ValueError(f"{len(rewards)} rewards are not whole groups of {group_size}")
-    if torch.isinf(rewards).any():
+    if np.isinf(rewards).any():
         raise ValueError("a reward is infinite")
-    return rewards.unflatten(0, (-1, group_size))
+    return torch.from_numpy(rewards).unflatten(0, (-1, group_size))
 
 
 def _std(x, dim):
@@ -94,74 +68,34 @@ def _std(x, dim):
     return torch.where(count > 1, (squares / (count - 1).clamp(min=1)).sqrt(), torch.nan)
 
 
-def has_signal(rewards, group_size):
-    """
-    rewards (N,) -> bool (N / G,): does the group hold two defined rewards that differ? If not, its advantages are all
-    0.
-    """
-    grouped = _groups(rewards, group_size)
-    undefined = grouped.isnan()
-    highest = grouped.masked_fill(undefined, -torch.inf).amax(1)
-    return highest - grouped.masked_fill(undefined, torch.inf).amin(1) > EQUAL  # -inf where none is defined
-
-
 def group_advantages(rewards, group_size, scale="group"):
     """
     rewards (N,), a tensor or a list, None or NaN = undefined -> advantages float64 (N,), stats.
-    scale: "group", "batch" or "none" (see above). stats: mean and sample std of the defined rewards (None if
-    undefined), groups, zero_variance_groups (no two defined rewards that differ), frac_reward_zero_std (their share),
-    undefined_rewards.
+    scale: "group" or "none" (see above). stats: mean and sample std of the defined rewards (None if undefined), groups,
+    zero_variance_groups (no two defined rewards that differ), frac_reward_zero_std (their share), undefined_rewards.
     """
-    _choose("scale", scale, SCALES)
+    if scale not in SCALES:
+        raise ValueError(f"scale is one of {', '.join(SCALES)}, not {scale!r}")
     grouped = _groups(rewards, group_size)
-    signal = has_signal(rewards, group_size)
+    undefined = grouped.isnan()
+    highest = grouped.masked_fill(undefined, -torch.inf).amax(1, keepdim=True)  # -inf where none is defined
+    signal = highest - grouped.masked_fill(undefined, torch.inf).amin(1, keepdim=True) > EQUAL
     advantages = grouped - grouped.nanmean(1, keepdim=True)
-    batch_std = _std(grouped.flatten(), 0)
-    if scale != "none":
-        advantages = advantages / ((_std(grouped, 1) if scale == "group" else batch_std) + STD_EPSILON)
-    advantages = advantages.masked_fill(grouped.isnan() | ~signal[:, None], 0).flatten()
-    mean, std = (None if v.isnan() else v.item() for v in (grouped.nanmean(), batch_std[0]))
+    if scale == "group":
+        advantages = advantages / (_std(grouped, 1) + STD_EPSILON)
+    advantages = advantages.masked_fill(undefined | ~signal, 0).flatten()
+    mean, std = (None if v.isnan() else v.item() for v in (grouped.nanmean(), _std(grouped.flatten(), 0)[0]))
     zero = int((~signal).sum())
-    stats = {
-        "reward": mean,
-        "reward_std": std,
-        "groups": len(grouped),
-        "zero_variance_groups": zero,
-        "frac_reward_zero_std": zero / len(grouped),
-    }
-    return advantages, stats | {"undefined_rewards": int(grouped.isnan().sum())}
+    stats = {"reward": mean, "reward_std": std, "groups": len(grouped), "zero_variance_groups": zero}
+    stats |= {"frac_reward_zero_std": zero / len(grouped), "undefined_rewards": int(undefined.sum())}
+    return advantages, stats
 
 
 # ---------------------------------------------------------------------------------------------------------------- loss
 
 
-def completion_mask(ids, stop_ids):
-    """
-    ids (B, T) of completions -> mask bool (B, T), true up to and including the first stop token, and truncated (B,):
-    has none.
-    """
-    is_stop = torch.isin(ids, torch.as_tensor(list(stop_ids), device=ids.device))
-    return is_stop.cumsum(1) - is_stop.long() == 0, ~is_stop.any(1)
-
-
 def policy_loss(
-    logp,
-    old_logp,
-    ref_logp,
-    advantages,
-    mask,
-    *,
-    loss="dapo",
-    eps_low=0.2,
-    eps_high=0.2,
-    beta=0.0,
-    ratio_level="token",
-    kl="k3_corrected",
-    delta=None,
-    max_completion_length=None,
-    total_tokens=None,
-    total_sequences=None,
-    entropy=None,
+    logp, old_logp, ref_logp, advantages, mask, *, eps_low=0.2, eps_high=0.2, beta=0.0, total_tokens=None, entropy=None
 ):
     """
     Loss of one micro-batch of rollouts, to be minimised -> scalar (differentiable in logp), metrics.
@@ -169,34 +103,23 @@ def policy_loss(
     logp, old_logp, ref_logp (B, T): log-probabilities of the sampled tokens under the policy, the policy that sampled
     them (None: the same, on policy) and the reference (None only if beta is 0; given with beta 0, its KL is measured
     and not minimised). advantages (B,), mask (B, T) true or 1 at tokens that count, entropy (B, T) in nats or None
-    (measured only). loss, eps_low, eps_high, beta, ratio_level, kl, delta: see above. max_completion_length: tokens,
-    for dr_grpo. total_tokens, total_sequences: mask.sum() and B of the whole optimiser step if this is a part of it.
+    (measured only). eps_low, eps_high, beta: see above. total_tokens: mask.sum() of the whole optimiser step if this is
+    a part of it.
 
     metrics, floats over the tokens that count (None if there is none; combine_metrics joins micro-batches):
         ratio_mean, ratio_min, ratio_max        of the policy to the old policy, before clipping
         clip_low, clip_high, clip_region        share of ratios below 1 - eps_low with a negative advantage, above 1 +
-                                                eps_high with a positive one, either: those that give no gradient; at
-                                                sequence level, of rollouts with tokens
-        clip_delta                              share above delta with a negative advantage (with delta)
-        kl, entropy                             mean per token, kl by the chosen estimator
-        tokens, ratios                          how many of each the means are over
+                                                eps_high with a positive one, either: those that give no gradient
+        kl, entropy                             mean per token
+        tokens                                  how many the means are over
     """
-    _choose("loss", loss, LOSSES)
-    _choose("ratio_level", ratio_level, RATIO_LEVELS)
-    _choose("kl", kl, KL_ESTIMATORS)
     if logp.ndim != 2 or mask.shape != logp.shape or advantages.shape != logp.shape[:1]:
-        raise ValueError(
-            f"logp and mask must be (B, T) and advantages (B,), got {tuple(logp.shape)}, {tuple(mask.shape)},"
-            f" {tuple(advantages.shape)}"
-        )
+        shapes = ", ".join(str(tuple(x.shape)) for x in (logp, mask, advantages))
+        raise ValueError(f"logp and mask must be (B, T) and advantages (B,), got {shapes}")
     if any(x is not None and x.shape != logp.shape for x in (old_logp, ref_logp, entropy)):
         raise ValueError(f"old_logp, ref_logp and entropy must have the shape of logp, {tuple(logp.shape)}")
     if ref_logp is None and beta != 0:
         raise ValueError("beta needs ref_logp")
-    if loss == "dr_grpo" and max_completion_length is None:
-        raise ValueError("dr_grpo needs max_completion_length")
-    if delta is not None and delta <= 1 + eps_high:
-        raise ValueError(f"delta must be above 1 + eps_high = {1 + eps_high}, got {delta}")
 
     keep = mask.bool()
     dtype = torch.promote_types(logp.dtype, torch.float32)
@@ -205,80 +128,46 @@ def policy_loss(
         None if x is None else torch.where(keep, x.to(dtype), 0) for x in (logp, old_logp, ref_logp, entropy)
     )
     advantages = advantages.to(logp)[:, None]
-    lengths = keep.sum(1, keepdim=True)
-
-    log_ratio = logp - (logp.detach() if old_logp is None else old_logp.detach())
-    if ratio_level == "sequence":
-        log_ratio = log_ratio.sum(1, keepdim=True) / lengths.clamp(min=1)
-    ratio = log_ratio.exp()  # (B, T) or (B, 1)
-    bounded = ratio if delta is None else ratio.clamp(max=delta)
-    per_token = -torch.min(bounded * advantages, ratio.clamp(1 - eps_low, 1 + eps_high) * advantages)
-
-    kl_per_token = None
+    ratio = (logp - (logp.detach() if old_logp is None else old_logp.detach())).exp()
+    per_token = -torch.min(ratio * advantages, ratio.clamp(1 - eps_low, 1 + eps_high) * advantages)
+    kl = None
     if ref_logp is not None:
         d = ref_logp.detach() - logp
-        kl_per_token = {
-            "k1": lambda: -d,
-            "k2": lambda: d**2 / 2,
-            "k3": lambda: d.exp() - d - 1,
-            "k3_corrected": lambda: (d.exp() - d - 1) * ratio,
-        }[kl]()
+        kl = (d.exp() - d - 1) * ratio
         if beta != 0:
-            per_token = per_token + beta * kl_per_token
-
-    per_token = torch.where(keep, per_token, 0)  # (B, T), at sequence level too
-    num_sequences = len(logp) if total_sequences is None else total_sequences
-    num_tokens = lengths.sum().clamp(min=1) if total_tokens is None else max(total_tokens, 1)
-    if loss == "grpo":
-        value = (per_token.sum(1) / lengths[:, 0].clamp(min=1)).sum() / num_sequences
-    elif loss == "dr_grpo":
-        value = per_token.sum() / (num_sequences * max_completion_length)
-    elif loss == "dapo":
-        value = per_token.sum() / num_tokens
-    else:  # bnpo: each micro-batch has its own mean, and counts by its share of the rollouts
-        value = per_token.sum() / lengths.sum().clamp(min=1) * (len(logp) / num_sequences)
-    return value, _measure(ratio, advantages, keep, kl_per_token, entropy, eps_low, eps_high, delta)
+            per_token = per_token + beta * kl
+    value = torch.where(keep, per_token, 0).sum() / max(int(keep.sum()) if total_tokens is None else total_tokens, 1)
+    return value, _measure(ratio, advantages, keep, kl, entropy, eps_low, eps_high)
 
 
 @torch.no_grad()
-def _measure(ratio, advantages, keep, kl_per_token, entropy, eps_low, eps_high, delta):
-    counted = keep if ratio.shape == keep.shape else keep.any(1, keepdim=True)
+def _measure(ratio, advantages, keep, kl, entropy, eps_low, eps_high):
     low, high = (ratio < 1 - eps_low) & (advantages < 0), (ratio > 1 + eps_high) & (advantages > 0)
     means = {"ratio_mean": ratio, "clip_low": low, "clip_high": high, "clip_region": low | high}
-    if delta is not None:
-        means["clip_delta"] = (ratio > delta) & (advantages < 0)
-    values = {name: torch.where(counted, x.to(ratio), 0).sum() / counted.sum() for name, x in means.items()}
-    values |= {
-        "ratio_min": torch.where(counted, ratio, torch.inf).min(),
-        "ratio_max": torch.where(counted, ratio, -torch.inf).max(),
-    }
-    for name, x in (("kl", kl_per_token), ("entropy", entropy)):
-        if x is not None:
-            values[name] = torch.where(keep, x, 0).sum() / keep.sum()
-    values |= {"tokens": keep.sum(), "ratios": counted.sum()}
-    numbers = dict(
-        zip(values, torch.stack([v.to(ratio) for v in values.values()]).tolist(), strict=True)
-    )  # one transfer, not ten
-    counts = {name: round(numbers.pop(name)) for name in ("tokens", "ratios")}
-    return {name: value if counts["tokens"] else None for name, value in numbers.items()} | counts
+    means |= {name: x for name, x in (("kl", kl), ("entropy", entropy)) if x is not None}
+    values = {name: torch.where(keep, x.to(ratio), 0).sum() / keep.sum() for name, x in means.items()}
+    values["ratio_min"] = torch.where(keep, ratio, torch.inf).min()
+    values["ratio_max"] = torch.where(keep, ratio, -torch.inf).max()
+    values["tokens"] = keep.sum()
+    # one transfer, not ten
+    numbers = dict(zip(values, torch.stack([v.to(ratio) for v in values.values()]).tolist(), strict=True))
+    tokens = round(numbers.pop("tokens"))
+    return {name: value if tokens else None for name, value in numbers.items()} | {"tokens": tokens}
 
 
 def combine_metrics(parts):
     """
-    Metrics of the micro-batches of a step -> those of the whole step: means by their counts, extremes and sums as such.
+    Metrics of the micro-batches of a step -> those of the whole step: means by their tokens, extremes and sums as such.
     """
-    whole = {}
-    for name in parts[0]:
-        weight = "tokens" if name in ("kl", "entropy") else "ratios"
-        there = [(part[name], part[weight]) for part in parts if part[name] is not None]
-        if name in ("tokens", "ratios"):
-            whole[name] = sum(value for value, _ in there)
-        elif not there:
-            whole[name] = None
-        elif name.endswith(("_min", "_max")):
-            whole[name] = (min if name.endswith("_min") else max)(value for value, _ in there)
+    counted = [part for part in parts if part["tokens"]]
+    if not counted:
+        return dict(parts[0])
+    whole = {"tokens": sum(part["tokens"] for part in counted)}
+    for name in counted[0].keys() - whole.keys():
+        if name.endswith(("_min", "_max")):
+            whole[name] = (min if name.endswith("_min") else max)(part[name] for part in counted)
         else:
-            whole[name] = sum(value * count for value, count in there) / sum(count for _, count in there)
+            whole[name] = sum(part[name] * part["tokens"] for part in counted) / whole["tokens"]
     return whole
 
 

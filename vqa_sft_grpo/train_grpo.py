@@ -25,8 +25,7 @@ One step
     4  one gradient step (--inner-steps: several) on grpo.policy_loss, image included, --micro-batch rollouts at a time
 
 How this differs from the textbook (GRPO in DeepSeekMath, arXiv 2402.03300; trl 1.16.0; formulas in grpo.py)
-    loss       dapo: every token of a step counts alike, also that of a long answer; trl's default as well. --loss grpo
-               is the textbook
+    loss       dapo: every token of a step counts alike, also that of a long answer; trl's default as well
     scaling    none: advantages are not divided by the spread of the group, which would make a difference of 0.01 in box
                overlap as large as right against wrong (and hide V, see rewards.py). --scale-rewards group is the
                textbook and trl's default
@@ -74,8 +73,7 @@ from shared.training import StopSignal, learning_rate, refuse_other_settings
 from vqa_sft_grpo.alarms import alarms
 from vqa_sft_grpo.counterfactual import FILLS, region_iou
 from vqa_sft_grpo.examples import read_pixels
-from vqa_sft_grpo.grpo import KL_ESTIMATORS, LOSSES, RATIO_LEVELS, SCALES, check_first_step, combine_metrics
-from vqa_sft_grpo.grpo import group_advantages, has_signal, policy_loss
+from vqa_sft_grpo.grpo import SCALES, check_first_step, combine_metrics, group_advantages, policy_loss
 from vqa_sft_grpo.grpo_log import HISTORY, cut_rollouts, describe, draw_curves, draw_edits, log_rollouts, mean
 from vqa_sft_grpo.grpo_log import write_completions
 from vqa_sft_grpo.infer import BASE_MODEL, model_of
@@ -127,8 +125,6 @@ def parse_args(argv=None):
         help="longest answer (%(default)s)")
     g.add_argument("--temperature", type=positive_float, default=1.0,
         help="of sampling and of all log-probabilities (%(default)s)")
-    g.add_argument("--resample", type=int, default=0, metavar="TIMES",
-        help="draw other questions for groups with equal rewards, at most so many times a step (%(default)s)")
     g = parser.add_argument_group("reward", "see rewards.py")
     g.add_argument("--weights", default="0.2,0.4,0.2,0.2", help="of format, answer, consistency, counterfactual "
         "(%(default)s); 0 for the last: edited images are not looked at")
@@ -141,19 +137,14 @@ def parse_args(argv=None):
     g.add_argument("--cf-gradient", type=not_negative, default=1.0,
         help="weight of the reward's own gradient through V, 0 leaves it out (%(default)s)")
     g = parser.add_argument_group("loss", "see grpo.py")
-    g.add_argument("--loss", default="dapo", choices=LOSSES, help="how tokens are averaged (%(default)s)")
     g.add_argument("--scale-rewards", default="none", choices=SCALES,
         help="what advantages are divided by (%(default)s)")
-    g.add_argument("--ratio-level", default="token", choices=RATIO_LEVELS,
-        help="one ratio per token or per answer (%(default)s)")
     g.add_argument("--eps-low", type=positive_float, default=0.2, help="ratios are clipped at 1 - this (%(default)s)")
     g.add_argument("--eps-high", type=positive_float, default=0.28, help="and at 1 + this (%(default)s)")
     g.add_argument("--beta", type=not_negative, default=0.02,
         help="weight of the KL from the reference; 0: it is not computed (%(default)s)")
-    g.add_argument("--kl", default="k3_corrected", choices=KL_ESTIMATORS, help="its estimator (%(default)s)")
     g.add_argument("--inner-steps", type=positive_int, default=1, metavar="N",
         help="gradient steps on the same answers (%(default)s)")
-    g.add_argument("--mask-truncated", action="store_true", help="answers without end token are left out of the loss")
     g = parser.add_argument_group("optimisation")
     g.add_argument("--steps", type=positive_int, default=1000, help="steps (%(default)s)")
     g.add_argument("--batch-size", type=positive_int, default=2, metavar="P", help="questions per step (%(default)s)")
@@ -196,8 +187,6 @@ def parse_args(argv=None):
         parser.error("--num-generations must be at least 2: an answer alone has nothing to be compared with")
     if args.explain and not args.out_dir:
         parser.error("--explain needs the run's folder: --out-dir FOLDER")
-    if args.resample < 0:
-        parser.error("--resample must not be negative")
     if args.eps_low >= 1 or args.warmup == 1:
         parser.error("--eps-low and --warmup must be below 1")
     return args
@@ -469,19 +458,6 @@ def drops_of(vlm, rows, texts, plans, group_size, settings, fits):
     return drops, edited
 
 
-def joined(a, b, keep, group_size):
-    """The questions `keep` of batch a, and then all of b."""
-    fields = {
-        name: [getattr(a, name)[i] for i in keep] + getattr(b, name)
-        for name in ("rows", "places", "prompts", "plans", "edited", "groups", "logps")
-    }
-    fields |= {
-        name: [x for i in keep for x in getattr(a, name)[i * group_size : (i + 1) * group_size]] + getattr(b, name)
-        for name in ("texts", "terms")
-    }
-    return Batch(**fields, seconds={k: a.seconds[k] + b.seconds[k] for k in a.seconds})
-
-
 # ------------------------------------------------------------------------------------------------------------- learning
 
 
@@ -531,32 +507,23 @@ def padded_logprobs(lines, start, stop, like):
 def loss_and_gradient(vlm, batch, advantages, old, ref, args, fits, scaler):
     """Adds the gradient of policy_loss over all rollouts to the parameters -> (loss, metrics)."""
     n = len(batch.texts)
-    ends = set(stop_tokens(vlm))
-    flat = [ids for group in batch.groups for ids in group]
-    counts = [not args.mask_truncated or ids[-1] in ends for ids in flat]
-    total_tokens = sum(len(ids) for ids, counted in zip(flat, counts, strict=True) if counted)
+    total_tokens = sum(len(ids) for group in batch.groups for ids in group)
     while True:
         total, parts, failed = 0.0, [], None
         try:
             for start in range(0, n, fits.size):
                 stop = min(n, start + fits.size)
                 logp, entropy, mask = logprobs_of(vlm, batch, start, stop, args, share=not args.checkpointing)
-                mask = mask & torch.tensor(counts[start:stop], device=mask.device)[:, None]
                 loss, metrics = policy_loss(
                     logp,
                     None if old is None else padded_logprobs(old, start, stop, logp),
                     None if ref is None else padded_logprobs(ref, start, stop, logp),
                     advantages[start:stop],
                     mask,
-                    loss=args.loss,
                     eps_low=args.eps_low,
                     eps_high=args.eps_high,
                     beta=args.beta,
-                    ratio_level=args.ratio_level,
-                    kl=args.kl,
-                    max_completion_length=args.max_new_tokens,
                     total_tokens=total_tokens,
-                    total_sequences=n,
                     entropy=entropy,
                 )
                 scaler.scale(loss).backward()
@@ -740,26 +707,17 @@ def train(args, vlm, train_rows, val_rows, facts, run_dir):
         while step < args.steps:
             begin = time.time()
             generator = torch.Generator(vlm.device).manual_seed(args.seed * 10_000_000 + step)
-            batch, keep, resampled, wanted = None, [], 0, args.batch_size
-            for _ in range(1 + args.resample):
-                places, place = list(range(place, place + wanted)), place + wanted
-                fresh = roll_out(
-                    vlm,
-                    [train_rows[row_at(p, len(train_rows), args.seed)] for p in places],
-                    places,
-                    args,
-                    settings,
-                    frequencies,
-                    fits,
-                    generator,
-                )
-                batch = fresh if batch is None else joined(batch, fresh, keep, args.num_generations)
-                keep = has_signal(batch.rewards, args.num_generations).nonzero()[:, 0].tolist()
-                wanted = args.batch_size - len(keep)
-                if not wanted:
-                    break
-                resampled += wanted
-            resampled -= wanted
+            places, place = list(range(place, place + args.batch_size)), place + args.batch_size
+            batch = roll_out(
+                vlm,
+                [train_rows[row_at(p, len(train_rows), args.seed)] for p in places],
+                places,
+                args,
+                settings,
+                frequencies,
+                fits,
+                generator,
+            )
             advantages, stats = group_advantages(batch.rewards, args.num_generations, args.scale_rewards)
             advantages = advantages.float().to(vlm.device)
             scored = time.time()
@@ -804,7 +762,6 @@ def train(args, vlm, train_rows, val_rows, facts, run_dir):
             row = {
                 "step": step,
                 **describe(batch, advantages, stats),
-                "resampled": resampled,
                 "truncated": mean(ids[-1] not in ends for group in batch.groups for ids in group),
             }
             row |= {
