@@ -11,9 +11,9 @@ An undefined number is "–". Whatever was measured on made-up films says PHANTO
 """
 
 import base64
+import contextlib
 import html
 import re
-import shutil
 import textwrap
 from pathlib import Path
 
@@ -22,10 +22,12 @@ import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.text import Text
 
 from shared.runtime import atomic_file
 
 PHANTOM = "PHANTOM: films drawn by this project; nothing here says anything about real images."
+NOT_A_RESULT = "**Not a result to hand in.**"
 ADVICE = "For research and teaching only; not a medical device, no medical advice."
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 72em; margin: 2em auto; padding: 0 1em; color: #222 }
@@ -47,7 +49,7 @@ def percent(value, digits=1):
 
 
 def with_interval(found, show=percent, prefix=""):
-    """{"value", "low", "high"} -> "64.2 [58.0, 70.1]"; prefix: of the names low and high, for other keys in one dict."""
+    """{"value", "low", "high"} -> "64.2 [58.0, 70.1]"; prefix: of the names low and high, for others in one dict."""
     if found is None or found.get("value") is None:
         return "–"
     low, high = found.get(f"{prefix}low"), found.get(f"{prefix}high")
@@ -58,24 +60,43 @@ def p_value(p):
     return "–" if p is None else "p < 0.0001" if p < 1e-4 else f"p = {p:.4f}"
 
 
+def plain_text(text):
+    """A user's words in Markdown: no HTML but what stands between back-quotes, where it is shown as it is."""
+    return "`".join(part if i % 2 else part.replace("<", "&lt;") for i, part in enumerate(str(text).split("`")))
+
+
 def markdown_table(header, rows):
     """Cells of any kind -> the lines of a Markdown table, as one text."""
-    cells = [[str(c).replace("|", "\\|").replace("\n", " ") for c in row] for row in (header, *rows)]
+    cells = [[plain_text(c).replace("|", "\\|").replace("\n", " ") for c in row] for row in (header, *rows)]
     head, *body = ["| " + " | ".join(row) + " |" for row in cells]
     return "\n".join([head, "|---" * len(header) + "|", *body])
+
+
+def short_path(path):
+    """A path for people: from the working folder where it lies below it, else its last two names."""
+    path = Path(path)
+    with contextlib.suppress(ValueError):
+        path = path.absolute().relative_to(Path.cwd())
+    return str(path if not path.is_absolute() else Path(*path.parts[-2:]))
 
 
 # ------------------------------------------------------------------------------------------------------------- reports
 
 
 class Report:
-    """Headings, paragraphs, tables and figures in order; `**bold**` and `code` in paragraphs are the only marks."""
+    """
+    Headings, paragraphs, tables and figures in order; `**bold**` and `code` in paragraphs are the only marks.
+
+    phantom, warnings: what makes this less than a result on real data (a sentence each); they stand first, and such a
+    report never takes the place of a hand-in report that has none.
+    """
 
     def __init__(self, title, phantom=False, warnings=()):
         self.title, self.blocks = title, []
+        self.warnings = [PHANTOM] * bool(phantom) + list(warnings)
         self.heading(title, 1)
-        for warning in [PHANTOM] * bool(phantom) + list(warnings):
-            self.text(f"**{warning}**")
+        if self.warnings:
+            self.text("\n".join([NOT_A_RESULT, *(f"**{warning}**" for warning in self.warnings)]))
 
     def heading(self, text, level=2):
         self.blocks.append(("heading", level, text))
@@ -95,14 +116,15 @@ class Report:
         out = []
         for kind, *what in self.blocks:
             if kind == "heading":
-                out.append("#" * what[0] + " " + what[1])
+                out.append("#" * what[0] + " " + plain_text(what[1]))
             elif kind == "text":
-                out.append(what[0])
+                out.append(plain_text(what[0]))
             elif kind == "table":
                 out.append(markdown_table(*what))
             else:
-                out += [f"![{what[1]}]({figures}{what[0].name})", what[1]]
-        return "\n\n".join([*out, ADVICE, ""])
+                caption = plain_text(what[1]).replace("\n", " ")
+                out += [f"![{caption.replace('[', '(').replace(']', ')')}]({figures}{what[0].name})", caption]
+        return "\n\n".join([*out, ADVICE]) + "\n"
 
     def html(self):
         """One page with its pictures inside, to be sent as a single file."""
@@ -131,31 +153,48 @@ class Report:
 
     def write(self, run_dir, hand_in=None, prefix="", page=False):
         """
-        report.md in the run folder, with `page` report.html too; with hand_in, a path such as reports/task.md, a copy there
-        with its pictures in figures/ beside it, their names beginning with `prefix`.
+        report.md in the run folder, with `page` report.html too; with hand_in, a path such as reports/task.md, a copy
+        there with its pictures in figures/ beside it, their names beginning with `prefix` -> a line for the console.
         """
-        texts = {run_dir / "report.md": self.markdown()}
+        texts, line = {run_dir / "report.md": self.markdown()}, ""
         if page:
             texts[run_dir / "report.html"] = self.html()
-        if hand_in is not None:
-            (hand_in.parent / "figures").mkdir(parents=True, exist_ok=True)
+        if hand_in is not None and self.warnings and is_result(hand_in):
+            line = f"{hand_in} left alone: it is a result on real data, this run is not"
+        elif hand_in is not None:
             for kind, *what in self.blocks:
                 if kind == "figure":
-                    shutil.copy(what[0], hand_in.parent / "figures" / f"{prefix}{what[0].name}")
+                    with atomic_file(hand_in.parent / "figures" / f"{prefix}{what[0].name}") as file:
+                        file.write(what[0].read_bytes())
             texts[hand_in] = self.markdown(f"figures/{prefix}")
+            line = f"hand-in report: {hand_in}"
         for path, text in texts.items():
             with atomic_file(path, "w") as file:
                 file.write(text)
+        return line
+
+
+def is_result(path):
+    """Is there a report at `path` that was written without warnings?"""
+    return Path(path).is_file() and NOT_A_RESULT not in Path(path).read_text(encoding="utf-8", errors="replace")
 
 
 # ------------------------------------------------------------------------------------------------------------- figures
 
 
 def save_figure(figure, path, title="", phantom=False, dpi=130):
-    """Title (wrapped to the figure's width, PHANTOM in front where it is due), then the file, whole or not at all -> path."""
+    """
+    Title, wrapped to the figure's width, with PHANTOM in front where it is due; then the file, whole or not at all ->
+    path. Numbers are written before figures: a figure that fails must cost nothing but itself.
+    """
     title = f"PHANTOM, drawn and not taken: {title}" if phantom else title
     wide = max(30, int(figure.get_figwidth() * 14))  # characters of 10 points that fit side by side
     figure.suptitle("\n".join(part for line in title.split("\n") for part in textwrap.wrap(line, wide)), fontsize=10)
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # a $ in a question or a file name is a $ ...
+    for axis in (a for axes in figure.axes for a in (axes.xaxis, axes.yaxis) if a.get_scale() == "log"):
+        for label in axis.get_ticklabels(which="both"):
+            label.set_parse_math(True)  # ... and 10^2 beside an axis a power
     with atomic_file(path) as file:
         figure.savefig(file, dpi=dpi, format="png")
     plt.close(figure)
@@ -164,9 +203,9 @@ def save_figure(figure, path, title="", phantom=False, dpi=130):
 
 def draw_history(path, histories, panels, x="step", title="", phantom=False, smooth=1):
     """
-    Curves of training. histories {name: rows}, or one list of rows; panels [(label of the y axis, {key: label})], side by
-    side, at most three in a line; keys that no row has are left out. smooth: running mean over so many rows where a key
-    has more than twice that many values.
+    Curves of training. histories {name: rows}, or one list of rows; panels [(label of the y axis, {key: label})], side
+    by side, at most three in a line; keys that no row has are left out. smooth: running mean over so many rows where a
+    key has more than twice that many values.
     """
     histories = histories if isinstance(histories, dict) else {"": histories}
     columns = min(3, len(panels))

@@ -1,11 +1,10 @@
-"""runtime.py: arguments, refusals, learning rate, files that are whole or absent, run folders, signals."""
+"""runtime.py: arguments, refusals, files that are whole or absent, run folders."""
 
 import argparse
 import csv
 import json
 import math
 import os
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +12,10 @@ import pytest
 import torch
 
 from shared import runtime
-from shared.report import write_report
 from shared.runtime import InputError, add_resume, atomic_file, check_plain, fraction, load_checkpoint, newest_run
 from shared.runtime import next_number, open_run_dir, peak_memory, pick_device, plain, positive_float, positive_int
 from shared.runtime import read_json, resume_dir, run_facts, save_checkpoint, script, script_parser, seed_everything
 from shared.runtime import start_distributed, write_csv, write_json, write_jsonl
-from shared.training import StopSignal, learning_rate, refuse_other_settings
 
 # --- arguments ---
 
@@ -216,34 +213,6 @@ def test_run_facts():
     assert peak_memory("cpu")["peak_ram_gib"] >= facts["peak_ram_gib"]
 
 
-# --- training ---
-
-
-def test_learning_rate():
-    assert [learning_rate(step, 12, 4, 0.8) for step in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8])
-    assert learning_rate(8, 12, 4, 0.8) == pytest.approx(0.4)  # half of the cosine: half of the rate
-    assert learning_rate(6, 12, 4, 0.8) == pytest.approx(0.8 * (1 + math.sqrt(0.5)) / 2)
-    assert learning_rate(12, 12, 4, 0.8) == pytest.approx(0)
-    assert learning_rate(0, 10, 0, 0.8) == pytest.approx(0.8) and learning_rate(0, 1, 1, 0.8) == pytest.approx(0.8)
-
-
-def test_settings_that_differ_are_named():
-    then = {"lr": 0.1, "batch_size": 8, "epochs": 3, "gone": True}
-    refuse_other_settings({"lr": 0.1, "batch_size": 8, "epochs": 5}, then, "last.pt", may_differ=("epochs",))
-    with pytest.raises(
-        InputError,
-        match=(
-            r"^last.pt was written with --batch-size 8 \(now 16\), --new None \(now 1\); give the same to resume, or"
-            r" start a new run$"
-        ),
-    ):
-        refuse_other_settings(
-            {"lr": 0.1, "batch_size": 16, "epochs": 5, "new": 1}, then, "last.pt", may_differ=("epochs",)
-        )
-    with pytest.raises(InputError, match=r"--epochs 3 \(now 5\)"):
-        refuse_other_settings({"epochs": 5}, then, "last.pt")
-
-
 # --- files ---
 
 
@@ -379,19 +348,6 @@ def test_csv_comes_back_as_it_was():
         assert list(csv.DictReader(file)) == rows
 
 
-def test_report_and_its_copy():
-    run_dir, text = Path("run"), "# Für\n![curve]({figures}curve.png)\n"
-    (run_dir / "figures").mkdir(parents=True)
-    for name in ("curve", "not_shown"):
-        (run_dir / "figures" / f"{name}.png").write_bytes(name.encode())
-    write_report(run_dir, text, {"curve": "curve.png"})
-    assert (run_dir / "report.md").read_text("utf-8") == "# Für\n![curve](figures/curve.png)\n"
-    assert [p.name for p in Path().iterdir()] == ["run"]  # no copy unless asked for
-    write_report(run_dir, text, {"curve": "curve.png"}, Path("reports/task.md"), "task_")
-    assert Path("reports/task.md").read_text("utf-8") == "# Für\n![curve](figures/task_curve.png)\n"
-    assert [(p.name, p.read_bytes()) for p in Path("reports/figures").iterdir()] == [("task_curve.png", b"curve")]
-
-
 def test_json_that_cannot_be_read():
     Path("bad.json").write_text("{")
     Path("bytes.json").write_bytes(b"\xff\xfe\x00")
@@ -479,43 +435,6 @@ def test_newest_of_a_thousand_runs():
         Path("outputs/task/train", name).mkdir(parents=True)
         Path("outputs/task/train", name, "metrics.json").touch()
     assert newest_run("task", "train", "metrics.json").name == "1000"
-
-
-# --- signals ---
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_is_noted_and_the_handlers_come_back(number, capsys):
-    before = signal.getsignal(number)
-    with StopSignal() as stop:
-        assert not stop.requested()
-        signal.raise_signal(number)
-        assert stop.requested() and stop.requested()
-        with pytest.raises(SystemExit) as end:
-            stop.exit()
-        assert end.value.code == 128 + number
-    assert signal.getsignal(number) is before
-    assert f"{signal.Signals(number).name}: saving after this step" in capsys.readouterr().err
-
-
-def test_the_second_signal_ends_at_once():
-    seen = []
-    before = signal.signal(signal.SIGTERM, lambda *a: seen.append("usual"))
-    try:
-        with StopSignal() as stop:
-            signal.raise_signal(signal.SIGTERM)
-            assert seen == [] and stop.requested()
-            signal.raise_signal(signal.SIGTERM)
-            assert seen == ["usual"]
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def test_handlers_come_back_after_a_failure_too():
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(ZeroDivisionError), StopSignal():
-        _ = 1 / 0
-    assert signal.getsignal(signal.SIGTERM) is before
 
 
 # --- the decorator of every main ---
