@@ -1,36 +1,30 @@
 """
-From questions and images to what a model takes, for every family alike, and where in it the image tokens are.
-
-    inputs = build_inputs(vlm, ["Is there a nodule?", "Is this film normal?"], [image, other_image])
-    vlm.model(**inputs.tensors)                      # left-padded batch
-    inputs.image_positions[0][0]                     # columns of the first case's image tokens, row by row of its grid
-    inputs.grids[0][0]                               # (rows, columns) of that grid
-    generate_text(vlm, inputs, max_new_tokens=20)    # -> ["yes", "no"]
-
-For training, preprocess all images once, in one go, and pick from them; give the answers to get labels:
+From images and texts to what a vision-language model takes, for every family alike; and a store of a data set's images.
 
     images = preprocess_images(vlm.processor, films)             # films: uint8 arrays, tensors or PIL images
-    inputs = build_inputs(vlm, questions, images.pick(rows), answers=answers)
-    loss = vlm.model(**inputs.tensors).loss                      # labels are -100 but for the answer and the token that
-    ends it
+    images.values, images.grids                                  # pixels; (rows, columns) of each image's tokens
 
-Text and tensors equal those of the processor's own apply_chat_template (tests/test_shared_models_inputs.py). In a loop
-that takes 0.7 ms per case on an idle core and 20 ms on busy ones, as much as the step of a small model; here it is 0.1
-to 0.2 ms, and 0.04 with the images ready (benchmarks/loading.py). What is different: images are handled together, grey
-ones as one channel, and the number of image tokens is checked against the grid, so that a template applied twice or not
-at all stops.
+    prompt_ids(vlm, "Is there a nodule?", images.grids[:1])      # as tokens, the image's included
+    continuation(vlm, "yes", end=True)                           # a response as tokens, and where each stands in it
+
+    store = ImageStore(vlm.processor, [row["image"] for row in rows], budget_gib=2)
+    store.cache_features(lambda images: features_of(vlm, images), budget_gib=2)      # of a frozen tower, once
+
+Values equal the processor's own to the last bit (tests/test_shared_models_inputs.py). In a loop that takes 0.7 ms per
+image on an idle core and 20 ms on busy ones, as much as the step of a small model; here images are handled together,
+grey ones as one channel (benchmarks/loading.py).
 """
 
 import functools
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import shared  # noqa: F401, isort: skip  # before torchvision
 import numpy as np
 import torch
 from PIL import Image
 
-from shared.models.loading import FAMILIES
+from shared.data.images import read_pixels
 from shared.runtime import InputError
 
 try:
@@ -39,7 +33,6 @@ try:
 except ImportError:  # without torchvision the processors' Pillow classes do the work
     tv = None
 
-IGNORED = -100  # label of tokens that are not learned: prompt, image, padding
 CHUNK = 64  # images resized at once: 64 films of 896 px are 0.6 GB
 
 
@@ -67,54 +60,6 @@ class Images:
         starts = (counts.cumsum(0) - counts).tolist()
         values = [self.values[starts[r] : starts[r] + int(counts[r])] for r in rows]
         return Images(torch.cat(values) if values else self.values[:0], grids, self.grid_thw[rows])
-
-
-@dataclass
-class Inputs:
-    """
-    One left-padded batch. image_positions[case][image]: columns (tokens,) of its tokens; grids[case][image]: (rows,
-    columns).
-    """
-
-    tensors: dict = field(repr=False)
-    image_positions: list = field(repr=False)
-    grids: list
-
-    @property
-    def length(self):
-        """Columns of the batch: what generate returns goes on from here."""
-        return self.tensors["input_ids"].shape[1]
-
-    def to(self, device):
-        return Inputs({k: v.to(device) for k, v in self.tensors.items()}, self.image_positions, self.grids)
-
-    def repeat(self, n):
-        """
-        Each case n times in a row (a, a, b, b), for several completions of one prompt. Qwen2-VL's pixel values are
-        patch rows of all images one after the other, so whole blocks are repeated; repeating the tensor as it is mixes
-        up the images.
-        """
-        blocks = [len(case) for case in self.grids]  # images per case
-        out = {}
-        for name, value in self.tensors.items():
-            if name == "pixel_values":
-                parts = (
-                    [1] * sum(blocks)
-                    if "image_grid_thw" not in self.tensors
-                    else self.tensors["image_grid_thw"].prod(1).tolist()
-                )
-            elif name == "image_grid_thw":
-                parts = [1] * sum(blocks)
-            else:
-                out[name] = value.repeat_interleave(n, 0)
-                continue
-            images, cases = iter(value.split(parts)), []
-            for count in blocks:
-                case = [next(images) for _ in range(count)]
-                cases += case * n
-            out[name] = torch.cat(cases)
-        many = [i for i in range(len(self.grids)) for _ in range(n)]
-        return Inputs(out, [self.image_positions[i] for i in many], [self.grids[i] for i in many])
 
 
 # -------------------------------------------------------------------------------------------------------------- images
@@ -297,172 +242,169 @@ def grid_of(processor, size):
 # ---------------------------------------------------------------------------------------------------------------- text
 
 
-def build_inputs(vlm, questions, images=None, answers=None, system=None):
-    """
-    questions: texts; images: Images with one image per question, or a list with one image, a list of images, or None
-    each; answers: texts, for training (adds `labels`); system: instruction in front. -> Inputs on the model's device,
-    left-padded. InputError when text and images do not fit together.
-    """
-    cases = len(questions)
-    if answers is not None and len(answers) != cases:
-        raise InputError(f"there are {cases} questions and {len(answers)} answers")
-    images, per_case = as_images(vlm.processor, images, cases)
-    placeholders = FAMILIES[vlm.family].image_tokens
-    for text in [*questions, *([system] if system else []), *(answers or ())]:
-        found = next((t for t in placeholders if t in text), None)
-        if found:
+def prompt_ids(vlm, text, grids=(), system=None):
+    """The user's turn as token ids, int32 (L,), with as many image tokens as the grids (rows, columns) have cells."""
+    check_text(vlm, text, system or "")
+    rendered = render(vlm.processor, vlm.processor.chat_template, text, len(grids), system)
+    mark = vlm.tokenizer.boi_token if vlm.family == "gemma3" else vlm.spec.image_tokens[0]
+    if rendered.count(mark) != len(grids):
+        raise InputError(
+            f"the chat template leaves room for {rendered.count(mark)} images, and there are {len(grids)}: not the"
+            " template of this model"
+        )
+    if vlm.family == "gemma3":
+        rendered = rendered.replace(mark, f"\n\n{mark}{vlm.tokenizer.image_token}{vlm.tokenizer.eoi_token}\n\n")
+    # a template that writes the start token itself must not get a second one from the tokenizer
+    written = vlm.tokenizer.bos_token is not None and rendered.startswith(vlm.tokenizer.bos_token)
+    counts = iter([rows * columns for rows, columns in grids])
+    ids = []
+    for i in vlm.tokenizer(rendered, add_special_tokens=not written)["input_ids"]:
+        ids += [i] * next(counts, 1) if i == vlm.image_token_id else [i]
+    return np.array(ids, np.int32)
+
+
+def check_text(vlm, *texts):
+    """InputError for a text with a token that stands for an image."""
+    for text in texts:
+        if found := next((t for t in vlm.spec.image_tokens if t in text), None):
             raise InputError(f"the text {text[:60]!r} contains {found}, which stands for an image; take it out")
-    grids = iter(images.grids if images else ())
-    case_grids = [[next(grids) for _ in range(n)] for n in per_case]
-
-    template = vlm.processor.chat_template
-    texts = [
-        render(vlm.processor, template, q, n, system, None if answers is None else answers[i])
-        for i, (q, n) in enumerate(zip(questions, per_case, strict=True))
-    ]
-    rows = token_ids(
-        vlm.tokenizer,
-        [mark_images(vlm.family, vlm.tokenizer, prompt, n) for (prompt, _), n in zip(texts, per_case, strict=True)],
-    )
-    rows = [spread(row, vlm.image_token_id, case) for row, case in zip(rows, case_grids, strict=True)]
-    starts = [len(row) for row in rows]
-    if answers is not None:
-        rows = [
-            r + a
-            for r, a in zip(
-                rows, vlm.tokenizer([a for _, a in texts], add_special_tokens=False)["input_ids"], strict=True
-            )
-        ]
-    longest = max(map(len, rows))
-    pad = vlm.tokenizer.pad_token_id
-    ids = torch.tensor([[pad] * (longest - len(r)) + r for r in rows])
-    mask = torch.tensor([[0] * (longest - len(r)) + [1] * len(r) for r in rows])
-    is_image = (ids == vlm.image_token_id) & mask.bool()
-    tensors = {"input_ids": ids, "attention_mask": mask}
-    # Gemma 3 lets image tokens see each other both ways, Qwen2-VL counts positions in rows and columns: both need to
-    # know.
-    kinds = {"gemma3": "token_type_ids", "qwen2vl": "mm_token_type_ids"}.get(vlm.family)
-    if kinds:
-        tensors[kinds] = is_image.long()
-    if answers is not None:
-        labels = torch.full_like(ids, IGNORED)
-        for i, (row, start) in enumerate(zip(rows, starts, strict=True)):
-            labels[i, longest - len(row) + start :] = torch.tensor(row[start:])
-        tensors["labels"] = labels
-    if images:
-        tensors["pixel_values"] = images.values.to(vlm.dtype)
-        if images.grid_thw is not None:
-            tensors["image_grid_thw"] = images.grid_thw
-    return Inputs(tensors, positions_of(is_image, case_grids), case_grids).to(vlm.device)
-
-
-def as_images(processor, images, cases):
-    """-> (Images or None, number of images of each case)."""
-    if images is None:
-        return None, [0] * cases
-    if isinstance(images, Images):
-        if len(images) != cases:
-            raise InputError(f"there are {cases} questions and {len(images)} images")
-        return images, [1] * cases
-    if len(images) != cases:
-        raise InputError(f"there are {cases} questions and {len(images)} images")
-    nested = [[] if image is None else list(image) if isinstance(image, (list, tuple)) else [image] for image in images]
-    flat = [image for case in nested for image in case]
-    return (preprocess_images(processor, flat) if flat else None), [len(case) for case in nested]
 
 
 @functools.lru_cache(maxsize=4096)  # questions repeat, and a template takes 0.1 ms
-def render(processor, template, question, num_images, system, answer):
-    """
-    -> (prompt as text, what follows it: answer and the token that ends it, or None), by the model's own chat template.
-    """
-    content = [{"type": "image"}] * num_images + [{"type": "text", "text": question}]
+def render(processor, template, text, num_images=0, system=None, answer=None):
+    """By the model's own chat template: the prompt as text; with an answer, what follows the prompt."""
     messages = [{"role": "system", "content": [{"type": "text", "text": system}]}] if system else []
+    content = [{"type": "image"}] * num_images + [{"type": "text", "text": text}]
     messages.append({"role": "user", "content": content})
-    prompt = processor.apply_chat_template(messages, chat_template=template, add_generation_prompt=True, tokenize=False)
+    apply = functools.partial(processor.apply_chat_template, chat_template=template, tokenize=False)
+    prompt = apply(messages, add_generation_prompt=True)
     if answer is None:
-        return prompt, None
-    messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-    whole = processor.apply_chat_template(messages, chat_template=template, tokenize=False)
+        return prompt
+    whole = apply([*messages, {"role": "assistant", "content": [{"type": "text", "text": answer}]}])
     if not whole.startswith(prompt):
         raise InputError(
-            "the chat template writes a conversation with an answer differently from the prompt alone; take the one"
-            " from the model's page"
+            "the chat template writes a conversation with an answer differently from the prompt; take the one from"
+            " the model's page"
         )
-    return prompt, whole[len(prompt) :].rstrip("\n")
+    return whole[len(prompt) :].rstrip("\n")
 
 
-def mark_images(family, tokenizer, text, num_images):
+def around_answer(vlm):
+    """-> what the chat template writes in front of an answer, and after it: what ends it."""
+    stand_in = "\u00a4answer\u00a4"
+    return render(vlm.processor, vlm.processor.chat_template, "?", answer=stand_in).split(stand_in)
+
+
+def continuation(vlm, text, end=False):
     """
-    The prompt with one image token per image, as the processor frames it. InputError when the template has other
-    places.
+    A response as token ids (list), `end`: with what ends it; and where each token stands in `text` (first and one past
+    the last character; what the template adds lies outside).
     """
-    mark = tokenizer.boi_token if family == "gemma3" else FAMILIES[family].image_tokens[0]
-    if text.count(mark) != num_images:
-        raise InputError(
-            f"the chat template leaves room for {text.count(mark)} images, and there are {num_images}: it is not the"
-            " template of this model"
+    before, after = around_answer(vlm)
+    encoded = vlm.tokenizer(before + text + after * end, add_special_tokens=False, return_offsets_mapping=True)
+    return encoded["input_ids"], [(a - len(before), b - len(before)) for a, b in encoded["offset_mapping"]]
+
+
+# -------------------------------------------------------------------------------------------------------------- store
+
+
+class ImageStore:
+    """
+    The images of a data set by number, each file once. Preprocessed once and kept where all of them fit into budget_gib
+    GiB, else kept as decoded pixels where those fit, else read again for each batch; `kept` says which.
+
+    images: paths, or uint8 arrays (H, W) or (H, W, 3); equal paths are one image. number_of[i]: the number of the i-th.
+    """
+
+    def __init__(self, processor, images, budget_gib=2.0):
+        keys = [id(image) if isinstance(image, np.ndarray) else str(image) for image in images]
+        first = {}
+        for key, image in zip(keys, images, strict=True):
+            first.setdefault(key, image)
+        numbers = {key: i for i, key in enumerate(first)}
+        self.processor, self.sources = processor, list(first.values())
+        self.number_of = [numbers[key] for key in keys]
+        self.sizes = [size_of(source) for source in self.sources]  # (height, width)
+        self.grids = [token_grid(processor, *size) for size in self.sizes]
+        self.features = None
+        ip = processor.image_processor
+        if getattr(ip, "merge_size", None):
+            values = (
+                sum(r * c for r, c in self.grids) * ip.merge_size**2 * 3 * ip.temporal_patch_size * ip.patch_size**2
+            )
+        else:
+            h, w = pixel_size(ip, *self.sizes[0]) if self.sizes else (0, 0)
+            values = len(self.sizes) * 3 * h * w
+        self.gib = {"preprocessed": values * 4 / 2**30, "decoded": sum(3 * h * w for h, w in self.sizes) / 2**30}
+        self.kept = next((how for how, gib in self.gib.items() if gib <= budget_gib), "on disk")
+        self.values = self.pixels = None
+        if self.kept == "preprocessed":
+            self.values = preprocess_images(processor, [self.read(i) for i in range(len(self.sources))])
+        elif self.kept == "decoded":
+            self.pixels = [self.read(i) for i in range(len(self.sources))]
+
+    def __len__(self):
+        return len(self.sources)
+
+    def __str__(self):
+        how = (
+            f"{self.kept}, {self.gib[self.kept]:.2f} GiB"
+            if self.kept in self.gib
+            else "on disk and read for each batch"
         )
-    return (
-        text.replace(mark, f"\n\n{mark}{tokenizer.image_token}{tokenizer.eoi_token}\n\n")
-        if family == "gemma3"
-        else text
-    )
+        return f"{len(self)} images, kept {how}"
+
+    def read(self, number):
+        return as_pixels(read_pixels(self.sources[number]))
+
+    def get(self, numbers):
+        """-> Images of these numbers, in this order."""
+        if self.values is not None:
+            return self.values.pick(numbers)
+        return preprocess_images(
+            self.processor, [self.pixels[n] if self.pixels is not None else self.read(n) for n in numbers]
+        )
+
+    @torch.no_grad()
+    def cache_features(self, compute, budget_gib, batch_size=16):
+        """
+        Run a frozen tower over all images once and keep what it gives, on the CPU -> GiB. compute: Images -> one tensor
+        per image, such as features_of of passes.py. InputError when they would not fit into budget_gib GiB.
+        """
+        found, need = [], 0.0
+        for start in range(0, len(self), batch_size):
+            found += [f.cpu() for f in compute(self.get(range(start, min(len(self), start + batch_size))))]
+            need = sum(f.nbytes for f in found) / len(found) * len(self) / 2**30
+            if need > budget_gib:
+                raise InputError(
+                    f"the features of {len(self)} images take {need:.2f} GiB, more than --cache-gib {budget_gib:g}:"
+                    " raise it, lower --max-pixels, or leave --cache-features out"
+                )
+        self.features = found
+        return need
 
 
-def spread(ids, image_token_id, grids):
-    """
-    One image token per image -> as many as its grid has cells. The same ids as from a text with that many, and faster.
-    """
-    counts = iter([rows * columns for rows, columns in grids])
-    out = []
-    for i in ids:
-        out += [i] * next(counts, 1) if i == image_token_id else [i]
-    return out
+def size_of(source):
+    """(height, width) of an array, or of an image file, without decoding it where Pillow can tell. InputError."""
+    if isinstance(source, np.ndarray):
+        return source.shape[:2]
+    try:
+        with Image.open(source) as image:
+            turned = image.getexif().get(274, 1) > 4  # the camera lay on its side
+            return image.size if turned else image.size[::-1]
+    except (OSError, SyntaxError, ValueError):  # DICOM and .npy; missing and damaged files get their sentence
+        return read_pixels(source).shape[:2]
 
 
-def token_ids(tokenizer, texts):
-    """A template that writes the start token itself must not get a second one from the tokenizer."""
-    written = tokenizer.bos_token is not None and texts[0].startswith(tokenizer.bos_token)
-    return tokenizer(texts, add_special_tokens=not written)["input_ids"]
+def pixel_size(ip, height, width):
+    """(height, width) of what the model gets for an image of this size (all families but Qwen2-VL get one size)."""
+    crop = ip.crop_size if getattr(ip, "do_center_crop", None) else None
+    return (crop["height"], crop["width"]) if crop else target_size(ip, height, width)
 
 
-def positions_of(is_image, grids):
-    """bool (B, L) -> per case and image the columns of its tokens. InputError when their number is not the grid's."""
-    positions = []
-    for i, (row, case) in enumerate(zip(is_image, grids, strict=True)):
-        columns = row.nonzero()[:, 0]
-        sizes = [r * c for r, c in case]
-        if len(columns) != sum(sizes):
-            raise InputError(
-                f"case {i} has {len(columns)} image tokens, and its images need {sum(sizes)}: processor and model do"
-                " not belong together"
-            )
-        parts = list(columns.split(sizes)) if sizes else []
-        if any(len(p) and int(p[-1] - p[0]) != len(p) - 1 for p in parts):
-            raise InputError(
-                f"case {i}: the tokens of an image do not stand together: processor and model do not belong together"
-            )
-        positions.append(parts)
-    return positions
-
-
-# ---------------------------------------------------------------------------------------------------------- generation
-
-
-@torch.inference_mode()
-def generate_text(vlm, inputs, max_new_tokens=64, **options):
-    """
-    What the model writes for each case (list of texts); options go to generate(). Greedy unless do_sample is given.
-    """
-    sequences = vlm.model.generate(
-        **{k: v for k, v in inputs.tensors.items() if k != "labels"},
-        max_new_tokens=max_new_tokens,
-        **{"do_sample": False} | options,
-    )
-    return decode(vlm, sequences, inputs.length)
-
-
-def decode(vlm, sequences, start=0):
-    """Token ids (B, L) from column `start` on -> texts without special tokens."""
-    return [text.strip() for text in vlm.tokenizer.batch_decode(sequences[:, start:], skip_special_tokens=True)]
+def token_grid(processor, height, width):
+    """(rows, columns) of image tokens of an image of this size."""
+    ip = processor.image_processor
+    h, w = pixel_size(ip, height, width)
+    side = getattr(ip, "merge_size", None) and ip.patch_size * ip.merge_size
+    return (h // side, w // side) if side else grid_of(processor, (h, w))
