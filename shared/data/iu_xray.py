@@ -37,6 +37,7 @@ from pathlib import Path
 
 from shared.data import download as downloads
 from shared.data.audit import RowSet, id_of, repeats, seen, shared_between_splits, similar_images, split_groups
+from shared.metrics.text import clean_r2gen
 from shared.runtime import InputError, read_json
 
 ADDRESS = "https://openi.nlm.nih.gov/imgs/collections/"  # not verified; its page is https://openi.nlm.nih.gov/faq
@@ -320,31 +321,6 @@ def r2gen_split(folder):
     if len(split_of) != sum(len(members) for members in uids.values()):
         raise InputError(f"{path} has a study in two splits")
     return split_of
-
-
-DROPPED = re.compile(
-    r"[.,?;*!%^&_+():-\[\]{}]"
-)  # ":-\[" is a range, by accident: it drops : ; < = > ? @ [ and keeps the hyphen
-
-
-def clean_r2gen(text):
-    """
-    A report as R2Gen cleans it before it is tokenised, trained on and scored, its accidents included, so that scores
-    can be compared: lower case, sentences joined by " . ", list numbers and most punctuation gone. Empty sentences
-    leave two spaces.
-    """
-    for _ in range(3):
-        text = text.replace("..", ".")
-    text = text.replace("1. ", "")  # also at the end of "T11. "
-    for before in (". ", " "):
-        for number in "2345":
-            text = text.replace(f"{before}{number}. ", ". ")
-    sentences = []
-    for sentence in text.strip().lower().split(". "):
-        for mark in "\"/\\'":
-            sentence = sentence.replace(mark, "")
-        sentences.append(DROPPED.sub("", sentence.strip()))
-    return " . ".join(sentences) + " ."
 
 
 def load_gold_labels(data_dir):

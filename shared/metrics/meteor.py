@@ -25,6 +25,7 @@ from shared.metrics.stemmers import snowball_stem
 ALPHA, BETA, GAMMA, DELTA = 0.85, 0.2, 0.6, 0.75  # `-t rank`, the default task
 STEM_WEIGHT = 0.6
 BEAM = 40
+MOST_PARTNERS = 2**20  # entries of the table of possible matches of one batch; some arrays are 40 times that
 
 # What the tool counts as a function word. Its rule is a relative frequency above 0.001 in news text; these are the
 # words for which its own statistics (SCORE) said so, asked about 41,114 words and marks, among them every one in the IU
@@ -37,19 +38,9 @@ FUNCTION_WORDS = frozenset(
     """.split()
 )
 
-# Columns of the statistics
-COLUMNS = (
-    "hypothesis_words",
-    "reference_words",
-    "hypothesis_function_words",
-    "reference_function_words",
-    "exact_content",
-    "exact_function",
-    "stem",
-    "stem_function_hypothesis",
-    "stem_function_reference",
-    "matches",
-    "chunks",
+COLUMNS = tuple(  # of the statistics
+    "hypothesis_words reference_words hypothesis_function_words reference_function_words exact_content exact_function"
+    " stem stem_function_hypothesis stem_function_reference matches chunks".split()
 )
 
 # ---------------------------------------------------------------------------------------------------------------- words
@@ -126,59 +117,71 @@ def align(pairs, rows=64):
     """
     pairs: [(hypothesis words, reference words)] -> for each pair, arrays over the reference words: place of the partner
     in the hypothesis or -1, and whether it is the same word; and the number of chunks. `rows` pairs are searched
-    together.
+    together. A pair that the search cannot hold (a degenerate text: one word some hundred times) is aligned in order.
     """
     found = [possible_matches(*pair) for pair in pairs]
     width = [max((len(matches) for matches in sentence), default=0) for sentence in found]
     results = [None] * len(pairs)
-    alike = sorted(
-        range(len(pairs)), key=lambda i: (width[i], len(found[i]))
-    )  # the widest and longest of a batch set its cost
-    for start in range(0, len(pairs), rows):
-        batch = alike[start : start + rows]
-        longest = max(len(pairs[i][0]) for i in batch)
-        for i, result in zip(batch, beam_search([found[i] for i in batch], longest), strict=True):
+
+    def search(batch):
+        try:
+            aligned = beam_search([found[i] for i in batch], max(len(pairs[i][0]) for i in batch))
+        except OverflowError:
+            if len(batch) > 1:
+                search(batch[: len(batch) // 2])
+                search(batch[len(batch) // 2 :])
+                return
+            aligned = [align_in_order(found[batch[0]])]
+        for i, result in zip(batch, aligned, strict=True):
             results[i] = result
+
+    # the widest and longest of a batch set its cost
+    alike = sorted(range(len(pairs)), key=lambda i: (width[i], len(found[i])))
+    for start in range(0, len(pairs), rows):
+        search(alike[start : start + rows])
     return results
+
+
+def align_in_order(sentence):
+    """The alignment of one pair without a search: each reference word takes its first partner that is still free."""
+    partner, same, taken = np.full(len(sentence), -1), np.zeros(len(sentence), dtype=bool), set()
+    for exact in (True, False):
+        for t, matches in enumerate(sentence):
+            place = next((i for i, equal in matches if equal == exact and i not in taken), -1)
+            if partner[t] < 0 <= place:
+                partner[t], same[t] = place, exact
+                taken.add(place)
+    runs_on = (partner[1:] == partner[:-1] + 1) & (partner[:-1] >= 0)
+    return partner, same, int((partner >= 0).sum() - runs_on.sum())
 
 
 def beam_search(found, hypothesis_length):
     """
     The alignments of one batch; see `align`. B pairs, T reference words, K possible partners, P paths, W words of 64
-    bits.
+    bits. A path is one number that sorts as the tool sorts: missing exact matches, chunks, distance, order of
+    appearance; OverflowError where it does not fit into 62 bits, or a word has so many partners that memory would not.
     """
     batch, steps = len(found), max(len(sentence) for sentence in found)
     width = max((len(matches) for sentence in found for matches in sentence), default=0)
+    if batch * steps * width > MOST_PARTNERS:
+        raise OverflowError
     place = np.full((batch, steps, width), -1, dtype=np.int64)
     exact = np.zeros((batch, steps, width), dtype=bool)
-    flat = [
-        (b, t, k, i, same)
-        for b, sentence in enumerate(found)
-        for t, m in enumerate(sentence)
-        for k, (i, same) in enumerate(m)
-    ]
-    if flat:
-        b, t, k, i, same = np.array(flat).T
-        place[b, t, k], exact[b, t, k] = i, same
-    fixed = np.array(
-        [[isinstance(m, tuple) for m in sentence] + [False] * (steps - len(sentence)) for sentence in found], dtype=bool
-    )
+    fixed = np.zeros((batch, steps), dtype=bool)
+    for b, sentence in enumerate(found):
+        for t, matches in enumerate(sentence):
+            fixed[b, t] = isinstance(matches, tuple)
+            if matches:
+                place[b, t, : len(matches)], exact[b, t, : len(matches)] = zip(*matches, strict=True)
     number = (place >= 0).sum(axis=2).max(axis=0, initial=0)  # (T,) partners of the word that has most
 
-    # A path is one number that sorts as the tool sorts: missing exact matches, chunks, distance, order of appearance.
     away = np.abs(place - np.arange(steps)[:, None]) * (place >= 0)
     order_bits, count_bits = (BEAM * (width + 1)).bit_length(), steps.bit_length()
     distance_bits = int(away.sum(axis=(1, 2)).max(initial=0)).bit_length()
     if order_bits + distance_bits + 2 * count_bits > 62:
-        raise ValueError(
-            f"METEOR cannot align a text with {width} equal words with one of {steps} words: cut the reports"
-        )
-    one_distance, one_chunk, one_missing = (
-        (1 << order_bits),
-        (1 << order_bits + distance_bits),
-        (1 << order_bits + distance_bits + count_bits),
-    )
-    dead = np.int64(1) << 62
+        raise OverflowError
+    one_distance, one_chunk = 1 << order_bits, 1 << order_bits + distance_bits
+    one_missing, dead = one_chunk << count_bits, np.int64(1) << 62
     # What a match adds to its path: an exact one takes a missing one away; ordinary ones branch off, fixed ones are the
     # path.
     gain = -exact.astype(np.int64) * one_missing
@@ -188,9 +191,7 @@ def beam_search(found, hypothesis_length):
 
     path = np.full((batch, 1), steps * one_missing, dtype=np.int64)
     last = np.full((batch, 1), -1, dtype=np.int64)  # place behind the last match, -1 after a word without partner
-    used = np.zeros(
-        (batch, hypothesis_length // 64 + 1, 1), dtype=np.uint64
-    )  # (B, W, P) words of the hypothesis that are taken
+    used = np.zeros((batch, hypothesis_length // 64 + 1, 1), dtype=np.uint64)  # (B, W, P) words of the hypothesis taken
     every_row = np.arange(batch)[:, None]
     history = []
     for t in range(steps + 1):
@@ -230,8 +231,12 @@ def beam_search(found, hypothesis_length):
             for w in range(used.shape[1]):
                 used[:, w] |= np.where(matched & (to >> 6 == w), bit[every_row, t, option], np.uint64(0))
 
-    # Follow the best path back; the last round only closed the open chunk.
-    chunks = path[:, 0] // one_chunk % (1 << count_bits)
+    return trace_back(found, history, place, exact, path[:, 0] // one_chunk % (1 << count_bits))
+
+
+def trace_back(found, history, place, exact, chunks):
+    """Follow the best path of each pair from the end; the last round only closed the open chunk."""
+    batch, steps, width = place.shape
     best, rows = np.zeros(batch, dtype=np.int64), np.arange(batch)
     partner, same = np.full((batch, steps), -1, dtype=np.int64), np.zeros((batch, steps), dtype=bool)
     for t in range(steps, -1, -1):
@@ -261,21 +266,10 @@ def meteor_statistics(hypotheses, references):
         stem = matched & ~same
         exact_function = int((same & r).sum())
         stem_function = int(h[partner[stem]].sum()), int((stem & r).sum())
-        rows[pair] = (
-            len(h),
-            len(r),
-            h.sum(),
-            r.sum(),
-            same.sum() - exact_function,
-            exact_function,
-            stem.sum(),
-            *stem_function,
-            matched.sum(),
-            chunks,
-        )
-    return np.array([rows[pair] for pair in zip(hypotheses, references, strict=True)], dtype=np.int64).reshape(
-        -1, len(COLUMNS)
-    )
+        counts = len(h), len(r), h.sum(), r.sum(), same.sum() - exact_function, exact_function, stem.sum()
+        rows[pair] = (*counts, *stem_function, matched.sum(), chunks)
+    table = [rows[pair] for pair in zip(hypotheses, references, strict=True)]
+    return np.array(table, dtype=np.int64).reshape(-1, len(COLUMNS))
 
 
 def meteor_from_statistics(statistics):

@@ -63,6 +63,7 @@ def best_constant(candidates, references, tokenizer="whitespace", metric="bleu_4
     if metric not in [f"bleu_{order}" for order in range(1, ORDERS + 1)]:
         raise ValueError(f"a constant is chosen by bleu_1 to bleu_{ORDERS}, not by '{metric}'")
     clean, candidates = pick_tokenizer(tokenizer), list(dict.fromkeys(candidates))
+    clean_candidate = pick_tokenizer(tokenizer, hypotheses=True)
     if not candidates:
         raise ValueError("there are no candidates to choose from")
     references = check_reports([""] * len(references), references)[1]
@@ -74,7 +75,7 @@ def best_constant(candidates, references, tokenizer="whitespace", metric="bleu_4
         reports_with.update(set().union(*(numbered_grams(words) for words in group)))
     lengths = [sorted({len(words) for words in group}) for group in groups]
     scores, n = [], len(groups)
-    for words in (clean(text).split() for text in candidates):
+    for words in (clean_candidate(text).split() for text in candidates):
         counts = np.zeros(2 * ORDERS + 2)
         for key in numbered_grams(words):
             counts[len(key[0]) - 1] += reports_with[key]
@@ -167,7 +168,7 @@ def diversity(hypotheses, references=None, tokenizer="whitespace"):
     the first references).
     """
     groups = check_reports(hypotheses, [""] * len(hypotheses) if references is None else references)[1]
-    clean = pick_tokenizer(tokenizer)
+    clean = pick_tokenizer(tokenizer, hypotheses=True)
     hypotheses = [clean(text) for text in hypotheses]
     sentences = [part for text in hypotheses for part in re.split(r"\s*\.(?:\s+|$)", text.strip()) if part.strip()]
     words = sum(len(text.split()) for text in hypotheses)
@@ -181,6 +182,7 @@ def diversity(hypotheses, references=None, tokenizer="whitespace"):
         "self_bleu": self_bleu(hypotheses),
     }
     if references is not None:
+        clean = pick_tokenizer(tokenizer)
         groups = [[clean(text) for text in group] for group in groups]
         closest = NGrams(hypotheses, groups).bleu_counts()[:, -1].sum()
         found["length_ratio"] = float(words / closest) if closest else None

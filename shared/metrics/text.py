@@ -2,10 +2,9 @@
 Scores of generated reports against reference reports, equal to the implementations that papers use. No network, no
 Java, no weights.
 
-    score_reports(hypotheses, references)                          # {"bleu_1": ..., ..., "meteor_nltk_nosyn": ...} of
-    the corpus score_reports(hypotheses, references, per_report=True)         # the same names, each an array (N,) of
-    the single reports score_reports(hypotheses, references, tokenizer="r2gen")       # both cleaned as R2Gen does
-    before
+    score_reports(hypotheses, references)                     # {"bleu_1": ..., ..., "meteor_15": ...} of the corpus
+    score_reports(hypotheses, references, per_report=True)    # the same names, each an array (N,)
+    score_reports(hypotheses, references, tokenizer="r2gen")  # both cleaned as R2Gen does before
 
 Several conventions carry one name and differ by a factor of two. What each number here is:
     bleu_1 .. bleu_4    BLEU of pycocoevalcap: one corpus value, closest reference length, punctuation counts. Equal to
@@ -17,30 +16,66 @@ Several conventions carry one name and differ by a factor of two. What each numb
     meteor_15           METEOR 1.5 with exact and stem matches and function words, without its synonym and paraphrase
                         tables; see shared/metrics/meteor.py and, for the gap to the full Java tool, README.md. Counts
                         are summed over the corpus.
-    meteor_nltk_nosyn   NLTK's METEOR (other formula and parameters, mean over reports) with an empty WordNet: about
-                        twice as high. Never print these two under one name.
+NLTK's METEOR (another formula, mean over reports) comes out about twice as high: never print the two under one name.
 
 Tokens are what stands between whitespace, as in all of these packages: "clear." is another word than "clear", and case
 counts except for METEOR. So pass texts that are cleaned alike, or name a tokenizer.
 """
 
 import functools
+import re
 from collections import Counter
 
 import numpy as np
 
-from shared.data.iu_xray import clean_r2gen
 from shared.metrics.meteor import meteor_from_statistics, meteor_statistics
-from shared.metrics.stemmers import porter_stem
 
 ORDERS = 4  # BLEU and CIDEr use n-grams of 1 to 4 words
-METRICS = ("bleu", "rouge_l", "cider", "meteor_15", "meteor_nltk_nosyn")
-TOKENIZERS = {
-    "whitespace": str,  # as given
-    # Lower case, " . " between sentences, other punctuation gone: what R2Gen and its followers score. Single spaces, as
-    # their texts have after encoding and decoding. Cleaned texts stay as they are.
-    "r2gen": lambda text: " ".join(clean_r2gen(text).split()),
-}
+METRICS = ("bleu", "rouge_l", "cider", "meteor_15")
+
+# ------------------------------------------------------------------------------------------------------------- cleaning
+
+DROPPED = re.compile(r"[.,?;*!%^&_+():-\[\]{}]")  # ":-\[" is a range, by accident: : ; < = > ? @ [ go, the hyphen stays
+
+
+def clean_r2gen(text):
+    """
+    A report as R2Gen cleans it before it is tokenised, trained on and scored, its accidents included, so that scores
+    can be compared: lower case, sentences joined by " . ", list numbers and most punctuation gone. Empty sentences
+    leave two spaces.
+    """
+    for _ in range(3):
+        text = text.replace("..", ".")
+    text = text.replace("1. ", "")  # also at the end of "T11. "
+    for before in (". ", " "):
+        for number in "2345":
+            text = text.replace(f"{before}{number}. ", ". ")
+    sentences = []
+    for sentence in text.strip().lower().split(". "):
+        for mark in "\"/\\'":
+            sentence = sentence.replace(mark, "")
+        sentences.append(DROPPED.sub("", sentence.strip()))
+    return " . ".join(sentences) + " ."
+
+
+# "r2gen": single spaces, as R2Gen's texts have after encoding and decoding; cleaned texts stay as they are.
+TOKENIZERS = {"whitespace": str, "r2gen": lambda text: " ".join(clean_r2gen(text).split())}
+
+
+def pick_tokenizer(tokenizer, hypotheses=False):
+    """
+    A name in TOKENIZERS, or a function string -> string -> the function. R2Gen's cleaning closes every text with a full
+    stop. That is part of a reference; a hypothesis that is empty or was cut short has not written that word and is not
+    paid for it: hypotheses=True leaves it out unless the text ends in one.
+    """
+    if callable(tokenizer):
+        return tokenizer
+    if tokenizer not in TOKENIZERS:
+        raise ValueError(f"there is no tokenizer '{tokenizer}'; there are {', '.join(TOKENIZERS)}")
+    clean = TOKENIZERS[tokenizer]
+    if tokenizer == "whitespace" or not hypotheses:
+        return clean
+    return lambda text: clean(text) if text.rstrip().endswith(".") else clean(text).removesuffix(".").rstrip()
 
 
 def score_reports(hypotheses, references, tokenizer="whitespace", metrics=METRICS, per_report=False):
@@ -51,14 +86,14 @@ def score_reports(hypotheses, references, tokenizer="whitespace", metrics=METRIC
     reference. An empty hypothesis is scored like any other: it gets 0 and counts.
     """
     hypotheses, references = check_reports(hypotheses, references)
-    clean = functools.cache(pick_tokenizer(tokenizer))
     unknown = set(metrics) - set(METRICS)
     if unknown or not metrics:
         raise ValueError(
             f"there is no metric {', '.join(sorted(unknown)) or 'to compute'}; there are {', '.join(METRICS)}"
         )
+    clean, clean_reference = (functools.cache(pick_tokenizer(tokenizer, hypotheses=own)) for own in (True, False))
     hypotheses = [clean(text) for text in hypotheses]
-    references = [[clean(text) for text in group] for group in references]
+    references = [[clean_reference(text) for text in group] for group in references]
     scores = {}
     if "bleu" in metrics or "cider" in metrics:
         grams = NGrams(hypotheses, references)
@@ -73,8 +108,6 @@ def score_reports(hypotheses, references, tokenizer="whitespace", metrics=METRIC
     if "meteor_15" in metrics:
         statistics = best_meteor(hypotheses, references)
         scores["meteor_15"] = meteor_from_statistics(statistics if per_report else statistics.sum(axis=0))
-    if "meteor_nltk_nosyn" in metrics:
-        scores["meteor_nltk_nosyn"] = nltk_meteor(hypotheses, references)
     if per_report:
         return scores
     return {name: float(np.mean(values)) for name, values in scores.items()}
@@ -97,14 +130,6 @@ def check_reports(hypotheses, references):
         if wrong:
             raise ValueError(f"report {i} holds {wrong[0]!r} where a string is needed; write an empty report as ''")
     return hypotheses, groups
-
-
-def pick_tokenizer(tokenizer):
-    if callable(tokenizer):
-        return tokenizer
-    if tokenizer not in TOKENIZERS:
-        raise ValueError(f"there is no tokenizer '{tokenizer}'; there are {', '.join(TOKENIZERS)}")
-    return TOKENIZERS[tokenizer]
 
 
 # ---------------------------------------------------------------------------------------------- n-grams, BLEU and CIDEr
@@ -266,38 +291,6 @@ def best_meteor(hypotheses, references):
     return statistics[
         [start + int(np.argmax(scores[start : start + size])) for start, size in zip(starts, sizes, strict=True)]
     ]
-
-
-def nltk_meteor(hypotheses, references, alpha=0.9, beta=3.0, gamma=0.5):
-    """-> (N,), of the best reference. Words are paired from the end, first equal ones, then equal stems (Porter)."""
-    prepared = functools.cache(lambda text: (words := text.lower().split(), [porter_stem(word) for word in words]))
-    return np.array(
-        [
-            max(nltk_pair(prepared(h), prepared(r), alpha, beta, gamma) for r in group)
-            for h, group in zip(hypotheses, references, strict=True)
-        ]
-    )
-
-
-def nltk_pair(hypothesis, reference, alpha, beta, gamma):
-    partner = [-1] * len(hypothesis[0])
-    taken = [False] * len(reference[0])
-    for own, other in zip(hypothesis, reference, strict=True):  # words, then stems
-        places = {}
-        for j, word in enumerate(other):
-            if not taken[j]:
-                places.setdefault(word, []).append(j)
-        for i in range(len(own) - 1, -1, -1):
-            if partner[i] < 0 and places.get(own[i]):
-                partner[i] = places[own[i]].pop()
-                taken[partner[i]] = True
-    matched = [(i, j) for i, j in enumerate(partner) if j >= 0]
-    if not matched:
-        return 0.0
-    precision, recall = len(matched) / len(partner), len(matched) / len(taken)
-    chunks = 1 + sum(b != (a[0] + 1, a[1] + 1) for a, b in zip(matched, matched[1:], strict=False))
-    mean = precision * recall / (alpha * precision + (1 - alpha) * recall)
-    return (1 - gamma * (chunks / len(matched)) ** beta) * mean
 
 
 # --------------------------------------------------------------------------------------- references as R2Gen makes them
