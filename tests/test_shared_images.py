@@ -2,6 +2,7 @@
 
 import builtins
 import io
+import os
 import struct
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shared.data.images import find_images, grey_if_grey, read_image, to_square
+from shared.data.images import find_images, grey_if_grey, read_image, read_pixels, to_square
 from shared.runtime import InputError
 
 RAMP = np.add.outer(np.arange(40), np.arange(30) * 6).astype(np.uint8)  # (40, 30), 0 to 213
@@ -107,6 +108,87 @@ def test_palette_cmyk_and_black_and_white():
     np.testing.assert_array_equal(read(Image.fromarray(RAMP > 100), "b.png"), (RAMP > 100).astype(np.float32))
 
 
+def tiff_by_hand(pixels, photometric):
+    """A TIFF of one strip of grey pixels; photometric 0: white is zero."""
+    (height, width), bits, form = pixels.shape, 8 * pixels.itemsize, 3 if pixels.dtype.kind == "f" else 1
+    tags = [(256, 3, width), (257, 3, height), (258, 3, bits), (259, 3, 1), (262, 3, photometric), (273, 4, 0)]
+    tags += [(277, 3, 1), (278, 3, height), (279, 4, pixels.nbytes), (339, 3, form)]
+    start = 8 + 2 + 12 * len(tags) + 4
+    fields = b"".join(struct.pack("<HHII", tag, kind, 1, start if tag == 273 else v) for tag, kind, v in tags)
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + fields + bytes(4) + pixels.tobytes()
+
+
+@pytest.mark.parametrize("kind, top", [("u1", 255), ("<u2", 65535), ("<f4", 1), ("<f4", 4000)])
+def test_white_is_zero_is_no_negative(kind, top):
+    film = (RAMP * (top / 255)).astype(kind)
+    Path("black.tif").write_bytes(tiff_by_hand(film, 1))
+    Path("white.tif").write_bytes(tiff_by_hand((top - film).astype(kind), 0))
+    np.testing.assert_allclose(read_image("white.tif"), read_image("black.tif"), atol=1e-4)
+    with Image.open("white.tif") as image:
+        np.testing.assert_array_equal(read_image(image), read_image("white.tif"))
+
+
+def test_orientation_of_exif_is_followed():
+    for name in ("a.jpg", "a.png", "a.tif"):
+        exif = Image.Exif()
+        exif[274] = 6  # turn right to see it
+        Image.fromarray(RAMP).save(name, exif=exif)
+        assert read_image(name).shape == (30, 40)
+        np.testing.assert_allclose(read_image(name), np.rot90(RAMP, -1) / 255, atol=0.03)
+
+
+def test_what_is_transparent_becomes_black():
+    alpha = np.full_like(RAMP, 255)
+    alpha[:20] = 0
+    for picture in (np.dstack([RAMP, alpha]), np.dstack([RAMP, RAMP, RAMP, alpha])):
+        pixels = read(Image.fromarray(picture), "a.png")
+        assert (pixels[:20] == 0).all()
+        np.testing.assert_array_equal(pixels[20:], RAMP[20:] / np.float32(255))
+    keyed = Image.fromarray(np.maximum(RAMP, 9))
+    keyed.save("key.png", transparency=9)
+    assert (
+        read_image("key.png").min() == 0 and (read_image("key.png")[RAMP > 9] == RAMP[RAMP > 9] / np.float32(255)).all()
+    )
+    palette = Image.fromarray((RAMP > 100).astype(np.uint8)).convert("P")
+    palette.putpalette([200, 200, 200, 90, 90, 90] + [0] * 762)
+    palette.save("p.png", transparency=0)
+    np.testing.assert_array_equal(read_image("p.png"), np.where(RAMP > 100, np.float32(90 / 255), 0))
+    Image.fromarray(np.dstack([RAMP, 0 * RAMP])).save("gone.png")
+    assert why_not("gone.png") == "the image is transparent all over"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        RAMP,
+        RAMP.astype(np.uint16) * 257,
+        (RAMP / 255).astype(np.float32),
+        RAMP.astype(np.uint16) * 16,
+        np.repeat(RAMP[..., None], 3, axis=2),
+        Image.fromarray(RAMP),
+        Image.fromarray(RAMP.astype(np.uint16) * 257),
+        Image.fromarray(RAMP.astype(np.int32) * 257),
+        Image.fromarray((RAMP / 255).astype(np.float32)),
+        Image.fromarray(RAMP).convert("RGBA"),
+    ],
+)
+def test_arrays_and_pillow_images_are_read_as_files_are(source):
+    """Also in training: a 16-bit film that Image.convert("RGB") makes white, a float one that it makes black."""
+    pixels = read_pixels(source)
+    assert pixels.dtype == np.uint8 and pixels.shape == RAMP.shape
+    deep = isinstance(source, Image.Image) and source.mode.startswith("I") or getattr(source, "dtype", 0) == np.uint16
+    expected = stretched(RAMP.astype(float)) * 255 if deep else RAMP
+    assert np.abs(pixels - expected).max() <= 1
+    name = "a.tif" if isinstance(source, Image.Image) else "a.npy"
+    np.testing.assert_array_equal(pixels, np.rint(read(source, name) * 255))
+    np.testing.assert_array_equal(pixels, read_pixels(Path(name)))
+
+
+def test_rounding_over_the_edge_is_no_reason_to_stretch():
+    pixels = np.linspace(-2e-4, 1.0002, 400).reshape(20, 20)
+    np.testing.assert_allclose(read_image(pixels), np.clip(pixels, 0, 1), atol=1e-7)
+
+
 def test_one_grey_level_is_no_failure():
     assert (read(np.full((20, 20), 5000), "a.npy") == 0).all() and (
         read(Image.new("L", (20, 20), 51), "a.png") == np.float32(0.2)
@@ -131,7 +213,12 @@ def test_files_that_are_no_images():
     assert why_not("text.png") == why_not("page.html.jpeg") == "the file is not an image, or is damaged or cut short"
     assert why_not("empty.jpg") == "the file is empty" and why_not("gone.png") == "the file does not exist"
     Path("folder.png").mkdir()
-    assert why_not("folder.png") == "the file does not exist"
+    assert why_not("folder.png") == "this is a folder"
+    Path("loop.png").symlink_to("loop.png")
+    Path("pipe.png").unlink(missing_ok=True)
+    os.mkfifo("pipe.png")
+    assert "cannot be opened" in why_not("loop.png") and why_not("pipe.png") == "this is no regular file"
+    assert "cannot be opened" in why_not("a" * 300 + ".png") and "cannot be opened" in why_not("a\0.png")
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.tif", "a.bmp"])
@@ -211,9 +298,18 @@ def test_images_that_are_too_small(size):
 
 
 def test_a_picture_with_too_many_pixels(monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
-    Image.new("L", (40, 40)).save("a.png")
-    assert "too many pixels" in why_not("a.png")
+    for limit in (500, 1000):  # Pillow refuses twice the limit, and only warns below that
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        Image.new("L", (40, 40)).save("a.png")
+        np.save("a.npy", np.zeros((40, 40)))
+        assert "too many pixels" in why_not("a.png") and "too many pixels" in why_not("a.npy")
+        assert "too many pixels" in why_not(Image.new("L", (40, 40)))
+
+
+def test_images_that_are_too_long_and_narrow():
+    Image.new("L", (10000, 16)).save("a.png")
+    assert "too long and narrow: 10000x16 pixels" in why_not("a.png")
+    assert read_image(Image.new("L", (320, 16))).shape == (16, 320)
 
 
 # --- DICOM ---
@@ -232,66 +328,144 @@ def test_dicom_without_pydicom(monkeypatch):
     assert why_not("a.dcm") == "DICOM needs pydicom 3: pip install pydicom, or save the image as PNG"
 
 
-@pytest.mark.parametrize("photometric", ["MONOCHROME2", "MONOCHROME1"])
-def test_dicom(photometric):
+def write_dicom(path, preamble=True, pixels=None, photometric="MONOCHROME2", **values):
+    """A film of 12 bits in 16, with whatever else it is to say."""
     pytest.importorskip("pydicom", reason="reading DICOM needs pydicom")
     from pydicom.dataset import FileDataset, FileMetaDataset
     from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
 
+    pixels = RAMP.astype(np.uint16) * 16 if pixels is None else pixels
     meta = FileMetaDataset()
-    meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = (
-        ExplicitVRLittleEndian,
-        SecondaryCaptureImageStorage,
-        generate_uid(),
-    )
-    film = FileDataset("a.dcm", {}, file_meta=meta, preamble=b"\0" * 128)
-    film.SOPClassUID, film.SOPInstanceUID, film.Modality = (
-        meta.MediaStorageSOPClassUID,
-        meta.MediaStorageSOPInstanceUID,
-        "CR",
-    )
-    film.Rows, film.Columns, film.SamplesPerPixel, film.PhotometricInterpretation = 40, 30, 1, photometric
-    film.BitsAllocated, film.BitsStored, film.HighBit, film.PixelRepresentation = 16, 12, 11, 0
-    film.PixelData = (RAMP.astype(np.uint16) * 16).tobytes()
-    film.save_as("a.dcm", enforce_file_format=True)
+    meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID = ExplicitVRLittleEndian, SecondaryCaptureImageStorage
+    meta.MediaStorageSOPInstanceUID = generate_uid()
+    film = FileDataset(path, {}, file_meta=meta, preamble=b"\0" * 128)
+    film.SOPClassUID, film.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
+    film.Modality, film.SamplesPerPixel, film.PhotometricInterpretation = "CR", 1, photometric
+    film.Rows, film.Columns = pixels.shape[-2:]
+    film.BitsAllocated = 8 * pixels.itemsize
+    film.BitsStored = 12 if film.BitsAllocated == 16 else 8
+    film.HighBit, film.PixelRepresentation = film.BitsStored - 1, 0
+    film.PixelData = pixels.tobytes()
+    for name, value in values.items():
+        setattr(film, name, value)
+    film.save_as(path, enforce_file_format=True)
+    if not preamble:  # the bare elements: no DICM, no group 2
+        content = Path(path).read_bytes()
+        length = struct.unpack("<I", content[140:144])[0]
+        Path(path).write_bytes(content[144 + length :])
+
+
+@pytest.mark.parametrize("photometric", ["MONOCHROME2", "MONOCHROME1"])
+def test_dicom(photometric):
+    write_dicom("a.dcm", photometric=photometric)
     expected = stretched(RAMP.astype(float))
-    np.testing.assert_allclose(
-        read_image("a.dcm"), expected if photometric == "MONOCHROME2" else 1 - expected, atol=0.01
-    )
+    expected = expected if photometric == "MONOCHROME2" else 1 - expected
+    np.testing.assert_allclose(read_image("a.dcm"), expected, atol=0.01)
     Path("b.dcm").write_bytes(b"no DICOM at all")
     assert "the DICOM file cannot be read" in why_not("b.dcm")
+
+
+@pytest.mark.parametrize("name", ["IM000001", "1.2.840.113619.2.5", "nopreamble.dcm", "nopreamble", "wrong.png"])
+def test_dicom_is_known_by_its_content(name):
+    write_dicom("plain.dcm")
+    write_dicom(name, preamble="nopreamble" not in name)
+    np.testing.assert_array_equal(read_image(name), read_image("plain.dcm"))
+
+
+def test_dicom_is_shown_as_its_window_says():
+    ramp = RAMP.astype(float) * 16
+    write_dicom("a.dcm", WindowCenter=1000, WindowWidth=801)
+    np.testing.assert_allclose(read_image("a.dcm"), np.clip((ramp - 999.5) / 800 + 0.5, 0, 1), atol=1e-5)
+    write_dicom("b.dcm", WindowCenter=["1000", "20"], WindowWidth=["801", "20"], photometric="MONOCHROME1")
+    np.testing.assert_allclose(read_image("b.dcm"), 1 - read_image("a.dcm"), atol=1e-5)
+    write_dicom("c.dcm", WindowCenter=1000, WindowWidth=800, VOILUTFunction="LINEAR_EXACT")
+    np.testing.assert_allclose(read_image("c.dcm"), np.clip((ramp - 1000) / 800 + 0.5, 0, 1), atol=1e-5)
+    write_dicom("d.dcm", WindowCenter=1000, WindowWidth=800, VOILUTFunction="SIGMOID")
+    np.testing.assert_allclose(read_image("d.dcm"), 1 / (1 + np.exp(-4 * (ramp - 1000) / 800)), atol=1e-5)
+    write_dicom("e.dcm", WindowCenter=0, WindowWidth=801, RescaleSlope=1, RescaleIntercept=-1000)
+    np.testing.assert_allclose(read_image("e.dcm"), np.clip((ramp - 999.5) / 800 + 0.5, 0, 1), atol=1e-5)
+    write_dicom("f.dcm", pixels=RAMP)
+    np.testing.assert_array_equal(read_image("f.dcm"), RAMP / np.float32(255))
+
+
+def test_dicom_that_is_not_one_film():
+    write_dicom("many.dcm", pixels=np.stack([RAMP, RAMP]), NumberOfFrames=2)
+    assert "holds 2 pictures" in why_not("many.dcm")
+    write_dicom("none.dcm")
+    import pydicom
+
+    film = pydicom.dcmread("none.dcm")
+    del film.PixelData, film.Rows
+    film.save_as("none.dcm")
+    assert "it holds no pixels" in why_not("none.dcm")
+    padded = RAMP.astype(np.uint16) * 16 + 100
+    padded[:3] = 0
+    write_dicom("padded.dcm", pixels=padded, photometric="MONOCHROME1", PixelPaddingValue=0)
+    pixels = read_image("padded.dcm")
+    assert (pixels[:3] == 0).all()
+    np.testing.assert_allclose(pixels[3:], 1 - stretched(padded[3:]), atol=1e-5)
 
 
 # --- which files ---
 
 
-def test_find_images():
+def test_find_images(capsys):
     for name in ("b.png", "a.JPG", "deep/c.npy", "deep/d.dcm", "notes.txt", "deep/.hidden.txt"):
         Path("films", name).parent.mkdir(parents=True, exist_ok=True)
         Path("films", name).write_text("x")
-    assert [str(p) for p in find_images(["films"])] == [
-        "films/a.JPG",
-        "films/b.png",
-        "films/deep/c.npy",
-        "films/deep/d.dcm",
-    ]
-    assert [str(p) for p in find_images(["films/*.png", "films/b.png", "gone.png"])] == [
-        "films/b.png",
-        "gone.png",
-    ]  # each once
+    names = ["films/a.JPG", "films/b.png", "films/deep/c.npy", "films/deep/d.dcm"]
+    assert [str(p) for p in find_images(["films"])] == names
+    assert "films: 4 images, passed over 2 other files: .hidden.txt, notes.txt" in capsys.readouterr().out
+    some = ["films/*.png", "films/b.png", "./films/b.png", "gone.png"]
+    assert [str(p) for p in find_images(some)] == ["films/b.png", "gone.png"]  # each once
     assert [str(p) for p in find_images(["films/**/*.npy"])] == ["films/deep/c.npy"]
     assert [str(p) for p in find_images(["films/notes.txt"])] == ["films/notes.txt"]  # named by hand: tried
+    assert [str(p) for p in find_images(["film*"])] == names  # a folder, as if the shell had found it
+
+
+def test_a_path_is_a_path_before_it_is_a_pattern():
     Path("films[1]").mkdir()
-    Path("films[1]/a.png").write_text("x")
+    for name in ("films[1]/a.png", "100%[1].png", "a[1].png", "a1.png", "b*.png", "b2.png"):
+        Path(name).write_text("x")
     assert [str(p) for p in find_images(["films[1]"])] == ["films[1]/a.png"]
+    for name in ("100%[1].png", "a[1].png", "b*.png"):
+        assert [str(p) for p in find_images([name])] == [name]
+    Path("a[1].png").unlink()
+    assert [str(p) for p in find_images(["a[1].png"])] == ["a1.png"]
 
 
-def test_find_images_refuses_what_has_none():
-    Path("empty").mkdir()
-    with pytest.raises(InputError, match="there is no image in empty"):
-        find_images(["empty"])
+def test_a_folder_means_its_images_no_more_and_no_less(capsys):
+    Path("cd/x.png").mkdir(parents=True)
+    write_dicom("cd/IM000001")
+    write_dicom("cd/IM000002", preamble=False)
+    write_dicom("cd/DICOMDIR")
+    import pydicom
+
+    index = pydicom.dcmread("cd/DICOMDIR")
+    del index.PixelData, index.Rows
+    index.save_as("cd/DICOMDIR")
+    index.save_as("cd/report.dcm")  # a structured report: DICOM, and no picture
+    Image.fromarray(RAMP).save("cd/film", "PNG")
+    Image.fromarray(RAMP).save("cd/._film.png")
+    Path("cd/broken.png").write_text("x")
+    Path("cd/loop.png").symlink_to("loop.png")
+    Path("cd/up").symlink_to("..")
+    Path("cd/README").write_text("How to read the films")
+    found = [p.name for p in find_images(["cd"])]
+    assert found == ["IM000001", "IM000002", "broken.png", "film"]
+    assert "cd: 4 images, passed over 6 other files: ._film.png, DICOMDIR, README, ..." in capsys.readouterr().out
+    Path("cd", os.fsdecode(b"caf\xe9.txt")).write_text("x")
+    find_images(["cd"])  # prints
+
+
+def test_find_images_refuses_what_has_none(capsys):
+    Path("empty.png").mkdir()
+    with pytest.raises(InputError, match="there is no image in empty.png"):
+        find_images(["empty.png"])
     with pytest.raises(InputError, match="no file matches"):
         find_images(["empty/*.png"])
+    assert find_images(["empty.png", "gone.png"]) == [Path("gone.png")]  # one of several does not end the batch
+    assert "passed over: there is no image in empty.png" in capsys.readouterr().out
 
 
 # --- to the square the network sees ---

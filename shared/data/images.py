@@ -1,68 +1,143 @@
 """
-Image files of users -> arrays in 0..1. Pillow decodes PNG, JPEG and TIFF, NumPy .npy, pydicom DICOM where it is
-installed.
+Images of users -> arrays: files, NumPy arrays and Pillow images alike, in training, evaluation and inference. What a
+proper viewer of the format shows is what comes out, or InputError says why not. Pillow decodes pictures, NumPy .npy,
+pydicom DICOM where it is installed; what a file is shows in its first bytes, not in its name.
 """
 
 import glob
+import os
+import re
+import stat
+import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from shared.runtime import InputError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".npy", ".dcm", ".dicom")
+NPY, PNG, JPEG, TIFF = b"\x93NUMPY", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 MIN_SIDE = 16  # pixels; below that nothing of a chest film is left
+MAX_RATIO = 20  # of the longer to the shorter side; a film of a whole leg or spine has 4
+
+# --------------------------------------------------------------------------------------------------------- which files
 
 
 def find_images(patterns):
     """
-    Files, folders (searched through) and glob patterns -> sorted list of paths. InputError when one of them has no
-    image.
+    Files, folders (searched through) and glob patterns -> list of paths, each once. A path that exists is that path,
+    whatever brackets are in its name. A folder means its images: files with a usual suffix and those that begin as a
+    PNG, JPEG, TIFF, DICOM or .npy file does; how many others were passed over is printed. InputError when a pattern
+    matches nothing, or when there is no image at all.
     """
-    found = []
-    for pattern in patterns:
-        path = Path(pattern)
-        if path.is_dir():
-            here = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in SUFFIXES and p.is_file()]
+    found, empty = [], []
+    for pattern in map(str, patterns):
+        hits = [pattern] if os.path.lexists(pattern) else sorted(glob.glob(pattern, recursive=True))
+        if not hits and any(c in pattern for c in "*?["):
+            raise InputError(f"no file matches {pattern}")
+        for path in hits or [pattern]:  # a missing file is reported with the others, in errors.csv
+            here = images_below(path) if os.path.isdir(path) else [Path(path)]
+            found += here
             if not here:
-                raise InputError(f"there is no image in {path} (looked for {', '.join(SUFFIXES)})")
-        else:
-            here = [Path(p) for p in sorted(glob.glob(str(pattern), recursive=True))]
-            if not here and any(c in str(pattern) for c in "*?["):
-                raise InputError(f"no file matches {pattern}")
-            here = here or [path]  # a missing file is reported with the others, in errors.csv
-        found += here
-    return list(dict.fromkeys(found))
+                empty.append(f"there is no image in {path} (looked for {', '.join(SUFFIXES)}, and DICOM by content)")
+    if empty and not found:
+        raise InputError(empty[0])
+    for sentence in empty:
+        print(f"passed over: {sentence}")
+    return list({os.path.abspath(path): path for path in found}.values())
 
 
-def read_image(path):
-    """
-    -> float32 (H, W) grey or (H, W, 3) colour, in 0..1. InputError with one sentence for whatever cannot be used.
+def images_below(folder):
+    """The images of a folder and the folders in it, sorted; what is passed over is printed in one line."""
+    images, others, closed = [], [], []
+    for place, folders, names in os.walk(folder, onerror=lambda error: closed.append(error.filename)):
+        others += [os.path.join(place, name) for name in folders if os.path.islink(os.path.join(place, name))]
+        for name in names:
+            path = Path(place, name)
+            (images if is_image(path) else others).append(path)
+    if others or closed:
+        names = sorted(os.path.basename(path) for path in (*others, *closed))
+        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        print(f"{folder}: {len(images)} images, passed over {len(names)} other files: {printable(shown)}")
+    return sorted(images)
 
-    8-bit pixels are divided by 255. Deeper ones (16-bit PNG and TIFF, float arrays, DICOM) say nothing about black and
-    white, so their 0.5 and 99.5 percentiles become 0 and 1; arrays of floats that lie in 0..1 already are taken as they
-    are.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError("the file does not exist")
-    if path.stat().st_size == 0:
+
+def is_image(path):
+    """Whether a file found in a folder is taken for an image. Broken files with the suffix of one are: they get a row
+    in errors.csv. Hidden files (such as "._film.png" of macOS) and DICOM without pixels (DICOMDIR) are not."""
+    if path.name.startswith(".") or not path.is_file():
+        return False
+    try:
+        head = first_bytes(path)
+    except InputError:
+        return path.suffix.lower() in SUFFIXES
+    if is_dicom(head):
+        try:
+            import pydicom
+
+            return "Rows" in pydicom.dcmread(path, force=True, stop_before_pixels=True, specific_tags=["Rows"])
+        except Exception:  # no pydicom, or a damaged file: read_image says so
+            return path.name.upper() != "DICOMDIR"
+    return path.suffix.lower() in SUFFIXES or head.startswith((NPY, PNG, JPEG, *TIFF))
+
+
+def first_bytes(path):
+    """The first 132 bytes of a file; InputError, with the reason, when it is not a file that can be read."""
+    try:
+        kind = os.stat(path).st_mode
+        if not stat.S_ISREG(kind):
+            raise InputError("this is a folder" if stat.S_ISDIR(kind) else "this is no regular file")
+        with open(path, "rb") as file:
+            head = file.read(132)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise InputError("the file does not exist") from error
+    except (OSError, ValueError) as error:  # no permission, a loop of links, a name too long or with a NUL
+        raise InputError(f"the file cannot be opened ({getattr(error, 'strerror', None) or error})") from error
+    if not head:
         raise InputError("the file is empty")
-    suffix = path.suffix.lower()
-    if suffix == ".npy":
-        pixels = read_npy(path)
-    elif suffix in (".dcm", ".dicom"):
-        pixels = read_dicom(path)
+    return head
+
+
+def is_dicom(head):
+    """DICM after the preamble; without one, an element of group 2 or 8 with its type, or of less than 64 KiB."""
+    return head[128:132] == b"DICM" or bool(re.match(rb"[\x02\x08]\0(..[A-Z]{2}|.\0..\0\0)", head, re.DOTALL))
+
+
+def printable(name):
+    """File names that are not UTF-8 can be opened, but not printed."""
+    return os.fsencode(name).decode("utf-8", "replace")
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def read_pixels(source):
+    """read_image, rounded -> uint8 (H, W) grey or (H, W, 3) colour."""
+    return np.rint(read_image(source) * 255).astype(np.uint8)
+
+
+def read_image(source):
+    """
+    Path, array (H, W), (1, H, W), (H, W, 1) or (H, W, 3), or Pillow image -> float32 (H, W) grey or (H, W, 3) colour,
+    in 0..1. InputError with one sentence for whatever cannot be used.
+
+    8-bit pixels are divided by 255. Deeper ones (16-bit PNG and TIFF, float arrays, DICOM without a window) say nothing
+    about black and white, so their 0.5 and 99.5 percentiles become 0 and 1; floats that lie in 0..1 already are taken
+    as they are. Films stored with white as zero are turned round, orientations of EXIF are followed, and what is
+    transparent becomes black, as is the surround of a film.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        head, suffix = first_bytes(source), Path(source).suffix.lower()
+        if head.startswith(NPY) or suffix == ".npy":
+            pixels = read_npy(source)
+        elif is_dicom(head) or suffix in (".dcm", ".dicom"):
+            pixels = read_dicom(source)
+        else:
+            pixels = read_picture(source)
     else:
-        pixels = read_picture(path)
-    if pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[2] != 3):
-        raise InputError(f"an image has the shape (H, W) or (H, W, 3), this one {pixels.shape}")
-    if min(pixels.shape[:2]) < MIN_SIDE:
-        raise InputError(
-            f"the image is too small: {pixels.shape[1]}x{pixels.shape[0]} pixels, at least {MIN_SIDE}x{MIN_SIDE} are"
-            " needed"
-        )
+        pixels = read_picture(source) if isinstance(source, Image.Image) else as_image(np.asarray(source))
+    check_size(*pixels.shape[1::-1])
     if pixels.dtype == np.uint8:
         return pixels.astype(np.float32) / 255
     with np.errstate(over="ignore"):
@@ -72,26 +147,61 @@ def read_image(path):
     return to_unit_range(pixels)
 
 
+def check_size(width, height):
+    size = f"{width}x{height} pixels"
+    if min(width, height) < MIN_SIDE:
+        raise InputError(f"the image is too small: {size}, at least {MIN_SIDE}x{MIN_SIDE} are needed")
+    if Image.MAX_IMAGE_PIXELS and width * height > Image.MAX_IMAGE_PIXELS:
+        raise InputError(f"the image has too many pixels to be a radiograph ({size}); scale it down first")
+    if max(width, height) > MAX_RATIO * min(width, height):
+        raise InputError(f"the image is too long and narrow: {size}, one side more than {MAX_RATIO} times the other")
+
+
 def to_unit_range(pixels):
-    if pixels.min() >= 0 and 0 < pixels.max() <= 1:
-        return pixels
-    low, high = np.percentile(pixels, (0.5, 99.5)).astype(np.float32)
+    if pixels.min() >= -1e-3 and 0 < pixels.max() <= 1 + 1e-3:  # resampling goes a little over the edge
+        return np.clip(pixels, 0, 1)
+    return stretched(pixels, pixels)
+
+
+def stretched(pixels, shown):
+    """The 0.5 and 99.5 percentiles of `shown` become 0 and 1."""
+    low, high = np.percentile(shown, (0.5, 99.5)).astype(np.float32)
     return np.clip((pixels - low) / max(high - low, np.float32(1e-6)), 0, 1)
 
 
-def read_picture(path):
+def read_picture(source):
+    """A file or a Pillow image -> uint8 (H, W) or (H, W, 3), or the numbers of a deeper one as they are."""
     try:
-        with Image.open(path) as image:
-            image.load()
-            if image.mode.startswith(("I", "F")):  # 16 and 32 bit
-                return np.asarray(image)
-            if image.mode in ("1", "L", "LA", "La"):
-                return np.asarray(image.convert("L"))
-            return grey_if_grey(np.asarray(image.convert("RGB")))  # palettes, transparency and CMYK too
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # check_size refuses those too
+            if isinstance(source, Image.Image):
+                return pixels_of(source)
+            with open(source, "rb") as file, Image.open(file) as image:  # by path, Pillow scrambles turned grey TIFFs
+                return pixels_of(image)
+    except InputError:
+        raise
     except Image.DecompressionBombError as error:
         raise InputError("the image has too many pixels to be a radiograph; scale it down first") from error
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all three for damaged files
+    except Exception as error:  # Pillow raises many kinds for damaged files, of which OSError is the usual one
         raise InputError("the file is not an image, or is damaged or cut short") from error
+
+
+def pixels_of(image):
+    check_size(*image.size)  # before anything is decoded
+    white_is_zero = getattr(image, "tag_v2", {}).get(262) == 0  # a tag of TIFF that Pillow minds up to 8 bits only
+    image.load()  # turns a TIFF round by itself
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):  # 16 and 32 bit
+        pixels = np.asarray(image)
+        return (1 if 0 <= pixels.min() <= pixels.max() <= 1 else pixels.max()) - pixels if white_is_zero else pixels
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        if not image.getchannel("A").getbbox():
+            raise InputError("the image is transparent all over")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
+    if image.mode in ("1", "L"):
+        return np.asarray(image.convert("L"))
+    return grey_if_grey(np.asarray(image.convert("RGB")))  # palettes and CMYK too
 
 
 def read_npy(path):
@@ -102,44 +212,83 @@ def read_npy(path):
     if not isinstance(pixels, np.ndarray):
         pixels.close()
         raise InputError("the file is an .npz archive; save the one array as .npy")
+    return as_image(pixels)
+
+
+def as_image(pixels):
+    """An array of numbers -> (H, W) or (H, W, 3)."""
     if pixels.dtype.kind not in "uif":
         raise InputError(f"the array must hold numbers, not {pixels.dtype}")
     if pixels.ndim == 3 and pixels.shape[0] == 1:  # (1, H, W)
         pixels = pixels[0]
     if pixels.ndim == 3 and pixels.shape[2] == 1:
         pixels = pixels[:, :, 0]
+    if pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[2] != 3):
+        raise InputError(f"an image has the shape (H, W) or (H, W, 3), this one {pixels.shape}")
     return grey_if_grey(pixels)
 
 
 def grey_if_grey(pixels):
     """A colour image with three equal channels is a grey one."""
-    if (
-        pixels.ndim == 3
-        and pixels.shape[2] == 3
-        and (pixels[..., 0] == pixels[..., 1]).all()
-        and (pixels[..., 1] == pixels[..., 2]).all()
-    ):
-        return pixels[..., 0]
-    return pixels
+    return pixels[..., 0] if pixels.ndim == 3 and (pixels == pixels[..., :1]).all() else pixels
 
 
 def read_dicom(path):
+    """The pixels as the file says they are shown: its window or table, black as zero; without one, as they are."""
     try:
         import pydicom
-        from pydicom.pixels import apply_modality_lut, apply_voi_lut
+        from pydicom.pixels import apply_color_lut
+        from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
     except ImportError as error:
         raise InputError("DICOM needs pydicom 3: pip install pydicom, or save the image as PNG") from error
     try:
-        dataset = pydicom.dcmread(path)
-        pixels = apply_voi_lut(apply_modality_lut(dataset.pixel_array, dataset), dataset).astype(np.float32)
+        film = pydicom.dcmread(path, force=True)  # files without a preamble too
+        if "Rows" not in film:
+            raise InputError("the DICOM file cannot be read: it holds no pixels")
+        if int(film.get("NumberOfFrames") or 1) > 1:
+            raise InputError(f"the DICOM file holds {film.NumberOfFrames} pictures; save the one that is meant as PNG")
+        check_size(film.Columns, film.Rows)
+        if "TransferSyntaxUID" not in film.file_meta:
+            implicit = film.original_encoding[0]
+            film.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian
+        pixels = film.pixel_array
+        if film.PhotometricInterpretation == "PALETTE COLOR":
+            pixels = apply_color_lut(pixels, film)
+        if pixels.ndim == 3:  # colour: YCbCr is RGB by now
+            return as_image(pixels if pixels.dtype == np.uint8 else (pixels >> 8).astype(np.uint8))
+        return windowed(film, pixels)
+    except InputError:
+        raise
     except Exception as error:  # pydicom raises many kinds for damaged and for compressed files
-        raise InputError(
-            f"the DICOM file cannot be read ({type(error).__name__}:"
-            f" {str(error).splitlines()[0] if str(error) else ''})"
-        ) from error
-    if dataset.get("PhotometricInterpretation") == "MONOCHROME1":  # stored with white as zero
-        pixels = pixels.max() - pixels
-    return pixels
+        reason = str(error).splitlines()[0] if str(error) else ""
+        raise InputError(f"the DICOM file cannot be read ({type(error).__name__}: {reason})") from error
+
+
+def windowed(film, stored):
+    """Stored values (H, W) of a grey film -> float32 in 0..1: by its table, by its window, or between percentiles."""
+    from pydicom.pixels import apply_modality_lut, apply_voi
+
+    values = apply_modality_lut(stored, film)
+    center, width = (float(np.atleast_1d(film.get(name) or 0)[0]) for name in ("WindowCenter", "WindowWidth"))
+    function = film.get("VOILUTFunction") or "LINEAR"
+    padding = stored == film.PixelPaddingValue if "PixelPaddingValue" in film else np.zeros(stored.shape, bool)
+    if film.get("VOILUTSequence"):
+        values = apply_voi(values, film) / (2 ** film.VOILUTSequence[0].LUTDescriptor[2] - 1)
+    elif width > 0 and function == "SIGMOID":
+        values = 1 / (1 + np.exp(-4 * (values - center) / width))
+    elif width > 0 and function == "LINEAR_EXACT":
+        values = (values - center) / width + 0.5
+    elif width > 1:  # DICOM PS3.3, C.11.2.1.2
+        values = (values - (center - 0.5)) / (width - 1) + 0.5
+    elif film.BitsStored == 8:
+        values = stored / 255
+    else:
+        values = stretched(values, values if padding.all() else values[~padding])
+    values = np.clip(values, 0, 1).astype(np.float32)
+    if film.PhotometricInterpretation == "MONOCHROME1":  # stored with white as zero
+        values = 1 - values
+    values[padding] = 0  # what lies outside of the film
+    return values
 
 
 def to_square(pixels, size, channels):
