@@ -19,7 +19,6 @@ from vqa_sft_grpo.evaluate import evaluate, load_images, majority_answers, recor
 from vqa_sft_grpo.infer import Answerer, answer_span, pixel_boxes
 from vqa_sft_grpo.measures import aurc_row, best_constant_box, risk_coverage, summarise
 from vqa_sft_grpo.prompting import boxes_to_model, build_prompt, parse_response
-from vqa_sft_grpo.report import Document
 
 QUESTION = "Is there a bright patch?"
 ALSO = "What is the colour of the sky?"
@@ -786,17 +785,3 @@ def test_real_vqa_rad_rows_and_their_question_only_baseline(real_data):
     right = [script.scores_of(row, answer)["correct"] for row, answer in zip(rows, majority, strict=True)]
     closed = np.mean([r for r, row in zip(right, rows, strict=True) if row["answer_type"] == "closed"])
     assert 0.45 < closed < 0.60
-
-
-def test_a_document_escapes_what_models_write():
-    doc = Document()
-    doc.text("**bold** <script>alert(1)</script> `x<y`")
-    doc.table(["a|b"], [["<img src=x>"], ["two\nlines"]])
-    page, text = doc.html("t<"), doc.markdown()
-    assert (
-        "<script>" not in page
-        and "<img src=x>" not in page
-        and "<strong>bold</strong>" in page
-        and "<title>t&lt;</title>" in page
-    )
-    assert "| a\\|b |" in text and "| two lines |" in text
