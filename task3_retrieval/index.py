@@ -7,26 +7,25 @@ An index of labelled images: vectors, what they show, and how they were made, ke
     distances, ids = index.search(queries, k=5, exclude=own_ids, where={"label": "pneumonia"})
 
 metric l2: Euclidean distance, the root and not FAISS's square, smallest first. cosine: similarity, largest first.
-Ties go to the smaller id, so that every backend gives the same list: FAISS or a torch matrix product only proposes a
-few more candidates than asked for, their distances are computed again from the stored vectors in float64, and where a
-candidate beyond the last one fetched could still belong into the list, all vectors are compared. What is compared is
-rounded to float32.
+Ties go to the smaller id, so that every kind gives the same list: FAISS only proposes a few more candidates than asked
+for, their distances are computed again from the stored vectors in float64, and where a candidate beyond the last one
+fetched could still belong into the list, all vectors are compared. What is compared is rounded to float32.
 
 kind flat    every vector is compared; exact. With a filter (`where`) every kind is exact: the filtered vectors are
              compared.
      hnsw    graph (Malkov & Yashunin 2018), (4 d + 8 M) bytes per vector and the vectors; cannot forget: removed ids
              are skipped
      ivfpq   lists and product codes (Jegou et al. 2011), d / 8 + 8 bytes per vector; needs 1,024 vectors to train on
-Without faiss a saved index of any kind is searched exactly, by torch; building hnsw or ivfpq needs faiss.
 
-Files: manifest.json, and beside it vectors-*.npy (row by row, unit length for cosine), cases-*.csv and index-*.faiss,
-named by what is in them. The manifest is written last and in one step, so an interrupted save leaves the index before
-it untouched.
+Files: manifest.json with a digest of itself and of the others, vectors-*.npy (row by row, unit length for cosine),
+cases-*.csv and index-*.faiss, named by what is in them. The manifest is written last and in one step, so an interrupted
+save leaves the index before it untouched.
 """
 
-import contextlib
 import csv
+import hashlib
 import io
+import json
 import math
 import sys
 from pathlib import Path
@@ -35,18 +34,20 @@ ROOT = Path(__file__).resolve().parents[1] if "__file__" in globals() else Path.
 sys.path.insert(0, str(ROOT))
 
 import numpy as np
-import torch
+from scipy.spatial.distance import cdist
 
 from shared.data.download import sha256_of
-from shared.runtime import InputError, atomic_file, read_json, write_json
+from shared.runtime import InputError, atomic_file, plain, read_json, write_json
 
 try:
     import faiss
-except ImportError:
-    faiss = None
+except ImportError as error:  # at import no script can catch it yet
+    print(f"error: faiss cannot be imported ({error}); pip install -r requirements.txt", file=sys.stderr)
+    raise SystemExit(2) from error
 
-FORMAT = "task3-index-1"
-KINDS, METRICS, BACKENDS = ("flat", "hnsw", "ivfpq"), ("l2", "cosine"), ("auto", "faiss", "torch")
+FORMAT = "task3-index-2"
+KINDS, METRICS = ("flat", "hnsw", "ivfpq"), ("l2", "cosine")
+MEASURES = {"l2": faiss.METRIC_L2, "cosine": faiss.METRIC_INNER_PRODUCT}
 UNKNOWN = -1  # label of an image without one
 SPARE = 16  # candidates fetched beyond k
 MIN_IVFPQ = 1024  # vectors; fewer cannot train 256 codes per part
@@ -56,36 +57,23 @@ SETTINGS = {
     "ivfpq": {"lists": None, "parts": None, "probes": 16, "refine": 10},
 }
 CHUNK = 2**24  # float64 numbers compared at once (128 MiB)
-TYPICAL_K, TYPICAL_SAMPLE = 10, 5000
+TYPICAL_K, TYPICAL_SAMPLE, TYPICAL_SHARES = 10, 5000, ("0.95", "0.99")
 
 
 class CaseIndex:
     """
     vectors float (N, D); ids int64 (N,), unique and not negative; labels int64 (N,), -1 unknown, names of the classes
     in metadata["label_names"]; names and splits: N texts; metadata: a dict that JSON can hold, such as {"embedder":
-    embedder.facts(), "label_names": [...], "dataset": {...}}. InputError for whatever does not fit together.
+    embedder.facts(), "label_names": [...], "datasets": {...}}. InputError for whatever does not fit together.
     """
 
-    def __init__(
-        self,
-        vectors,
-        ids,
-        labels,
-        names,
-        splits,
-        metadata=None,
-        kind="flat",
-        metric="l2",
-        backend="auto",
-        settings=None,
-    ):
+    def __init__(self, vectors, ids, labels, names, splits, metadata=None, kind="flat", metric="l2", settings=None):
         if kind not in KINDS or metric not in METRICS:
             raise InputError(
                 f"an index is of the kind {', '.join(KINDS)} with the metric {' or '.join(METRICS)}, not {kind} with"
                 f" {metric}"
             )
-        self.kind, self.metric, self.backend = kind, metric, pick_backend(backend)
-        self.settings = SETTINGS[kind] | (settings or {})
+        self.kind, self.metric, self.settings = kind, metric, SETTINGS[kind] | (settings or {})
         self.metadata = dict(metadata or {})
         self.retired = set()  # ids an HNSW graph still holds but must not answer with
         vectors = np.asarray(vectors)
@@ -96,9 +84,8 @@ class CaseIndex:
         self.dim = vectors.shape[1]
         self.vectors = self.prepare(vectors)
         self.set_cases(*self.check_cases(ids, labels, names, splits, len(vectors)))
-        self.faiss_index = self.build_faiss() if self.backend == "faiss" else None
-        if self.backend == "torch" and kind != "flat":
-            raise InputError(f"--index {kind} needs faiss: pip install faiss-cpu, or use --index flat")
+        self.faiss_index = new_faiss(kind, metric, self.vectors, self.settings)
+        self.faiss_index.add_with_ids(self.vectors, self.ids)
 
     # ------------------------------------------------------------------------------------------------------ the cases
 
@@ -114,26 +101,23 @@ class CaseIndex:
             raise InputError("ids and labels are whole numbers, one per image")
         if len(np.unique(ids)) < n or ids.min(initial=0) < 0:
             raise InputError("ids must be unique and not negative")
-        return (
-            ids.astype(np.int64),
-            labels.astype(np.int64),
-            np.array(names, dtype=object),
-            np.array(splits, dtype=object),
-        )
+        most = len(self.metadata["label_names"]) if self.metadata.get("label_names") else np.inf
+        if labels.min(initial=0) < UNKNOWN or labels.max(initial=0) >= most:
+            raise InputError(f"labels are numbers of the {most} label names, or {UNKNOWN}")
+        texts = (np.array(values, dtype=object) for values in (names, splits))
+        return ids.astype(np.int64), labels.astype(np.int64), *texts
 
     def set_cases(self, ids, labels, names, splits):
         self.ids, self.labels, self.names, self.splits = ids, labels, names, splits
         self.order = np.argsort(ids, kind="stable")
         self.sorted_ids = ids[self.order]
-        self.torch_vectors = torch.from_numpy(self.vectors)
-        self.half_norms = None  # of the torch backend, when first needed
         self.largest_norm = float(np.sqrt(np.einsum("nd,nd->n", self.vectors, self.vectors).max())) if len(ids) else 0.0
 
     def __len__(self):
         return len(self.ids)
 
     def __repr__(self):
-        return f"CaseIndex({self.kind}, {self.metric}, {self.backend}: {len(self)} x {self.dim})"
+        return f"CaseIndex({self.kind}, {self.metric}: {len(self)} x {self.dim})"
 
     @property
     def label_names(self):
@@ -142,6 +126,12 @@ class CaseIndex:
     def label_of(self, row):
         return self.label_names[self.labels[row]] if self.labels[row] != UNKNOWN else "unknown"
 
+    def label_counts(self):
+        """{name: number of images}, "unknown" among them only where there are some."""
+        counts = {name: int((self.labels == i).sum()) for i, name in enumerate(self.label_names)}
+        unknown = int((self.labels == UNKNOWN).sum())
+        return counts | ({"unknown": unknown} if unknown else {})
+
     def rows_of(self, ids):
         """ids (any shape) -> rows, -1 where the index does not hold the id."""
         ids = np.asarray(ids, dtype=np.int64)
@@ -149,18 +139,12 @@ class CaseIndex:
         return np.where(self.sorted_ids[place] == ids, self.order[place], -1)
 
     def ids_of(self, names):
-        """
-        File names -> int64 ids, -1 for one the index does not hold: whom to exclude when an image of the gallery is the
-        query.
-        """
+        """File names -> int64 ids, -1 for one the index does not hold: whom to exclude when the gallery asks."""
         known = dict(zip(self.names, self.ids.tolist(), strict=True))
         return np.array([known.get(str(n), -1) for n in names], dtype=np.int64)
 
     def prepare(self, vectors):
-        """
-        -> float32 (n, D), contiguous, of unit length for cosine (a vector of zeros stays one: similarity 0 to
-        everything).
-        """
+        """-> float32 (n, D), contiguous, for cosine of unit length (a vector of zeros stays one, similarity 0)."""
         vectors = np.ascontiguousarray(vectors, dtype=np.float32)
         if vectors.ndim != 2 or vectors.shape[1] != self.dim:
             raise InputError(
@@ -182,43 +166,36 @@ class CaseIndex:
         left.
         """
         queries = self.prepare(np.atleast_2d(np.asarray(queries)))
-        pool = None if where is None else np.flatnonzero(self.mask_of(where))
-        size = len(self) if pool is None else len(pool)
         if len(queries) == 0:
             raise InputError("there is no query")
-        if len(self) == 0 or size == 0:
-            raise InputError(
-                "the index is empty: add images to it"
-                if len(self) == 0
-                else f"no image of the index fits the filter {where}"
-            )
-        excluded = self.excluded_rows(exclude, len(queries), pool)
+        if len(self) == 0:
+            raise InputError("the index is empty: add images to it")
+        mask = self.mask_of({} if where is None else where)
+        pool = np.flatnonzero(mask)
+        if len(pool) == 0:
+            raise InputError(f"no image of the index fits the filter {where}")
+        excluded = self.excluded_rows(exclude, len(queries), mask)
         most = max(map(len, excluded), default=0)
-        if k < 1 or k > size - most:
+        if k < 1 or k > len(pool) - most:
             raise InputError(
-                f"k must be from 1 to {size - most}, the number of images to choose"
+                f"k must be from 1 to {len(pool) - most}, the number of images to choose"
                 f" from{' after the excluded ones' if most else ''}; not {k}"
             )
 
         scores, rows = np.empty((len(queries), k), dtype=np.float32), np.empty((len(queries), k), dtype=np.int64)
         fetch = k + SPARE + most
         rest = np.arange(len(queries))  # the queries that need a comparison with everything
-        if 2 * fetch < size:
-            found, far = self.propose(queries, fetch, pool)
+        if 2 * fetch < len(pool):
+            found, far = self.propose(queries, fetch, None if len(pool) == len(self) else pool)
             for part in np.array_split(rest, math.ceil(found.size * self.dim / CHUNK)):
                 s = self.compare(queries[part], found[part])
                 s[found[part] < 0] = -np.inf
-                self.drop(s, found[part], [excluded[q] for q in part])
-                scores[part], rows[part] = self.best(s, found[part], k)
-            rest = np.flatnonzero(
-                ~self.settled(queries, scores[:, -1], far, exact=pool is not None or self.kind == "flat")
-            )
-        everything = np.arange(len(self)) if pool is None else pool
-        for part in np.array_split(rest, math.ceil(len(rest) * size / CHUNK)) if len(rest) else ():
+                scores[part], rows[part] = self.best(s, found[part], k, [excluded[q] for q in part])
+            exact = self.kind == "flat" or len(pool) < len(self)
+            rest = np.flatnonzero(~self.settled(queries, scores[:, -1], far, exact))
+        for part in np.array_split(rest, math.ceil(len(rest) * len(pool) / CHUNK)) if len(rest) else ():
             s = self.compare_all(queries[part], pool)
-            found = np.broadcast_to(everything, s.shape)
-            self.drop(s, found, [excluded[q] for q in part])
-            scores[part], rows[part] = self.best(s, found, k)
+            scores[part], rows[part] = self.best(s, np.broadcast_to(pool, s.shape), k, [excluded[q] for q in part])
         return (-scores if self.metric == "l2" else scores), self.ids[rows]
 
     def mask_of(self, where):
@@ -234,8 +211,7 @@ class CaseIndex:
         for field, values in where.items():
             values = [values] if isinstance(values, (str, int, np.integer)) else list(values)
             if field == "label":
-                numbers = [self.label_number(v) for v in values]
-                mask &= np.isin(self.labels, numbers)
+                mask &= np.isin(self.labels, [self.label_number(v) for v in values])
             elif field == "split":
                 missing = sorted(set(values) - set(self.splits))
                 if missing:
@@ -255,63 +231,39 @@ class CaseIndex:
             raise InputError(f"the index has no label {label!r}; it has {', '.join(names)}")
         return names.index(label) if isinstance(label, str) else int(label)
 
-    def excluded_rows(self, exclude, n, pool):
-        """exclude -> for each of n queries the rows (of the pool) that must not be found."""
+    def excluded_rows(self, exclude, n, mask):
+        """exclude -> for each of n queries the rows that must not be found, among those that could be (mask)."""
         if exclude is None:
             return [()] * n
         if len(exclude) != n:
             raise InputError(f"there are {n} queries and {len(exclude)} entries to exclude")
-        inside = None
-        if pool is not None:
-            inside = np.zeros(len(self), dtype=bool)
-            inside[pool] = True
         out = []
         for ids in exclude:
-            rows = self.rows_of(
-                np.unique(
-                    np.fromiter(ids, dtype=np.int64)
-                    if np.ndim(ids) or isinstance(ids, (set, frozenset))
-                    else np.array([ids])
-                )
-            )
+            several = np.ndim(ids) or isinstance(ids, (set, frozenset))
+            rows = self.rows_of(np.unique(np.array(list(ids) if several else [ids], dtype=np.int64)))
             rows = rows[rows >= 0]
-            out.append(rows if inside is None else rows[inside[rows]])
+            out.append(rows[mask[rows]])
         return out
 
     def propose(self, queries, fetch, pool):
         """
         The `fetch` nearest or so -> (rows (Q, fetch), -1 where there was none; worst approximate score (Q,): the
-        negative square of the distance, or the similarity).
+        negative square of the distance, or the similarity). pool: rows to search exactly; None: the whole index.
         """
-        if self.backend == "torch" or pool is not None:
-            return self.propose_torch(queries, fetch, pool)
-        if self.kind == "hnsw":
-            fetch = min(
-                math.ceil(fetch * self.faiss_index.ntotal / len(self)), self.faiss_index.ntotal
-            )  # some will be retired
-            inner(self.faiss_index).hnsw.efSearch = max(self.settings["ef_search"], fetch)
-        elif self.kind == "ivfpq":
-            fetch = min(max(fetch, (fetch - SPARE) * self.settings["refine"]), len(self))
-            self.faiss_index.nprobe = self.settings["probes"]
-        distances, ids = self.faiss_index.search(queries, fetch)
-        return np.where(ids >= 0, self.rows_of(ids), -1), (-distances if self.metric == "l2" else distances)[:, -1]
-
-    def propose_torch(self, queries, fetch, pool):
-        if self.half_norms is None:
-            self.half_norms = self.torch_vectors.square().sum(1) / 2
-        vectors, half = self.torch_vectors, self.half_norms
         if pool is not None:
-            vectors, half = vectors[pool], half[pool]
-        rows, far = [], []
-        for q in torch.from_numpy(queries).split(max(1, CHUNK // len(vectors))):
-            s = q @ vectors.T
-            if self.metric == "l2":  # -|q - v|^2 = 2 (q v - |v|^2 / 2) - |q|^2
-                s = s.sub_(half)
-            top = s.topk(fetch, dim=1)
-            rows.append(top.indices)
-            far.append(top.values[:, -1] if self.metric == "cosine" else 2 * top.values[:, -1] - q.square().sum(1))
-        rows = torch.cat(rows).numpy()
-        return rows if pool is None else pool[rows], torch.cat(far).numpy()
+            distances, found = faiss.knn(queries, self.vectors[pool], fetch, metric=MEASURES[self.metric])
+            rows = pool[found]
+        else:
+            if self.kind == "hnsw":  # some will be retired
+                total = self.faiss_index.ntotal
+                fetch = min(math.ceil(fetch * total / len(self)), total)
+                inner(self.faiss_index).hnsw.efSearch = max(self.settings["ef_search"], fetch)
+            elif self.kind == "ivfpq":
+                fetch = min(max(fetch, (fetch - SPARE) * self.settings["refine"]), len(self))
+                self.faiss_index.nprobe = self.settings["probes"]
+            distances, ids = self.faiss_index.search(queries, fetch)
+            rows = np.where(ids >= 0, self.rows_of(ids), -1)
+        return rows, (-distances if self.metric == "l2" else distances)[:, -1]
 
     def compare(self, queries, rows):
         """queries (Q, D), rows (Q, F) -> scores float32 (Q, F), computed in float64: larger is nearer."""
@@ -322,28 +274,19 @@ class CaseIndex:
         return -np.sqrt(np.einsum("qfd,qfd->qf", v, v)).astype(np.float32)
 
     def compare_all(self, queries, pool):
-        """
-        queries (Q, D) -> scores float32 (Q, N) against everything, or against the rows `pool`, computed in float64.
-        """
-        q = torch.from_numpy(queries).double()
-        out = []
-        for v in (self.torch_vectors if pool is None else self.torch_vectors[pool]).split(max(1, CHUNK // self.dim)):
-            v = v.double()
-            out.append(
-                (q @ v.T).clamp_(-1, 1)
-                if self.metric == "cosine"
-                else -torch.cdist(q, v, compute_mode="donot_use_mm_for_euclid_dist")
-            )
-        return torch.cat(out, dim=1).float().numpy()
+        """queries (Q, D) -> scores float32 (Q, n) against the n rows of `pool`, computed in float64."""
+        q, out = queries.astype(np.float64), []
+        step = max(1, CHUNK // self.dim)
+        for start in range(0, len(pool), step):
+            v = self.vectors[pool[start : start + step]].astype(np.float64)
+            out.append((q @ v.T).clip(-1, 1) if self.metric == "cosine" else -cdist(q, v))
+        return np.concatenate(out, axis=1).astype(np.float32)
 
-    @staticmethod
-    def drop(scores, rows, excluded):
+    def best(self, scores, rows, k, excluded):
+        """The k best of each query, without those excluded from it, ties by id."""
         for s, r, out in zip(scores, rows, excluded, strict=True):
             if len(out):
                 s[np.isin(r, out)] = -np.inf
-
-    def best(self, scores, rows, k):
-        """The k best of each query, ties by id."""
         order = np.lexsort((self.ids[rows], -scores), axis=-1)[:, :k]
         return np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
 
@@ -365,24 +308,19 @@ class CaseIndex:
     def add(self, vectors, ids, labels, names, splits):
         """More images, without building anew. InputError when an id or a file name is there already."""
         vectors = self.prepare(vectors)
-        ids, labels, names, splits = self.check_cases(ids, labels, names, splits, len(vectors))
-        known = np.isin(ids, self.ids) | np.isin(ids, list(self.retired))
+        new = self.check_cases(ids, labels, names, splits, len(vectors))
+        known = np.isin(new[0], self.ids) | np.isin(new[0], list(self.retired))
         if known.any():
             raise InputError(
-                f"the index already has, or had, the id {ids[known][0]}; new ids start at {self.next_id()}"
+                f"the index already has, or had, the id {new[0][known][0]}; new ids start at {self.next_id()}"
             )
-        repeated = set(names) & set(self.names)
+        repeated = set(new[2]) & set(self.names)
         if repeated:
             raise InputError(f"{len(repeated)} of the images are in the index already, {min(repeated)} among them")
-        if self.faiss_index is not None:
-            self.faiss_index.add_with_ids(vectors, ids)
+        self.faiss_index.add_with_ids(vectors, new[0])
         self.vectors = np.concatenate([self.vectors, vectors])
-        self.set_cases(
-            *(
-                np.concatenate(pair)
-                for pair in ((self.ids, ids), (self.labels, labels), (self.names, names), (self.splits, splits))
-            )
-        )
+        old = (self.ids, self.labels, self.names, self.splits)
+        self.set_cases(*(np.concatenate(pair) for pair in zip(old, new, strict=True)))
 
     def remove(self, ids):
         """Forget images, without building anew. InputError for an id the index does not hold."""
@@ -392,7 +330,7 @@ class CaseIndex:
             raise InputError(f"the index has no image with the id {ids[rows < 0][0]}")
         if self.kind == "hnsw":
             self.retired |= set(ids.tolist())
-        elif self.faiss_index is not None:
+        else:
             self.faiss_index.remove_ids(ids)
         keep = np.ones(len(self), dtype=bool)
         keep[rows] = False
@@ -402,37 +340,25 @@ class CaseIndex:
     def next_id(self):
         return int(max(self.ids.max(initial=-1), max(self.retired, default=-1))) + 1
 
-    def fit_typical(self, k=TYPICAL_K, quantiles=(0.95, 0.99), seed=0):
+    def fit_typical(self, k=TYPICAL_K, seed=0):
         """
         How far an image of the gallery has its own k-th neighbour, itself left out: quantiles over the gallery (over
         5,000 of it where it is larger), kept in metadata["typical"]. An image further away than that is unlike the
         gallery. For cosine the distance is 1 - similarity. Nothing is kept where the gallery has fewer than 20 images.
         """
         self.metadata["typical"] = None
-        if len(self) >= 20:
-            k = min(k, len(self) - 1)
-            rows = (
-                np.arange(len(self))
-                if len(self) <= TYPICAL_SAMPLE
-                else np.sort(np.random.default_rng(seed).choice(len(self), TYPICAL_SAMPLE, replace=False))
-            )
-            far = self.far(self.search(self.vectors[rows], k, exclude=self.ids[rows])[0][:, -1])
-            self.metadata["typical"] = {
-                "k": k,
-                "n": len(rows),
-                "distance": {str(q): float(np.quantile(far, q)) for q in quantiles},
-            }
+        if len(self) < 20:
+            return
+        k, rows = min(k, len(self) - 1), np.arange(len(self))
+        if len(self) > TYPICAL_SAMPLE:
+            rows = np.sort(np.random.default_rng(seed).choice(len(self), TYPICAL_SAMPLE, replace=False))
+        far = self.far(self.search(self.vectors[rows], k, exclude=self.ids[rows])[0][:, -1])
+        limits = {share: float(np.quantile(far, float(share))) for share in TYPICAL_SHARES}
+        self.metadata["typical"] = {"k": k, "n": len(rows), "distance": limits}
 
     def far(self, distances):
         """What search returns -> something that grows with the distance, for both metrics."""
         return 1 - distances if self.metric == "cosine" else distances
-
-    # -------------------------------------------------------------------------------------------------------- FAISS
-
-    def build_faiss(self):
-        index = new_faiss(self.kind, self.metric, self.vectors, self.settings)
-        index.add_with_ids(self.vectors, self.ids)
-        return index
 
     # ------------------------------------------------------------------------------------------------------------ files
 
@@ -443,36 +369,29 @@ class CaseIndex:
         files = {
             "vectors": write_named(folder, "vectors-{}.npy", lambda file: np.save(file, self.vectors)),
             "cases": write_named(folder, "cases-{}.csv", self.write_cases),
-        }
-        if self.faiss_index is not None:
-            files["faiss"] = write_named(
+            "faiss": write_named(
                 folder,
                 "index-{}.faiss",
                 lambda file: faiss.write_index(self.faiss_index, faiss.PyCallbackIOWriter(file.write)),
-            )
-        write_json(
-            folder / "manifest.json",
-            {
-                "format": FORMAT,
-                "kind": self.kind,
-                "metric": self.metric,
-                "normalised": self.metric == "cosine",
-                "dim": self.dim,
-                "count": len(self),
-                "settings": self.settings,
-                "retired": sorted(self.retired),
-                "files": files,
-                "metadata": self.metadata,
-            },
-        )
-        for pattern in (
-            "vectors-*.npy",
-            "cases-*.csv",
-            "index-*.faiss",
-            ".*.part",
-        ):  # of the index before, and of interrupted saves
+            ),
+        }
+        manifest = {
+            "format": FORMAT,
+            "kind": self.kind,
+            "metric": self.metric,
+            "normalised": self.metric == "cosine",
+            "dim": self.dim,
+            "count": len(self),
+            "settings": self.settings,
+            "retired": sorted(self.retired),
+            "files": files,
+            "metadata": self.metadata,
+        }
+        write_json(folder / "manifest.json", manifest | {"sha256": digest_of_manifest(manifest)})
+        kept = {f["name"] for f in files.values()}
+        for pattern in ("vectors-*.npy", "cases-*.csv", "index-*.faiss", ".*.part"):  # of earlier and interrupted saves
             for path in folder.glob(pattern):
-                if path.name not in {f["name"] for f in files.values()}:
+                if path.name not in kept:
                     path.unlink()
 
     def write_cases(self, file):
@@ -484,56 +403,44 @@ class CaseIndex:
         text.detach()
 
     @classmethod
-    def load(cls, folder, embedder=None, backend="auto"):
+    def load(cls, folder, embedder=None):
         """
-        Read an index that save wrote, after checking the SHA-256 of every file; with an Embedder, also that it is the
-        one the vectors came from. InputError with one sentence otherwise.
+        Read an index that save wrote, after checking the SHA-256 of every file and that all of them fit together; with
+        an Embedder, also that it is the one the vectors came from. InputError with one sentence otherwise.
         """
         folder = find_index(folder)
         manifest = read_json(folder / "manifest.json")
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
             raise InputError(f"{folder}/manifest.json is not that of a '{FORMAT}' index; build it again")
+        if manifest.pop("sha256", None) != digest_of_manifest(manifest):
+            raise InputError(f"{folder}/manifest.json is damaged: its SHA-256 is another; build the index again")
         try:
+            check_manifest(manifest)
             self = cls.__new__(cls)
             self.kind, self.metric, self.dim, self.settings, self.metadata = (
                 manifest[k] for k in ("kind", "metric", "dim", "settings", "metadata")
             )
-            self.retired = set(manifest["retired"])
-            files, count = manifest["files"], manifest["count"]
-            paths = {part: checked_file(folder, files[part]) for part in files}
+            self.retired, count = set(manifest["retired"]), manifest["count"]
+            paths = {part: checked_file(folder, manifest["files"][part]) for part in ("vectors", "cases", "faiss")}
             self.vectors = np.load(paths["vectors"], allow_pickle=False)
             with open(paths["cases"], encoding="utf-8", newline="") as file:
                 cases = list(csv.DictReader(file))
             if self.vectors.dtype != np.float32 or self.vectors.shape != (count, self.dim) or len(cases) != count:
-                raise InputError(
-                    f"{folder} is damaged: it should hold {count} x {self.dim} numbers and as many cases; build it"
-                    " again"
-                )
-            columns = (
-                [int(c["id"]) for c in cases],
-                [int(c["label"]) for c in cases],
-                [c["name"] for c in cases],
-                [c["split"] for c in cases],
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{folder} is damaged ({type(error).__name__}: {error}); build the index again") from error
-        self.backend = pick_backend(backend)
+                raise ValueError(f"it should hold {count} x {self.dim} numbers and as many cases")
+            if any(None in (*case, *case.values()) for case in cases):
+                raise ValueError("a row of its cases is too short or too long")
+            if not np.isfinite(self.vectors).all():
+                raise ValueError("its vectors hold NaN or infinite numbers")
+            ids, labels = (np.array([int(c[name]) for c in cases], dtype=np.int64) for name in ("id", "label"))
+            texts = ([c[name] for c in cases] for name in ("name", "split"))
+            self.set_cases(*self.check_cases(ids, labels, *texts, count))
+            self.faiss_index = faiss.read_index(str(paths["faiss"]))
+            check_faiss(self)
+        except (KeyError, TypeError, ValueError, OverflowError, RuntimeError, AttributeError, InputError) as error:
+            why = str(error) if isinstance(error, (InputError, ValueError)) else f"{type(error).__name__}: {error}"
+            raise InputError(f"the index in {folder} is damaged ({why.splitlines()[0]}); build it again") from error
         if embedder is not None:
             self.check_embedder(embedder, folder)
-        ids, labels = (np.array(c, dtype=np.int64) for c in columns[:2])
-        self.set_cases(ids, labels, *(np.array(c, dtype=object) for c in columns[2:]))
-        self.faiss_index = None
-        if self.backend == "faiss":
-            self.faiss_index = faiss.read_index(str(paths["faiss"])) if "faiss" in paths else self.build_faiss()
-            if self.faiss_index.d != self.dim or self.faiss_index.ntotal != count + (
-                len(self.retired) if self.kind == "hnsw" else 0
-            ):
-                raise InputError(
-                    f"{folder} is damaged: its FAISS part does not hold the {count} x {self.dim} vectors; build it"
-                    " again"
-                )
-        elif self.kind != "flat":
-            print(f"faiss is not used: the {self.kind} index in {folder} is searched exactly, by torch", flush=True)
         return self
 
     def check_embedder(self, embedder, folder="this index"):
@@ -544,20 +451,13 @@ class CaseIndex:
                 f"{folder} was built with {describe(made)}, the queries are embedded with {describe(embedder.facts())}:"
                 " give the same weights, or build the index again"
             )
-        changed = [
-            k
-            for k in sorted(set(embedder.settings) | set(made["settings"]))
-            if embedder.settings.get(k) != made["settings"].get(k)
-        ]
+        then, now = made["settings"], embedder.settings
+        changed = [f"{k} {then.get(k)}, now {now.get(k)}" for k in sorted({*now, *then}) if now.get(k) != then.get(k)]
         if changed:
-            now = ", ".join(f"{k} {made['settings'].get(k)}, now {embedder.settings.get(k)}" for k in changed)
-            raise InputError(f"{folder} was built with other preprocessing ({now}); build it again")
+            raise InputError(f"{folder} was built with other preprocessing ({', '.join(changed)}); build it again")
 
 
-def describe(facts):
-    return f"{facts.get('backbone')} {facts.get('weights') or ''} (digest {str(facts.get('digest'))[:12]})".replace(
-        "  ", " "
-    )
+# ------------------------------------------------------------------------------------------------- what a folder holds
 
 
 def find_index(folder):
@@ -571,12 +471,58 @@ def find_index(folder):
     return place
 
 
-def pick_backend(name):
-    if name not in BACKENDS:
-        raise InputError(f"there is no backend {name}; there are {', '.join(BACKENDS)}")
-    if name == "faiss" and faiss is None:
-        raise InputError("--backend faiss: faiss is not installed; pip install faiss-cpu, or use --backend torch")
-    return name if name != "auto" else "torch" if faiss is None else "faiss"
+def digest_of_manifest(manifest):
+    return hashlib.sha256(json.dumps(plain(manifest), sort_keys=True).encode()).hexdigest()
+
+
+def check_manifest(manifest):
+    """ValueError for a manifest whose values no index can have, though every digest is right."""
+
+    def whole(value, least=0):
+        return type(value) is int and value >= least
+
+    metadata, settings, usual = manifest["metadata"], manifest["settings"], SETTINGS.get(manifest["kind"])
+    names, sets = metadata.get("label_names") or [], metadata.get("datasets") or {}
+    typical = metadata.get("typical") or {"k": 1, "distance": dict.fromkeys(TYPICAL_SHARES, 0)}
+    embedder = metadata.get("embedder") or dict(backbone="", digest="", settings={}, weights=None, trained_on=None)
+    optional = (str, type(None))
+    kinds = dict(backbone=str, digest=str, settings=dict, weights=optional, trained_on=optional)
+    checks = {
+        "kind": usual is not None,
+        "metric": manifest["metric"] in METRICS,
+        "dim": whole(manifest["dim"], 1),
+        "count": whole(manifest["count"]),
+        "settings": usual is not None and {*settings} == {*usual} and all(whole(v, 1) for v in settings.values()),
+        "retired": all(map(whole, manifest["retired"])),
+        "label_names": all(isinstance(n, str) for n in names) and len(set(names)) == len(names),
+        "datasets": all(whole(d["size"], 1) and isinstance(d["sha256"], str) and "phantom" in d for d in sets.values()),
+        "embedder": all(isinstance(embedder[key], kind) for key, kind in kinds.items()),
+        "typical": whole(typical["k"], 1) and all(math.isfinite(typical["distance"][q]) for q in TYPICAL_SHARES),
+    }
+    for name, right in checks.items():
+        if not right:
+            raise ValueError(f"{name!r} in manifest.json is nothing that an index has")
+
+
+def check_faiss(index):
+    """ValueError when the FAISS part is not that of the vectors: kind, metric, size, ids, and some of the vectors."""
+    part, n = index.faiss_index, len(index)
+    core = faiss.downcast_index(part.index) if isinstance(part, faiss.IndexIDMap2) else part
+    kinds = {"flat": faiss.IndexFlat, "hnsw": faiss.IndexHNSWFlat, "ivfpq": faiss.IndexIVFPQ}
+    right = isinstance(core, kinds[index.kind]) and part.metric_type == MEASURES[index.metric] and part.d == index.dim
+    right = right and part.ntotal == n + (len(index.retired) if index.kind == "hnsw" else 0)
+    if right and index.kind != "ivfpq":
+        ids = set(faiss.vector_to_array(part.id_map).tolist())
+        some = np.unique(np.linspace(0, n - 1, min(n, 200), dtype=np.int64))
+        right = ids == {*index.ids.tolist(), *index.retired}
+        right = right and np.array_equal(part.reconstruct_batch(index.ids[some]), index.vectors[some])
+    if not right:
+        raise ValueError(f"its FAISS part does not hold the {n} x {index.dim} vectors")
+
+
+def describe(facts):
+    parts = (facts.get("backbone"), facts.get("weights"), f"(digest {str(facts.get('digest'))[:12]})")
+    return " ".join(str(p) for p in parts if p)
 
 
 def new_faiss(kind, metric, vectors, settings):
@@ -584,8 +530,7 @@ def new_faiss(kind, metric, vectors, settings):
     An empty FAISS index that takes ids, trained on `vectors` (prepared, float32) where the kind needs it; fills in
     settings.
     """
-    n, dim = vectors.shape
-    measure = faiss.METRIC_INNER_PRODUCT if metric == "cosine" else faiss.METRIC_L2
+    (n, dim), measure = vectors.shape, MEASURES[metric]
     if kind == "flat":
         return faiss.IndexIDMap2(faiss.IndexFlat(dim, measure))
     if kind == "hnsw":
@@ -596,17 +541,11 @@ def new_faiss(kind, metric, vectors, settings):
         raise InputError(
             f"--index ivfpq needs at least {MIN_IVFPQ:,} images to train its codes, there are {n:,}; use --index flat"
         )
-    settings["lists"] = settings["lists"] or max(
-        1, min(round(4 * math.sqrt(n)), n // 39)
-    )  # at least 39 vectors for each list
-    settings["parts"] = settings["parts"] or next(
-        dim // d for d in range(min(8, dim), dim + 1) if dim % d == 0
-    )  # 8 numbers a byte
-    quantiser = faiss.IndexFlat(dim, measure)
-    index = faiss.IndexIVFPQ(quantiser, dim, settings["lists"], settings["parts"], 8, measure)
-    index.cp.min_points_per_centroid = index.pq.cp.min_points_per_centroid = (
-        1  # a small gallery is no reason for a warning
-    )
+    # at least 39 vectors for each list, and 8 numbers to a byte of the code
+    settings["lists"] = settings["lists"] or max(1, min(round(4 * math.sqrt(n)), n // 39))
+    settings["parts"] = settings["parts"] or next(dim // d for d in range(min(8, dim), dim + 1) if dim % d == 0)
+    index = faiss.IndexIVFPQ(faiss.IndexFlat(dim, measure), dim, settings["lists"], settings["parts"], 8, measure)
+    index.cp.min_points_per_centroid = index.pq.cp.min_points_per_centroid = 1  # a small gallery: no warning
     index.train(vectors[np.random.default_rng(0).permutation(n)[: max(256 * 100, 64 * settings["lists"])]])
     return index
 
@@ -618,23 +557,22 @@ def inner(index):
 
 def write_named(folder, pattern, write):
     """Write a file whose name holds a digest of its content -> {"name", "sha256", "bytes"}."""
-    with contextlib.ExitStack() as stack:
-        temporary = folder / f".{pattern.format('new')}.part"
-        stack.callback(lambda: temporary.unlink(missing_ok=True))
+    temporary = folder / f".{pattern.format('new')}.part"
+    try:
         with atomic_file(temporary) as file:
             write(file)
         digest = sha256_of(temporary)
         path = folder / pattern.format(digest[:12])
         temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
     return {"name": path.name, "sha256": digest, "bytes": path.stat().st_size}
 
 
 def checked_file(folder, entry):
     path = folder / Path(entry["name"]).name
     if not path.is_file():
-        raise InputError(f"{folder} is incomplete: {path.name} is missing; build the index again")
+        raise InputError(f"it is incomplete: {path.name} is missing")
     if sha256_of(path) != entry["sha256"]:
-        raise InputError(
-            f"{path} is damaged: its SHA-256 is not the one written down when it was saved; build the index again"
-        )
+        raise InputError(f"the SHA-256 of {path.name} is not the one written down when it was saved")
     return path

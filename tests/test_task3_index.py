@@ -21,10 +21,8 @@ from task3_retrieval.index import CaseIndex
 KINDS = ("flat", "hnsw", "ivfpq")
 
 
-def make(kind="flat", metric="l2", backend="auto", n=1100, dim=16, seed=0, **settings):
+def make(kind="flat", metric="l2", n=1100, dim=16, seed=0, **settings):
     """An index with ids 3, 6, 9, ...; rows 10 and 500, and 3 and 700, are byte-identical."""
-    if kind != "flat":
-        pytest.importorskip("faiss")
     rng = np.random.default_rng(seed)
     vectors = rng.normal(size=(n, dim)).astype(np.float32)
     if n > 700:
@@ -39,7 +37,6 @@ def make(kind="flat", metric="l2", backend="auto", n=1100, dim=16, seed=0, **set
         {"label_names": ["normal", "pneumonia"]},
         kind,
         metric,
-        backend,
         settings,
     )
 
@@ -68,18 +65,16 @@ def by_hand(vectors, ids, queries, k, metric):
 
 
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
-@pytest.mark.parametrize("backend", ["faiss", "torch"])
-def test_exact_lists_with_both_backends(metric, backend):
-    if backend == "faiss":
-        pytest.importorskip("faiss")
-    index = make(metric=metric, backend=backend)
+@pytest.mark.parametrize("filtered", [False, True])  # a filter that keeps everything but two takes another way
+def test_exact_lists(metric, filtered):
+    index, keep = make(metric=metric), np.ones(1100, dtype=bool)
+    keep[[8, 900]] = not filtered
     queries = some_queries()
-    for k in (1, 10, 1099):  # a short list and the full ranking take different ways
-        distances, ids = index.search(queries, k)
-        expected, expected_ids = by_hand(index.vectors, index.ids, queries, k, metric)
-        assert (ids == expected_ids).mean() > (
-            0.99 if k == 1099 else 0.9999
-        )  # float32 has ties among 30,000 that float64 has not
+    for k in (1, 10, 1098):  # a short list and the full ranking take different ways
+        distances, ids = index.search(queries, k, where=keep if filtered else None)
+        expected, expected_ids = by_hand(index.vectors[keep], index.ids[keep], queries, k, metric)
+        # float32 has ties among 30,000 that float64 has not
+        assert (ids == expected_ids).mean() > (0.99 if k == 1098 else 0.9999)
         np.testing.assert_allclose(distances, expected, atol=2e-6)
     assert distances.dtype == np.float32 and ids.dtype == np.int64
 
@@ -87,18 +82,15 @@ def test_exact_lists_with_both_backends(metric, backend):
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
 def test_equal_lists_even_among_many_copies(metric):
     """Forty copies of each vector, shuffled ids: only the order of the ids can decide, also where the list is cut."""
-    pytest.importorskip("faiss")
     rng = np.random.default_rng(0)
     vectors = np.repeat(rng.normal(size=(30, 32)), 40, axis=0).astype(np.float32) * 5
-    ids = rng.permutation(len(vectors)) * 7
-    lists = {}
-    for backend in ("faiss", "torch"):
-        index = CaseIndex(
-            vectors, ids, np.zeros(len(ids), int), range(len(ids)), ["a"] * len(ids), {}, "flat", metric, backend
-        )
-        lists[backend] = index.search(vectors[::40] + rng.normal(size=(30, 32)) * 0, 10)
+    ids, n = rng.permutation(len(vectors)) * 7, len(vectors)
+    index = CaseIndex(vectors, ids, np.zeros(n, int), range(n), ["a"] * n, {}, "flat", metric)
     expected = np.sort(ids.reshape(30, 40), axis=1)[:, :10]
-    for distances, found in lists.values():
+    keep = np.ones(n, dtype=bool)
+    keep[ids == ids.max()] = False
+    for where in (None, keep):
+        distances, found = index.search(vectors[::40], 10, where=where)
         assert (found == expected).all()
         np.testing.assert_allclose(distances, 0 if metric == "l2" else 1, atol=1e-6)
 
@@ -244,34 +236,6 @@ def test_saved_and_loaded(kind, metric):
     )  # files of the first save are gone
 
 
-def test_without_faiss(monkeypatch, capsys):
-    pytest.importorskip("faiss")
-    queries = some_queries()
-    truth = make().search(queries, 5)
-    for kind in KINDS:
-        make(kind).save(kind)
-    with monkeypatch.context() as patch:
-        patch.setattr(index_module, "faiss", None)
-        for index in (make(), *(CaseIndex.load(kind) for kind in KINDS)):
-            assert index.backend == "torch"
-            for a, b in zip(index.search(queries, 5), truth, strict=True):
-                assert (a == b).all()
-        assert "searched exactly, by torch" in capsys.readouterr().out
-        index = CaseIndex.load("flat")
-        index.remove([12])
-        index.add(np.zeros((1, 16)), [12], [0], ["new"], ["x"])
-        index.save("flat")
-        assert index.search(np.zeros((1, 16)), 1)[1][0, 0] == 12
-        for kind in ("hnsw", "ivfpq"):
-            with pytest.raises(InputError, match=f"--index {kind} needs faiss"):
-                CaseIndex(np.zeros((2, 4)), [1, 2], [0, 0], "ab", "xx", kind=kind)
-        with pytest.raises(InputError, match="faiss is not installed"):
-            make(backend="faiss")
-    assert (
-        CaseIndex.load("flat", backend="faiss").search(np.zeros((1, 16)), 1)[1][0, 0] == 12
-    )  # FAISS's part is made anew
-
-
 def test_an_interrupted_save_leaves_the_index_before(monkeypatch):
     index = make(n=50)
     index.save("here")
@@ -296,29 +260,93 @@ def test_damaged_files_are_refused():
     index = make(n=60)
     for pattern in ("vectors-*.npy", "cases-*.csv", "index-*.faiss"):
         index.save("here")
-        path = next(Path("here").glob(pattern), None)
-        if path is None:  # without faiss
-            continue
+        path = next(Path("here").glob(pattern))
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
-        with pytest.raises(InputError, match="is damaged: its SHA-256"):
+        with pytest.raises(InputError, match=f"damaged .the SHA-256 of {path.name}"):
             CaseIndex.load("here")
         path.unlink()
         with pytest.raises(InputError, match=f"incomplete: {path.name} is missing"):
             CaseIndex.load("here")
     index.save("here")
-    manifest = json.loads(Path("here/manifest.json").read_text())
-    for change, message in (
-        ({"format": "other"}, "not that of a"),
-        ({"count": 61}, "should hold 61 x 16"),
-        ({"retired": None}, "is damaged"),
+    for text, sentence in (
+        (Path("here/manifest.json").read_text().replace('"l2"', '"cosine"'), "manifest.json is damaged: its SHA-256"),
+        ("{", "cannot be read as JSON"),
+        ("[]", "not that of a"),
     ):
-        Path("here/manifest.json").write_text(json.dumps(manifest | change))
-        with pytest.raises(InputError, match=message):
+        Path("here/manifest.json").write_text(text)
+        with pytest.raises(InputError, match=sentence):
             CaseIndex.load("here")
-    Path("here/manifest.json").write_text("{")
-    with pytest.raises(InputError, match="cannot be read as JSON"):
+
+
+def rewrite(change, folder="here"):
+    """The manifest with other values and a digest that is right again."""
+    path = Path(folder) / "manifest.json"
+    manifest = json.loads(path.read_text()) | change
+    del manifest["sha256"]
+    path.write_text(json.dumps(manifest | {"sha256": index_module.digest_of_manifest(manifest)}))
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        ({"format": "other"}, "not that of a"),
+        ({"metric": "foo"}, "'metric' in manifest.json"),
+        ({"metric": "cosine"}, "FAISS part does not hold"),
+        ({"kind": "hnsw", "settings": {"links": 32, "ef_construction": 200, "ef_search": 64}}, "FAISS part"),
+        ({"kind": ["flat"]}, "is damaged"),
+        ({"count": 61}, "should hold 61 x 16"),
+        ({"dim": -1}, "'dim' in manifest.json"),
+        ({"retired": None}, "is damaged"),
+        ({"settings": {"ef_search": 1}}, "'settings' in manifest.json"),
+        ({"metadata": {"label_names": ["normal"]}}, "labels are numbers of the 1 label names"),
+        ({"metadata": {"label_names": ["a", "a"]}}, "'label_names' in manifest.json"),
+        ({"metadata": {"embedder": {"backbone": "pixels"}}}, "is damaged"),
+        ({"metadata": {"typical": {"k": 10, "distance": {"0.95": "far", "0.99": 1}}}}, "is damaged"),
+        ({"metadata": {"datasets": {"phantom": {"size": "28"}}}}, "'datasets' in manifest.json"),
+    ],
+)
+def test_a_manifest_that_cannot_be_is_refused_though_its_digest_is_right(change, sentence):
+    make(n=60).save("here")
+    rewrite(change)
+    with pytest.raises(InputError, match=sentence):
+        CaseIndex.load("here")
+
+
+def test_files_that_do_not_belong_together_are_refused_though_their_digests_are_right():
+    index, other = make(n=60), make(n=60, seed=1)
+
+    def put(part, content):
+        files = json.loads(Path("here/manifest.json").read_text())["files"]
+        path = Path("here") / files[part]["name"]
+        path.write_bytes(content)
+        rewrite({"files": files | {part: files[part] | {"sha256": index_module.sha256_of(path)}}})
+
+    other.save("other")
+    index.save("here")
+    put("faiss", next(Path("other").glob("*.faiss")).read_bytes())
+    with pytest.raises(InputError, match="FAISS part does not hold the 60 x 16 vectors"):
+        CaseIndex.load("here")
+    index.save("here")
+    put("faiss", b"no index")
+    with pytest.raises(InputError, match="is damaged"):
+        CaseIndex.load("here")
+    for find, change, sentence in (
+        ("3,", "6,", "unique"),
+        (",val,", ",val", "is damaged"),
+        ("3,1,", "3,7,", "labels are"),
+    ):
+        index.labels[0] = 1
+        index.save("here")
+        text = next(Path("here").glob("cases-*.csv")).read_text()
+        head, body = text.split("\n", 1)
+        put("cases", (head + "\n" + body.replace(find, change, 1)).encode())
+        with pytest.raises(InputError, match=sentence):
+            CaseIndex.load("here")
+    index.vectors[5, 5] = np.nan
+    index.save("here")
+    with pytest.raises(InputError, match="NaN or infinite"):
         CaseIndex.load("here")
 
 
