@@ -189,8 +189,7 @@ def save_figure(figure, path, title="", phantom=False, dpi=130):
     """
     title = f"PHANTOM, drawn and not taken: {title}" if phantom else title
     wide = max(30, int(figure.get_figwidth() * 14))  # characters of 10 points that fit side by side
-    lines = [part for line in title.split("\n") for part in textwrap.wrap(line, wide)]
-    figure.suptitle("\n".join(lines), fontsize=10, parse_math=False)  # a dollar sign in a name stays one
+    figure.suptitle("\n".join(part for line in title.split("\n") for part in textwrap.wrap(line, wide)), fontsize=10)
     for text in figure.findobj(Text):
         text.set_parse_math(False)  # a $ in a question or a file name is a $ ...
     for axis in (a for axes in figure.axes for a in (axes.xaxis, axes.yaxis) if a.get_scale() == "log"):
