@@ -3,13 +3,12 @@ What the search for similar cases costs: seconds to index, milliseconds per quer
 galleries.
 
 Usage:
-    MEDVLM_DATA=<folder> python benchmarks/retrieval.py --cnn-weights models/task1_model.pth    # a million vectors:
-    tens of minutes, 8 GB python benchmarks/retrieval.py --count 50000                                                #
-    minutes
-    python benchmarks/retrieval.py --small  # the short form for tests
+    python benchmarks/retrieval.py --cnn-weights models/task1_model.pth   # a million vectors: tens of minutes, 8 GB
+    python benchmarks/retrieval.py --count 50000                          # minutes
+    python benchmarks/retrieval.py --small                                # the short form for tests
 
 1. Seconds to embed and index the 4,708 training images. 2. Median time of a query among the 624 test images, inside the
-process: CaseIndex with either backend, beside a NumPy argsort and scikit-learn; the aim is below 1 ms. 3. --count
+process: CaseIndex, beside FAISS alone, a NumPy argsort and scikit-learn; the aim is below 1 ms. 3. --count
 vectors drawn from a Gaussian mixture fitted to the real embeddings (--covariance: of the clusters; queries come from
 the same mixture): FAISS flat, HNSW for several efSearch, IVF-PQ for several nprobe, without and with the exact
 comparison of its 100 best that CaseIndex makes, beside NumPy, torch and scikit-learn. recall@10 = share of the ten
@@ -38,8 +37,7 @@ from sklearn.neighbors import NearestNeighbors
 
 from shared.data.image_sets import load_images
 from shared.runtime import InputError, atomic_file, pick_device, positive_int, read_json, run_facts, script, write_json
-from task1_classification.model import find_classifier
-from task3_retrieval.build_index import dataset_cases
+from task3_retrieval.cases import dataset_cases
 from task3_retrieval.embed import load_embedder
 from task3_retrieval.index import SETTINGS, CaseIndex, faiss, inner, new_faiss
 
@@ -54,7 +52,7 @@ def parse_args(argv):
     parser.add_argument("--data-dir", default=os.environ.get("MEDVLM_DATA") or "data",
         help="folder with the data files; $MEDVLM_DATA, else data")
     parser.add_argument("--cnn-weights",
-        help="task 1 classifier (default: models/task1_model.pth, else ./task1_model.pth)")
+        help="a task 1 classifier or an embedding of train.py (default: as build_index.py)")
     parser.add_argument("--count", type=positive_int, default=1_000_000,
         help="vectors of the large gallery (%(default)s)")
     parser.add_argument("--queries", type=positive_int, default=500, help="queries to the large gallery (%(default)s)")
@@ -88,39 +86,18 @@ def real_index(args, device):
     if args.small:
         data.limit(300)
     backbone = "pixels" if args.small else "cnn"
-    if not args.small and args.cnn_weights is None and find_classifier() is None:
-        raise InputError(
-            "there are no task 1 weights: give --cnn-weights, or train them with python task1_classification/train.py"
-        )
     embedder = load_embedder(backbone, args.cnn_weights, data, device)
     cases = dataset_cases(data, "train")
     started = time.perf_counter()
     vectors = embedder(cases["images"])
     embedded = time.perf_counter()
-    make_index(vectors, cases)
-    return (
-        embedder,
-        data,
-        vectors,
-        {
-            "images": len(vectors),
-            "dim": embedder.dim,
-            "seconds_embedding": embedded - started,
-            "seconds_indexing": time.perf_counter() - embedded,
-        },
-    )
+    plain_index(vectors, cases)
+    seconds = {"seconds_embedding": embedded - started, "seconds_indexing": time.perf_counter() - embedded}
+    return embedder, data, vectors, {"images": len(vectors), "dim": embedder.dim, **seconds}
 
 
-def make_index(vectors, cases, backend="auto"):
-    return CaseIndex(
-        vectors,
-        np.arange(len(vectors)),
-        np.array(cases["labels"]),
-        cases["names"],
-        cases["splits"],
-        {},
-        backend=backend,
-    )
+def plain_index(vectors, cases):
+    return CaseIndex(vectors, np.arange(len(vectors)), *(cases[c] for c in ("labels", "names", "splits")))
 
 
 def small_gallery(embedder, data):
@@ -130,26 +107,18 @@ def small_gallery(embedder, data):
     """
     cases = dataset_cases(data, "test")
     vectors = embedder(cases["images"])
-    with_torch, forest = (
-        make_index(vectors, cases, "torch"),
-        NearestNeighbors(n_neighbors=K, algorithm="brute").fit(vectors),
-    )
+    index = plain_index(vectors, cases)
+    forest = NearestNeighbors(n_neighbors=K, algorithm="brute").fit(vectors)
     ways = {
-        "CaseIndex, torch": lambda q: with_torch.search(q, K)[1],
+        "CaseIndex": lambda q: index.search(q, K)[1],
+        "FAISS flat alone": lambda q: index.faiss_index.search(q, K)[1],
         "NumPy, all distances and argsort": lambda q: np.argsort(((vectors - q) ** 2).sum(1), kind="stable")[None, :K],
         "scikit-learn NearestNeighbors, brute": lambda q: forest.kneighbors(q, return_distance=False),
     }
-    if faiss is not None:
-        with_faiss = make_index(vectors, cases, "faiss")
-        ways = {
-            "CaseIndex, faiss": lambda q: with_faiss.search(q, K)[1],
-            "FAISS flat alone": lambda q: with_faiss.faiss_index.search(q, K)[1],
-        } | ways
     rows = {name: timed(search, vectors) for name, search in ways.items()}
-    expected = rows["CaseIndex, torch"].pop("found")
-    for row in rows.values():
-        found = row.pop("found", expected)
-        row["same_lists"] = float((found == expected).all(1).mean())
+    found = {name: row.pop("found") for name, row in rows.items()}
+    for name, row in rows.items():
+        row["same_lists"] = float((found[name] == found["CaseIndex"]).all(1).mean())
     one = []
     for image in cases["images"][:50]:
         started = time.perf_counter()
@@ -382,8 +351,6 @@ def check_memory(size):
 @script
 def main(argv=None):
     args = parse_args(argv)
-    if faiss is None:
-        raise InputError("this benchmark compares with faiss: pip install faiss-cpu")
     started = time.time()
     device, _ = pick_device(args.device)
     torch.set_num_threads(args.threads)

@@ -2,7 +2,7 @@
 Build an index of labelled images for the search for similar cases, or change one.
 
 Usage:
-    python task3_retrieval/build_index.py  # training images, task 1's network
+    python task3_retrieval/build_index.py  # training images; the embedding of train.py, else task 1's network
     python task3_retrieval/build_index.py --split test --index flat --metric l2  # the 624 test images, 512 numbers each
     python task3_retrieval/build_index.py --data phantom --backbone pixels  # needs neither data, weights nor network
     python task3_retrieval/build_index.py --images films/ --labels films.csv --index hnsw --metric cosine
@@ -16,7 +16,6 @@ not copied: index/ holds their vectors, names and labels. Vectors can tell whose
 images it was made from.
 """
 
-import csv
 import sys
 import time
 from pathlib import Path
@@ -29,15 +28,14 @@ import numpy as np
 import torch.distributed as dist
 
 from shared.data.image_sets import SIZES, SPLITS, load_images, load_phantom
-from shared.data.images import find_images, read_image, to_square
 from shared.runtime import InputError, open_run_dir, pick_device, positive_int, run_facts, script, script_parser
 from shared.runtime import seed_everything, start_distributed, write_csv, write_json
 from task1_classification.model import find_classifier
+from task3_retrieval.cases import DRY_RUN, dataset_cases, file_cases, index_of, read_files
 from task3_retrieval.embed import embedder_like, load_embedder
-from task3_retrieval.index import BACKENDS, KINDS, METRICS, UNKNOWN, CaseIndex, find_index
+from task3_retrieval.index import KINDS, METRICS, CaseIndex, find_index
 
 TASK = "task3_retrieval"
-DRY_RUN = {"train": 96, "val": 32, "test": 32}  # phantom images
 
 
 def parse_args(argv=None):
@@ -55,8 +53,8 @@ def parse_args(argv=None):
     g = parser.add_argument_group("vectors")
     g.add_argument("--backbone",
         help="cnn, pixels, a torchvision name, random:NAME, a SigLIP or CLIP model folder, vlm:MODEL (default: cnn)")
-    g.add_argument("--cnn-weights", metavar="FILE", help="checkpoint of task 1 or of task3_retrieval/train.py "
-        "(default: models/task1_model.pth, else ./task1_model.pth)")
+    g.add_argument("--cnn-weights", metavar="FILE", help="best.pt or run folder of train.py, or a task 1 classifier "
+        "(default: the newest full run of train.py, else models/task1_model.pth)")
     g.add_argument("--allow-other-dataset", action="store_true",
         help="use weights that were trained on another data set")
     g.add_argument("--input-size", type=positive_int, metavar="PIXELS",
@@ -68,8 +66,6 @@ def parse_args(argv=None):
         help="flat: exact; hnsw, ivfpq: approximate, for large galleries (default: flat)")
     g.add_argument("--metric", default=None, choices=METRICS,
         help="Euclidean distance, or cosine similarity (default: l2)")
-    g.add_argument("--backend", default="auto", choices=BACKENDS,
-        help="auto: faiss where it is installed (%(default)s)")
     g.add_argument("--update", metavar="INDEX", help="an index, or its run folder, to change in place")
     g.add_argument("--add", action="store_true", help="with --update: add the images of --split or --images")
     g.add_argument("--remove", type=int, nargs="+", metavar="ID",
@@ -99,7 +95,7 @@ def parse_args(argv=None):
     return args
 
 
-@script
+@script(torchrun=True)
 def main(argv=None):
     args = parse_args(argv)
     started = time.time()
@@ -109,47 +105,10 @@ def main(argv=None):
     if args.update is not None:
         return update(args, device, rank, world_size)
 
-    if args.backbone is None:
-        args.backbone = "cnn"
-        if args.dry_run and args.cnn_weights is None and find_classifier() is None:
-            args.backbone = "pixels"
-            print("dry run without task 1 weights: --backbone pixels")
-    embedder = None
-    if args.backbone == "cnn" or args.images:
-        embedder = load_embedder(
-            args.backbone, args.cnn_weights, None, device, args.input_size, batch_size=args.batch_size
-        )
-    if args.images:
-        cases = file_cases(args, [])
-    else:
-        data = load_data(args, embedder)
-        if embedder is None:
-            embedder = load_embedder(
-                args.backbone, args.cnn_weights, data, device, args.input_size, batch_size=args.batch_size
-            )
-        embedder.check_dataset(data.name, args.allow_other_dataset or args.dry_run)
-        cases = dataset_cases(data, args.split)
+    embedder, cases = embedder_and_cases(args, device)
     vectors, good, errors = embed_cases(embedder, cases, rank, world_size)
     embedded = time.time()
-
-    metadata = {
-        "embedder": embedder.facts(),
-        "label_names": cases["label_names"],
-        "datasets": cases["datasets"],
-        "date": time.strftime("%Y-%m-%d"),
-    }
-    columns = [[cases[c][i] for i in good] for c in ("labels", "names", "splits")]
-    index = CaseIndex(
-        vectors,
-        np.arange(len(good)),
-        np.array(columns[0]),
-        *columns[1:],
-        metadata,
-        args.index,
-        args.metric,
-        args.backend,
-    )
-    index.fit_typical()
+    index = index_of(vectors, cases, embedder, good, args.index, args.metric)
     built = time.time()
     run_dir = open_run_dir(args, TASK, "build_index")
     if rank > 0:
@@ -165,10 +124,12 @@ def main(argv=None):
             "dim": index.dim,
             "index": args.index,
             "metric": args.metric,
-            "backend": index.backend,
             "split": args.split if not args.images else None,
             "dataset": cases["datasets"],
-            "labels": label_counts(index),
+            "datasets": list(cases["datasets"]),
+            "phantom": any(d["phantom"] for d in cases["datasets"].values()),
+            "limited": args.limit is not None,
+            "labels": index.label_counts(),
             "model": embedder.facts(),
             "typical_distance": index.metadata["typical"],
             "seconds_embedding": round(embedded - started, 3),
@@ -177,21 +138,20 @@ def main(argv=None):
             **run_facts(started, device),
         },
     )
+    counts = ", ".join(f"{n} {c}" for n, c in index.label_counts().items())
+    skipped = f", {len(errors)} files skipped (errors.csv)" if errors else ""
     print(
-        f"{len(index)} images of {index.dim} numbers, {args.index} with {args.metric} ({index.backend}): "
-        + ", ".join(f"{n} {c}" for n, c in label_counts(index).items())
-    )
-    print(
-        f"embedded in {embedded - started:.1f} s, indexed in {built - embedded:.1f}"
-        f" s{f', {len(errors)} files skipped (errors.csv)' if errors else ''}; index in {run_dir / 'index'}"
+        f"{len(index)} images of {index.dim} numbers ({embedder.title}), {args.index} with {args.metric}: {counts}\n"
+        f"embedded in {embedded - started:.1f} s, indexed in {built - embedded:.1f} s{skipped}; index in"
+        f" {run_dir / 'index'}"
     )
 
 
 def update(args, device, rank, world_size):
     """--update: remove, then add, then save in place; nothing is written when one of them fails."""
     folder = find_index(args.update)
-    index = CaseIndex.load(folder, backend=args.backend)
-    before, errors = len(index), []
+    index = CaseIndex.load(folder)
+    before, errors, known = len(index), [], index.metadata["datasets"]
     if args.remove:
         if len(set(args.remove)) >= len(index) and not args.add:
             raise InputError(f"{folder} would be empty after that; delete the folder instead")
@@ -200,11 +160,10 @@ def update(args, device, rank, world_size):
         embedder = embedder_like(index.metadata["embedder"], args.cnn_weights, device, args.batch_size)
         index.check_embedder(embedder, folder)
         if args.images:
-            cases = file_cases(args, index.metadata["label_names"])
+            cases = file_cases(args.images, args.labels, args.limit, index.metadata["label_names"])
         else:
-            data = load_data(args, embedder, next(iter(index.metadata["datasets"]), None))
-            known = index.metadata["datasets"].get(data.name)
-            if known and known["sha256"] != data.sha256:
+            data = load_data(args, embedder, next(iter(known), None))
+            if data.name in known and known[data.name]["sha256"] != data.sha256:
                 raise InputError(f"{data.source} is not the file the index was built from (other SHA-256)")
             embedder.check_dataset(data.name, args.allow_other_dataset)
             cases = dataset_cases(data, args.split)
@@ -214,125 +173,58 @@ def update(args, device, rank, world_size):
                     f" {', '.join(cases['label_names'])}; build an index of its own"
                 )
         vectors, good, errors = embed_cases(embedder, cases, rank, world_size)
-        columns = [[cases[c][i] for i in good] for c in ("labels", "names", "splits")]
-        index.add(vectors, index.next_id() + np.arange(len(good)), np.array(columns[0]), *columns[1:])
         index.metadata["label_names"] = cases["label_names"]
-        index.metadata["datasets"] |= cases["datasets"]
+        columns = [[cases[c][i] for i in good] for c in ("labels", "names", "splits")]
+        index.add(vectors, index.next_id() + np.arange(len(good)), *columns)
+        index.metadata["datasets"] = known | cases["datasets"]
     index.fit_typical()
     if rank > 0:
         return
     index.save(folder)
     if errors:
         write_csv(folder.parent / "errors.csv", errors)
-    print(
-        f"{folder}: {before} images before, {len(index)}"
-        f" now{f', {len(errors)} files skipped ({folder.parent}/errors.csv)' if errors else ''}: "
-        + ", ".join(f"{n} {c}" for n, c in label_counts(index).items())
-    )
+    counts = ", ".join(f"{n} {c}" for n, c in index.label_counts().items())
+    skipped = f", {len(errors)} files skipped ({folder.parent}/errors.csv)" if errors else ""
+    print(f"{folder}: {before} images before, {len(index)} now{skipped}: {counts}")
 
 
 # ---------------------------------------------------------------------------------------------------------------- cases
 
 
-def load_data(args, embedder, known=None):
+def embedder_and_cases(args, device):
+    """--backbone, --cnn-weights, --data or --images -> (Embedder, cases)."""
+    if args.backbone is None:
+        args.backbone = "cnn"
+        if args.dry_run and args.cnn_weights is None and find_classifier() is None:
+            args.backbone = "pixels"
+            print("dry run without task 1 weights: --backbone pixels")
+    named = args.data.lower() if args.data.lower() != "auto" and not args.images else None
+    data = load_data(args) if args.backbone == "pixels" and not args.images else None  # they have the data's own size
+    embedder = load_embedder(
+        args.backbone, args.cnn_weights, data, device, args.input_size, batch_size=args.batch_size, dataset=named
+    )
+    if args.images:
+        return embedder, file_cases(args.images, args.labels, args.limit, [])
+    data = data or load_data(args, embedder)
+    embedder.check_dataset(data.name, args.allow_other_dataset or args.dry_run)
+    return embedder, dataset_cases(data, args.split)
+
+
+def load_data(args, embedder=None, known=None):
     """
     --data -> ImageSet, at the size of the CNN where there is one; auto: the set of the index, of the CNN, else
     PneumoniaMNIST.
     """
     if args.dry_run:
         return load_phantom(28, DRY_RUN)
-    size = args.image_size or (
-        embedder.settings["image_size"] if embedder is not None and embedder.settings["image_size"] in SIZES else 28
-    )
+    size = embedder.settings["image_size"] if embedder is not None else None
     home = known or (embedder is not None and embedder.trained_on)
-    data = load_images(home if home and args.data.lower() == "auto" else args.data, args.data_dir, size)
+    name = home if home and args.data.lower() == "auto" else args.data
+    data = load_images(name, args.data_dir, args.image_size or (size if size in SIZES else 28))
     if args.limit:
         data.limit(args.limit)
     print(data)
     return data
-
-
-def dataset_cases(data, split):
-    """
-    An ImageSet -> what goes into the index: images uint8 (N, H, W) or (N, H, W, 3), and a list each of labels, names,
-    splits.
-    """
-    if data.multi_label:
-        raise InputError(
-            f"{data.name} has several labels per image; the search counts and filters by one, so take a set with one"
-        )
-    splits = SPLITS if split == "all" else (split,)
-    images = np.concatenate([channels_last(data.images[s]) for s in splits])
-    return {
-        "images": images,
-        "labels": np.concatenate([data.labels[s].numpy() for s in splits]).tolist(),
-        "label_names": list(data.label_names),
-        "names": [case_name(data.name, s, i) for s in splits for i in range(len(data.images[s]))],
-        "splits": [s for s in splits for _ in range(len(data.images[s]))],
-        "datasets": {data.name: data.facts()},
-    }
-
-
-def case_name(dataset, split, position):
-    """How an image of a data set is called in an index; gallery.py finds the image by it."""
-    return f"{dataset}/{split}/{position:05d}"
-
-
-def channels_last(images):
-    """uint8 tensor (N, C, H, W) -> array (N, H, W), or (N, H, W, 3)."""
-    return images[:, 0].numpy() if images.shape[1] == 1 else images.permute(0, 2, 3, 1).contiguous().numpy()
-
-
-def file_cases(args, label_names):
-    """--images and --labels -> cases whose "images" are paths; labels are numbered on from `label_names`."""
-    paths = [p.resolve() for p in find_images(args.images)][: args.limit]
-    rows = read_labels(args.labels) if args.labels else {}
-    roots = [Path(p).resolve() for p in args.images if Path(p).is_dir()]
-    found = []
-    for path in paths:
-        keys = [path.relative_to(root).as_posix() for root in roots if path.is_relative_to(root)] + [path.name]
-        found.append(next((rows[k] for k in keys if k in rows), {"label": "", "split": ""}))
-    if rows and not any(r["label"] for r in found):
-        raise InputError(
-            f"none of the {len(rows)} files named in {args.labels} is among the {len(paths)} images; name them relative"
-            " to --images"
-        )
-    label_names = list(label_names) + sorted({r["label"] for r in found} - set(label_names) - {""})
-    if args.labels:
-        print(f"labels of {sum(bool(r['label']) for r in found)} of {len(paths)} images from {args.labels}")
-    return {
-        "images": paths,
-        "labels": [label_names.index(r["label"]) if r["label"] else UNKNOWN for r in found],
-        "label_names": label_names,
-        "names": [str(p) for p in paths],
-        "splits": [r["split"] or "files" for r in found],
-        "datasets": {},
-    }
-
-
-def read_labels(path):
-    """
-    CSV with the columns file, label and perhaps split -> {file: {"label", "split"}}; an empty label is an unknown one.
-    """
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            missing = {"file", "label"} - set(reader.fieldnames or ())
-            if missing:
-                raise InputError(
-                    f"{path} has no column {' and no column '.join(sorted(missing))}; it has"
-                    f" {', '.join(reader.fieldnames or ['nothing'])}"
-                )
-            rows = {}
-            for row in reader:
-                entry = {"label": (row["label"] or "").strip(), "split": (row.get("split") or "").strip()}
-                name = Path((row["file"] or "").strip()).as_posix()
-                if rows.get(name, entry) != entry:
-                    raise InputError(f"{path} names {name} twice, with different labels; keep one of the rows")
-                rows[name] = entry
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"--labels: {path} cannot be read as a CSV file ({error})") from error
-    return rows
 
 
 def embed_cases(embedder, cases, rank=0, world_size=1):
@@ -357,11 +249,8 @@ def embed_cases(embedder, cases, rank=0, world_size=1):
     if world_size > 1:
         everyone = [None] * world_size
         dist.all_gather_object(everyone, (vectors, good, errors))
-        vectors, good, errors = (
-            np.concatenate([e[0] for e in everyone]),
-            sum((e[1] for e in everyone), []),
-            sum((e[2] for e in everyone), []),
-        )
+        vectors = np.concatenate([e[0] for e in everyone])
+        good, errors = (sum((e[i] for e in everyone), []) for i in (1, 2))
         order = np.argsort(good)
         vectors, good = vectors[order], [good[i] for i in order]
     if not good:
@@ -371,26 +260,6 @@ def embed_cases(embedder, cases, rank=0, world_size=1):
     for error in errors if rank == 0 else ():
         print(f"  skipped {error['path']}: {error['error']}", file=sys.stderr)
     return vectors, good, errors
-
-
-def read_files(paths, embedder):
-    """Image files -> (uint8 (n, size, size) or (n, size, size, 3), which of the paths these are, errors as rows)."""
-    images, read, errors = [], [], []
-    channels = 1 if embedder.settings["channels"] == 1 else 3
-    for i, path in enumerate(paths):
-        try:
-            images.append(to_square(read_image(path), embedder.read_size, channels))
-            read.append(i)
-        except InputError as error:
-            errors.append({"path": str(path), "error": str(error)})
-    stack = np.stack(images) if images else np.empty((0, channels, 1, 1), dtype=np.uint8)
-    return (stack[:, 0] if channels == 1 else stack.transpose(0, 2, 3, 1)), read, errors
-
-
-def label_counts(index):
-    counts = {name: int((index.labels == i).sum()) for i, name in enumerate(index.label_names)}
-    unknown = int((index.labels == UNKNOWN).sum())
-    return counts | ({"unknown": unknown} if unknown else {})
 
 
 if __name__ == "__main__":

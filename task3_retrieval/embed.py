@@ -1,10 +1,10 @@
 """
 Images -> vectors, for retrieval. One function for every backbone, one object that knows how it was made.
 
-    embed = load_embedder("cnn", data=data)          # task 1's ResNet-18 without its head: 512 numbers per image
+    embed = load_embedder("cnn", data=data)          # the trained embedding, else task 1's ResNet-18 without its head
     vectors = embed(images)                          # images uint8 (N, H, W) or (N, H, W, 3) -> float32 (N, embed.dim)
 
---backbone cnn                  task 1's classifier, or what task 3's train.py made of it (--cnn-weights)
+--backbone cnn                  what train.py made of task 1's classifier, or that classifier (--cnn-weights)
            pixels               the picture itself, each image's mean subtracted: the floor that every network has to
                                 beat
            resnet50, vit_b_16   any torchvision classifier with its published weights, last layer taken off
@@ -31,13 +31,14 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from shared.runtime import InputError, load_checkpoint
+from shared.runtime import InputError, load_checkpoint, read_json
 from task1_classification.model import build_model, find_classifier, load_classifier, normalise
 
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 EMBEDDING_KIND = "task3_embedding"  # "kind" of the checkpoints of task3_retrieval/train.py
-EMBEDDING_KEYS = ("kind", "model", "head", "settings")
+EMBEDDING_SETTINGS = ("architecture", "stem", "channels", "image_size", "normalisation", "dataset")
 RANDOM_SEED = 0  # of random:<name>, so that the same untrained network comes back
+RUNS = Path("outputs/task3_retrieval")
 
 
 @dataclass
@@ -56,6 +57,7 @@ class Embedder:
     function: object = field(repr=False)  # uint8 tensor (n, C, H, W) -> float tensor (n, dim)
     batch_size: int = 256
     device: torch.device = torch.device("cpu")
+    title: str = ""  # what the tables call it
 
     @torch.inference_mode()
     def __call__(self, images):
@@ -84,14 +86,8 @@ class Embedder:
 
     def facts(self):
         """What an index and metrics files say about where the vectors came from."""
-        return {
-            "backbone": self.name,
-            "dim": self.dim,
-            "digest": self.digest,
-            "settings": self.settings,
-            "weights": self.weights,
-            "trained_on": self.trained_on,
-        }
+        names = ("dim", "digest", "settings", "weights", "trained_on", "title")
+        return {"backbone": self.name} | {name: getattr(self, name) for name in names}
 
 
 def channels_first(images):
@@ -100,54 +96,93 @@ def channels_first(images):
     return images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
 
 
+def channels_last(images):
+    """uint8 tensor (n, C, H, W) -> array (n, H, W), or (n, H, W, 3)."""
+    return images[:, 0].numpy() if images.shape[1] == 1 else images.permute(0, 2, 3, 1).contiguous().numpy()
+
+
 def fit_images(images, size, channels):
     """uint8 (n, C, H, W) -> uint8 (n, channels, size, size); size None: as it is."""
     if images.shape[1] == 3 and channels == 1:  # ITU-R 601 luma, as shared/data/images.py has it
         luma = torch.tensor([0.299, 0.587, 0.114], device=images.device).view(1, 3, 1, 1)
         images = (images * luma).sum(1, keepdim=True).round().to(torch.uint8)
     if size is not None and images.shape[2:] != (size, size):
-        images = (
-            F.interpolate(images.float(), size=(size, size), mode="bicubic", antialias=True, align_corners=False)
-            .clamp(0, 255)
-            .round()
-            .to(torch.uint8)
-        )
+        images = F.interpolate(images.float(), size=(size, size), mode="bicubic", antialias=True, align_corners=False)
+        images = images.clamp(0, 255).round().to(torch.uint8)
     return images.expand(-1, channels, -1, -1)
 
 
+# ------------------------------------------------------------------------------------------------ which weights to take
+
+
+def preferred_run(script, holding, dataset=None):
+    """
+    The run of this task's script to go on with, of those that are finished, hold the file `holding` and are of
+    `dataset` (None: any): full runs on real images first, then the newest -> (its folder, is it such a full run), or
+    (None, False).
+    """
+    found = []
+    for run in (RUNS / script).glob("[0-9]*"):
+        if run.name.isdigit() and (run / holding).is_file() and (run / "metrics.json").is_file():
+            metrics = read_json(run / "metrics.json")
+            if dataset is None or dataset in metrics.get("datasets", ()):
+                found.append((not (metrics.get("phantom") or metrics.get("limited")), int(run.name), run))
+    full, _, run = max(found, default=(False, 0, None))
+    return run, full
+
+
+def find_cnn(dataset=None):
+    """
+    Weights for --backbone cnn where none are named: the embedding that train.py made, for `dataset` where that is
+    given, else task 1's classifier -> (path, the reason in words). A run with --limit or on the phantom does not stand
+    in for a classifier of real images. InputError where there is neither.
+    """
+    (run, full), classifier = preferred_run("train", "best.pt", dataset), find_classifier()
+    real = classifier is not None and not load_checkpoint(classifier, ("dataset",))["dataset"]["phantom"]
+    if run is not None and (full or not real):
+        kind = "the newest full run" if full else "a run with --limit or on the phantom: there is no other"
+        return run / "best.pt", f"trained embedding, {kind} of train.py"
+    if classifier is None:
+        raise InputError(
+            "there are no task 1 weights at models/task1_model.pth or ./task1_model.pth; train them with python"
+            " task1_classification/train.py, give --cnn-weights, or use --backbone pixels, which needs none"
+        )
+    return classifier, "task 1's classifier: there is no full run of task3_retrieval/train.py for these images"
+
+
 def load_embedder(
-    backbone="cnn",
-    cnn_weights=None,
-    data=None,
-    device="cpu",
-    image_size=None,
-    allow_other_dataset=False,
-    batch_size=256,
-):
+    backbone="cnn", cnn_weights=None, data=None, device="cpu", image_size=None, allow_other_dataset=False,
+    batch_size=256, dataset=None,
+):  # fmt: skip
     """
-    backbone: see the top of this file; cnn_weights: checkpoint of task 1 or task 3, or its run folder (default:
-    models/task1_model.pth, else ./task1_model.pth); data: the ImageSet to be embedded, against which the weights' data
-    set is checked; image_size: pixels per side at the network's input (default: what the weights were trained at;
-    pixels: 28). -> Embedder. InputError when weights are missing, of another kind or of another data set.
+    backbone: see the top of this file; cnn_weights: checkpoint of task 1 or task 3, or its run folder (default: see
+    find_cnn); data: the ImageSet to be embedded, against which the weights' data set is checked; dataset: its name
+    where it is not read yet; image_size: pixels per side at the network's input (default: what the weights were
+    trained at; pixels: 28). -> Embedder. InputError when weights are missing, of another kind or of another data set.
     """
-    device = torch.device(device)
-    common = dict(batch_size=batch_size, device=device)
+    common = dict(batch_size=batch_size, device=torch.device(device))
     if cnn_weights is not None and backbone != "cnn":
         raise InputError(f"--cnn-weights belongs to --backbone cnn, not to {backbone}; leave one of them out")
     if backbone == "cnn":
-        return load_cnn(cnn_weights, data, image_size, allow_other_dataset, common)
+        name = data.name if data is not None else dataset
+        path, why = (Path(cnn_weights), "asked for") if cnn_weights is not None else find_cnn(name)
+        path = path / "best.pt" if path.is_dir() else path
+        print(f"CNN weights: {path} ({why})", flush=True)
+        embedder = load_cnn(path, image_size, common)
+        if data is not None:
+            embedder.check_dataset(data.name, allow_other_dataset)
+        return embedder
     if backbone == "pixels":
-        return load_pixels(
-            image_size or (data.size if data is not None else 28), data.channels if data is not None else 1, common
-        )
+        size, channels = (data.size, data.channels) if data is not None else (28, 1)
+        return load_pixels(image_size or size, channels, common)
     name = backbone.removeprefix("random:")
     if name in torchvision.models.list_models(module=torchvision.models):
-        return load_torchvision(backbone, name, image_size, common)
+        return load_torchvision(backbone, name, image_size or 224, common)
     if backbone.startswith("random:"):
         raise InputError(f"--backbone {backbone}: torchvision has no classifier of that name; try random:resnet18")
     if image_size is not None:
         raise InputError(f"--backbone {backbone} has its own image size; leave the size out")
-    return load_transformer(backbone, device, common)
+    return load_transformer(backbone, common)
 
 
 def embedder_like(facts, cnn_weights=None, device="cpu", batch_size=256):
@@ -155,15 +190,19 @@ def embedder_like(facts, cnn_weights=None, device="cpu", batch_size=256):
     The Embedder that an index was built with, from what Embedder.facts() said of it; cnn_weights: where its CNN lies
     now. Whether it is the same is checked by CaseIndex.load and check_embedder, by digest.
     """
-    backbone, settings = facts["backbone"], facts["settings"]
+    backbone, size = facts["backbone"], facts["settings"].get("image_size")
     if backbone == "pixels":
         return load_pixels(
-            settings["image_size"], settings["channels"], dict(batch_size=batch_size, device=torch.device(device))
+            size, facts["settings"]["channels"], dict(batch_size=batch_size, device=torch.device(device))
         )
-    if backbone == "cnn" and cnn_weights is None and Path(facts["weights"]).is_file():
-        cnn_weights = facts["weights"]
-    size = settings["image_size"] if backbone != "cnn" else None
+    if backbone == "cnn":
+        size = None
+        if cnn_weights is None and Path(facts["weights"]).is_file():
+            cnn_weights = facts["weights"]
     return load_embedder(backbone, cnn_weights, None, device, size, batch_size=batch_size)
+
+
+# ------------------------------------------------------------------------------------------------------------ backbones
 
 
 def load_pixels(size, channels, common):
@@ -174,95 +213,79 @@ def load_pixels(size, channels, common):
         x = images.flatten(1).float() / 255
         return x - x.mean(1, keepdim=True)
 
-    return Embedder("pixels", channels * size * size, digest, settings, None, None, vectors, **common)
+    return Embedder("pixels", channels * size * size, digest, settings, None, None, vectors, **common, title="pixels")
 
 
-def load_cnn(path, data, image_size, allow_other_dataset, common):
+class Embedding(nn.Module):
+    """Task 1's ResNet without its last layer, and linear layers of these widths behind it with ReLU between them."""
+
+    def __init__(self, classifier, widths=()):
+        super().__init__()
+        sizes = [classifier.fc.in_features, *widths]
+        self.model = classifier
+        self.model.fc = nn.Identity()
+        layers = []
+        for before, after in zip(sizes, sizes[1:], strict=False):
+            layers += [nn.ReLU()] * bool(layers) + [nn.Linear(before, after)]
+        self.head = nn.Sequential(*layers)
+        self.widths, self.dim = list(widths), sizes[-1]
+
+    def forward(self, images):
+        """float (N, C, H, W), normalised -> (N, dim)."""
+        return self.head(self.model(images))
+
+
+def load_cnn(path, image_size, common):
     """The global average pool of task 1's ResNet, and task 3's projection behind it where the checkpoint has one."""
-    path = Path(path) if path is not None else find_classifier()
-    if path is None:
-        raise InputError(
-            "there are no task 1 weights at models/task1_model.pth or ./task1_model.pth; train them with python"
-            " task1_classification/train.py, give --cnn-weights, or use --backbone pixels, which needs none"
-        )
-    path = path / "best.pt" if path.is_dir() else path
-    print(f"CNN weights: {path}", flush=True)
     state = load_checkpoint(path, what="task 1 classifier or task 3 embedding")
     if isinstance(state, dict) and state.get("kind") == EMBEDDING_KIND:
-        model, head, facts = build_embedding(state, path)
+        network, facts, title = *read_embedding(state, path), "trained embedding"
     else:
-        model, facts = load_classifier(path)
-        head = nn.Identity()
-    size = facts["image_size"]
+        classifier, facts = load_classifier(path)
+        network, title = Embedding(classifier), "task 1 features"
+    size, normalisation = facts["image_size"], facts["normalisation"]
     if image_size not in (None, size):
         raise InputError(
             f"{path} was trained at {size} px, not {image_size}; leave the size out, or give other --cnn-weights"
         )
-    model.fc = nn.Identity()
-    model.to(common["device"], memory_format=torch.channels_last).eval()
-    head.to(common["device"]).eval()
-    normalisation = facts["normalisation"]
+    digest = digest_of(network.model, network.head)
+    network.to(common["device"], memory_format=torch.channels_last).eval()
 
     def vectors(images):
-        return head(model(normalise(images, normalisation).contiguous(memory_format=torch.channels_last)))
+        return network(normalise(images, normalisation).contiguous(memory_format=torch.channels_last))
 
-    settings = {
-        "image_size": size,
-        "channels": facts["channels"],
-        "architecture": facts["architecture"],
-        "stem": facts["stem"],
-        "normalisation": normalisation,
-        "projection": [list(layer.weight.shape) for layer in head.modules() if isinstance(layer, nn.Linear)],
-    }
-    dim = (
-        settings["projection"][-1][0]
-        if settings["projection"]
-        else model_width(vectors, settings["channels"], settings["image_size"], common["device"])
-    )
-    embedder = Embedder(
-        "cnn", dim, digest_of(model, head), settings, str(path), facts["dataset"]["name"], vectors, **common
-    )
-    if data is not None:
-        embedder.check_dataset(data.name, allow_other_dataset)
-    return embedder
+    settings = {key: facts[key] for key in ("image_size", "channels", "architecture", "stem", "normalisation")}
+    settings |= {"projection": network.widths}
+    trained_on = facts["dataset"]["name"]
+    return Embedder("cnn", network.dim, digest, settings, str(path), trained_on, vectors, **common, title=title)
 
 
-def build_embedding(state, path):
-    """Checkpoint of task3_retrieval/train.py -> (ResNet with its weights, projection, settings)."""
-    missing = [k for k in EMBEDDING_KEYS if k not in state]
-    missing += [
-        f"settings[{k!r}]"
-        for k in ("architecture", "stem", "channels", "image_size", "normalisation", "dataset")
-        if k not in state.get("settings", {})
-    ]
+def read_embedding(state, path):
+    """Checkpoint of task3_retrieval/train.py -> (Embedding, settings). InputError for one that cannot be."""
+    missing = [k for k in ("model", "head", "settings") if not isinstance(state.get(k), dict)]
+    missing += [f"settings[{k!r}]" for k in EMBEDDING_SETTINGS if not missing and k not in state["settings"]]
     if missing:
         raise InputError(
             f"{path} is not a task 3 embedding of this version: it lacks {', '.join(missing)}; train it again with"
             " python task3_retrieval/train.py"
         )
-    settings = state["settings"]
-    model = build_model(settings["architecture"], 1, settings["channels"], settings["image_size"], settings["stem"])
-    model.fc = nn.Identity()
-    head = build_head(state["head"])
+    settings, head = state["settings"], state["head"]
     try:
-        model.load_state_dict({k: v for k, v in state["model"].items() if not k.startswith("fc.")})
-        head.load_state_dict(state["head"])
-    except RuntimeError as error:
-        raise InputError(f"the weights in {path} do not fit the {settings['architecture']} it says it holds") from error
-    return model, head, settings
-
-
-def build_head(state):
-    """
-    State of an nn.Sequential of Linear layers with ReLU between them ("0.weight", "0.bias", "2.weight", ...) -> that
-    module, random; {} -> nn.Identity().
-    """
-    layers = []
-    for key in sorted((k for k in state if k.endswith(".weight")), key=lambda k: int(k.split(".")[0])):
-        out_features, in_features = state[key].shape
-        layers += [nn.ReLU()] if layers else []
-        layers.append(nn.Linear(in_features, out_features, bias=key.replace("weight", "bias") in state))
-    return nn.Sequential(*layers) if layers else nn.Identity()
+        weights = sorted((k for k in head if k.endswith(".weight")), key=lambda k: int(k.split(".")[0]))
+        model = build_model(settings["architecture"], 1, settings["channels"], settings["image_size"], settings["stem"])
+        network = Embedding(model, [head[k].shape[0] for k in weights])
+        network.model.load_state_dict({k: v for k, v in state["model"].items() if not k.startswith("fc.")})
+        network.head.load_state_dict(head)
+        mean, std = (torch.tensor(settings["normalisation"][k], dtype=torch.float32) for k in ("mean", "std"))
+        name = settings["dataset"]["name"]
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+        raise InputError(f"the weights in {path} do not fit the network that it says it holds") from error
+    numbers = [mean, std, *network.state_dict().values()]
+    if not all(v.isfinite().all() for v in numbers) or not (std > 0).all() or not isinstance(name, str):
+        raise InputError(f"{path} is damaged: a weight or a setting of it is no usable number; train it again")
+    if len(mean) != settings["channels"] or len(std) != settings["channels"]:
+        raise InputError(f"{path} is damaged: its normalisation is not that of {settings['channels']} channels")
+    return network, settings
 
 
 def load_torchvision(backbone, name, image_size, common):
@@ -293,25 +316,24 @@ def load_torchvision(backbone, name, image_size, common):
         return model(normalise(images, normalisation))
 
     settings = {
-        "image_size": image_size or 224,
+        "image_size": image_size,
         "channels": 3,
         "normalisation": normalisation,
         "without": last,
         "weights": str(weights) if weights else f"random, seed {RANDOM_SEED}",
     }
-    return Embedder(
-        backbone,
-        model_width(vectors, settings["channels"], settings["image_size"], common["device"]),
-        digest_of(model),
-        settings,
-        weights and weights.url,
-        None,
-        vectors,
-        **common,
-    )
+    try:
+        dim = model_width(vectors, 3, image_size, common["device"])
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise InputError(
+            f"--backbone {backbone} cannot take images of {image_size} pixels ({str(error).splitlines()[0]}); give"
+            " another size, or leave it out for 224"
+        ) from error
+    url = weights and weights.url
+    return Embedder(backbone, dim, digest_of(model), settings, url, None, vectors, **common, title=backbone)
 
 
-def load_transformer(backbone, device, common):
+def load_transformer(backbone, common):
     """
     Model folders and hub names: one with both towers (SigLIP, CLIP) by its image features, a VLM by its vision tower.
     """
@@ -320,7 +342,7 @@ def load_transformer(backbone, device, common):
     from shared.models.inputs import preprocess_images
     from shared.models.loading import FAMILIES, find_model, load_part, load_vlm
 
-    name = backbone.removeprefix("vlm:")
+    name, device = backbone.removeprefix("vlm:"), common["device"]
     if not Path(name).expanduser().is_dir() and not name.startswith("tiny:") and "/" not in name:
         raise InputError(
             f"there is no --backbone {backbone}: it is cnn, pixels, a torchvision name such as resnet50,"
@@ -329,27 +351,22 @@ def load_transformer(backbone, device, common):
     try:
         source, config = find_model(name)
     except InputError as error:  # its advice is about --model, which scripts with a language model have
-        raise InputError(
-            str(error).split("; to try")[0].split("; --model tiny")[0].replace("--model", "--backbone")
-            + "; tiny:siglip works without it"
-        ) from error
+        advice = str(error).split("; to try")[0].split("; --model tiny")[0].replace("--model", "--backbone")
+        raise InputError(f"{advice}; tiny:siglip works without it") from error
     common["batch_size"] = min(common["batch_size"], 32)  # large images: 32 of 896 px are 0.3 GB before the first layer
     if backbone.startswith("vlm:") or config.get("model_type") in {f.model_type for f in FAMILIES.values()}:
         vlm = load_vlm(name, device=device)
-        tower, processor = vlm.base.get_submodule(FAMILIES[vlm.family].tower), vlm.processor
+        model, processing = vlm.base.get_submodule(FAMILIES[vlm.family].tower), vlm.processor.image_processor
 
         def vectors(images):
-            inputs = preprocess_images(processor, list(images.cpu()))
+            inputs = preprocess_images(vlm.processor, list(images.cpu()))
             values = inputs.values.to(device, vlm.dtype)
             if inputs.grid_thw is not None:  # Qwen2-VL: the patch rows of all images one after the other
-                tokens = tower(values, grid_thw=inputs.grid_thw.to(device)).last_hidden_state
+                tokens = model(values, grid_thw=inputs.grid_thw.to(device)).last_hidden_state
                 return torch.stack([t.float().mean(0) for t in tokens.split(inputs.grid_thw.prod(1).tolist())])
-            tokens = tower(values).last_hidden_state.float()
-            return (
-                tokens[:, 1:].mean(1) if vlm.family == "llava" else tokens.mean(1)
-            )  # CLIP's first token stands for no place
+            tokens = model(values).last_hidden_state.float()
+            return tokens[:, int(vlm.family == "llava") :].mean(1)  # CLIP's first token stands for no place
 
-        model, processing = tower, processor.image_processor
     else:
         model = load_part(AutoModel, source, name=name, device=device)
         if not hasattr(model, "get_image_features"):
@@ -366,9 +383,8 @@ def load_transformer(backbone, device, common):
         dtype = next(model.parameters()).dtype
 
         def vectors(images):
-            features = model.get_image_features(
-                pixel_values=preprocess_images(processing, list(images.cpu())).values.to(device, dtype)
-            )
+            values = preprocess_images(processing, list(images.cpu())).values.to(device, dtype)
+            features = model.get_image_features(pixel_values=values)
             return getattr(features, "pooler_output", features)  # a tensor before transformers 5
 
     size = {k: v for k, v in dict(processing.size).items() if v is not None}
@@ -382,9 +398,8 @@ def load_transformer(backbone, device, common):
         "processor_size": size,
         "normalisation": {"mean": list(processing.image_mean), "std": list(processing.image_std)},
     }
-    return Embedder(
-        backbone, model_width(vectors, 3, 56, device), digest_of(model), settings, str(source), None, vectors, **common
-    )
+    dim = model_width(vectors, 3, 56, device)
+    return Embedder(backbone, dim, digest_of(model), settings, str(source), None, vectors, **common, title=backbone)
 
 
 @torch.inference_mode()
