@@ -18,6 +18,7 @@ A script reads:
 import argparse
 import contextlib
 import csv
+import errno
 import functools
 import gc
 import json
@@ -26,9 +27,11 @@ import os
 import platform
 import random
 import re
+import shlex
 import shutil
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -37,13 +40,24 @@ import torch.distributed as dist
 import yaml
 
 try:
+    import fcntl
     import resource
 except ImportError:  # Windows
-    resource = None
+    fcntl = resource = None
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 class InputError(Exception):
     """What the user gave cannot be used. The message is one sentence: what is wrong and what to do. Exit code 2."""
+
+
+class DataNotFound(InputError):
+    """The data set is neither there nor can it be downloaded."""
+
+
+PLACES = (errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
+FULL = (errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def script(main=None, *, torchrun=False):
@@ -56,6 +70,10 @@ def script(main=None, *, torchrun=False):
 
     @functools.wraps(main)
     def wrapped(argv=None):
+        code, open_before = 2, set(RUNS)
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(AttributeError, ValueError):  # file names of any bytes can be printed
+                stream.reconfigure(errors="backslashreplace")
         try:
             if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torchrun:
                 raise InputError("this script works in one process: start it with python, not with torchrun")
@@ -64,20 +82,47 @@ def script(main=None, *, torchrun=False):
             message = str(error)
         except torch.OutOfMemoryError:
             message = "the GPU is out of memory: lower --batch-size, or close what else runs on the card"
-        except (PermissionError, FileExistsError, NotADirectoryError) as error:
-            message = f"cannot use {error.filename}: {error.strerror}; choose another folder with --out-dir"
-        except OSError as error:
-            if error.strerror not in ("Read-only file system", "No space left on device", "Disk quota exceeded"):
+        except KeyboardInterrupt:
+            code, message = 130, "interrupted"
+        except BrokenPipeError:  # ... | head: nobody reads on
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(141) from None
+        except (OSError, MemoryError, RuntimeError) as error:
+            message = mendable(error)
+            if message is None:
                 raise
-            message = f"cannot write {error.filename or 'the results'}: {error.strerror}; choose another --out-dir"
         finally:
+            for run_dir in set(RUNS) - open_before:
+                close_run(run_dir)
             if dist.is_initialized():
                 dist.destroy_process_group()
         if is_main_process():
             print(f"error: {message}", file=sys.stderr, flush=True)
-        raise SystemExit(2)
+        raise SystemExit(code)
 
     return wrapped
+
+
+def mendable(error):
+    """One sentence for a failure of the machine that a user can mend, None for any other."""
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error) or "not enough memory" in str(error):
+        return "there is not enough memory: lower --batch-size or --limit, or close what else runs"
+    if getattr(error, "errno", None) in PLACES:
+        return f"cannot use {error.filename}: {error.strerror}; choose another folder with --out-dir"
+    if getattr(error, "errno", None) in FULL or re.search(
+        r"\d+ requested and \d+ written", str(error)
+    ):  # NumPy's words
+        why = getattr(error, "strerror", None) or "No space left on device"
+        return f"cannot write {getattr(error, 'filename', None) or 'the results'}: {why}; choose another --out-dir"
+    return None
+
+
+def command(script, *arguments):
+    """A command of this project, to be pasted where the user is now: command("task1/train.py", "--resume", folder)."""
+    path = ROOT / script
+    path = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+    return shlex.join(["python", *map(str, (path, *arguments))])
 
 
 # ---------------------------------------------------------------------------------------------------------- arguments
@@ -92,6 +137,9 @@ class ScriptParser(argparse.ArgumentParser):
 
     def parse_args(self, argv=None, namespace=None):
         argv = [self.dashed(str(a)) for a in (sys.argv[1:] if argv is None else argv)]
+        namespace = argparse.Namespace() if namespace is None else namespace
+        if any("\0" in argument for argument in argv):
+            self.error("an argument holds a NUL character")
         first = ScriptParser(prog=self.prog, add_help=False, allow_abbrev=False)
         for name in ("--config", "--out-dir"):
             first.add_argument(name)
@@ -99,9 +147,9 @@ class ScriptParser(argparse.ArgumentParser):
         early = first.parse_known_args(argv)[0]
         # The settings of a file, or of the run that goes on, come first, so that flags on the command line win.
         if early.config is not None:
-            argv = self.arguments_of(*self.read_config(early.config)) + argv
+            argv = self.arguments_of(*self.read_config(early.config), namespace) + argv
         if early.resume and "--resume" in self._option_string_actions:
-            argv = self.arguments_of_run(early.out_dir if early.resume is True else early.resume) + argv
+            argv = self.arguments_of_run(early.out_dir if early.resume is True else early.resume, namespace) + argv
         return super().parse_args(argv, namespace)
 
     def dashed(self, argument):
@@ -119,30 +167,33 @@ class ScriptParser(argparse.ArgumentParser):
             self.error(f"--config: there is no file {name}, neither here nor in {self.script_dir}")
         try:
             settings = yaml.safe_load(path.read_text(encoding="utf-8-sig"))  # JSON is YAML
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:  # a 13th month, 6,000 digits, a thousand brackets
             self.error(f"--config: {path} is not readable as YAML or JSON ({str(error).splitlines()[0]})")
         if not isinstance(settings, dict):
             self.error(f"--config: {path} must hold names and values, such as 'epochs: 15'")
         return settings, path
 
-    def arguments_of_run(self, place):
+    def arguments_of_run(self, place, namespace):
         """--resume PATH -> the arguments that the run there was started with, all but where it writes."""
         path = resume_dir(place) / "settings.json" if place and Path(place).exists() else None
         if path is None or not path.is_file():
             return []  # open_run_dir says what is wrong
         then, settings, switches = read_json(path), {}, []
-        for action in self._actions:
+        for action in self._actions if isinstance(then, dict) else ():
             value = then.get(action.dest)
             if value is None or action.dest in ("config", "out_dir", "overwrite", "resume"):
                 continue
             if action.nargs == 0 and not isinstance(action, argparse.BooleanOptionalAction):  # store_true, store_false
                 switches += [action.option_strings[0]] if action.const is value else []
-            else:
+            elif action.option_strings:
                 settings[action.option_strings[0][2:]] = value
-        return self.arguments_of(settings, path) + switches
+        return self.arguments_of(settings, path, namespace) + switches
 
-    def arguments_of(self, settings, path):
-        """Settings by name as command-line arguments, so that types and choices are checked alike."""
+    def arguments_of(self, settings, path, namespace):
+        """
+        Settings by name as command-line arguments, so that types and choices are checked alike. Lists go into the
+        namespace, since "--seeds 3 4" would take the positional arguments that follow as its own.
+        """
         argv = []
         for key, value in settings.items():
             flag = self.dashed(f"--{key}")
@@ -156,8 +207,13 @@ class ScriptParser(argparse.ArgumentParser):
                     argv.append(flag)
                 elif isinstance(action, argparse.BooleanOptionalAction):
                     argv.append("--no-" + flag[2:])
-            elif isinstance(value, list):
-                argv += [flag, *map(str, value)]
+            elif isinstance(value, (list, dict)):
+                if isinstance(value, dict) or not value or action.nargs in (None, "?"):
+                    self.error(f"--config: '{key}' in {path} cannot be {value!r}")
+                try:
+                    setattr(namespace, action.dest, self._get_values(action, [str(v) for v in value]))
+                except argparse.ArgumentError as error:
+                    self.error(str(error))
             elif value is not None:
                 argv.append(f"{flag}={value}")
         return argv
@@ -176,7 +232,7 @@ def script_parser(doc, task, data=None):
     parser.script_dir = Path(__file__).resolve().parents[1] / task
     g = parser.add_argument_group("run")
     g.add_argument("--config", metavar="FILE", help="YAML or JSON file with the same names; flags given here win")
-    g.add_argument("--seed", type=int, default=0, help="seed of every random choice (%(default)s)")
+    g.add_argument("--seed", type=seed_number, default=0, help="seed of every random choice (%(default)s)")
     # fmt: off
     g.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"],
         help="where to compute (%(default)s)")
@@ -211,36 +267,25 @@ def add_resume(group):
     # fmt: on
 
 
-def positive_int(text):
-    """argparse type: an integer of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
-    return value
+def bounded(kind, low, high, below=None):
+    """argparse type: a number of this kind (int or float) from low to high; `below`: what is said of a lower one."""
+
+    def number(text):
+        value = kind(text)
+        if below and high < value < math.inf:
+            raise argparse.ArgumentTypeError(f"must be at most {high:g}, not {text}")
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{below or f'must be between {low} and {high}'}, not {text}")
+        return value
+
+    return number
 
 
-def positive_float(text):
-    """argparse type: a finite number above 0."""
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be above 0, not {text}")
-    return value
-
-
-def not_negative(text):
-    """argparse type: a finite number of at least 0."""
-    value = float(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be 0 or more, not {text}")
-    return value
-
-
-def fraction(text):
-    """argparse type: a number from 0 to 1."""
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"must be between 0 and 1, not {text}")
-    return value
+positive_int = bounded(int, 1, 10**9, "must be at least 1")
+positive_float = bounded(float, 1e-12, 1e6, "must be above 0")  # what lies beyond is a typing error, and overflows
+not_negative = bounded(float, 0, 1e6, "must be 0 or more")
+fraction = bounded(float, 0, 1)
+seed_number = bounded(int, 0, 2**32 - 1)
 
 
 # ----------------------------------------------------------------------------------- seed, device, memory, several GPUs
@@ -328,21 +373,45 @@ def atomic_file(path, mode="wb"):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "", "errors": "backslashreplace"}
     try:
-        with open(temporary, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": ""})) as file:
+        with open(temporary, mode, **text) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        record(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path):
+    """A temporary folder beside `path` that takes its place only when the block ends well."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    building, old = (path.with_name(f".{path.name}.{os.getpid()}.{end}part") for end in ("", "old."))
+    try:
+        shutil.rmtree(building, ignore_errors=True)
+        building.mkdir()
+        yield building
+        if path.exists():
+            os.replace(path, old)
+        os.replace(building, path)
+        record(path)
+    finally:
+        for folder in (building, old):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def save_checkpoint(path, state):
     """Write a dict of tensors and plain values (what torch.load(weights_only=True) reads back), atomically."""
     check_plain(state)
     with atomic_file(path) as file:
-        torch.save(state, file)
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # what torch makes of a full disk
+            raise OSError(errno.ENOSPC, "No space left on device", str(path)) from error
 
 
 def check_plain(value, where="checkpoint"):
@@ -364,9 +433,13 @@ def load_checkpoint(path, keys=(), what="checkpoint"):
     if not path.is_file():
         raise InputError(f"there is no {what} at {path}; give the path of one, or train it first")
     try:
+        if zipfile.is_zipfile(path):  # torch writes checksums, and does not look at them
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip() is not None:
+                    raise ValueError("a checksum is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds here; none of them is a bug of the script
-        unsafe = "weights_only" in str(error) or "Unsupported" in str(error)
+        unsafe = "GLOBAL" in str(error)  # "Unsupported global: GLOBAL pathlib.Path.touch ..."
         why = "it holds pickled Python code, which is never run" if unsafe else "the file is damaged or of another kind"
         raise InputError(f"{path} cannot be read as a {what}: {why}") from error
     missing = [k for k in keys if not isinstance(state, dict) or k not in state]
@@ -397,8 +470,8 @@ def write_json(path, value):
 def read_json(path):
     """InputError when the file is missing or is not JSON."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read as JSON ({error})") from error
 
 
@@ -417,17 +490,33 @@ def write_csv(path, rows):
 
 # ---------------------------------------------------------------------------------------------------------- run folders
 
-RUN_FILES = ("*.pt", "*.json", "*.jsonl", "*.csv", "report.md", "figures", "heatmaps", "seed*")
+RUNS = {}  # the run folders that this process has open: absolute path -> (lock or None, names written down)
+WRITTEN = ".written"  # in a run folder: what the run wrote there, one name a line
 
 
 def open_run_dir(args, task, name):
     """
-    The folder this run writes to, created and printed; its settings.json holds every argument. Without --out-dir: the
-    next free outputs/<task>/<name>/001, 002, ... (dry runs: .../dry-run, replaced each time). InputError when a folder
-    given by name holds a run already and neither --resume nor --overwrite is given, or when nothing can be written
-    there.
+    The folder this run writes to, created, locked and printed; its settings.json holds every argument. Without
+    --out-dir: the next free outputs/<task>/<name>/001, 002, ... (dry runs: .../dry-run, replaced each time). InputError
+    when a folder given by name holds a run already and neither --resume nor --overwrite is given, or when another
+    process is writing there. Call it last, when all that may be refused was looked at: --overwrite removes the old run.
     """
-    base = Path("outputs") / task / name
+    if not is_main_process():  # rank 0 creates the folder and tells the others
+        problem, run_dir = json.loads(broadcast_text(None))
+        if problem:
+            raise InputError(problem)
+        return Path(run_dir)
+    try:
+        run_dir = claim_run_dir(args, Path("outputs") / task / name, f"{task}/{name}.py")
+    except InputError as error:
+        broadcast_text(json.dumps([str(error), None]))
+        raise
+    print(f"results go to {run_dir}", flush=True)
+    broadcast_text(json.dumps([None, str(run_dir)]))
+    return run_dir
+
+
+def claim_run_dir(args, base, script_name):
     resume = getattr(args, "resume", None)
     run_dir = Path(args.out_dir) if args.out_dir else None
     if resume is True and run_dir is None:
@@ -440,26 +529,24 @@ def open_run_dir(args, task, name):
         raise InputError(
             f"--resume: there is nothing to go on with in {run_dir}; leave --resume out to start a run there"
         )
-    if not is_main_process():  # rank 0 creates the folder and tells the others
-        return Path(broadcast_text(None))
-    if run_dir is None:
-        run_dir = base / "dry-run" if args.dry_run else next_number(base)
-        clear_run(run_dir)
-    elif (run_dir / "settings.json").exists() and not resume:
-        if not args.overwrite:
+    if run_dir is None and not args.dry_run:
+        run_dir = new_numbered(base)
+    run_dir = run_dir or base / "dry-run"
+    run_dir.mkdir(parents=True, exist_ok=True)
+    lock_run(run_dir)
+    if not resume:
+        if args.out_dir and holds_run(run_dir) and not args.overwrite:
+            close_run(run_dir)
             raise InputError(
                 f"{run_dir} already holds a run; go on with --resume, replace it with --overwrite, or name another"
                 " --out-dir"
             )
         clear_run(run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    if not resume:
-        write_json(
-            run_dir / "settings.json",
-            {k: v for k, v in vars(args).items() if k != "config"} | {"command": " ".join(sys.argv)},
-        )
-    print(f"results go to {run_dir}", flush=True)
-    return Path(broadcast_text(str(run_dir)))
+        settings = {k: v for k, v in vars(args).items() if k != "config"}
+        write_json(run_dir / "settings.json", settings | {"script": script_name, "command": " ".join(sys.argv)})
+    for part in run_dir.rglob(".*.part"):  # of a process that was killed while it wrote; the lock says that it is gone
+        shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
+    return run_dir
 
 
 def broadcast_text(text):
@@ -470,16 +557,89 @@ def broadcast_text(text):
     return box[0]
 
 
-def next_number(base):
-    numbers = [int(p.name) for p in base.glob("[0-9]*") if p.name.isdigit()]
-    return base / f"{max(numbers, default=0) + 1:03d}"
+def new_numbered(base):
+    """A new folder base/001, 002, ...: the next after the highest, and never one that another process made."""
+    while True:
+        numbers = [int(p.name) for p in base.glob("[0-9]*") if re.fullmatch("[0-9]+", p.name)]
+        run_dir = base / f"{max(numbers, default=0) + 1:03d}"
+        run_dir.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            run_dir.mkdir()
+            return run_dir
+
+
+def lock_run(run_dir):
+    """Two processes never write into one run folder. The lock ends with the process, however that ends."""
+    close_run(run_dir)
+    lock = None
+    if fcntl is not None:
+        lock = os.open(run_dir, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(lock)
+            raise InputError(
+                f"another process is writing into {run_dir}; wait for it, or name another folder"
+            ) from error
+        except OSError:  # a file system without locks
+            os.close(lock)
+            lock = None
+    RUNS[run_dir.absolute()] = (lock, set(written(run_dir)))
+
+
+def close_run(run_dir):
+    lock, _ = RUNS.pop(run_dir.absolute(), (None, None))
+    if lock is not None:
+        os.close(lock)
+
+
+def record(path):
+    """Write down in its run folder that the run wrote this file, or all files of this folder; see clear_run."""
+    path = Path(path).absolute()
+    files = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
+    for run_dir, (_, known) in RUNS.items():
+        names = [str(file.relative_to(run_dir)) for file in files if file.is_relative_to(run_dir)]
+        names = [name for name in names if name not in known]
+        if names:
+            known.update(names)
+            with open(run_dir / WRITTEN, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(name) + "\n" for name in names)
+
+
+def written(run_dir):
+    """Names of the files that a run wrote into its folder, as far as they are written down."""
+    try:
+        lines = (run_dir / WRITTEN).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return []
+    names = []
+    for line in lines:
+        with contextlib.suppress(ValueError):  # a line that was cut short
+            names.append(json.loads(line))
+    return [name for name in names if isinstance(name, str)]
+
+
+def holds_run(run_dir):
+    """A run that was refused before it wrote anything but its settings does not count."""
+    names = [name for name in written(run_dir) if name != "settings.json"]
+    return any((run_dir / name).exists() for name in names) or (
+        (run_dir / "settings.json").exists() and not (run_dir / WRITTEN).exists()
+    )
 
 
 def clear_run(run_dir):
-    """Remove what a run writes, and nothing else that a user may keep in the same folder."""
-    for pattern in RUN_FILES:
-        for path in run_dir.glob(pattern):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    """Remove exactly what the run in this folder wrote, and the folders this leaves empty."""
+    inside = run_dir.resolve()
+    for name in written(run_dir):
+        path = run_dir / name
+        if path.resolve().is_relative_to(inside) and (path.is_file() or path.is_symlink()):
+            path.unlink()
+            for folder in path.relative_to(run_dir).parents:
+                with contextlib.suppress(OSError):  # not empty
+                    (run_dir / folder).rmdir() if folder != Path() else None
+    (run_dir / WRITTEN).unlink(missing_ok=True)
+    if run_dir.absolute() in RUNS:
+        RUNS[run_dir.absolute()][1].clear()
 
 
 def resume_dir(path):
@@ -494,9 +654,34 @@ def resume_dir(path):
 
 
 def newest_run(task, name, holding):
-    """The newest numbered run folder that holds the file `holding`; None when there is none."""
-    runs = [p for p in (Path("outputs") / task / name).glob("[0-9]*") if p.name.isdigit() and (p / holding).exists()]
-    return max(runs, key=lambda p: int(p.name), default=None)
+    """
+    The newest numbered run folder that holds the file `holding`, None without one. Runs on real data with all cases
+    come before phantom runs, and these before runs with --limit; what is taken and what passed over is printed.
+    """
+    runs = [p for p in (Path("outputs") / task / name).glob("[0-9]*") if re.fullmatch("[0-9]+", p.name)]
+    runs = sorted((p for p in runs if (p / holding).exists()), key=lambda p: int(p.name), reverse=True)
+    kinds = {run: run_kind(run) for run in runs}
+    best = min(runs, key=lambda run: (bool(kinds[run]["limit"]), kinds[run]["phantom"]), default=None)
+    if best is not None:
+        words = {
+            run: ", ".join([f"--limit {k['limit']}"] * bool(k["limit"]) + ["phantom"] * k["phantom"]) or "real data"
+            for run, k in kinds.items()
+        }
+        passed = [f"{run.name} ({words[run]})" for run in runs[: runs.index(best)]]
+        print(f"taking {best} ({words[best]})" + (f"; passed over {', '.join(passed)}" if passed else ""), flush=True)
+    return best
+
+
+def run_kind(run_dir):
+    """What a run was -> {"limit": its --limit or None, "phantom": was its data made up?, "finished": to the end?}."""
+    told = {}
+    for name in ("settings", "metrics"):
+        with contextlib.suppress(InputError):
+            told[name] = read_json(Path(run_dir) / f"{name}.json")
+    settings, metrics = (told.get(k) if isinstance(told.get(k), dict) else {} for k in ("settings", "metrics"))
+    dataset = metrics.get("dataset") if isinstance(metrics.get("dataset"), dict) else {}
+    phantom = dataset.get("phantom", metrics.get("phantom", settings.get("data") == "phantom"))
+    return {"limit": settings.get("limit"), "phantom": bool(phantom), "finished": bool(metrics)}
 
 
 def run_facts(started, device):

@@ -13,9 +13,11 @@ import torch
 
 from shared import runtime
 from shared.runtime import InputError, add_resume, atomic_file, check_plain, fraction, load_checkpoint, newest_run
-from shared.runtime import next_number, open_run_dir, peak_memory, pick_device, plain, positive_float, positive_int
-from shared.runtime import read_json, resume_dir, run_facts, save_checkpoint, script, script_parser, seed_everything
-from shared.runtime import start_distributed, write_csv, write_json, write_jsonl
+from shared.runtime import atomic_folder, clear_run, command, new_numbered, not_negative, open_run_dir, peak_memory
+from shared.runtime import pick_device, plain, positive_float, positive_int, read_json, record, resume_dir, run_facts
+from shared.runtime import run_kind, save_checkpoint, script, script_parser, seed_everything, seed_number
+from shared.runtime import start_distributed
+from shared.runtime import write_csv, write_json, write_jsonl
 
 # --- arguments ---
 
@@ -27,7 +29,7 @@ def parser():
     p.add_argument("--model", default="tiny")
     p.add_argument("--amp", action=argparse.BooleanOptionalAction, default=True)
     p.add_argument("--verbose", action="store_true")
-    p.add_argument("--seeds", type=int, nargs="+")
+    p.add_argument("--seeds", type=seed_number, nargs="+")
     add_resume(p)
     return p
 
@@ -63,6 +65,11 @@ def test_no_abbreviations(capsys):
 def test_values_that_cannot_be(capsys):
     assert "must be at least 1, not 0" in failure(capsys, "--batch-size", 0)
     assert "must be above 0" in failure(capsys, "--lr", "-1") and "must be above 0" in failure(capsys, "--lr", "inf")
+    assert "must be at most 1e+06, not 1e300" in failure(capsys, "--lr", "1e300")
+    assert "must be at most 1e+09" in failure(capsys, "--limit", 10**30)
+    for seed in ("-1", 2**32, 2**63 - 1, 10**30):
+        assert f"must be between 0 and 4294967295, not {seed}" in failure(capsys, f"--seed={seed}")
+    assert "holds a NUL character" in failure(capsys, "--out-dir", "a\0b")
     assert "invalid choice" in failure(capsys, "--device", "tpu") and "--batch-size" in failure(
         capsys, "--batch-size", "1.5"
     )
@@ -71,6 +78,13 @@ def test_values_that_cannot_be(capsys):
 @pytest.mark.parametrize("text, value", [("0", 0), ("1", 1), ("0.25", 0.25)])
 def test_fraction(text, value):
     assert fraction(text) == value
+
+
+def test_not_negative():
+    assert not_negative("0") == 0 and not_negative("2.5") == 2.5
+    for text in ("-0.1", "nan", "inf", "1e308"):
+        with pytest.raises(argparse.ArgumentTypeError):
+            not_negative(text)
 
 
 @pytest.mark.parametrize("text", ["-0.1", "1.01", "nan"])
@@ -150,12 +164,34 @@ def test_config_beside_the_script(tmp_path):
         ("verbose: 1", "'verbose' in settings.yaml must be true or false, not 1"),
         ("- a\n- b", "must hold names and values"),
         ("", "must hold names and values"),
+        ("seeds: [a]", "invalid number value: 'a'"),
+        ("seeds: []", "'seeds' in settings.yaml cannot be []"),
+        ("lr: [1, 2]", "'lr' in settings.yaml cannot be [1, 2]"),
+        ("lr: {a: 1}", "'lr' in settings.yaml cannot be {'a': 1}"),
         ("a: [1", "is not readable as YAML or JSON"),
     ],
 )
 def test_config_that_cannot_be_used(text, message, capsys):
     Path("settings.yaml").write_text(text)
     assert message in failure(capsys, "--config", "settings.yaml")
+
+
+def test_deep_and_odd_files_are_refused(capsys):
+    for text in ("[" * 5000, "seed: 2024-13-45", "seed: !!int abc", "seed: " + "9" * 6000):
+        Path("settings.yaml").write_text(text)
+        failure(capsys, "--config", "settings.yaml")
+    Path("deep.json").write_text("[" * 100_000)
+    with pytest.raises(InputError, match="deep.json cannot be read as JSON"):
+        read_json("deep.json")
+
+
+def test_a_list_in_a_config_leaves_the_positional_arguments_alone():
+    p = parser()
+    p.add_argument("images", nargs="*")
+    Path("settings.yaml").write_text("seeds: [3, 4]")
+    args = p.parse_args(["--config", "settings.yaml", "a.png", "b.png"])
+    assert (args.seeds, args.images) == ([3, 4], ["a.png", "b.png"])
+    assert p.parse_args(["a.png", "--config", "settings.yaml", "--seeds", "5"]).seeds == [5]
 
 
 def test_config_that_is_nowhere(capsys):
@@ -292,6 +328,51 @@ def test_checkpoints_that_cannot_be_read():
         load_checkpoint("folder")
 
 
+def test_a_flipped_byte_is_noticed():
+    save_checkpoint("whole.pt", {"a": torch.randn(5000), "b": 1})
+    whole, rng = Path("whole.pt").read_bytes(), np.random.default_rng(0)
+    for place in rng.integers(0, len(whole), 40):
+        Path("bad.pt").write_bytes(whole[:place] + bytes([whole[place] ^ 0x40]) + whole[place + 1 :])
+        try:
+            assert torch.equal(load_checkpoint("bad.pt")["a"], load_checkpoint("whole.pt")["a"])  # padding, a date
+        except InputError as error:
+            assert "pickled" not in str(error)
+    place = whole.index(load_checkpoint("whole.pt")["a"].numpy().tobytes()) + 7000
+    Path("bad.pt").write_bytes(whole[:place] + bytes([whole[place] ^ 0x40]) + whole[place + 1 :])
+    with pytest.raises(InputError, match="bad.pt cannot be read as a checkpoint: the file is damaged"):
+        load_checkpoint("bad.pt")
+
+
+def test_a_full_disk_while_saving_is_said_so(monkeypatch):
+    save_checkpoint("a.pt", {"a": 1})
+
+    def full(state, file):
+        file.write(b"half")
+        raise RuntimeError("[enforce fail at inline_container.cc:858] . PytorchStreamWriter failed writing file")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left on device: 'a.pt'"):
+        save_checkpoint("a.pt", {"a": 2})
+    assert load_checkpoint("a.pt") == {"a": 1} and [p.name for p in Path().iterdir()] == ["a.pt"]
+
+
+def test_a_folder_is_whole_or_absent():
+    for text in ("old", "new"):
+        with atomic_folder("run/adapter") as folder:
+            (folder / f"{text}.txt").write_text(text)
+    with pytest.raises(ZeroDivisionError), atomic_folder("run/adapter") as folder:
+        (folder / "half.txt").write_text("half")
+        _ = 1 / 0
+    assert files_of("run") == ["adapter", "adapter/new.txt"]
+
+
+def test_names_of_any_bytes_can_be_written():
+    name = os.fsdecode(b"caf\xe9.png")
+    write_csv("a.csv", [{"path": name}])
+    write_json("a.json", {"path": name})
+    assert "caf\\udce9.png" in Path("a.csv").read_text("utf-8") and read_json("a.json")["path"] == name
+
+
 def test_checkpoints_that_lack_something():
     save_checkpoint("a.pt", {"a": 1, "b": 2})
     assert load_checkpoint("a.pt", ("a", "b")) == {"a": 1, "b": 2}
@@ -368,36 +449,122 @@ def test_folders_are_numbered(capsys):
     assert capsys.readouterr().out.splitlines()[-1] == "results go to outputs/task/train/008"
     settings = read_json("outputs/task/train/008/settings.json")
     assert settings["seed"] == 4 and settings["batch_size"] == 64 and "command" in settings and "config" not in settings
-    assert next_number(Path("nowhere")) == Path("nowhere/001")
+    Path("outputs/task/train/1²").mkdir()  # a digit, and no number
+    assert new_numbered(Path("outputs/task/train")) == Path("outputs/task/train/009")
+
+
+def files_of(folder):
+    return sorted(str(p.relative_to(folder)) for p in Path(folder).rglob("*") if p.name != ".written")
 
 
 def test_a_folder_that_holds_a_run_is_not_written_over():
-    Path("mine").mkdir()
-    Path("mine/notes.txt").write_text("keep")
+    mine = ["notes.txt", "my_patients.csv", "report.md", "figures/mine.png", "seed_images/a.png", "seedlist.txt"]
+    for name in mine:
+        Path("mine", name).parent.mkdir(parents=True, exist_ok=True)
+        Path("mine", name).write_text("keep")
     run = open_run_dir(parse("--out-dir", "mine"), "task", "train")  # a folder without a run may be used
-    for name in (
-        "last.pt",
-        "metrics.json",
-        "history.jsonl",
-        "predictions.csv",
-        "report.md",
-        "figures/curves.png",
-        "seed0/best.pt",
-        "heatmaps/0.png",
-    ):
-        (run / name).parent.mkdir(exist_ok=True)
-        (run / name).write_text("of the run")
+    for name in ("metrics.json", "figures/curves.png", "seed0/deep/best.pt", "odd\n$name.csv"):
+        with atomic_file(run / name, "w") as file:
+            file.write("of the run")
+    (run / "heatmaps").mkdir()
+    (run / "heatmaps/0.png").write_text("written without atomic_file")
+    record(run / "heatmaps")
     with pytest.raises(
         InputError,
         match="mine already holds a run; go on with --resume, replace it with --overwrite, or name another --out-dir",
     ):
         open_run_dir(parse("--out-dir", "mine"), "task", "train")
-    assert (
-        open_run_dir(parse("--out-dir", "mine", "--resume"), "task", "train") == Path("mine")
-        and (run / "last.pt").exists()
-    )
+    assert open_run_dir(parse("--out-dir", "mine", "--resume"), "task", "train") == Path("mine")
+    write_json(run / "later.json", {})  # what the resumed run adds is written down too
+    (run / "figures/mine later.png").write_text("keep")
     open_run_dir(parse("--out-dir", "mine", "--overwrite"), "task", "train")
-    assert sorted(str(p) for p in run.rglob("*")) == ["mine/notes.txt", "mine/settings.json"]
+    folders = ["figures", "seed_images"]
+    assert files_of("mine") == sorted([*mine, *folders, "figures/mine later.png", "settings.json"])
+
+
+def test_what_is_written_down_never_leads_out_of_the_folder():
+    run = open_run_dir(parse("--out-dir", "mine"), "task", "train")
+    Path("precious.txt").write_text("keep")
+    Path("elsewhere").mkdir()
+    Path("elsewhere/a.txt").write_text("keep")
+    (run / "link").symlink_to(Path("elsewhere").absolute())
+    with open(run / ".written", "a") as file:
+        file.write('"../precious.txt"\n"link/a.txt"\n"' + str(Path("precious.txt").absolute()) + '"\n5\n"cut sho')
+    clear_run(run)
+    assert Path("precious.txt").exists() and Path("elsewhere/a.txt").exists() and not (run / "settings.json").exists()
+
+
+def test_a_run_that_was_refused_before_it_wrote_leaves_its_folder_free():
+    open_run_dir(parse("--out-dir", "mine"), "task", "train")
+    assert open_run_dir(parse("--out-dir", "mine", "--seed", 3), "task", "train") == Path("mine")
+    assert read_json("mine/settings.json")["seed"] == 3
+    Path("old").mkdir()
+    Path("old/settings.json").write_text("{}")  # not one of ours, or of an older version
+    with pytest.raises(InputError, match="old already holds a run"):
+        open_run_dir(parse("--out-dir", "old"), "task", "train")
+
+
+def test_parts_of_a_killed_process_are_removed():
+    run = open_run_dir(parse("--out-dir", "mine"), "task", "train")
+    (run / "seed0").mkdir()
+    (run / "seed0/.last.pt.123.part").write_text("half")
+    (run / ".adapter.123.part").mkdir()
+    (run / ".adapter.123.part/a").write_text("half")
+    write_json(run / "metrics.json", {})
+    open_run_dir(parse("--out-dir", "mine", "--resume"), "task", "train")
+    assert files_of("mine") == ["metrics.json", "seed0", "settings.json"]
+
+
+HOLDS_A_FOLDER = """
+import sys, time
+sys.path.insert(0, {root!r})
+from shared.runtime import open_run_dir, script, script_parser, add_resume
+
+@script
+def main(argv=None):
+    parser = script_parser("A script.", task="task")
+    add_resume(parser)
+    run_dir = open_run_dir(parser.parse_args(argv), "task", "train")
+    (run_dir / (sys.argv[-1] + ".here")).touch()
+    time.sleep({seconds})
+
+main(sys.argv[1:-1])
+"""
+
+
+@pytest.mark.slow
+def test_processes_never_share_a_run_folder(own_folder, start_script):
+    root = str(Path(runtime.__file__).parents[1])
+    Path("hold.py").write_text(HOLDS_A_FOLDER.format(root=root, seconds=2))
+    numbered = [start_script(["hold.py", str(i)], own_folder) for i in range(4)]
+    assert [p.wait(300) for p in numbered] == [0] * 4
+    runs = sorted(Path("outputs/task/train").iterdir())
+    assert [r.name for r in runs] == ["001", "002", "003", "004"] and all(
+        len(list(r.glob("*.here"))) == 1 for r in runs
+    )
+    Path("hold.py").write_text(HOLDS_A_FOLDER.format(root=root, seconds=600))
+    first = start_script(["hold.py", "--out-dir", "mine", "a"], own_folder)
+    while not Path("mine/a.here").exists():
+        assert first.poll() is None, Path("output.txt").read_text()
+    for more in ([], ["--overwrite"], ["--resume"]):
+        with pytest.raises(InputError, match="another process is writing into mine"):
+            open_run_dir(parse("--out-dir", "mine", *more), "task", "train")
+    first.kill()
+    first.wait()
+    open_run_dir(parse("--out-dir", "mine", "--resume"), "task", "train")  # the lock went with the process
+
+
+def test_the_lock_ends_with_the_script():
+    @script
+    def main(argv=None):
+        run_dir = open_run_dir(parser().parse_args(argv), "task", "train")
+        assert Path("mine").absolute() in runtime.RUNS
+        write_json(run_dir / "metrics.json", {})
+        raise InputError("later")
+
+    with pytest.raises(SystemExit):
+        main(["--out-dir", "mine"])
+    assert Path("mine").absolute() not in runtime.RUNS
 
 
 def test_resume_uses_the_folder_of_the_run():
@@ -414,27 +581,39 @@ def test_resume_uses_the_folder_of_the_run():
 
 def test_dry_runs_share_a_folder():
     run = open_run_dir(parse("--dry-run"), "task", "train")
-    (run / "metrics.json").write_text("{}")
+    write_json(run / "metrics.json", {})
     assert open_run_dir(parse("--dry-run"), "task", "train") == run == Path("outputs/task/train/dry-run")
-    assert [p.name for p in run.iterdir()] == ["settings.json"]
+    assert files_of(run) == ["settings.json"]
     assert open_run_dir(parse(), "task", "train") == Path("outputs/task/train/001")
 
 
-def test_newest_run():
-    assert newest_run("task", "train", "metrics.json") is None
-    for name, finished in (("001", True), ("002", True), ("003", False), ("dry-run", True)):
-        folder = Path("outputs/task/train") / name
-        folder.mkdir(parents=True)
-        if finished:
-            (folder / "metrics.json").touch()
-    assert newest_run("task", "train", "metrics.json") == Path("outputs/task/train/002")
+def finished_run(name, limit=None, phantom=False, finished=True):
+    folder = Path("outputs/task/train") / name
+    write_json(folder / "settings.json", {"limit": limit})
+    if finished:
+        write_json(folder / "metrics.json", {"dataset": {"phantom": phantom}})
+    return folder
 
 
-def test_newest_of_a_thousand_runs():
-    for name in ("998", "999", "1000"):
-        Path("outputs/task/train", name).mkdir(parents=True)
-        Path("outputs/task/train", name, "metrics.json").touch()
-    assert newest_run("task", "train", "metrics.json").name == "1000"
+def test_the_newest_of_the_best_runs_is_taken_and_said_so(capsys):
+    assert newest_run("task", "train", "metrics.json") is None and capsys.readouterr().out == ""
+    finished_run("dry-run", phantom=True)
+    limited = finished_run("998", limit=96)
+    assert newest_run("task", "train", "metrics.json") == limited
+    phantom = finished_run("999", phantom=True)
+    assert newest_run("task", "train", "metrics.json") == phantom
+    real = finished_run("1000")
+    assert newest_run("task", "train", "metrics.json") == real  # 1000 is newer than 999
+    capsys.readouterr()
+    finished_run("1001", phantom=True)
+    finished_run("1002", limit=96, phantom=True)
+    finished_run("1003", finished=False)
+    assert newest_run("task", "train", "metrics.json") == real
+    assert capsys.readouterr().out == (
+        "taking outputs/task/train/1000 (real data); passed over 1002 (--limit 96, phantom), 1001 (phantom)\n"
+    )
+    assert run_kind("outputs/task/train/1003") == {"limit": None, "phantom": False, "finished": False}
+    assert run_kind("outputs/task/train/1002") == {"limit": 96, "phantom": True, "finished": True}
 
 
 # --- the decorator of every main ---
@@ -471,6 +650,29 @@ def test_failures_a_user_can_mend_are_one_sentence(capsys):
             == f"error: cannot write out/a.pt: {text}; choose another --out-dir\n"
         )
         assert "cannot write the results" in ending(OSError(number, text), capsys)
+    assert "cannot write the results: No space left" in ending(OSError("19200 requested and 4000 written"), capsys)
+    assert "File name too long" in ending(OSError(36, "File name too long", "x" * 300), capsys)
+    for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to")):
+        assert ending(error, capsys).startswith("error: there is not enough memory: lower --batch-size")
+
+
+def test_ctrl_c_and_a_closed_pipe_are_no_bugs(capsys):
+    for error, code, says in ((KeyboardInterrupt(), 130, "error: interrupted\n"), (BrokenPipeError(32, "x"), 141, "")):
+
+        @script
+        def main(argv=None, error=error):
+            raise error
+
+        with pytest.raises(SystemExit) as stop:
+            main([])
+        assert stop.value.code == code and capsys.readouterr().err == says
+
+
+def test_commands_can_be_pasted(monkeypatch):
+    root = Path(runtime.__file__).parents[1]
+    assert command("a/b.py", "--data", "x y", 3) == f"python {root}/a/b.py --data 'x y' 3"
+    monkeypatch.chdir(root)
+    assert command("a/b.py") == "python a/b.py"
 
 
 @pytest.mark.parametrize(
