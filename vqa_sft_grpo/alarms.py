@@ -20,60 +20,51 @@ def alarms(history, window=WINDOW):
         return {}
     now, then = (Means(rows) for rows in (history[-window:], history[:window]))
     past = Means(history[-2 * window : -window] or history[:window])
-    found = {
-        "truncated": (
-            now.truncated > 0.5
-            and f"{now.truncated:.0%} of the rollouts are cut off at --max-new-tokens: raise it, or look whether the end token is still written"
-        ),
-        "zero_variance": (
-            now.frac_reward_zero_std > 0.8
-            and f"{now.frac_reward_zero_std:.0%} of the groups have equal rewards and teach nothing: other questions or more generations"
-        ),
-        "entropy": (
-            now.entropy < 0.05
-            and f"entropy is {now.entropy:.3f} nats per token: nothing is tried out any more; a smaller --lr or a larger --beta"
-        ),
-        "one_answer": (
-            now.most_frequent_answer > 0.8
-            and now.most_frequent_answer > now.most_frequent_gold + 0.2
-            and f"one answer makes up {now.most_frequent_answer:.0%} of the rollouts, and {now.most_frequent_gold:.0%} of the gold answers"
-        ),
-        "length_collapse": (
-            now.length < 0.5 * then.length
-            and f"responses have shrunk from {then.length:.0f} to {now.length:.0f} tokens"
-        ),
-        "length_growth": (
-            now.length > 2 * then.length and f"responses have grown from {then.length:.0f} to {now.length:.0f} tokens"
-        ),
-        "unreadable": (
-            now.gate < 0.9 and now.gate <= then.gate and f"{1 - now.gate:.0%} of the responses do not pass the gate"
-        ),
-        "reward_variance": (
-            now.reward_std < 0.1 * then.reward_std
-            and f"the spread of the rewards has fallen from {then.reward_std:.3f} to {now.reward_std:.3f}"
-        ),
-        "clipping": (
-            now.clip_region > 0.2
-            and f"{now.clip_region:.0%} of the ratios are clipped: fewer --inner-steps or a smaller --lr"
-        ),
-        "kl": (
-            now.kl > 0.1
-            and now.kl > 4 * past.kl
-            and f"KL from the reference has risen from {past.kl:.3f} to {now.kl:.3f} nats per token within {window} steps"
-        ),
-        "not_looking": (
-            now.gap < then.gap - 0.05
-            and now.correct > then.correct + 0.05
-            and f"accuracy rose from {then.correct:.0%} to {now.correct:.0%} while taking the region out came to matter less ({then.gap:.3f} to {now.gap:.3f} nats): a shortcut?"
-        ),
-        "v_at_clip": now.v_clipped > 0.5 and f"V is at its limit in {now.v_clipped:.0%} of the rollouts that have one",
-        "contradictions": (
-            now.contradiction > then.contradiction + 0.1
-            and f"reasoning contradicts the answer in {now.contradiction:.0%} of the rollouts, in the beginning {then.contradiction:.0%}"
-        ),
-        "skipped": now.skipped > 0.1 and f"{now.skipped:.0%} of the steps were skipped: loss or gradient not finite",
+    rules = {
+        "truncated": now.truncated > 0.5,
+        "zero_variance": now.frac_reward_zero_std > 0.8,
+        "entropy": now.entropy < 0.05,
+        "one_answer": now.most_frequent_answer > 0.8 and now.most_frequent_answer > now.most_frequent_gold + 0.2,
+        "length_collapse": now.length < 0.5 * then.length,
+        "length_growth": now.length > 2 * then.length,
+        "unreadable": now.gate < 0.9 and now.gate <= then.gate,
+        "reward_variance": now.reward_std < 0.1 * then.reward_std,
+        "clipping": now.clip_region > 0.2,
+        "kl": now.kl > 0.1 and now.kl > 4 * past.kl,
+        "not_looking": now.gap < then.gap - 0.05 and now.correct > then.correct + 0.05,
+        "v_at_clip": now.v_clipped > 0.5,
+        "contradictions": now.contradiction > then.contradiction + 0.1,
+        "skipped": now.skipped > 0.1,
     }
-    return {name: text for name, text in found.items() if text}
+    return {
+        name: SENTENCES[name].format(now=now, then=then, past=past, window=window)
+        for name, holds in rules.items()
+        if holds
+    }
+
+
+SENTENCES = {
+    "truncated": "{now.truncated:.0%} of the rollouts are cut off at --max-new-tokens: raise it, or look whether the"
+    " end token is still written",
+    "zero_variance": "{now.frac_reward_zero_std:.0%} of the groups have equal rewards and teach nothing: other"
+    " questions or more generations",
+    "entropy": "entropy is {now.entropy:.3f} nats per token: nothing is tried out any more; a smaller --lr or a larger"
+    " --beta",
+    "one_answer": "one answer makes up {now.most_frequent_answer:.0%} of the rollouts, and"
+    " {now.most_frequent_gold:.0%} of the gold answers",
+    "length_collapse": "responses have shrunk from {then.length:.0f} to {now.length:.0f} tokens",
+    "length_growth": "responses have grown from {then.length:.0f} to {now.length:.0f} tokens",
+    "unreadable": "only {now.gate:.0%} of the responses pass the gate",
+    "reward_variance": "the spread of the rewards has fallen from {then.reward_std:.3f} to {now.reward_std:.3f}",
+    "clipping": "{now.clip_region:.0%} of the ratios are clipped: fewer --inner-steps or a smaller --lr",
+    "kl": "KL from the reference has risen from {past.kl:.3f} to {now.kl:.3f} nats per token within {window} steps",
+    "not_looking": "accuracy rose from {then.correct:.0%} to {now.correct:.0%} while taking the region out came to"
+    " matter less ({then.gap:.3f} to {now.gap:.3f} nats): a shortcut?",
+    "v_at_clip": "V is at its limit in {now.v_clipped:.0%} of the rollouts that have one",
+    "contradictions": "reasoning contradicts the answer in {now.contradiction:.0%} of the rollouts, in the beginning"
+    " {then.contradiction:.0%}",
+    "skipped": "{now.skipped:.0%} of the steps were skipped: loss or gradient not finite",
+}
 
 
 class Means:

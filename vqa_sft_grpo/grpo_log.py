@@ -8,17 +8,13 @@ Used by train_grpo.py; nothing here changes the training.
 import json
 from collections import Counter
 
-import matplotlib
 import numpy as np
-from PIL import Image
 
+from shared.report import draw_history, markdown_table, number
 from shared.runtime import atomic_file, plain
-from vqa_sft_grpo.infer import draw_boxes, with_caption
+from vqa_sft_grpo.report import draw_strip
 from vqa_sft_grpo.rewards import gold_of
 from vqa_sft_grpo.scoring import normalise
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 HISTORY = {
     "step": "1, 2, ...",
@@ -142,77 +138,40 @@ def cut_rollouts(path, step):
 
 def write_completions(path, batch, advantages, step, size, most=8):
     """The rollouts of some questions as Markdown tables, those first whose rewards differ most."""
-
-    def cell(text):
-        return str(text).replace("|", "\\|").replace("\n", " ")
-
-    lines = [f"Answers of step {step}. V: how much more the gold region matters than random ones.", ""]
+    blocks = [f"Answers of step {step}. V: how much more the gold region matters than random ones."]
     for q in sorted(range(len(batch.rows)), key=lambda q: -np.ptp(batch.rewards[q * size : (q + 1) * size]))[:most]:
-        row = batch.rows[q]
-        lines += [
-            f"**{cell(row['question'])}** gold: {cell(gold_of(row))}",
-            "",
-            "| id | reward | advantage | right | box | V | penalty | text |",
-            "|---|---|---|---|---|---|---|---|",
-        ]
+        rows = []
         for n in range(q * size, (q + 1) * size):
             t = batch.terms[n]
-            numbers = [
-                "" if x is None else f"{x:.2f}"
-                for x in (
-                    t["reward"],
-                    advantages[n].item(),
-                    float(t["correct"]),
-                    t["box"],
-                    t["counterfactual"],
-                    t["penalty"],
-                )
-            ]
-            lines.append(f"| {step}.{q}.{n - q * size} | {' | '.join(numbers)} | {cell(batch.texts[n][:300])} |")
-        lines.append("")
-    with atomic_file(path, "w") as file:
-        file.write("\n".join(lines))
-
-
-CURVES = (
-    (("reward", "mean reward"), ("reward_std", "its spread")),
-    (("correct", "sampled answers"), ("val_accuracy", "validation, greedy")),
-    (("gap", "training"), ("val_gap", "validation")),
-    (("entropy", "entropy"), ("kl", "KL")),
-    (("length", "mean length"), ("length_max", "longest")),
-    (("gate", "pass the gate"), ("frac_reward_zero_std", "groups of equal rewards"), ("truncated", "cut off")),
-)
-CURVE_TITLES = ("reward", "share right", "gap: region minus random, nats", "nats per token", "tokens", "shares")
-
-
-def draw_curves(path, history, title):
-    """Six panels over the steps; training numbers as running means of up to 20 steps."""
-    figure, axes = plt.subplots(2, 3, figsize=(11, 5.6), layout="constrained")
-    for axis, lines, name in zip(axes.flat, CURVES, CURVE_TITLES, strict=True):
-        for key, label in lines:
-            points = [(r["step"], r[key]) for r in history if r.get(key) is not None]
-            if not points:
-                continue
-            steps, values = map(np.array, zip(*points, strict=True))
-            if not key.startswith("val_") and len(values) > 40:
-                values = np.array([values[max(0, i - 19) : i + 1].mean() for i in range(len(values))])
-            axis.plot(
-                steps,
-                values,
-                marker="." if key.startswith("val_") or len(values) < 3 else None,
-                label=label,
-                linewidth=1.3,
+            shown = (
+                t["reward"],
+                advantages[n].item(),
+                float(t["correct"]),
+                t["box"],
+                t["counterfactual"],
+                t["penalty"],
             )
-        axis.set(title=name, xlabel="step")
-        axis.title.set_fontsize(9)
-        axis.grid(alpha=0.3)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(frameon=False, fontsize=8)
-    figure.suptitle(title, fontsize=10)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as file:
-        figure.savefig(file, dpi=130, format="png")
-    plt.close(figure)
+            numbers = ["" if x is None else number(x, 2) for x in shown]
+            rows.append([f"{step}.{q}.{n - q * size}", *numbers, batch.texts[n][:300]])
+        question = " ".join(f"**{batch.rows[q]['question']}** gold: {gold_of(batch.rows[q])}".split())
+        blocks += [question, markdown_table("id reward advantage right box V penalty text".split(), rows)]
+    with atomic_file(path, "w") as file:
+        file.write("\n\n".join([*blocks, ""]))
+
+
+PANELS = [
+    ("reward", {"reward": "mean reward", "reward_std": "its spread"}),
+    ("share right", {"correct": "sampled answers", "val_accuracy": "validation, greedy"}),
+    ("gap: region minus random, nats", {"gap": "training", "val_gap": "validation"}),
+    ("nats per token", {"entropy": "entropy", "kl": "KL"}),
+    ("tokens", {"length": "mean length", "length_max": "longest"}),
+    ("shares", {"gate": "pass the gate", "frac_reward_zero_std": "groups of equal rewards", "truncated": "cut off"}),
+]
+
+
+def draw_curves(path, history, title, phantom=False):
+    """Six panels over the steps; running means of 20 steps."""
+    return draw_history(path, history, PANELS, title=title, phantom=phantom, smooth=20)
 
 
 def draw_edits(path, plan, drops):
@@ -220,26 +179,11 @@ def draw_edits(path, plan, drops):
     The images of a plan side by side, each with its box and what its edit did to the log-probability of the answer
     (nats per token, None: not measured).
     """
-    names = (
-        ["as it is"]
-        + ["without the region"] * bool(plan.roi)
-        + [f"without random {k + 1}" for k in range(len(plan.random))]
-    )
-    pages = [
-        with_caption(
-            draw_boxes(picture, boxes, width=224), name + ("" if drop is None else f"\n{drop:+.3f} nats"), size=12
-        )
-        for picture, boxes, name, drop in zip(
-            plan.images, [plan.roi] + [plan.roi] * bool(plan.roi) + plan.random, names, drops, strict=True
-        )
-    ]
-    sheet = Image.new(
-        "RGB", (sum(p.width for p in pages) + 6 * (len(pages) - 1), max(p.height for p in pages)), "white"
-    )
-    left = 0
-    for page in pages:
-        sheet.paste(page, (left, 0))
-        left += page.width + 6
-    path.parent.mkdir(exist_ok=True)
-    with atomic_file(path) as file:
-        sheet.save(file, "PNG")
+    panels = []
+    taken_out = [plan.roi] * bool(plan.roi) + plan.random
+    names = ["without the region"] * bool(plan.roi) + [f"without random {k + 1}" for k in range(len(plan.random))]
+    for image, boxes, name, drop in zip(plan.images, [plan.roi, *taken_out], ["as it is", *names], drops, strict=True):
+        colour = "tab:blue" if "random" in name else "red"
+        panel = {"image": image, "name": name, "below": "" if drop is None else f"{drop:+.3f} nats", "changed": False}
+        panels.append(panel | {"boxes": [(box, colour) for box in boxes]})
+    draw_strip(path, [{"text": "", "panels": panels}], f"What the answer loses without a region (fill: {plan.fill})")

@@ -350,7 +350,7 @@ def draw_risk_coverage(path, curves, title):
 def draw_strip(path, strips, title):
     """
     strips: [{"text", "panels": [{"image", "name", "below", "changed", "boxes": [(box, colour)]}]}]: a row of pictures
-    per case, changed answers in red -> path. Texts stand as they are, dollar signs too.
+    per case, changed answers in red -> path.
     """
     count, side, head = max(len(strip["panels"]) for strip in strips), 1.9, 0.8  # inches per picture, and above it
     height = len(strips) * (side + head) + 0.6
@@ -366,12 +366,12 @@ def draw_strip(path, strips, title):
             for (x0, y0, x1, y1), colour in panel["boxes"]:
                 outline = dict(fill=False, edgecolor=colour, linewidth=1)
                 axis.add_patch(plt.Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, **outline))
-            axis.set_title(panel["name"], fontsize=8, pad=3, parse_math=False)
+            axis.set_title(panel["name"], fontsize=8, pad=3)
             colour = "tab:red" if panel["changed"] else "black"
             below = "\n".join(textwrap.wrap(panel["below"][:200], 26)[:2])
-            place = dict(transform=axis.transAxes, ha="center", va="top", fontsize=8, parse_math=False)
+            place = dict(transform=axis.transAxes, ha="center", va="top", fontsize=8)
             axis.text(0.5, -0.03, below, color=colour, **place)
         text = textwrap.shorten(strip["text"][:1000], 22 * count, placeholder=" ...")
-        place = dict(transform=line[0].transAxes, ha="left", va="bottom", fontsize=8.5, parse_math=False)
+        place = dict(transform=line[0].transAxes, ha="left", va="bottom", fontsize=8.5)
         line[0].text(0, 1.14, text, fontweight="bold", **place)
     return save_figure(figure, path, title, dpi=110)
