@@ -32,17 +32,15 @@ from huggingface_hub import hf_hub_download
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText, CLIPImageProcessor, CLIPVisionConfig, Dinov2Config, LlamaConfig
-from transformers import LlamaTokenizer, LlavaConfig, LlavaForConditionalGeneration, LlavaImageProcessor, LlavaProcessor
+from transformers import LlamaTokenizer, LlavaConfig, LlavaForConditionalGeneration, LlavaImageProcessor
 from transformers import MistralConfig, PreTrainedTokenizerFast
 
-from shared.models import loading
-from shared.models.tiny import CLIP_MEAN, CLIP_STD, LLAVA_TEMPLATE, quietly
+from shared.models.hub import load_part
+from shared.models.tiny import LLAVA_TEMPLATE, NAMES, clip_processor, quietly
 from shared.runtime import InputError, ScriptParser, load_checkpoint, read_json, script, write_json
 
 PEFT_PREFIX = "base_model.model."
-IMAGE_TOKEN = (  # the original code used the id -200, which no vocabulary has; here it is the first id after the old ones
-    "<image>"
-)
+IMAGE_TOKEN = "<image>"  # the original code used the id -200; here it is the first id after the old ones
 KEY_MAP = {
     r"^model\.mm_projector\.0\.": "model.multi_modal_projector.linear_1.",
     r"^model\.mm_projector\.2\.": "model.multi_modal_projector.linear_2.",
@@ -61,18 +59,15 @@ TIMM_MAP = {  # timm's VisionTransformer -> Dinov2Model; attn.qkv is cut in thre
 }
 DERIVED = ("rotary_emb.inv_freq", "position_ids")  # computed from the configuration; old checkpoints store them
 # CLIP ViT-L/14 at 336 pixels; LLaVA-Med's own config.json only names it.
-CLIP_L_336 = dict(
-    hidden_size=1024,
-    intermediate_size=4096,
-    num_hidden_layers=24,
-    num_attention_heads=16,
-    image_size=336,
-    patch_size=14,
-    projection_dim=768,
-)
+CLIP_L_336 = dict(zip(NAMES.values(), (1024, 4096, 24, 16), strict=False))
+CLIP_L_336 |= dict(image_size=336, patch_size=14, projection_dim=768)
 TIMM_SIZES = {"small": (384, 12), "base": (768, 12), "large": (1024, 24)}  # width, layers; a head is 64 wide
+VICUNA_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and"
+    " polite answers to the user's questions."
+)
 VICUNA_TEMPLATE = """{{ bos_token }}{{ messages[0].content[0].text if messages[0].role == 'system' else
-'A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers to the user\\'s questions.' }}
+"SYSTEM" }}
 {%- for message in messages if message.role != 'system' -%}
     {%- if message.role == 'assistant' -%}
         {{ ' ' + (message.content if message.content is string else message.content[0].text) + eos_token }}
@@ -83,7 +78,7 @@ VICUNA_TEMPLATE = """{{ bos_token }}{{ messages[0].content[0].text if messages[0
         {%- endif -%}
         {{ ' ASSISTANT:' }}
     {%- endif -%}
-{%- endfor -%}"""
+{%- endfor -%}""".replace("SYSTEM", VICUNA_SYSTEM)
 
 
 def is_original(config):
@@ -98,28 +93,23 @@ def make_config(source, raw):
     """
     The LlavaConfig of an original folder, its vocabulary one longer for the image token. InputError for unknown towers.
     """
-    if (
-        raw.get("mm_projector_type") != "mlp2x_gelu"
-        or raw.get("mm_use_im_start_end")
-        or raw.get("mm_vision_select_feature", "patch") != "patch"
-    ):
+    other = raw.get("mm_use_im_start_end") or raw.get("mm_vision_select_feature", "patch") != "patch"
+    if raw.get("mm_projector_type") != "mlp2x_gelu" or other:
         raise InputError(
             f"{source} is a LLaVA of another kind (projector {raw.get('mm_projector_type')}): only LLaVA-Med v1.5 and"
             " LLaVA-Rad are supported"
         )
     names = (
-        "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads"
-        " max_position_embeddings rms_norm_eps hidden_act bos_token_id eos_token_id sliding_window tie_word_embeddings"
-    ).split()
-    text = {n: raw[n] for n in names if n in raw} | {
-        "vocab_size": raw["vocab_size"] + 1,
-        "pad_token_id": raw.get("pad_token_id"),
-    }
+        *NAMES.values(),
+        *"max_position_embeddings rms_norm_eps hidden_act bos_token_id eos_token_id sliding_window".split(),
+        "tie_word_embeddings",
+    )
+    text = {n: raw[n] for n in names if n in raw}
+    text |= dict(vocab_size=raw["vocab_size"] + 1, pad_token_id=raw.get("pad_token_id"))
     text["rope_parameters"] = {"rope_type": "default", "rope_theta": raw.get("rope_theta", 10000.0)}
-    language = (MistralConfig if "mistral" in raw["model_type"] else LlamaConfig)(**text)
     vision = tower_config(source, raw)
     return LlavaConfig(
-        text_config=language,
+        text_config=(MistralConfig if "mistral" in raw["model_type"] else LlamaConfig)(**text),
         vision_config=vision,
         image_token_index=raw["vocab_size"],
         image_seq_length=(vision.image_size // vision.patch_size) ** 2,
@@ -148,87 +138,63 @@ def tower_config(source, raw):
 
 
 def biomedclip_config(source, raw):
-    places = [Path(source, p.name) for p in (Path(str(raw.get("mm_vision_tower_config") or "")),) if p.name] + sorted(
-        Path(source).glob("*.json")
-    )
-    vision = next(
-        (
-            s["vision_cfg"]
-            for s in (read_json(p) for p in places if p.is_file())
-            if isinstance(s, dict) and "vision_cfg" in s
-        ),
-        None,
-    )
+    named = Path(source, Path(str(raw.get("mm_vision_tower_config") or "")).name)
+    found = [read_json(p) for p in (named, *sorted(Path(source).glob("*.json"))) if p.is_file()]
+    vision = next((s["vision_cfg"] for s in found if isinstance(s, dict) and "vision_cfg" in s), None)
     if vision is None:
         raise InputError(
             f"{source}: the grid of the vision tower is unknown, since its open_clip configuration is not there; add"
             " biomedclipcxr_518.json from the model's page"
         )
-    name = vision.get("timm_model_name", "")
+    name, image = vision.get("timm_model_name", ""), vision.get("image_size")
     patch = vision.get("patch_size") or int((re.search(r"patch(\d+)", name) or [0, 0])[1])
-    size = next((s for n, s in TIMM_SIZES.items() if f"_{n}_" in name), (0, 0))
-    width, layers = vision.get("width") or size[0], vision.get("layers") or size[1]
-    image = vision.get("image_size")
+    width, layers = next((size for n, size in TIMM_SIZES.items() if f"_{n}_" in name), (0, 0))
+    width, layers = vision.get("width") or width, vision.get("layers") or layers
     if not (patch and image and width and layers) or image % patch:
         raise InputError(
             f"{source}: the grid of the vision tower cannot be read from its configuration"
             f" ({name or 'no timm_model_name'}, {image} pixels, patch {patch or 'unknown'})"
         )
-    return Dinov2Config(
-        hidden_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=width // 64,
-        image_size=image,
-        patch_size=patch,
-        mlp_ratio=4,
-        use_mask_token=False,
-    )
+    sizes = dict(hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // 64, mlp_ratio=4)
+    return Dinov2Config(**sizes, image_size=image, patch_size=patch, use_mask_token=False)
 
 
 # ------------------------------------------------------------------------------------------------- tokenizer, processor
 
 
+def varint(data, at):
+    """-> (a whole number of protobuf's variable length, the place behind it)."""
+    value = shift = 0
+    while True:
+        value |= (data[at] & 127) << shift
+        at, shift = at + 1, shift + 7
+        if data[at - 1] < 128:
+            return value, at
+
+
+def fields(data):
+    """Bytes of a protobuf message -> pairs (number, value): a whole number or bytes."""
+    at = 0
+    while at < len(data):
+        tag, at = varint(data, at)
+        if tag & 7 == 0:
+            value, at = varint(data, at)
+        else:
+            size, at = varint(data, at) if tag & 7 == 2 else ({1: 8, 5: 4}[tag & 7], at)
+            value, at = data[at : at + size], at + size
+        yield tag >> 3, value
+
+
 def read_sentencepiece(path):
     """
-    tokenizer.model -> (pieces, scores, kinds), without the sentencepiece package: the file is a protobuf message whose
-    field 1 repeats for each piece, with text (1), score (2) and kind (3: 1 normal, 2 unknown, 3 control, 6 byte)
-    inside.
+    tokenizer.model -> [(piece, score, kind)], without the sentencepiece package: field 1 of the message repeats for
+    each piece, with text (1), score (2) and kind (3: 1 normal, 2 unknown, 3 control, 6 byte) inside.
     """
-    data, pieces, scores, kinds = path.read_bytes(), [], [], []
-
-    def varint(at):
-        value = shift = 0
-        while True:
-            value |= (data[at] & 127) << shift
-            at, shift = at + 1, shift + 7
-            if data[at - 1] < 128:
-                return value, at
-
-    def fields(at, end):
-        """(number, value) of a message; for strings and messages the value is (start, end)."""
-        while at < end:
-            tag, at = varint(at)
-            kind = tag & 7
-            if kind == 0:
-                value, at = varint(at)
-            elif kind == 2:
-                length, at = varint(at)
-                value, at = (at, at + length), at + length
-            else:
-                size = {1: 8, 5: 4}[kind]
-                value, at = data[at : at + size], at + size
-            yield tag >> 3, value
-
     try:
-        for number, value in fields(0, len(data)):
-            if number == 1:
-                piece = dict(fields(*value))
-                pieces.append(data[slice(*piece[1])].decode())
-                scores.append(struct.unpack("<f", piece[2])[0] if 2 in piece else 0.0)
-                kinds.append(piece.get(3, 1))
-    except (IndexError, KeyError, TypeError, UnicodeDecodeError, struct.error) as error:
+        pieces = [dict(fields(value)) for number, value in fields(path.read_bytes()) if number == 1]
+        return [(p[1].decode(), struct.unpack("<f", p[2])[0] if 2 in p else 0.0, p.get(3, 1)) for p in pieces]
+    except (AttributeError, IndexError, KeyError, TypeError, UnicodeDecodeError, struct.error) as error:
         raise InputError(f"{path} is damaged, or is not a SentencePiece model") from error
-    return pieces, scores, kinds
 
 
 def load_tokenizer(source, vocab_size):
@@ -243,13 +209,12 @@ def load_tokenizer(source, vocab_size):
         path = local_file(source, "tokenizer.model")
         if path is None:
             raise InputError(f"{source} has no tokenizer: copy tokenizer.model from the model's page into it")
-        pieces, scores, kinds = read_sentencepiece(path)
-        vocab = {piece: i for i, piece in enumerate(pieces)}
-        merges = []  # every way to put a piece together from two others; the best score first, which is the order of learning
-        for piece, score, kind in zip(pieces, scores, kinds, strict=True):
-            if kind == 1:
-                halves = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
-                merges += [(score, a, b) for a, b in halves if a in vocab and b in vocab]
+        pieces = read_sentencepiece(path)
+        vocab = {piece: i for i, (piece, _, _) in enumerate(pieces)}
+        merges = []  # every way to put a piece together from two others; best score first, the order of learning
+        for piece, score, kind in pieces:
+            halves = [(piece[:i], piece[i:]) for i in range(1, len(piece))] if kind == 1 else []
+            merges += [(score, a, b) for a, b in halves if a in vocab and b in vocab]
         merges.sort(key=lambda m: (-m[0], len(m[1])))
         tokenizer = LlamaTokenizer(vocab=vocab, merges=[(a, b) for _, a, b in merges], legacy=True, add_bos_token=True)
     if len(tokenizer) != vocab_size:
@@ -274,28 +239,11 @@ def local_file(source, name):
 
 
 def make_processor(source, raw, config):
-    tokenizer = load_tokenizer(source, raw["vocab_size"])
-    size = config.vision_config.image_size
-    settings = dict(
-        size={"shortest_edge": size},
-        crop_size={"height": size, "width": size},
-        image_mean=CLIP_MEAN,
-        image_std=CLIP_STD,
-    )
-    image = (
-        LlavaImageProcessor(**settings, do_pad=True)
-        if raw.get("image_aspect_ratio") == "pad"
-        else CLIPImageProcessor(**settings)
-    )
-    return LlavaProcessor(
-        image,
-        tokenizer,
-        patch_size=config.vision_config.patch_size,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        image_token=IMAGE_TOKEN,
-        chat_template=LLAVA_TEMPLATE if "mistral" in raw["model_type"] else VICUNA_TEMPLATE,
-    )
+    tokenizer, vision = load_tokenizer(source, raw["vocab_size"]), config.vision_config
+    pads = raw.get("image_aspect_ratio") == "pad"
+    image, more = (LlavaImageProcessor, {"do_pad": True}) if pads else (CLIPImageProcessor, {})
+    template = LLAVA_TEMPLATE if "mistral" in raw["model_type"] else VICUNA_TEMPLATE
+    return clip_processor(image, vision.image_size, vision.patch_size, tokenizer, template, **more)
 
 
 # ------------------------------------------------------------------------------------------------------------- loading
@@ -315,7 +263,7 @@ def load_original(source, raw, options):
     processor = make_processor(source, raw, config)
     before = make_config(source, raw)
     before.text_config.vocab_size -= 1
-    model = loading.load_part(LlavaForConditionalGeneration, source, config=before, key_mapping=KEY_MAP, **options)
+    model = load_part(LlavaForConditionalGeneration, source, config=before, key_mapping=KEY_MAP, **options)
     with quietly():
         model.resize_token_embeddings(config.text_config.vocab_size, mean_resizing=False)
     # The image token's row is replaced by image features, and its logit is suppressed.
@@ -388,6 +336,67 @@ def read_lora(folder):
     return factors, scale
 
 
+def original_weights(path, factors, scale):
+    """Key and tensor of everything in a file; adapter factors are taken out of `factors` and added."""
+    for key, tensor in read_shard(path):
+        key = key.removeprefix(PEFT_PREFIX)
+        if key in factors:
+            update = factors.pop(key)
+            tensor = (tensor.float() + scale * (update["B"] @ update["A"])).to(tensor.dtype)
+        yield key, tensor
+
+
+def clip_weights(path):
+    """The vision tower of CLIP's own file, under the names that LLaVA gives it; its text tower is passed over."""
+    for key, tensor in read_shard(path):
+        if key.startswith("vision_model."):
+            yield "model.vision_tower.vision_tower." + key, tensor
+
+
+def write_weights(folder, shards, config, vocab):
+    """
+    shards: (path, (key, tensor) pairs) -> files and index in `folder`, and the names of weights that are missing.
+    InputError for weights that have no place in the model, or another shape.
+    """
+    with torch.device("meta"), quietly():
+        expected = {k: tuple(t.shape) for k, t in AutoModelForImageTextToText.from_config(config).state_dict().items()}
+    where, size = {}, 0
+
+    def write(shard, what):
+        nonlocal size
+        file = f"model-{len(set(where.values())) + 1:05d}.safetensors"
+        save_file(shard, folder / file, {"format": "pt"})
+        where.update(dict.fromkeys(shard, file))
+        size += sum(t.nbytes for t in shard.values())
+        print(f"{what}: {len(shard)} weights", flush=True)
+
+    for path, weights in shards:
+        shard = {}
+        for key, tensor in weights:
+            for name, value in new_names(key, tensor).items():
+                if name in ("lm_head.weight", "model.language_model.embed_tokens.weight") and len(value) == vocab:
+                    value = torch.cat([value, torch.zeros_like(value[:1])])  # the image token
+                if name not in expected:
+                    raise InputError(
+                        f"{path}: the weight {key} has no place in the model; this is not the layout of LLaVA-Med v1.5"
+                        " or LLaVA-Rad"
+                    )
+                shape = tuple(value.shape)
+                if shape != expected[name]:
+                    raise InputError(
+                        f"{path}: {key} has the shape {shape}, and the configuration says {expected[name]}"
+                    )
+                shard[name] = value.contiguous()
+        if shard:
+            write(shard, path.name)
+    missing = sorted(set(expected) - set(where))
+    if missing and all("layer_scale" in name for name in missing):  # a plain ViT is one with scales of 1
+        write({name: torch.ones(expected[name]) for name in missing}, "scales of 1")
+        missing = []
+    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": where})
+    return missing
+
+
 def convert(source, out, base=None, tower=None):
     """
     Write the model of the original folder `source` to the new folder `out`. base: the language model that an adapter in
@@ -418,67 +427,18 @@ def convert(source, out, base=None, tower=None):
     else:
         files += shards_of(source)
     files += sorted(source.glob("*_checkpoint.pt"))  # LLaVA-Rad's tower
-    towers = shards_of(tower, "vision tower") if tower else []
-    processor = make_processor(
-        source if local_file(source, "tokenizer.model") or local_file(source, "tokenizer.json") else base or source,
-        raw,
-        config,
-    )
-    with torch.device("meta"), quietly():
-        expected = {k: tuple(t.shape) for k, t in AutoModelForImageTextToText.from_config(config).state_dict().items()}
+    own = local_file(source, "tokenizer.model") or local_file(source, "tokenizer.json")
+    processor = make_processor(source if own else base or source, raw, config)
+    shards = [(path, original_weights(path, factors, scale)) for path in files]
+    shards += [(path, clip_weights(path)) for path in (shards_of(tower, "vision tower") if tower else [])]
 
     out.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
-        where, size = {}, 0
-
-        def write(shard, what):
-            nonlocal size
-            file = f"model-{len(set(where.values())) + 1:05d}.safetensors"
-            save_file(shard, building / file, {"format": "pt"})
-            where.update(dict.fromkeys(shard, file))
-            size += sum(t.nbytes for t in shard.values())
-            print(f"{what}: {len(shard)} weights", flush=True)
-
-        for path in files + towers:
-            shard = {}
-            for key, tensor in read_shard(path):
-                key = key.removeprefix(PEFT_PREFIX)
-                if path in towers:
-                    if not key.startswith("vision_model."):
-                        continue  # CLIP's text tower
-                    key = "model.vision_tower.vision_tower." + key
-                if key in factors:
-                    update = factors.pop(key)
-                    tensor = (tensor.float() + scale * (update["B"] @ update["A"])).to(tensor.dtype)
-                for name, value in new_names(key, tensor).items():
-                    if (
-                        name in ("lm_head.weight", "model.language_model.embed_tokens.weight")
-                        and len(value) == raw["vocab_size"]
-                    ):
-                        value = torch.cat([value, torch.zeros_like(value[:1])])  # the image token
-                    if name not in expected:
-                        raise InputError(
-                            f"{path}: the weight {key} has no place in the model; this is not the layout of LLaVA-Med"
-                            " v1.5 or LLaVA-Rad"
-                        )
-                    if tuple(value.shape) != expected[name]:
-                        raise InputError(
-                            f"{path}: {key} has the shape {tuple(value.shape)}, and the configuration says"
-                            f" {expected[name]}"
-                        )
-                    shard[name] = value.contiguous()
-            if shard:
-                write(shard, path.name)
-        missing = sorted(set(expected) - set(where))
-        if missing and all("layer_scale" in name for name in missing):  # a plain ViT is one with scales of 1
-            write({name: torch.ones(expected[name]) for name in missing}, "scales of 1")
-        elif missing:
-            tip = (
-                f"; give a folder of {raw['mm_vision_tower']} with --tower"
-                if all("vision_tower" in name for name in missing)
-                else ""
-            )
+        missing = write_weights(building, shards, config, raw["vocab_size"])
+        if missing:
+            tower_only = all("vision_tower" in name for name in missing)
+            tip = f"; give a folder of {raw['mm_vision_tower']} with --tower" if tower_only else ""
             raise InputError(
                 f"{source} is not complete: {len(missing)} weights are missing, the first is {missing[0]}{tip}"
             )
@@ -486,7 +446,6 @@ def convert(source, out, base=None, tower=None):
             raise InputError(
                 f"{len(factors)} adapter weights do not belong to the base model, the first is for {sorted(factors)[0]}"
             )
-        write_json(building / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": where})
         config.dtype, config.architectures = torch.bfloat16, ["LlavaForConditionalGeneration"]
         config.save_pretrained(building)
         processor.save_pretrained(building)

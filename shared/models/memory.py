@@ -4,7 +4,6 @@ How much memory a model will need, from its configuration alone; nothing is down
 Usage:
     python -m shared.models.memory --model google/medgemma-4b-it --quant nf4
     python -m shared.models.memory --model Qwen/Qwen2-VL-2B-Instruct --train lora --batch-size 2 --image-size 448
-    python -m shared.models.memory --model google/medgemma-4b-it --quant nf4 --allocate  # also builds the weights, random; minutes
 
 The model is built on torch's meta device (shapes without numbers), so parameters are counted exactly and weights follow
 to the byte. Cache, adapters and optimiser state are exact too, given the batch. Activations are an estimate: the peak
@@ -18,7 +17,6 @@ Known without a network: those of KNOWN. Other names need their config.json: a f
 import argparse
 import re
 import sys
-import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -28,69 +26,36 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, CLIPVisionConfig, Gemma3Config, LlavaConfig
 from transformers import MistralConfig, Qwen2VLConfig
 
-from shared.models import loading
-from shared.models.tiny import is_tiny, quietly
+from shared.models import llava_med
+from shared.models.hub import FAMILIES, LORA_LAYERS, QUANTS, family_of, find_model, first_line, kept_whole
+from shared.models.tiny import NAMES, quietly
 from shared.runtime import InputError, ScriptParser, positive_int, script
 
 GIB = 2**30
 
 
+def sizes(hidden, layers, heads, mlp=None, kv_heads=None, **more):
+    """Settings of a transformer under their usual names."""
+    found = dict(hidden=hidden, layers=layers, heads=heads, mlp=mlp, kv_heads=kv_heads)
+    return {NAMES[name]: value for name, value in found.items() if value is not None} | more
+
+
 def gemma3_4b():
-    text = dict(
-        hidden_size=2560,
-        num_hidden_layers=34,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=256,
-        intermediate_size=10240,
-        vocab_size=262208,
-        sliding_window=1024,
-    )
-    vision = dict(
-        hidden_size=1152,
-        num_hidden_layers=27,
-        num_attention_heads=16,
-        intermediate_size=4304,
-        image_size=896,
-        patch_size=14,
-        vision_use_head=False,
-    )
+    text = sizes(2560, 34, 8, 10240, 4, head_dim=256, vocab_size=262208, sliding_window=1024)
+    vision = sizes(1152, 27, 16, 4304, image_size=896, patch_size=14, vision_use_head=False)
     return Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=256)
 
 
 def qwen2vl_2b():
-    text = dict(
-        hidden_size=1536,
-        num_hidden_layers=28,
-        num_attention_heads=12,
-        num_key_value_heads=2,
-        intermediate_size=8960,
-        vocab_size=151936,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
-        tie_word_embeddings=True,
-    )
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
+    text = sizes(1536, 28, 12, 8960, 2, vocab_size=151936, rope_parameters=rope, tie_word_embeddings=True)
     vision = dict(depth=32, embed_dim=1280, hidden_size=1536, num_heads=16, mlp_ratio=4, patch_size=14)
     return Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True)
 
 
 def llava_med_7b():
-    text = MistralConfig(
-        hidden_size=4096,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        intermediate_size=14336,
-        vocab_size=32001,
-        sliding_window=None,
-    )
-    vision = CLIPVisionConfig(
-        hidden_size=1024,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        intermediate_size=4096,
-        image_size=336,
-        patch_size=14,
-    )
+    text = MistralConfig(**sizes(4096, 32, 32, 14336, 8, vocab_size=32001, sliding_window=None))
+    vision = CLIPVisionConfig(**llava_med.CLIP_L_336)
     return LlavaConfig(text_config=text, vision_config=vision, image_token_index=32000, tie_word_embeddings=False)
 
 
@@ -105,16 +70,10 @@ KNOWN = {
 CARDS = {"T4 (16 GB)": 14.6, "L4 (24 GB)": 22.0, "RTX 3090/4090 (24 GB)": 23.5}
 
 
-# (is it Gemma 3, bytes per number) -> bytes saved per token and layer, for each number of (hidden + queries, MLP, keys
-# and values) of a layer; fitted to what autograd saved in 42 tiny models. Gemma has four norms a layer and two in
-# attention, and they are computed in float32; below float32 the adapters, which are float32, keep a copy of each input
-# besides.
-SAVED = {
-    (False, 4): (12.1, 16.1, 4.0),
-    (True, 4): (18.8, 16.8, 6.7),
-    (False, 2): (18.1, 10.1, 2.0),
-    (True, 2): (24.5, 10.5, 4.4),
-}
+# Family -> bytes per number -> bytes saved per token and layer, for each number of (hidden + queries, MLP, keys and
+# values) of a layer; fitted to what autograd saved in 42 tiny models. Gemma has four norms a layer and two in
+# attention, computed in float32; below float32 the adapters, which are float32, keep a copy of each input besides.
+SAVED = {"": {4: (12.1, 16.1, 4.0), 2: (18.1, 10.1, 2.0)}, "gemma3": {4: (18.8, 16.8, 6.7), 2: (24.5, 10.5, 4.4)}}
 
 
 @dataclass
@@ -133,11 +92,16 @@ class Layout:
 
 def read_layout(source, raw=None):
     """Hub name or folder, with its config.json where it was read already -> Layout."""
-    config = read_config(source, raw)
-    family = loading.family_of(config.to_dict(), source).name
-    with torch.device("meta"), quietly():
-        model = AutoModelForImageTextToText.from_config(config)
-    model.tie_weights()
+    try:
+        config = read_config(source, raw)
+        family = family_of(config.to_dict(), source).name
+        with torch.device("meta"), quietly():
+            model = AutoModelForImageTextToText.from_config(config, attn_implementation="sdpa")
+        model.tie_weights()
+    except InputError:
+        raise
+    except Exception as error:  # whatever an impossible size makes the classes raise; none of it is a bug of the script
+        raise InputError(f"{source}: no model can be built after its config.json ({first_line(error)})") from error
     embedding = model.get_input_embeddings().weight  # a head tied to it is no weight of its own
     linears = {n: m for n, m in model.named_modules() if type(m) is nn.Linear and m.weight is not embedding}
     total = sum(p.numel() for p in model.parameters())
@@ -146,18 +110,15 @@ def read_layout(source, raw=None):
 
 
 def read_config(source, raw=None):
-    from shared.models import llava_med  # it imports loading, too
-
     if not Path(source).is_dir() and source in KNOWN:
         return KNOWN[source]()
     if raw is None:
-        source, raw = loading.find_model(source)
+        source, raw = find_model(source)
     if llava_med.is_original(raw):
         return llava_med.make_config(source, raw)
-    loading.family_of(raw, source)
-    raw_quant = raw.get("quantization_config")
+    family_of(raw, source)
     config = AutoConfig.from_pretrained(source, local_files_only=Path(source).is_dir())
-    if raw_quant:
+    if raw.get("quantization_config"):
         del config.quantization_config  # the shapes are those of the whole weights
     return config
 
@@ -194,7 +155,7 @@ def nf4_bytes(n):
 
 
 def is_quantised(name, quant, family):
-    return quant != "none" and not any(name == k or name.startswith(k + ".") for k in loading.kept_whole(quant, family))
+    return quant != "none" and not any(name == k or name.startswith(k + ".") for k in kept_whole(quant, family))
 
 
 def weight_bytes(layout, quant, dtype):
@@ -226,19 +187,12 @@ def predict(layout, setting):
 
     v_hidden = getattr(vision, "embed_dim", None) or vision.hidden_size
     v_mlp = getattr(vision, "intermediate_size", None) or int(v_hidden * vision.mlp_ratio)
-    v_layers = getattr(vision, "depth", None) or vision.num_hidden_layers
-    queries = text.num_attention_heads * head_dim
-    keys = 2 * text.num_key_value_heads * head_dim
-    seen = s.batch * s.images * patches
-    rows = s.batch * length
+    queries, keys = text.num_attention_heads * head_dim, 2 * text.num_key_value_heads * head_dim
+    seen, rows = s.batch * s.images * patches, s.batch * length
     # Kept at once in one layer's forward pass: residual, norm, and the widest of attention and MLP.
-    forward = (
-        max(
-            seen * (4 * v_hidden + max(2 * v_mlp, 4 * v_hidden)),
-            rows * (4 * text.hidden_size + max(3 * text.intermediate_size, 3 * queries + keys)),
-        )
-        * size
-    )
+    tower = seen * (4 * v_hidden + max(2 * v_mlp, 4 * v_hidden))
+    decoder = rows * (4 * text.hidden_size + max(3 * text.intermediate_size, 3 * queries + keys))
+    forward = max(tower, decoder) * size
     # One quantised weight at a time is unpacked for its product.
     unpacked = max((i * o for n, i, o in layout.linears if is_quantised(n, s.quant, layout.family)), default=0) * size
     trainable = {"none": 0, "lora": lora_parameters(layout, s.rank), "full": layout.parameters}[s.train]
@@ -246,82 +200,68 @@ def predict(layout, setting):
         out["activations"] = forward + unpacked + s.batch * text.vocab_size * 4
     else:
         layer = rows * saved_per_token(layout.family, size, text.hidden_size, text.intermediate_size, queries, keys)
-        saved = (
-            text.num_hidden_layers * rows * text.hidden_size * size + layer
-            if s.checkpointing
-            else text.num_hidden_layers * layer
-        )
-        if s.train == "full":  # a frozen tower saves nothing
-            tower = seen * saved_per_token(
-                "", size, v_hidden, v_mlp / 2, v_hidden, 2 * v_hidden
-            )  # two matrices in its MLP, not three
-            saved += v_layers * seen * v_hidden * size + tower if s.checkpointing else v_layers * tower
+        parts = [(text.num_hidden_layers, rows * text.hidden_size * size, layer)]
+        if s.train == "full":  # a frozen tower saves nothing; two matrices in its MLP, not three
+            layer = seen * saved_per_token("", size, v_hidden, v_mlp / 2, v_hidden, 2 * v_hidden)
+            layers = getattr(vision, "depth", None) or vision.num_hidden_layers
+            parts.append((layers, seen * v_hidden * size, layer))
+        saved = sum(n * row + layer if s.checkpointing else n * layer for n, row, layer in parts)
         logits = rows * text.vocab_size * (size + 4 + 4)  # as computed, as float32 in the loss, and their gradient
         out["activations"] = int(max(forward, saved + logits) + unpacked)
     out["adapter"] = trainable * 4 if s.train == "lora" else 0
     out["gradients"] = trainable * (4 if s.train == "lora" else size)
-    out["optimizer"] = 2 * trainable * (4 if s.train == "lora" else size)  # Adam: two numbers for each weight
+    out["optimizer"] = 2 * out["gradients"]  # Adam: two numbers for each weight
     out["other"] = int(0.5 * GIB + 0.05 * sum(out.values()))
     return out | {"total": sum(out.values())}
 
 
 def saved_per_token(family, itemsize, hidden, mlp, queries, keys):
     """Bytes that one decoder layer with LoRA on all its linear layers saves for the backward pass, per token."""
-    a, b, c = SAVED[family == "gemma3", itemsize]
+    a, b, c = SAVED.get(family, SAVED[""])[itemsize]
     return a * (hidden + queries) + b * mlp + c * keys
 
 
 def image_counts(layout, image_size):
     """-> (image tokens, patches) of one image."""
     vision = layout.config.vision_config
-    if layout.family == "qwen2vl":
+    if FAMILIES[layout.family].rope:
         side = max(1, round(image_size / vision.patch_size / vision.spatial_merge_size))
         return side**2, (side * vision.spatial_merge_size) ** 2
     patches = (vision.image_size // vision.patch_size) ** 2
-    return (layout.config.mm_tokens_per_image if layout.family == "gemma3" else patches), patches
+    return getattr(layout.config, "mm_tokens_per_image", patches), patches
 
 
 def lora_parameters(layout, rank):
-    return sum(rank * (i + o) for name, i, o in layout.linears if re.fullmatch(loading.LORA_LAYERS, name))
+    return sum(rank * (i + o) for name, i, o in layout.linears if re.fullmatch(LORA_LAYERS, name))
 
 
 def nearest_that_fits(layout, setting, limit):
     """The change closest to a setting that brings the total under `limit` bytes, in words, or None."""
-    steps = []
-    if setting.train == "full":
-        steps.append((replace(setting, train="lora"), "--train lora"))
-    if not setting.checkpointing and setting.train != "none":
-        steps.append((replace(setting, checkpointing=True), "gradient checkpointing"))
-    for quant in ("int8", "nf4-text", "nf4"):
-        if loading.QUANTS.index(setting.quant) == 0 or (setting.quant in ("int8", "nf4-text") and quant == "nf4"):
-            changed = replace(setting, quant=quant, train="lora" if setting.train == "full" else setting.train)
-            steps.append((changed, f"--quant {quant}" + (" --train lora" if setting.train == "full" else "")))
-    quant = steps[-1][0].quant if steps else setting.quant
-    small = replace(
-        setting, quant=quant, batch=1, train="lora" if setting.train == "full" else setting.train, checkpointing=True
-    )
-    steps.append((small, f"--quant {quant} --batch-size 1"))
-    return next((words for s, words in steps if predict(layout, s)["total"] <= limit), None)
+    lora = {"train": "lora"} if setting.train == "full" else {}
+    smaller = {"none": ["int8", "nf4-text", "nf4"], "nf4": []}.get(setting.quant, ["nf4"])
+    steps = [lora, {"checkpointing": True}, *(lora | {"quant": quant} for quant in smaller)]
+    steps.append(steps[-1] | lora | {"batch": 1, "checkpointing": True})
+    words = {"quant": "--quant", "train": "--train", "batch": "--batch-size", "checkpointing": "gradient checkpointing"}
+    for step in steps:
+        changed = replace(setting, **step)
+        if changed != setting and predict(layout, changed)["total"] <= limit:
+            new = {name: getattr(changed, name) for name in words if getattr(changed, name) != getattr(setting, name)}
+            return " ".join(words[n] if n == "checkpointing" else f"{words[n]} {value}" for n, value in new.items())
+    return None
 
 
-def warn_if_too_large(name, layout, quant, device, dtype):
-    """Printed by load_vlm before anything is read: a model that will not fit, with the nearest setting that does."""
-    free = free_bytes(device)
-    if free is None:
-        return
-    setting = Setting(quant=quant, dtype=dtype)
+def too_large(name, layout, quant, device, dtype):
+    """A warning, before anything is read, about a model that will not fit, with the nearest setting that does."""
+    free, setting = free_bytes(device), Setting(quant=quant, dtype=dtype)
     need = predict(layout, setting)["total"]
-    if need > free:
-        words = nearest_that_fits(layout, setting, free)
-        loading.say(
-            f"WARNING: {name} will need about {need / GIB:.1f} GiB with --quant {quant}, and {free / GIB:.1f} GiB are"
-            f" free on {device}; "
-            + (
-                f"{words} would fit"
-                if words
-                else "no setting of these scripts fits; take a smaller model or a larger card"
-            )
-        )
+    if free is None or need <= free:
+        return ""
+    words = nearest_that_fits(layout, setting, free)
+    fits = f"{words} would fit" if words else "no setting of these scripts fits; take a smaller model or a larger card"
+    return (
+        f"WARNING: {name} will need about {need / GIB:.1f} GiB with --quant {quant}, and {free / GIB:.1f} GiB are free"
+        f" on {device}; {fits}"
+    )
 
 
 def free_bytes(device):
@@ -336,32 +276,6 @@ def free_bytes(device):
         return None
 
 
-# --------------------------------------------------------------------------------------------------------- allocation
-
-
-def allocate(layout, quant, dtype):
-    """Really build weights of these shapes with random numbers, quantised as load_vlm would -> their bytes, seconds."""
-    from bitsandbytes import functional
-
-    started, kept, total = time.time(), [], 0
-    whole = layout.other
-    for name, n_in, n_out in layout.linears:
-        if not is_quantised(name, quant, layout.family):
-            whole += n_in * n_out
-            continue
-        weight = torch.randn(n_out, n_in, dtype=torch.bfloat16)
-        if quant == "int8":
-            packed, scales, _ = functional.int8_vectorwise_quant(weight.half())
-            tensors = [packed, scales]
-        else:
-            packed, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
-            tensors = [packed, state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
-        kept.append(tensors)
-        total += sum(t.untyped_storage().nbytes() for t in tensors)
-    kept.append(torch.randn(whole, dtype=dtype))
-    return total + kept[-1].untyped_storage().nbytes(), time.time() - started
-
-
 def parse_args(argv=None):
     parser = ScriptParser(
         prog="python -m shared.models.memory",
@@ -369,11 +283,11 @@ def parse_args(argv=None):
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    # fmt: off
     parser.add_argument("--config", help="YAML or JSON file with the same names; flags given here win")
     g = parser.add_argument_group("model")
     g.add_argument("--model", default="google/medgemma-4b-it", help="hub name, folder, or tiny:<family> (%(default)s)")
-    g.add_argument("--quant", default="none", choices=loading.QUANTS, help="how the weights are held (%(default)s)")
-    # fmt: off
+    g.add_argument("--quant", default="none", choices=QUANTS, help="how the weights are held (%(default)s)")
     g.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
         help="of the computation; auto: what load_vlm takes on each card (%(default)s)")
     g = parser.add_argument_group("use")
@@ -382,14 +296,12 @@ def parse_args(argv=None):
         help="text tokens of one prompt, image tokens not counted (%(default)s)")
     g.add_argument("--new-tokens", type=positive_int, default=256, help="tokens generated per case (%(default)s)")
     g.add_argument("--image-size", type=positive_int, default=448,
-        help="pixels per side, where the family keeps the image's own size: Qwen2-VL (%(default)s)")
+        help="pixels per side, where the family keeps the image's own size: Qwen (%(default)s)")
     g.add_argument("--train", default="none", choices=["none", "lora", "full"],
         help="none: only generate (%(default)s)")
     g.add_argument("--rank", type=positive_int, default=8, help="of the LoRA adapters (%(default)s)")
     g.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=True,
         help="recompute activations in the backward pass")
-    g.add_argument("--allocate", action="store_true",
-        help="also build the weights with random numbers and compare; takes minutes and the memory itself")
     # fmt: on
     args = parser.parse_args(argv)
     if args.train == "full" and args.quant != "none":
@@ -400,57 +312,25 @@ def parse_args(argv=None):
 @script
 def main(argv=None):
     args = parse_args(argv)
-    if is_tiny(args.model):
-        args.model = loading.find_model(args.model)[0]
     layout = read_layout(args.model)
-    rows = {}
-    for card, gib in CARDS.items():
-        if args.dtype != "auto":
-            dtype = getattr(torch, args.dtype)
-        elif "T4" in card:
-            dtype = torch.float32 if layout.family == "gemma3" else torch.float16
-        else:
-            dtype = torch.bfloat16
-        setting = Setting(
-            args.quant,
-            dtype,
-            args.batch_size,
-            args.tokens,
-            args.new_tokens,
-            1,
-            args.image_size,
-            args.train,
-            args.rank,
-            args.checkpointing,
-        )
-        rows[card] = (setting, predict(layout, setting), gib * GIB)
     tokens, patches = image_counts(layout, args.image_size)
     print(
         f"{args.model}: {layout.family}, {layout.parameters:,} parameters, {tokens} tokens and {patches} patches per"
         " image\n"
     )
-    names = list(next(iter(rows.values()))[1])
-    print(f"| GiB | {' | '.join(names)} | computing in | fits? |\n|---|" + "---|" * (len(names) + 2))
-    for card, (setting, bytes_, limit) in rows.items():
-        fits = (
-            "yes"
-            if bytes_["total"] <= limit
-            else "no; " + (nearest_that_fits(layout, setting, limit) or "nothing here") + " would"
-        )
-        print(
-            f"| {card} | {' | '.join(f'{bytes_[n] / GIB:.2f}' for n in names)} |"
-            f" {str(setting.dtype).removeprefix('torch.')} | {fits} |"
-        )
-    if args.allocate:
-        dtype = torch.bfloat16 if args.dtype == "auto" else getattr(torch, args.dtype)
-        expected = weight_bytes(layout, args.quant, dtype)
-        found, seconds = allocate(layout, args.quant, dtype)
-        print(
-            f"\nweights in {dtype}: predicted {expected:,} bytes, allocated {found:,} ({found / expected - 1:+.2%}),"
-            f" {seconds:.0f} s"
-        )
-        if abs(found / expected - 1) > 0.1:
-            raise InputError("the prediction is off by more than 10 %: please report it")
+    same = {name: value for name, value in vars(args).items() if name in Setting.__dataclass_fields__}
+    rows = []
+    for card, gib in CARDS.items():
+        small = "float16" if FAMILIES[layout.family].float16 else "float32"  # a T4 does not compute bfloat16
+        dtype = args.dtype if args.dtype != "auto" else small if "T4" in card else "bfloat16"
+        setting = Setting(**same | {"dtype": getattr(torch, dtype), "batch": args.batch_size})
+        need = predict(layout, setting)
+        better = nearest_that_fits(layout, setting, gib * GIB) or "nothing here"
+        fits = "yes" if need["total"] <= gib * GIB else f"no; {better} would"
+        rows.append([card, *(f"{value / GIB:.2f}" for value in need.values()), dtype, fits])
+    head = ["GiB", *need, "computing in", "fits?"]
+    for row in [head, ["---"] * len(head), *rows]:
+        print(f"| {' | '.join(row)} |")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ Usage:
 |---|---|---|
 | tiny:gemma3 | Gemma3ForConditionalGeneration, SigLIP tower, Gemma3Processor | MedGemma 4B |
 | tiny:qwen2vl | Qwen2VLForConditionalGeneration, Qwen2VLProcessor | Qwen2-VL 2B |
+| tiny:qwen25vl | Qwen2_5_VLForConditionalGeneration: attention in windows in the tower | Qwen2.5-VL 3B |
+| tiny:qwen3vl | Qwen3VLForConditionalGeneration: image features in several layers | Qwen3-VL 2B |
 | tiny:llava | LlavaForConditionalGeneration: CLIP tower, Mistral; LlavaProcessor | LLaVA-Med 7B |
 | tiny:siglip | SiglipModel (both towers), SiglipProcessor | SigLIP |
 | tiny:t5 | T5ForConditionalGeneration (Flan form: gated GELU, untied head) | Flan-T5 |
@@ -42,29 +44,27 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import BertConfig, BertModel, BertTokenizer, CLIPImageProcessor, Gemma3Config
 from transformers import Gemma3ForConditionalGeneration, Gemma3ImageProcessor, Gemma3Processor, GenerationConfig
 from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
-from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessor, Qwen2VLProcessor
-from transformers import Qwen2VLVideoProcessor, SiglipConfig, SiglipImageProcessor, SiglipModel, SiglipProcessor
+from transformers import Qwen2VLImageProcessor, SiglipConfig, SiglipImageProcessor, SiglipModel, SiglipProcessor
 from transformers import T5Config, T5ForConditionalGeneration, T5Tokenizer
 
 from shared.phantom import phantom_study
 from shared.runtime import InputError, read_json, write_json
 
 # Every width is a multiple of 64, so that the same folder also loads in 4 bit: NF4 stores blocks of 64 numbers.
+WORDS = dict(hidden=128, layers=3, heads=4, mlp=256, vocab=1024)
 TEXT = dict(hidden=128, layers=4, heads=4, kv_heads=2, mlp=384, vocab=1024)
 VISION = dict(image_size=112, patch_size=14, vision_hidden=128, vision_layers=4, vision_heads=4, vision_mlp=256)
 SIZES = {
     "qwen2vl": TEXT | VISION,  # 16 image tokens: 8x8 patches, merged 2x2
-    "gemma3": (
-        TEXT | VISION | dict(layers=6, mlp=256, image_tokens=16, sliding_window=512)
-    ),  # 6 layers: 5 sliding, 1 full
+    "qwen25vl": TEXT | VISION | dict(window=56),  # the same in 4 windows of 4 merged patches
+    "qwen3vl": TEXT | VISION | dict(image_size=128, patch_size=16),
+    "gemma3": TEXT | VISION | dict(layers=6, mlp=256, image_tokens=16, sliding_window=512),  # 5 sliding, 1 full
     "llava": TEXT | VISION,  # 64 image tokens, one per patch
     "siglip": VISION | dict(vocab=1024),
-    "t5": dict(hidden=128, layers=3, heads=4, mlp=256, vocab=1024),
-    "bert": dict(hidden=128, layers=3, heads=4, mlp=256, vocab=1024),
+    "t5": WORDS,
+    "bert": WORDS,
 }
-
-INIT = 0.06  # standard deviation of random weights in tiny:qwen2vl; 0.02, made for widths of thousands, hardly lets 128 numbers through
-
+INIT = 0.06  # deviation of random weights in the Qwen models; 0.02, made for thousands, hardly lets 128 numbers through
 CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 
 # What the templates of the real models write, in the few lines that these need.
@@ -77,15 +77,16 @@ GEMMA3_TEMPLATE = """{{ bos_token }}
         {{ '<start_of_turn>' + ('model' if message.role == 'assistant' else message.role) + '\n' + system.text }}
         {%- set system.text = '' -%}
         {%- if message.content is string -%}{{ message.content | trim }}{%- else -%}
-        {%- for part in message.content -%}{{ '<start_of_image>' if part.type == 'image' else part.text | trim }}{%- endfor -%}
+        {%- for part in message.content -%}
+            {{ '<start_of_image>' if part.type == 'image' else part.text | trim }}
+        {%- endfor -%}
         {%- endif -%}
         {{ '<end_of_turn>\n' }}
     {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ '<start_of_turn>model\n' }}{%- endif -%}"""
 
-QWEN2VL_TEMPLATE = """{%- if messages[0].role != 'system' -%}{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{%- endif -%}
-{%- for message in messages -%}
+QWEN3VL_TEMPLATE = """{%- for message in messages -%}
     {{ '<|im_start|>' + message.role + '\n' }}
     {%- if message.content is string -%}{{ message.content }}{%- else -%}
     {%- for part in message.content -%}
@@ -95,6 +96,10 @@ QWEN2VL_TEMPLATE = """{%- if messages[0].role != 'system' -%}{{ '<|im_start|>sys
     {{ '<|im_end|>\n' }}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"""
+QWEN_SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"  # the first two have words of their own
+QWEN2VL_TEMPLATE = (
+    "{%- if messages[0].role != 'system' -%}{{ '" + QWEN_SYSTEM + "' }}{%- endif -%}\n" + QWEN3VL_TEMPLATE
+)
 
 # LLaVA-Med v1.5 was trained with Mistral's instruction form, the image on a line of its own before the question.
 LLAVA_TEMPLATE = """{{ bos_token }}
@@ -155,7 +160,7 @@ def tiny_folder(name, seed=0, **sizes):
     try:
         with quietly(), torch.random.fork_rng(devices=[]):  # the caller's random numbers go on as if nothing was built
             torch.manual_seed(seed)
-            BUILDERS[family](building, **sizes)
+            globals()["build_" + family](building, **sizes)
         write_json(building / "sha256.json", sums(building) | {"recipe": recipe})
         if folder.exists():
             shutil.rmtree(folder)  # damaged
@@ -215,20 +220,8 @@ def phantom_text():
         for question in study.questions:
             texts += [question.text, question.answer, question.answer.capitalize(), "Answer yes or no."]
             texts += [paraphrase.text for paraphrase in question.paraphrases]
-    return tuple(
-        texts
-        + [
-            "system\nYou are a helpful assistant.",
-            "user\n",
-            "model\n",
-            "assistant\n",
-            "[INST] ",
-            " [/INST]",
-            "\n\n",
-            *FORMS,
-        ]
-        * 100
-    )
+    turns = ["system\nYou are a helpful assistant.", "user\n", "model\n", "assistant\n", "[INST] ", " [/INST]", "\n\n"]
+    return tuple(texts + [*turns, *FORMS] * 100)
 
 
 # The fixed words of prompts and structured answers. Real tokenizers know them; here they would be spelled letter by
@@ -317,265 +310,189 @@ def rounded(n):
     return -(-n // 64) * 64
 
 
-def save(model, folder, processor, generation=None):
+def save(model, folder, processor, special=None):
+    """special: ids of the tokens that generation starts with, ends with and pads with."""
     model.eval()
-    if generation is not None:
-        model.generation_config = GenerationConfig(**generation)
+    if special is not None:
+        model.generation_config = GenerationConfig(**special)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
 
 
 # -------------------------------------------------------------------------------------------------------------- models
 
+NAMES = {  # of SIZES -> in most configurations
+    "hidden": "hidden_size",
+    "mlp": "intermediate_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+}
+
+
+def settings(s, prefix="", **more):
+    """Sizes -> settings of a transformer; prefix "vision_" for those of the tower."""
+    return {new: s[prefix + old] for old, new in NAMES.items() if prefix + old in s} | more
+
+
+def vision_settings(s, **more):
+    """Of CLIP's and SigLIP's vision towers."""
+    return settings(s, "vision_", image_size=s["image_size"], patch_size=s["patch_size"], **more)
+
+
+def grey_square(image_processor, s):
+    """Images as SigLIP takes them: a square, each channel from -1 to 1."""
+    half = [0.5] * 3
+    size = {"height": s["image_size"], "width": s["image_size"]}
+    return image_processor(size=size, image_mean=half, image_std=half, do_convert_rgb=True)
+
+
+def make_tokenizer(s, specials, pad, eos, bos=None, unk=None, **extra):
+    """
+    -> (tokenizer, settings of a language model of that vocabulary, ids of its special tokens). specials: all special
+    tokens; extra: names for some of them. A start token is put first, as the real tokenizers do.
+    """
+    bpe = byte_bpe(s["vocab"], specials.split(), bos=bos)
+    roles = {"pad_token": pad, "eos_token": eos} | ({"bos_token": bos, "unk_token": unk} if bos else {})
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, padding_side="left", extra_special_tokens=extra, **roles)
+    ids = tokenizer.convert_tokens_to_ids
+    special = dict(pad_token_id=ids(pad), bos_token_id=ids(bos or pad), eos_token_id=ids(eos))
+    text = settings(s, vocab_size=rounded(len(tokenizer)), max_position_embeddings=8192, **special)
+    return tokenizer, text, special
+
 
 def build_gemma3(folder, image_tokens, sliding_window, **s):
-    specials = [
-        "<pad>",
-        "<eos>",
-        "<bos>",
-        "<unk>",
-        "<start_of_turn>",
-        "<end_of_turn>",
-        "<start_of_image>",
-        "<end_of_image>",
-        "<image_soft_token>",
-    ]
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=byte_bpe(s["vocab"], specials, bos="<bos>"),
-        padding_side="left",
-        pad_token="<pad>",
-        eos_token="<eos>",
-        bos_token="<bos>",
-        unk_token="<unk>",
-        extra_special_tokens={
-            "image_token": "<image_soft_token>",
-            "boi_token": "<start_of_image>",
-            "eoi_token": "<end_of_image>",
-        },
+    specials = (
+        "<pad> <eos> <bos> <unk> <start_of_turn> <end_of_turn> <start_of_image> <end_of_image> <image_soft_token>"
     )
+    marks = dict(image_token="<image_soft_token>", boi_token="<start_of_image>", eoi_token="<end_of_image>")
+    tokenizer, text, special = make_tokenizer(s, specials, "<pad>", "<eos>", "<bos>", "<unk>", **marks)
     ids = tokenizer.convert_tokens_to_ids
-    image = Gemma3ImageProcessor(
-        size={"height": s["image_size"], "width": s["image_size"]},
-        image_mean=[0.5] * 3,
-        image_std=[0.5] * 3,
-        do_convert_rgb=True,
-    )
     head_dim = s["hidden"] // s["heads"]
-    text = dict(
-        vocab_size=rounded(len(tokenizer)),
-        hidden_size=s["hidden"],
-        intermediate_size=s["mlp"],
-        num_hidden_layers=s["layers"],
-        num_attention_heads=s["heads"],
-        num_key_value_heads=s["kv_heads"],
-        head_dim=head_dim,
-        query_pre_attn_scalar=head_dim,
-        sliding_window=sliding_window,
-        layer_types=["full_attention" if (i + 1) % 6 == 0 else "sliding_attention" for i in range(s["layers"])],
-        max_position_embeddings=8192,
-        pad_token_id=ids("<pad>"),
-        bos_token_id=ids("<bos>"),
-        eos_token_id=ids("<eos>"),
-    )
+    text |= dict(head_dim=head_dim, query_pre_attn_scalar=head_dim, sliding_window=sliding_window)
+    text["layer_types"] = ["full_attention" if (i + 1) % 6 == 0 else "sliding_attention" for i in range(s["layers"])]
+    special["eos_token_id"] = [ids("<eos>"), ids("<end_of_turn>")]
     config = Gemma3Config(
         text_config=text,
-        vision_config=vision_settings(s) | dict(vision_use_head=False),
+        vision_config=vision_settings(s, vision_use_head=False),
         mm_tokens_per_image=image_tokens,
         image_token_index=ids("<image_soft_token>"),
         boi_token_index=ids("<start_of_image>"),
         eoi_token_index=ids("<end_of_image>"),
-        eos_token_id=[ids("<eos>"), ids("<end_of_turn>")],
+        eos_token_id=special["eos_token_id"],
     )
     model = Gemma3ForConditionalGeneration(config)
     # The library initialises this matrix to zeros, since it expects pretrained weights: the model would not see the
     # image.
     torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=0.05)
+    image = grey_square(Gemma3ImageProcessor, s)
     processor = Gemma3Processor(image, tokenizer, chat_template=GEMMA3_TEMPLATE, image_seq_length=image_tokens)
-    save(
-        model,
-        folder,
-        processor,
-        dict(pad_token_id=ids("<pad>"), bos_token_id=ids("<bos>"), eos_token_id=[ids("<eos>"), ids("<end_of_turn>")]),
-    )
+    save(model, folder, processor, special)
 
 
-def build_qwen2vl(folder, **s):
-    specials = [
-        "<|endoftext|>",
-        "<|im_start|>",
-        "<|im_end|>",
-        "<|vision_start|>",
-        "<|vision_end|>",
-        "<|vision_pad|>",
-        "<|image_pad|>",
-        "<|video_pad|>",
-    ]
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=byte_bpe(s["vocab"], specials),
-        padding_side="left",
-        pad_token="<|endoftext|>",
-        eos_token="<|im_end|>",
-        extra_special_tokens={
-            "image_token": "<|image_pad|>",
-            "video_token": "<|video_pad|>",
-            "vision_start_token": "<|vision_start|>",
-            "vision_end_token": "<|vision_end|>",
-        },
-    )
-    ids = tokenizer.convert_tokens_to_ids
+def build_qwen(folder, stem, vision, template, section, text_more, limits_more, video="Qwen2VL", **s):
+    """The three Qwen families: classes are named after `stem`; the rest is what differs between them."""
+    names = "endoftext im_start im_end vision_start vision_end vision_pad image_pad video_pad".split()
+    specials = " ".join(f"<|{name}|>" for name in names)
+    marks = {n.replace("_pad", "") + "_token": f"<|{n}|>" for n in names[3:] if n != "vision_pad"}
+    tokenizer, text, special = make_tokenizer(s, specials, "<|endoftext|>", "<|im_end|>", **marks)
+    ids = {name + "_id": tokenizer.convert_tokens_to_ids(mark) for name, mark in marks.items()}
     pixels = s["image_size"] ** 2  # the real one keeps sizes between 56*56 and 28*28*1280 pixels
-    limits = dict(
-        size={"shortest_edge": min(pixels, (4 * s["patch_size"]) ** 2), "longest_edge": pixels},
-        patch_size=s["patch_size"],
-    )
-    image, video = Qwen2VLImageProcessor(**limits), Qwen2VLVideoProcessor(**limits)
-    # Frequencies of the rotary positions, dealt out to time, height and width in turn. The real one gives them out in
-    # blocks of 2:3:3, the lowest to the width, from a base of a million: in heads of 32 numbers the columns of 4 x 4
-    # image tokens would lie 0.0005 radians apart, and left could hardly be told from right. Whole rounds of three, as
-    # older releases of transformers need; the rest is for time.
+    size = {"shortest_edge": min(pixels, (4 * s["patch_size"]) ** 2), "longest_edge": pixels}
+    limits = dict(size=size, patch_size=s["patch_size"], **limits_more)
+    rope = {"rope_type": "default", "rope_theta": 1e3, "mrope_section": section}
+    text |= dict(rope_parameters=rope, tie_word_embeddings=True, initializer_range=INIT, **text_more)
+    vision |= dict(depth=s["vision_layers"], num_heads=s["vision_heads"], patch_size=s["patch_size"])
+    vision |= dict(initializer_range=INIT)
+    classes = [getattr(transformers, stem + kind) for kind in ("Config", "ForConditionalGeneration", "Processor")]
+    config = classes[0](text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)
+    video = getattr(transformers, video + "VideoProcessor")(**limits)
+    processor = classes[2](Qwen2VLImageProcessor(**limits), tokenizer, video, chat_template=template)
+    special["eos_token_id"] = [special["eos_token_id"], special["pad_token_id"]]
+    save(classes[1](config), folder, processor, special)
+
+
+def dealt_out(s):
+    """
+    Frequencies of the rotary positions, dealt out to time, height and width in turn. The real ones give them out in
+    blocks of 2:3:3, the lowest to the width, from a base of a million: in heads of 32 numbers the columns of 4 x 4
+    image tokens would lie 0.0005 radians apart, and left could hardly be told from right. Whole rounds of three, as
+    older releases of transformers need; the rest is for time.
+    """
     half = s["hidden"] // s["heads"] // 2
     section = [1] * (half // 3 * 3)
     section[-3] += half % 3
-    text = dict(
-        vocab_size=rounded(len(tokenizer)),
-        hidden_size=s["hidden"],
-        intermediate_size=s["mlp"],
-        num_hidden_layers=s["layers"],
-        num_attention_heads=s["heads"],
-        num_key_value_heads=s["kv_heads"],
-        max_position_embeddings=8192,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e3, "mrope_section": section},
-        tie_word_embeddings=True,
-        initializer_range=INIT,
-        pad_token_id=ids("<|endoftext|>"),
-        bos_token_id=ids("<|endoftext|>"),
-        eos_token_id=ids("<|im_end|>"),
-    )
+    return section
+
+
+def build_qwen2vl(folder, **s):
     vision = dict(
-        depth=s["vision_layers"],
-        embed_dim=s["vision_hidden"],
-        hidden_size=s["hidden"],
-        num_heads=s["vision_heads"],
-        mlp_ratio=s["vision_mlp"] // s["vision_hidden"],
-        patch_size=s["patch_size"],
-        initializer_range=INIT,
+        embed_dim=s["vision_hidden"], hidden_size=s["hidden"], mlp_ratio=s["vision_mlp"] // s["vision_hidden"]
     )
-    config = Qwen2VLConfig(
-        text_config=text,
-        vision_config=vision,
-        image_token_id=ids("<|image_pad|>"),
-        video_token_id=ids("<|video_pad|>"),
-        vision_start_token_id=ids("<|vision_start|>"),
-        vision_end_token_id=ids("<|vision_end|>"),
-        tie_word_embeddings=True,
-    )
-    processor = Qwen2VLProcessor(image, tokenizer, video, chat_template=QWEN2VL_TEMPLATE)
-    generation = dict(
-        pad_token_id=ids("<|endoftext|>"),
-        bos_token_id=ids("<|endoftext|>"),
-        eos_token_id=[ids("<|im_end|>"), ids("<|endoftext|>")],
-    )
-    save(Qwen2VLForConditionalGeneration(config), folder, processor, generation)
+    build_qwen(folder, "Qwen2VL", vision, QWEN2VL_TEMPLATE, dealt_out(s), {}, {}, **s)
+
+
+def build_qwen25vl(folder, window, **s):
+    vision = dict(hidden_size=s["vision_hidden"], intermediate_size=s["vision_mlp"], out_hidden_size=s["hidden"])
+    vision |= dict(window_size=window, fullatt_block_indexes=list(range(1, s["vision_layers"], 2)), tokens_per_second=2)
+    build_qwen(folder, "Qwen2_5_VL", vision, QWEN2VL_TEMPLATE, dealt_out(s), {}, {}, **s)
+
+
+def build_qwen3vl(folder, **s):
+    vision = dict(hidden_size=s["vision_hidden"], intermediate_size=s["vision_mlp"], out_hidden_size=s["hidden"])
+    layers = s["vision_layers"]
+    vision["deepstack_visual_indexes"] = sorted({layers // 3, 2 * layers // 3})
+    vision["num_position_embeddings"] = (s["image_size"] // s["patch_size"]) ** 2
+    head_dim = s["hidden"] // s["heads"]
+    third = head_dim // 2 // 3  # this family deals the frequencies out in turn by itself
+    section = [head_dim // 2 - 2 * third, third, third]
+    half = dict(image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    more = dict(head_dim=head_dim)
+    build_qwen(folder, "Qwen3VL", vision, QWEN3VL_TEMPLATE, section, more, half, video="Qwen3VL", **s)
 
 
 def build_llava(folder, **s):
-    specials = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=byte_bpe(s["vocab"], specials, bos="<s>"),
-        padding_side="left",
-        pad_token="<pad>",
-        eos_token="</s>",
-        bos_token="<s>",
-        unk_token="<unk>",
-        extra_special_tokens={"image_token": "<image>"},
+    tokenizer, text, special = make_tokenizer(
+        s, "<unk> <s> </s> <pad> <image>", "<pad>", "</s>", "<s>", "<unk>", image_token="<image>"
     )
-    ids = tokenizer.convert_tokens_to_ids
-    size = s["image_size"]
-    image = CLIPImageProcessor(
-        size={"shortest_edge": size},
-        crop_size={"height": size, "width": size},
-        image_mean=CLIP_MEAN,
-        image_std=CLIP_STD,
-    )
-    text = dict(
-        model_type="mistral",
-        vocab_size=rounded(len(tokenizer)),
-        hidden_size=s["hidden"],
-        intermediate_size=s["mlp"],
-        num_hidden_layers=s["layers"],
-        num_attention_heads=s["heads"],
-        num_key_value_heads=s["kv_heads"],
-        max_position_embeddings=4096,
-        sliding_window=None,
-        pad_token_id=ids("<pad>"),
-        bos_token_id=ids("<s>"),
-        eos_token_id=ids("</s>"),
-    )
-    vision = vision_settings(s) | dict(model_type="clip_vision_model", projection_dim=64)
+    size, patch = s["image_size"], s["patch_size"]
     config = LlavaConfig(
-        text_config=text,
-        vision_config=vision,
-        image_token_index=ids("<image>"),
-        image_seq_length=(size // s["patch_size"]) ** 2,
+        text_config=text | dict(model_type="mistral", max_position_embeddings=4096, sliding_window=None),
+        vision_config=vision_settings(s, model_type="clip_vision_model", projection_dim=64),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=(size // patch) ** 2,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
         tie_word_embeddings=False,
     )
-    # CLIP's class token is one image token more (num_additional_image_tokens), which "default" takes away again.
-    processor = LlavaProcessor(
-        image,
-        tokenizer,
-        patch_size=s["patch_size"],
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=LLAVA_TEMPLATE,
-    )
-    generation = dict(pad_token_id=ids("<pad>"), bos_token_id=ids("<s>"), eos_token_id=ids("</s>"))
-    save(LlavaForConditionalGeneration(config), folder, processor, generation)
+    processor = clip_processor(CLIPImageProcessor, size, patch, tokenizer, LLAVA_TEMPLATE)
+    save(LlavaForConditionalGeneration(config), folder, processor, special)
 
 
-def vision_settings(s):
-    """The settings that CLIP's and SigLIP's vision towers have in common."""
-    return dict(
-        hidden_size=s["vision_hidden"],
-        intermediate_size=s["vision_mlp"],
-        num_hidden_layers=s["vision_layers"],
-        num_attention_heads=s["vision_heads"],
-        image_size=s["image_size"],
-        patch_size=s["patch_size"],
-    )
+def clip_processor(image_class, size, patch, tokenizer, template, **more):
+    """
+    LLaVA's processor for a tower with a class token: that is one image token more (num_additional_image_tokens), which
+    "default" takes away again.
+    """
+    crop = {"height": size, "width": size}
+    image = image_class(size={"shortest_edge": size}, crop_size=crop, image_mean=CLIP_MEAN, image_std=CLIP_STD, **more)
+    tokens = dict(patch_size=patch, num_additional_image_tokens=1, vision_feature_select_strategy="default")
+    return LlavaProcessor(image, tokenizer, chat_template=template, **tokens)
 
 
 def build_siglip(folder, **s):
     tokenizer = t5_tokenizer(s["vocab"])  # the real one is SentencePiece Unigram, too
     tokenizer.model_max_length = 64
-    text = dict(
-        vocab_size=rounded(len(tokenizer)),
-        hidden_size=s["vision_hidden"],
-        intermediate_size=s["vision_mlp"],
-        num_hidden_layers=s["vision_layers"],
-        num_attention_heads=s["vision_heads"],
-        max_position_embeddings=64,
-        projection_size=s["vision_hidden"],
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    image = SiglipImageProcessor(
-        size={"height": s["image_size"], "width": s["image_size"]},
-        image_mean=[0.5] * 3,
-        image_std=[0.5] * 3,
-        do_convert_rgb=True,
-    )
-    save(
-        SiglipModel(SiglipConfig(text_config=text, vision_config=vision_settings(s))),
-        folder,
-        SiglipProcessor(image, tokenizer),
-    )
+    text = settings(s, "vision_", vocab_size=rounded(len(tokenizer)), max_position_embeddings=64)
+    text |= dict(projection_size=s["vision_hidden"], pad_token_id=tokenizer.pad_token_id)
+    text |= dict(bos_token_id=None, eos_token_id=tokenizer.eos_token_id)
+    model = SiglipModel(SiglipConfig(text_config=text, vision_config=vision_settings(s)))
+    save(model, folder, SiglipProcessor(grey_square(SiglipImageProcessor, s), tokenizer))
 
 
 def build_t5(folder, **s):
     tokenizer = t5_tokenizer(s["vocab"])
+    special = dict(pad_token_id=0, eos_token_id=1, decoder_start_token_id=0)
     config = T5Config(
         vocab_size=rounded(len(tokenizer)),
         d_model=s["hidden"],
@@ -586,36 +503,15 @@ def build_t5(folder, **s):
         num_heads=s["heads"],
         feed_forward_proj="gated-gelu",
         tie_word_embeddings=False,
-        pad_token_id=0,
-        eos_token_id=1,
-        decoder_start_token_id=0,
+        **special,
     )
-    generation = dict(pad_token_id=0, eos_token_id=1, decoder_start_token_id=0)
-    save(T5ForConditionalGeneration(config), folder, tokenizer, generation)
+    save(T5ForConditionalGeneration(config), folder, tokenizer, special)
 
 
 def build_bert(folder, **s):
     tokenizer = bert_tokenizer(s["vocab"])
-    config = BertConfig(
-        vocab_size=rounded(len(tokenizer)),
-        hidden_size=s["hidden"],
-        num_hidden_layers=s["layers"],
-        num_attention_heads=s["heads"],
-        intermediate_size=s["mlp"],
-        max_position_embeddings=512,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    save(BertModel(config), folder, tokenizer)
-
-
-BUILDERS = {
-    "qwen2vl": build_qwen2vl,
-    "gemma3": build_gemma3,
-    "llava": build_llava,
-    "siglip": build_siglip,
-    "t5": build_t5,
-    "bert": build_bert,
-}
+    more = dict(max_position_embeddings=512, pad_token_id=tokenizer.pad_token_id)
+    save(BertModel(BertConfig(**settings(s, vocab_size=rounded(len(tokenizer)), **more))), folder, tokenizer)
 
 
 def main():
