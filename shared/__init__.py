@@ -17,6 +17,14 @@ if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         os.environ[name] = "expandable_segments:True"
 
+
+def quiet_interrupt(kind, error, trace):
+    """Ctrl-C during the seconds that the imports take is no bug; afterwards `script` in runtime.py says the same."""
+    print("interrupted", file=sys.stderr) if kind is KeyboardInterrupt else sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = quiet_interrupt
+
 from torch.library import Library
 
 OPERATORS = (

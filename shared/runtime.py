@@ -317,6 +317,8 @@ def pick_device(name="auto", dtype="auto"):
         if name == "cuda"
         else torch.device(name)
     )
+    if dtype == "float16" and device.type == "cpu":
+        raise InputError("--dtype float16 is for GPUs (a CPU takes a hundred times as long): use float32 or bfloat16")
     if device.type == "cuda":
         torch.cuda.set_device(device)
         why += f": {torch.cuda.get_device_name(device)}"

@@ -1,6 +1,6 @@
 """
-What every trainer must do alike: stop when told to, save and go on exactly, refuse another run's checkpoint, leave out a
-step that is not finite. The loops themselves stay in the scripts.
+What every trainer must do alike: stop when told to, save and go on exactly, refuse another run's checkpoint, leave out
+a step that is not finite. The loops themselves stay in the scripts.
 
     guard = GuardedStep(optimizer, scaler, weights, grad_clip=1.0)
     parts = {"weights": weights, "optimizer": optimizer, "scaler": scaler}            # whatever has a state_dict()
@@ -23,8 +23,9 @@ import sys
 
 import torch
 import torch.distributed as dist
+from torch.optim.swa_utils import AveragedModel
 
-from shared.runtime import InputError, is_main_process, load_checkpoint, save_checkpoint
+from shared.runtime import InputError, command, is_main_process, load_checkpoint, read_json, save_checkpoint
 
 
 def learning_rate(step, num_steps, warmup_steps, highest):
@@ -36,8 +37,8 @@ def learning_rate(step, num_steps, warmup_steps, highest):
 
 class GuardedStep:
     """
-    One optimiser step. Where loss or gradient is not finite nothing is changed (float16 also lowers its scale), and after
-    `most` such steps in a row the run ends with one sentence.
+    One optimiser step. Where loss or gradient is not finite nothing is changed (float16 also lowers its scale), and
+    after `most` such steps in a row the run ends with one sentence.
 
     parameters: those whose gradient norm is clipped to grad_clip (None: not clipped). skipped: steps left out so far.
     """
@@ -48,7 +49,7 @@ class GuardedStep:
         self.skipped = self.in_a_row = 0
 
     def step(self, loss, lr=None):
-        """loss: a number, the same on all processes; lr: set before the step -> was it taken? `norm` is the gradient's."""
+        """loss: a number, the same on all processes; lr: set before the step -> was it taken?"""
         for group in self.optimizer.param_groups if lr is not None else ():
             group["lr"] = lr
         self.scaler.unscale_(self.optimizer)
@@ -60,12 +61,31 @@ class GuardedStep:
         self.skipped += not finite
         if self.in_a_row >= self.most:
             raise InputError(
-                f"loss or gradient was not finite in {self.in_a_row} steps in a row: lower --lr, or use --dtype float32;"
-                " the run folder keeps what was saved before"
+                f"loss or gradient was not finite in {self.in_a_row} steps in a row: lower --lr, or use --dtype"
+                " float32; the run folder keeps what was saved before"
             )
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return finite
+
+
+def moving_average(network, decay):
+    """
+    A copy of the network that follows it, batch statistics too: call its update_parameters(network) after every step
+    taken. The memory is short at first, while the weights move fast: after n steps the decay is n / (n + 9), at most
+    `decay`.
+    """
+
+    @torch.no_grad()
+    def follow(averaged, current, n):
+        if averaged[0].is_floating_point():
+            torch._foreach_lerp_(averaged, current, 1 - min(decay, float(n / (n + 9))))
+        else:
+            torch._foreach_copy_(averaged, current)
+
+    average = AveragedModel(network, multi_avg_fn=follow, use_buffers=True)
+    average.update_parameters(network)  # the network as it came is the first of those that count
+    return average
 
 
 class Weights(dict):
@@ -87,28 +107,40 @@ class Weights(dict):
 
 def save_state(path, parts, settings, data, **values):
     """
-    All it takes to go on exactly: the states of the parts {name: module, optimiser, ...}, the settings and what tells the
-    data from another (plain values), and plain values of the loop. Written by the main process, atomically.
+    All it takes to go on exactly: the states of the parts {name: module, optimiser, ...}, the settings and what tells
+    the data from another (plain values), and plain values of the loop. Written by the main process, atomically.
     """
     if is_main_process():
         states = {name: part.state_dict() for name, part in parts.items()}
         save_checkpoint(path, {"parts": states, "settings": settings, "data": data, "values": values})
 
 
-def load_state(path, parts, settings, data, may_differ=()):
-    """Put the states back -> the plain values. InputError for another run's checkpoint: see refuse_other_settings."""
+def load_state(path, parts, settings, data, may_differ=(), like=None):
+    """
+    Put the states back -> the plain values. InputError for another run's checkpoint: see refuse_other_settings. like:
+    values at the start of a run; those of the checkpoint must have the same names and kinds (None stands for any).
+    """
     state = load_checkpoint(path, ("parts", "settings", "data", "values"), what="training state")
+    values = state["values"]
+    kinds = {name: type(value) for name, value in (like or {}).items() if value is not None}
+    if not all(isinstance(state[key], dict) for key in ("parts", "settings", "values")) or any(
+        not isinstance(values.get(name), kind) for name, kind in kinds.items()
+    ):
+        raise InputError(f"{path} is not a training state of this script, or is damaged; start a new run")
     refuse_other_settings(settings, state["settings"], path, may_differ)
     if state["data"] != data:
         raise InputError(f"{path} was trained on other data; give the same data to resume, or start a new run")
     try:
         for name, part in parts.items():
             part.load_state_dict(state["parts"][name])
-    except (KeyError, ValueError, RuntimeError) as error:
+            for p, memory in part.state.items() if isinstance(part, torch.optim.Optimizer) else ():
+                if any(torch.is_tensor(v) and v.ndim and v.shape != p.shape for v in memory.values()):
+                    raise ValueError("the optimiser's memory has another shape")
+    except (KeyError, ValueError, RuntimeError, TypeError, AttributeError, IndexError) as error:
         raise InputError(
             f"{path} holds the weights of another model; give the arguments that chose it, or start a new run"
         ) from error
-    return state["values"]
+    return values
 
 
 def settings_of(args, aside=()):
@@ -118,7 +150,7 @@ def settings_of(args, aside=()):
 
 
 def refuse_other_settings(now, then, path, may_differ=()):
-    """To resume, the settings given now must be those of the checkpoint at `path`, all but those named in `may_differ`."""
+    """To resume, the settings given now must be those of the checkpoint at `path`, all but those in `may_differ`."""
     changed = [
         f"--{k.replace('_', '-')} {then.get(k)} (now {v})"
         for k, v in now.items()
@@ -138,7 +170,7 @@ class StopSignal:
                 if stop.requested():    # SIGTERM (SLURM, docker) or Ctrl-C; under torchrun all ranks agree
                     save(); stop.exit(run_dir)
 
-    A second signal ends the process at once; what was saved before stays whole, since checkpoints are renamed into place.
+    A second signal ends the process at once; what was saved before stays whole, as checkpoints are renamed into place.
     """
 
     def __enter__(self):
@@ -165,8 +197,14 @@ class StopSignal:
         return self.signal is not None
 
     def exit(self, run_dir):
+        """Say how to go on, with the command of the script that opened this run folder, and end."""
         if is_main_process():
-            print(f"stopped; go on with --resume {run_dir}", flush=True)
+            path = run_dir / "settings.json"
+            script = read_json(path).get("script") if path.exists() else None
+            go_on = command(script, "--resume", run_dir) if script else f"--resume {run_dir}"
+            if script and dist.is_initialized():
+                go_on = go_on.replace("python", f"torchrun --nproc-per-node {dist.get_world_size()}", 1)
+            print(f"stopped; go on with: {go_on}", flush=True)
         raise SystemExit(128 + self.signal)
 
     def restore(self):

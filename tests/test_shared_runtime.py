@@ -217,6 +217,8 @@ def test_the_choice_is_printed_with_its_reason(monkeypatch, capsys):
     assert capsys.readouterr().out == "device: cpu (no GPU is there), dtype: float32 (the safe choice outside CUDA)\n"
     assert pick_device("cpu", "bfloat16") == (torch.device("cpu"), torch.bfloat16)
     assert capsys.readouterr().out == "device: cpu (asked for), dtype: bfloat16 (asked for)\n"
+    with pytest.raises(InputError, match="--dtype float16 is for GPUs"):
+        pick_device("cpu", "float16")
     monkeypatch.setenv("RANK", "1")
     pick_device()
     assert capsys.readouterr().out == ""  # one process speaks

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from shared.runtime import InputError, load_checkpoint, save_checkpoint
+from shared.runtime import InputError, load_checkpoint, save_checkpoint, write_json
 from shared.training import GuardedStep, StopSignal, Weights, learning_rate, load_state, refuse_other_settings
 from shared.training import save_state, settings_of
 
@@ -124,9 +124,33 @@ def test_states_of_other_runs_are_refused():
     for change in ({"model": torch.nn.Linear(3, 5)}, {"another": torch.nn.Linear(3, 2)}):
         with pytest.raises(InputError, match="holds the weights of another model"):
             load_state("last.pt", parts() | change, {"lr": 0.1}, "data")
+    for like in ({"step": "", "loss": None}, {"history": []}):
+        with pytest.raises(InputError, match="is not a training state of this script, or is damaged"):
+            load_state("last.pt", parts(), {"lr": 0.1}, "data", like=like)
+    assert load_state("last.pt", parts(), {"lr": 0.1}, "data", like={"step": 0, "best": None}) == {"step": 3}
     save_checkpoint("other.pt", {"model": {}})
     with pytest.raises(InputError, match="is not a training state of this script: it lacks parts"):
         load_state("other.pt", parts(), {}, "data")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: state.update(values=[]),
+        lambda state: state.update(parts={"model": 5, "optimizer": 5}),
+        lambda state: state["parts"].update(optimizer={"state": {}, "param_groups": None}),
+        lambda state: state["parts"]["optimizer"]["state"][0].update(momentum_buffer=torch.zeros(7)),
+        lambda state: state["parts"]["model"].update(weight=torch.zeros(7)),
+        lambda state: state["parts"]["model"].pop("bias"),
+    ],
+)
+def test_states_with_something_else_inside_are_refused(change):
+    save_state("last.pt", parts(), {}, "data", step=3)
+    state = load_checkpoint("last.pt")
+    change(state)
+    save_checkpoint("last.pt", state)
+    with pytest.raises(InputError, match="last.pt"):
+        load_state("last.pt", parts(), {}, "data")
 
 
 def test_one_process_writes_the_state(monkeypatch):
@@ -165,6 +189,16 @@ def test_a_signal_is_noted_and_the_handlers_come_back(number, capsys):
         assert end.value.code == 128 + number
     assert signal.getsignal(number) is before
     assert f"{signal.Signals(number).name}: saving after this step" in capsys.readouterr().err
+
+
+def test_the_command_to_go_on_is_whole(capsys):
+    write_json("run/settings.json", {"script": "task1_classification/train.py"})
+    with StopSignal() as stop, pytest.raises(SystemExit):
+        signal.raise_signal(signal.SIGTERM)
+        stop.exit(Path("run"))
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("stopped; go on with: python ")
+    assert line.endswith("task1_classification/train.py --resume run")
 
 
 def test_the_second_signal_ends_at_once():
