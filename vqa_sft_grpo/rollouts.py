@@ -1,282 +1,231 @@
 """
-The passes of a vision-language model that GRPO needs: sampling, log-probabilities of what was sampled, and of answers
-on edited images.
+One step of GRPO, in parts: answers are sampled and scored, and gradients are added up.
 
-    prompts = make_prompts(vlm, questions, "json", images)                 # the vision tower runs once per image
-    groups, logps = sample(vlm, prompts, group_size=8, max_new_tokens=256, temperature=1.0, generator=generator)
-    logp, entropy, mask = completion_logprobs(vlm, prompts, groups, temperature=1.0)        # (N, T), with gradient
+    policy = Policy(vlm, args, settings, frequencies)                     # args: see train_grpo.py
+    batch = policy.roll_out(rows, places, generator)                      # a Batch: rollouts with every term of their
+    reward loss, metrics = policy.loss_and_gradient(batch, advantages, old, ref, scaler)
+    cf_loss = policy.reward_gradient(batch, scaler)
 
-All samples of a prompt share one pass over it: its keys and values are computed once and given to each. The
-log-probabilities of the sampled tokens are computed the same way, and only for them, so that no (tokens x vocabulary)
-array is ever whole. Equal to the plain way (share=False: every rollout a text of its own) to rounding; the tests say
-1e-5 for all three families.
-
-The vision tower is not trained here: its features are numbers that policy, reference and scoring passes share.
+All passes are those of shared/models/passes.py. The vision tower is not trained here: its features are numbers that
+policy, reference and scoring share, and all samples of a question share one pass over it.
 """
 
-from dataclasses import dataclass
+import functools
+import time
 
 import shared  # noqa: F401, isort: skip  # before transformers
-import numpy as np
 import torch
-from transformers import DynamicCache
 
-from shared.models.inputs import preprocess_images
-from shared.runtime import free_gpu
-from vqa_sft_grpo.examples import KINDS, around_answer, image_features, image_tensors, padded, prompt_tokens
-from vqa_sft_grpo.examples import ready_features
-from vqa_sft_grpo.grpo import selected_logprobs
-from vqa_sft_grpo.rewards import answer_alone
+from shared.data.images import read_pixels
+from shared.models.loading import count_parameters
+from shared.models.passes import PartSize, in_parts, logprobs, make_prompts, never_drawn, sample, score, text_of
+from vqa_sft_grpo.grpo import combine_metrics, policy_loss
+from vqa_sft_grpo.prompting import build_prompt
+from vqa_sft_grpo.rewards import NATS, answer_alone, answer_to_score, images_of_v, measure_drops, plan_edits
+from vqa_sft_grpo.rewards import score_rollouts, slope
 
-
-@dataclass
-class Prompt:
-    """A question about an image, as the language model gets it."""
-
-    ids: np.ndarray  # int32 (L,), with the image tokens
-    grid: tuple  # (rows, columns) of the image tokens
-    features: torch.Tensor  # (rows * columns, width) of the image, without gradient
+# mean distance in nats of log-probabilities computed token by token and all at once
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
 
 
-@torch.no_grad()
-def make_prompts(vlm, questions, style, images, chunk=32):
+class Batch:
     """
-    Questions and uint8 images (H, W) or (H, W, 3), one each -> Prompts. Equal images (the same object) are looked at
-    once; `chunk` at a time.
-    """
-    distinct = list({id(image): image for image in images}.values())
-    found = {}
-    for start in range(0, len(distinct), chunk):
-        some = preprocess_images(vlm.processor, distinct[start : start + chunk])
-        for image, grid, features in zip(
-            distinct[start : start + chunk], some.grids, image_features(vlm, some), strict=True
-        ):
-            found[id(image)] = tuple(grid), features
-    return [
-        Prompt(prompt_tokens(vlm, question, style, found[id(image)][0]), *found[id(image)])
-        for question, image in zip(questions, images, strict=True)
-    ]
-
-
-def stop_tokens(vlm):
-    """Ids that end a completion."""
-    ids = vlm.model.generation_config.eos_token_id
-    return [ids] if isinstance(ids, int) else list(ids)
-
-
-def never_drawn(vlm):
-    """Ids of image placeholders: a text with one could not be scored, since there is no image for it."""
-    return list(vlm.model.generation_config.suppress_tokens or ())
-
-
-class Fits:
-    """
-    How many rollouts (or edited images) go through the model at a time: halved when the GPU memory runs out, and so for
-    the rest of the run.
-
-        results = fits.parts(work, n)           # work(start, stop) -> list; the results of all parts, joined
-        fits.parts(work, n, each=8)             # items that stand for eight rollouts each
+    The questions of a step with their rollouts. Lists by question: rows, places, prompts, plans, edited (Prompts of the
+    plan's images, None where nothing was measured), groups and logps (by rollout, see passes.sample); by rollout:
+    texts, terms (of the reward).
     """
 
-    def __init__(self, size):
-        self.size = size
+    def __init__(self, **fields):
+        self.__dict__.update(fields)
 
-    def halve(self, error):
-        if self.size == 1:
-            raise error
-        self.size //= 2
-        print(f"out of GPU memory: going on with {self.size} at a time", flush=True)
+    @property
+    def rewards(self):
+        return [t["reward"] for t in self.terms]
 
-    def parts(self, work, n, each=1):
-        results, start = [], 0
-        while start < n:
-            stop, failed = min(n, start + max(1, self.size // each)), None
-            try:
-                results += work(start, stop)
-            except torch.OutOfMemoryError as error:
-                failed = error.with_traceback(None)  # its frames would hold on to the memory
-            if failed is not None:
-                if stop - start == 1:
-                    raise failed
-                free_gpu()
-                self.halve(failed)
-                continue
-            start = stop
-        return results
+    @property
+    def flat(self):
+        """Token ids of all rollouts, in order."""
+        return [ids for group in self.groups for ids in group]
 
 
-# ------------------------------------------------------------------------------------------------------- the two passes
+def image_of(row):
+    """-> uint8 (H, W) or (H, W, 3)."""
+    return read_pixels(row.get("image_path") or row["image"])
 
 
-def lay_out(vlm, prompts):
-    """Left-padded -> ids, mask, is_image (P, L) and positions (P, L), for Qwen2-VL (3, P, L)."""
-    ids = padded([p.ids for p in prompts], -1, "left").to(vlm.device)
-    mask = (ids >= 0).long()
-    ids = ids.masked_fill(mask == 0, vlm.tokenizer.pad_token_id)
-    is_image = ((ids == vlm.image_token_id) & mask.bool()).long()
-    if vlm.family == "qwen2vl":
-        grids = image_tensors(vlm, [p.grid for p in prompts])["image_grid_thw"]
-        return (
-            ids,
-            mask,
-            is_image,
-            vlm.base.model.get_rope_index(ids, is_image, image_grid_thw=grids, attention_mask=mask)[0],
-        )
-    return ids, mask, is_image, (mask.cumsum(1) - 1).clamp(min=0)
+def with_size(row, image):
+    """Rows of older files do not say how large their image is; boxes need it."""
+    return row | {"height": image.shape[0], "width": image.shape[1]}
 
 
-def kinds(vlm, is_image):
-    return {KINDS[vlm.family]: is_image} if vlm.family in KINDS else {}
+def score_answers(vlm, prompts, answers, style, share=True):
+    """answers[i]: answers (texts) to prompts[i] -> float32 (N,): mean log-probability in nats of the tokens of each."""
+    alone = [[answer_alone(answer, style) for answer in some] for some in answers]
+    texts, spans = [[text for text, _ in some] for some in alone], [[[span] for _, span in some] for some in alone]
+    return score(vlm, prompts, texts, spans, share, never_drawn(vlm))[:, 0]
 
 
-def prefill(vlm, prompts):
-    """
-    All tokens of the prompts but the last -> cache, mask (P, L - 1), and ids and positions of the last ones (P, 1) or
-    (3, P, 1).
-    """
-    ids, mask, is_image, positions = lay_out(vlm, prompts)
-    cache = DynamicCache(config=vlm.config.get_text_config())
-    with ready_features(vlm, [p.features for p in prompts]):
-        vlm.base.model(
-            input_ids=ids[:, :-1],
-            attention_mask=mask[:, :-1],
-            position_ids=positions[..., :-1],
-            past_key_values=cache,
-            use_cache=True,
-            **kinds(vlm, is_image[:, :-1]),
-            **image_tensors(vlm, [p.grid for p in prompts]),
-        )
-    return cache, mask[:, :-1], ids[:, -1:], positions[..., -1:]
+class Policy:
+    """The model that learns and what its passes need. size: answers, or edited images, that go through it at a time."""
 
+    def __init__(self, vlm, args, settings, frequencies=None):
+        self.vlm, self.args, self.settings, self.frequencies = vlm, args, settings, frequencies
+        small = count_parameters(vlm.base) < 100e6
+        many = args.micro_batch or args.num_generations * (args.batch_size if small else 1)
+        self.size, self.never = PartSize(many), never_drawn(vlm)
 
-def continued(vlm, cache, ids, mask, positions):
-    """Last hidden states (N, T, D) of tokens that follow what the cache holds."""
-    return vlm.base.model(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=True,
-        **kinds(vlm, torch.zeros_like(ids)),
-    ).last_hidden_state
+    # ------------------------------------------------------------------------------------------------------- sampling
 
+    def roll_out(self, rows, places, generator):
+        """Sample answers to rows and score them -> Batch. generator None: one answer each, the most likely one."""
+        begin, args, vlm = time.time(), self.args, self.vlm
+        images = [image_of(row) for row in rows]
+        rows = [with_size(row, image) for row, image in zip(rows, images, strict=True)]
+        prompts = self.prompts_of([r["question"] for r in rows], images)
+        each, temperature = (1, 1.0) if generator is None else (args.num_generations, args.temperature)
 
-def completion_hidden(vlm, prompts, groups, share=True):
-    """
-    groups[i]: the completions of prompts[i], lists of token ids -> hidden (N, T, D), of which hidden[n, t] predicts
-    token t of completion n; ids (N, T), -1 behind the end of a completion; in the order of the prompts.
-    """
-    rows = torch.repeat_interleave(torch.arange(len(prompts)), torch.tensor([len(g) for g in groups])).to(vlm.device)
-    targets = padded([completion for group in groups for completion in group], -1, "right").to(vlm.device)
-    inputs = targets[:, :-1].clamp(min=0)  # what is behind an end is seen by nothing that counts
-    steps = torch.arange(targets.shape[1], device=vlm.device)
-    if share:
-        cache, mask, last, positions = prefill(vlm, prompts)
-        cache.batch_select_indices(rows)
-        mask = torch.cat([mask[rows], torch.ones_like(targets)], 1)
-        return continued(vlm, cache, torch.cat([last[rows], inputs], 1), mask, positions[..., rows, :] + steps), targets
-    ids, mask, is_image, positions = lay_out(vlm, prompts)
-    length, behind = ids.shape[1], torch.zeros_like(inputs)
-    repeated = [prompts[r] for r in rows.tolist()]
-    with ready_features(vlm, [p.features for p in repeated]):
-        hidden = vlm.base.model(
-            input_ids=torch.cat([ids[rows], inputs], 1),
-            attention_mask=torch.cat([mask[rows], behind + 1], 1),
-            use_cache=False,
-            position_ids=torch.cat([positions[..., rows, :], positions[..., rows, -1:] + steps[1:]], -1),
-            **kinds(vlm, torch.cat([is_image[rows], behind], 1)),
-            **image_tensors(vlm, [p.grid for p in repeated]),
-        ).last_hidden_state
-    return hidden[:, length - 1 :], targets
+        def some(part):
+            return list(zip(*sample(vlm, part, each, args.max_new_tokens, temperature, generator), strict=True))
 
+        groups, logps = zip(*in_parts(some, prompts, self.size, each), strict=True)
+        sampled = time.time()
+        # without the token that ends it, but with any other special token, which the reward must see
+        texts = [text_of(vlm, ids, skip_special_tokens=False) for group in groups for ids in group]
+        plans, edited, drops = [None] * len(rows), [None] * len(rows), None
+        if self.settings.weights[3] > 0:
+            cases = zip(rows, images, places, strict=True)
+            plans = [plan_edits(r, i, args.cf_regions, args.cf_fill, [args.seed, place]) for r, i, place in cases]
+            drops, edited = self.drops_of(rows, texts, plans)
+        lengths = [len(ids) for group in groups for ids in group]
+        of_rollout = [row for row in rows for _ in range(each)]
+        terms = score_rollouts(of_rollout, texts, self.settings, self.frequencies, drops, lengths)
+        seconds = {"seconds_sample": sampled - begin, "seconds_score": time.time() - sampled}
+        return Batch(
+            rows=rows, places=places, prompts=prompts, plans=plans, edited=edited, groups=list(groups),
+            logps=list(logps), texts=texts, terms=terms, seconds=seconds,
+        )  # fmt: skip
 
-def completion_logprobs(vlm, prompts, groups, temperature=1.0, suppress=(), share=True, with_entropy=True):
-    """
-    groups as above -> logp and entropy (N, T) of the completions' tokens, 0 behind their ends, and mask (N, T).
-    Differentiable in logp.
-    """
-    hidden, targets = completion_hidden(vlm, prompts, groups, share)
-    mask = targets >= 0
-    head = vlm.base.lm_head
-    logp, entropy = selected_logprobs(
-        hidden[mask],
-        head.weight,
-        targets[mask],
-        temperature,
-        bias=head.bias,
-        suppress=suppress,
-        with_entropy=with_entropy,
-    )
-    logp, entropy = (None if x is None else x.new_zeros(mask.shape).masked_scatter(mask, x) for x in (logp, entropy))
-    return logp, entropy, mask
+    def prompts_of(self, questions, images):
+        texts = [build_prompt(question, self.settings.style) for question in questions]
+        return make_prompts(self.vlm, texts, images, batch_size=max(32, self.size.now))
 
+    @torch.no_grad()
+    def drops_of(self, rows, texts, plans):
+        """-> what measure_drops gives for the rollouts, and per row the Prompts of its edited images."""
+        each = len(texts) // len(rows)
+        answers = [answer_to_score(text, self.settings) for text in texts]
+        said = [answers[i * each : (i + 1) * each] for i in range(len(rows))]
+        needed = [bool(plan.images) and any(a is not None for a in s) for plan, s in zip(plans, said, strict=True)]
+        pairs = [(rows[i]["question"], image) for i, plan in enumerate(plans) if needed[i] for image in plan.images]
+        prompts = self.prompts_of(*zip(*pairs, strict=True)) if pairs else []
+        prompt_of = {id(image): prompt for (_, image), prompt in zip(pairs, prompts, strict=True)}
 
-@torch.no_grad()
-def sample(vlm, prompts, group_size, max_new_tokens, temperature=1.0, generator=None, suppress=(), stop_ids=()):
-    """
-    group_size completions of each prompt -> groups of lists of token ids, with the token that ends them if they end,
-    and the same with the log-probability of each token. generator: torch.Generator on the device; None: the most likely
-    token (greedy). All tokens can be drawn but those of `suppress`: with top-k or top-p, log-probabilities would be
-    those of another distribution.
-    """
-    cache, mask, ids, positions = prefill(vlm, prompts)
-    rows = torch.arange(len(prompts), device=vlm.device).repeat_interleave(group_size)
-    cache.batch_select_indices(rows)
-    mask, ids, positions = mask[rows], ids[rows], positions[..., rows, :]
-    head, stops, suppress = (
-        vlm.base.lm_head,
-        torch.tensor(list(stop_ids), device=vlm.device),
-        torch.tensor(list(suppress), dtype=torch.long, device=vlm.device),
-    )
-    written, logps = ([[] for _ in rows] for _ in range(2))
-    going = list(range(len(rows)))  # which rollout each row of the batch is
-    for _ in range(max_new_tokens):
-        mask = torch.cat([mask, mask.new_ones(len(going), 1)], 1)
-        scores = head(continued(vlm, cache, ids, mask, positions)[:, -1]).float() / temperature
-        scores = scores.index_fill_(1, suppress, -torch.inf).log_softmax(-1)
-        ids = (
-            scores.argmax(-1, keepdim=True)
-            if generator is None
-            else torch.multinomial(scores.exp(), 1, generator=generator)
-        )
-        for row, token, logp in zip(going, ids[:, 0].tolist(), scores.gather(1, ids)[:, 0].tolist(), strict=True):
-            written[row].append(token)
-            logps[row].append(logp)
-        positions = positions + 1
-        unfinished = (~torch.isin(ids[:, 0], stops)).nonzero()[:, 0]
-        if len(unfinished) < len(going):  # rows that are done make room
-            if not len(unfinished):
-                break
-            cache.batch_select_indices(unfinished)
-            mask, ids, positions = mask[unfinished], ids[unfinished], positions[..., unfinished, :]
-            going = [going[i] for i in unfinished.tolist()]
-    return tuple([x[i : i + group_size] for i in range(0, len(x), group_size)] for x in (written, logps))
+        def measure(images, questions, said):
+            jobs = {}  # by image: its answers share one pass over the prompt
+            for n, (image, answer) in enumerate(zip(images, said, strict=True)):
+                jobs.setdefault(id(image), []).append((n, answer))
 
+            def some(part):
+                of_image = [[answer for _, answer in jobs[key]] for key in part]
+                found = score_answers(self.vlm, [prompt_of[key] for key in part], of_image, self.settings.style)
+                return list(zip([n for key in part for n, _ in jobs[key]], found.tolist(), strict=True))
 
-# ------------------------------------------------------------------------------------------------ answers, on their own
+            return [value for _, value in sorted(in_parts(some, list(jobs), self.size))]
 
+        of_rollout = [row["question"] for row in rows for _ in range(each)]
+        drops = measure_drops(measure, of_rollout, answers, [plan for plan in plans for _ in range(each)])
+        edited = [[prompt_of[id(i)] for i in p.images] if n else None for p, n in zip(plans, needed, strict=True)]
+        return drops, edited
 
-def answer_tokens(vlm, answer, style):
-    """An answer as a whole response -> token ids, and which of them belong to the answer itself (bool list)."""
-    text, (first, last) = answer_alone(answer, style)
-    before = around_answer(vlm)[0]
-    encoded = vlm.tokenizer(before + text, add_special_tokens=False, return_offsets_mapping=True)
-    first, last = first + len(before), last + len(before)
-    return encoded["input_ids"], [
-        begin < last and end > first and end > begin for begin, end in encoded["offset_mapping"]
-    ]
+    # ------------------------------------------------------------------------------------------------------- learning
 
+    def logprobs_of(self, batch, numbers, share=True):
+        """-> logp, entropy, mask (B, T) of the rollouts with these numbers, neighbours."""
+        flat, by_question = batch.flat, {}
+        for n in numbers:
+            by_question.setdefault(n // self.args.num_generations, []).append(flat[n])
+        prompts = [batch.prompts[q] for q in by_question]
+        groups = list(by_question.values())
+        return logprobs(self.vlm, prompts, groups, share, self.args.temperature, self.never, entropy=True)
 
-def answer_logprobs(vlm, prompts, answers, style, suppress=(), share=True):
-    """
-    answers[i]: answers (texts) to prompts[i] -> float32 (N,): mean log-probability, in nats, of the tokens of each
-    answer. Differentiable.
-    """
-    tokens = [[answer_tokens(vlm, answer, style) for answer in some] for some in answers]
-    logp, _, mask = completion_logprobs(
-        vlm, prompts, [[ids for ids, _ in some] for some in tokens], suppress=suppress, share=share, with_entropy=False
-    )
-    chosen = padded([[bool(c) for c in of_answer] for some in tokens for _, of_answer in some], 0, "right").to(
-        vlm.device
-    )
-    return (logp * chosen).sum(1) / chosen.sum(1)
+    @torch.no_grad()
+    def fixed_logprobs(self, batch):
+        """Log-probabilities that no gradient goes through -> list of (tokens of the rollout,) tensors."""
+
+        def some(part):
+            logp, _, mask = self.logprobs_of(batch, part)
+            return [line[keep] for line, keep in zip(logp, mask, strict=True)]
+
+        return in_parts(some, range(len(batch.texts)), self.size)
+
+    def check_sampler(self, batch):
+        """
+        -> fixed_logprobs of the policy, after a look whether they are those that the sampler found token by token: if
+        not, the two see different inputs (image, positions, temperature), and training would go astray. RuntimeError.
+        """
+        lines = self.fixed_logprobs(batch)
+        sampled = torch.tensor([x for group in batch.logps for line in group for x in line], device=self.vlm.device)
+        distance = (torch.cat(lines) - sampled).abs().mean().item()
+        if not distance <= TOLERANCE[self.vlm.dtype]:
+            raise RuntimeError(
+                "The policy that learns must be the policy that sampled: their log-probabilities differ by"
+                f" {distance:.3g} nats on average. The passes see different inputs or settings."
+            )
+        return lines
+
+    def loss_and_gradient(self, batch, advantages, old, ref, scaler):
+        """Adds the gradient of policy_loss over all rollouts to the parameters -> (loss, metrics)."""
+        args, total_tokens = self.args, sum(map(len, batch.flat))
+
+        def aligned(lines, part, like):
+            """Lines of the part -> (B, T) as `like`, 0 behind the ends."""
+            if lines is None:
+                return None
+            out = torch.zeros_like(like)
+            for row, n in zip(out, part, strict=True):
+                row[: len(lines[n])] = lines[n]
+            return out
+
+        def some(part):
+            logp, entropy, mask = self.logprobs_of(batch, part, share=not args.checkpointing)
+            loss, metrics = policy_loss(
+                logp, aligned(old, part, logp), aligned(ref, part, logp), advantages[part.start : part.stop], mask,
+                eps_low=args.eps_low, eps_high=args.eps_high, beta=args.beta, total_tokens=total_tokens,
+                entropy=entropy,
+            )  # fmt: skip
+            scaler.scale(loss).backward()
+            return [(loss.item(), metrics)]
+
+        undo = functools.partial(self.vlm.model.zero_grad, set_to_none=True)
+        losses, metrics = zip(*in_parts(some, range(len(batch.texts)), self.size, undo=undo), strict=True)
+        return sum(losses), combine_metrics(metrics)
+
+    def reward_gradient(self, batch, scaler):
+        """
+        Adds the gradient of -mean reward through V -> its loss: right answers become less likely without their gold
+        region (where that is at its limit, or there is none, on the image as it is) and likelier without the random
+        region that they depend on most.
+        """
+        n, each, jobs = len(batch.texts), self.args.num_generations, {}
+        for i, terms in enumerate(batch.terms):
+            if batch.edited[i // each] and (by_v := slope(terms, self.settings)):
+                # equal answers to a question share a pass
+                key = (i // each, terms["said"], *images_of_v(terms, batch.plans[i // each]))
+                jobs[key] = jobs.get(key, 0.0) + self.args.cf_gradient * by_v / NATS / n
+        parameters = [p for p in self.vlm.model.parameters() if p.requires_grad]
+        before = [None if p.grad is None else p.grad.clone() for p in parameters]
+
+        def undo():
+            for p, grad in zip(parameters, before, strict=True):
+                p.grad = None if grad is None else grad.clone()
+
+        def some(part):
+            prompts = [batch.edited[q][image] for (q, _, less, more), _ in part for image in (less, more)]
+            said = [[said] for (_, said, _, _), _ in part for _ in range(2)]
+            found = score_answers(self.vlm, prompts, said, self.settings.style, share=not self.args.checkpointing)
+            less, more = found.view(-1, 2).T
+            loss = (torch.tensor([weight for _, weight in part]).to(less) * (less - more)).sum()
+            scaler.scale(loss).backward()
+            return [loss.item()]
+
+        return sum(in_parts(some, list(jobs.items()), self.size, each=2, undo=undo))

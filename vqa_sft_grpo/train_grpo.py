@@ -2,13 +2,15 @@
 GRPO: let a fine-tuned vision-language model answer each question several times, and make the better answers likelier.
 
 Usage:
-    python vqa_sft_grpo/prepare_data.py --output data/train.json --dataset both --split train --grpo_output data/grpo_data.jsonl
+    python vqa_sft_grpo/prepare_data.py --output data/train.json --dataset both --split train \
+        --grpo_output data/grpo_data.jsonl
     python vqa_sft_grpo/train_grpo.py --base_model Qwen/Qwen2-VL-2B-Instruct --sft_ckpt checkpoints/qwen2vl_sft \
-        --data_jsonl data/grpo_data.jsonl --out_dir checkpoints/qwen2vl_grpo --steps 1000 --batch_size 2 --lr 1e-6
-        --weights "0.2,0.4,0.2,0.2"
-    python vqa_sft_grpo/train_grpo.py --sft_ckpt checkpoints/tiny_sft --data_jsonl data/phantom_grpo.jsonl --batch_size 16 --num_generations 8 --lr 5e-4
+        --data_jsonl data/grpo_data.jsonl --out_dir checkpoints/qwen2vl_grpo --steps 1000 --batch_size 2 \
+        --lr 1e-6 --weights "0.2,0.4,0.2,0.2"
+    python vqa_sft_grpo/train_grpo.py --sft_ckpt checkpoints/tiny_sft --data_jsonl data/phantom_grpo.jsonl \
+        --batch_size 16 --num_generations 8 --lr 5e-4
     python vqa_sft_grpo/train_grpo.py --resume checkpoints/qwen2vl_grpo
-    python vqa_sft_grpo/train_grpo.py --explain 12.1.3 --out_dir checkpoints/qwen2vl_grpo  # step 12, prompt 1, rollout 3: why it earned what it earned
+    python vqa_sft_grpo/train_grpo.py --explain 12.1.3 --out_dir checkpoints/qwen2vl_grpo
     python vqa_sft_grpo/train_grpo.py --dry-run  # everything once, seconds
 
 Expected of these: see vqa_sft_grpo/README.md, where each number stands beside its command.
@@ -64,35 +66,29 @@ import torch
 from tqdm import tqdm
 
 from shared.data.download import sha256_of
-from shared.models.loading import LORA_LAYERS, QUANTS, add_lora, count_parameters, load_vlm
+from shared.models.loading import QUANTS, add_lora, count_parameters, load_vlm
+from shared.models.passes import stop_tokens
 from shared.models.tiny import is_tiny, quietly
-from shared.runtime import InputError, add_resume, fraction, free_gpu, load_checkpoint, not_negative, open_run_dir
-from shared.runtime import peak_memory, pick_device, positive_float, positive_int, read_json, run_facts, save_checkpoint
-from shared.runtime import script, script_parser, seed_everything, write_json, write_jsonl
-from shared.training import StopSignal, learning_rate, refuse_other_settings
+from shared.report import PHANTOM
+from shared.runtime import InputError, add_resume, fraction, not_negative, open_run_dir, peak_memory, pick_device
+from shared.runtime import positive_float, positive_int, read_json, run_facts, script, script_parser, seed_everything
+from shared.runtime import write_json, write_jsonl
+from shared.training import GuardedStep, StopSignal, Weights, learning_rate, load_state, save_state, settings_of
 from vqa_sft_grpo.alarms import alarms
+from vqa_sft_grpo.asking import BASE_MODEL, limit_pixels, model_of
 from vqa_sft_grpo.counterfactual import FILLS, region_iou
-from vqa_sft_grpo.examples import read_pixels
-from vqa_sft_grpo.grpo import SCALES, check_first_step, combine_metrics, group_advantages, policy_loss
+from vqa_sft_grpo.grpo import SCALES, check_first_step, group_advantages
 from vqa_sft_grpo.grpo_log import HISTORY, cut_rollouts, describe, draw_curves, draw_edits, log_rollouts, mean
 from vqa_sft_grpo.grpo_log import write_completions
-from vqa_sft_grpo.infer import BASE_MODEL, model_of
-from vqa_sft_grpo.rows import GRPO_FIELDS, make_rows, phantom_settings, read_rows
 from vqa_sft_grpo.prompting import STYLES, boxes_from_model, parse_response
-from vqa_sft_grpo.rewards import COMPOSITIONS, MEANINGS, NATS, AnswerFrequencies, RewardSettings, answer_to_score
-from vqa_sft_grpo.rewards import explain, gold_of, ignored_fields, images_of_v, lend_regions, measure_drops, plan_edits
-from vqa_sft_grpo.rewards import score_rollouts, slope
-from vqa_sft_grpo.rollouts import Fits, answer_logprobs, completion_logprobs, make_prompts, never_drawn, sample
-from vqa_sft_grpo.rollouts import stop_tokens
-from vqa_sft_grpo.train_sft import limit_pixels, restore
+from vqa_sft_grpo.rewards import COMPOSITIONS, MEANINGS, AnswerFrequencies, RewardSettings, explain, gold_of
+from vqa_sft_grpo.rewards import ignored_fields, lend_regions, plan_edits
+from vqa_sft_grpo.rollouts import TOLERANCE, Policy, image_of, with_size
+from vqa_sft_grpo.rows import GRPO_FIELDS, make_rows, phantom_settings, read_rows
 
 TASK = "vqa_sft_grpo"
-MOST_SKIPPED = 20  # steps in a row without a finite loss or gradient
-TOLERANCE = {
-    torch.float32: 1e-3,
-    torch.float16: 0.02,
-    torch.bfloat16: 0.1,
-}  # mean distance in nats of log-probabilities computed token by token and all at once
+ASIDE = ("data_jsonl", "micro_batch", "save_every", "explain")  # settings that a resumed run may change
+MEASURED = ("entropy", "kl", "clip_low", "clip_high", "clip_region", "ratio_mean", "ratio_min", "ratio_max")
 
 
 def parse_args(argv=None):
@@ -170,19 +166,10 @@ def parse_args(argv=None):
     add_resume(g)
     args = parser.parse_args(argv)
     if args.dry_run:
-        args.data_jsonl, args.model, args.device, args.films, args.steps = (
-            "phantom",
-            args.model if args.model and is_tiny(args.model) else None if args.sft_ckpt else "tiny",
-            "cpu",
-            12,
-            3,
-        )
-        args.batch_size, args.eval_rows, args.eval_every, args.max_new_tokens = (
-            min(args.batch_size, 2),
-            4,
-            2,
-            min(args.max_new_tokens, 32),
-        )
+        args.data_jsonl, args.device, args.films, args.steps = "phantom", "cpu", 12, 3
+        args.model = args.model if args.model and is_tiny(args.model) else None if args.sft_ckpt else "tiny"
+        args.batch_size, args.max_new_tokens = min(args.batch_size, 2), min(args.max_new_tokens, 32)
+        args.eval_rows, args.eval_every = 4, 2
     if args.num_generations < 2:
         parser.error("--num-generations must be at least 2: an answer alone has nothing to be compared with")
     if args.explain and not args.out_dir:
@@ -201,19 +188,11 @@ def load_rows(args):
     holds.
     """
     if args.data_jsonl.lower() == "phantom":
-        rows, audit = make_rows(
-            "phantom",
-            "train",
-            seed=args.seed,
-            image_dir=Path("outputs") / TASK / "phantom_images",
-            studies=args.films,
-            settings=phantom_settings(args.conditions),
-        )
-        facts = {
-            "name": "phantom",
-            "policy": audit["policy"],
-            "sha256": f"drawn: {audit['settings_of_phantom']}, {args.films} films, seed {args.seed}",
-        }
+        pictures, settings = Path("outputs") / TASK / "phantom_images", phantom_settings(args.conditions)
+        rows, audit = make_rows("phantom", "train", seed=args.seed, image_dir=pictures, studies=args.films,
+                                settings=settings)  # fmt: skip
+        drawn = f"drawn: {audit['settings_of_phantom']}, {args.films} films, seed {args.seed}"
+        facts = {"name": "phantom", "policy": audit["policy"], "sha256": drawn}
     else:
         rows = read_rows(args.data_jsonl, fields=("question",))
         for number, row in enumerate(rows, 1):
@@ -244,31 +223,18 @@ def load_rows(args):
             " needed: make it with prepare_data.py --split train --grpo_output FILE"
         )
     lend_regions(train + held_out, train)
-    held_out = [
-        held_out[i]
-        for i in sorted(random.Random(args.seed).sample(range(len(held_out)), min(args.eval_rows, len(held_out))))
-    ]
+    chosen = sorted(random.Random(args.seed).sample(range(len(held_out)), min(args.eval_rows, len(held_out))))
+    facts |= {"phantom": any(r.get("dataset") == "phantom" for r in rows), "limit": args.limit}
     facts |= {
-        "phantom": any(r.get("dataset") == "phantom" for r in rows),
         "train_rows": len(train),
-        "val_rows": len(held_out),
+        "val_rows": len(chosen),
         "with_region": sum(bool(r.get("region")) for r in train),
     }
-    return train, held_out, facts
+    return train, [held_out[i] for i in chosen], facts
 
 
 def group_of(row):
     return str(row.get("group") or row.get("image_path") or row["image"])
-
-
-def image_of(row):
-    """-> uint8 (H, W) or (H, W, 3)."""
-    return np.array(read_pixels(row.get("image_path") or row["image"]))
-
-
-def with_size(row, image):
-    """Rows of older files do not say how large their image is; boxes need it."""
-    return row | {"height": image.shape[0], "width": image.shape[1]}
 
 
 def row_at(place, count, seed):
@@ -302,7 +268,7 @@ def load_policy(args, device):
     if adapter:
         vlm.model.load_adapter(adapter, "reference", is_trainable=False)
     else:
-        add_lora(vlm, rank=args.lora_rank, dropout=0.0, layers=LORA_LAYERS, checkpointing=False)
+        add_lora(vlm, rank=args.lora_rank, dropout=0.0, checkpointing=False)
     if args.checkpointing:
         vlm.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     limit_pixels(vlm.processor, args.max_pixels)
@@ -329,395 +295,88 @@ def as_reference(vlm):
         vlm.model.set_adapter("default")
 
 
-def trained_parameters(vlm):
-    return {name: p for name, p in vlm.model.named_parameters() if p.requires_grad}
+# ------------------------------------------------------------------------------------------------------------- training
 
 
-def text_of(vlm, ids):
-    """
-    New tokens as text: without the one that ends them, but with any other special token, which the reward must see.
-    """
-    return vlm.tokenizer.decode(ids[:-1] if ids[-1] in stop_tokens(vlm) else ids, skip_special_tokens=False)
-
-
-# ------------------------------------------------------------------------------------------------------------- rollouts
-
-
-class Batch:
-    """
-    The questions of a step with their rollouts. Lists by question: rows, prompts, plans, edited (Prompts of the plan's
-    images), groups, logps; by rollout: texts, terms.
-    """
-
-    def __init__(self, **fields):
-        self.__dict__.update(fields)
-
-    @property
-    def rewards(self):
-        return [t["reward"] for t in self.terms]
-
-
-def roll_out(vlm, rows, places, args, settings, frequencies, fits, generator):
-    """Sample answers to rows and score them -> Batch. generator None: one answer each, the most likely one."""
-    begin = time.time()
-    images = [image_of(row) for row in rows]
-    rows = [with_size(row, image) for row, image in zip(rows, images, strict=True)]
-    prompts = make_prompts(vlm, [r["question"] for r in rows], args.style, images, fits.size)
-    group_size = args.num_generations if generator is not None else 1
-    groups, logps = [], []
-
-    def some(start, stop):
-        found = sample(
-            vlm,
-            prompts[start:stop],
-            group_size,
-            args.max_new_tokens,
-            args.temperature if generator is not None else 1.0,
-            generator,
-            never_drawn(vlm),
-            stop_tokens(vlm),
-        )
-        return list(zip(*found, strict=True))
-
-    for ids, logp in fits.parts(some, len(prompts), each=group_size):
-        groups.append(ids)
-        logps.append(logp)
-    sampled = time.time()
-
-    of_rollout = [row for row in rows for _ in range(group_size)]
-    texts = [text_of(vlm, ids) for group in groups for ids in group]
-    plans, edited, drops = [None] * len(rows), [None] * len(rows), None
-    if settings.weights[3] > 0:
-        plans = [
-            plan_edits(row, image, args.cf_regions, args.cf_fill, [args.seed, place])
-            for row, image, place in zip(rows, images, places, strict=True)
-        ]
-        drops, edited = drops_of(vlm, rows, texts, plans, group_size, settings, fits)
-    terms = score_rollouts(
-        of_rollout, texts, settings, frequencies, drops, [len(ids) for group in groups for ids in group]
-    )
-    seconds = {"seconds_sample": sampled - begin, "seconds_score": time.time() - sampled}
-    return Batch(
-        rows=rows,
-        places=places,
-        prompts=prompts,
-        plans=plans,
-        edited=edited,
-        groups=groups,
-        logps=logps,
-        texts=texts,
-        terms=terms,
-        seconds=seconds,
-    )
-
-
-def drops_of(vlm, rows, texts, plans, group_size, settings, fits):
-    """-> what measure_drops gives for the rollouts, and per row the Prompts of its edited images."""
-    answers = [answer_to_score(text, settings) for text in texts]
-    needed = [
-        bool(plan.images) and any(a is not None for a in answers[i * group_size : (i + 1) * group_size])
-        for i, plan in enumerate(plans)
-    ]
-    pairs = [(rows[i]["question"], image) for i, plan in enumerate(plans) if needed[i] for image in plan.images]
-    prompts = (
-        make_prompts(vlm, [q for q, _ in pairs], settings.style, [image for _, image in pairs], fits.size)
-        if pairs
-        else []
-    )
-    place = {id(image): n for n, (_, image) in enumerate(pairs)}
-
-    @torch.no_grad()
-    def score(images, questions, said):
-        jobs = {}  # by image: its answers share one pass over the prompt
-        for n, (image, answer) in enumerate(zip(images, said, strict=True)):
-            jobs.setdefault(place[id(image)], []).append((n, answer))
-        flat = list(jobs.items())
-
-        def some(start, stop):
-            part = flat[start:stop]
-            found = answer_logprobs(
-                vlm,
-                [prompts[i] for i, _ in part],
-                [[answer for _, answer in of_image] for _, of_image in part],
-                settings.style,
-                never_drawn(vlm),
-            )
-            return list(zip([n for _, of_image in part for n, _ in of_image], found.tolist(), strict=True))
-
-        return [value for _, value in sorted(fits.parts(some, len(flat)))]
-
-    drops = measure_drops(
-        score,
-        [row["question"] for row in rows for _ in range(group_size)],
-        answers,
-        [plan for plan in plans for _ in range(group_size)],
-    )
-    edited = [
-        [prompts[place[id(image)]] for image in plan.images] if needed[i] else None for i, plan in enumerate(plans)
-    ]
-    return drops, edited
-
-
-# ------------------------------------------------------------------------------------------------------------- learning
-
-
-def logprobs_of(vlm, batch, start, stop, args, share=True):
-    """-> logp, entropy, mask (stop - start, T) of the rollouts start .. stop - 1, padded to the longest of them."""
-    size = args.num_generations
-    first, last = start // size, (stop - 1) // size + 1
-    groups = [batch.groups[q][max(0, start - q * size) : stop - q * size] for q in range(first, last)]
-    return completion_logprobs(vlm, batch.prompts[first:last], groups, args.temperature, never_drawn(vlm), share)
-
-
-@torch.no_grad()
-def fixed_logprobs(vlm, batch, args, fits):
-    """Log-probabilities that no gradient goes through -> list of (tokens of the rollout,) tensors."""
-
-    def some(start, stop):
-        logp, _, mask = logprobs_of(vlm, batch, start, stop, args)
-        return [line[keep] for line, keep in zip(logp, mask, strict=True)]
-
-    return fits.parts(some, len(batch.texts))
-
-
-def check_sampler(vlm, batch, args, fits):
-    """
-    -> fixed_logprobs of the policy, after a look whether they are those that the sampler found token by token: if not,
-    the two see different inputs (image, positions, temperature), and training would go astray in silence. RuntimeError.
-    """
-    lines = fixed_logprobs(vlm, batch, args, fits)
-    sampled = torch.tensor([logp for group in batch.logps for line in group for logp in line], device=vlm.device)
-    distance = (torch.cat(lines) - sampled).abs().mean().item()
-    if not distance <= TOLERANCE[vlm.dtype]:
-        raise RuntimeError(
-            f"The policy that learns must be the policy that sampled: their log-probabilities differ by {distance:.3g}"
-            " nats on average. The passes see different inputs or settings."
-        )
-    return lines
-
-
-def padded_logprobs(lines, start, stop, like):
-    """Lines start .. stop - 1 -> (B, T) as `like`, 0 behind the ends."""
-    out = torch.zeros_like(like)
-    for row, line in zip(out, lines[start:stop], strict=True):
-        row[: len(line)] = line
-    return out
-
-
-def loss_and_gradient(vlm, batch, advantages, old, ref, args, fits, scaler):
-    """Adds the gradient of policy_loss over all rollouts to the parameters -> (loss, metrics)."""
-    n = len(batch.texts)
-    total_tokens = sum(len(ids) for group in batch.groups for ids in group)
-    while True:
-        total, parts, failed = 0.0, [], None
-        try:
-            for start in range(0, n, fits.size):
-                stop = min(n, start + fits.size)
-                logp, entropy, mask = logprobs_of(vlm, batch, start, stop, args, share=not args.checkpointing)
-                loss, metrics = policy_loss(
-                    logp,
-                    None if old is None else padded_logprobs(old, start, stop, logp),
-                    None if ref is None else padded_logprobs(ref, start, stop, logp),
-                    advantages[start:stop],
-                    mask,
-                    eps_low=args.eps_low,
-                    eps_high=args.eps_high,
-                    beta=args.beta,
-                    total_tokens=total_tokens,
-                    entropy=entropy,
-                )
-                scaler.scale(loss).backward()
-                total += loss.item()
-                parts.append(metrics)
-            return total, combine_metrics(parts)
-        except torch.OutOfMemoryError as error:
-            failed = error.with_traceback(None)
-        vlm.model.zero_grad(set_to_none=True)
-        free_gpu()
-        fits.halve(failed)
-
-
-def reward_gradient(vlm, batch, args, settings, fits, scaler):
-    """
-    Adds the gradient of -mean reward through V -> its loss: right answers become less likely without their gold region
-    (where that is at its limit, or there is none, on the image as it is) and likelier without the random region that
-    they depend on most.
-    """
-    n, size, jobs = len(batch.texts), args.num_generations, {}
-    for i, terms in enumerate(batch.terms):
-        if batch.edited[i // size] and (by_v := slope(terms, settings)):
-            key = (
-                i // size,
-                terms["said"],
-                *images_of_v(terms, batch.plans[i // size]),
-            )  # equal answers to a question share a pass
-            jobs[key] = jobs.get(key, 0.0) + args.cf_gradient * by_v / NATS / n
-    jobs = [
-        (batch.edited[q][less], batch.edited[q][more], said, weight) for (q, said, less, more), weight in jobs.items()
-    ]
-    total, start = 0.0, 0
-    while start < len(jobs):
-        part, failed = jobs[start : start + max(1, fits.size // 2)], None
-        kept = (
-            [None if p.grad is None else p.grad.clone() for p in trained_parameters(vlm).values()]
-            if vlm.device.type == "cuda"
-            else None
-        )
-        try:
-            prompts, said = (
-                [p for less, more, *_ in part for p in (less, more)],
-                [[said] for _, _, said, _ in part for _ in range(2)],
-            )
-            less, more = (
-                answer_logprobs(vlm, prompts, said, settings.style, never_drawn(vlm), share=not args.checkpointing)
-                .view(-1, 2)
-                .T
-            )
-            loss = (torch.tensor([weight for *_, weight in part]).to(less) * (less - more)).sum()
-            scaler.scale(loss).backward()
-            total += loss.item()
-        except torch.OutOfMemoryError as error:
-            failed = error.with_traceback(None)
-        if failed is not None:  # what the part had added already goes
-            for p, grad in zip(trained_parameters(vlm).values(), kept, strict=True):
-                p.grad = grad
-            free_gpu()
-            fits.halve(failed)
-            continue
-        start += len(part)
-    return total
-
-
-def validate(vlm, rows, args, settings, fits):
+def validate(policy, rows):
     """
     Greedy answers to validation rows -> {val_accuracy, val_valid, val_iou, val_gap}. Every row counts; what cannot be
     read is wrong.
     """
-    numbers = []
+    numbers, style = [], policy.args.style
     for start in range(0, len(rows), 64):
         some = rows[start : start + 64]
-        batch = roll_out(vlm, some, list(range(start, start + len(some))), args, settings, None, fits, None)
+        batch = policy.roll_out(some, list(range(start, start + len(some))), None)
         for row, text, terms in zip(batch.rows, batch.texts, batch.terms, strict=True):
-            found = parse_response(text, args.style)
-            boxes = boxes_from_model(found.boxes, row["width"], row["height"])
-            iou = (
-                region_iou(boxes, row["region"], row["height"], row["width"])
-                if row.get("region") and args.style == "json"
-                else None
-            )
-            numbers.append(
-                (
-                    terms["correct"],
-                    found.valid,
-                    iou,
-                    None if terms["d_roi"] is None else terms["d_roi"] - terms["d_rand"],
-                )
-            )
-    return dict(
-        zip(("val_accuracy", "val_valid", "val_iou", "val_gap"), map(mean, zip(*numbers, strict=True)), strict=True)
-    )
+            found, size, iou = parse_response(text, style), (row["height"], row["width"]), None
+            if row.get("region") and style == "json":
+                iou = region_iou(boxes_from_model(found.boxes, *size[::-1]), row["region"], *size)
+            gap = None if terms["d_roi"] is None else terms["d_roi"] - terms["d_rand"]
+            numbers.append((terms["correct"], found.valid, iou, gap))
+    names = ("val_accuracy", "val_valid", "val_iou", "val_gap")
+    return dict(zip(names, map(mean, zip(*numbers, strict=True)), strict=True))
 
 
 def rank_of(row):
     return row["val_accuracy"], row["val_valid"], row["val_gap"] or 0.0
 
 
-# ------------------------------------------------------------------------------------------------------------- training
-
-
 def train(args, vlm, train_rows, val_rows, facts, run_dir):
     """Train into run_dir -> (history, best row)."""
     settings = RewardSettings(args.composition, args.weights, args.max_new_tokens, args.style)
-    frequencies = AnswerFrequencies(train_rows)
-    named = trained_parameters(vlm)
-    optimizer = torch.optim.AdamW(list(named.values()), lr=args.lr, weight_decay=0.0)
+    policy = Policy(vlm, args, settings, AnswerFrequencies(train_rows))
+    judge = Policy(vlm, args, settings)  # validation: rewards without the frequencies of the training answers
+    judge.size = policy.size
+    weights = Weights(vlm.model)
+    optimizer = torch.optim.AdamW(list(weights.values()), lr=args.lr, weight_decay=0.0)
     scaler = torch.amp.GradScaler(vlm.device.type, enabled=vlm.dtype == torch.float16)
-    fits = Fits(
-        args.micro_batch
-        or (args.batch_size * args.num_generations if count_parameters(vlm.base) < 100e6 else args.num_generations)
-    )
+    guard = GuardedStep(optimizer, scaler, weights.values(), args.grad_clip)
     eval_every = args.eval_every or max(1, args.steps // 10)
     print(
         f"{count_parameters(vlm.model, trainable=True):,} of {count_parameters(vlm.model):,} parameters are trained;"
         f" {len(train_rows)} questions, {facts['with_region']} with a region; {args.steps} steps of {args.batch_size} x"
-        f" {args.num_generations} answers, {fits.size} per pass, lr {args.lr:g}",
+        f" {args.num_generations} answers, {policy.size.now} per pass, lr {args.lr:g}",
         flush=True,
     )
     step, place, history, best, told, last_path = 0, 0, [], None, set(), run_dir / "last.pt"
-    if args.resume and last_path.exists():
-        state = load_checkpoint(last_path, ("settings", "weights", "optimizer", "step"), what="training state")
-        refuse_other_settings(settings_of(args), state["settings"], last_path)
-        if state["data"] != facts["sha256"]:
-            raise InputError(
-                f"{last_path} was trained on other rows than those of {args.data_jsonl}; give the same file, or start a"
-                " new run"
+    saved = {"weights": weights, "optimizer": optimizer, "scaler": scaler}, settings_of(args, ASIDE), facts["sha256"]
+    if args.resume:
+        if last_path.exists():
+            then = load_state(last_path, *saved)
+            step, place, history, best, policy.size.now = (
+                then[k] for k in ("step", "place", "history", "best", "size")
             )
-        restore(state, named, optimizer, scaler, last_path)
-        step, place, history, best, fits.size = (state[k] for k in ("step", "place", "history", "best", "fits"))
         cut_rollouts(run_dir / "rollouts.jsonl", step)
-        print(f"resumed from {last_path} at step {step} of {args.steps}")
-    elif args.resume:
-        cut_rollouts(run_dir / "rollouts.jsonl", 0)
-        print(f"nothing was saved yet in {run_dir}: starting from the beginning")
+        print(f"resumed from {last_path} at step {step} of {args.steps}" if step else f"{run_dir}: from the beginning")
     write_json(run_dir / "meanings.json", {"history.jsonl": HISTORY, "rollouts.jsonl": MEANINGS})
 
     def save():
-        """
-        All it takes to go on exactly here; which questions come, and every random number, follow from seed, step and
-        place.
-        """
-        save_checkpoint(
-            last_path,
-            {
-                "weights": {n: p.detach() for n, p in named.items()},
-                "optimizer": optimizer.state_dict(),
-                "scaler": scaler.state_dict(),
-                "step": step,
-                "place": place,
-                "history": history,
-                "best": best,
-                "fits": fits.size,
-                "settings": settings_of(args),
-                "data": facts["sha256"],
-            },
-        )
+        """Which questions come, and every random number, follow from seed, step and place."""
+        save_state(last_path, *saved, step=step, place=place, history=history, best=best, size=policy.size.now)
         write_jsonl(run_dir / "history.jsonl", history)
 
     def look(row):
         """Validation: the best adapter is kept."""
         nonlocal best
-        row |= validate(vlm, val_rows, args, settings, fits)
+        row |= validate(judge, val_rows)
         better = best is None or rank_of(row) > rank_of(best)
         if better:
             best = dict(row)
             save_adapter(vlm, run_dir, facts)
-        return "  *" if better else ""
+        gap = "" if row["val_gap"] is None else f"  gap {row['val_gap']:.3f}"
+        return f"val accuracy {row['val_accuracy']:.3f}  valid {row['val_valid']:.3f}{gap}" + "  *" * better
 
     if step == 0:
-        start = {"step": 0}
-        look(start)
-        history = [start]
-        print(
-            f"before: validation accuracy {start['val_accuracy']:.3f}, valid {start['val_valid']:.3f}"
-            + ("" if start["val_gap"] is None else f", gap {start['val_gap']:.3f}")
-        )
-    bad_in_a_row = 0
+        history = [{"step": 0}]
+        print(f"before: {look(history[0])}", flush=True)
     bar = tqdm(initial=step, total=args.steps, desc="GRPO", leave=False, disable=None)
     with StopSignal() as stop:
         while step < args.steps:
             begin = time.time()
             generator = torch.Generator(vlm.device).manual_seed(args.seed * 10_000_000 + step)
             places, place = list(range(place, place + args.batch_size)), place + args.batch_size
-            batch = roll_out(
-                vlm,
-                [train_rows[row_at(p, len(train_rows), args.seed)] for p in places],
-                places,
-                args,
-                settings,
-                frequencies,
-                fits,
-                generator,
-            )
+            chosen = [train_rows[row_at(p, len(train_rows), args.seed)] for p in places]
+            batch = policy.roll_out(chosen, places, generator)
             advantages, stats = group_advantages(batch.rewards, args.num_generations, args.scale_rewards)
             advantages = advantages.float().to(vlm.device)
             scored = time.time()
@@ -725,70 +384,28 @@ def train(args, vlm, train_rows, val_rows, facts, run_dir):
             ref = old = None
             if args.beta > 0:
                 with as_reference(vlm):
-                    ref = fixed_logprobs(vlm, batch, args, fits)
+                    ref = policy.fixed_logprobs(batch)
             if step == 0:
-                old = check_sampler(vlm, batch, args, fits)
+                old = policy.check_sampler(batch)
             elif args.inner_steps > 1:
-                old = fixed_logprobs(vlm, batch, args, fits)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, args.steps, round(args.warmup * args.steps), args.lr)
-            skipped = 0
+                old = policy.fixed_logprobs(batch)
+            lr, left_out = learning_rate(step, args.steps, round(args.warmup * args.steps), args.lr), guard.skipped
             for inner in range(args.inner_steps):
-                loss, metrics = loss_and_gradient(vlm, batch, advantages, old, ref, args, fits, scaler)
+                loss, metrics = policy.loss_and_gradient(batch, advantages, old, ref, scaler)
                 if step == inner == 0:
                     check_first_step(metrics, TOLERANCE[vlm.dtype])
-                cf_loss = (
-                    reward_gradient(vlm, batch, args, settings, fits, scaler)
-                    if args.cf_gradient > 0 and settings.weights[3] > 0
-                    else None
-                )
-                scaler.unscale_(optimizer)
-                norm = torch.nn.utils.clip_grad_norm_(list(named.values()), args.grad_clip)
-                if math.isfinite(loss) and torch.isfinite(norm):
-                    scaler.step(optimizer)
-                    bad_in_a_row = 0
-                else:  # nothing is changed; float16 also lowers its scale
-                    skipped, bad_in_a_row = 1, bad_in_a_row + 1
-                    if bad_in_a_row >= MOST_SKIPPED:
-                        raise InputError(
-                            f"loss or gradient was not finite {bad_in_a_row} times in a row, up to step {step + 1}:"
-                            f" lower --lr, or use --dtype float32; {run_dir} keeps what was saved before"
-                        )
-                scaler.update()
-                optimizer.zero_grad(set_to_none=True)
+                through_v = args.cf_gradient > 0 and settings.weights[3] > 0
+                cf_loss = policy.reward_gradient(batch, scaler) if through_v else None
+                guard.step(loss, lr)
             step += 1
 
-            ends = set(stop_tokens(vlm))
-            row = {
-                "step": step,
-                **describe(batch, advantages, stats),
-                "truncated": mean(ids[-1] not in ends for group in batch.groups for ids in group),
-            }
-            row |= {
-                k: metrics.get(k)
-                for k in (
-                    "entropy",
-                    "kl",
-                    "clip_low",
-                    "clip_high",
-                    "clip_region",
-                    "ratio_mean",
-                    "ratio_min",
-                    "ratio_max",
-                )
-            }
-            row |= {
-                "loss": loss,
-                "cf_loss": cf_loss,
-                "grad_norm": norm.item(),
-                "lr": optimizer.param_groups[0]["lr"],
-                "skipped": skipped,
-                **batch.seconds,
-                "seconds_update": time.time() - scored,
-            }
+            row = {"step": step, **describe(batch, advantages, stats)} | {k: metrics.get(k) for k in MEASURED}
+            ends, peak = set(stop_tokens(vlm)), peak_memory(vlm.device)
+            row |= {"truncated": mean(ids[-1] not in ends for ids in batch.flat), "loss": loss, "cf_loss": cf_loss}
+            row |= {"grad_norm": guard.norm, "lr": lr, "skipped": guard.skipped - left_out, **batch.seconds}
+            row |= {"seconds_update": time.time() - scored, "seconds": time.time() - begin}
+            row |= {"peak_gib": peak["peak_gpu_gib"] or peak["peak_ram_gib"]}
             row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-            peak = peak_memory(vlm.device)
-            row |= {"seconds": time.time() - begin, "peak_gib": peak["peak_gpu_gib"] or peak["peak_ram_gib"]}
             found = alarms([*history, row])
             for name in found.keys() - told:  # once a run; history.jsonl has every step's
                 print(f"ALARM at step {step}, {name}: {found[name]}", flush=True)
@@ -796,60 +413,30 @@ def train(args, vlm, train_rows, val_rows, facts, run_dir):
             row["alarms"] = sorted(found)
             log_rollouts(run_dir / "rollouts.jsonl", batch, advantages, step, args.num_generations)
             if step == 1:
-                print(
-                    f"first answers, rewards {', '.join(f'{r:.2f}' for r in batch.rewards[: args.num_generations])}:"
-                    f" {[t[:80] for t in batch.texts[: min(2, args.num_generations)]]}"
-                )
-            star = None
-            if step % eval_every == 0 or step == args.steps:
-                star = look(row)
+                rewards = ", ".join(f"{r:.2f}" for r in batch.rewards[: args.num_generations])
+                print(f"first answers, rewards {rewards}: {[text[:80] for text in batch.texts[:2]]}")
             history.append(row)
             bar.update()
-            if star is not None:
-                recent = history[-min(len(history) - 1, eval_every) :]
-                say = {
-                    name: mean(r.get(name) for r in recent)
-                    for name in ("reward", "correct", "entropy", "kl", "length", "seconds")
-                }
-                print(
-                    f"step {step:5d}/{args.steps}  "
-                    + "  ".join(f"{k} {v:.3f}" for k, v in say.items() if v is not None)
-                    + f"  val accuracy {row['val_accuracy']:.3f}"
-                    + ("" if row["val_gap"] is None else f"  gap {row['val_gap']:.3f}")
-                    + star,
-                    flush=True,
-                )
+            if step % eval_every == 0 or step == args.steps:
+                print(f"step {step:5d}/{args.steps}  {look(row)}  {recent(history, eval_every)}", flush=True)
                 write_completions(run_dir / "completions.md", batch, advantages, step, args.num_generations)
                 draw_curves(
-                    run_dir / "figures" / "curves.png",
-                    history,
-                    f"{'PHANTOM films' if facts['phantom'] else facts['name']}, {vlm.name}",
+                    run_dir / "figures" / "curves.png", history, f"{facts['name']}, {vlm.name}", facts["phantom"]
                 )
             if stop.requested() or step == args.steps or step % args.save_every == 0:
                 save()
             if stop.requested():
-                print(f"stopped after step {step}; go on with --resume {run_dir}")
-                stop.exit()
+                stop.exit(run_dir)
     bar.close()
     return history, best
 
 
-SETTINGS_ASIDE = (
-    "config",
-    "data_jsonl",
-    "out_dir",
-    "resume",
-    "overwrite",
-    "device",
-    "micro_batch",
-    "save_every",
-    "explain",
-)
-
-
-def settings_of(args):
-    """The arguments that shape the result; a resumed run must agree with the first in all of them."""
-    return {k: v for k, v in vars(args).items() if k not in SETTINGS_ASIDE}
+def recent(history, steps):
+    """Means over the last steps, for the console."""
+    rows = history[-min(len(history) - 1, steps) :]
+    names = ("reward", "correct", "entropy", "kl", "length", "seconds")
+    means = {name: mean(r.get(name) for r in rows) for name in names}
+    return "  ".join(f"{name} {value:.3f}" for name, value in means.items() if value is not None)
 
 
 # --------------------------------------------------------------------------------------------------------------- output
@@ -863,9 +450,8 @@ def save_adapter(vlm, run_dir, facts):
         vlm.model.save_pretrained(building, selected_adapters=["default"])
         vlm.processor.save_pretrained(building)
     write_json(building / "training.json", {"dataset": facts})  # evaluate.py stamps results with it
-    for path in sorted(
-        building.iterdir(), key=lambda p: p.name == "adapter_config.json"
-    ):  # the file that makes it an adapter comes last
+    # the file that makes it an adapter comes last
+    for path in sorted(building.iterdir(), key=lambda p: p.name == "adapter_config.json"):
         os.replace(path, run_dir / path.name)
     building.rmdir()
 
@@ -878,9 +464,7 @@ def explain_rollout(args):
         raise InputError(f"{run_dir} holds no run of train_grpo.py: there is no rollouts.jsonl in it")
     was = read_json(run_dir / "settings.json")
     with path.open(encoding="utf-8") as file:
-        found = next(
-            (r for line in file if line.startswith(f'{{"id": "{args.explain}"') for r in [json.loads(line)]), None
-        )
+        found = next((json.loads(line) for line in file if line.startswith(f'{{"id": "{args.explain}"')), None)
     if found is None:
         raise InputError(f"{path} has no rollout {args.explain}; ids are step.prompt.rollout, such as 1.0.0")
     settings = RewardSettings(was["composition"], was["weights"], was["max_new_tokens"], was["style"])
@@ -895,9 +479,8 @@ def explain_rollout(args):
     if settings.weights[3] == 0 or not plan.images:
         return print(f"no edited images: {plan.why or 'the weight of the counterfactual term is 0'}")
     target = run_dir / "figures" / f"explain_{args.explain}.png"
-    draw_edits(
-        target, plan, [None] + [found["d_roi"]] * bool(plan.roi) + (found["d_rand_each"] or [None] * len(plan.random))
-    )
+    drops = [None] + [found["d_roi"]] * bool(plan.roi) + (found["d_rand_each"] or [None] * len(plan.random))
+    draw_edits(target, plan, drops)
     print(f"edited images (fill: {plan.fill}): {target}")
 
 
@@ -907,35 +490,28 @@ def main(argv=None):
     if args.explain:
         return explain_rollout(args)
     started = time.time()
-    RewardSettings(
-        args.composition, args.weights, args.max_new_tokens, args.style
-    )  # a mistake in --weights shows before anything is loaded
+    RewardSettings(args.composition, args.weights, args.max_new_tokens, args.style)  # a mistake shows before loading
     device, _ = pick_device(args.device)
     train_rows, val_rows, facts = load_rows(args)
+    if facts["phantom"]:
+        print(f"*** {PHANTOM} ***")
     seed_everything(args.seed)
     vlm = load_policy(args, device)
     run_dir = open_run_dir(args, TASK, "train_grpo")
     history, best = train(args, vlm, train_rows, val_rows, facts, run_dir)
-    write_json(
-        run_dir / "metrics.json",
-        {
-            "dataset": facts,
-            "split": "val",
-            "n": len(val_rows),
-            "first": history[0],
-            "best": best,
-            "last": history[-1],
-            **vlm.facts(),
-            "trainable_parameters": count_parameters(vlm.model, trainable=True),
-            "seed": args.seed,
-            "settings": settings_of(args),
-            **run_facts(started, device),
-        },
-    )
+    write_json(run_dir / "metrics.json", {
+        "dataset": facts, "split": "val", "n": len(val_rows), "first": history[0], "best": best, "last": history[-1],
+        **vlm.facts(), "trainable_parameters": count_parameters(vlm.model, trainable=True), "seed": args.seed,
+        "settings": settings_of(args, ASIDE), **run_facts(started, device),
+    })  # fmt: skip
+    data = "both" if "+" in facts["name"] else facts["name"]
+    if best["step"] == 0:
+        print("*** no step was better than the start: the adapter saved is the one that came in ***")
     print(
         f"validation accuracy {history[0]['val_accuracy']:.3f} before, {best['val_accuracy']:.3f} at best (step"
-        f" {best['step']}); measure it on the test rows with python vqa_sft_grpo/evaluate.py --sft_ckpt"
-        f" {run_dir}\nresults in {run_dir} ({time.time() - started:.0f} s)"
+        f" {best['step']}); measure it on the test rows with\n"
+        f"  python vqa_sft_grpo/evaluate.py --sft_ckpt {run_dir} --data {data} --prompts {args.style}\n"
+        f"results in {run_dir} ({time.time() - started:.0f} s)"
     )
 
 

@@ -28,7 +28,6 @@ test split is never read.
 """
 
 import json
-import math
 import random
 import shutil
 import statistics
@@ -40,31 +39,50 @@ ROOT = Path(__file__).resolve().parents[1] if "__file__" in globals() else Path.
 sys.path.insert(0, str(ROOT))  # finds shared/ from any folder; in a notebook, cd to the project first
 
 import shared  # noqa: F401, isort: skip  # before transformers
-import matplotlib
 import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
 from shared.data.download import sha256_of
+from shared.models.inputs import ImageStore
 from shared.models.loading import QUANTS, add_lora, count_parameters, load_vlm
+from shared.models.passes import PartSize, features_of, in_parts
 from shared.models.tiny import is_tiny, quietly
-from shared.runtime import InputError, add_resume, fraction, free_gpu, load_checkpoint, not_negative, open_run_dir
-from shared.runtime import pick_device, positive_float, positive_int, run_facts, save_checkpoint, script, script_parser
-from shared.runtime import seed_everything, start_distributed, write_json, write_jsonl
-from shared.training import StopSignal, learning_rate, refuse_other_settings
+from shared.report import PHANTOM, draw_history
+from shared.runtime import InputError, add_resume, fraction, not_negative, open_run_dir, pick_device, positive_float
+from shared.runtime import (
+    positive_int,
+    run_facts,
+    script,
+    script_parser,
+    seed_everything,
+    start_distributed,
+    write_json,
+)
+from shared.runtime import write_jsonl
+from shared.training import GuardedStep, StopSignal, Weights, learning_rate, load_state, save_state, settings_of
+from vqa_sft_grpo.asking import BASE_MODEL, Answerer, limit_pixels
 from vqa_sft_grpo.counterfactual import blank, region_iou
-from vqa_sft_grpo.examples import ImageStore, batch_loss, epoch_batches, make_examples
-from vqa_sft_grpo.infer import BASE_MODEL, Answerer
-from vqa_sft_grpo.rows import make_rows, phantom_settings, read_rows
+from vqa_sft_grpo.examples import BatchOrder, batch_loss, make_examples
 from vqa_sft_grpo.prompting import STYLES, boxes_from_model, build_prompt, parse_response
+from vqa_sft_grpo.rows import make_rows, phantom_settings, read_rows
 from vqa_sft_grpo.scoring import score_answer
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
 TASK = "vqa_sft_grpo"
-MOST_SKIPPED = 20  # steps in a row without a finite loss or gradient
+ASIDE = ("data", "save_to", "cache_gib", "cache_features", "eval_batch")  # settings that a resumed run may change
+PANELS = (
+    ("loss per learned token", {"train_loss": "training", "val_loss": "validation"}),
+    (
+        "share of validation rows",
+        {
+            "val_accuracy": "all answers right",
+            "val_closed_accuracy": "closed answers right",
+            "val_valid": "readable without repair",
+            "val_box_iou": "box overlap (IoU)",
+        },
+    ),
+)
 
 
 def parse_args(argv=None):
@@ -134,13 +152,8 @@ def parse_args(argv=None):
     add_resume(g)
     args = parser.parse_args(argv)
     if args.dry_run:
-        args.data, args.model, args.device, args.films, args.steps = (
-            "phantom",
-            args.model if is_tiny(args.model) else "tiny",
-            "cpu",
-            12,
-            3,
-        )
+        args.data, args.device, args.films, args.steps = "phantom", "cpu", 12, 3
+        args.model = args.model if is_tiny(args.model) else "tiny"
         args.batch_size, args.eval_rows, args.eval_every = min(args.batch_size, 8), 4, 2
     if args.train == "auto":
         args.train = "full" if is_tiny(args.model) else "lora"
@@ -168,14 +181,9 @@ def parse_args(argv=None):
 def load_rows(args):
     """-> (training rows, validation rows, facts for metrics.json)."""
     if args.data.lower() == "phantom":
-        rows, audit = make_rows(
-            "phantom",
-            "train",
-            seed=args.seed,
-            image_dir=Path("outputs") / TASK / "phantom_images",
-            studies=args.films,
-            settings=phantom_settings(args.conditions),
-        )
+        pictures, settings = Path("outputs") / TASK / "phantom_images", phantom_settings(args.conditions)
+        rows, audit = make_rows("phantom", "train", seed=args.seed, image_dir=pictures, studies=args.films,
+                                settings=settings)  # fmt: skip
         facts = {"name": "phantom", "policy": audit["policy"], "settings": audit["settings_of_phantom"]}
     else:
         rows = read_rows(args.data, ("train", "val"))
@@ -195,12 +203,9 @@ def load_rows(args):
             " make it with prepare_data.py --split train"
         )
     chosen = sorted(random.Random(args.seed).sample(range(len(held_out)), min(args.eval_rows, len(held_out))))
-    phantom = any(r["dataset"] == "phantom" for r in rows)
-    return (
-        train + blanks,
-        [held_out[i] for i in chosen],
-        facts | {"phantom": phantom, "train_rows": len(train), "blank_rows": len(blanks), "val_rows": len(held_out)},
-    )
+    facts |= {"phantom": any(r["dataset"] == "phantom" for r in rows), "limit": args.limit}
+    facts |= {"train_rows": len(train), "blank_rows": len(blanks), "val_rows": len(held_out)}
+    return train + blanks, [held_out[i] for i in chosen], facts
 
 
 def blank_rows(rows, share, seed):
@@ -225,38 +230,24 @@ def validate(vlm, rows, store, examples, args, max_new_tokens, rank, world_size)
     missing box overlaps by 0. The loss is over the same rows, answers given.
     """
     vlm.model.eval()
-    mine = range(rank, len(rows), world_size)
-    pixels = [store.read(store.number_of[i]) for i in mine]
-    with torch.inference_mode():
-        texts = Answerer(vlm, args.eval_batch, max_new_tokens).generate(
-            [build_prompt(rows[i]["question"], args.eval_style) for i in mine], pixels
-        )
-        sums = torch.zeros(2, dtype=torch.float64)
-        for start in range(0, len(mine), args.micro_batch):
-            some = [examples[i] for i in mine[start : start + args.micro_batch]]
-            sums += torch.stack([s.double().cpu() for s in batch_loss(vlm, some, store)])
+    mine = list(range(rank, len(rows), world_size))
+    prompts = [build_prompt(rows[i]["question"], args.eval_style) for i in mine]
+    answerer = Answerer(vlm, args.eval_batch, max_new_tokens)
+    with torch.no_grad():
+        texts = answerer.generate(prompts, [store.read(store.number_of[i]) for i in mine])
+        found = in_parts(lambda some: [batch_loss(vlm, some, store)], [examples[i] for i in mine], answerer.size)
+    sums = sum((torch.stack(pair).double().cpu() for pair in found), torch.zeros(2, dtype=torch.float64))
     results = []
     for i, text in zip(mine, texts, strict=True):
         row, response = rows[i], parse_response(text, args.eval_style)
         score = score_answer(response.answer, row["answer"], row["answer_type"], row["question"])
-        gold = row.get("region")
-        iou = (
-            region_iou(boxes_from_model(response.boxes, row["width"], row["height"]), gold, row["height"], row["width"])
-            if gold and args.eval_style == "json"
-            else None
-        )
-        results.append(
-            {
-                "index": i,
-                "question": row["question"],
-                "gold": row["answer"],
-                "answer_type": row["answer_type"],
-                "text": text,
-                "valid": response.valid,
-                "iou": iou,
-                **{k: score[k] for k in ("parsed", "correct", "recall")},
-            }
-        )
+        size, iou = (row["height"], row["width"]), None
+        if row.get("region") and args.eval_style == "json":
+            iou = region_iou(boxes_from_model(response.boxes, *size[::-1]), row["region"], *size)
+        results.append({
+            "index": i, "question": row["question"], "gold": row["answer"], "answer_type": row["answer_type"],
+            "text": text, "valid": response.valid, "iou": iou, **{k: score[k] for k in ("parsed", "correct", "recall")},
+        })  # fmt: skip
     if world_size > 1:
         parts = [None] * world_size
         dist.all_gather_object(parts, (results, sums))
@@ -290,60 +281,21 @@ def rank_of(row):
 # ------------------------------------------------------------------------------------------------------------ training
 
 
-class BatchOrder:
+def backward(vlm, batch, store, size, scaler, args, rank, world_size):
     """
-    The batch of every step of a run, known from seed and step alone: nothing has to be stored to go on in the middle.
-    """
-
-    def __init__(self, examples, args):
-        self.examples, self.args, self.starts, self.epoch, self.batches = examples, args, [0], None, None
-        while (self.starts[-1] < args.steps) if args.steps else (len(self.starts) <= args.epochs):
-            self.starts.append(self.starts[-1] + len(self.load(len(self.starts) - 1)))
-        self.num_steps = args.steps or self.starts[-1]
-
-    def load(self, epoch):
-        if epoch != self.epoch:
-            self.epoch, self.batches = (
-                epoch,
-                epoch_batches(self.examples, self.args.batch_size, self.args.per_image, self.args.seed, epoch),
-            )
-        return self.batches
-
-    def at(self, step):
-        """-> (epoch, examples)."""
-        epoch = next(e for e in range(len(self.starts) - 1) if step < self.starts[e + 1])
-        return epoch, [self.examples[i] for i in self.load(epoch)[step - self.starts[epoch]]]
-
-
-def backward(vlm, batch, store, micro_batch, scaler, args, rank, world_size):
-    """
-    Gradients of the mean loss over the batch -> (this process's part of the loss, micro-batch that fitted). Out of GPU
-    memory: smaller parts from here on; loss and gradient stay those of the whole batch, since each token's share does
-    not change.
+    Gradients of the mean loss over the batch -> this process's part of the loss. Out of GPU memory: smaller parts from
+    here on; loss and gradient stay those of the whole batch, since each token's share does not change.
     """
     weight = sum(float(e.weights.sum()) for e in batch)  # of all processes
     mine = batch[rank * len(batch) // world_size : (rank + 1) * len(batch) // world_size]
-    while True:
-        total = torch.zeros((), device=vlm.device)
-        try:
-            for start in range(0, len(mine), micro_batch):
-                loss, _ = batch_loss(
-                    vlm,
-                    mine[start : start + micro_batch],
-                    store,
-                    share_prompt=not args.checkpointing,
-                    train_tower=args.train == "full",
-                )
-                scaler.scale(loss / weight).backward()
-                total += loss.detach() / weight
-            return total, micro_batch
-        except torch.OutOfMemoryError:
-            if micro_batch == 1:
-                raise
-        vlm.model.zero_grad(set_to_none=True)
-        free_gpu()
-        micro_batch = micro_batch // 2
-        print(f"out of GPU memory: going on with {micro_batch} examples per pass", flush=True)
+
+    def work(part):
+        loss, _ = batch_loss(vlm, part, store, share=not args.checkpointing, train_tower=args.train == "full")
+        scaler.scale(loss / weight).backward()
+        return [loss.detach() / weight]
+
+    parts = in_parts(work, mine, size, undo=lambda: vlm.model.zero_grad(set_to_none=True))
+    return sum(parts, torch.zeros((), device=vlm.device))
 
 
 def sum_over_processes(parameters, total):
@@ -384,129 +336,81 @@ def train(args, vlm, train_rows, val_rows, facts, run_dir, rank, world_size):
     say = print if rank == 0 else lambda *a, **k: None
     store = ImageStore(vlm.processor, [r["image"] for r in train_rows], args.cache_gib)
     val_store = ImageStore(vlm.processor, [r["image"] for r in val_rows], args.cache_gib)
-    examples = make_examples(vlm, train_rows, store, args.styles, args.max_length, args.answer_weight, args.box_weight)
+    weighing = args.max_length, args.answer_weight, args.box_weight
+    examples = make_examples(vlm, train_rows, store, args.styles, *weighing)
     val_examples = make_examples(vlm, val_rows, val_store, [args.eval_style], args.max_length)
     if args.cache_features:
-        gib = sum(s.cache_features(vlm, args.cache_gib) for s in (store, val_store))
+        gib = sum(s.cache_features(lambda images: features_of(vlm, images), args.cache_gib) for s in (store, val_store))
         say(f"features of {len(store) + len(val_store)} images computed once, {gib:.2f} GiB")
     order = BatchOrder(examples, args)
-    lengths = [e.length for e in examples]
     longest_answer = max(len(e.target) for e in examples if e.style == args.eval_style)
     eval_every = args.eval_every or max(1, order.num_steps // 10)
+    lengths = [e.length for e in examples]
     say(
         f"training: {store}; {len(examples)} examples of {statistics.mean(lengths):.0f} tokens (longest {max(lengths)},"
         f" --max-length {args.max_length}); validation: {len(val_examples)} rows, {len(val_store)} images"
     )
 
-    trainable = [p for p in vlm.model.parameters() if p.requires_grad]
-    matrices, vectors = ([p for p in trainable if (p.ndim > 1) == many] for many in (True, False))
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}], lr=args.lr
-    )
+    weights = Weights(vlm.model)
+    matrices, vectors = ([p for p in weights.values() if (p.ndim > 1) == many] for many in (True, False))
+    groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=args.lr)
     scaler = torch.amp.GradScaler(vlm.device.type, enabled=vlm.dtype == torch.float16)
-    warmup_steps = round(args.warmup * order.num_steps)
+    guard = GuardedStep(optimizer, scaler, weights.values(), args.grad_clip)
+    warmup_steps, size = round(args.warmup * order.num_steps), PartSize(args.micro_batch)
     say(
         f"{args.train}: {count_parameters(vlm.model, trainable=True):,} of {count_parameters(vlm.model):,} parameters;"
-        f" {order.num_steps} steps of {args.batch_size} examples, {args.micro_batch} per pass, lr {args.lr:g}"
+        f" {order.num_steps} steps of {args.batch_size} examples, {size.now} per pass, lr {args.lr:g}"
     )
 
-    step, history, best, micro_batch = 0, [], None, args.micro_batch
+    step, history, best = 0, [], None
     totals = {"loss": 0.0, "steps": 0, "skipped": 0, "examples": 0, "tokens": 0, "seconds": 0.0}
-    named = {n: p for n, p in vlm.model.named_parameters() if p.requires_grad}
-    last_path = run_dir / "last.pt"
+    last_path, settings = run_dir / "last.pt", settings_of(args, ASIDE)
+    saved = {"weights": weights, "optimizer": optimizer, "scaler": scaler}, settings, data_of(facts)
     if args.resume and last_path.exists():
-        state = load_checkpoint(last_path, ("settings", "weights", "optimizer", "step"), what="training state")
-        refuse_other_run(state, args, facts, last_path)
-        restore(state, named, optimizer, scaler, last_path)
-        step, history, best, micro_batch, totals = (
-            state[k] for k in ("step", "history", "best", "micro_batch", "totals")
-        )
-        del state
+        then = load_state(last_path, *saved)
+        step, history, best, size.now, totals = (then[k] for k in ("step", "history", "best", "micro_batch", "totals"))
         say(f"resumed from {last_path} at step {step} of {order.num_steps}")
     elif args.resume:
         say(f"nothing was saved yet in {run_dir}: starting from the beginning")
 
     def save():
-        """All it takes to go on exactly here; random numbers and the order of the batches follow from seed and step."""
-        if rank == 0:
-            save_checkpoint(
-                last_path,
-                {
-                    "weights": {n: p.detach() for n, p in named.items()},
-                    "optimizer": optimizer.state_dict(),
-                    "scaler": scaler.state_dict(),
-                    "step": step,
-                    "history": history,
-                    "best": best,
-                    "micro_batch": micro_batch,
-                    "totals": totals,
-                    "settings": settings_of(args),
-                    "data": data_of(facts),
-                },
-            )
+        """Random numbers and the order of the batches follow from seed and step."""
+        save_state(last_path, *saved, step=step, history=history, best=best, micro_batch=size.now, totals=totals)
 
-    bad_in_a_row = 0
-    bar = tqdm(initial=step, total=order.num_steps, desc="training", leave=False, disable=None if rank == 0 else True)
+    hidden = None if rank == 0 else True
+    bar = tqdm(initial=step, total=order.num_steps, desc="training", leave=False, disable=hidden)
     with StopSignal() as stop:
         while step < order.num_steps:
             begin = time.time()
             vlm.model.train()
             epoch, batch = order.at(step)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, order.num_steps, warmup_steps, args.lr)
             torch.manual_seed(args.seed * 10_000_000 + step * world_size + rank)  # dropout: the same in a resumed run
-            loss, micro_batch = backward(vlm, batch, store, micro_batch, scaler, args, rank, world_size)
+            loss = backward(vlm, batch, store, size, scaler, args, rank, world_size)
             if world_size > 1:
-                sum_over_processes(trainable, loss)
-            scaler.unscale_(optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(trainable, args.grad_clip)
-            if torch.isfinite(loss) and torch.isfinite(norm):
-                scaler.step(optimizer)
-                totals["loss"] += loss.item()
-                totals["steps"] += 1
-                bad_in_a_row = 0
-            else:  # nothing is changed by this step; float16 also lowers its scale
-                totals["skipped"] += 1
-                bad_in_a_row += 1
-                if bad_in_a_row >= MOST_SKIPPED:
-                    raise InputError(
-                        f"loss or gradient was not finite in {bad_in_a_row} steps in a row, up to step {step + 1}:"
-                        f" lower --lr, or use --dtype float32; {run_dir} keeps what was saved before"
-                    )
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
+                sum_over_processes(weights.values(), loss)
+            lr = learning_rate(step, order.num_steps, warmup_steps, args.lr)
+            taken = guard.step(loss.item(), lr)
             step += 1
-            totals["examples"] += len(batch)
-            totals["tokens"] += sum(e.length for e in batch)
-            totals["seconds"] += time.time() - begin
+            totals["loss"] += loss.item() if taken else 0.0
+            more = (("steps", taken), ("skipped", not taken), ("examples", len(batch)))
+            for key, value in (*more, ("tokens", sum(e.length for e in batch)), ("seconds", time.time() - begin)):
+                totals[key] += value
             bar.update()
 
             if step % eval_every == 0 or step == order.num_steps:
                 numbers, answers = validate(
                     vlm, val_rows, val_store, val_examples, args, longest_answer + 8, rank, world_size
                 )
-                row = {
-                    "step": step,
-                    "epoch": epoch + 1,
-                    "lr": optimizer.param_groups[0]["lr"],
-                    "train_loss": totals["loss"] / max(1, totals["steps"]),
-                    **numbers,
-                    "skipped_steps": totals["skipped"],
-                    "seconds": totals["seconds"],
-                    "examples_per_second": totals["examples"] / totals["seconds"],
-                    "tokens_per_second": totals["tokens"] / totals["seconds"],
-                }
+                if not np.isfinite(numbers["val_loss"]):
+                    raise InputError(
+                        f"the validation loss is not finite at step {step}: lower --lr; {run_dir} keeps the best before"
+                    )
+                row = {"step": step, "epoch": epoch + 1, "lr": lr, **summary(totals), **numbers}
                 history.append(row)
                 better = best is None or rank_of(row) > rank_of(best)
-                if better:
-                    best = row
-                say(
-                    f"step {step:5d}/{order.num_steps}  loss {row['train_loss']:.3f}  val loss {row['val_loss']:.3f} "
-                    f" accuracy {row['val_accuracy']:.3f}  valid {row['val_valid']:.3f}"
-                    + (f"  IoU {row['val_box_iou']:.3f}" if row["val_box_iou"] is not None else "")
-                    + f"  {row['examples_per_second']:.1f} examples/s{'  *' if better else ''}",
-                    flush=True,
-                )
+                best = row if better else best
+                say(line_of(row, order.num_steps) + ("  *" if better else ""), flush=True)
                 totals = dict.fromkeys(totals, 0)
                 if rank == 0:
                     if better:
@@ -516,29 +420,32 @@ def train(args, vlm, train_rows, val_rows, facts, run_dir, rank, world_size):
                 save()
             if stop.requested():
                 save()
-                say(f"stopped after step {step}; go on with --resume {run_dir}")
-                stop.exit()
+                stop.exit(run_dir)
     bar.close()
     return history, best
 
 
-SETTINGS_ASIDE = (
-    "config",
-    "data",
-    "out_dir",
-    "resume",
-    "overwrite",
-    "device",
-    "save_to",
-    "cache_gib",
-    "cache_features",
-    "eval_batch",
-)
+def summary(totals):
+    """The sums since the last validation -> numbers of a row; the loss is None when every step was left out."""
+    return {
+        "train_loss": totals["loss"] / totals["steps"] if totals["steps"] else None,
+        "skipped_steps": totals["skipped"],
+        "seconds": totals["seconds"],
+        "examples_per_second": totals["examples"] / totals["seconds"],
+        "tokens_per_second": totals["tokens"] / totals["seconds"],
+    }
 
 
-def settings_of(args):
-    """The arguments that shape the result; a resumed run must agree with the first in all of them."""
-    return {k: v for k, v in vars(args).items() if k not in SETTINGS_ASIDE}
+def line_of(row, num_steps):
+    shown = {
+        "loss": "train_loss",
+        "val loss": "val_loss",
+        "accuracy": "val_accuracy",
+        "valid": "val_valid",
+        "IoU": "val_box_iou",
+    }
+    numbers = "  ".join(f"{name} {row[key]:.3f}" for name, key in shown.items() if row[key] is not None)
+    return f"step {row['step']:5d}/{num_steps}  {numbers}  {row['examples_per_second']:.1f} examples/s"
 
 
 def data_of(facts):
@@ -546,58 +453,7 @@ def data_of(facts):
     return facts.get("sha256") or facts["settings"]
 
 
-def restore(state, named, optimizer, scaler, path):
-    """
-    Weights (of the parameters `named`), optimiser and scale from the checkpoint `state` read from `path`. InputError
-    when it is of another model.
-    """
-    if set(state["weights"]) != set(named) or any(state["weights"][name].shape != p.shape for name, p in named.items()):
-        raise InputError(
-            f"{path} holds the weights of another model; give the same arguments that choose the model, or start a"
-            " new run"
-        )
-    with torch.no_grad():
-        for name, p in named.items():
-            p.copy_(state["weights"][name])
-    optimizer.load_state_dict(state["optimizer"])
-    scaler.load_state_dict(state["scaler"])
-
-
-def refuse_other_run(state, args, facts, path):
-    refuse_other_settings(settings_of(args), state["settings"], path)
-    if state["data"] != data_of(facts):
-        raise InputError(
-            f"{path} was trained on other rows than those of {args.data}; give the same file, or start a new run"
-        )
-
-
 # ------------------------------------------------------------------------------------------------------------- results
-
-
-def draw_curves(path, history, title):
-    """Losses on the left; accuracy, readable answers and box overlap of the validation on the right."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    steps = [r["step"] for r in history]
-    marker = "." if len(history) < 3 else None
-    for axis, key, label in (
-        (left, "train_loss", "training"),
-        (left, "val_loss", "validation"),
-        (right, "val_accuracy", "all answers right"),
-        (right, "val_closed_accuracy", "closed answers right"),
-        (right, "val_valid", "readable without repair"),
-        (right, "val_box_iou", "box overlap (IoU)"),
-    ):
-        if any(r[key] is not None for r in history):
-            axis.plot(steps, [math.nan if r[key] is None else r[key] for r in history], marker=marker, label=label)
-    left.set(xlabel="step", ylabel="loss per learned token", ylim=(0, None))
-    right.set(xlabel="step", ylabel="share of validation rows", ylim=(0, 1.02))
-    for axis in (left, right):
-        axis.legend(frameon=False, fontsize=8)
-        axis.grid(alpha=0.3)
-    figure.suptitle(title, fontsize=10)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def publish(args, run_dir):
@@ -622,31 +478,18 @@ def publish(args, run_dir):
     print(f"model for the other scripts: {args.save_to}")
 
 
-def limit_pixels(processor, most):
-    """Images of Qwen2-VL keep their shape and are scaled down to this area; the other families have one size."""
-    size = getattr(processor.image_processor, "size", None) or {}
-    if getattr(processor.image_processor, "merge_size", None) and size["longest_edge"] > most:
-        processor.image_processor.size = dict(size) | {
-            "longest_edge": most,
-            "shortest_edge": min(size["shortest_edge"], most),
-        }
-
-
-@script
+@script(torchrun=True)
 def main(argv=None):
     args = parse_args(argv)
     started = time.time()
     device, _ = pick_device(args.device)
     rank, world_size = start_distributed(device)
     train_rows, val_rows, facts = load_rows(args)
+    if facts["phantom"] and rank == 0:
+        print(f"*** {PHANTOM} ***")
     seed_everything(args.seed)
-    vlm = load_vlm(
-        args.model,
-        quant=args.quant,
-        device=device,
-        dtype="float32" if args.train == "full" and args.dtype == "auto" else args.dtype,
-        family="qwen2vl",
-    )
+    dtype = "float32" if args.train == "full" and args.dtype == "auto" else args.dtype
+    vlm = load_vlm(args.model, quant=args.quant, device=device, dtype=dtype, family="qwen2vl")
     limit_pixels(vlm.processor, args.max_pixels)
     if args.checkpointing is None:
         args.checkpointing = args.train == "lora" and not vlm.tiny
@@ -659,34 +502,21 @@ def main(argv=None):
     history, best = train(args, vlm, train_rows, val_rows, facts, run_dir, rank, world_size)
     if rank > 0:
         return
-    write_json(
-        run_dir / "metrics.json",
-        {
-            "dataset": facts,
-            "split": "val",
-            "n": len(val_rows),
-            "best": best,
-            "last": history[-1],
-            **vlm.facts(),
-            "train": args.train,
-            "trainable_parameters": count_parameters(vlm.model, trainable=True),
-            "styles": args.styles,
-            "seed": args.seed,
-            "settings": settings_of(args),
-            **run_facts(started, device),
-        },
-    )
-    draw_curves(
-        run_dir / "figures" / "curves.png",
-        history,
-        f"{'PHANTOM films' if facts['phantom'] else facts['name']}, {args.model}, {args.train}, {len(val_rows)}"
-        " validation rows",
-    )
+    write_json(run_dir / "metrics.json", {
+        "dataset": facts, "split": "val", "n": len(val_rows), "best": best, "last": history[-1], **vlm.facts(),
+        "train": args.train, "trainable_parameters": count_parameters(vlm.model, trainable=True),
+        "styles": args.styles, "seed": args.seed, "settings": settings_of(args, ASIDE), **run_facts(started, device),
+    })  # fmt: skip
+    title = f"{facts['name']}, {args.model}, {args.train}, {len(val_rows)} validation rows"
+    draw_history(run_dir / "figures" / "curves.png", history, PANELS, "step", title, facts["phantom"])
     publish(args, run_dir)
+    measured = args.data if args.data.lower() == "phantom" else None  # a file of rows to train on has no test rows
+    prompts = dict.fromkeys([args.eval_style, *args.styles])
+    command = f"python vqa_sft_grpo/evaluate.py --sft_ckpt {run_dir / 'best'} --prompts {' '.join(prompts)}"
     print(
-        f"best step {best['step']}: validation accuracy {best['val_accuracy']:.3f}; measure it on the test rows with"
-        f" python vqa_sft_grpo/evaluate.py --sft_ckpt {run_dir / 'best'}\nresults in {run_dir}"
-        f" ({time.time() - started:.0f} s)"
+        f"best step {best['step']}: validation accuracy {best['val_accuracy']:.3f}; measure it on the test rows with\n"
+        f"  {command} --data {measured or ('both' if '+' in facts['name'] else facts['name'])}\n"
+        f"results in {run_dir} ({time.time() - started:.0f} s)"
     )
 
 

@@ -116,17 +116,14 @@ def unusual(ip):
 
 
 def as_pixels(image):
-    """-> uint8 tensor (C, H, W), C 1 or 3."""
-    if isinstance(image, Image.Image):
-        image = np.array(image if image.mode == "L" else image.convert("RGB"))
+    """PIL image, array or tensor -> uint8 tensor (C, H, W), C 1 or 3; what is not 8-bit goes through the one reader."""
+    if isinstance(image, Image.Image) or (isinstance(image, np.ndarray) and image.dtype != np.uint8):
+        image = read_pixels(image)
     pixels = torch.from_numpy(image) if isinstance(image, np.ndarray) else image
     if not isinstance(pixels, torch.Tensor):
         raise InputError(f"an image is a PIL image, an array or a tensor, not {type(image).__name__}")
     if pixels.dtype != torch.uint8:
-        raise InputError(
-            f"images must be 8-bit (0 to 255), not {str(pixels.dtype).removeprefix('torch.')}: scale them first"
-            " (shared/data/images.py)"
-        )
+        raise InputError(f"tensors of images must be 8-bit (0 to 255), not {str(pixels.dtype).removeprefix('torch.')}")
     if pixels.ndim == 3 and pixels.shape[-1] in (1, 3) and pixels.shape[0] not in (1, 3):
         pixels = pixels.permute(2, 0, 1)
     pixels = pixels[None] if pixels.ndim == 2 else pixels
@@ -355,7 +352,13 @@ class ImageStore:
         return f"{len(self)} images, kept {how}"
 
     def read(self, number):
-        return as_pixels(read_pixels(self.sources[number]))
+        source = self.sources[number]
+        if isinstance(source, np.ndarray) and source.dtype == np.uint8:
+            return as_pixels(source)
+        try:
+            return as_pixels(read_pixels(source))
+        except InputError as error:
+            raise InputError(f"{source}: {error}") from error
 
     def get(self, numbers):
         """-> Images of these numbers, in this order."""
@@ -393,7 +396,10 @@ def size_of(source):
             turned = image.getexif().get(274, 1) > 4  # the camera lay on its side
             return image.size if turned else image.size[::-1]
     except (OSError, SyntaxError, ValueError):  # DICOM and .npy; missing and damaged files get their sentence
-        return read_pixels(source).shape[:2]
+        try:
+            return read_pixels(source).shape[:2]
+        except InputError as error:
+            raise InputError(f"{source}: {error}") from error
 
 
 def pixel_size(ip, height, width):

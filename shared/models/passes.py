@@ -265,7 +265,7 @@ def _hidden(vlm, prompts, groups, share):
     rows = [i for i, group in enumerate(groups) for _ in group]
     texts = [np.asarray(ids, np.int64) for group in groups for ids in group]
     positions = _positions(vlm, prompts)
-    if vlm.base.training and getattr(vlm.base, "is_gradient_checkpointing", False):
+    if vlm.base.training and checkpointing(vlm.base):
         share = False  # what is computed again in the backward pass cannot be kept for others
     found = _shared_beginnings(vlm, prompts, [len(g) for g in groups]) if share else None
     cache = past = None
@@ -291,6 +291,14 @@ def _hidden(vlm, prompts, groups, share):
     lengths = torch.tensor([len(t) for t in texts], device=vlm.device)
     inside = torch.arange(int(lengths.max()), device=vlm.device) < lengths[:, None]
     return hidden[targets >= 0], targets[targets >= 0], inside
+
+
+def checkpointing(model):
+    """Are activations computed again in the backward pass? transformers 5 has renamed the property."""
+    name = (
+        "is_activation_checkpointing" if hasattr(model, "is_activation_checkpointing") else "is_gradient_checkpointing"
+    )
+    return getattr(model, name)
 
 
 def logprobs(vlm, prompts, continuations, share=True, temperature=1.0, suppress=(), entropy=False):
