@@ -208,7 +208,7 @@ class ScriptParser(argparse.ArgumentParser):
                 elif isinstance(action, argparse.BooleanOptionalAction):
                     argv.append("--no-" + flag[2:])
             elif isinstance(value, (list, dict)):
-                if isinstance(value, dict) or not value or action.nargs in (None, "?"):
+                if isinstance(value, dict) or action.nargs in (None, "?") or not (value or action.nargs == "*"):
                     self.error(f"--config: '{key}' in {path} cannot be {value!r}")
                 try:
                     setattr(namespace, action.dest, self._get_values(action, [str(v) for v in value]))

@@ -14,8 +14,6 @@ read. Writes to the run folder: best.pt (the embedding: --cnn-weights of the oth
 history.jsonl, metrics.json, figures/curves.png. Expected: see task3_retrieval/README.md.
 """
 
-import copy
-import math
 import sys
 import time
 from pathlib import Path
@@ -27,24 +25,28 @@ import shared  # noqa: F401, isort: skip  # before torchvision
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.distributed.nn.functional import all_gather
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from shared.data.augment import STRENGTHS, augment, shifted_copies
+from shared.data.augment import augment, shifted_copies
 from shared.data.image_sets import load_images, load_phantom
-from task3_retrieval.metrics import class_means, content_codes, retrieval_values
-from shared.runtime import InputError, add_resume, fraction, free_gpu, is_main_process, load_checkpoint, not_negative
-from shared.runtime import open_run_dir, pick_device, positive_float, positive_int, run_facts, save_checkpoint, script
-from shared.runtime import script_parser, seed_everything, start_distributed, write_json, write_jsonl
-from shared.training import StopSignal, learning_rate, refuse_other_settings
+from shared.report import draw_history, number
+from shared.runtime import InputError, add_resume, free_gpu, is_main_process, open_run_dir, pick_device, positive_float
+from shared.runtime import positive_int, run_facts, save_checkpoint, script, script_parser, seed_everything
+from shared.runtime import start_distributed, write_json, write_jsonl
+from shared.training import GuardedStep, StopSignal, learning_rate, load_state, moving_average, save_state, settings_of
 from task1_classification.model import build_model, choose_stem, find_classifier, load_classifier, normalise
 from task1_classification.model import predict_logits
-from task3_retrieval.embed import EMBEDDING_KIND
-from task3_retrieval.figures import draw_training
+from task3_retrieval.embed import EMBEDDING_KIND, EMBEDDING_SETTINGS, Embedding
+from task3_retrieval.metrics import class_means, content_codes, retrieval_values
 
 TASK = "task3_retrieval"
 CHOSEN_BY = "val_map_shifted"
+TEMPERATURE = 0.1  # of supcon; lower looks harder at the nearest
+MARGIN = 0.2  # of triplet, in units of distance on the unit sphere
+WEIGHT_DECAY, WARMUP_EPOCHS = 5e-4, 0.5
+EMA = 0.99  # decay per step of the averaged weights, which are judged and kept
 
 
 def parse_args(argv=None):
@@ -54,32 +56,21 @@ def parse_args(argv=None):
     g.add_argument("--cnn-weights", metavar="FILE",
         help="task 1 classifier to start from (default: models/task1_model.pth, else ./task1_model.pth)")
     g.add_argument("--allow-other-dataset", action="store_true", help="start from a classifier of another data set")
-    g.add_argument("--projection", type=int, nargs="*", default=[], metavar="WIDTH",
+    g.add_argument("--projection", type=positive_int, nargs="*", default=[], metavar="WIDTH",
         help="widths of linear layers behind the 512 features, ReLU between them, kept for the search: 128, or 512 "
         "128 (default: none)")
-    g = parser.add_argument_group("loss")
+    g = parser.add_argument_group("optimisation")
     g.add_argument("--loss", default="supcon", choices=["supcon", "triplet"],
         help="supervised contrastive, or batch-hard triplets (%(default)s)")
-    g.add_argument("--temperature", type=positive_float, default=0.1,
-        help="of supcon; lower looks harder at the nearest (%(default)s)")
-    g.add_argument("--margin", type=positive_float, default=0.2,
-        help="of triplet, in units of distance on the unit sphere (%(default)s)")
-    g = parser.add_argument_group("optimisation")
+    g.add_argument("--balance", default="anchors", choices=["anchors", "draws"],
+        help="anchors: batches with the classes as frequent as in the gallery, every class weighing the same in the "
+        "loss; draws: every class drawn equally often (%(default)s)")
     g.add_argument("--epochs", type=positive_int, default=3,
         help="passes over as many images as the training split has (%(default)s)")
     g.add_argument("--batch-size", type=positive_int, default=64,
         help="images per step over all GPUs, each seen as two views (%(default)s)")
     g.add_argument("--lr", type=positive_float, default=0.005,
         help="highest learning rate of SGD with momentum 0.9 (%(default)s)")
-    g.add_argument("--weight-decay", type=not_negative, default=5e-4, help="L2 penalty on all weights (%(default)s)")
-    g.add_argument("--warmup-epochs", type=not_negative, default=0.5,
-        help="epochs of rising learning rate before the cosine (%(default)s)")
-    g.add_argument("--ema", type=fraction, default=0.99,
-        help="decay per step of the averaged weights that are kept; 0 = off (%(default)s)")
-    g.add_argument("--balance", default="anchors", choices=["anchors", "draws", "none"],
-        help="anchors: batches with the classes as frequent as in the gallery, every class weighing the same in the "
-        "loss; draws: every class drawn equally often; or none (%(default)s)")
-    g.add_argument("--augment", default="full", choices=STRENGTHS, help="random changes of each view (%(default)s)")
     g.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
         help="computing precision; auto: 16 bit on CUDA only (%(default)s)")
     # fmt: on
@@ -88,25 +79,18 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.batch_size < 4:
         parser.error("--batch-size must be at least 4: the losses compare images with each other")
-    if args.ema == 1:
-        parser.error("--ema must be below 1")
-    if any(width < 1 for width in args.projection):
-        parser.error("--projection takes widths of at least 1")
+    if any(width > 8192 for width in args.projection):
+        parser.error("--projection takes widths of at most 8192")
     if args.dry_run:
-        args.data, args.device, args.epochs, args.batch_size, args.allow_other_dataset = (
-            "phantom",
-            "cpu",
-            min(args.epochs, 2),
-            min(args.batch_size, 16),
-            True,
-        )
+        args.data, args.device, args.allow_other_dataset = "phantom", "cpu", True
+        args.epochs, args.batch_size = min(args.epochs, 2), min(args.batch_size, 16)
     return args
 
 
 # -------------------------------------------------------------------------------------------------------------- losses
 
 
-def supervised_contrastive(vectors, labels, temperature=0.1, class_weights=None):
+def supervised_contrastive(vectors, labels, temperature=TEMPERATURE, class_weights=None):
     """
     vectors (N, D) of unit length, labels (N,) -> mean loss (Khosla et al. 2020, arXiv:2004.11362, the variant L_out):
     every other image of the class should hold a large share of the softmax over all other images. Images without a
@@ -122,7 +106,7 @@ def supervised_contrastive(vectors, labels, temperature=0.1, class_weights=None)
     return weighted_mean(loss[counts > 0], labels[counts > 0], class_weights)
 
 
-def batch_hard_triplet(vectors, labels, margin=0.2, class_weights=None):
+def batch_hard_triplet(vectors, labels, margin=MARGIN, class_weights=None):
     """
     vectors (N, D) of unit length, labels (N,) -> mean over images of max(0, distance to the furthest image of the class
     - distance to the nearest of another + margin) (Hermans et al. 2017, arXiv:1703.07737). Images without both are left
@@ -143,30 +127,15 @@ def weighted_mean(losses, labels, class_weights):
     return (weights * losses).sum() / weights.sum().clamp(min=1e-8)
 
 
-class Embedding(nn.Module):
-    """Task 1's ResNet without its last layer, and the projection -> (N, D) of unit length."""
-
-    def __init__(self, classifier, widths):
-        super().__init__()
-        features = classifier.fc.in_features
-        self.model = classifier
-        self.model.fc = nn.Identity()
-        layers = []
-        for width in widths:
-            layers += [nn.ReLU()] * bool(layers) + [nn.Linear(features, width)]
-            features = width
-        self.head = nn.Sequential(*layers)
-
-    def forward(self, images):
-        return F.normalize(self.head(self.model(images)).float(), dim=1)
-
-
 # ------------------------------------------------------------------------------------------------------------ judgement
 
 
-def embed(network, images, normalisation, device, dtype, batch_size=256):
+def embed(network, images, normalisation, device, dtype):
     """images uint8 or float 0..1 (N, C, H, W) -> float32 (N, D) of unit length, on the CPU."""
-    return predict_logits(network, images, normalisation, device, dtype, batch_size).numpy()
+    vectors = predict_logits(network, images, normalisation, device, dtype)
+    if not vectors.isfinite().all():
+        raise InputError("the network gives NaN or infinite numbers: lower --lr, or use --dtype float32")
+    return F.normalize(vectors, dim=1).numpy()
 
 
 def judge(network, data, copies, copied, normalisation, device, dtype):
@@ -203,29 +172,26 @@ def epoch_order(labels, balanced, seed):
 # ------------------------------------------------------------------------------------------------------------- training
 
 
-def train(args, data, classifier, facts, weights, run_dir, device, dtype, rank, world_size):
-    """The loop; returns (embedding checkpoint, history)."""
+def train(args, data, classifier, facts, run_dir, device, dtype, rank, world_size):
+    """
+    The loop -> (the best epoch: {"row", "model", "head"}, all rows). It is long because a training loop is easiest to
+    read in one piece.
+    """
     seed_everything(args.seed)
-
-    def say(*message):
-        if rank == 0:
-            print(*message, flush=True)
-
     images, labels, normalisation = data.images["train"], data.labels["train"], facts["normalisation"]
     copies = shifted_copies(data.images["val"])
     val_codes, train_codes = content_codes(data.images["val"].numpy(), images.numpy())
-    copied = val_codes[:, None] == train_codes
+    judged = (data, copies, val_codes[:, None] == train_codes, normalisation, device, dtype)
     if device.type == "cuda" and images.numel() < 2 * 2**30:
         images = images.to(device)
 
     network = Embedding(classifier, args.projection).to(device, memory_format=torch.channels_last)
-    average = copy.deepcopy(network)  # EMA of the weights: what is judged and kept
-    averaged, current = ([v for v in m.state_dict().values() if v.is_floating_point()] for m in (average, network))
-    averaged_running, running = ([v for v in m.buffers() if v.is_floating_point()] for m in (average, network))
+    average = moving_average(network, EMA)
     optimizer = torch.optim.SGD(
-        network.parameters(), lr=args.lr, momentum=0.9, nesterov=True, weight_decay=args.weight_decay
+        network.parameters(), lr=args.lr, momentum=0.9, nesterov=True, weight_decay=WEIGHT_DECAY
     )
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    guard = GuardedStep(optimizer, scaler, network.parameters())
     generator = torch.Generator(device)
     # A class that fills the gallery is often near by its number alone. Batches with the gallery's own shares let the
     # loss see that, and the weights keep it from giving up the rare class, which asks less often.
@@ -233,222 +199,128 @@ def train(args, data, classifier, facts, weights, run_dir, device, dtype, rank, 
 
     batch_size = min(args.batch_size, len(images) // world_size * world_size)
     steps = len(images) // batch_size
-    num_steps, warmup_steps = args.epochs * steps, round(args.warmup_epochs * steps)
-    width = args.projection[-1] if args.projection else facts["features"]
-    say(
-        f"{args.loss} on {width} numbers per image; {args.epochs} epochs of {steps} steps of {batch_size} images, two"
-        " views each"
-    )
+    num_steps, warmup_steps = args.epochs * steps, round(WARMUP_EPOCHS * steps)
+    if rank == 0:
+        print(f"{args.loss} on {network.dim} numbers per image, {args.epochs} epochs of {steps} steps", end=" ")
+        print(f"of {batch_size} images, two views each", flush=True)
 
-    first_epoch, first_step, totals, history, best = 0, 0, {"loss": 0.0, "steps": 0, "skipped": 0}, [], None
-    last_path = run_dir / "last.pt"
+    state = {"epoch": 0, "step": 0, "loss": 0.0, "taken": 0, "history": [], "best": None, "start": facts["start"]}
+    parts = {"network": network, "average": average, "optimizer": optimizer, "scaler": scaler}
+    settings, last_path = settings_of(args, aside=("cnn_weights",)), run_dir / "last.pt"
     if args.resume and last_path.exists():
-        state = load_checkpoint(last_path, ("settings", "network", "optimizer", "epoch"), what="training state")
-        refuse_other_run(state, args, data, facts, last_path)
-        for part, name in ((network, "network"), (average, "average"), (optimizer, "optimizer"), (scaler, "scaler")):
-            part.load_state_dict(state[name])
-        first_epoch, first_step, totals, history, best = (
-            state[k] for k in ("epoch", "step", "totals", "history", "best")
-        )
-        say(
-            f"resumed from {last_path}: epoch {first_epoch + 1}, step {first_step} of {steps}"
-            if first_epoch < args.epochs
-            else f"{last_path} has all its epochs"
-        )
-        del state
-    elif args.resume:
-        say(f"no epoch was finished in {run_dir}: starting from the beginning")
-    trained = nn.parallel.DistributedDataParallel(network) if world_size > 1 else network
+        state = load_state(last_path, parts, settings, data.sha256, may_differ=("epochs",), like=state)
+        check_resumed(state, args, facts, last_path)
+    history = state["history"]
+    trained = DistributedDataParallel(network) if world_size > 1 else network
 
-    def keep_if_best(row):
-        nonlocal best
-        if best is None or (row[CHOSEN_BY], row["val_p5_shifted"]) > (
-            best["row"][CHOSEN_BY],
-            best["row"]["val_p5_shifted"],
-        ):
-            best = {"row": row, "model": plain_state(average.model), "head": plain_state(average.head)}
-        say(
-            f"epoch {row['epoch']:3d}/{args.epochs}  loss {row['train_loss'] or math.nan:.4f}  validation macro mAP"
-            f" {row['val_map']:.4f} P@5 {row['val_p5']:.4f}  shifted mAP {row['val_map_shifted']:.4f} P@5"
-            f" {row['val_p5_shifted']:.4f}  {row['seconds']:.1f} s{'  *' if best['row'] is row else ''}"
-        )
-
-    def save(epoch, step):
-        """All it takes to go on exactly here."""
+    def finish_epoch(epoch, started, **row):
+        """Judge the averaged weights, keep them where they are the best so far, print and write."""
+        row = {"epoch": epoch, **row, **judge(average.module, *judged), "seconds": time.time() - started}
+        history.append(row)
+        best = state["best"]
+        # the classifier as it came takes part; a random projection has no say before it is trained
+        if (epoch or not args.projection) and (best is None or rank_of(row) > rank_of(best["row"])):
+            state["best"] = {"row": row} | {k: plain_state(getattr(average.module, k)) for k in ("model", "head")}
         if rank == 0:
-            save_checkpoint(
-                last_path,
-                {
-                    "network": network.state_dict(),
-                    "average": average.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "scaler": scaler.state_dict(),
-                    "epoch": epoch,
-                    "step": step,
-                    "totals": totals,
-                    "history": history,
-                    "best": best,
-                    "settings": settings_of(args),
-                    "sha256": data.sha256,
-                    "start": facts["start"],
-                },
-            )
+            print_epoch(row, args.epochs, state["best"] is not None and state["best"]["row"] is row)
 
     with StopSignal() as stop:
-        if not history:  # the classifier as it came; a random projection has no say before it is trained
-            started = time.time()
-            row = {
-                "epoch": 0,
-                "lr": None,
-                "train_loss": None,
-                **judge(average, data, copies, copied, normalisation, device, dtype),
-                "skipped_steps": 0,
-            }
-            history.append(row | {"seconds": time.time() - started})
-            if not args.projection:
-                keep_if_best(history[-1])
-        for epoch in range(first_epoch, args.epochs):
-            # Every random choice depends on seed, epoch and step alone, so that a resumed run repeats the uninterrupted
-            # one
+        if not history:
+            finish_epoch(0, time.time(), lr=None, train_loss=None, skipped_steps=0)
+        for epoch in range(state["epoch"], args.epochs):
+            # Random choices depend on seed, epoch and step alone, so that a resumed run repeats the uninterrupted one
             order = epoch_order(labels, args.balance == "draws", args.seed * 10_000 + epoch)
             started = time.time()
             network.train()
-            for step in tqdm(
-                range(first_step, steps),
-                initial=first_step,
-                total=steps,
-                desc=f"epoch {epoch + 1}",
-                leave=False,
-                disable=None if rank == 0 else True,
-            ):
+            bar = dict(initial=state["step"], total=steps, desc=f"epoch {epoch + 1}", leave=False)
+            for step in tqdm(range(state["step"], steps), disable=None if rank == 0 else True, **bar):
                 now = epoch * steps + step
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(now, num_steps, warmup_steps, args.lr)
                 generator.manual_seed(args.seed * 10_000_000 + now)
                 index = order[step * batch_size : (step + 1) * batch_size]
                 batch = images[index.to(images.device)].to(device).float() / 255
-                views = torch.stack(
-                    [augment(batch, generator, args.augment) for _ in range(2)], dim=1
-                )  # (n, 2, C, H, W)
-                views = normalise(views[rank::world_size].flatten(0, 1), normalisation).contiguous(
-                    memory_format=torch.channels_last
-                )
-                targets = labels[index].to(device)
-                targets = torch.cat([targets[r::world_size] for r in range(world_size)]).repeat_interleave(
-                    2
-                )  # of all ranks, one after the other
+                views = torch.stack([augment(batch, generator) for _ in range(2)], dim=1)  # (n, 2, C, H, W)
+                views = normalise(views[rank::world_size].flatten(0, 1), normalisation)
+                targets = labels[index].to(device)  # of all ranks, one after the other
+                targets = torch.cat([targets[r::world_size] for r in range(world_size)]).repeat_interleave(2)
 
-                optimizer.zero_grad(set_to_none=True)
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                    vectors = trained(views)
-                if (
-                    world_size > 1
-                ):  # every rank compares the images of all; gradients flow back to the rank they came from
+                    vectors = trained(views.contiguous(memory_format=torch.channels_last))
+                vectors = F.normalize(vectors.float(), dim=1)
+                if world_size > 1:  # every rank compares the images of all; gradients flow back where they came from
                     vectors = torch.cat(all_gather(vectors))
-                if args.loss == "supcon":
-                    loss = supervised_contrastive(vectors, targets, args.temperature, class_weights)
-                else:
-                    loss = batch_hard_triplet(vectors, targets, args.margin, class_weights)
+                loss_of = supervised_contrastive if args.loss == "supcon" else batch_hard_triplet
+                loss = loss_of(vectors, targets, class_weights=class_weights)
                 scaler.scale(loss).backward()
-                if math.isfinite(value := loss.item()):
-                    scaler.step(optimizer)
-                    scaler.update()
-                    decay = min(args.ema, (1 + now) / (10 + now))
-                    torch._foreach_lerp_(averaged, current, 1 - decay)
-                    totals["loss"] += value
-                    totals["steps"] += 1
-                else:
-                    totals["skipped"] += 1
-                    torch._foreach_copy_(
-                        running, averaged_running
-                    )  # the running statistics have seen the same infinities
-                    if totals["skipped"] > 20 or totals["skipped"] == steps:
-                        raise InputError(
-                            f"the loss is not finite in epoch {epoch + 1} ({totals['skipped']} steps skipped); lower"
-                            f" --lr. {run_dir} keeps the epochs before"
-                        )
+                if guard.step(loss.item(), learning_rate(now, num_steps, warmup_steps, args.lr)):
+                    average.update_parameters(network)
+                    state["loss"], state["taken"] = state["loss"] + loss.item(), state["taken"] + 1
+                else:  # the batch statistics have seen the same infinities
+                    for mine, whole in zip(network.buffers(), average.module.buffers(), strict=True):
+                        mine.copy_(whole)
                 if stop.requested():
-                    save(epoch, step + 1)
-                    say(f"stopped in epoch {epoch + 1}; go on with --resume {run_dir}")
-                    stop.exit()
+                    save_state(last_path, parts, settings, data.sha256, **state | {"epoch": epoch, "step": step + 1})
+                    stop.exit(run_dir)
 
-            numbers = judge(average, data, copies, copied, normalisation, device, dtype)
-            history.append(
-                {
-                    "epoch": epoch + 1,
-                    "lr": optimizer.param_groups[0]["lr"],
-                    "train_loss": totals["loss"] / max(1, totals["steps"]),
-                    **numbers,
-                    "skipped_steps": totals["skipped"],
-                    "seconds": time.time() - started,
-                }
+            if not state["taken"]:
+                raise InputError(
+                    f"loss or gradient was not finite in every step of epoch {epoch + 1}: lower --lr, or use --dtype"
+                    f" float32; {run_dir} keeps the epochs before"
+                )
+            skipped, mean_loss = steps - state["taken"], state["loss"] / state["taken"]
+            finish_epoch(
+                epoch + 1, started, lr=optimizer.param_groups[0]["lr"], train_loss=mean_loss, skipped_steps=skipped
             )
-            keep_if_best(history[-1])
-            first_step, totals = 0, {"loss": 0.0, "steps": 0, "skipped": 0}
-            save(epoch + 1, 0)
+            state |= {"epoch": epoch + 1, "step": 0, "loss": 0.0, "taken": 0}
+            save_state(last_path, parts, settings, data.sha256, **state)
             if rank == 0:
                 write_jsonl(run_dir / "history.jsonl", history)
+    return state["best"], history
 
-    embedding = {
-        "kind": EMBEDDING_KIND,
-        "model": best["model"],
-        "head": best["head"],
-        "validation": best["row"],
-        "loss": args.loss,
-        "seed": args.seed,
-        "started_from": weights,
-        "settings": (
-            {
-                k: facts[k]
-                for k in ("architecture", "stem", "channels", "image_size", "normalisation", "label_names", "task")
-            }
-            | {"dataset": data.facts()}
-        ),
-    }
-    if rank == 0:
-        save_checkpoint(run_dir / "best.pt", embedding)
-    return embedding, history
+
+def rank_of(row):
+    return row[CHOSEN_BY], row["val_p5_shifted"]
+
+
+def print_epoch(row, epochs, is_best):
+    numbers = ((name, number(row[f"val_{key}"], 4)) for name, key in (("mAP", "map"), ("P@5", "p5")))
+    shifted = ((name, number(row[f"val_{key}_shifted"], 4)) for name, key in (("mAP", "map"), ("P@5", "p5")))
+    print(
+        f"epoch {row['epoch']:3d}/{epochs}  loss {number(row['train_loss'], 4)}  validation macro"
+        f" {' '.join(f'{n} {v}' for n, v in numbers)}  shifted {' '.join(f'{n} {v}' for n, v in shifted)} "
+        f" {row['seconds']:.1f} s{'  *' if is_best else ''}",
+        flush=True,
+    )
 
 
 def plain_state(module):
     return {k: v.clone().cpu() for k, v in module.state_dict().items()}
 
 
-def settings_of(args):
-    """The arguments that shape the result; a resumed run must agree with the first in all of them but epochs."""
-    return {
-        k: v
-        for k, v in vars(args).items()
-        if k not in ("data_dir", "out_dir", "resume", "overwrite", "config", "device", "cnn_weights")
-    }
-
-
-def refuse_other_run(state, args, data, facts, path):
-    then = state["settings"]
-    refuse_other_settings(settings_of(args), then, path, may_differ=("epochs",))
-    if state["sha256"] != data.sha256:
-        raise InputError(f"{path} was trained on other data than {data.source}; give the same file, or start a new run")
+def check_resumed(state, args, facts, path):
     if state["start"] != facts["start"]:
         raise InputError(f"{path} started from another classifier; give the same --cnn-weights, or start a new run")
     if args.epochs < state["epoch"]:
         raise InputError(f"{path} already has {state['epoch']} epochs; --epochs {args.epochs} is less")
-    if args.epochs != then["epochs"]:
-        print(f"--epochs {then['epochs']} -> {args.epochs}: the learning rate follows the new length from here on")
+    if is_main_process():
+        done = state["epoch"] >= args.epochs
+        print(f"{path} has all its epochs" if done else f"resumed from {path}: epoch {state['epoch'] + 1}", flush=True)
 
 
-def starting_point(args, device):
+def starting_point(args):
     """--cnn-weights -> (classifier, its facts, path). A dry run without weights starts from a random network."""
     path = Path(args.cnn_weights) if args.cnn_weights else None if args.dry_run else find_classifier()
     if path is None and args.dry_run:
-        classifier = build_model()
-        facts = {
-            "architecture": "resnet18",
-            "stem": choose_stem("auto", 28),
-            "channels": 1,
-            "image_size": 28,
-            "normalisation": {"mean": [0.5], "std": [0.25]},
-            "dataset": {"name": "phantom"},
-        }
+        classifier, facts = (
+            build_model(),
+            {
+                "architecture": "resnet18",
+                "stem": choose_stem("auto", 28),
+                "channels": 1,
+                "image_size": 28,
+                "normalisation": {"mean": [0.5], "std": [0.25]},
+                "dataset": {"name": "phantom"},
+            },
+        )
     elif path is None:
         raise InputError(
             "there are no task 1 weights at models/task1_model.pth or ./task1_model.pth; train them with python"
@@ -457,10 +329,8 @@ def starting_point(args, device):
     else:
         path = path / "best.pt" if path.is_dir() else path
         classifier, facts = load_classifier(path)
-    facts["features"] = classifier.fc.in_features
-    facts["start"] = float(
-        sum(p.detach().double().sum() for p in classifier.parameters())
-    )  # enough to notice another classifier on --resume
+    # enough to notice another classifier on --resume
+    facts["start"] = float(sum(p.detach().double().sum() for p in classifier.parameters()))
     if is_main_process():
         print(
             f"starting from {path or 'a random network'}: {facts['architecture']}, {facts['image_size']} px, trained on"
@@ -469,25 +339,13 @@ def starting_point(args, device):
     return classifier, facts, path and str(path)
 
 
-@script
-def main(argv=None):
-    args = parse_args(argv)
-    started = time.time()
-    device, dtype = pick_device(args.device, args.dtype)
-    rank, world_size = start_distributed(device)
-    if args.batch_size < 2 * world_size or args.batch_size % world_size:
-        raise InputError(
-            f"--batch-size {args.batch_size} must be a multiple of the {world_size} processes, with two images or more"
-            " for each"
-        )
-    classifier, facts, weights = starting_point(args, device)
+def load_data(args, facts, weights):
+    """--data -> ImageSet that the classifier can be trained on. InputError where the two do not fit."""
     trained_on = facts["dataset"]["name"]
-    name = trained_on if args.data.lower() == "auto" else args.data
-    data = (
-        load_phantom(28, {"train": 96, "val": 32, "test": 32})
-        if args.dry_run
-        else load_images(name, args.data_dir, facts["image_size"])
-    )
+    if args.dry_run:
+        data = load_phantom(28, {"train": 96, "val": 32, "test": 32})
+    else:
+        data = load_images(trained_on if args.data.lower() == "auto" else args.data, args.data_dir, facts["image_size"])
     if data.name != trained_on and not args.allow_other_dataset:
         raise InputError(
             f"{weights} was trained on {trained_on}, not on {data.name}; give --cnn-weights trained on it, or"
@@ -502,7 +360,6 @@ def main(argv=None):
             f"{weights} reads images of {facts['channels']} channels, {data.name} has {data.channels}; give"
             " --cnn-weights that fit"
         )
-    facts["label_names"], facts["task"] = data.label_names, data.task
     if args.limit:
         data.limit(args.limit)
     for split in ("train", "val"):
@@ -510,46 +367,68 @@ def main(argv=None):
             raise InputError(
                 f"the {split} images of {data.name} are all of one class{'; raise --limit' if args.limit else ''}"
             )
+    return data
+
+
+@script(torchrun=True)
+def main(argv=None):
+    args = parse_args(argv)
+    started = time.time()
+    device, dtype = pick_device(args.device, args.dtype)
+    rank, world_size = start_distributed(device)
+    if args.batch_size < 2 * world_size or args.batch_size % world_size:
+        raise InputError(
+            f"--batch-size {args.batch_size} must be a multiple of the {world_size} processes, with two images or more"
+            " for each"
+        )
+    classifier, facts, weights = starting_point(args)
+    data = load_data(args, facts, weights)
     if rank == 0:
         print(data)
-
     run_dir = open_run_dir(args, TASK, "train")
-    embedding, history = train(args, data, classifier, facts, weights, run_dir, device, dtype, rank, world_size)
+    best, history = train(args, data, classifier, facts, run_dir, device, dtype, rank, world_size)
     free_gpu()
     if rank > 0:
         return
-    best = embedding["validation"]
+
+    about = {"loss": args.loss, "seed": args.seed, "started_from": weights}
+    settings = {k: facts[k] for k in EMBEDDING_SETTINGS if k != "dataset"}
+    settings |= {"label_names": data.label_names, "task": data.task, "dataset": data.facts()}
+    embedding = {"kind": EMBEDDING_KIND, "model": best["model"], "head": best["head"], "validation": best["row"]}
+    save_checkpoint(run_dir / "best.pt", embedding | about | {"settings": settings})
+    title = f"{data.name} {data.size} px, {args.loss}, seed {args.seed}: validation searches training"
+    copies = "validation and its shifted copies"
+    curves = {"val_map": "mAP, validation", "val_map_shifted": f"mAP, {copies}"}
+    curves |= {"val_p5": "P@5, validation", "val_p5_shifted": f"P@5, {copies}"}
+    panels = [("loss (changed images)", {"train_loss": "loss"}), ("macro mean over classes", curves)]
+    draw_history(run_dir / "figures" / "curves.png", history, panels, "epoch", title, data.phantom)
     write_json(
         run_dir / "metrics.json",
         {
             "dataset": data.facts(),
+            "datasets": [data.name],
+            "phantom": data.phantom,
+            "limited": args.limit is not None,
             "split": "val",
             "n": len(data.labels["val"]),
             "gallery": "train",
             "n_gallery": len(data.labels["train"]),
             "model": facts["architecture"],
-            "started_from": weights,
-            "loss": args.loss,
-            "seed": args.seed,
+            **about,
             "chosen_by": CHOSEN_BY,
-            "best": best,
+            "best": best["row"],
             "before_training": history[0],
             "settings": settings_of(args),
             **run_facts(started, device),
         },
     )
-    draw_training(
-        run_dir / "figures" / "curves.png",
-        history,
-        f"{'PHANTOM images, ' if data.phantom else ''}{data.name} {data.size} px, {args.loss}, seed {args.seed}:"
-        " validation searches training",
-    )
-    if best["epoch"] == 0:
+    if best["row"]["epoch"] == 0:
         print("no epoch was better than the classifier as it came: best.pt holds its features unchanged")
     print(
-        f"best epoch {best['epoch']}: macro mAP over validation and its shifted copies {best[CHOSEN_BY]:.4f} (before"
-        f" training {history[0][CHOSEN_BY]:.4f}); measure it with python task3_retrieval/evaluate.py\nresults in"
-        f" {run_dir} ({time.time() - started:.0f} s)"
+        f"best epoch {best['row']['epoch']}: macro mAP over validation and its shifted copies"
+        f" {best['row'][CHOSEN_BY]:.4f} (before training {history[0][CHOSEN_BY]:.4f}); measure it with python"
+        f" task3_retrieval/evaluate.py --cnn-weights {run_dir / 'best.pt'}\nresults in {run_dir}"
+        f" ({time.time() - started:.0f} s)"
     )
 
 
