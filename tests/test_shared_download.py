@@ -17,8 +17,9 @@ import pytest
 from shared.data import download as downloads
 from shared.data import iu_xray
 from vqa_sft_grpo import sources as vqa
-from shared.data.download import DataNotFound, fetch, find_folder, main, unpack
-from shared.runtime import InputError
+from shared.data.__main__ import main
+from shared.data.download import fetch, find_folder, unpack
+from shared.runtime import DataNotFound, InputError
 
 BODY = bytes(range(256)) * 400  # 102,400 bytes
 SHA = hashlib.sha256(BODY).hexdigest()
@@ -97,21 +98,23 @@ def test_a_cut_download_goes_on_where_it_stopped(server, tmp_path):
     assert server.requests[1][2] == '"one"'  # If-Range: only if it is still the same file
 
 
-def test_a_later_call_goes_on_too(server, tmp_path):
+def test_a_later_call_fetches_it_whole(server, tmp_path):
     server.files["/a.bin"], server.cut_after, server.cuts = BODY, 30_000, 1
     with pytest.raises(DataNotFound, match=r"a.bin could not be downloaded .*30,000 of 102,400.*put it into"):
         fetch(f"{server.address}/a.bin", tmp_path / "a.bin", tries=1)
     assert not (tmp_path / "a.bin").exists()
     assert fetch(f"{server.address}/a.bin", tmp_path / "a.bin").read_bytes() == BODY
-    assert server.requests[-1][1] == "bytes=30000-"
+    assert server.requests[-1][1] is None and [p.name for p in tmp_path.iterdir()] == ["a.bin"]
 
 
-def test_a_file_that_changed_meanwhile_is_fetched_anew(server, tmp_path):
+def test_a_file_that_changed_meanwhile_is_fetched_anew(server, tmp_path, monkeypatch):
     server.files["/a.bin"], server.cut_after, server.cuts = BODY, 30_000, 1
-    with pytest.raises(DataNotFound):
-        fetch(f"{server.address}/a.bin", tmp_path / "a.bin", tries=1)
-    server.files["/a.bin"], server.etag = BODY[::-1], '"two"'
-    assert fetch(f"{server.address}/a.bin", tmp_path / "a.bin").read_bytes() == BODY[::-1]
+
+    def change(seconds):
+        server.files["/a.bin"], server.etag = BODY[::-1] + b"!", '"two"'
+
+    monkeypatch.setattr(downloads.time, "sleep", change)
+    assert fetch(f"{server.address}/a.bin", tmp_path / "a.bin").read_bytes() == BODY[::-1] + b"!"
 
 
 @pytest.mark.parametrize("what", ["ranges", "etag"])
@@ -121,25 +124,6 @@ def test_servers_that_cannot_resume_send_it_whole(server, tmp_path, what):
     assert fetch(f"{server.address}/a.bin", tmp_path / "a.bin").read_bytes() == BODY
     if what == "etag":
         assert [asked for _, asked, _ in server.requests] == [None, None]
-
-
-def test_everything_had_arrived_before_the_stop(server, tmp_path):
-    server.files["/a.bin"], server.cut_after, server.cuts = BODY, 1, 1
-    with pytest.raises(DataNotFound):
-        fetch(f"{server.address}/a.bin", tmp_path / "a.bin", tries=1)
-    (tmp_path / "a.bin.part").write_bytes(BODY)  # stopped between the last byte and the renaming
-    assert fetch(f"{server.address}/a.bin", tmp_path / "a.bin", SHA).read_bytes() == BODY
-    (tmp_path / "a.bin").rename(tmp_path / "a.bin.part")
-    (tmp_path / "a.bin.part").write_bytes(BODY + b"too much")
-    (tmp_path / "a.bin.part.json").write_text(f'{{"address": "{server.address}/a.bin", "mark": "\\"one\\""}}')
-    assert fetch(f"{server.address}/a.bin", tmp_path / "a.bin", SHA).read_bytes() == BODY
-
-
-def test_a_damaged_note_is_no_obstacle(server, tmp_path):
-    server.files["/a.bin"] = BODY
-    (tmp_path / "a.bin.part").write_bytes(b"old")
-    (tmp_path / "a.bin.part.json").write_text("{")
-    assert fetch(f"{server.address}/a.bin", tmp_path / "a.bin").read_bytes() == BODY
 
 
 def test_a_wrong_checksum_leaves_nothing(server, tmp_path):
@@ -282,6 +266,12 @@ def test_an_archive_that_fills_the_disk_is_refused(make, tmp_path):
         unpack(archive, tmp_path / "here", largest=2_000_000)
 
 
+@pytest.mark.parametrize("make", [make_zip, make_tar])
+def test_names_that_no_disk_takes_are_refused(make, tmp_path):
+    with pytest.raises(InputError, match="more than 255 bytes"):
+        unpack(make(tmp_path / "archive", {"ok.txt": b"x", "ü" * 128 + ".txt": b"x"}), tmp_path / "here")
+
+
 # -------------------------------------------------------------------------------------------------- the sets' downloads
 
 
@@ -336,10 +326,10 @@ def test_download_slake(server, tmp_path, monkeypatch, top, name):
 
 def test_the_command_ends_with_one_sentence(server, tmp_path, monkeypatch, refused, capsys):
     monkeypatch.setattr(vqa, "SLAKE_ADDRESS", f"{server.address}/slake/")
-    assert f"{server.address}/slake/train.json" in refused(main, ["slake", "--data-dir", tmp_path])
+    assert f"{server.address}/slake/train.json" in refused(main, ["download", "slake", "--data-dir", tmp_path])
     server.files = {f"/slake/{n}.json": b"[]" for n in ("train", "validate", "test")}
     server.files["/slake/imgs.zip"] = make_zip(tmp_path / "z", {"imgs/xmlab1/source.jpg": b"jpg"}).read_bytes()
-    main(["slake", "--data-dir", str(tmp_path)])
+    main(["download", "slake", "--data-dir", str(tmp_path)])
     assert f"slake is in {tmp_path / 'slake'}" in capsys.readouterr().out
 
 

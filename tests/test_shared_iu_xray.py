@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import tarfile
 from collections import Counter
 
@@ -12,11 +13,11 @@ from PIL import Image
 from shared.data import audit as audits
 from shared.data.audit import image_hash, linked_groups, near_pairs, repeats, seen, shared_between_splits
 from shared.data.audit import similar_images, split_groups
-from shared.data.download import DataNotFound
+from shared.data.__main__ import main as audit_main
 from shared.data.images import read_image
 from shared.data.iu_xray import add_image_paths, audit, clean_r2gen, load_gold_labels, load_iu_xray
 from shared.data.iu_xray import load_negbio_test_uids, plain_name, read_reports
-from shared.runtime import InputError
+from shared.runtime import DataNotFound, InputError
 
 # uid: (MeSH terms, indication, findings, impression, films)
 STUDIES = {
@@ -263,6 +264,10 @@ def test_r2gen_split_from_annotation(made_up):
     (folder / "annotation.json").write_text('{"train": [{"id": "2"}], "val": [], "test": []}')
     with pytest.raises(InputError, match="is not R2Gen's file"):
         load_iu_xray(made_up)
+    for bad in ("[1, 2]", '{"train": 5, "val": [], "test": []}', '{"train": [[1]], "val": [], "test": []}'):
+        (folder / "r2gen_split_uids.json").write_text(bad)
+        with pytest.raises(InputError, match="r2gen_split_uids.json"):
+            load_iu_xray(made_up)
     (folder / "r2gen_split_uids.json").write_text('{"train": [1, 2], "val": [2], "test": [5]}')
     with pytest.raises(InputError, match="a study in two splits"):
         load_iu_xray(made_up)
@@ -302,9 +307,10 @@ def test_refusals(made_up, tmp_path):
         load_iu_xray(made_up, reports="xml")
     (folder / "NLMCXR_reports.tgz").unlink()
     write_xml(folder, archive=False)
-    (folder / "ecgen-radiology" / "9.xml").write_text("<eCitation/>")
-    with pytest.raises(InputError, match="is not a report of the Open-i collection"):
-        load_iu_xray(made_up, reports="xml")
+    for text in ("<eCitation/>", '<?xml version="1.0" encoding="martian"?><eCitation/>', "<eCitation>", ""):
+        (folder / "ecgen-radiology" / "9.xml").write_text(text)
+        with pytest.raises(InputError, match="is not a report of the Open-i collection"):
+            load_iu_xray(made_up, reports="xml")
 
 
 def test_gold_labels(made_up):
@@ -420,13 +426,52 @@ def test_audits_of_reports(made_up):
     assert shared_between_splits(rows, "patient")["train, test"] == {"a": 2, "b": 2, "shared": 1, "ids": ["1"]}
 
 
+def test_texts_that_say_nothing_are_left_out(made_up):
+    path = made_up / "iu_xray" / "indiana_reports.csv"
+    good = path.read_text()
+    for word in ("nan", "NaN", "None", "N/A", "-", ".", "XXXX", "null", " "):
+        path.write_text(good.replace("Heart is large.", word))
+        studies = load_iu_xray(made_up)
+        assert uids(studies) == [1, 5] and studies.left_out["no findings"] == 1, word
+    path.write_text(good.replace("Cardiomegaly.", "NaN").replace("+PPD", "None"))
+    assert uids(load_iu_xray(made_up, split=None, section="findings+impression")) == [1, 5]
+
+
+def test_files_that_went_through_a_spreadsheet(made_up):
+    """uids as 7.0, " 7" or "CXR7", projections in any case, names with folders, a byte order mark."""
+    folder = made_up / "iu_xray"
+    expected = load_iu_xray(made_up).rows
+    reports, films = ((folder / name).read_text() for name in ("indiana_reports.csv", "indiana_projections.csv"))
+    for change in (r"\n\1.0,", r"\n \1,", r"\nCXR\1,", r"\n\1 ,"):
+        (folder / "indiana_projections.csv").write_text(re.sub(r"\n(\d),", change, films))
+        assert load_iu_xray(made_up).rows == expected
+        (folder / "indiana_projections.csv").write_text(films)
+        (folder / "indiana_reports.csv").write_text(re.sub(r"\n(\d),", change, reports))
+        assert load_iu_xray(made_up).rows == expected
+        (folder / "indiana_reports.csv").write_text(reports)
+    for change in (str.lower, str.upper, lambda text: text + " "):
+        changed = re.sub("Frontal|Lateral", lambda match, change=change: change(match[0]), films)
+        (folder / "indiana_projections.csv").write_text(changed)
+        assert load_iu_xray(made_up).rows == expected
+    changed = re.sub(r",(\d_IM)", r",D:\\films\\\1", films).replace(".png", ".PNG")
+    (folder / "indiana_projections.csv").write_text(changed, encoding="utf-8-sig")
+    (folder / "indiana_reports.csv").write_text(reports, encoding="utf-8-sig")
+    split = (folder / "r2gen_split_uids.json").read_text()
+    (folder / "r2gen_split_uids.json").write_text(split.replace("2", '"CXR2"'), encoding="utf-8-sig")
+    assert [row["image_path"] for row in load_iu_xray(made_up).rows] == [row["image_path"] for row in expected]
+    (folder / "indiana_projections.csv").write_text(re.sub(r"\n(\d),", r"\n9\1,", films))
+    with pytest.raises(InputError, match="names no film of these reports as Frontal or Lateral"):
+        load_iu_xray(made_up)
+
+
 def test_audit_command(made_up, capsys, refused, tmp_path):
     (made_up / "iu_xray" / "r2gen_split_uids.json").write_text(json.dumps({"train": [1], "val": [2], "test": [5]}))
-    audits.main(["iu_xray", "--data-dir", str(made_up), "--hash-images", "--json", str(tmp_path / "audit.json")])
+    arguments = ["--data-dir", str(made_up), "--hash-images", "--json", str(tmp_path / "audit.json")]
+    audit_main(["audit", "iu_xray", *arguments])
     assert "cleaned test reports that occur in train / of: 1" in capsys.readouterr().out
     found = json.loads((tmp_path / "audit.json").read_text())
     assert found["films"]["images"] == 6 and found["patients in two splits"]["train, test"]["shared"] == 0
-    assert "IU X-ray is not in" in refused(audits.main, ["iu_xray", "--data-dir", tmp_path / "none"])
+    assert "IU X-ray is not in" in refused(audit_main, ["audit", "iu_xray", "--data-dir", tmp_path / "none"])
 
 
 def test_the_phantom_in_this_format(tmp_path):
@@ -490,7 +535,7 @@ def test_real_xml(iu_dir, real_data):
     texts = ("findings", "impression", "comparison", "mesh", "problems")
     assert all(row[name] == in_csv[row["uid"]][name] for row in rows if row["images"] for name in texts)
     lost = {row["uid"] for row in rows if row["images"] and row["indication"] != in_csv[row["uid"]]["indication"]}
-    assert lost == {1555, 3477, 3784}  # "#NAME?"
+    assert lost == {1555, 3477}  # "#NAME?"; that of 3784 was "-- XXXX", which says nothing either
     differ = {
         row["uid"]
         for row in rows

@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shared.data import audit as audits
 from shared.data.audit import conflicts, frames_in, plain_text, repeats, reworded, seen, shared_between_splits
 from shared.data.audit import shared_values, word_overlap
-from shared.data.download import DataNotFound
-from shared.runtime import InputError
+from shared.data.__main__ import main as audit_main
+from shared.runtime import DataNotFound, InputError
 from vqa_sft_grpo.sources import PUBLIC, audit_slake, audit_vqa_rad, boxes_in, load_slake, load_vqa_rad, make_row
 from vqa_sft_grpo.sources import read_boxes, read_mask
 
@@ -138,6 +137,9 @@ def detection(data_dir, number, value):
     )
 
 
+NOTHING = {"no question": 0, "no answer": 0, "image missing": 0}  # left out
+
+
 def qids(rows):
     return [row["qid"] for row in rows]
 
@@ -241,7 +243,7 @@ def test_rad_missing_images(rad_dir):
     folder = rad_dir / "vqa_rad" / "images"
     (folder / "synpic1.jpg").unlink()
     questions = load_vqa_rad(rad_dir, "public")
-    assert questions.left_out == {"image missing": 3} and qids(questions.rows) == [3, 4, 5, 6]
+    assert questions.left_out == NOTHING | {"image missing": 3} and qids(questions.rows) == [3, 4, 5, 6]
     every = load_vqa_rad(rad_dir, "public", allow_missing_images=True)
     assert len(every.rows) == 7 and every.rows[0]["image_path"] is None
     assert (
@@ -330,7 +332,7 @@ def test_slake_rows(slake_dir):
 def test_slake_missing_images(slake_dir, tmp_path):
     (slake_dir / "slake" / "imgs" / "xmlab3" / "source.jpg").unlink()
     english = load_slake(slake_dir)
-    assert english.left_out == {"image missing": 2} and english.counts() == {"train": 2, "val": 1}
+    assert english.left_out == NOTHING | {"image missing": 2} and english.counts() == {"train": 2, "val": 1}
     assert len(load_slake(slake_dir, allow_missing_images=True).rows) == 5
     with pytest.raises(DataNotFound, match="med-vqa.com"):
         load_slake(tmp_path / "none")
@@ -414,7 +416,7 @@ def test_slake_audit(slake_dir, capsys):
     assert found["Chinese test images in English train"]["shared"] == 1 and found["train rows"]["ids"] == [[0, 1]]
     assert found["test questions that occur in train"] == {"rows": 1, "of": 2, "ids": [5]}
     assert len(found["images"]["similar across splits"]) == 1  # three plain grey images: their hashes are alike
-    audits.main(["slake", "--data-dir", str(slake_dir)])
+    audit_main(["audit", "slake", "--data-dir", str(slake_dir)])
     assert "English test images in Chinese train / shared: 1" in capsys.readouterr().out
 
 
@@ -464,7 +466,7 @@ def test_the_phantom_as_vqa_rad(tmp_path):
     export = pytest.importorskip("phantom_files")
     export.export_vqa_rad(tmp_path / "vqa_rad", seed=1, count=4, size=64)
     files, public = load_vqa_rad(tmp_path), load_vqa_rad(tmp_path, "public")
-    assert files.left_out == {"image missing": 0} and len(public.split("test")) == len(files.split("test")) > 0
+    assert files.left_out == NOTHING and len(public.split("test")) == len(files.split("test")) > 0
     assert {row["answer_type"] for row in public.rows} == {"open", "closed"} and all(
         isinstance(row["answer"], str) for row in public.rows
     )
@@ -479,7 +481,7 @@ def test_the_phantom_as_slake(tmp_path):
     export.export_slake(tmp_path / "slake", seed=1, counts={"train": 3, "validate": 2, "test": 2}, size=64)
     english = load_slake(tmp_path)
     assert (
-        english.left_out == {"image missing": 0}
+        english.left_out == NOTHING
         and english.notes["boxes read as"] == "xywh"
         and english.notes["boxes beyond their image"] == 0
     )
@@ -513,7 +515,7 @@ def test_real_rad_counts(real_rad):
     public, files = load_vqa_rad(real_rad, "public"), load_vqa_rad(real_rad, "files")
     assert public.official and files.official
     assert public.counts() == {"train": 1797, "test": 451} and files.counts() == {"train": 3064, "test": 451}
-    assert len({row["image_id"] for row in public.rows}) == 314 and public.left_out == {"image missing": 0}
+    assert len({row["image_id"] for row in public.rows}) == 314 and public.left_out == NOTHING
     assert by(public.split("test"), "phrase_type") == {"freeform": 308, "para": 143} and by(
         public.split("train"), "phrase_type"
     ) == {"freeform": 1206, "para": 591}
@@ -619,14 +621,14 @@ def test_real_rad_policies(real_rad):
 @pytest.mark.realdata
 def test_real_slake_counts(real_slake):
     english = load_slake(real_slake, allow_missing_images=True)
-    assert english.official and english.counts() == {"train": 4919, "val": 1053, "test": 1061}
+    assert english.official and english.counts() == {"train": 4918, "val": 1053, "test": 1061}
     assert [len({row["image_id"] for row in english.split(split)}) for split in ("train", "val", "test")] == [
         450,
         96,
         96,
     ]
     kinds = [by(english.split(split), "answer_type") for split in ("train", "val", "test")]
-    assert [(kind["open"], kind["closed"]) for kind in kinds] == [(2976, 1943), (631, 422), (645, 416)]
+    assert [(kind["open"], kind["closed"]) for kind in kinds] == [(2975, 1943), (631, 422), (645, 416)]
     test = english.split("test")
     assert by(test, "modality") == {"CT": 472, "X-Ray": 361, "MRI": 228}
     assert by(test, "question_type") == {
@@ -648,13 +650,14 @@ def test_real_slake_counts(real_slake):
         sum(plain_text(r["answer"]) in ("yes", "no") for r in english.split("train") if r["answer_type"] == "closed")
         == 1681
     )
-    assert [row["qid"] for row in english.rows if not row["answer"]] == [1622]
+    assert english.left_out == {"no question": 0, "no answer": 1} and 1622 not in qids(english.rows)
+    assert sum(row["answer"] == "None" for row in english.rows) == 44  # an answer: "which disease is it?" "None"
     assert load_slake(real_slake, "zh", allow_missing_images=True).counts() == {
         "train": 4916,
         "val": 1046,
         "test": 1033,
     }
-    assert len({row["qid"] for row in load_slake(real_slake, None, allow_missing_images=True).rows}) == 14028
+    assert len({row["qid"] for row in load_slake(real_slake, None, allow_missing_images=True).rows}) == 14027
 
 
 @pytest.mark.realdata
@@ -674,7 +677,7 @@ def test_real_slake_images(real_slake, real_data):
     listed = json.loads(real_data("slake/with_images_en.json").read_text(encoding="utf-8"))
     test = load_slake(real_slake)
     here = {row["qid"] for row in listed if (real_slake / "slake" / "imgs" / row["img_name"]).is_file()}
-    assert here <= {row["qid"] for row in test.rows} and test.left_out["image missing"] == 7033 - len(test.rows)
+    assert here <= {row["qid"] for row in test.rows} and test.left_out["image missing"] == 7032 - len(test.rows)
     if len(test.rows) == 257:  # the 20 images of the copy the counts were made on
         assert {row["qid"] for row in test.rows} == {row["qid"] for row in listed} and by(test.rows, "answer_type") == {
             "open": 166,

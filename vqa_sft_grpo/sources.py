@@ -32,30 +32,27 @@ Files, in <data-dir>/vqa_rad and <data-dir>/slake, or <data-dir> itself:
 """
 
 import math
+import re
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from shared.data import download as downloads
-from shared.data.audit import RowSet, conflicts, frames_in, id_of, plain_text, repeats, reworded, seen
-from shared.data.audit import shared_between_splits, shared_values, similar_images, split_groups, values_of
-from shared.runtime import InputError, read_json
+from shared.data.audit import RowSet, conflicts, frames_in, repeats, reworded, seen, values_of
+from shared.data.audit import shared_between_splits, shared_values, similar_across_splits, similar_images, split_groups
+from shared.data.text import base_name, text_of
+from shared.runtime import DataNotFound, InputError, read_json
 
-RAD_PAGE, RAD_ADDRESS = (
-    "https://osf.io/89kps/",
-    "https://files.osf.io/v1/resources/89kps/providers/osfstorage/?zip=",
-)  # the latter not verified
-SLAKE_PAGE, SLAKE_ADDRESS = (
-    "https://www.med-vqa.com/slake/",
-    "https://huggingface.co/datasets/BoKelvin/SLAKE/resolve/main/",
-)  # neither verified
+RAD_PAGE, SLAKE_PAGE = "https://osf.io/89kps/", "https://www.med-vqa.com/slake/"  # the latter not verified
+RAD_ADDRESS = "https://files.osf.io/v1/resources/89kps/providers/osfstorage/?zip="  # not verified
+SLAKE_ADDRESS = "https://huggingface.co/datasets/BoKelvin/SLAKE/resolve/main/"  # not verified
 PUBLIC = "VQA_RAD Dataset Public.json"
 RAD_IMAGES = ("images", "VQA_RAD Image Folder", "VQA_RAD_Image_Folder")
 RAD_POLICIES = ("official", "no_test_frames", "no_frames", "clean_train", "image_disjoint")
 SHARES = {"train": 0.7, "val": 0.1, "test": 0.2}
 TYPOS = {"ATRIB": "ATTRIB", "PRSE": "PRES"}
-# sha256 of the files for which the counts in tests/test_shared_vqa_data.py were made
+# sha256 of the files for which the counts in tests/test_vqa_sources.py were made
 KNOWN = {
     PUBLIC: "948b7156059b864cf72344fb10669233526b175c243e5a046d20d4201d297a95",
     "trainset.json": "dc0e09c6750bd593bfe566c20b875b6485f80b712ff9ac6fdf4f19ca3c263923",
@@ -64,40 +61,17 @@ KNOWN = {
     "validate.json": "32b016440b0c3be11056a78a18eeab46333268407fbb6e6b32f9f4c2debc50f6",
     "test.json": "6be8f7b4c5a46cdbc713a5210a25b6ed5aa1fd1574c83cefb4f998131f17c2c3",
 }
+ROW = """dataset split qid image_id image_path image_group question answer answer_type question_type question_type_raw
+    phrase_type organ modality language needs_image boxes mask_path triple question_frame question_rephrase
+    question_relation linked_id case""".split()
+RAD_FIELDS = "qid image_name image_organ question answer answer_type question_type phrase_type".split()
+SLAKE_FIELDS = "qid img_name question answer q_lang location modality answer_type base_type content_type".split()
 
 
 def make_row(**values):
     """A row with every key, in one order."""
-    row = dict.fromkeys(
-        (
-            "dataset",
-            "split",
-            "qid",
-            "image_id",
-            "image_path",
-            "image_group",
-            "question",
-            "answer",
-            "answer_type",
-            "question_type",
-            "question_type_raw",
-            "phrase_type",
-            "organ",
-            "modality",
-            "language",
-            "needs_image",
-            "boxes",
-            "mask_path",
-            "triple",
-            "question_frame",
-            "question_rephrase",
-            "question_relation",
-            "linked_id",
-            "case",
-        )
-    )
-    assert values.keys() <= row.keys()
-    return row | values
+    assert set(values) <= set(ROW)
+    return dict.fromkeys(ROW) | values
 
 
 def read_rows(path, keys):
@@ -111,41 +85,66 @@ def read_rows(path, keys):
     return rows
 
 
-def answer_type_of(text, path):
-    """ "CLOSED " -> "closed"."""
-    kind = str(text).strip().lower()
+def common(raw, path):
+    """What both sets say in the same way: qid, question, answer, answer_type; "" for a text that is missing."""
+    kind = text_of(raw["answer_type"]).lower()  # "CLOSED " once
     if kind not in ("closed", "open"):
-        raise InputError(f"{path}: answer_type is {text!r}; it must be OPEN or CLOSED")
-    return kind
-
-
-def qid_of(value, path):
-    """A whole number; one row of VQA-RAD's public file has it as a string."""
+        raise InputError(f"{path}: answer_type is {raw['answer_type']!r}; it must be OPEN or CLOSED")
     try:
-        return int(value)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{path}: qid is {value!r}; it must be a whole number") from error
+        qid = int(text_of(raw["qid"]))  # one row of VQA-RAD's public file has it as a string
+    except ValueError as error:
+        raise InputError(f"{path}: qid is {raw['qid']!r}; it must be a whole number") from error
+    question, answer = text_of(raw["question"]), text_of(raw["answer"], none_is_missing=False)
+    return {"qid": qid, "question": question, "answer": answer, "answer_type": kind}
 
 
-def keep_with_image(rows, allow_missing_images, folder):
-    """-> (rows to keep, {reason: how many were left out}). InputError when none is left."""
-    kept = rows if allow_missing_images else [row for row in rows if row["image_path"] is not None]
-    if not kept:
+def given(raw, key):
+    """A text, or None where there is nothing; the public file writes NULL there."""
+    return text_of(raw.get(key)) or None
+
+
+def files_in(folder):
+    """{name in lower case: path}: copies made through Windows may have .JPG for .jpg."""
+    return {path.name.lower(): path for path in sorted(folder.iterdir())} if folder.is_dir() else {}
+
+
+def usable(found, paths, allow_missing_images, images):
+    """Leave out and count rows without question, answer or (unless allowed) image; note the digests of the files."""
+    found.keep(lambda row: row["question"], "no question")
+    found.keep(lambda row: row["answer"], "no answer")
+    n = len(found.rows)
+    if not allow_missing_images:
+        found.keep(lambda row: row["image_path"] is not None, "image missing")
+    if not n:
+        raise InputError(f"no row of {', '.join(map(str, paths))} has a question and an answer")
+    if not found.rows:
         raise InputError(
-            f"none of the {len(rows)} questions has its image in {folder}; put the images there, or allow missing"
-            " images for work on texts"
+            f"none of the {n} questions has its image in {images}; put the images there, or allow missing images for"
+            " work on texts"
         )
-    return kept, {"image missing": len(rows) - len(kept)}
+    found.sha256 = {path.name: downloads.sha256_of(path) for path in paths}
+    found.official = found.sha256.items() <= KNOWN.items()
 
 
 def hold_out(rows, share, seed=0):
     """Move `share` of the image groups of train to "val" (VQA-RAD has none). Nothing else changes."""
-    if share:
-        groups = [row["image_group"] for row in rows if row["split"] == "train"]
-        split_of = split_groups(groups, {"train": 1 - share, "val": share}, seed)
-        for row in rows:
-            if row["split"] == "train":
-                row["split"] = split_of[row["image_group"]]
+    train = [row for row in rows if row["split"] == "train"]
+    split_of = split_groups([row["image_group"] for row in train], {"train": 1 - share, "val": share}, seed)
+    for row in train:
+        row["split"] = split_of[row["image_group"]]
+
+
+def split_by_image(found, shares, seed):
+    """Split all rows anew, by image and by clusters of near-identical images."""
+    paths = {row["image_id"]: row["image_path"] for row in found.rows if row["image_path"]}
+    clusters = similar_images(paths)["similar"]
+    group_of = {name: group[0] for group in clusters for name in group}
+    for row in found.rows:
+        row["image_group"] = group_of.get(row["image_id"], row["image_id"])
+    split_of = split_groups([row["image_group"] for row in found.rows], shares, seed)
+    for row in found.rows:
+        row["split"] = split_of[row["image_group"]]
+    found.notes["clusters of near-identical images"] = clusters
 
 
 # -------------------------------------------------------------------------------------------------------------- VQA-RAD
@@ -183,103 +182,66 @@ def load_vqa_rad(
     if version == "auto":
         version = "files" if all(path.is_file() for path in both) else "public"
     paths = both if version == "files" else [folder / PUBLIC]
-    images = next((folder / name for name in RAD_IMAGES if (folder / name).is_dir()), folder / RAD_IMAGES[0])
-    here = {path.name: path for path in images.iterdir()} if images.is_dir() else {}
-
-    rows = [row for path in paths for row in read_rad(path, here)]
-    rows, left_out = keep_with_image(rows, allow_missing_images, images)
-    notes = {}
-    if policy == "no_test_frames":
-        if version == "files":
-            paths = [*paths, folder / PUBLIC]
-            framed = [
-                row for row in read_rad(folder / PUBLIC, here) if row["split"] == "test" and row["question_frame"]
-            ]
-            test_frames = {values_of(row, ("image_id", "question_frame", "answer"), plain_text) for row in framed}
-            n = len(rows)
-            rows = [
-                row
-                for row in rows
-                if row["phrase_type"] != "frame"
-                or values_of(row, ("image_id", "question", "answer"), plain_text) not in test_frames
-            ]
-            left_out["frame row of a test question"] = n - len(rows)
+    paths += [folder / PUBLIC] if policy == "no_test_frames" and version == "files" else []  # says which they are
+    wanted = {base_name(row["image_name"]).lower() for path in paths for row in read_rows(path, RAD_FIELDS)}
+    folders = [folder / name for name in RAD_IMAGES]
+    images = max(folders, key=lambda images: len(wanted & files_in(images).keys()))
+    parts = [read_rad(path, files_in(images)) for path in paths]
+    found = RowSet("vqa_rad", parts[0] + parts[1] if version == "files" else parts[0], "", {}, {}, False, str(folder))
+    usable(found, paths, allow_missing_images, images)
+    if policy == "no_test_frames" and version == "files":
+        asked = [row for row in parts[2] if row["split"] == "test" and row["question_frame"]]
+        framed = {values_of(row, ("image_id", "question_frame", "answer")) for row in asked}
+        found.keep(
+            lambda row: (
+                row["phrase_type"] != "frame" or values_of(row, ("image_id", "question", "answer")) not in framed
+            ),
+            "frame row of a test question",
+        )
     elif policy == "no_frames":
-        n = len(rows)
-        rows = [row for row in rows if row["phrase_type"] != "frame"]
-        left_out["frame row"] = n - len(rows)
+        found.keep(lambda row: row["phrase_type"] != "frame", "frame row")
     elif policy == "clean_train":
-        tested = {row["image_id"] for row in rows if row["split"] == "test"}
-        n = len(rows)
-        rows = [row for row in rows if row["split"] == "test" or row["image_id"] not in tested]
-        left_out["train row of a test image"] = n - len(rows)
+        tested = {row["image_id"] for row in found.split("test")}
+        found.keep(lambda row: row["split"] == "test" or row["image_id"] not in tested, "train row of a test image")
     elif policy == "image_disjoint":
-        clusters = similar_images({row["image_id"]: row["image_path"] for row in rows if row["image_path"]})
-        group_of = {name: group[0] for group in clusters["similar"] for name in group}
-        for row in rows:
-            row["image_group"] = group_of.get(row["image_id"], row["image_id"])
-        split_of = split_groups([row["image_group"] for row in rows], shares, seed)
-        for row in rows:
-            row["split"] = split_of[row["image_group"]]
-        notes["clusters of near-identical images"] = clusters["similar"]
-    if policy != "image_disjoint":
-        hold_out(rows, val_share, seed)
-    if not any(row["split"] == "train" for row in rows) or not any(row["split"] == "test" for row in rows):
+        split_by_image(found, shares, seed)
+    found.version = f"version {version}, policy {policy}"
+    if val_share and policy != "image_disjoint":
+        hold_out(found.rows, val_share, seed)
+        found.version += f", val {val_share:g} of the training images with seed {seed}"
+    if not found.split("train") or not found.split("test"):
         raise InputError(f"no training or no test question of {folder} is left under the policy {policy}")
-    digests = {path.name: downloads.sha256_of(path) for path in paths}
-    official = all(KNOWN.get(name) == digest for name, digest in digests.items())
-    kept = (
-        f", val {val_share:g} of the training images with seed {seed}"
-        if val_share and policy != "image_disjoint"
-        else ""
-    )
-    return RowSet(
-        "vqa_rad", rows, f"version {version}, policy {policy}{kept}", left_out, digests, official, str(folder), notes
-    )
+    return found
 
 
 def read_rad(path, images):
-    """One of the three files -> rows. images: {name: path}."""
+    """One of the three files -> rows. images: {name in lower case: path}."""
     rows = []
-    for raw in read_rows(
-        path, ("qid", "image_name", "image_organ", "question", "answer", "answer_type", "question_type", "phrase_type")
-    ):
-        phrase = str(raw["phrase_type"])
-        rows.append(
-            make_row(
-                dataset="vqa_rad",
-                split="test" if phrase.startswith("test_") or path.name == "testset.json" else "train",
-                qid=qid_of(raw["qid"], path),
-                image_id=raw["image_name"],
-                image_path=images.get(raw["image_name"]),
-                image_group=raw["image_name"],
-                question=str(raw["question"]).strip(),
-                answer=str(raw["answer"]).strip(),  # some answers are numbers
-                answer_type=answer_type_of(raw["answer_type"], path),
-                question_type=rad_type(raw["question_type"]),
-                question_type_raw=raw["question_type"],
-                phrase_type=phrase.removeprefix("test_"),
-                organ=raw["image_organ"],
-                language="en",
-                question_frame=given(raw.get("question_frame")),
-                question_rephrase=given(raw.get("question_rephrase")),
-                question_relation=given(raw.get("question_relation")),
-                linked_id=raw.get("qid_linked_id"),
-                case=raw.get("image_case_url"),
-            )
+    for raw in read_rows(path, RAD_FIELDS):
+        phrase, name = text_of(raw["phrase_type"]), base_name(raw["image_name"])
+        row = make_row(
+            **common(raw, path),
+            dataset="vqa_rad",
+            split="test" if phrase.startswith("test_") or path.name == "testset.json" else "train",
+            image_id=name,
+            image_path=images.get(name.lower()),
+            image_group=name,
+            question_type=rad_type(text_of(raw["question_type"])),
+            question_type_raw=raw["question_type"],
+            phrase_type=phrase.removeprefix("test_"),
+            organ=given(raw, "image_organ"),
+            language="en",
+            linked_id=raw.get("qid_linked_id"),
+            case=raw.get("image_case_url"),
         )
+        rows.append(row | {k: given(raw, k) for k in ("question_frame", "question_rephrase", "question_relation")})
     return rows
 
 
 def rad_type(text):
     """ "PRES, ATRIB" -> "ATTRIB+PRES"."""
-    parts = {part.strip().upper() for part in str(text).split(",")}
+    parts = {part.strip().upper() for part in text.split(",")}
     return "+".join(sorted(TYPOS.get(part, part) for part in parts))
-
-
-def given(text):
-    """The public file writes NULL where there is nothing."""
-    return None if text is None or str(text).strip().upper() in ("", "NULL") else str(text).strip()
 
 
 # ---------------------------------------------------------------------------------------------------------------- SLAKE
@@ -289,80 +251,69 @@ def load_slake(data_dir, language="en", allow_missing_images=False):
     """
     -> RowSet with the published splits. Rows whose image is missing are left out and counted, unless that is allowed.
 
-    language: "en" (4,919 / 1,053 / 1,061 rows on 450 / 96 / 96 images), "zh", or None for both. Each language alone is
-    split by image; the two together are not: 72 of the 96 English test images are in the Chinese training split.
-    One English training row (qid 1622) has an empty answer. qid 0 to 14,027 are unique over the three files.
+    language: "en" (4,919 / 1,053 / 1,061 rows on 450 / 96 / 96 images; one, qid 1622, has no answer and is left out),
+    "zh", or None for both. Each language alone is split by image; the two together are not: 72 of the 96 English test
+    images are in the Chinese training split. qid 0 to 14,027 are unique over the three files.
     """
     if language not in ("en", "zh", None):
         raise InputError(f"SLAKE has the languages en and zh, not {language}")
-    folder = downloads.find_folder(
-        data_dir,
-        ("slake", "SLAKE", "slake/Slake1.0", "Slake1.0"),
-        ("train.json", "test.json"),
-        "SLAKE",
-        f"{SLAKE_PAGE} or {SLAKE_ADDRESS}",
-    )
+    names, address = ("slake", "SLAKE", "slake/Slake1.0", "Slake1.0"), f"{SLAKE_PAGE} or {SLAKE_ADDRESS}"
+    folder = downloads.find_folder(data_dir, names, ("train.json", "test.json"), "SLAKE", address, is_slake)
     paths = {"train": folder / "train.json", "val": folder / "validate.json", "test": folder / "test.json"}
     if not paths["val"].is_file() and (folder / "validation.json").is_file():
         paths["val"] = folder / "validation.json"
-    images = folder / "imgs"
-    rows, places = [], {}
+    images, places = folder / "imgs", {}
+    found = RowSet("slake", [], f"language {language or 'en and zh'}", {}, {}, False, str(folder))
     for split, path in paths.items():
-        for raw in read_rows(
-            path,
-            (
-                "qid",
-                "img_name",
-                "question",
-                "answer",
-                "q_lang",
-                "location",
-                "modality",
-                "answer_type",
-                "base_type",
-                "content_type",
-            ),
-        ):
-            if language is not None and raw["q_lang"] != language:
+        for raw in read_rows(path, SLAKE_FIELDS):
+            spoken = text_of(raw["q_lang"]).lower()
+            if language not in (None, spoken):
                 continue
-            name = raw["img_name"]
+            name, triple = inside(raw["img_name"], path), raw.get("triple")
             if name not in places:
-                place = images / name
-                places[name] = {
-                    "image": place if place.is_file() else None,
-                    "mask": place.with_name("mask.png"),
-                    "boxes": place.with_name("detection.json"),
-                }
-            mask = places[name]["mask"]
-            rows.append(
+                here = files_in((images / name).parent)
+                files = {"image": Path(name).name.lower(), "mask": "mask.png", "boxes": "detection.json"}
+                places[name] = {kind: here.get(file) for kind, file in files.items()}
+            found.rows.append(
                 make_row(
+                    **common(raw, path),
                     dataset="slake",
                     split=split,
-                    qid=qid_of(raw["qid"], path),
                     image_id=name,
                     image_path=places[name]["image"],
                     image_group=name,
-                    question=str(raw["question"]).strip(),
-                    answer=str(raw["answer"]).strip(),
-                    answer_type=answer_type_of(raw["answer_type"], path),
-                    question_type=raw["content_type"],
+                    question_type=given(raw, "content_type"),
                     question_type_raw=raw["content_type"],
-                    organ=raw["location"],
-                    modality=raw["modality"],
-                    language=raw["q_lang"],
+                    organ=given(raw, "location"),
+                    modality=given(raw, "modality"),
+                    language=spoken,
                     needs_image=raw["base_type"] != "kvqa",
-                    mask_path=mask if mask.is_file() else None,
-                    triple=raw.get("triple"),
+                    mask_path=places[name]["mask"],
+                    triple=triple if isinstance(triple, list) else None,
                 )
             )
-    rows, left_out = keep_with_image(rows, allow_missing_images, images)
-    used = {row["image_id"] for row in rows}
-    boxes, notes = read_boxes({name: place for name, place in places.items() if name in used})
-    for row in rows:
+    if not found.rows:
+        raise InputError(f"{folder} has no question whose q_lang is {language or 'en or zh'}")
+    usable(found, paths.values(), allow_missing_images, images)
+    used = {row["image_id"] for row in found.rows}
+    boxes, found.notes = read_boxes({name: place for name, place in places.items() if name in used})
+    for row in found.rows:
         row["boxes"] = boxes.get(row["image_id"])
-    digests = {path.name: downloads.sha256_of(path) for path in paths.values()}
-    official = all(KNOWN.get(name) == digest for name, digest in digests.items())
-    return RowSet("slake", rows, f"language {language or 'en and zh'}", left_out, digests, official, str(folder), notes)
+    return found
+
+
+def is_slake(path):
+    """Whether a file has rows of SLAKE (prepare_data.py writes a train.json of its own)."""
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
+        return '"img_name"' in file.read(10_000)
+
+
+def inside(name, path):
+    """img_name, also that of another disk -> "xmlab1/source.jpg"; InputError when it leads out of imgs/."""
+    parts = re.split(r"[\\/]", re.sub(r".*[\\/]imgs[\\/]", "", text_of(name)))
+    if ".." in parts or "" in parts or any(":" in part for part in parts):
+        raise InputError(f"{path}: img_name {name!r} must be the path of an image below imgs/")
+    return "/".join(parts)
 
 
 def read_boxes(places):
@@ -376,7 +327,7 @@ def read_boxes(places):
     """
     found, sizes, unreadable = {}, {}, []
     for name, place in places.items():
-        if place["boxes"].is_file():
+        if place["boxes"] is not None:
             try:
                 found[name] = boxes_in(read_json(place["boxes"]))
                 if place["image"] is not None:
@@ -389,45 +340,34 @@ def read_boxes(places):
         return {}, {"detection files": 0, "unusable": unreadable}
     wrong = {"xywh": 0, "xyxy": 0}
     for name, boxes in found.items():
-        width, height = sizes.get(name, (math.inf, math.inf))
+        width, height = sizes.setdefault(name, (math.inf, math.inf))
         for _, (a, b, c, d) in boxes:  # one pixel more than the image is rounding
             wrong["xywh"] += not (c > 0 and d > 0 and a + c <= width + 1 and b + d <= height + 1)
             wrong["xyxy"] += not (c > a and d > b and c <= width + 1 and d <= height + 1)
     form = "xyxy" if wrong["xyxy"] == 0 < wrong["xywh"] else "xywh"
-    result, empty = {}, 0
-    for name, boxes in found.items():
-        width, height = sizes.get(name, (math.inf, math.inf))
-        result[name] = []
-        for organ, (a, b, c, d) in boxes:
-            x1, y1 = (a + c, b + d) if form == "xywh" else (c, d)
-            box = [max(a, 0.0), max(b, 0.0), min(x1, width), min(y1, height)]
-            if box[2] > box[0] and box[3] > box[1]:
-                result[name].append({"organ": organ, "box": box})
-            else:
-                empty += 1
-    return result, {
-        "detection files": len(found),
-        "boxes read as": form,
-        "boxes beyond their image": wrong[form],
-        "boxes without area": empty,
-        "unusable": unreadable,
-    }
+    result, empty = {name: [] for name in found}, 0
+    for name, organ, (a, b, c, d) in ((name, *box) for name, boxes in found.items() for box in boxes):
+        x1, y1 = (a + c, b + d) if form == "xywh" else (c, d)
+        box = [max(a, 0.0), max(b, 0.0), min(x1, sizes[name][0]), min(y1, sizes[name][1])]
+        if box[2] > box[0] and box[3] > box[1]:
+            result[name].append({"organ": organ, "box": box})
+        else:
+            empty += 1
+    notes = {"detection files": len(found), "boxes read as": form, "boxes beyond their image": wrong[form]}
+    return result, notes | {"boxes without area": empty, "unusable": unreadable}
 
 
 def boxes_in(value):
     """[{organ: [a, b, c, d]}, ...] or {organ: [a, b, c, d] or a list of such} -> [(organ, [a, b, c, d])]."""
-    entries = value if isinstance(value, list) else [value]
     boxes = []
-    for entry in entries:
+    for entry in value if isinstance(value, list) else [value]:
         if not isinstance(entry, dict):
             raise InputError("detection.json must hold names and boxes")
         for organ, numbers in entry.items():
-            for box in numbers if isinstance(numbers, list) and numbers and isinstance(numbers[0], list) else [numbers]:
-                if not (
-                    isinstance(box, list)
-                    and len(box) == 4
-                    and all(isinstance(n, (int, float)) and math.isfinite(n) for n in box)
-                ):
+            several = isinstance(numbers, list) and numbers and isinstance(numbers[0], list)
+            for box in numbers if several else [numbers]:
+                four = isinstance(box, list) and len(box) == 4
+                if not four or not all(isinstance(n, (int, float)) and math.isfinite(n) for n in box):
                     raise InputError(f"the box of {organ} must be four numbers")
                 boxes.append((organ, [float(n) for n in box]))
     return boxes
@@ -439,10 +379,8 @@ def read_mask(row):
     not.
     """
     try:
-        with Image.open(row["mask_path"]) as image:
-            mask = np.asarray(
-                image if image.mode in ("L", "P") else image.convert("L")
-            )  # P: the palette's indices are the labels
+        with Image.open(row["mask_path"]) as image:  # P: the palette's indices are the labels
+            mask = np.asarray(image if image.mode in ("L", "P") else image.convert("L"))
         with Image.open(row["image_path"]) as image:
             size = image.size
     except (OSError, AttributeError) as error:
@@ -480,12 +418,10 @@ def download_slake(data_dir):
     for name in ("train.json", "validate.json", "test.json"):
         try:
             downloads.fetch(SLAKE_ADDRESS + name, folder / name)
-        except downloads.DataNotFound:
+        except DataNotFound:
             if name != "validate.json":
-                raise
-            downloads.fetch(
-                SLAKE_ADDRESS + "validation.json", folder / name
-            )  # which of the two names it has there is not verified
+                raise  # which of the two names that one has there is not verified
+            downloads.fetch(SLAKE_ADDRESS + "validation.json", folder / name)
     if not (folder / "imgs").is_dir():
         archive = downloads.fetch(SLAKE_ADDRESS + "imgs.zip", folder / "imgs.zip")
         temporary = folder / "imgs.unpacked"
@@ -502,13 +438,12 @@ def expected(folder, names, page):
     """The folder, if the files are there; says so when one is not the file that the tests know."""
     for name in names:
         if not (folder / name).is_file():
-            raise downloads.DataNotFound(
+            raise DataNotFound(
                 f"what was downloaded has no {name}; get the files from {page} and put them into {folder}"
             )
         if downloads.sha256_of(folder / name) != KNOWN[name]:
             print(
-                f"{folder / name} is not byte for byte the file known here: check the counts that are printed when it"
-                " is loaded"
+                f"{folder / name} is not byte for byte the file known here: check the counts printed when it is loaded"
             )
     return folder
 
@@ -517,18 +452,16 @@ def audit_vqa_rad(data_dir, allow_missing_images=False, hash_images=False):
     """What the official split of VQA-RAD hides."""
     questions = load_vqa_rad(data_dir, allow_missing_images=allow_missing_images)
     train, test = questions.split("train"), questions.split("test")
+    types = ("image_id", "answer", "question_type_raw", "answer_type")
+    opened = [row for row in test if row["answer_type"] == "open"]
     found = {
         "data": questions.facts(),
         "images in two splits": shared_between_splits(questions.rows),
         "test rows with the same image, question and answer in train": seen(test, train),
         "test rows reworded in train, word overlap 0.8": reworded(test, train, 0.8),
         "test rows reworded in train, word overlap 0.5": reworded(test, train, 0.5),
-        "test rows with the same image, answer and types in train": seen(
-            test, train, ("image_id", "answer", "question_type_raw", "answer_type")
-        ),
-        "open test answers that train has for the same image": seen(
-            [row for row in test if row["answer_type"] == "open"], train, ("image_id", "answer")
-        ),
+        "test rows with the same image, answer and types in train": seen(test, train, types),
+        "open test answers that train has for the same image": seen(opened, train, ("image_id", "answer")),
         "conflicting answers in train": conflicts(train),
     }
     try:
@@ -539,9 +472,8 @@ def audit_vqa_rad(data_dir, allow_missing_images=False, hash_images=False):
         found["test questions whose stock wording is in train"] = frames_in(public.split("test"), train)
         found["linked questions in two splits"] = shared_between_splits(public.rows, "linked_id")
     if hash_images:
-        found["images"] = similar_images(
-            {row["image_id"]: row["image_path"] for row in questions.rows if row["image_path"]}
-        )
+        paths = {row["image_id"]: row["image_path"] for row in questions.rows if row["image_path"]}
+        found["images"] = similar_images(paths)
     return found
 
 
@@ -557,17 +489,8 @@ def audit_slake(data_dir, allow_missing_images=False, hash_images=False):
         "Chinese test images in English train": shared_values(chinese.split("test"), train),
         "train rows": repeats(train),
         "test questions that occur in train": seen(test, train, ("question",)),
-        "rows without an answer": {
-            "rows": len(ids := [id_of(row) for row in english.rows if not row["answer"]]),
-            "ids": ids,
-        },
     }
     if hash_images:
-        images = similar_images({row["image_id"]: row["image_path"] for row in english.rows if row["image_path"]})
-        split_of = {row["image_id"]: row["split"] for row in english.rows}
-        found["images"] = images | {
-            "similar across splits": [
-                group for group in images["similar"] if len({split_of[name] for name in group}) > 1
-            ]
-        }
+        paths = {row["image_id"]: row["image_path"] for row in english.rows if row["image_path"]}
+        found["images"] = similar_across_splits([(row["image_id"], row["split"]) for row in english.rows], paths)
     return found

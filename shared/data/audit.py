@@ -1,30 +1,26 @@
 """
-Rows of the sets with texts (iu_xray.py, vqa.py), splits by group, and what to look for before a split is trusted:
-images and texts on both sides, reworded questions, conflicting answers, near-identical images.
-
-Usage:
-    python -m shared.data.audit slake --data-dir data --allow-missing-images     # texts only
-    python -m shared.data.audit vqa_rad --hash-images --json audit.json
+Rows of the sets with texts (iu_xray.py here, sources.py of vqa_sft_grpo), splits by group, and what to look for before
+a split is trusted: images and texts on both sides, reworded questions, conflicting answers, near-identical images.
+`python -m shared.data audit NAME` prints all of it.
 
 Audits take lists of rows and return plain numbers and lists of ids. Texts are compared by `plain_text`, so that "Yes."
 = "yes".
 """
 
-import argparse
 import hashlib
 import itertools
-import os
 import re
 from collections import defaultdict
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from scipy.fft import dctn
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from shared.data.images import read_image
-from shared.runtime import InputError, script, write_json
+from shared.runtime import InputError
 
 SPLITS = ("train", "val", "test")
 SAME_IMAGE = 32  # of 255 bits, see image_hash
@@ -32,11 +28,11 @@ SAME_IMAGE = 32  # of 255 bits, see image_hash
 
 @dataclass
 class RowSet:
-    """Rows of one data set, each a dict (keys: iu_xray.py, vqa.py), and what was left out on the way to them."""
+    """Rows of one data set, each a dict (keys: iu_xray.py, sources.py), and what was left out on the way to them."""
 
     name: str
     rows: list
-    version: str  # which of the versions in use: section, split, policy, language. Numbers of two versions are not comparable
+    version: str  # section, split, policy, language: numbers of two versions are not comparable
     left_out: dict  # reason -> how many rows (studies)
     sha256: dict  # of the text files, by name
     official: bool  # are these the files whose counts the tests know?
@@ -45,6 +41,12 @@ class RowSet:
 
     def split(self, name):
         return [row for row in self.rows if row["split"] == name]
+
+    def keep(self, wanted, reason):
+        """Leave out the rows for which wanted(row) is not true, and count them under `reason`."""
+        kept = [row for row in self.rows if wanted(row)]
+        self.left_out[reason] = self.left_out.get(reason, 0) + len(self.rows) - len(kept)
+        self.rows = kept
 
     def counts(self):
         return {split: n for split in (*SPLITS, None) if (n := len(self.split(split)))}
@@ -55,16 +57,8 @@ class RowSet:
 
     def facts(self):
         """What metrics files say about the data."""
-        return {
-            "name": self.name,
-            "version": self.version,
-            "counts": self.counts(),
-            "left_out": self.left_out,
-            "notes": self.notes,
-            "sha256": self.sha256,
-            "official": self.official,
-            "source": self.source,
-        }
+        names = ("name", "version", "counts", "left_out", "notes", "sha256", "official", "source")
+        return {name: getattr(self, name) for name in names} | {"counts": self.counts()}
 
     def __str__(self):
         counts = ", ".join(f"{split or 'no split'} {n}" for split, n in self.counts().items())
@@ -83,9 +77,11 @@ def split_groups(groups, shares, seed=0):
     """
     if not shares or min(shares.values()) <= 0 or abs(sum(shares.values()) - 1) > 1e-6:
         raise InputError(f"the shares of a split must be above 0 and add up to 1, not {shares}")
-    order = sorted(
-        {str(g): g for g in groups}.items(), key=lambda item: hashlib.sha256(f"{seed}:{item[0]}".encode()).digest()
-    )
+
+    def place(item):
+        return hashlib.sha256(f"{seed}:{item[0]}".encode()).digest()
+
+    order = sorted({str(group): group for group in groups}.items(), key=place)
     ends = [round(len(order) * share) for share in itertools.accumulate(shares.values())]
     chosen, start = {}, 0
     for split, end in zip(shares, ends, strict=True):
@@ -108,14 +104,16 @@ def id_of(row):
     return row["qid"] if "qid" in row else row["uid"]
 
 
-def values_of(row, keys, plain):
-    """
-    The row's values under `keys`; the texts among them as plain(text). Names of images and groups stay as they are.
-    """
-    return tuple(
-        plain(row[k]) if k in ("question", "question_frame", "answer", "report", "findings", "impression") else row[k]
-        for k in keys
-    )
+TEXTS = ("question", "question_frame", "answer", "report", "findings", "impression")
+
+
+def values_of(row, keys, plain=plain_text):
+    """The row's values under `keys`; texts among them as plain(text). Names of images and groups stay as they are."""
+    return tuple(plain(row[key]) if key in TEXTS else row[key] for key in keys)
+
+
+def counted(ids, of=None):
+    return {"rows": len(ids)} | ({} if of is None else {"of": len(of)}) | {"ids": ids}
 
 
 def shared_values(a, b, key="image_id"):
@@ -135,37 +133,24 @@ def shared_between_splits(rows, key="image_id"):
 
 
 def repeats(rows, keys=("image_id", "question", "answer"), plain=plain_text):
-    """
-    Rows equal in `keys`: how many are distinct, how many are repeats of an earlier one, and the ids of each such group.
-    """
+    """Rows equal in `keys`: how many are distinct, how many repeat an earlier one, and the ids of each such group."""
     groups = defaultdict(list)
     for row in rows:
         groups[values_of(row, keys, plain)].append(id_of(row))
-    return {
-        "rows": len(rows),
-        "distinct": len(groups),
-        "repeats": len(rows) - len(groups),
-        "ids": [ids for ids in groups.values() if len(ids) > 1],
-    }
+    again = [ids for ids in groups.values() if len(ids) > 1]
+    return {"rows": len(rows), "distinct": len(groups), "repeats": len(rows) - len(groups), "ids": again}
 
 
 def seen(test, train, keys=("image_id", "question", "answer"), plain=plain_text):
     """Rows of `test` for which `train` has a row equal in `keys`; ("question",) or ("report",) compares texts alone."""
     known = {values_of(row, keys, plain) for row in train}
-    ids = [id_of(row) for row in test if values_of(row, keys, plain) in known]
-    return {"rows": len(ids), "of": len(test), "ids": ids}
+    return counted([id_of(row) for row in test if values_of(row, keys, plain) in known], test)
 
 
 def frames_in(test, train):
-    """
-    Rows of `test` whose question_frame is a question of `train`, with the same image and the same answer (VQA-RAD).
-    """
-    framed = [row for row in test if row.get("question_frame")]
-    known = {values_of(row, ("image_id", "question", "answer"), plain_text) for row in train}
-    ids = [
-        id_of(row) for row in framed if values_of(row, ("image_id", "question_frame", "answer"), plain_text) in known
-    ]
-    return {"rows": len(ids), "of": len(test), "ids": ids}
+    """Rows of `test` whose question_frame is a question of `train`, with the same image and answer (VQA-RAD)."""
+    framed = [row | {"question": row["question_frame"]} for row in test if row.get("question_frame")]
+    return seen(framed, train) | {"of": len(test)}
 
 
 def word_overlap(a, b):
@@ -181,27 +166,23 @@ def reworded(test, train, threshold=0.5):
     """
     known = defaultdict(list)
     for row in train:
-        known[values_of(row, ("image_id", "answer"), plain_text)].append(row)
+        known[values_of(row, ("image_id", "answer"))].append(row)
     pairs = []
     for row in test:
-        others = known.get(values_of(row, ("image_id", "answer"), plain_text), [])
-        overlap, i = max(
-            ((word_overlap(row["question"], other["question"]), -i) for i, other in enumerate(others)), default=(0, 0)
-        )
-        if others and overlap >= threshold:
-            pairs.append((id_of(row), id_of(others[-i]), overlap))
+        others = known.get(values_of(row, ("image_id", "answer")), [])
+        overlaps = [word_overlap(row["question"], other["question"]) for other in others]
+        if overlaps and max(overlaps) >= threshold:
+            pairs.append((id_of(row), id_of(others[overlaps.index(max(overlaps))]), max(overlaps)))
     return {"rows": len(pairs), "of": len(test), "pairs": pairs}
 
 
 def conflicts(rows):
     """Pairs of image and question that have more than one answer, and the ids of their rows."""
-    answers, ids = defaultdict(set), defaultdict(list)
+    groups = defaultdict(list)
     for row in rows:
-        key = values_of(row, ("image_id", "question"), plain_text)
-        answers[key].add(plain_text(row["answer"]))
-        ids[key].append(id_of(row))
-    found = [key for key in answers if len(answers[key]) > 1]
-    return {"pairs": len(found), "ids": [ids[key] for key in found]}
+        groups[values_of(row, ("image_id", "question"))].append(row)
+    found = [group for group in groups.values() if len({plain_text(row["answer"]) for row in group}) > 1]
+    return {"pairs": len(found), "ids": [[id_of(row) for row in group] for group in found]}
 
 
 # --------------------------------------------------------------------------------------------------------------- images
@@ -221,10 +202,8 @@ def image_hash(pixels):
     """
     if pixels.ndim == 3:
         pixels = pixels @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
-    small = np.asarray(
-        Image.fromarray(np.ascontiguousarray(pixels, dtype=np.float32)).resize((64, 64), Image.BOX), dtype=np.float64
-    )
-    low = dctn(small, norm="ortho")[:16, :16].ravel()[1:]
+    small = Image.fromarray(np.ascontiguousarray(pixels, dtype=np.float32)).resize((64, 64), Image.BOX)
+    low = dctn(np.asarray(small, np.float64), norm="ortho")[:16, :16].ravel()[1:]
     return low > np.median(low)
 
 
@@ -269,50 +248,18 @@ def near_pairs(hashes, max_distance, block=1024):
 
 def linked_groups(pairs):
     """[(a, b, ...)] -> sorted groups of everything that is linked by pairs, however indirectly."""
-    group_of = {}
-    for a, b, *_ in pairs:
-        merged = group_of.get(a, {a}) | group_of.get(b, {b})
-        group_of.update((member, merged) for member in merged)
-    return [list(group) for group in sorted({tuple(sorted(group)) for group in group_of.values()})]
+    if not pairs:
+        return []
+    names, ends = np.unique([pair[:2] for pair in pairs], return_inverse=True)
+    links = coo_array((np.ones(len(pairs)), ends.reshape(-1, 2).T), shape=(len(names), len(names)))
+    groups = defaultdict(list)
+    for name, label in zip(names.tolist(), connected_components(links, directed=False)[1], strict=True):
+        groups[label].append(name)
+    return sorted(groups.values())
 
 
-# -------------------------------------------------------------------------------------------------------------- command
-
-
-@script
-def main(argv=None):
-    from shared.data import iu_xray
-    from vqa_sft_grpo import sources as vqa  # here, since they import this file
-
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("data", choices=["iu_xray", "vqa_rad", "slake"], help="data set to look through")
-    # fmt: off
-    parser.add_argument("--data-dir", metavar="DIR", default=os.environ.get("MEDVLM_DATA") or "data",
-        help="folder of all data sets; $MEDVLM_DATA, else data (%(default)s)")
-    parser.add_argument("--allow-missing-images", action="store_true",
-        help="look at the texts also where images are missing")
-    parser.add_argument("--hash-images", action="store_true",
-        help="look for near-identical images too; about 2 ms per image of 256 pixels")
-    # fmt: on
-    parser.add_argument("--json", metavar="FILE", help="write numbers and ids to this file")
-    args = parser.parse_args(argv)
-    audit = {"iu_xray": iu_xray.audit, "vqa_rad": vqa.audit_vqa_rad, "slake": vqa.audit_slake}[args.data]
-    found = audit(args.data_dir, args.allow_missing_images, args.hash_images)
-    for line in summary(found):
-        print(line)
-    if args.json:
-        write_json(Path(args.json), found)
-        print(f"numbers and ids are in {args.json}")
-
-
-def summary(value, name=""):
-    """Nested results of audits -> printable lines; a list is given by its length."""
-    if isinstance(value, dict) and value:
-        return [line for key, item in value.items() for line in summary(item, f"{name}{' / ' if name else ''}{key}")]
-    return [f"{name}: {len(value) if isinstance(value, (list, dict)) else value}"]
-
-
-if __name__ == "__main__":
-    main()
+def similar_across_splits(rows, paths):
+    """similar_images of paths {id: path}, and those of its groups that lie in two splits. rows: [(id, split)]."""
+    found, split_of = similar_images(paths), dict(rows)
+    across = [group for group in found["similar"] if len({split_of[name] for name in group}) > 1]
+    return found | {"similar across splits": across}

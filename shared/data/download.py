@@ -21,15 +21,11 @@ from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
-from shared.runtime import InputError
+from shared.runtime import DataNotFound, InputError
 
 RETRY_CODES = (408, 429, 500, 502, 503, 504)  # "try again later"; the others will not change
 LARGEST = 64 << 30  # bytes an archive may unpack to; the largest of ours, the IU X-ray films, has about 14 GB
 HEADERS = {"User-Agent": "Mozilla/5.0 (research data download)", "Accept-Encoding": "identity"}
-
-
-class DataNotFound(InputError):
-    """The data set is neither there nor can it be downloaded."""
 
 
 def find_folder(data_dir, names, holding, what, address, known=Path.exists):
@@ -71,19 +67,22 @@ def fetch(address, path, sha256=None, tries=5, timeout=30, wait=1.0):
     path.parent.mkdir(parents=True, exist_ok=True)
     part, mark = path.with_name(path.name + ".part"), None
     for attempt in range(tries):
-        time.sleep(wait * 2 ** (attempt - 1) if attempt else 0)
+        if attempt:
+            time.sleep(wait * 2 ** (attempt - 1))
         try:
             have = part.stat().st_size if mark else 0
             headers = HEADERS | ({"Range": f"bytes={have}-", "If-Range": mark} if have else {})
             request = urllib.request.Request(address, headers=headers)
             with urllib.request.urlopen(request, timeout=timeout) as response:
-                have *= (
-                    response.status == 206
-                )  # else the server sends the whole file: it knows no parts, or has another
+                if response.status != 206:  # the whole file: the server knows no parts, or has another file by now
+                    have = 0
+                elif not (response.headers.get("Content-Range") or "").startswith(f"bytes {have}-"):
+                    mark = None
+                    raise ConnectionError("the server sent another part of the file than asked for")
                 mark, total = response.headers.get("ETag"), response.headers.get("Content-Length")
                 mark = None if (mark or "W/").startswith("W/") else mark  # a weak mark does not vouch for every byte
-                bar = tqdm(desc=path.name, unit="B", unit_scale=True, initial=have, total=total and have + int(total),
-                           mininterval=0.5 if sys.stderr.isatty() else 30)
+                bar = tqdm(desc=path.name, unit="B", unit_scale=True, initial=have, total=total and have + int(total))
+                bar.mininterval = 0.5 if sys.stderr.isatty() else 30  # seconds
                 with bar, open(part, "ab" if have else "wb") as file:
                     while block := response.read(1 << 18):
                         bar.update(file.write(block))

@@ -57,14 +57,7 @@ class ImageSet:
 
     def facts(self):
         """What checkpoints and metrics files say about the data."""
-        return {
-            "name": self.name,
-            "size": self.size,
-            "sha256": self.sha256,
-            "official": self.official,
-            "source": self.source,
-            "phantom": self.phantom,
-        }
+        return {name: getattr(self, name) for name in ("name", "size", "sha256", "official", "source", "phantom")}
 
     def __str__(self):
         counts = ", ".join(f"{split} {len(images)}" for split, images in self.images.items())
@@ -131,21 +124,17 @@ def load_medmnist(name, data_dir, size=28):
         raise InputError(
             f"{path} is not a MedMNIST file, or is damaged; delete it and run again to download it ({error})"
         ) from error
-    sha256, md5 = digests(path)
-    official = md5 == info["MD5" + suffix]
+    official = digest(path, "md5") == info["MD5" + suffix]
+    source = f"{path} ({'the official file' if official else 'not the official file: its MD5 sum differs'})"
+    names, channels = list(info["label"].values()), info["n_channels"]
     return ImageSet(
-        name,
-        info["task"],
-        list(info["label"].values()),
-        images,
-        labels,
-        size,
-        info["n_channels"],
-        sha256,
-        official,
-        source=f"{path} ({'the official file' if official else 'not the official file: its MD5 sum differs'})",
-        path=path,
+        name, info["task"], names, images, labels, size, channels, digest(path, "sha256"), official, source, path
     )
+
+
+def digest(path, kind):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, kind).hexdigest()
 
 
 def as_channels_first(images):
@@ -173,16 +162,6 @@ def download(name, size, data_dir, file_name):
     return place
 
 
-def digests(path):
-    """(sha256, md5) of a file, in hexadecimal."""
-    sha256, md5 = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            sha256.update(block)
-            md5.update(block)
-    return sha256.hexdigest(), md5.hexdigest()
-
-
 def load_phantom(size=28, counts=None, seed=PHANTOM_SEED):
     """Drawn chest films, normal or pneumonia, in the form of PneumoniaMNIST."""
     from shared.phantom import phantom_classification  # 3,000 lines that most runs do without
@@ -191,15 +170,7 @@ def load_phantom(size=28, counts=None, seed=PHANTOM_SEED):
     sha256 = hashlib.sha256()
     for key in sorted(arrays):
         sha256.update(np.ascontiguousarray(arrays[key]).tobytes())
-    return ImageSet(
-        "phantom",
-        "binary-class",
-        ["normal", "pneumonia"],
-        images={s: as_channels_first(arrays[f"{s}_images"]) for s in SPLITS},
-        labels={s: torch.from_numpy(arrays[f"{s}_labels"][:, 0].astype(np.int64)) for s in SPLITS},
-        size=size,
-        channels=1,
-        sha256=sha256.hexdigest(),
-        official=None,
-        source=f"shared/phantom/, seed {seed}",
-    )
+    images = {s: as_channels_first(arrays[f"{s}_images"]) for s in SPLITS}
+    labels = {s: torch.from_numpy(arrays[f"{s}_labels"][:, 0].astype(np.int64)) for s in SPLITS}
+    names, source = ["normal", "pneumonia"], f"shared/phantom/, seed {seed}"
+    return ImageSet("phantom", "binary-class", names, images, labels, size, 1, sha256.hexdigest(), None, source)

@@ -36,13 +36,15 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 from shared.data import download as downloads
-from shared.data.audit import RowSet, id_of, repeats, seen, shared_between_splits, similar_images, split_groups
+from shared.data.audit import RowSet, counted, id_of, repeats, seen, shared_between_splits, similar_across_splits
+from shared.data.audit import split_groups
+from shared.data.text import base_name, text_of
 from shared.metrics.text import clean_r2gen
 from shared.runtime import InputError, read_json
 
 ADDRESS = "https://openi.nlm.nih.gov/imgs/collections/"  # not verified; its page is https://openi.nlm.nih.gov/faq
 CSV_ADDRESS = "https://www.kaggle.com/datasets/raddar/chest-xrays-indiana-university"  # not verified; needs an account
-REPORTS, FILMS = "NLMCXR_reports.tgz", "NLMCXR_png.tgz"
+REPORTS, FILMS, PROJECTIONS = "NLMCXR_reports.tgz", "NLMCXR_png.tgz", "indiana_projections.csv"
 IMAGE_FOLDERS = ("images_normalized", "images/images_normalized", "NLMCXR_png", "images", "frontal_256")
 SECTIONS = {"findings": ("findings",), "impression": ("impression",), "findings+impression": ("findings", "impression")}
 SHARES = {"train": 0.7, "val": 0.1, "test": 0.2}
@@ -79,45 +81,41 @@ def load_iu_xray(
         raise InputError(f"there is no split '{split}' of IU X-ray; there are r2gen and patient")
     folder = find_iu_xray(data_dir)
     rows, read = read_reports(folder, reports)
-    left_out = {}
-
-    def keep(wanted, reason):
-        nonlocal rows
-        kept = [row for row in rows if wanted(row)]
-        left_out[reason] = len(rows) - len(kept)
-        rows = kept
-
+    studies = RowSet("iu_xray", rows, "", {}, {}, False, str(folder))
     if split == "r2gen":
         split_of = r2gen_split(folder)
-        keep(lambda row: row["uid"] in split_of, "not in the R2Gen split")
+        studies.keep(lambda row: row["uid"] in split_of, "not in the R2Gen split")
     elif split == "patient":  # before anything is left out: the split of a patient does not depend on section or views
         split_of = split_groups([row["uid"] for row in rows], shares, seed)
-    keep(lambda row: all(row[name] for name in SECTIONS[section]), f"no {section.replace('+', ' or no ')}")
-    for row in rows:
+    studies.keep(lambda row: all(row[name] for name in SECTIONS[section]), f"no {section.replace('+', ' or no ')}")
+    for row in studies.rows:
         row["split"] = split_of[row["uid"]] if split else None
         row["section"], row["report"] = section, " ".join(row[name] for name in SECTIONS[section])
-    films = add_image_paths(rows, folder, image_folder)
+    studies.notes["films"] = add_image_paths(studies.rows, folder, image_folder)
     if views and not allow_missing_images:
-        if not any(image["projection"] for row in rows for image in row["images"]):
+        if not any(image["projection"] for row in studies.rows for image in row["images"]):
+            if (folder / PROJECTIONS).is_file():
+                raise InputError(
+                    f"{folder / PROJECTIONS} names no film of these reports as Frontal or Lateral: check its columns"
+                )
             raise InputError(
-                f"nothing in {folder} says which film is frontal: indiana_projections.csv does ({CSV_ADDRESS}); put it"
-                " there, or ask for no views"
+                f"nothing in {folder} says which film is frontal: {PROJECTIONS} does ({CSV_ADDRESS}); put it there, or"
+                " ask for no views"
             )
         for view in views:
             key = {"frontal": "image_path", "lateral": "lateral_path"}[view]
-            keep(lambda row, key=key: row[key] is not None, f"no {view} film on disk")
-    if not rows:
+            studies.keep(lambda row, key=key: row[key] is not None, f"no {view} film on disk")
+    if not studies.rows:
+        reasons = ", ".join(f"{n} {reason}" for reason, n in studies.left_out.items())
         raise InputError(
-            f"no study of {folder} is left ({', '.join(f'{n} {reason}' for reason, n in left_out.items())}); put the"
-            f" films into {folder / IMAGE_FOLDERS[0]}, or allow missing images for work on texts"
+            f"no study of {folder} is left ({reasons}); put the films into {folder / IMAGE_FOLDERS[0]}, or allow"
+            " missing images for work on texts"
         )
-    version = (
-        f"section {section}, split {split or 'none'}{f' with seed {seed}' if split == 'patient' else ''}, reports from"
-        f" {read[0].name}"
-    )
-    digests = {path.name: downloads.sha256_of(path) for path in read if path.is_file()}
-    official = bool(digests) and all(KNOWN.get(name) == digest for name, digest in digests.items())
-    return RowSet("iu_xray", rows, version, left_out, digests, official, str(folder), {"films": films})
+    with_seed = f" with seed {seed}" if split == "patient" else ""
+    studies.version = f"section {section}, split {split or 'none'}{with_seed}, reports from {read[0].name}"
+    studies.sha256 = {path.name: downloads.sha256_of(path) for path in read if path.is_file()}
+    studies.official = studies.sha256 != {} and studies.sha256.items() <= KNOWN.items()
+    return studies
 
 
 def find_iu_xray(data_dir):
@@ -137,11 +135,8 @@ def read_reports(folder, reports="auto"):
     """-> (rows without split and paths, ordered by uid as the CSV is; the files read)."""
     if reports not in ("auto", "csv", "xml"):
         raise InputError(f"IU X-ray reports are read from csv or xml, not from {reports}")
-    if reports == "auto":
-        reports = "csv" if (folder / "indiana_reports.csv").exists() else "xml"
-    projections = folder / "indiana_projections.csv"
-    if reports == "csv":
-        path = folder / "indiana_reports.csv"
+    path, projections = folder / "indiana_reports.csv", folder / PROJECTIONS
+    if reports == "csv" or (reports == "auto" and path.exists()):
         return read_csv_reports(path, projections), [path, projections]
     path = next((folder / name for name in (REPORTS, "ecgen-radiology") if (folder / name).exists()), None)
     if path is None:
@@ -149,42 +144,44 @@ def read_reports(folder, reports="auto"):
             f"{folder} has neither {REPORTS} nor ecgen-radiology; fetch {ADDRESS}{REPORTS} and put it there"
         )
     rows = read_xml_reports(path)
-    if projections.is_file():
-        projection_of = {
-            plain_name(line["filename"]): line["projection"]
-            for line in read_csv(projections, ("uid", "filename", "projection"))
-        }
-        for row in rows:
-            for image in row["images"]:
-                image["projection"] = projection_of.get(plain_name(image["name"]))
-    return rows, [path, projections] if projections.is_file() else [path]
+    if not projections.is_file():
+        return rows, [path]
+    films = [film for films in read_projections(projections).values() for film in films]
+    projection_of = {plain_name(name): projection for name, projection in films}
+    for image in (image for row in rows for image in row["images"]):
+        image["projection"] = projection_of.get(plain_name(image["name"]))
+    return rows, [path, projections]
 
 
 def make_row(uid, mesh, texts, images):
     """A row as far as the report file tells. texts: findings, impression, ...; images: [(name, projection)]."""
     row = {"dataset": "iu_xray", "uid": uid, "patient": str(uid), "split": None, "section": None, "report": None}
-    row |= {name: (texts.get(name) or "").strip() for name in ("findings", "impression", "indication", "comparison")}
+    row |= {name: text_of(texts.get(name)) for name in ("findings", "impression", "indication", "comparison")}
     row |= {"mesh": mesh, "problems": [term.split("/")[0] for term in mesh], "normal": mesh == ["normal"]}
-    return row | {
-        "image_path": None,
-        "lateral_path": None,
-        "images": [{"name": name, "projection": p, "path": None} for name, p in images],
-    }
+    row |= {"image_path": None, "lateral_path": None}
+    return row | {"images": [{"name": name, "projection": p, "path": None} for name, p in images]}
 
 
 def read_csv_reports(reports_path, projections_path):
-    images = {}
-    for line in read_csv(projections_path, ("uid", "filename", "projection")):
-        images.setdefault(line["uid"], []).append((line["filename"], line["projection"]))
+    films = read_projections(projections_path)
+    names = ("uid", "MeSH", "Problems", "indication", "comparison", "findings", "impression")
     rows = []
-    for line in read_csv(
-        reports_path, ("uid", "MeSH", "Problems", "indication", "comparison", "findings", "impression")
-    ):
+    for line in read_csv(reports_path, names):
         # "#NAME?" is what a spreadsheet made of three indications that begin with + or -
         texts = {name: "" if text == "#NAME?" else text for name, text in line.items()}
-        mesh = [term for term in line["MeSH"].split(";") if term]
-        rows.append(make_row(uid_of(line["uid"], reports_path), mesh, texts, images.get(line["uid"], [])))
+        mesh = [term for term in line["MeSH"].split(";") if text_of(term)]
+        uid = uid_of(line["uid"], reports_path)
+        rows.append(make_row(uid, mesh, texts, films.get(uid, [])))
     return no_repeated_uid(rows, reports_path)
+
+
+def read_projections(path):
+    """indiana_projections.csv -> {uid: [(name of a film, "Frontal" or "Lateral")]}."""
+    films = {}
+    for line in read_csv(path, ("uid", "filename", "projection")):
+        name, projection = base_name(line["filename"]), line["projection"].strip().capitalize()
+        films.setdefault(uid_of(line["uid"], path), []).append((name, projection))
+    return films
 
 
 def read_csv(path, columns):
@@ -202,10 +199,11 @@ def read_csv(path, columns):
         raise InputError(f"{path} cannot be read as CSV ({error})") from error
 
 
-def uid_of(text, path):
-    match = re.fullmatch(r"(?:CXR)?(\d+)", text.strip())
+def uid_of(value, path):
+    """7, "7", " 7", "7.0" or "CXR7" -> 7."""
+    match = re.fullmatch(r"(?:CXR)?(\d+)(?:\.0*)?", str(value).strip(), re.IGNORECASE)
     if match is None:
-        raise InputError(f"{path} has the uid {text!r}; a uid is a whole number")
+        raise InputError(f"{path} has the uid {value!r}; a uid is a whole number")
     return int(match[1])
 
 
@@ -240,12 +238,10 @@ def parse_xml(data, path):
     try:
         root = ElementTree.fromstring(data)
         texts = {part.get("Label", "").lower(): "".join(part.itertext()) for part in root.iter("AbstractText")}
-        mesh = [
-            term.text for term in root.iterfind("MeSH/major") if term.text
-        ]  # <automatic> holds words a program found
+        mesh = [term.text for term in root.iterfind("MeSH/major") if term.text]  # <automatic>: words a program found
         images = [(image.get("id"), None) for image in root.iterfind("parentImage")]
         return make_row(uid_of(root.find("uId").get("id"), path), mesh, texts, images)
-    except (ElementTree.ParseError, AttributeError) as error:
+    except (ElementTree.ParseError, AttributeError, LookupError, ValueError) as error:  # the latter: of its encoding
         raise InputError(f"{path} is not a report of the Open-i collection ({error})") from error
 
 
@@ -258,7 +254,7 @@ def plain_name(name):
     "CXR2_IM-0652-1001.png" (Open-i) and "CXR2_IM-0652-1001" (XML) are one film. Open-i repeats the uid in study 1:
     CXR1_1_IM-0001-3001.
     """
-    name = re.sub(r"(\.dcm)?(\.(png|jpg|jpeg))?$", "", Path(name).name, flags=re.IGNORECASE).removeprefix("CXR")
+    name = re.sub(r"(\.dcm)?(\.(png|jpg|jpeg))?$", "", base_name(name), flags=re.IGNORECASE).removeprefix("CXR")
     return re.sub(r"^(\d+)_\1_", r"\1_", name)
 
 
@@ -266,60 +262,53 @@ def add_image_paths(rows, folder, image_folder=None):
     """Fill in the paths from the one image folder that has most of the films; returns "<folder>: n of N" for people."""
     if image_folder is not None and not (folder / image_folder).is_dir():
         raise InputError(f"there is no image folder {folder / image_folder}")
-    wanted = {plain_name(image["name"]) for row in rows for image in row["images"]}
+    films = [image for row in rows for image in row["images"]]
+    wanted = {plain_name(image["name"]) for image in films}
     best, found = None, {}
-    for name in (
-        IMAGE_FOLDERS if image_folder is None else [image_folder]
-    ):  # never two: they differ in size and in shape
+    for name in [image_folder] if image_folder else IMAGE_FOLDERS:  # never two: they differ in size and in shape
         if (folder / name).is_dir():
-            here = {
-                plain_name(path.name): path
-                for path in sorted((folder / name).iterdir())
-                if path.suffix.lower() in (".png", ".jpg", ".jpeg")
-            }
+            files = [path for path in sorted((folder / name).iterdir()) if not path.name.startswith(".")]
+            here = {plain_name(path): path for path in files if path.suffix.lower() in (".png", ".jpg", ".jpeg")}
             here = {key: here[key] for key in here.keys() & wanted}
             if best is None or len(here) > len(found):
                 best, found = name, here
+    for image in films:
+        image["path"] = found.get(plain_name(image["name"]))
     for row in rows:
-        for image in row["images"]:
-            image["path"] = found.get(plain_name(image["name"]))
         for key, projection in (("image_path", "Frontal"), ("lateral_path", "Lateral")):
-            row[key] = next(
-                (image["path"] for image in row["images"] if image["projection"] == projection and image["path"]), None
-            )
+            paths = [image["path"] for image in row["images"] if image["projection"] == projection and image["path"]]
+            row[key] = paths[0] if paths else None
     return f"{best}: {len(found)} of {len(wanted)}" if best else "none"
 
 
-# -------------------------------------------------------------------------------------------------- splits and cleaning
+# ----------------------------------------------------------------------------------------------- split and gold labels
 
 
 def r2gen_split(folder):
     """{uid: split} of R2Gen: 2,069 / 296 / 590 studies, those with two or more films and findings."""
-    if (folder / "r2gen_split_uids.json").is_file():
-        path = folder / "r2gen_split_uids.json"
-        uids = read_json(path)
-    elif (folder / "annotation.json").is_file():
-        path = folder / "annotation.json"
-        uids = read_json(path)
-        try:  # "CXR2384_IM-0942": the number is the uid
-            uids = {
-                split: [int(re.match(r"CXR(\d+)_", study["id"])[1]) for study in studies]
-                for split, studies in uids.items()
-            }
-        except (TypeError, KeyError, AttributeError) as error:
-            raise InputError(
-                f"{path} is not R2Gen's file: its studies must have an id such as CXR2384_IM-0942"
-            ) from error
-    else:
+    path = next((p for p in (folder / "r2gen_split_uids.json", folder / "annotation.json") if p.is_file()), None)
+    if path is None:
         raise InputError(
             f"the R2Gen split needs annotation.json of R2Gen (https://github.com/zhjohnchan/R2Gen) in {folder}; or"
             " split by patient"
         )
-    if not isinstance(uids, dict) or set(uids) != {"train", "val", "test"}:
+    found, split_of, double = read_json(path), {}, []
+    try:
+        for split, studies in found.items():
+            for study in studies:  # 2384, or {"id": "CXR2384_IM-0942", ...}: the number is the uid
+                uid = study["id"].split("_")[0] if path.name == "annotation.json" else study
+                if path.name == "annotation.json" and not uid.startswith("CXR"):
+                    raise KeyError(uid)
+                double += [uid] * (uid_of(uid, path) in split_of)
+                split_of[uid_of(uid, path)] = split
+    except (TypeError, KeyError, AttributeError) as error:
+        raise InputError(
+            f"{path} is not R2Gen's file: its studies must have an id such as CXR2384_IM-0942, or be uids"
+        ) from error
+    if set(found) != {"train", "val", "test"}:
         raise InputError(f"{path} must hold the splits train, val and test")
-    split_of = {uid: split for split, members in uids.items() for uid in members}
-    if len(split_of) != sum(len(members) for members in uids.values()):
-        raise InputError(f"{path} has a study in two splits")
+    if double:
+        raise InputError(f"{path} has a study in two splits: {double[0]}")
     return split_of
 
 
@@ -344,7 +333,7 @@ def load_negbio_test_uids(data_dir):
     path = find_iu_xray(data_dir) / "labels" / "openi_testset_ids.txt"
     if not path.is_file():
         raise InputError(f"{path} is missing")
-    return [uid_of(line, path) for line in path.read_text(encoding="utf-8").split()]
+    return [uid_of(line, path) for line in path.read_text(encoding="utf-8-sig").split()]
 
 
 # --------------------------------------------------------------------------------------------------- download and audit
@@ -361,11 +350,8 @@ def download(data_dir, images=False):
         archive = downloads.fetch(ADDRESS + FILMS, folder / FILMS)
         downloads.unpack(archive, folder / "NLMCXR_png")
         archive.unlink()
-    if not (folder / "indiana_projections.csv").is_file():
-        print(
-            f"which film is frontal stands in indiana_projections.csv only: get it from {CSV_ADDRESS} and put it into"
-            f" {folder}"
-        )
+    if not (folder / PROJECTIONS).is_file():
+        print(f"which film is frontal stands in {PROJECTIONS} only: get it from {CSV_ADDRESS} and put it into {folder}")
     return folder
 
 
@@ -382,19 +368,10 @@ def audit(data_dir, allow_missing_images=False, hash_images=False):
         "cleaned test reports that occur in train": seen(test, train, ("report",), clean_r2gen),
         "cleaned val reports that occur in train": seen(val, train, ("report",), clean_r2gen),
         "cleaned test reports": repeats(test, ("report",), clean_r2gen),
-        "cleaned test reports with xxxx": {
-            "rows": len(ids := [id_of(row) for row in test if "xxxx" in clean_r2gen(row["report"])]),
-            "ids": ids,
-        },
+        "cleaned test reports with xxxx": counted([id_of(r) for r in test if "xxxx" in clean_r2gen(r["report"])]),
     }
     if hash_images:
-        images = similar_images(
-            {image["name"]: image["path"] for row in studies.rows for image in row["images"] if image["path"]}
-        )
-        split_of = {image["name"]: row["split"] for row in studies.rows for image in row["images"]}
-        found["films"] = images | {
-            "similar across splits": [
-                group for group in images["similar"] if len({split_of[name] for name in group}) > 1
-            ]
-        }
+        films = [(image["name"], row["split"], image["path"]) for row in studies.rows for image in row["images"]]
+        paths = {name: path for name, _, path in films if path}
+        found["films"] = similar_across_splits([film[:2] for film in films], paths)
     return found
