@@ -1,8 +1,12 @@
 """The plain way, as the tests' reference: the processor's own chat template and tensors, one whole text per row."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import torch
 from PIL import Image
+
+from shared.models.inputs import continuation
 
 
 def as_picture(image):
@@ -24,6 +28,38 @@ def plain_inputs(vlm, texts, images=None, system=None):
     ).to(vlm.device)  # fmt: skip
 
 
+def build_inputs(vlm, texts, images=None, answers=None):
+    """
+    plain_inputs as `tensors`, with answers also their labels (-100 in front of an answer); and where the image tokens
+    are: image_positions[case][image]: columns of its tokens; length: columns of the batch.
+    """
+    tensors = dict(plain_inputs(vlm, texts, images))
+    if answers is not None:
+        rows = [continuation(vlm, answer, end=True)[0] for answer in answers]
+        longest, start = max(map(len, rows)), tensors["input_ids"].shape[1]
+        new = {
+            name: torch.zeros(len(texts), longest + start, dtype=torch.long) for name in tensors if "pixel" not in name
+        }
+        new = {name: value for name, value in new.items() if "grid" not in name}
+        labels = torch.full((len(texts), longest + start), -100)
+        for i, row in enumerate(rows):  # shifted to the right, so that all texts end together
+            gap = longest - len(row)
+            for name in new:
+                new[name][i, gap : gap + start] = tensors[name][i]
+            new["input_ids"][i, :gap] = vlm.tokenizer.pad_token_id
+            new["input_ids"][i, gap + start :] = labels[i, gap + start :] = torch.tensor(row)
+            new["attention_mask"][i, gap + start :] = 1
+        tensors |= new | {"labels": labels}
+    is_image = (tensors["input_ids"] == vlm.image_token_id) & tensors["attention_mask"].bool()
+    counts = [
+        len(case) if isinstance(case, (list, tuple)) else int(case is not None)
+        for case in images or [None] * len(texts)
+    ]
+    columns = [row.nonzero()[:, 0] for row in is_image]
+    where = [list(c.chunk(n)) if n else [] for c, n in zip(columns, counts, strict=True)]  # images of one size
+    return SimpleNamespace(tensors=tensors, image_positions=where, length=tensors["input_ids"].shape[1])
+
+
 def plain_logprobs(vlm, text, image, ids, temperature=1.0, suppress=()):
     """log-probabilities (T,) and entropies (T,) of `ids` after one prompt, by one forward pass over all of it."""
     inputs = plain_inputs(vlm, [text], [image])
@@ -41,8 +77,8 @@ def plain_logprobs(vlm, text, image, ids, temperature=1.0, suppress=()):
 
 def generate(vlm, texts, images=None, max_new_tokens=20):
     """Greedy texts by transformers' own generate()."""
-    inputs = plain_inputs(vlm, texts, images)
+    inputs = build_inputs(vlm, texts, images)
     with torch.inference_mode():
-        out = vlm.model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
-    new = out[:, inputs["input_ids"].shape[1] :]
+        out = vlm.model.generate(**inputs.tensors, do_sample=False, max_new_tokens=max_new_tokens)
+    new = out[:, inputs.length :]
     return [text.strip() for text in vlm.tokenizer.batch_decode(new, skip_special_tokens=True)]

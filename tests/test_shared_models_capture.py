@@ -3,10 +3,10 @@
 import shared  # noqa: F401, isort: skip  # before transformers
 import pytest
 import torch
+from plain_forward import build_inputs
 
 from shared.models import capture as capture_module
 from shared.models.capture import AttentionCapture, language_model
-from shared.models.inputs import build_inputs
 from shared.models.loading import add_lora, load_vlm
 from shared.models.tiny import tiny_folder
 from shared.phantom import phantom_study
@@ -22,7 +22,7 @@ def cache(tmp_path_factory):
         yield
 
 
-@pytest.fixture(scope="module", params=["gemma3", "qwen2vl", "llava"])
+@pytest.fixture(scope="module", params=["gemma3", "qwen2vl", "qwen25vl", "qwen3vl", "llava"])
 def pair(request, cache):
     """The same model twice: with sdpa, and with eager attention to compare with."""
     sizes = dict(sliding_window=WINDOW) if request.param == "gemma3" else {}

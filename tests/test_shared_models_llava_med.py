@@ -9,13 +9,14 @@ import re
 import numpy as np
 import pytest
 import torch
+from plain_forward import build_inputs
 from safetensors.torch import load_file, save_file
 from transformers import Dinov2Config, Dinov2Model, LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 from shared.models import llava_med, memory
-from shared.models.inputs import build_inputs
 from shared.models.llava_med import convert, load_tokenizer, main, make_config, new_names, read_sentencepiece
 from shared.models.loading import load_vlm
+from shared.models.passes import make_prompts
 from shared.models.tiny import byte_bpe
 from shared.phantom import phantom_study
 from shared.runtime import InputError, read_json, write_json
@@ -150,9 +151,8 @@ def test_llava_med_is_loaded_with_its_own_weights(llava_med_folder):
     assert state.keys() == model.state_dict().keys() and all(
         torch.equal(state[n], w) for n, w in model.state_dict().items()
     )
-    assert vlm.processor.image_processor.do_pad and build_inputs(vlm, ["a"], [np.zeros((40, 90), np.uint8)]).grids == [
-        [(4, 4)]
-    ]
+    grids = make_prompts(vlm, ["a"], [np.zeros((40, 90), np.uint8)])[0].grids
+    assert vlm.processor.image_processor.do_pad and grids == ((4, 4),)
 
 
 def test_llava_med_in_four_bits(llava_med_folder):
@@ -337,9 +337,8 @@ def test_llava_rad_is_put_together(llava_rad, tmp_path):
     folder, base, model = llava_rad
     vlm = load_vlm(str(convert(folder, tmp_path / "rad", base=base)))
     torch.testing.assert_close(logits(vlm), logits(vlm, model), atol=1e-5, rtol=1e-4)
-    assert vlm.config.vision_config.model_type == "dinov2" and build_inputs(
-        vlm, ["a"], [np.zeros((40, 90), np.uint8)]
-    ).grids == [[(4, 4)]]
+    grids = make_prompts(vlm, ["a"], [np.zeros((40, 90), np.uint8)])[0].grids
+    assert vlm.config.vision_config.model_type == "dinov2" and grids == ((4, 4),)
     assert not getattr(vlm.processor.image_processor, "do_pad", False)  # the central square, not a padded one
     prompt = vlm.processor.apply_chat_template(
         [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Normal?"}]}], tokenize=False

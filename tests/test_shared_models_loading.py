@@ -9,19 +9,20 @@ from types import SimpleNamespace
 import bitsandbytes as bnb
 import pytest
 import torch
+from plain_forward import build_inputs
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RemoteEntryNotFoundError
 from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, SiglipVisionModel, T5ForConditionalGeneration
 
-from shared.models import loading, memory
-from shared.models.inputs import build_inputs
-from shared.models.loading import add_lora, choose_dtype, count_parameters, find_model, load_part, load_vlm
+from shared.models import hub, loading, memory
+from shared.models.loading import add_lora, choose_dtype, count_parameters, find_model, load_part, load_vlm, save_vlm
+from shared.models.loading import unfreeze
 from shared.models.tiny import tiny_folder
 from shared.phantom import phantom_study
 from shared.runtime import InputError, read_json, write_json
 
-VLMS = ("gemma3", "qwen2vl", "llava")
+VLMS = tuple(hub.FAMILIES)
 SMALL = dict(layers=2, vision_layers=2)
 
 
@@ -172,7 +173,7 @@ def test_lora_learns_and_leaves_the_base_untouched(family, quant, tmp_path):
 
     vlm.model.eval()
     expected = logits(vlm)
-    vlm.model.save_pretrained(tmp_path / "adapter")
+    save_vlm(vlm, tmp_path / "adapter")
     again = load_vlm(vlm.name, quant=quant, adapter=tmp_path / "adapter")
     assert torch.equal(logits(again), expected) and again.adapter.endswith("adapter")
     assert not any(p.requires_grad for n, p in again.model.named_parameters() if "lora_" in n)
@@ -195,19 +196,126 @@ def test_the_processor_beside_an_adapter_is_taken(tmp_path):
     assert again.tokenizer.padding_side == "left"
 
 
-def test_adapters_that_do_not_fit(tmp_path):
-    small = str(tiny_folder("tiny:qwen2vl", **SMALL))
-    vlm = add_lora(load_vlm(small), rank=4)
-    vlm.model.save_pretrained(tmp_path / "adapter")
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory, cache):
+    """-> (name of a model, folder of an adapter trained on it)."""
+    name = str(tiny_folder("tiny:qwen2vl", **SMALL))
+    folder = tmp_path_factory.mktemp("trained") / "adapter"
+    save_vlm(add_lora(load_vlm(name), rank=4), folder)
+    return name, folder
+
+
+def test_adapters_that_do_not_fit(adapter, tmp_path):
+    name, folder = adapter
     other = str(tiny_folder("tiny:qwen2vl", hidden=64, mlp=128, heads=2, kv_heads=1, **SMALL))
+    again = str(tiny_folder("tiny:qwen2vl", seed=1, **SMALL))  # equal shapes, other numbers
+    for model in (other, again):
+        with pytest.raises(InputError, match="was trained on other weights than those of .*: give --model the one"):
+            load_vlm(model, adapter=folder)
+    bare = shutil.copytree(folder, tmp_path / "bare")
+    (bare / "base.json").unlink()  # an adapter from elsewhere has none
+    assert torch.equal(logits(load_vlm(name, adapter=bare)), logits(load_vlm(name)))  # a new adapter changes nothing
     with pytest.raises(InputError, match="the adapter .* does not fit .*: give --model the one it was trained on"):
-        load_vlm(other, adapter=tmp_path / "adapter")
+        load_vlm(other, adapter=bare)
     with pytest.raises(InputError, match="there is no adapter folder"):
-        load_vlm(small, adapter=tmp_path / "nowhere")
+        load_vlm(name, adapter=tmp_path / "nowhere")
     with pytest.raises(InputError, match="holds no adapter: there is no adapter_config.json"):
-        load_vlm(small, adapter=small)
+        load_vlm(name, adapter=name)
     with pytest.raises(InputError, match="holds an adapter, not a model: .* this folder with --adapter"):
-        load_vlm(str(tmp_path / "adapter"))
+        load_vlm(str(folder))
+    (bare / "adapter_model.safetensors").unlink()
+    with pytest.raises(InputError, match="holds no adapter: there is no adapter_model.safetensors"):
+        load_vlm(name, adapter=bare)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: {"x." + key: value for key, value in w.items()}, "28 missing keys, the first is base_model"),
+        (lambda w: dict(list(w.items())[1:]), "1 missing keys"),
+        (lambda w: w | {"base_model.model.more.lora_A.weight": torch.zeros(2, 2)}, "1 unexpected keys"),
+        (lambda w: {key: value * torch.nan for key, value in w.items()}, "numbers that are not finite"),
+    ],
+)
+def test_weights_of_an_adapter_are_checked(adapter, tmp_path, change, message):
+    name, folder = adapter
+    file = shutil.copytree(folder, tmp_path / "copy") / "adapter_model.safetensors"
+    save_file(change(load_file(file)), file, {"format": "pt"})
+    with pytest.raises(InputError, match=message):
+        load_vlm(name, adapter=file.parent)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"peft_type": "FOO"}, {"peft_type": None}, {"r": -1}, {"r": "many"}, {"target_modules": None}, {"r": 10**12}, []],
+    ids=str,
+)
+def test_settings_of_an_adapter_are_checked(adapter, tmp_path, change):
+    name, folder = adapter
+    file = shutil.copytree(folder, tmp_path / "copy") / "adapter_config.json"
+    write_json(file, read_json(file) | change if change else change)
+    with pytest.raises(InputError, match="does not fit") as stop:
+        load_vlm(name, adapter=file.parent)
+    assert "\n" not in str(stop.value)
+
+
+def test_pickled_weights_are_not_run(adapter, copied, tmp_path):
+    name, folder = adapter
+    folder = shutil.copytree(folder, tmp_path / "copy")
+    (folder / "adapter_model.safetensors").unlink()
+    torch.save({"x": print}, folder / "adapter_model.bin")
+    with pytest.raises(InputError, match="does not fit .*Weights only load failed"):
+        load_vlm(name, adapter=folder)
+    (copied / "model.safetensors").unlink()
+    torch.save({"x": print, "filler": torch.zeros(10**6)}, copied / "pytorch_model.bin")
+    with pytest.raises(InputError, match="are damaged or cut short|no weights that can be read"):
+        load_vlm(str(copied))
+
+
+def test_lora_on_any_module():
+    """SigLIP's attention, and T5's decoder alone: its encoder is not used where image tokens take its place."""
+    vision = add_lora(load_part(SiglipVisionModel, "tiny:siglip", unused_weights=True), 4, layers=r".*(q_proj|v_proj)")
+    t5 = add_lora(load_part(T5ForConditionalGeneration, "tiny:t5"), 4, layers=r".*decoder.*\.(q|v)", dropout=0.0)
+    for model, layers, lacks in ((vision, 4 * 2, "k_proj"), (t5, 3 * 2 * 2, "encoder.block")):
+        names = [n for n, p in model.named_parameters() if p.requires_grad]
+        assert len(names) == 2 * layers and all("lora_" in n for n in names) and not any(lacks in n for n in names)
+    everywhere = add_lora(load_part(T5ForConditionalGeneration, "tiny:t5"), 4)
+    assert count_parameters(everywhere, trainable=True) > count_parameters(t5, trainable=True)
+    assert not any("lm_head" in n for n, p in everywhere.named_parameters() if p.requires_grad)
+    states = vision(pixel_values=torch.rand(1, 3, 112, 112)).last_hidden_state  # tiny: both are 128 wide
+    t5(encoder_outputs=(states,), labels=torch.tensor([[5, 1]])).loss.backward()
+    for model in (vision, t5):
+        assert any(p.grad is not None and p.grad.any() for p in model.parameters())
+        assert all(p.grad is None for n, p in model.named_parameters() if "lora_" not in n)
+    with pytest.raises(InputError, match="LoRA cannot be put on nothing"):
+        add_lora(load_part(AutoModel, "tiny:bert"), layers="nothing")
+
+
+def test_unfreeze(family, tmp_path):
+    vlm = load_vlm(str(tiny_folder("tiny:" + family, **SMALL)))
+    parts = {}
+    for part in ("tower", "projector", "language"):
+        vlm.model.requires_grad_(False)
+        found = unfreeze(vlm, part)
+        parts[part] = {n for n, p in vlm.model.named_parameters() if p.requires_grad}
+        assert len(found) == len(parts[part]) > 0
+    every = [n for n, _ in vlm.model.named_parameters()]
+    assert sorted(n for names in parts.values() for n in names) == sorted(every)  # each in exactly one part
+    assert all(n.startswith(vlm.spec.projector) for n in parts["projector"])
+    add_lora(vlm, rank=4)
+    unfreeze(vlm, "projector")  # also beside an adapter, and below peft's wrapper
+    assert count_parameters(vlm.model, trainable=True) > count_parameters(add_lora(vlm, rank=4).model, trainable=True)
+    with pytest.raises(InputError, match="has no part 'head'; there are tower, projector, language"):
+        unfreeze(vlm, "head")
+
+
+def test_what_unfreeze_cannot_do(tmp_path):
+    vlm = add_lora(load_vlm(str(tiny_folder("tiny:llava", **SMALL)), quant="nf4"), rank=4)
+    with pytest.raises(InputError, match="--quant nf4 holds the language in whole numbers"):
+        unfreeze(vlm, "language")
+    unfreeze(vlm, "projector")
+    with pytest.raises(ValueError, match="the other trained parameters would be lost"):
+        save_vlm(vlm, tmp_path / "adapter")
 
 
 # --- dtype ---
@@ -238,6 +346,19 @@ def test_dtype_without_gpu():
     assert choose_dtype("gemma3", "cpu", 4e9)[0] == torch.bfloat16
     with pytest.raises(InputError, match="Gemma 3 overflows in float16"):
         load_vlm("tiny:gemma3", dtype="float16")
+    with pytest.raises(InputError, match="--dtype float16 is for GPUs: .* use float32 or bfloat16"):
+        load_vlm("tiny:qwen2vl", dtype=torch.float16)
+    with pytest.raises(InputError, match="there is no --dtype int8; there are auto, float32, bfloat16, float16"):
+        load_vlm("tiny:qwen2vl", dtype="int8")
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [("cuda:99", "torch sees .* so there is no cuda:99"), ("gpu", "there is no device gpu: use cpu, cuda, mps")],
+)
+def test_devices_that_are_not_there(device, message):
+    with pytest.raises(InputError, match=message):
+        load_vlm("tiny:qwen2vl", device=device)
 
 
 # --- refusals ---
@@ -274,7 +395,7 @@ def test_models_that_cannot_be_had(monkeypatch, capsys, error, message):
         raise error
 
     monkeypatch.setenv("HF_TOKEN", "hf_secret_of_the_user")
-    monkeypatch.setattr(loading, "hf_hub_download", download)
+    monkeypatch.setattr(hub, "hf_hub_download", download)
     with pytest.raises(InputError, match=message) as stop:
         load_vlm("google/medgemma-4b-it")
     assert "\n" not in str(stop.value) and "hf_secret" not in str(stop.value) + capsys.readouterr().out
@@ -285,7 +406,7 @@ def test_offline_is_named(monkeypatch):
         raise LocalEntryNotFoundError("offline")
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(loading, "hf_hub_download", download)
+    monkeypatch.setattr(hub, "hf_hub_download", download)
     with pytest.raises(
         InputError,
         match="Qwen/Qwen2-VL-2B-Instruct is not on this computer and HF_HUB_OFFLINE is set: fetch it elsewhere",
@@ -293,9 +414,9 @@ def test_offline_is_named(monkeypatch):
         find_model("Qwen/Qwen2-VL-2B-Instruct")
 
 
-@pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "just_a_word", "a/b/c"])
+@pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "just_a_word", "a/b/c", "a" * 5000, "~nobody/x"])
 def test_folders_that_are_not_there(name):
-    with pytest.raises(InputError, match=f"there is no model folder {name}"):
+    with pytest.raises(InputError, match=f"there is no model folder {name[:200]}"):
         find_model(name)
 
 
@@ -303,9 +424,9 @@ def test_the_same_command_with_tiny(monkeypatch):
     monkeypatch.setattr(
         "sys.argv", ["task2_report/train.py", "--model", "google/medgemma-4b-it", "--epochs", "3", "--base_model=x"]
     )
-    assert loading.try_tiny() == "; to try the same without it: python task2_report/train.py --epochs 3 --model tiny"
+    assert hub.try_tiny() == "; to try the same without it: python task2_report/train.py --epochs 3 --model tiny"
     monkeypatch.setattr("sys.argv", ["-c"])
-    assert loading.try_tiny() == "; --model tiny works without it"
+    assert hub.try_tiny() == "; --model tiny works without it"
 
 
 @pytest.fixture
@@ -337,6 +458,49 @@ def test_text_only_and_unknown_models(copied):
         load_vlm(str(copied))
     (copied / "config.json").unlink()
     with pytest.raises(InputError, match="holds no model: there is no config.json"):
+        load_vlm(str(copied))
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ([], [], "is not a model's configuration: it holds a list"),
+        (["_attn_implementation"], "owner/kernel", "asks for owner/kernel .*never fetched or run"),
+        (["text_config", "_attn_implementation"], "paged|owner/kernel", "never fetched or run"),
+        (["vision_config", "attn_implementation"], {"": "kernels-community/x"}, "never fetched or run"),
+        (["text_config", "num_hidden_layers"], 10**9, "cannot be right: num_hidden_layers is 1000000000"),
+        (["text_config", "hidden_size"], -5, "cannot be right: hidden_size is -5"),
+        (["text_config", "hidden_size"], 999_936, "describes .* parameters, and its weights are"),
+        (["text_config", "hidden_size"], "big", "no model can be built after its config.json"),
+        (["text_config", "num_attention_heads"], 7, "no model can be built after its config.json"),
+        (["text_config"], [1], "no model can be built after its config.json"),
+        (["image_token_index"], 3, "tokenizer and config.json have different image tokens"),
+        (["quantization_config"], [1], r"weights quantised by \[1\] are not supported"),
+    ],
+)
+def test_configurations_that_cannot_be_right(copied, monkeypatch, path, value, message):
+    monkeypatch.setattr("transformers.integrations.hub_kernels.get_kernel", None)  # would fail another way
+    config = read_json(copied / "config.json")
+    if path:
+        inner = config
+        for key in path[:-1]:
+            inner = inner[key]
+        inner[path[-1]] = value
+    write_json(copied / "config.json", config if path else value)
+    with pytest.raises(InputError, match=message) as stop:
+        load_vlm(str(copied))
+    assert "\n" not in str(stop.value)
+
+
+def test_other_files_that_cannot_be_right(copied):
+    (copied / "generation_config.json").write_text('{"eos_token_id": "x"}')
+    with pytest.raises(InputError, match="has no token that ends a text: eos_token_id in generation_config.json is"):
+        load_vlm(str(copied))
+    (copied / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/else", "peft_type": "LORA"}')
+    with pytest.raises(InputError, match="holds a model and an adapter: move the adapter to a folder of its own"):
+        load_vlm(str(copied))
+    (copied / "chat_template.jinja").write_text("{% bad")
+    with pytest.raises(InputError, match="the chat template of .* cannot be used"):
         load_vlm(str(copied))
 
 
@@ -393,20 +557,16 @@ def test_a_layer_that_cannot_hold_four_bits(monkeypatch):
         load_vlm("tiny:qwen2vl", quant="nf4")
 
 
-def test_too_little_memory_is_said_before(monkeypatch, capsys):
+def test_too_little_memory_is_said_before(monkeypatch):
     layout = memory.read_layout("google/medgemma-4b-it")
+    told = ("google/medgemma-4b-it", layout)
     monkeypatch.setattr(memory, "free_bytes", lambda device: 6 * 2**30)
-    memory.warn_if_too_large("google/medgemma-4b-it", layout, "none", "cpu", torch.bfloat16)
-    printed = capsys.readouterr().out
-    assert (
-        printed.startswith("WARNING: google/medgemma-4b-it will need about")
-        and "6.0 GiB are free on cpu; --quant int8 would fit" in printed
-    )
-    memory.warn_if_too_large("google/medgemma-4b-it", layout, "nf4", "cpu", torch.bfloat16)
-    assert capsys.readouterr().out == ""
+    said = memory.too_large(*told, "none", "cpu", torch.bfloat16)
+    assert said.startswith("WARNING: google/medgemma-4b-it will need about")
+    assert said.endswith("6.0 GiB are free on cpu; --quant int8 would fit")
+    assert memory.too_large(*told, "nf4", "cpu", torch.bfloat16) == ""
     monkeypatch.setattr(memory, "free_bytes", lambda device: 2**30)
-    memory.warn_if_too_large("google/medgemma-4b-it", layout, "nf4", "cpu", torch.bfloat16)
-    assert "no setting of these scripts fits" in capsys.readouterr().out
+    assert "no setting of these scripts fits" in memory.too_large(*told, "nf4", "cpu", torch.bfloat16)
 
 
 # --- single encoders and decoders ---

@@ -8,18 +8,20 @@ import time
 import numpy as np
 import pytest
 import torch
+from plain_forward import build_inputs, generate
 from transformers import AutoModel, AutoModelForImageTextToText, AutoModelForSeq2SeqLM, AutoProcessor, AutoTokenizer
 from transformers import SiglipVisionModel
 
-from shared.models.inputs import build_inputs, generate_text
-from shared.models.loading import load_vlm
+from shared.models.loading import FAMILIES, load_vlm
 from shared.models.tiny import SIZES, cache_dir, is_tiny, phantom_text, tiny_folder
 from shared.runtime import InputError, read_json
 
-VLMS = ("gemma3", "qwen2vl", "llava")
+VLMS = tuple(FAMILIES)
 CLASSES = {
     "gemma3": "Gemma3ForConditionalGeneration",
     "qwen2vl": "Qwen2VLForConditionalGeneration",
+    "qwen25vl": "Qwen2_5_VLForConditionalGeneration",
+    "qwen3vl": "Qwen3VLForConditionalGeneration",
     "llava": "LlavaForConditionalGeneration",
     "siglip": "SiglipModel",
     "t5": "T5ForConditionalGeneration",
@@ -121,7 +123,7 @@ def test_tokenizer_is_lossless_and_knows_the_answers(family):
         assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
     for answer in ("yes", "no"):
         assert len(tokenizer(answer, add_special_tokens=False)["input_ids"]) == 1
-    has_bos = family != "qwen2vl"  # Gemma's and Mistral's tokenizers put <bos> first, Qwen's has none
+    has_bos = not family.startswith("qwen")  # Gemma's and Mistral's tokenizers put <bos> first, Qwen's has none
     assert (tokenizer("yes")["input_ids"][0] == tokenizer.bos_token_id) == has_bos
 
 
@@ -221,10 +223,7 @@ def test_learns_what_only_the_image_tells(family):
             break
     vlm.model.eval()
     fresh = [rng.integers(low, low + 80, (112, 112), dtype=np.uint8) for low in (160, 10)]
-    assert loss < 0.05 and generate_text(vlm, build_inputs(vlm, ["Bright?"] * 2, fresh), max_new_tokens=3) == [
-        "yes",
-        "no",
-    ]
+    assert loss < 0.05 and generate(vlm, ["Bright?"] * 2, fresh, 3) == ["yes", "no"]
 
 
 def test_columns_of_image_tokens_can_be_told_apart():
@@ -272,7 +271,7 @@ def test_learns_left_from_right():
         optimizer.zero_grad(set_to_none=True)
     vlm.model.eval()
     images, answers = pictures(100)
-    said = generate_text(vlm, build_inputs(vlm, ["Left or right?"] * 100, images), max_new_tokens=3)
+    said = generate(vlm, ["Left or right?"] * 100, images, 3)
     assert np.mean([a == b for a, b in zip(said, answers, strict=True)]) > 0.8
 
 

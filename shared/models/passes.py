@@ -377,6 +377,12 @@ def sample(vlm, prompts, n=1, max_new_tokens=256, temperature=1.0, generator=Non
     return tuple([x[i : i + n] for i in range(0, len(x), n)] for x in (written, logps))
 
 
+def image_columns(vlm, prompts):
+    """Where the image tokens of each prompt are in the padded columns of sample() -> (P, most tokens), -1 behind the last."""
+    longest = max(map(len, prompts))
+    return padded([np.flatnonzero(p.ids == vlm.image_token_id) + longest - len(p) for p in prompts], -1)
+
+
 def write(vlm, prompts, max_new_tokens=256):
     """What the model most likely answers to each prompt -> texts without special tokens."""
     return [text_of(vlm, group[0]) for group in sample(vlm, prompts, 1, max_new_tokens)[0]]
@@ -391,9 +397,14 @@ def margin(vlm, prompts, yes=("yes", "Yes", "YES"), no=("no", "No", "NO"), start
     """
     ids, _ = continuation(vlm, start)
     found = {text: continuation(vlm, start + text)[0] for text in (*yes, *no)}
-    if not any(tokens[:-1] == ids for tokens in found.values()):
-        ids = ids[:-1]  # the blank that a template writes in front of an answer is part of the answer's first token
-    sides = [sorted({found[text][-1] for text in some if found[text][:-1] == ids}) for some in (yes, no)]
+
+    def single(before):
+        """Of yes and of no: the tokens that follow these, each a spelling."""
+        return [sorted({found[text][-1] for text in some if found[text][:-1] == before}) for some in (yes, no)]
+
+    # a blank that the template writes in front of an answer may be part of the answer's first token
+    ids = max((ids, ids[:-1]), key=lambda before: (min(map(len, single(before))), sum(map(len, single(before)))))
+    sides = single(ids)
     longer = [text for text, tokens in found.items() if tokens[:-1] != ids]
     if not all(sides):
         raise InputError(
