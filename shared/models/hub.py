@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import shared  # noqa: F401, isort: skip  # before transformers
+import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RemoteEntryNotFoundError, RepositoryNotFoundError
-from safetensors import SafetensorError
 from transformers import AutoProcessor
 
 from shared.models.tiny import is_tiny, quietly, tiny_folder
@@ -87,8 +87,8 @@ def find_model(name, family=None):
     name = str(name)
     if is_tiny(name):
         name = str(tiny_folder(f"tiny:{family}" if name == "tiny" and family else name))
-    folder = Path(name).expanduser()
-    if folder.is_dir():
+    folder = folder_of(name)
+    if folder:
         if (folder / "config.json").is_file():
             return str(folder), check_config(read_json(folder / "config.json"), folder / "config.json")
         if (folder / "adapter_config.json").is_file():
@@ -97,12 +97,25 @@ def find_model(name, family=None):
                 " folder with --adapter"
             )
         raise InputError(f"{folder} holds no model: there is no config.json in it")
-    if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1 or folder.exists():
-        raise InputError(f"there is no model folder {name}{try_tiny()}")
+    if not is_hub_name(name):
+        raise InputError(f"there is no model folder {name[:200]}{try_tiny()}")
     try:
         return name, check_config(read_json(hf_hub_download(name, "config.json")), f"config.json of {name}")
     except (OSError, HFValidationError) as error:
         raise InputError(why_absent(name, error) + try_tiny()) from error
+
+
+def folder_of(name):
+    """A name as the user gave it -> Path, or None where that is no folder, or no path at all."""
+    try:
+        folder = Path(name).expanduser()
+        return folder if folder.is_dir() else None
+    except (OSError, RuntimeError, ValueError):  # too long, an unknown user, a zero byte
+        return None
+
+
+def is_hub_name(name):
+    return len(name) < 200 and name.count("/") == 1 and not name.startswith((".", "~", "/")) and not Path(name).exists()
 
 
 def why_absent(name, error):
@@ -150,13 +163,12 @@ def check_config(config, where):
     for part in parts:
         parts += [value for value in part.values() if isinstance(value, dict)]
         for key, value in part.items():
-            names = value.values() if isinstance(value, dict) else [value]
-            if "_implementation" in key and any("/" in str(name) for name in names):
-                raise InputError(
-                    f"{where} asks for the kernel {value} ({key}), which is never fetched; take that line out"
-                )
-            most = 1000 if "layers" in key or key == "depth" else 10**6 if key.endswith(("_size", "_dim")) else None
-            if most and isinstance(value, (int, float)) and not 0 <= value <= most:
+            if "_implementation" in key and value not in (None, "eager", "sdpa"):
+                raise InputError(f"{where} asks for {value} ({key}), which is never fetched or run; take that line out")
+            low, high = (
+                (0, 1000) if "layers" in key or key == "depth" else (1, 10**6) if key.endswith("_size") else (0, 0)
+            )
+            if high and isinstance(value, (int, float)) and not low <= value <= high:
                 raise InputError(f"{where} cannot be right: {key} is {value}")
     return config
 
@@ -217,6 +229,10 @@ def load_processor(source, name):
     if not processor.chat_template:
         missing = copy.format("chat_template.jinja (or chat_template.json)")
         raise InputError(f"{name} has no chat template: {missing}")
+    try:
+        processor.apply_chat_template([{"role": "user", "content": [{"type": "text", "text": "?"}]}], tokenize=False)
+    except Exception as error:  # a program in a language of its own
+        raise InputError(f"the chat template of {name} cannot be used ({first_line(error)})") from error
     processor.tokenizer.padding_side = "left"  # generation goes on from the last column
     if processor.tokenizer.pad_token is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
@@ -231,16 +247,20 @@ def load_part(auto_class, source, name=None, device=None, unused_weights=False, 
     """
     name = name or source
     source, _ = find_model(source)
+    if Path(source, "adapter_config.json").is_file():  # transformers would load that adapter's base instead
+        raise InputError(f"{name} holds a model and an adapter: move the adapter to a folder of its own")
     try:
         with quietly():
             # ignore_mismatched_sizes: they are then listed beside the missing ones, and refused below
             where = dict(local_files_only=Path(source).is_dir(), ignore_mismatched_sizes=True)
             model, info = auto_class.from_pretrained(source, output_loading_info=True, **where, **options)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except OSError as error:
         raise InputError(f"{name} has no weights that can be read ({first_line(error)})") from error
-    except (SafetensorError, ValueError) as error:
+    except Exception as error:  # damaged files end in many kinds of errors; none of them is a bug of the script
         raise InputError(
-            f"the weights of {name} are damaged or cut short ({first_line(error)}); fetch them again"
+            f"config.json or the weights of {name} are damaged or cut short ({first_line(error)}); fetch them again"
         ) from error
     check_keys(info, name, unused_weights)
     return model.eval() if device is None else model.eval().to(device)

@@ -25,6 +25,7 @@ Gated models read HF_TOKEN or the stored login through huggingface_hub; the toke
 
 import hashlib
 import logging
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,8 +40,8 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
 from shared.models import llava_med, memory
-from shared.models.hub import FAMILIES, LORA_LAYERS, QUANTS, family_of, find_model, first_line, kept_whole
-from shared.models.hub import load_part, load_processor, stored_quant
+from shared.models.hub import FAMILIES, LORA_LAYERS, QUANTS, family_of, find_model, first_line, folder_of
+from shared.models.hub import is_hub_name, kept_whole, load_part, load_processor, stored_quant
 from shared.models.tiny import is_tiny, quietly
 from shared.runtime import InputError, is_main_process, read_json, write_json
 
@@ -130,14 +131,13 @@ def choose_dtype(family, device, parameters, asked="auto"):
 
 def check_device(device):
     """A torch.device or its name -> torch.device. InputError when there is none of that name."""
-    try:
-        device = torch.device(device)
-    except RuntimeError as error:
-        raise InputError(f"there is no device {device!r}: use cpu, cuda or mps") from error
-    count = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}.get(device.type, 1)
-    if (device.index or 0) >= count:
-        raise InputError(f"torch sees {count or 'no'} {device.type} device(s), so there is no {device}; use cpu")
-    return device
+    counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    kind, _, index = str(device).partition(":")
+    if kind not in counts or not (index or "0").isdecimal():
+        raise InputError(f"there is no device {device}: use {', '.join(counts)}")
+    if int(index or 0) >= counts[kind]:
+        raise InputError(f"torch sees {counts[kind] or 'no'} {kind} device(s), so there is no {device}; use cpu")
+    return torch.device(device)
 
 
 def quantisation(quant, family, dtype, device):
@@ -215,6 +215,8 @@ def load_vlm(
     "sdpa" or "eager". InputError for everything a user can mend.
     """
     device = check_device(device)
+    if attention not in ("sdpa", "eager"):
+        raise InputError(f"there is no attention {attention!r} here; there are sdpa and eager")
     source, config = find_model(name, family)
     original = llava_med.is_original(config)
     found = FAMILIES["llava"] if original else family_of(config, name)
@@ -231,7 +233,6 @@ def load_vlm(
         f"model: {name} ({found.name}, {layout.parameters / 1e6:,.1f} M parameters), weights {quant}, computing in"
         f" {str(dtype).removeprefix('torch.')} ({why})"
     )
-    check_size(name, weight_files(source), layout.parameters)
     say(memory.too_large(name, layout, quant, device, dtype))
 
     options = dict(dtype=dtype, attn_implementation=attention)
@@ -242,6 +243,7 @@ def load_vlm(
     if original:
         model, processor = llava_med.load_original(source, config, options)
     else:
+        check_size(name, weight_files(source), layout.parameters)
         processor = load_processor(source, name)
         model = load_part(AutoModelForImageTextToText, source, name=name, **options)
     if quant != "none":
@@ -250,7 +252,7 @@ def load_vlm(
     else:
         model.to(device)
     vlm = VLM(model.eval(), processor, found.name, str(name), quant, device, dtype, is_tiny(name), source)
-    suppress_image_tokens(vlm)
+    check_tokens(vlm)
     if adapter is not None:
         load_adapter(vlm, adapter, trainable_adapter)
         if any((Path(adapter) / file).is_file() for file in ("preprocessor_config.json", "processor_config.json")):
@@ -263,7 +265,7 @@ def weight_files(source):
     folder = Path(source)
     if not folder.is_dir():
         folder = Path(hf_hub_download(source, "config.json")).parent
-    return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    return sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
 
 
 def check_size(name, files, parameters):
@@ -276,11 +278,21 @@ def check_size(name, files, parameters):
         )
 
 
-def suppress_image_tokens(vlm):
-    """A sampled image placeholder would make every later forward pass of the text fail: there is no image for it."""
-    known = vlm.tokenizer.get_vocab()
-    ids = {known[t] for t in vlm.spec.image_tokens if t in known} | {vlm.image_token_id}
-    vlm.model.generation_config.suppress_tokens = sorted(ids | set(vlm.model.generation_config.suppress_tokens or ()))
+def check_tokens(vlm):
+    """
+    What ends a text has to be known. Image placeholders are never drawn: one would make every later forward pass of
+    the text fail, since there is no image for it.
+    """
+    known, settings = vlm.tokenizer.get_vocab(), vlm.model.generation_config
+    if known.get(vlm.spec.image_tokens[0]) != vlm.image_token_id:
+        raise InputError(f"{vlm.name}: tokenizer and config.json have different image tokens; take both from one page")
+    if settings.eos_token_id is None:
+        settings.eos_token_id = vlm.tokenizer.eos_token_id
+    stops = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+    if not stops or not all(isinstance(i, int) and 0 <= i < len(known) for i in stops):
+        raise InputError(f"{vlm.name} has no token that ends a text: eos_token_id in generation_config.json is {stops}")
+    ids = {known[t] for t in vlm.spec.image_tokens if t in known}
+    settings.suppress_tokens = sorted(ids | set(settings.suppress_tokens or ()))
 
 
 def say(text):
@@ -389,12 +401,13 @@ def load_adapter(vlm, adapter, trainable=False):
     Put a trained LoRA adapter on the model. InputError when it is not one, when its keys are not those of this model,
     when it holds numbers that are not finite, or when it was trained on other weights.
     """
-    folder, instead = Path(adapter), "give --model the one it was trained on"
-    if folder.is_dir() and not (folder / "adapter_config.json").is_file():
-        raise InputError(f"{adapter} holds no adapter: there is no adapter_config.json in it")
-    if not folder.is_dir() and (str(adapter).count("/") != 1 or folder.exists()):
-        raise InputError(f"there is no adapter folder {adapter}; train one first, or check --adapter")
-    if (folder / BASE_FILE).is_file():
+    folder, instead = folder_of(adapter), "give --model the one it was trained on"
+    if folder is None and not is_hub_name(str(adapter)):
+        raise InputError(f"there is no adapter folder {str(adapter)[:200]}; train one first, or check --adapter")
+    for file in ("adapter_config.json", "adapter_model.safetensors") if folder else ():
+        if not (folder / file).is_file() and not (folder / file).with_suffix(".bin").is_file():
+            raise InputError(f"{adapter} holds no adapter: there is no {file} in it")
+    if folder and (folder / BASE_FILE).is_file():
         told = read_json(folder / BASE_FILE)
         if not isinstance(told, dict) or told.get("sha256") != digest_of(vlm.source):
             known = told.get("model") if isinstance(told, dict) else None
@@ -404,7 +417,9 @@ def load_adapter(vlm, adapter, trainable=False):
             )
     try:
         stored = load_peft_weights(str(adapter), device="cpu")
-        vlm.model = PeftModel.from_pretrained(vlm.model, str(adapter), is_trainable=trainable)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about keys, which are refused below
+            vlm.model = PeftModel.from_pretrained(vlm.model, str(adapter), is_trainable=trainable)
     except Exception as error:  # peft raises many kinds for a file that is not right; none of them is a bug here
         raise InputError(f"the adapter {adapter} does not fit {vlm.name} ({first_line(error)}): {instead}") from error
     expected = set(get_peft_model_state_dict(vlm.model, save_embedding_layers=False))
