@@ -16,15 +16,18 @@ import pytest
 import torch
 from PIL import Image
 
-import vqa_sft_grpo.train_grpo as script
 from shared.models.loading import add_lora, load_vlm
+from shared.models.passes import PartSize, logprobs, make_prompts, never_drawn, score
 from shared.runtime import InputError
-from vqa_sft_grpo.infer import model_of
+from shared.training import Weights
+from vqa_sft_grpo import rollouts
+from vqa_sft_grpo.asking import model_of
 from vqa_sft_grpo.prepare_data import main as prepare
-from vqa_sft_grpo.rewards import AnswerFrequencies, EditPlan, RewardSettings, compose, images_of_v, rollout_terms, slope
-from vqa_sft_grpo.rollouts import Fits, answer_logprobs, completion_logprobs, never_drawn
-from vqa_sft_grpo.train_grpo import as_reference, load_policy, load_rows, loss_and_gradient, main, parse_args
-from vqa_sft_grpo.train_grpo import reward_gradient, roll_out, row_at, trained_parameters
+from vqa_sft_grpo.prompting import build_prompt
+from vqa_sft_grpo.rewards import AnswerFrequencies, EditPlan, RewardSettings, answer_alone, compose, images_of_v
+from vqa_sft_grpo.rewards import plan_edits, rollout_terms, slope
+from vqa_sft_grpo.rollouts import Batch, Policy, image_of, score_answers
+from vqa_sft_grpo.train_grpo import as_reference, load_policy, load_rows, main, parse_args, row_at
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -93,37 +96,48 @@ def step(rows_file):
     torch.manual_seed(1)
     vlm = load_policy(args, CPU)
     with torch.no_grad():
-        for p in trained_parameters(vlm).values():
+        for p in Weights(vlm.model).values():
             p.add_(0.05 * torch.randn_like(p))
-    settings = RewardSettings(max_tokens=args.max_new_tokens)
-    of_no = next(
-        r
-        for r in rows
-        if r["gold"] == "no" and script.plan_edits(r, script.image_of(r), 2, "mixed", [args.seed, 3]).images
-    )  # with room for random regions
+    policy = Policy(vlm, args, RewardSettings(max_tokens=args.max_new_tokens), AnswerFrequencies(rows))
+    policy.size = PartSize(5)
+
+    def has_room(r):
+        return plan_edits(r, image_of(r), 2, "mixed", [args.seed, 3]).images
+
+    of_no = next(r for r in rows if r["gold"] == "no" and has_room(r))  # with room for random regions
     chosen = [r for r in rows if r["region"] and r["gold"] == "yes"][:3] + [of_no]
 
-    def scripted(vlm, prompts, group_size, *rest):
+    def scripted(vlm, prompts, n, *rest):
         end = vlm.tokenizer.convert_tokens_to_ids("<|im_end|>")
+        first = 4 - len(prompts) if len(prompts) < 4 else 0
         groups = [
-            [vlm.tokenizer(WRITTEN[(i + j) % 5])["input_ids"] + [end] * (j != 1) for j in range(group_size)]
-            for i in range(len(prompts))
+            [vlm.tokenizer(WRITTEN[(i + j) % 5])["input_ids"] + [end] * (j != 1) for j in range(n)]
+            for i in range(first, first + len(prompts))
         ]
-        logp, _, mask = completion_logprobs(vlm, prompts, groups, args.temperature, never_drawn(vlm))
+        logp, _, mask = logprobs(vlm, prompts, groups, True, args.temperature, never_drawn(vlm))
         lines = [line[m].tolist() for line, m in zip(logp, mask, strict=True)]
-        return groups, [lines[i : i + group_size] for i in range(0, len(lines), group_size)]
+        return groups, [lines[i : i + n] for i in range(0, len(lines), n)]
 
     patch = pytest.MonkeyPatch()
-    patch.setattr(script, "sample", torch.no_grad()(scripted))
-    batch = roll_out(vlm, chosen, list(range(4)), args, settings, AnswerFrequencies(rows), Fits(5), torch.Generator())
+    patch.setattr(rollouts, "sample", torch.no_grad()(scripted))
+    policy.size = PartSize(12)
+    batch = policy.roll_out(chosen, list(range(4)), torch.Generator())
     patch.undo()
-    return args, vlm, batch, settings
+    return policy, batch
+
+
+def with_options(policy, *more, size=12):
+    """The same policy under other options."""
+    args = parse_args(["--num-generations", "3", "--max-new-tokens", "10", *more])
+    other = Policy(policy.vlm, args, policy.settings, policy.frequencies)
+    other.size = PartSize(size)
+    return other
 
 
 def gradient(vlm, work):
     vlm.model.zero_grad(set_to_none=True)
     result = work()
-    found = {n: p.grad.clone() for n, p in trained_parameters(vlm).items() if p.grad is not None}
+    found = {n: p.grad.clone() for n, p in Weights(vlm.model).items() if p.grad is not None}
     vlm.model.zero_grad(set_to_none=True)
     return result, found
 
@@ -138,18 +152,17 @@ def assert_same(a, b, tolerance=1e-6):
 
 
 def test_rollouts_are_scored_on_what_the_policy_wrote(step):
-    _, vlm, batch, _ = step
+    policy, batch = step
     assert len(batch.terms) == len(batch.texts) == 12 and batch.texts[0] == WRITTEN[0]
     by_text = {(n // 3, text): terms for n, (text, terms) in enumerate(zip(batch.texts, batch.terms, strict=True))}
     assert by_text[0, WRITTEN[0]]["correct"] and by_text[0, WRITTEN[0]]["counterfactual"] is not None
-    assert any(
-        t["counterfactual"] is not None and t["d_roi"] is None for t in batch.terms[9:]
-    )  # a gold no: random regions alone
-    question = batch.rows[0]["question"]
+    # a gold no: random regions alone
+    assert any(t["counterfactual"] is not None and t["d_roi"] is None for t in batch.terms[9:])
+    prompt, (text, span) = build_prompt(batch.rows[0]["question"], "json"), answer_alone("yes", "json")
     with torch.no_grad():  # d_roi of the log, from scratch
+        edited = [make_prompts(policy.vlm, [prompt], [image]) for image in batch.plans[0].images[:2]]
         whole, without = (
-            answer_logprobs(vlm, script.make_prompts(vlm, [question], "json", [image]), [["yes"]], "json").item()
-            for image in batch.plans[0].images[:2]
+            score(policy.vlm, p, [[text]], [[[span]]], suppress=never_drawn(policy.vlm)).item() for p in edited
         )
     assert by_text[0, WRITTEN[0]]["d_roi"] == pytest.approx(whole - without, abs=1e-3)
 
@@ -158,53 +171,61 @@ def test_gradient_does_not_depend_on_how_a_step_is_cut(step):
     """
     One pass, five rollouts at a time (groups of three are cut in the middle), whole texts instead of shared prompts.
     """
-    args, vlm, batch, _ = step
-    args = parse_args(["--num-generations", "3", "--max-new-tokens", "10", "--beta", "0.1"])
+    policy, batch = step
     advantages = torch.linspace(-1, 1, 12)
     with torch.no_grad():
-        with as_reference(vlm):
-            ref = script.fixed_logprobs(vlm, batch, args, Fits(4))
-        old = [line + 0.1 for line in script.fixed_logprobs(vlm, batch, args, Fits(12))]
+        with as_reference(policy.vlm):
+            ref = with_options(policy, size=4).fixed_logprobs(batch)
+        old = [line + 0.1 for line in with_options(policy).fixed_logprobs(batch)]
     found = []
-    for size, checkpointing in ((12, False), (5, False), (12, True)):
-        args.checkpointing = checkpointing
+    for size, more in ((12, ()), (5, ()), (12, ("--checkpointing",))):
+        other = with_options(policy, "--beta", "0.1", *more, size=size)
         found.append(
-            gradient(
-                vlm, lambda size=size: loss_and_gradient(vlm, batch, advantages, old, ref, args, Fits(size), SCALER)
-            )
+            gradient(policy.vlm, lambda other=other: other.loss_and_gradient(batch, advantages, old, ref, SCALER))
         )
     for (value, metrics), grads in found[1:]:
         assert value == pytest.approx(found[0][0][0], abs=1e-5)
-        assert metrics["kl"] == pytest.approx(found[0][0][1]["kl"], abs=1e-5) and metrics["tokens"] == sum(
-            len(i) for g in batch.groups for i in g
-        )
+        assert metrics["kl"] == pytest.approx(found[0][0][1]["kl"], abs=1e-5)
+        assert metrics["tokens"] == sum(map(len, batch.flat))
         assert_same(found[0][1], grads)
 
 
 def test_out_of_memory_changes_nothing_but_the_size_of_a_pass(step, monkeypatch):
-    args, vlm, batch, settings = step
+    policy, batch = step
     advantages = torch.linspace(-1, 1, 12)
 
     def run():
-        fits = Fits(12)
-        loss_and_gradient(
-            vlm, batch, advantages, None, None, parse_args(["--num-generations", "3", "--beta", "0"]), fits, SCALER
-        )
-        reward_gradient(vlm, batch, args, settings, fits, SCALER)
-        return fits.size
+        plain = with_options(policy, "--beta", "0")
+        plain.loss_and_gradient(batch, advantages, None, None, SCALER)
+        policy.size = plain.size
+        policy.reward_gradient(batch, SCALER)
+        return plain.size.now
 
-    wanted = gradient(vlm, run)
-    real, calls = script.logprobs_of, []
+    wanted = gradient(policy.vlm, run)
+    real, calls = rollouts.score, []
 
-    def tight(vlm, batch, start, stop, args, share=True):
-        calls.append(stop - start)
-        if len(calls) == 2 or stop - start > 6:
+    def tight(vlm, prompts, *rest):
+        calls.append(len(prompts))
+        if len(calls) == 1:
             raise torch.OutOfMemoryError("no room")
-        return real(vlm, batch, start, stop, args, share)
+        return real(vlm, prompts, *rest)
 
-    monkeypatch.setattr(script, "logprobs_of", tight)
-    found = gradient(vlm, run)
-    assert wanted[0] == 12 and found[0] == 3 and calls == [12, 6, 3, 3, 3, 3]
+    policy_loss, losses = rollouts.policy_loss, []
+
+    def tight_loss(logp, *rest, **options):
+        losses.append(len(logp))
+        if len(losses) == 2 or len(logp) > 6:
+            raise torch.OutOfMemoryError("no room")
+        return policy_loss(logp, *rest, **options)
+
+    monkeypatch.setattr(rollouts, "policy_loss", tight_loss)
+    found = gradient(policy.vlm, run)
+    assert wanted[0] == 12 and found[0] == 3 and losses == [12, 6, 3, 3, 3, 3]
+    assert_same(wanted[1], found[1])
+    monkeypatch.undo()
+    monkeypatch.setattr(rollouts, "score", tight)
+    found = gradient(policy.vlm, run)  # the policy's gradient is there before: it stays, the other part is done again
+    assert calls[0] > calls[1]
     assert_same(wanted[1], found[1])
 
 
@@ -213,20 +234,19 @@ def test_reward_gradient_is_that_of_the_mean_reward_through_v(step):
     By finite differences: the rollouts fixed, the weights moved along a direction, V and reward computed anew. Yes, yes
     at the limit, and no.
     """
-    args, vlm, batch, settings = step
+    policy, batch = step
+    vlm, settings = policy.vlm, policy.settings
     vlm.model.double()  # in float32 the differences would be mostly rounding
     vlm.dtype = torch.float64
-    _, edited = script.drops_of(vlm, batch.rows, batch.texts, batch.plans, 3, settings, Fits(8))
+    policy.size = PartSize(8)
+    _, edited = policy.drops_of(batch.rows, batch.texts, batch.plans)
     terms = [dict(t) for t in batch.terms]
     limited = next(n for n, t in enumerate(terms) if slope(t, settings))
-    terms[limited] |= {
-        "d_roi": 2.0,
-        "d_rand_each": [0.7, 0.5],
-        "counterfactual": 0.3,
-    }  # at its limit: the random region against the film as it is
+    # at its limit: the random region against the film as it is
+    terms[limited] |= {"d_roi": 2.0, "d_rand_each": [0.7, 0.5], "counterfactual": 0.3}
     of_no = next(n for n, t in enumerate(terms) if t["correct"] and n // 3 == 3)
     terms[of_no] |= {"d_rand_each": [-0.1, 0.2], "counterfactual": -0.2}  # a gold no: the same
-    batch = script.Batch(rows=batch.rows, plans=batch.plans, texts=batch.texts, terms=terms, edited=edited)
+    batch = Batch(rows=batch.rows, plans=batch.plans, texts=batch.texts, terms=terms, edited=edited)
     counted = [n for n, t in enumerate(terms) if slope(t, settings)]
     assert len(counted) > 2 and batch.plans[3].images and not batch.plans[3].roi
 
@@ -235,9 +255,8 @@ def test_reward_gradient_is_that_of_the_mean_reward_through_v(step):
         """-> (without the region or None, [without random ones]) of each rollout that counts."""
         found = []
         for n in counted:
-            logp, *others = answer_logprobs(
-                vlm, edited[n // 3], [[terms[n]["said"]]] * len(edited[n // 3]), "json", never_drawn(vlm)
-            ).tolist()
+            images = edited[n // 3]
+            logp, *others = score_answers(vlm, images, [[terms[n]["said"]]] * len(images), "json").tolist()
             found.append((None if n == of_no else logp - others[0], [logp - other for other in others[-2:]]))
         return found
 
@@ -247,20 +266,20 @@ def test_reward_gradient_is_that_of_the_mean_reward_through_v(step):
         """The drops of the terms, and by how much they have changed."""
         total = 0.0
         for n, (roi, random), (roi_then, random_then) in zip(counted, drops(), start, strict=True):
-            d_rand = max(
-                d + now - then for d, now, then in zip(terms[n]["d_rand_each"], random, random_then, strict=True)
-            )
+            changes = zip(terms[n]["d_rand_each"], random, random_then, strict=True)
+            d_rand = max(d + now - then for d, now, then in changes)
             best = 0.0 if n == of_no else min(1.0, terms[n]["d_roi"] + roi - roi_then)
             total += compose(terms[n] | {"counterfactual": best - d_rand}, settings)
         return total / len(terms)
 
-    _, grads = gradient(vlm, lambda: reward_gradient(vlm, batch, args, settings, Fits(7), SCALER))
+    policy.size = PartSize(7)
+    _, grads = gradient(vlm, lambda: policy.reward_gradient(batch, SCALER))
     torch.manual_seed(0)
-    direction = {n: torch.randn_like(p) for n, p in trained_parameters(vlm).items()}
+    direction = {n: torch.randn_like(p) for n, p in Weights(vlm.model).items()}
     h, values = 1e-5, []
     for sign in (1, -2, 1):
         with torch.no_grad():
-            for n, p in trained_parameters(vlm).items():
+            for n, p in Weights(vlm.model).items():
                 p.add_(sign * h * direction[n])
         if sign != 1 or not values:
             values.append(mean_reward())
@@ -323,8 +342,8 @@ def test_slope_is_the_derivative_of_the_reward_by_v(composition):
 
 
 def forward(vlm, image):
-    prompts = script.make_prompts(vlm, ["Is there an effusion?"], "json", [image])
-    return completion_logprobs(vlm, prompts, [[[5, 6, 7]]])[0]
+    prompts = make_prompts(vlm, [build_prompt("Is there an effusion?", "json")], [image])
+    return logprobs(vlm, prompts, [[[15, 16, 17]]])[0]
 
 
 @pytest.fixture(scope="module")
@@ -333,7 +352,7 @@ def adapter(tmp_path_factory):
     vlm = add_lora(load_vlm("tiny:qwen2vl"), rank=4, dropout=0.5)
     torch.manual_seed(0)
     with torch.no_grad():
-        for p in trained_parameters(vlm).values():
+        for p in Weights(vlm.model).values():
             p.add_(0.05 * torch.randn_like(p))
     vlm.model.save_pretrained(folder)
     vlm.processor.save_pretrained(folder)
@@ -346,17 +365,17 @@ def test_reference_is_the_model_as_it_was_given(kind, adapter, rows_file):
     vlm = load_policy(parse_args([*options(rows_file), *more]), CPU)
     image = np.random.default_rng(0).integers(0, 255, (56, 56), dtype=np.uint8)
     given = forward(load_vlm("tiny:qwen2vl", adapter=str(adapter) if more else None), image).detach()
-    names = set(trained_parameters(vlm))
+    names = set(Weights(vlm.model))
     assert names and all("lora_" in n and "reference" not in n for n in names)
     torch.testing.assert_close(forward(vlm, image), given)  # also: no dropout
     with torch.no_grad():
-        for p in trained_parameters(vlm).values():
+        for p in Weights(vlm.model).values():
             p.add_(0.1)
     moved = forward(vlm, image)
     with as_reference(vlm):
         torch.testing.assert_close(forward(vlm, image).detach(), given)
         assert (forward(vlm, 255 - image) - given).abs().max() > 1e-4  # the reference sees the image too
-    assert (moved - given).abs().max() > 1e-2 and set(trained_parameters(vlm)) == names
+    assert (moved - given).abs().max() > 1e-2 and set(Weights(vlm.model)) == names
     torch.testing.assert_close(forward(vlm, image), moved)
     moved.sum().backward()
     assert all((p.grad is not None) == p.requires_grad for p in vlm.model.parameters())
@@ -378,8 +397,8 @@ def rewards_that_differ():
             for text, terms in zip(texts, real(rows, texts, *rest), strict=True)
         ]
 
-    patch, real = pytest.MonkeyPatch(), script.score_rollouts
-    patch.setattr(script, "score_rollouts", spelled)
+    patch, real = pytest.MonkeyPatch(), rollouts.score_rollouts
+    patch.setattr(rollouts, "score_rollouts", spelled)
     yield
     patch.undo()
 
@@ -395,9 +414,9 @@ def finals(folder):
     state = torch.load(folder / "last.pt", weights_only=True)
     rollouts = [json.loads(line) for line in (folder / "rollouts.jsonl").read_text().splitlines()]
     return (
-        state["weights"],
+        state["parts"]["weights"],
         rollouts,
-        [{k: v for k, v in r.items() if not k.startswith(("seconds", "peak"))} for r in state["history"]],
+        [{k: v for k, v in r.items() if not k.startswith(("seconds", "peak"))} for r in state["values"]["history"]],
     )
 
 
@@ -433,7 +452,7 @@ def test_a_run_leaves_what_it_says(finished, capsys):
 
 @pytest.mark.parametrize("where", ["between two steps", "in the middle of a rollout"])
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(where, rows_file, finished, tmp_path, monkeypatch):
-    real, calls = script.sample, []
+    real, calls = rollouts.sample, []
 
     def dying(*arguments):
         calls.append(1)
@@ -444,7 +463,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(where, rows_file, finis
                 raise MemoryError
         return real(*arguments)
 
-    monkeypatch.setattr(script, "sample", dying)
+    monkeypatch.setattr(rollouts, "sample", dying)
     with pytest.raises((SystemExit, MemoryError)):
         run(rows_file, tmp_path / "run")
     monkeypatch.undo()
@@ -465,7 +484,7 @@ def test_resume_refuses_other_settings_and_rows(rows_file, finished, tmp_path, c
     for more, words in (
         (["--lr", "1e-3"], "--lr"),
         (["--num-generations", "4"], "--num-generations"),
-        (["--data-jsonl", str(rows_file.with_name("train.json"))], "other rows"),
+        (["--data-jsonl", str(rows_file.with_name("train.json"))], "other data"),
     ):
         with pytest.raises(SystemExit):
             main([*options(rows_file, *SHORT, *more), "--resume", str(finished)])
@@ -520,14 +539,14 @@ def test_inner_steps_and_other_options(rows_file, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_changes_nothing(rows_file, tmp_path, monkeypatch):
-    real, calls = script.policy_loss, []
+    real, calls = rollouts.policy_loss, []
 
     def broken(*arguments, **settings):
         loss, metrics = real(*arguments, **settings)
         calls.append(1)
         return (loss * float("nan") if len(calls) == 2 else loss), metrics
 
-    monkeypatch.setattr(script, "policy_loss", broken)
+    monkeypatch.setattr(rollouts, "policy_loss", broken)
     run(rows_file, tmp_path / "run", "--steps", 3)
     weights, _, history = finals(tmp_path / "run")
     assert [r.get("skipped") for r in history[1:]] == [0, 1, 0] and history[2]["loss"] is None
@@ -536,12 +555,12 @@ def test_a_loss_that_is_not_finite_changes_nothing(rows_file, tmp_path, monkeypa
 
 def test_first_step_is_checked(rows_file, tmp_path, monkeypatch):
     """Log-probabilities at another temperature than the sampler's: the run stops at once."""
-    real = script.completion_logprobs
-    monkeypatch.setattr(
-        script,
-        "completion_logprobs",
-        lambda vlm, prompts, groups, temperature, *rest: real(vlm, prompts, groups, 2 * temperature, *rest),
-    )
+    real = rollouts.logprobs
+
+    def hotter(vlm, prompts, groups, share, temperature, *rest, **options):
+        return real(vlm, prompts, groups, share, 2 * temperature, *rest, **options)
+
+    monkeypatch.setattr(rollouts, "logprobs", hotter)
     with pytest.raises(RuntimeError, match="policy that sampled"):
         run(rows_file, tmp_path / "run")
 
