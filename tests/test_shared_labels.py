@@ -10,6 +10,7 @@ import importlib.util
 import json
 import random
 import re
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from shared.metrics.labels import CHEXBERT_ORDER, CONDITIONS, LABELLER_ORDER, co
 from shared.metrics.labels import to_row
 from shared.phantom import phantom_study
 
+HARD = json.loads((Path(__file__).parent / "data" / "label_sentences.json").read_text(encoding="utf-8"))
 SHORT = {
     "NF": "No Finding",
     "ECM": "Enlarged Cardiomediastinum",
@@ -186,6 +188,43 @@ def test_there_are_enough_cue_sentences_and_every_condition_is_in_them():
     assert {(name, 1) for name in CONDITIONS[1:]} <= seen  # each of them denied and doubted: next test
 
 
+@pytest.mark.parametrize("row", HARD, ids=[row["text"] for row in HARD])
+def test_hard_sentences(row):
+    found = label_report(row["text"])
+    assert {name: found[name] for name in row["expected"]} == row["expected"]
+
+
+# More of the kinds that the hard sentences show: how a clause, a line, a bracket or a template ends what was open.
+LAYOUT = [
+    ("No evidence of pneumothorax or\npleural effusion.", "PTX 0 EFF 0"),  # the sentence goes on
+    ("no focal consolidation\nsmall right pleural effusion\ncardiomegaly", "CON 0 EFF 1 CM 1"),
+    ("Findings:\r\n1) No edema\r\n2) Cardiomegaly", "EDE 0 CM 1"),
+    ("No pneumothorax (or effusion).", "PTX 0 EFF 0"),
+    ("No pneumothorax (the tube is in place) or effusion.", "PTX 0 DEV 1 EFF 0"),
+    ("No effusion(s) or nodule(s).", "EFF 0 LES 0"),
+    ("No mid- and lower-lung consolidation.", "CON 0"),
+    ("Negative for: effusion, pneumothorax.", "EFF 0 PTX 0"),
+    ("Small nodule, effusion: none.", "LES 1 EFF 0"),
+    ("Consolidation and effusion: none.", "CON 0 EFF 0"),
+    ("Mild cardiomegaly - no acute disease.", "CM 1"),
+    ("Opacity at the base ? pneumonia.", "OPA 1 PNE -1"),
+    ("Nodule on the frontal view, not seen on the lateral view.", "LES 1"),
+    ("No effusion and pneumothorax is seen.", "EFF 0 PTX 0"),
+    ("No effusion, pneumothorax, or edema is unchanged from before.", "EFF 0 PTX 0 EDE 0"),
+    ("The cardiac silhouette is stable, the effusion increased.", "EFF 1"),
+    ("No pneumothorax, chest tube in place.", "PTX 0 DEV 1"),
+    ("Pneumonia should be excluded.", "PNE -1"),
+    ("The study is negative for pneumothorax.", "PTX 0"),
+    ("Exclude pneumonia? Cannot exclude effusion.", "PNE -1 EFF -1"),
+    ("Plural effusion as evidenced by opacified base.", "EFF 1 OPA 1"),
+]
+
+
+@pytest.mark.parametrize("text, labels", LAYOUT)
+def test_layout_and_clauses(text, labels):
+    assert stated(text) == expected(labels)
+
+
 NOUNS = {
     "Enlarged Cardiomediastinum": "mediastinal widening",
     "Cardiomegaly": "cardiomegaly",
@@ -237,6 +276,8 @@ def test_several_mentions_positive_then_uncertain_then_negative():
         ("Fracture.", None),
         ("", None),
         (" \n. 1.", None),
+        ("XXXX XXXX. N/A", None),
+        ("nan", None),
     ],
 )
 def test_no_finding(text, label):
@@ -256,6 +297,7 @@ def test_evidence_names_the_words_and_the_rule():
     assert labels == label_report(text)
     told = [(s["condition"], s["label"], s["rule"], s["text"], s["cue"]) for s in spans]
     assert told == [
+        ("Cardiomegaly", -1, "uncertainty", "Cardio-\nmegaly", "?"),
         ("Pleural Effusion", 0, "negation", "effusion", "No"),
         ("Cardiomegaly", 1, "enlarged anatomy", "Heart is\tenlarged", None),
         ("Lung Lesion", -1, "uncertainty", "nodule", "Possible"),
@@ -313,7 +355,9 @@ def test_case_and_whitespace_change_nothing():
             text.lower(),
             text.title(),
             f"  {text}\n",
-            text.replace(" ", "\n\n"),
+            textwrap.fill(text, 60),  # a line that is full does not end a sentence
+            textwrap.fill(text.upper(), 60),
+            textwrap.fill(text, 80, initial_indent="    ", subsequent_indent="  "),
             text.replace(" ", " \t "),
         ):
             assert label_report(other) == labels, other

@@ -11,30 +11,22 @@ name here, and an array is made only at the very end, with `to_row(labels, order
 
 Source of names and orders: Irvin et al. 2019, CheXpert (arXiv 1901.07031), and Smit et al. 2020, CheXbert (arXiv
 2004.09167). The rules follow what these papers describe (mentions; uncertainty, negation, uncertainty again; positive
-beats uncertain beats negative); wordings and code are our own. Labels say what a text states, not what a film shows.
+beats uncertain beats negative); wordings (shared/metrics/phrases.py) and code are our own. Labels say what a text
+states, not what a film shows.
 """
 
 import re
 from functools import lru_cache
 
+from shared.metrics.layout import flatten, sentences
+from shared.metrics.phrases import END, NEW, OWN_VERB, PRESENT, TABLES
+
 POSITIVE, NEGATIVE, UNCERTAIN, UNKNOWN = 1, 0, -1, None  # unknown: the text does not mention it
 
 # Order of the CheXpert CSV, the one used in our files.
-CONDITIONS = (
-    "No Finding",
-    "Enlarged Cardiomediastinum",
-    "Cardiomegaly",
-    "Lung Opacity",
-    "Lung Lesion",
-    "Edema",
-    "Consolidation",
-    "Pneumonia",
-    "Atelectasis",
-    "Pneumothorax",
-    "Pleural Effusion",
-    "Pleural Other",
-    "Fracture",
-    "Support Devices",
+CONDITIONS = tuple(
+    "No Finding|Enlarged Cardiomediastinum|Cardiomegaly|Lung Opacity|Lung Lesion|Edema|Consolidation|Pneumonia"
+    "|Atelectasis|Pneumothorax|Pleural Effusion|Pleural Other|Fracture|Support Devices".split("|")
 )
 
 LABELLER_ORDER = CONDITIONS[:3] + ("Lung Lesion", "Lung Opacity") + CONDITIONS[5:]
@@ -54,7 +46,7 @@ PARENTS = {
     "Atelectasis": "Lung Opacity",
 }
 
-_SAME_NAME = {
+_SAME_NAME = {name.lower(): name for name in CONDITIONS} | {
     "enlarged cardiom.": "Enlarged Cardiomediastinum",
     "enlarged mediastinum": "Enlarged Cardiomediastinum",
     "airspace opacity": "Lung Opacity",
@@ -66,7 +58,6 @@ _SAME_NAME = {
     "normal": "No Finding",
     "devices": "Support Devices",
 }
-_SAME_NAME.update({name.lower(): name for name in CONDITIONS})
 
 
 def condition_name(text):
@@ -101,491 +92,20 @@ def to_row(labels, order=CONDITIONS):
     return [named.get(condition_name(name), UNKNOWN) for name in order]
 
 
-# ---------------------------------------------------------------------------------------------- the labeller's phrases
-#
-# Regular expressions for lower-case text in which hyphens and slashes are spaces ("right-sided" -> "right sided"). A
-# space stands for itself, every phrase starts and ends at a word boundary. Where two phrases start at the same word,
-# the one in the earlier table, or earlier in its table, is read.
-
-_SIZE = "mild|moderate|severe|marked|minimal|slight|small|large|trace|tiny|massive|subtle|moderately|mildly|severely|markedly|minimally|slightly"
-_TEXTURE = (
-    "airspace|air"
-    " space|alveolar|interstitial|parenchymal|pulmonary|lung|focal|patchy|hazy|linear|streaky|vague|faint|confluent|ill"
-    " defined|increased|increasing|retrocardiac|basilar|bibasilar|perihilar|lower lobe|upper lobe|middle"
-    " lobe|reticular|ground glass|bandlike|platelike|opaque"
-)
-_TUBES = (
-    "endotracheal|et|trach|tracheostomy|tracheal|nasogastric|orogastric|nasoenteric|enteric|enteral|feeding|gastric|gastrostomy|peg|ng|og|dobb?hoff|chest|"
-    "thoracostomy|thoracic|pleural|pigtail|drainage|intercostal"
-)
-_LINES = (
-    "central|venous|arterial|picc|ij|jugular|subclavian|femoral|dialysis|support|monitoring|intravenous|iv|swan"
-    " ganz|ng|et"
-)
-_BONES = "rib|ribs|clavicle|clavicular|vertebral|vertebra|sternal|humeral|humerus|scapular|scapula|spinal|hip|shoulder"
-
-MENTIONS = {
-    "Cardiomegaly": [
-        "cardiomegaly",
-        "cardiomegalic",
-        "heart size (?:is|has|appears) (?:mildly |slightly |moderately )?increased",
-        "increased (?:heart|cardiac) size",
-        "increase in (?:the )?(?:heart|cardiac) size",
-        "increase in (?:the )?size of the (?:heart|cardiac silhouette)",
-    ],
-    "Lung Lesion": [
-        r"nodul(?:e|es)",
-        r"nodular (?:opacit\w+|densit\w+|opacification\w*|focus|foci|lesions?|shadow\w*)",
-        r"(?:lung|pulmonary|parenchymal|cavitary|spiculated|hilar|perihilar|pleural based|coin) lesions?",
-        "mass(?:es)?",
-        "masslike",
-        r"cavit(?:ary|ation)s?",
-        "carcinoma",
-        r"neoplas\w+",
-        "tumou?rs?",
-        r"malignan(?:cy|cies)",
-        r"metasta(?:sis|ses|tic)(?: disease| lesions?)?",
-    ],
-    "Pneumonia": [
-        r"(?:broncho|aspiration |atypical |lobar |viral |bacterial )?pneumoni(?:a|as|c)",
-        "infections?",
-        "infect(?:ious|ive)(?: process| etiology)?",
-    ],
-    "Lung Opacity": [
-        r"opaci(?:t|f)\w+",
-        r"infiltrat(?:e|es|ion|ions)",
-        r"(?:airspace|air space|alveolar) (?:disease|process)",
-        rf"(?:(?:{_TEXTURE}) )+densit(?:y|ies)",
-        "areas? of (?:increased )?density",
-        (
-            r"(?:increased|prominent|coarse|coarsened|accentuated|thickened|reticular|chronic|bronchovascular)(?:"
-            r" (?:pulmonary|interstitial|lung|bronchovascular|chronic|bilateral))* (?:markings|pattern)"
-        ),
-        r"(?:prominence|thickening|coarsening) of the (?:pulmonary |lung )?interstiti\w+",
-        r"interstitial (?:prominence|thickening|lung disease|disease|abnormality|changes?|process)",
-        r"reticulation\w*",
-        "ground glass",
-        "white ?out",
-    ],
-    "Edema": [
-        r"(?:pulmonary |interstitial |alveolar )*o?edema",
-        r"(?:pulmonary )?(?:vascular|venous) (?:congestion|engorgement)",
-        "(?:pulmonary|central) congestion",
-        "cephalization",
-        "vascular redistribution",
-        "(?:fluid|volume) overload",
-    ],
-    "Consolidation": [r"consolidat\w+"],
-    "Atelectasis": [
-        r"atelecta\w+",
-        "collapse",
-        r"collapsed (?:lung|(?:right|left|upper|lower|middle) (?:lung|lobe|upper|lower|middle))",
-        "volume loss",
-        "loss of volume",
-    ],
-    "Pneumothorax": [r"(?:hydro|hemo|haemo)?pneumothora(?:x|xes|ces)", "pleural air"],
-    "Pleural Effusion": [
-        "pleural (?:or|and|and or) pericardial effusions?",
-        "pericardial (?:or|and|and or) pleural effusions?",
-        "(?:pleural |parapneumonic |subpulmonic )*effusions?",
-        r"(?:pleural|loculated|layering) (?!air)(?:\w+ )?(?:fluid|collections?)",
-        r"ha?emothora(?:x|ces)",
-        "hydrothora(?:x|ces)",
-        "empyema",
-    ],
-    "Pleural Other": [
-        r"pleural (?:\w+ )?(?:thickening|plaques?|scar\w*|fibrosis|calcifications?|abnormality|disease|tags?)",
-        r"pleuro ?parenchymal (?:scar\w*|thickening)",
-        r"thickening of the (?:\w+ )?pleura",
-        r"calcified pleura\w*",
-        r"(?:bi)?apical (?:pleural )?(?:thickening|cap\w*)",
-        "fibrothorax",
-    ],
-    "Fracture": [
-        rf"(?:(?:{_BONES}|compression|wedge|stress) )*fractur(?:e|es|ed)",
-        r"compression deformit\w+",
-        rf"(?:{_BONES}) deformit\w+",
-    ],
-    "Support Devices": [
-        rf"(?:{_TUBES}) (?:tip )?(?:tubes?|catheters?|drains?)",
-        "tubes?",
-        "ett",
-        "dobb?hoff",
-        "catheters?",
-        "cannulas?",
-        rf"(?:{_LINES}) (?:\w+ )?lines?",
-        r"lines?(?= (?:and|or) tubes?)",
-        "picc",
-        "port a cath",
-        "portacath",
-        "mediport",
-        r"(?:infusion|chest wall|chest) port",
-        "swan ganz",
-        "pacemakers?",
-        "pacers?",
-        "pacing",
-        r"defibrillators?",
-        "a?icd",
-        "leads?",
-        "balloon pump",
-        "lvad",
-        "stents?",
-        "drains?",
-        "pigtail",
-        "tracheostomy",
-        "thoracostomy",
-        r"prosthetic (?:\w+ )?valve",
-        r"valve (?:replacement|prosthesis)",
-        r"(?:sternal|sternotomy|cerclage) wires",
-        "hardware",
-        r"(?:support|monitoring|assist|pacing|electronic|implanted) (?:\w+ )?devices?",
-        "(?:nerve )?stimulator",
-        "arthroplasty",
-    ],
-}
-
-# Contain the words of a mention and are none; read before the mentions.
-UNMENTIONS = [
-    "pericardial (?:fluid|effusions?)",
-    "joint effusions?",
-    r"(?:soft tissue|subcutaneous|chest wall|peripheral|leg) o?edema",
-    "mass effect",
-    "body mass",
-    r"calcified (?:\w+ )?(?:nodul\w+|mass\w*|opacit\w+|densit\w+)",
-    r"(?:bone|bony|osseous|lytic|sclerotic|blastic|skeletal|vertebral) (?:\w+ )?(?:lesions?|mass\w*|metasta\w+)",
-    r"(?:soft tissue|abdominal|breast|thyroid|adrenal) (?:mass\w*|nodul\w+)",
-    r"radio ?opa\w+",
-    "bone density",
-    "opacified (?:bowel|stomach)",
-    r"collapsed (?:esophagus|stomach)",
-    r"(?:right|left) (?:atri|ventric)\w+ leads? of",
-    "heart (?:rate|disease|transplant|valve|border)",
-    "(?:right|left) heart(?: border)?",
-    "post infectious",
-    "(?:granulomatous|prior|previous|old|remote|tuberculous|tuberculosis) infection",
-    "(?:vertebral|vertebral body|endplate|subchondral|compression) collapse",
-]
-
-# Heart failure says nothing about the size of the heart but makes a large one likely: uncertain, as the CheXpert
-# labeller has it.
-FAILURE = ["(?:congestive )?(?:heart|cardiac) (?:failure|decompensation)", "chf"]
-
-# Abnormal, and none of the 13: a report that states one of these has findings.
-OTHERS = [
-    r"emphysema\w*",
-    "copd",
-    "chronic obstructive",
-    r"bull(?:a|ae|ous)",
-    r"(?:dextro|levo)?scolio\w+",
-    r"kypho\w+",
-    r"degenerat\w+",
-    r"spondylo\w+",
-    r"osteophyt\w+",
-    r"calcif\w+",
-    r"granuloma\w*",
-    r"hernia\w*",
-    "blunt(?:ed|ing)",
-    r"scar(?:s|red|ring)?",
-]
-
-# Anatomy that is called normal or enlarged -> the conditions meant; none: read so that its "normal" is not taken for
-# the heart's.
-_PARTS = "(?:contours?|silhouettes?|structures?|shadows?|borders?|outlines?|margins?|size|width)"
-ANATOMY = {
-    ("Cardiomegaly", "Enlarged Cardiomediastinum"): [
-        rf"(?:heart|cardiac)(?: size| silhouette)?,?(?: hilar,?)? and (?:the )?mediastin\w+(?: {_PARTS})*",
-        rf"mediastin\w+ and (?:cardiac|heart)(?: {_PARTS})*",
-        rf"cardiac, mediastinal,?(?: and \w+)?(?: {_PARTS})*",
-    ],
-    ("Enlarged Cardiomediastinum",): [
-        rf"cardio ?mediastin\w+(?: and hilar)?(?: {_PARTS})*",
-        rf"(?:hilar and |superior |upper )?mediastinal(?: and hilar|, hilar)? {_PARTS}",
-        "(?:superior |upper )?mediastinum",
-        "mediastinal(?= (?:widening|enlargement))",
-    ],
-    ("Cardiomegaly",): [
-        rf"heart(?: {_PARTS})?",
-        rf"cardiac(?: and \w+)? {_PARTS}",
-        "cardiac(?= enlargement)",
-        "cardio ?pericardial silhouette",
-    ],
-    (): [
-        "lungs?(?: fields?| volumes?)?",
-        r"hil(?:um|a|i|ar)",
-        "aorta",
-        "aortic",
-        r"pulmonary (?:arter\w+|vascula\w+|vessels?|vein\w*|hila\w*)",
-        r"vascula\w+",
-        "vessels",
-        r"bon(?:e|es|y)",
-        r"osseous",
-        r"skelet\w+",
-        r"pleura\w*",
-        "soft tissues?",
-        r"trachea\w*",
-        r"(?:hemi)?diaphragms?",
-        r"thyroid\w*",
-        r"atri\w+",
-        r"ventricul\w+",
-        "ribs?",
-        "spine",
-        "azygos",
-    ],
-}
-ENLARGED = [
-    "enlarged",
-    "enlargement(?: of)?",
-    "widened",
-    "widening(?: of)?",
-    "dilated",
-    "large(?= (?:heart|cardiac))",
-    "large(?=$|,| and| but| with)",
-]
-PROMINENT = ["prominent", "prominence(?: of)?", "fullness(?: of)?"]  # said of the heart or mediastinum: uncertain
-NORMAL = [
-    "(?:at |near )?(?:the )?upper limits? of normal",
-    "(?:top|high|upper|upper limit)(?: of)? normal",
-    "normal",
-    "unremarkable",
-    r"within (?:\w+ )?limits",
-    "not enlarged",
-]
-
-# Look like a negation or an uncertainty and are none.
-KEEP = [
-    (
-        r"no (?:other |further |significant |appreciable |interval |substantial |relevant |major |new"
-        r" )*(?:change|changes|increase|decrease|improvement|worsening|progression|difference)(?: in| of| from)?"
-    ),
-    r"without (?:significant |interval |substantial )*(?:change|worsening|increase)",
-    r"not (?:significantly |substantially |appreciably )*(?:changed|different|increased|decreased|worsened|improved)",
-    "not only",
-    "not necessarily",
-    "no doubt",
-    r"(?:near complete|near total|partial|incomplete) (?:resolution|clearing)(?: of)?",
-    r"(?:nearly|almost|partially|partly|largely|mostly)(?: completely)? (?:resolved|cleared)",
-    r"not (?:completely |fully |entirely |yet )*(?:resolved|cleared)",
-    "(?:consistent|compatible|in keeping) with",
-]
-IGNORE = [  # what follows is looked for, remembered or feared, not described
-    r"(?:evaluat\w+|assess\w*|look\w*|check|screen\w*) for",
-    r"(?:sensitivity|difficult|hard|unable|able)(?: \w+)? to (?:detect|assess|evaluate)",
-    r"(?:sensitivity|sensitive) for",
-    "rule out",
-    "r o",
-    r"history of",
-    r"known history of",
-    r"(?:evaluation|assessment|detection) of",
-    r"(?:treatment|treated|therapy) (?:for|of)",
-    r"if (?:there is|clinical\w*|concern|symptoms)",
-    "risk (?:of|for)",
-    r"to (?:document|ensure|confirm|exclude)",
-]
-IGNORE_REST = [
-    r"recommend\w*",
-    "follow ?up",
-    "advised",
-    r"correlat(?:e|ion)",
-    "please note",
-]  # all that follows in the sentence
-
-UNSURE = [  # doubts all that follows, until something ends it
-    r"(?:can ?not|can't|could not|not)(?: \w+){0,2} (?:exclude|rule out)(?: \w+ of)?",
-    r"(?:difficult|hard|unable|impossible) to(?: \w+)? exclude(?! *(?:$|,|and|given|on|in))",
-    "not diagnostic of",
-    "either",
-    r"if any(?:, there (?:is|are))?",
-    r"if present(?:, there (?:is|are))?",
-    r"(?:possibly|probably|presumably|perhaps|potentially) (?:due to|related to|secondary to|from|in the setting of)",
-    (
-        r"(?:may|might|could|would|can)(?: \w+){0,2}? (?:be (?:\w+ )?(?:secondary to|due to|related to|in the setting"
-        r" of|from)|be|represent|reflect|indicate|suggest|relate|correspond|have|contain)"
-    ),
-    "may",
-    "might",
-    "could",
-    "possibility of",
-    r"question of",
-    r"suspicious (?:for|of)",
-    "suspicion (?:for|of)",
-    r"(?:concerning|worrisome) for",
-    r"concern(?:ed)? (?:for|of|about)",
-    r"suggest\w*(?: of)?",
-    r"rais\w+ (?:the )?(?:possibility|question|concern)(?: of| for)?",
-    r"(?:most )?likely (?:represent\w*|reflect\w*|due to|related to|to be|to represent|secondary to)",
-    r"differential (?:\w+ ){0,3}?includ\w+",
-    "versus",
-    "vs",
-    r"unlikely(?: to (?:be|represent|reflect))?",
-    r"favou?r\w*(?: to (?:be|represent|reflect))?",
-    "cannot be (?:differentiated|distinguished) from",
-]
-UNSURE_NEXT = [  # doubts the next finding
-    "possibl[ey]",
-    "probabl[ey]",
-    "questionable",
-    "question",
-    "suspect(?:ed)?",
-    "equivocal",
-    "borderline",
-    r"presum(?:ed|ably|ptive)",
-    "perhaps",
-    "(?:most |less |more )?likely",
-    "potentially",
-    "apparent",
-]
-UNSURE_BACK = [  # doubts what was just named
-    r"(?:(?:can ?not|can't|could not|is not|are not|not)(?: \w+){0,3} (?:excluded|ruled out))",
-    (
-        r"(?:(?:is|are|would be|remains?) )?(?:\w+ )?(?:difficult|hard|impossible) to (?:\w+ )?exclude(?=$|,| and|"
-        r" given| on| in)"
-    ),
-    (
-        r"(?:is|are|was|were|remains?) (?:also |thought |felt |another )*(?:a"
-        r" )?(?:possible|possibility|suspected|presumed|questioned|questionable|likely|probable|unlikely|less"
-        r" likely|consideration|in the differential|considered|equivocal)(?=$|,| and| but| given| though| as| in| on|"
-        r" at| because)"
-    ),
-    r"(?:should|could|may|might|must) (?:also )?be (?:considered|present)",
-    "likely(?=$|,)",
-    "suspected(?=$|,)",
-]
-ABSENT_BACK = [  # denies what was just named
-    (
-        r"(?:(?:is|are|was|were|has|have|been|since|now|also|completely|entirely|interval)"
-        r" )+(?:resolved|cleared|disappeared|removed|absent|ruled out)"
-    ),
-    r"(?:resolved|removed|absent|cleared)(?=$|,| and)",
-    (
-        r"(?:(?:is|are|was|were|has|have) )?(?:no longer|not)(?: \w+)?"
-        r" (?:seen|identified|evident|present|visuali[sz]ed|appreciated|demonstrated|detected|apparent|noted|found|visible)"
-    ),
-    r"can ?not be (?:seen|identified|appreciated)",
-    ": (?:none|no|absent|negative|nil)(?=$|,)",
-    "removal(?! of)",
-    "resolution(?! of)",
-]
-ABSENT = [  # denies all that follows, until something ends it
-    r"(?:no|not|without)(?: \w+){0,3}? (?:evidence|signs?|indications?|suggestion|suspicion)(?: of| for| to suggest)?",
-    "resolution of",
-    "resolved",
-    "removal of",
-    "absence of",
-    "absent",
-    "lack of",
-    "negative for",
-    "free of",
-    "clear of",
-    "without",
-    "no longer",
-    "no",
-    "nor",
-    "neither",
-    "not",
-    "never",
-    "rather than",
-    "instead of",
-    "denies",
-]
-STOP = [  # ends whatever is open
-    "but",
-    "however",
-    "although",
-    "though",
-    "except",
-    "aside from",
-    "apart from",
-    "other than",
-    "yet",
-    "otherwise",
-    "which",
-    "while",
-    "whereas",
-    "because",
-    "since",
-    "with",
-    "after",
-    "following",
-    "status post",
-    "s p",
-    r"there (?:is|are|has|have|was|were|continues|remains)",
-    "there(?= may)",
-    r"(?:and|,) (?:the|there|a|an|this|these)",
-    "in the setting of",
-    "due to",
-    "secondary to",
-    ":",
-    "still",
-    "again",
-]
-VERBS = [
-    "is",
-    "are",
-    "was",
-    "were",
-    "has",
-    "have",
-    "remains?",
-    "appears?",
-    r"measur\w+",
-    "shows?",
-    "demonstrates?",
-    "continues?",
-    "projects?",
-    "noted",
-    "seen",
-    "identified",
-]
-# After a comma or "and", these start a new statement: "no effusion, stable cardiomegaly".
-NEW = rf"(?:{_SIZE}|suggest\w*|likely|probabl[ey]|possibl[ey]|consistent|compatible|stable|unchanged|persistent|new|increased|increasing|decreased|decreasing|improving|improved|worsening|low|right|left|bilateral|bibasilar|chronic|old|healed|scattered|multiple|some|prominent)\b"
-
-# ----------------------------------------------------------------------------------------------------- the labeller
-
-# Headed parts of a report that are not read: up to the next header, or their first sentence only.
-WHY = r"(?:clinical (?:history|indication|information|data)|indications?|history|reason for (?:\w+ )?\w+)"
-HOW = r"(?:technique|comparisons?|exam(?:ination)?|procedure)"
+# ------------------------------------------------------------------------------------------------- phrases in sentences
 
 
 @lru_cache(maxsize=1)
 def _matchers():
-    """
-    First letter -> (match function of all phrases that can start with it, kind of each group). Compiled at first use.
-    """
-    tables = [
-        ("unmention", UNMENTIONS),
-        ("keep", KEEP),
-        ("unsure back", UNSURE_BACK),
-        ("absent back", ABSENT_BACK),
-        ("ignore rest", IGNORE_REST),
-        ("ignore", IGNORE),
-    ]
-    tables += [
-        ("unsure", UNSURE),
-        ("unsure next", UNSURE_NEXT),
-        ("normal", NORMAL),
-        ("absent", ABSENT),
-        ("failure", FAILURE),
-    ]
-    tables += [(("mention", name), phrases) for name, phrases in MENTIONS.items()] + [("others", OTHERS)]
-    tables += [(("anatomy", names), phrases) for names, phrases in ANATOMY.items()]
-    tables += [
-        ("enlarged", ENLARGED),
-        ("prominent", PROMINENT),
-        ("stop", STOP),
-        ("verb", VERBS),
-        ("comma", [",", "and"]),
-    ]
+    """First letter -> (match function of all phrases that can start with it, (kind, what) of each group)."""
     by_letter = {}
-    for kind, phrases in tables:
-        kind = kind if isinstance(kind, tuple) else (kind, None)
-        for phrase in phrases:
-            for letter in _first_letters(phrase):
-                by_letter.setdefault(letter, []).append(
-                    (f"{phrase}()", kind)
-                )  # the empty group tells which phrase it was
+    for kind, what, found in TABLES:
+        for phrase in found:
+            for letter in _first_letters(phrase):  # the empty group tells which phrase it was
+                by_letter.setdefault(letter, []).append((f"{phrase}()", (kind, what)))
     return {
         letter: (
-            re.compile(rf"(?:{'|'.join(phrase for phrase, _ in found)})(?:(?<=[,:])|(?!\w))").match,
+            re.compile(rf"(?:{'|'.join(phrase for phrase, _ in found)})(?:(?<=[,:¦‹›¿])|(?!\w))").match,
             [None] + [kind for _, kind in found],
         )
         for letter, found in by_letter.items()
@@ -621,7 +141,7 @@ def _first_letters(pattern):
     return {pattern[0]} | (_first_letters(pattern[2:]) if pattern[1:2] == "?" else set())
 
 
-_WORD = re.compile(r"\w+|[,:]")
+_WORD = re.compile(r"\w+|[,:¦‹›¿]")
 
 
 def _tokens(sentence):
@@ -639,204 +159,276 @@ def _tokens(sentence):
     return tokens
 
 
-_NEW = re.compile(rf"(?:,(?: and)?|and) (?:{NEW})")
-_LINK = re.compile(
+# ------------------------------------------------------------------------------------------------------ one sentence
+
+# What a state says of anatomy: its label, and the conditions it speaks of.
+_SIZE_OF = {
+    "heart": ("Cardiomegaly",),
+    "mediastinum": ("Enlarged Cardiomediastinum",),
+    "heart and mediastinum": ("Cardiomegaly", "Enlarged Cardiomediastinum"),
+}
+_STATES = {
+    "normal": (NEGATIVE, _SIZE_OF),
+    "enlarged": (POSITIVE, _SIZE_OF),
+    "prominent": (UNCERTAIN, _SIZE_OF),
+    "congested": (POSITIVE, {"vessels": ("Edema",)}),
+    "collapsed": (POSITIVE, {"lung": ("Atelectasis",)}),
+}
+_NEW, _NOTHING_MORE = re.compile(NEW), re.compile(END)
+_OWN_VERB, _PRESENT = re.compile(OWN_VERB), re.compile(PRESENT)
+_LINK = re.compile(  # "normal size of the heart"
     r"(?: (?:size|shape|contour|configuration|appearance|caliber|position|and|of|in|the))* "
-)  # "normal size of the heart"
+)
 _OR = re.compile(r"\b(?:or|nor)\b")
 
 
 class _Scope:
-    """
-    What is open while a sentence is read from left to right: one denial, one doubt, one that says "not described".
-    """
-
-    __slots__ = ("cue", "used", "short")
+    """What is open while a sentence is read: a denial, a doubt, or one that says "not described"."""
 
     def __init__(self):
-        self.cue, self.used, self.short = None, False, False
+        self.close()
 
     def open(self, cue, short=False):
-        self.cue, self.used, self.short = cue, False, short
+        self.cue, self.short, self.used, self.devices_only = cue, short, False, True
 
     def close(self):
-        self.cue = None
+        self.open(None)
+
+
+class _Reader:
+    """
+    Reads one sentence from left to right, one method for each kind of token. A span is a list (condition, label, rule,
+    start, end, cue start, cue end); label None: mentioned, but nothing is said of it.
+    """
+
+    def __init__(self, sentence):
+        self.sentence, self.tokens, self.spans = sentence, _tokens(sentence), []
+        self.last_or = max((found.start() for found in _OR.finditer(sentence)), default=-1)
+        self.denial, self.doubt, self.silence = self.scopes = _Scope(), _Scope(), _Scope()
+        # Places in spans since the last stop; where the last parts of that list begin: after a comma, after a comma or
+        # "and"; and the list before a mark, which an answer means ("Lines and tubes: none").
+        self.recent, self.item, self.part, self.asked = [], 0, 0, []
+        # Anatomy waiting for its state, as (part, start); whether its verb has come; the last token a state has taken
+        self.anatomy, self.verb_seen, self.claimed = [], False, -1
+        self.comma_at, self.outside = -1, []
+
+    def read(self):
+        for i, (kind, what, start, end) in enumerate(self.tokens):
+            handle = getattr(self, kind, None)  # "keep" and "unmention" need none: it is enough that they were read
+            if handle:
+                handle(i, what, start, end)
+        self.borderline()
+        if self.sentence.endswith("?"):
+            self.doubt_back(range(len(self.spans)), len(self.sentence) - 1, len(self.sentence))
+        return tuple(map(tuple, self.spans))
+
+    # --- findings
+
+    def mention(self, i, condition, start, end, label=POSITIVE, rule="mention"):
+        span = [condition, label, rule, start, end, None, None]
+        device, denial = condition == "Support Devices", self.denial
+        if self.silence.cue:
+            span[1], span[2], span[5:] = None, "not described", self.silence.cue
+        elif denial.cue and not (device and self.device_stands_alone()):
+            span[1], span[2], span[5:] = NEGATIVE, "negation", denial.cue
+        elif self.doubt.cue:
+            span[1], span[2], span[5:] = UNCERTAIN, "uncertainty", self.doubt.cue
+        for scope in self.scopes:
+            scope.used = True
+            scope.devices_only &= device
+        self.recent.append(len(self.spans))
+        self.spans.append(span)
+        if self.verb_seen:
+            self.anatomy = []
+
+    def device_stands_alone(self):
+        """ "No pneumothorax, chest tube in place": a device after a comma is denied in a list of devices only."""
+        denial = self.denial
+        return denial.used and not denial.devices_only and self.comma_at > max(self.last_or, denial.cue[1])
+
+    def failure(self, i, what, start, end):
+        if not self.denial.cue and not self.silence.cue:
+            self.mention(i, "Cardiomegaly", start, end, UNCERTAIN, "heart failure")
+
+    # --- anatomy and its states
+
+    def anatomical(self, i, part, start, end):
+        if i > self.claimed:
+            if self.verb_seen:
+                self.anatomy, self.verb_seen = [], False
+            self.anatomy.append((part, start))
+
+    def state(self, i, state, start, end):
+        """Said of the anatomy right behind it, else of the anatomy before it."""
+        within = self.sentence.startswith("within", start)
+        if within and self.kind(i + 1) != "anatomical":
+            self.deny_back(self.recent[self.item :], start, end)
+        behind = [] if within else self.anatomy_behind(i, end)
+        if behind:
+            self.claimed, first, end = behind[-1], start, self.tokens[behind[-1]][3]
+            parts = [self.tokens[k][1] for k in behind]
+        else:
+            parts = [part for part, _ in self.anatomy]
+            first = self.anatomy[0][1] if self.anatomy else start
+            if self.recent and self.spans[self.recent[-1]][3] > first and state != "normal":
+                return  # "cardiac silhouette unchanged, effusion increased"
+            self.anatomy = []
+        label, conditions = _STATES[state]
+        for name in dict.fromkeys(name for part in parts for name in conditions.get(part, ())):
+            if label == NEGATIVE:
+                self.spans.append([name, NEGATIVE, "normal anatomy", first, end, None, None])
+            else:
+                self.mention(i, name, first, end, label, "enlarged anatomy" if conditions is _SIZE_OF else state)
+
+    def anatomy_behind(self, i, end):
+        """-> the tokens of the anatomy right behind a state: "normal heart size and mediastinal contours"."""
+        j = i + 1
+        if self.kind(j) != "anatomical" or not _LINK.fullmatch(self.sentence, end, self.tokens[j][2]):
+            return []
+        if self.anatomy and self.verb_seen and self.kind(j + 1) == "verb":
+            return []  # a full stop is missing: "the heart is normal the lungs are clear"
+        while self.kind(j) in ("anatomical", "comma"):
+            j += 1
+        found = [k for k in range(i + 1, j) if self.kind(k) == "anatomical"]
+        if len(found) > 1 and self.kind(j) in ("verb", "state"):
+            found.pop()  # "normal heart size and the lungs are ...": the last one belongs to what follows
+        return found
+
+    def kind(self, i):
+        return self.tokens[i][0] if i < len(self.tokens) else None
+
+    def borderline(self):
+        """ "Heart size is borderline": the word doubts a large heart even where it stands alone."""
+        cue = self.sentence.find("borderline")
+        if cue >= 0 and not any(span[0] == "Cardiomegaly" for span in self.spans):
+            for kind, what, start, end in self.tokens:
+                if kind == "anatomical" and what.startswith("heart"):
+                    self.spans.append(["Cardiomegaly", UNCERTAIN, "uncertainty", start, end, cue, cue + 10])
+
+    # --- cues: what they open, and what they say of the findings before them
+
+    def absent(self, i, what, start, end):
+        self.denial.open((start, end))
+
+    def unsure(self, i, what, start, end):
+        self.doubt.open((start, end))
+
+    def unsure_both(self, i, what, start, end):
+        self.doubt.open((start, end))
+        self.doubt_back(self.recent[-1:], start, end)
+
+    def unsure_next(self, i, what, start, end):
+        self.doubt.open((start, end), short=True)
+
+    def ignore(self, i, what, start, end):
+        self.silence.open((start, end), short=True)
+
+    def ignore_rest(self, i, what, start, end):
+        self.silence.open((start, end))
+
+    def unsure_back(self, i, what, start, end):
+        self.doubt_back(self.meant(start, end), start, end)
+
+    def absent_back(self, i, what, start, end):
+        tip = "tip" in self.sentence[:start]  # "the tip of the tube is not seen": the tube is there
+        targets = [k for k in self.meant(start, end) if not (tip and self.spans[k][0] == "Support Devices")]
+        self.deny_back(targets, start, end)
+
+    def meant(self, start, end):
+        """
+        The findings that a cue behind them means: the whole list in "edema, effusion or pneumonia cannot be excluded"
+        and "A and B are not seen", else its last part; none since a mark: those before it. Behind a comma only a cue
+        without more means what stands before it: "..., not seen", but "..., not seen on the lateral view".
+        """
+        plural = self.sentence.startswith(("are ", "were ", "have "), start)
+        if plural or (self.recent and self.last_or > self.spans[self.recent[0]][3]):
+            return self.recent or self.asked
+        targets = self.recent[self.item :]
+        if not targets and _NOTHING_MORE.match(self.sentence, end):
+            targets = self.recent[self.part :] or self.recent[-1:] or self.asked
+        return targets
+
+    def deny_back(self, targets, start, end):
+        for span in (self.spans[k] for k in targets):
+            if span[1] is not None:
+                span[1], span[2], span[5:] = NEGATIVE, "negation", (start, end)
+
+    def doubt_back(self, targets, start, end):
+        for span in (self.spans[k] for k in targets):
+            if span[1] == POSITIVE:
+                span[1], span[2], span[5:] = UNCERTAIN, "uncertainty", (start, end)
+
+    # --- what ends a scope
+
+    def comma(self, i, what, start, end):
+        self.comma_at, self.item = start, len(self.recent)
+        if self.sentence[start] == ",":
+            self.part = len(self.recent)
+        if start <= self.last_or:
+            return
+        if self.doubt.short and self.doubt.used:
+            self.doubt.close()
+        if _NEW.match(self.sentence, start):
+            for scope in self.scopes:
+                scope.close()
+            self.forget()
+        elif self.denial.cue and self.denial.used and self.own_verb(i):
+            self.denial.close()
+            self.forget()
+
+    def own_verb(self, i):
+        """Does the finding behind this comma or "and" have a verb or state of its own?"""
+        while self.kind(i) == "comma":
+            comma, i = self.sentence[self.tokens[i][2]] == ",", i + 1
+        if self.kind(i) != "mention":
+            return False
+        end = self.tokens[i][3]
+        return bool(_OWN_VERB.match(self.sentence, end) or (comma and _PRESENT.match(self.sentence, end)))
+
+    def verb(self, i, what, start, end):
+        self.verb_seen = bool(self.anatomy)
+        for scope in self.scopes:
+            if scope.used and not (scope is self.silence and not scope.short):
+                scope.close()
+
+    def stop(self, i, what, start, end):
+        self.denial.close()
+        self.doubt.close()
+        if self.silence.short:
+            self.silence.close()
+        self.forget()
+
+    def mark(self, i, what, start, end):
+        if self.sentence.startswith((" or ", " nor "), end):
+            return
+        asked = self.recent[self.part :] or self.asked
+        if not any(scope.cue and scope.cue[1] >= start - 1 for scope in self.scopes):  # "negative for: effusion, ..."
+            self.stop(i, what, start, end)
+        self.asked = asked
+
+    def bracket(self, i, opens, start, end):
+        """What stands in brackets is read by itself; behind them the sentence goes on as before."""
+        if opens and not self.sentence.startswith((" or ", " nor ", " and "), end):
+            self.outside.append([(scope.cue, scope.short, scope.used, scope.devices_only) for scope in self.scopes])
+            self.mark(i, None, start, end)
+        elif not opens and self.outside:
+            for scope, state in zip(self.scopes, self.outside.pop(), strict=True):
+                scope.cue, scope.short, scope.used, scope.devices_only = state
+
+    def forget(self):
+        self.recent, self.item, self.part, self.asked = [], 0, 0, []
 
 
 @lru_cache(maxsize=65536)
 def _read_sentence(sentence):
-    """
-    -> tuple of (condition, label, rule, start, end, cue start, cue end); label None: mentioned, but nothing is said of
-    it.
-    """
-    tokens = _tokens(sentence)
-    last_or = max((found.start() for found in _OR.finditer(sentence)), default=-1)
-    spans = []
-    denial, doubt, silence = _Scope(), _Scope(), _Scope()
-    scopes = (denial, doubt, silence)
-    recent, list_start = [], 0  # places in spans since the last stop; the first of them after the last comma or "and"
-    anatomy, verb_seen, claimed = [], False, -1  # anatomy waiting for its "normal" or "enlarged"
-    comma_at = -1
-
-    def mention(condition, start, end, positive=POSITIVE, rule="mention"):
-        span = [condition, positive, rule, start, end, None, None]
-        device = condition == "Support Devices"
-        if silence.cue:
-            span[1], span[2], span[5:] = None, "not described", silence.cue
-        elif denial.cue and not (device and denial.used and comma_at > max(last_or, denial.cue[1])):
-            span[1], span[2], span[5:] = NEGATIVE, "negation", denial.cue
-        elif doubt.cue:
-            span[1], span[2], span[5:] = UNCERTAIN, "uncertainty", doubt.cue
-        for scope in scopes:
-            scope.used = True
-        recent.append(len(spans))
-        spans.append(span)
-
-    def state(i, start, end, value):
-        """A "normal" or "enlarged": of the anatomy right behind it, else of the anatomy before it."""
-        nonlocal anatomy, claimed
-        j = i + 1
-        behind = (
-            j < len(tokens)
-            and tokens[j][0] == "anatomy"
-            and _LINK.fullmatch(sentence, end, tokens[j][2])
-            and not sentence.startswith("within", start)
-        )
-        if behind and anatomy and verb_seen and tokens[j + 1 : j + 2] and tokens[j + 1][0] == "verb":
-            behind = False  # a full stop is missing: "the heart is normal the lungs are clear"
-        if behind:
-            first = start
-            while j < len(tokens) and tokens[j][0] in ("anatomy", "comma"):
-                j += 1
-            found = [k for k in range(i + 1, j) if tokens[k][0] == "anatomy"]
-            if len(found) > 1 and j < len(tokens) and tokens[j][0] in ("verb", "normal", "enlarged"):
-                found.pop()  # "normal heart size and the lungs are ...": the last one belongs to what follows
-            claimed = found[-1]
-            end = tokens[claimed][3]
-            names = [name for k in found for name in tokens[k][1]]
-        else:
-            names = [name for what, _ in anatomy for name in what]
-            first = anatomy[0][1] if anatomy else start
-            anatomy = []
-        for name in dict.fromkeys(names):
-            if value == NEGATIVE:
-                spans.append([name, NEGATIVE, "normal anatomy", first, end, None, None])
-            else:
-                mention(name, first, end, value, "enlarged anatomy")
-
-    for i, (kind, what, start, end) in enumerate(tokens):
-        if kind == "mention":
-            mention(what, start, end)
-            if verb_seen:
-                anatomy = []
-        elif kind == "anatomy":
-            if i > claimed:
-                if verb_seen:
-                    anatomy, verb_seen = [], False
-                anatomy.append((what, start))
-        elif kind == "enlarged":
-            state(i, start, end, POSITIVE)
-        elif kind == "prominent":
-            state(i, start, end, UNCERTAIN)
-        elif kind == "normal":
-            if sentence.startswith("within", start) and not (i + 1 < len(tokens) and tokens[i + 1][0] == "anatomy"):
-                _deny_back(spans, recent[list_start:], start, end)
-            state(i, start, end, NEGATIVE)
-        elif kind == "failure":
-            if not denial.cue and not silence.cue:
-                mention("Cardiomegaly", start, end, UNCERTAIN, "heart failure")
-        elif kind == "others":
-            mention("other", start, end)
-        elif kind == "absent":
-            denial.open((start, end))
-        elif kind == "unsure":
-            doubt.open((start, end))
-            if sentence.startswith(("versus", "vs", "if "), start):  # doubts what was named before it, too
-                _doubt_back(spans, recent[-1:], start, end)
-        elif kind == "unsure next":
-            doubt.open((start, end), short=True)
-        elif kind == "ignore" or kind == "ignore rest":
-            silence.open((start, end), short=kind == "ignore")
-        elif kind == "unsure back" or kind == "absent back":
-            # "edema, effusion or pneumonia cannot be excluded", "A and B are not seen": the whole list; else its last
-            # part
-            whole = sentence.startswith(("are ", "were ", "have "), start) or (recent and last_or > spans[recent[0]][3])
-            targets = recent if whole else recent[list_start:]
-            if kind == "unsure back":
-                _doubt_back(spans, targets, start, end)
-            else:
-                tip = "tip" in sentence[:start]  # "the tip of the tube is not seen": the tube is there
-                _deny_back(spans, [k for k in targets if not (tip and spans[k][0] == "Support Devices")], start, end)
-        elif kind == "comma":
-            comma_at = start
-            list_start = len(recent)
-            if doubt.short and doubt.used and start > last_or:
-                doubt.close()
-            if start > last_or and _NEW.match(sentence, start):
-                for scope in scopes:
-                    scope.close()
-                recent, list_start = [], 0
-        elif kind == "verb":
-            verb_seen = bool(anatomy)
-            for scope in scopes:
-                if scope.used and not (scope is silence and not scope.short):
-                    scope.close()
-        elif kind == "stop":
-            denial.close()
-            doubt.close()
-            if silence.short:
-                silence.close()
-            recent, list_start = [], 0
-    # "Heart size is borderline": the word doubts a large heart even where it stands alone
-    if "borderline" in sentence and not any(span[0] == "Cardiomegaly" for span in spans):
-        for kind, what, start, end in tokens:
-            if kind == "anatomy" and "Cardiomegaly" in what:
-                cue = sentence.index("borderline")
-                spans.append(["Cardiomegaly", UNCERTAIN, "uncertainty", start, end, cue, cue + len("borderline")])
-    return tuple(map(tuple, spans))
+    """-> tuple of (condition, label, rule, start, end, cue start, cue end)."""
+    return _Reader(sentence).read()
 
 
-def _deny_back(spans, targets, start, end):
-    for k in targets:
-        if spans[k][1] is not None:
-            spans[k][1], spans[k][2], spans[k][5:] = NEGATIVE, "negation", (start, end)
+# ----------------------------------------------------------------------------------------------------- the whole report
 
-
-def _doubt_back(spans, targets, start, end):
-    for k in targets:
-        if spans[k][1] == POSITIVE:
-            spans[k][1], spans[k][2], spans[k][5:] = UNCERTAIN, "uncertainty", (start, end)
-
-
-_HEADER = re.compile(rf"\b(?:(?P<why>{WHY}) ?:|(?P<how>{HOW}) ?:|wet read|final report|[a-z]\w+\)? ?:)(?= |$)")
-_END = re.compile(r"(?<!\bvs)\.(?!\d)|[;!?]")
 _RANK = {None: 0, NEGATIVE: 1, UNCERTAIN: 2, POSITIVE: 3}
-_FLAT = str.maketrans({c: " " for c in "-/\u2010\u2011\u2012\u2013\u2014_"})
-
-
-def _sentences(text):
-    """
-    Flattened text -> (start, end) of the sentences; sections that say why and how the film was taken are left out.
-    """
-    skip = []
-    if ":" in text:
-        headers = list(_HEADER.finditer(text))
-        for header, following in zip(headers, headers[1:] + [None], strict=False):
-            if header["why"] or header["how"]:
-                sentence = _END.search(text, header.end())
-                ends = [sentence.end() if sentence else len(text), following.start() if following else len(text)]
-                skip.append((header.start(), min(ends) if header["how"] or not following else ends[1]))
-    pieces, at = [], 0
-    for start, stop in skip:
-        pieces.append((at, start))
-        at = stop
-    pieces.append((at, len(text)))
-    for piece_start, piece_end in pieces:
-        start = piece_start
-        for found in _END.finditer(text, piece_start, piece_end):
-            yield start, found.start()
-            start = found.end()
-        yield start, piece_end
+_NO_WORD = re.compile(r"(?:x+|n a|na|nan|none|null|nil|\W|\d|_)*")
 
 
 def label_report(text, evidence=False):
@@ -845,9 +437,9 @@ def label_report(text, evidence=False):
     order.
 
     Among several mentions 1 beats -1 beats 0. No Finding is 1 when none of the other 13 but Support Devices, nor
-    another abnormality (OTHERS), is stated or doubted, else None; a text without a word has no labels at all. Sections
-    headed "Indication:" or "History:" are not read, nor is the first sentence after "Technique:", "Examination:" or
-    "Comparison:".
+    another abnormality (OTHERS), is stated or doubted, else None; a text without a word ("", "XXXX", "nan") has no
+    labels at all. Sections headed "Indication:" or "History:" are not read, nor is the first sentence after
+    "Technique:", "Examination:" or "Comparison:".
 
     evidence=True -> (labels, spans); a span is a dict with condition ("other": one of OTHERS), label (None: mentioned,
     not described), rule, start, end, text (the mention, in characters of `text`), cue, cue_start, cue_end (the word
@@ -855,66 +447,28 @@ def label_report(text, evidence=False):
     """
     if not isinstance(text, str):
         raise TypeError(f"label_report reads a text, got {type(text).__name__}")
-    flat, places = _flatten(text, evidence)
+    flat, places = flatten(text, evidence)
     labels = dict.fromkeys(CONDITIONS, UNKNOWN)
     spans, abnormal = [], False
-    for start, end in _sentences(flat):
-        while start < end and flat[start] == " ":
-            start += 1
-        if start == end:
+    for start, end in sentences(flat):
+        sentence = flat[start:end].strip()
+        if not sentence:
             continue
-        for name, label, rule, first, last, cue_first, cue_last in _read_sentence(flat[start:end].rstrip()):
-            if label == POSITIVE or label == UNCERTAIN:
-                abnormal = abnormal or name != "Support Devices"
+        start = flat.index(sentence, start)
+        for name, label, rule, first, last, cue_first, cue_last in _read_sentence(sentence):
+            abnormal |= label in (POSITIVE, UNCERTAIN) and name != "Support Devices"
             if name != "other" and _RANK[label] > _RANK[labels[name]]:
                 labels[name] = label
             if evidence:
-                spans.append(
-                    _span(
-                        text,
-                        places,
-                        name,
-                        label,
-                        rule,
-                        (start + first, start + last),
-                        cue_first is not None and (start + cue_first, start + cue_last),
-                    )
-                )
-    if not abnormal and any(map(str.isalpha, flat)):
+                cue = cue_first is not None and (start + cue_first, start + cue_last)
+                spans.append(_span(text, places, name, label, rule, (start + first, start + last), cue))
+    if not abnormal and not _NO_WORD.fullmatch(flat):
         labels["No Finding"] = POSITIVE
         if evidence:
-            spans.append(
-                dict(
-                    condition="No Finding",
-                    label=POSITIVE,
-                    rule="nothing abnormal stated or doubted",
-                    start=0,
-                    end=len(text),
-                    text=text,
-                    cue=None,
-                    cue_start=None,
-                    cue_end=None,
-                )
-            )
+            whole = dict(start=0, end=len(text), text=text, cue=None, cue_start=None, cue_end=None)
+            rule = "nothing abnormal stated or doubted"
+            spans.append(dict(condition="No Finding", label=POSITIVE, rule=rule) | whole)
     return (labels, spans) if evidence else labels
-
-
-def _flatten(text, with_places):
-    """
-    -> the text in lower case, one space between words, hyphens and slashes as spaces; where its letters stood (or
-    None).
-    """
-    low = text.lower()
-    if len(low) != len(text):  # a few letters grow in lower case, which would move what follows
-        low = "".join(c.lower() if len(c.lower()) == 1 else c for c in text)
-    low = low.translate(_FLAT)
-    if not with_places:
-        return " ".join(low.split()), None
-    places, words = [], []
-    for word in re.finditer(r"\S+", low):
-        words.append(word.group())
-        places += range(word.start(), word.end() + 1)  # the space behind it counts as its own
-    return " ".join(words), places
 
 
 def _span(text, places, name, label, rule, mention, cue):
@@ -922,15 +476,6 @@ def _span(text, places, name, label, rule, mention, cue):
         return (places[span[0]], places[span[1] - 1] + 1) if span else (None, None)
 
     start, end = where(mention)
-    cue_start, cue_end = where(cue)
-    return dict(
-        condition=name,
-        label=label,
-        rule=rule,
-        start=start,
-        end=end,
-        text=text[start:end],
-        cue=text[cue_start:cue_end] if cue else None,
-        cue_start=cue_start,
-        cue_end=cue_end,
-    )
+    first, last = where(cue)
+    found = dict(condition=name, label=label, rule=rule, start=start, end=end, text=text[start:end])
+    return found | dict(cue=text[first:last] if cue else None, cue_start=first, cue_end=last)
