@@ -22,7 +22,7 @@ def cache(tmp_path_factory):
         yield
 
 
-@pytest.fixture(scope="module", params=["gemma3", "qwen2vl", "qwen25vl", "qwen3vl", "llava"])
+@pytest.fixture(scope="module", params=["gemma3", "qwen2vl", "qwen3vl", "llava"])
 def pair(request, cache):
     """The same model twice: with sdpa, and with eager attention to compare with."""
     sizes = dict(sliding_window=WINDOW) if request.param == "gemma3" else {}

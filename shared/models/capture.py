@@ -1,13 +1,11 @@
 """
 Attention weights of a few query rows, while the model runs as it always does.
 
-    inputs = build_inputs(vlm, [question], [image])
     with AttentionCapture(vlm.model, keys=inputs.image_positions[0][0]) as capture:
         vlm.model.generate(**inputs.tensors, max_new_tokens=20)
-    capture.steps[0].weights                  # (layers, B, heads, rows, keys): the prompt's last token, looking at the
-                                              image
-    capture.steps[3].weights                  # the fourth generated token
-    capture.layer_kinds                       # "full_attention" or "sliding_attention", per layer
+    capture.steps[0].weights            # (layers, B, heads, rows, keys): the prompt's last token, looking at the image
+    capture.steps[3].weights            # the fourth generated token
+    capture.layer_kinds                 # "full_attention" or "sliding_attention", per layer
 
 sdpa and flash attention never hold the weights, and eager, which does, holds all of them (layers x heads x L x L) and
 rounds differently. Here sdpa runs unchanged, so the text is the same to the last bit, and beside it the softmax of the
@@ -32,13 +30,10 @@ _active = None  # the capture that is on; attention functions are found by name 
 
 @dataclass
 class Step:
-    """
-    One forward pass. rows: columns of the recorded queries; weights: float32 (layers, B, heads, rows, keys), on the
-    CPU. The row at column p predicts the token at p + 1.
-    """
+    """One forward pass. The row at column p predicts the token at p + 1."""
 
-    rows: list
-    weights: torch.Tensor
+    rows: list  # columns of the recorded queries
+    weights: torch.Tensor  # float32 (layers, B, heads, rows, keys), on the CPU
 
 
 class AttentionCapture:
@@ -53,12 +48,10 @@ class AttentionCapture:
     def __init__(self, model, queries="last", keys=None):
         self.language = language_model(model)
         self.queries = queries if queries == "last" else sorted(int(q) for q in queries)
-        self.keys = None if keys is None else torch.as_tensor(keys).reshape(-1, torch.as_tensor(keys).shape[-1])
-        self.layer_kinds = list(
-            getattr(self.language.config, "layer_types", None)
-            or ["full_attention"] * self.language.config.num_hidden_layers
-        )
-        self._passes, self._now = [], None
+        self.keys = None if keys is None else torch.atleast_2d(torch.as_tensor(keys))
+        settings = self.language.config
+        kinds = getattr(settings, "layer_types", None) or ["full_attention"] * settings.num_hidden_layers
+        self.layer_kinds, self._passes, self._now = list(kinds), [], None
 
     def __enter__(self):
         global _active
@@ -67,7 +60,7 @@ class AttentionCapture:
         self._before = self.language.config._attn_implementation
         if self._before != "sdpa":
             raise ValueError(
-                f"the model runs {self._before!r} attention; load it with attention='sdpa' to capture rows beside it"
+                f"the model runs {self._before!r} attention; load it with attention='sdpa' to capture rows"
             )
         self.language.set_attn_implementation(NAME)
         self._hook = self.language.register_forward_pre_hook(self._start_pass, with_kwargs=True)
@@ -82,11 +75,8 @@ class AttentionCapture:
 
     def _start_pass(self, module, args, kwargs):
         """Before a forward pass of the language model: which columns it computes."""
-        embeddings = (
-            kwargs.get("inputs_embeds")
-            if kwargs.get("inputs_embeds") is not None
-            else kwargs.get("input_ids", args[0] if args else None)
-        )
+        given = kwargs.get("inputs_embeds")
+        embeddings = kwargs.get("input_ids", args[0] if args else None) if given is None else given
         cache = kwargs.get("past_key_values")
         start = int(cache.get_seq_length()) if cache is not None else 0
         total = start + embeddings.shape[1]
@@ -107,9 +97,8 @@ class AttentionCapture:
         if stored > total:
             raise RuntimeError("capture reads a growing cache (DynamicCache), and this one has a fixed length")
         index = torch.tensor(rows, device=query.device) - start
-        chosen = (
-            query[:, :, index].float().reshape(batch, -1, groups * len(rows), width)
-        )  # grouped heads share their keys
+        # grouped heads share their keys
+        chosen = query[:, :, index].float().reshape(batch, -1, groups * len(rows), width)
         scores = (chosen @ key.float().transpose(2, 3)).reshape(batch, heads, len(rows), stored) * scaling
         if mask is not None:
             some = mask[:, :, index, :stored]
@@ -139,11 +128,8 @@ class AttentionCapture:
     @property
     def steps(self):
         """One Step per forward pass that had a chosen row."""
-        return [
-            Step(rows, torch.stack([layers[i] for i in sorted(layers)]).cpu())
-            for _, _, rows, layers in self._passes
-            if layers
-        ]
+        found = [(rows, layers) for _, _, rows, layers in self._passes if layers]
+        return [Step(rows, torch.stack([layers[i] for i in sorted(layers)]).cpu()) for rows, layers in found]
 
     @property
     def status(self):
@@ -164,14 +150,9 @@ def language_model(model):
 
 def sdpa_with_rows(module, query, key, value, attention_mask, scaling=None, **options):
     if _active is not None:
+        factor = query.shape[-1] ** -0.5 if scaling is None else scaling
         with torch.no_grad():
-            _active.record(
-                module,
-                query.detach(),
-                key.detach(),
-                attention_mask,
-                query.shape[-1] ** -0.5 if scaling is None else scaling,
-            )
+            _active.record(module, query.detach(), key.detach(), attention_mask, factor)
     return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
 
 

@@ -216,6 +216,14 @@ def stored_quant(config):
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
+def weight_files(source):
+    """Files with the weights of a folder or hub name, as far as they are on this computer."""
+    folder = Path(source)
+    if not folder.is_dir():
+        folder = Path(hf_hub_download(source, "config.json")).parent
+    return sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+
+
 def load_processor(source, name):
     copy = "copy {} from the model's page into it"
     try:

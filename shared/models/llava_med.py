@@ -19,6 +19,7 @@ colour (image_aspect_ratio "pad"), LLaVA-Rad takes the central square.
 """
 
 import argparse
+import functools
 import re
 import shutil
 import struct
@@ -35,8 +36,8 @@ from transformers import AutoModelForImageTextToText, CLIPImageProcessor, CLIPVi
 from transformers import LlamaTokenizer, LlavaConfig, LlavaForConditionalGeneration, LlavaImageProcessor
 from transformers import MistralConfig, PreTrainedTokenizerFast
 
-from shared.models.hub import load_part
-from shared.models.tiny import LLAVA_TEMPLATE, NAMES, clip_processor, quietly
+from shared.models.hub import load_part, weight_files
+from shared.models.tiny import LLAVA_TEMPLATE, NAMES, chat_template, clip_processor, quietly
 from shared.runtime import InputError, ScriptParser, load_checkpoint, read_json, script, write_json
 
 PEFT_PREFIX = "base_model.model."
@@ -66,19 +67,14 @@ VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and"
     " polite answers to the user's questions."
 )
-VICUNA_TEMPLATE = """{{ bos_token }}{{ messages[0].content[0].text if messages[0].role == 'system' else
-"SYSTEM" }}
+VICUNA_TEMPLATE = chat_template(
+    """{{ bos_token }}{{ messages[0].content[0].text if messages[0].role == 'system' else "VICUNA" }}
 {%- for message in messages if message.role != 'system' -%}
-    {%- if message.role == 'assistant' -%}
-        {{ ' ' + (message.content if message.content is string else message.content[0].text) + eos_token }}
-    {%- else -%}
-        {{ ' USER: ' }}
-        {%- if message.content is string -%}{{ message.content }}{%- else -%}
-        {%- for part in message.content -%}{{ '<image>\n' if part.type == 'image' else part.text }}{%- endfor -%}
-        {%- endif -%}
-        {{ ' ASSISTANT:' }}
-    {%- endif -%}
-{%- endfor -%}""".replace("SYSTEM", VICUNA_SYSTEM)
+    {%- if message.role == 'assistant' -%}{{ ' ' + SAID + eos_token }}
+    {%- else -%}{{ ' USER: ' }}WORDS{{ ' ASSISTANT:' }}{%- endif -%}
+{%- endfor -%}""".replace("VICUNA", VICUNA_SYSTEM),
+    image="<image>\n",
+)
 
 
 def is_original(config):
@@ -211,11 +207,9 @@ def load_tokenizer(source, vocab_size):
             raise InputError(f"{source} has no tokenizer: copy tokenizer.model from the model's page into it")
         pieces = read_sentencepiece(path)
         vocab = {piece: i for i, (piece, _, _) in enumerate(pieces)}
-        merges = []  # every way to put a piece together from two others; best score first, the order of learning
-        for piece, score, kind in pieces:
-            halves = [(piece[:i], piece[i:]) for i in range(1, len(piece))] if kind == 1 else []
-            merges += [(score, a, b) for a, b in halves if a in vocab and b in vocab]
-        merges.sort(key=lambda m: (-m[0], len(m[1])))
+        # every way to put a piece together from two others; best score first, which is the order of learning
+        halves = ((score, p[:i], p[i:]) for p, score, kind in pieces if kind == 1 for i in range(1, len(p)))
+        merges = sorted((h for h in halves if h[1] in vocab and h[2] in vocab), key=lambda h: (-h[0], len(h[1])))
         tokenizer = LlamaTokenizer(vocab=vocab, merges=[(a, b) for _, a, b in merges], legacy=True, add_bos_token=True)
     if len(tokenizer) != vocab_size:
         raise InputError(
@@ -280,10 +274,12 @@ def new_names(key, tensor):
     """
     One tensor of an original checkpoint -> {new name: tensor}; empty for what is derived or not part of the model.
     """
-    if key.endswith(DERIVED) or re.match(
-        r"(module\.)?(visual\.head|text\.|logit_scale)", key
-    ):  # open_clip's projection and text tower
+    if key.endswith(DERIVED) or re.match(r"(module\.)?(visual\.head|text\.|logit_scale)", key):  # open_clip's own
         return {}
+
+    def renamed(key, patterns):
+        return functools.reduce(lambda name, pair: re.sub(*pair, name), patterns.items(), key)
+
     timm, found = re.subn(TIMM_PREFIX, "", key)
     if not found:
         return {renamed(key, KEY_MAP): tensor}
@@ -294,18 +290,9 @@ def new_names(key, tensor):
     return {"model.vision_tower." + renamed(timm, TIMM_MAP): tensor}
 
 
-def renamed(key, patterns):
-    for pattern, replacement in patterns.items():
-        key = re.sub(pattern, replacement, key)
-    return key
-
-
 def shards_of(folder, what="model"):
-    """Files with the weights of a folder, safetensors before .bin."""
-    for pattern in ("model*.safetensors", "pytorch_model*.bin"):
-        files = sorted(Path(folder).glob(pattern))
-        if files:
-            return files
+    if files := weight_files(folder):
+        return files
     raise InputError(f"{folder} has no weights of the {what} (model*.safetensors or pytorch_model*.bin)")
 
 
@@ -336,21 +323,18 @@ def read_lora(folder):
     return factors, scale
 
 
-def original_weights(path, factors, scale):
-    """Key and tensor of everything in a file; adapter factors are taken out of `factors` and added."""
+def weights_of(path, tower=False, factors=(), scale=1.0):
+    """
+    (key, tensor) of everything in a file. tower: it is CLIP's own, whose vision tower alone is taken, under the names
+    that LLaVA gives it; factors of an adapter are taken out and added.
+    """
     for key, tensor in read_shard(path):
-        key = key.removeprefix(PEFT_PREFIX)
+        key = "model.vision_tower.vision_tower." + key if tower else key.removeprefix(PEFT_PREFIX)
         if key in factors:
             update = factors.pop(key)
             tensor = (tensor.float() + scale * (update["B"] @ update["A"])).to(tensor.dtype)
-        yield key, tensor
-
-
-def clip_weights(path):
-    """The vision tower of CLIP's own file, under the names that LLaVA gives it; its text tower is passed over."""
-    for key, tensor in read_shard(path):
-        if key.startswith("vision_model."):
-            yield "model.vision_tower.vision_tower." + key, tensor
+        if not tower or ".vision_model." in key:
+            yield key, tensor
 
 
 def write_weights(folder, shards, config, vocab):
@@ -360,18 +344,11 @@ def write_weights(folder, shards, config, vocab):
     """
     with torch.device("meta"), quietly():
         expected = {k: tuple(t.shape) for k, t in AutoModelForImageTextToText.from_config(config).state_dict().items()}
-    where, size = {}, 0
+    where, total = {}, 0
+    scales = [name for name in expected if "layer_scale" in name]
 
-    def write(shard, what):
-        nonlocal size
-        file = f"model-{len(set(where.values())) + 1:05d}.safetensors"
-        save_file(shard, folder / file, {"format": "pt"})
-        where.update(dict.fromkeys(shard, file))
-        size += sum(t.nbytes for t in shard.values())
-        print(f"{what}: {len(shard)} weights", flush=True)
-
-    for path, weights in shards:
-        shard = {}
+    def fitting(path, weights):
+        """The weights of a file under their new names."""
         for key, tensor in weights:
             for name, value in new_names(key, tensor).items():
                 if name in ("lm_head.weight", "model.language_model.embed_tokens.weight") and len(value) == vocab:
@@ -381,20 +358,27 @@ def write_weights(folder, shards, config, vocab):
                         f"{path}: the weight {key} has no place in the model; this is not the layout of LLaVA-Med v1.5"
                         " or LLaVA-Rad"
                     )
-                shape = tuple(value.shape)
-                if shape != expected[name]:
-                    raise InputError(
-                        f"{path}: {key} has the shape {shape}, and the configuration says {expected[name]}"
-                    )
-                shard[name] = value.contiguous()
+                shape, wanted = tuple(value.shape), expected[name]
+                if shape != wanted:
+                    raise InputError(f"{path}: {key} has the shape {shape}, and the configuration says {wanted}")
+                yield name, value.contiguous()
+
+    def shards_and_scales():
+        for path, weights in shards:
+            yield path.name, dict(fitting(path, weights))
+        if set(expected) - set(where) == set(scales):  # a plain ViT is one with scales of 1
+            yield "scales of 1", {name: torch.ones(expected[name]) for name in scales}
+
+    for what, shard in shards_and_scales():
         if shard:
-            write(shard, path.name)
-    missing = sorted(set(expected) - set(where))
-    if missing and all("layer_scale" in name for name in missing):  # a plain ViT is one with scales of 1
-        write({name: torch.ones(expected[name]) for name in missing}, "scales of 1")
-        missing = []
-    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": where})
-    return missing
+            file = f"model-{len(set(where.values())) + 1:05d}.safetensors"
+            save_file(shard, folder / file, {"format": "pt"})
+            where |= dict.fromkeys(shard, file)
+            total += sum(t.nbytes for t in shard.values())
+            print(f"{what}: {len(shard)} weights", flush=True)
+            shard.clear()  # before the next one is read
+    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
+    return sorted(set(expected) - set(where))
 
 
 def convert(source, out, base=None, tower=None):
@@ -429,8 +413,8 @@ def convert(source, out, base=None, tower=None):
     files += sorted(source.glob("*_checkpoint.pt"))  # LLaVA-Rad's tower
     own = local_file(source, "tokenizer.model") or local_file(source, "tokenizer.json")
     processor = make_processor(source if own else base or source, raw, config)
-    shards = [(path, original_weights(path, factors, scale)) for path in files]
-    shards += [(path, clip_weights(path)) for path in (shards_of(tower, "vision tower") if tower else [])]
+    shards = [(path, weights_of(path, factors=factors, scale=scale)) for path in files]
+    shards += [(path, weights_of(path, tower=True)) for path in (shards_of(tower, "vision tower") if tower else [])]
 
     out.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))

@@ -34,7 +34,6 @@ import shared  # noqa: F401, isort: skip  # before transformers
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns at every 8-bit product, and on import
 
 import torch
-from huggingface_hub import hf_hub_download
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, load_peft_weights
 from torch import nn
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
@@ -42,6 +41,7 @@ from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 from shared.models import llava_med, memory
 from shared.models.hub import FAMILIES, LORA_LAYERS, QUANTS, family_of, find_model, first_line, folder_of
 from shared.models.hub import is_hub_name, kept_whole, load_part, load_processor, stored_quant
+from shared.models.hub import weight_files
 from shared.models.tiny import is_tiny, quietly
 from shared.runtime import InputError, is_main_process, read_json, write_json
 
@@ -102,7 +102,7 @@ def choose_dtype(family, device, parameters, asked="auto"):
     one of torch. InputError for a combination known to fail.
 
     float16 ends at 65504, and the residual stream of Gemma 3 goes beyond it: NaN, or text like "!!!!". A T4 has no
-    bfloat16. A processor core computes float16 a hundred times slower than float32.
+    bfloat16. On CPUs float16 is so slow that a script seems to hang.
     """
     device, overflows = torch.device(device), not FAMILIES[family].float16
     bf16_gpu = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
@@ -113,7 +113,7 @@ def choose_dtype(family, device, parameters, asked="auto"):
         if asked == "float16" and overflows:
             raise InputError("Gemma 3 overflows in float16: use --dtype bfloat16, or float32 on a T4")
         if asked == "float16" and device.type == "cpu":
-            raise InputError("--dtype float16 is for GPUs: a CPU takes minutes for a word; use float32 or bfloat16")
+            raise InputError("--dtype float16 is for GPUs, and hopelessly slow on a CPU: use float32 or bfloat16")
         if asked == "bfloat16" and device.type == "cuda" and not bf16_gpu:
             name, instead = torch.cuda.get_device_name(device), "float32" if overflows else "float16"
             raise InputError(f"{name} does not compute bfloat16: use --dtype {instead}")
@@ -258,14 +258,6 @@ def load_vlm(
         if any((Path(adapter) / file).is_file() for file in ("preprocessor_config.json", "processor_config.json")):
             vlm.processor = load_processor(adapter, adapter)
     return vlm
-
-
-def weight_files(source):
-    """Files with the weights of a folder or hub name, as far as they are on this computer."""
-    folder = Path(source)
-    if not folder.is_dir():
-        folder = Path(hf_hub_download(source, "config.json")).parent
-    return sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
 
 
 def check_size(name, files, parameters):

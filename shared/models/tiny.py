@@ -67,57 +67,58 @@ SIZES = {
 INIT = 0.06  # deviation of random weights in the Qwen models; 0.02, made for thousands, hardly lets 128 numbers through
 CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 
-# What the templates of the real models write, in the few lines that these need.
-GEMMA3_TEMPLATE = """{{ bos_token }}
+
+def chat_template(text, image, trim=""):
+    """
+    What the templates of the real models write, in the few lines that these need. WORDS: what one message says, with
+    `image` in the place of each image; SAID: the text of one without images; SYSTEM keeps an instruction for the next
+    user's turn.
+    """
+    said = "(message.content if message.content is string else message.content[0].text)"
+    words = f"""{{%- if message.content is string -%}}{{{{ message.content{trim} }}}}{{%- else -%}}
+        {{%- for part in message.content -%}}
+        {{{{ '{image}' if part.type == 'image' else part.text{trim} }}}}{{%- endfor -%}}{{%- endif -%}}"""
+    system = "{%- set system.text = SAID + '\n\n' -%}"
+    return text.replace("WORDS", words).replace("SYSTEM", system).replace("SAID", said)
+
+
+GEMMA3_TEMPLATE = chat_template(
+    """{{ bos_token }}
 {%- set system = namespace(text='') -%}
 {%- for message in messages -%}
-    {%- if message.role == 'system' -%}
-        {%- set system.text = (message.content if message.content is string else message.content[0].text) + '\n\n' -%}
-    {%- else -%}
+    {%- if message.role == 'system' -%}SYSTEM{%- else -%}
         {{ '<start_of_turn>' + ('model' if message.role == 'assistant' else message.role) + '\n' + system.text }}
-        {%- set system.text = '' -%}
-        {%- if message.content is string -%}{{ message.content | trim }}{%- else -%}
-        {%- for part in message.content -%}
-            {{ '<start_of_image>' if part.type == 'image' else part.text | trim }}
-        {%- endfor -%}
-        {%- endif -%}
-        {{ '<end_of_turn>\n' }}
+        {%- set system.text = '' -%}WORDS{{ '<end_of_turn>\n' }}
     {%- endif -%}
 {%- endfor -%}
-{%- if add_generation_prompt -%}{{ '<start_of_turn>model\n' }}{%- endif -%}"""
-
-QWEN3VL_TEMPLATE = """{%- for message in messages -%}
-    {{ '<|im_start|>' + message.role + '\n' }}
-    {%- if message.content is string -%}{{ message.content }}{%- else -%}
-    {%- for part in message.content -%}
-        {{ '<|vision_start|><|image_pad|><|vision_end|>' if part.type == 'image' else part.text }}
-    {%- endfor -%}
-    {%- endif -%}
-    {{ '<|im_end|>\n' }}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"""
-QWEN_SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"  # the first two have words of their own
-QWEN2VL_TEMPLATE = (
-    "{%- if messages[0].role != 'system' -%}{{ '" + QWEN_SYSTEM + "' }}{%- endif -%}\n" + QWEN3VL_TEMPLATE
+{%- if add_generation_prompt -%}{{ '<start_of_turn>model\n' }}{%- endif -%}""",
+    image="<start_of_image>",
+    trim=" | trim",
 )
-
+QWEN3VL_TEMPLATE = chat_template(
+    """{%- for message in messages -%}
+    {{ '<|im_start|>' + message.role + '\n' }}WORDS{{ '<|im_end|>\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}""",
+    image="<|vision_start|><|image_pad|><|vision_end|>",
+)
+QWEN2VL_TEMPLATE = (  # Qwen2-VL and Qwen2.5-VL have an instruction of their own
+    "{%- if messages[0].role != 'system' -%}"
+    "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{%- endif -%}" + QWEN3VL_TEMPLATE
+)
 # LLaVA-Med v1.5 was trained with Mistral's instruction form, the image on a line of its own before the question.
-LLAVA_TEMPLATE = """{{ bos_token }}
+LLAVA_TEMPLATE = chat_template(
+    """{{ bos_token }}
 {%- set system = namespace(text='') -%}
 {%- for message in messages -%}
-    {%- if message.role == 'system' -%}
-        {%- set system.text = (message.content if message.content is string else message.content[0].text) + '\n\n' -%}
-    {%- elif message.role == 'assistant' -%}
-        {{ ' ' + (message.content if message.content is string else message.content[0].text) + eos_token }}
+    {%- if message.role == 'system' -%}SYSTEM
+    {%- elif message.role == 'assistant' -%}{{ ' ' + SAID + eos_token }}
     {%- else -%}
-        {{ '[INST] ' + system.text }}
-        {%- set system.text = '' -%}
-        {%- if message.content is string -%}{{ message.content }}{%- else -%}
-        {%- for part in message.content -%}{{ '<image>\n' if part.type == 'image' else part.text }}{%- endfor -%}
-        {%- endif -%}
-        {{ ' [/INST]' }}
+        {{ '[INST] ' + system.text }}{%- set system.text = '' -%}WORDS{{ ' [/INST]' }}
     {%- endif -%}
-{%- endfor -%}"""
+{%- endfor -%}""",
+    image="<image>\n",
+)
 
 
 # ------------------------------------------------------------------------------------------------------------- folders
@@ -191,9 +192,8 @@ def quietly():
 
 def sums(folder):
     """File name -> SHA-256 of everything in a folder but the list itself."""
-    return {
-        p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir()) if p.name != "sha256.json"
-    }
+    files = [p for p in sorted(folder.iterdir()) if p.name != "sha256.json"]
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
 def is_whole(folder):
@@ -227,24 +227,13 @@ def phantom_text():
 # The fixed words of prompts and structured answers. Real tokenizers know them; here they would be spelled letter by
 # letter, and an answer of twenty words would be longer than the text of a whole report.
 FORMS = (
-    (
-        'Answer the question with one JSON object: "caption": what the image shows, "reasoning": what settles it,'
-        ' "boxes": [[x0, y0, x1, y1], ...] where'
-    ),
-    (
-        'to look, from 0 to 1000, "answer": a few words. First write what you see between <think> and </think>, then'
-        " the answer in a few words"
-    ),
+    'Answer the question with one JSON object: "caption": what the image shows, "reasoning": what settles it, "boxes":'
+    " [[x0, y0, x1, y1], ...] where",
+    'to look, from 0 to 1000, "answer": a few words. First write what you see between <think> and </think>, then the'
+    " answer in a few words",
     "between <answer> and </answer>.\nQuestion:",
-    '{"caption": "Frontal',
-    '.", "reasoning": "Seen:',
-    '.", "boxes": [[',
-    ']], "answer": "',
-    '"}',
-    '.", "answer": "',
-    ".</think><answer>",
-    "</answer>",
-    "<think>Frontal",
+    *'{"caption": "Frontal|.", "reasoning": "Seen:|.", "boxes": [[|]], "answer": "|"}|.", "answer": "'.split("|"),
+    *".</think><answer>|</answer>|<think>Frontal".split("|"),
 )
 
 
@@ -255,17 +244,12 @@ def byte_bpe(vocab, special_tokens, bos=None):
     """
     tokenizer = Tokenizer(models.BPE())
     # Digits one by one, as Qwen2 and Gemma have them: a coordinate is then the same three tokens wherever it stands.
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    digits, rest = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, rest])
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab,
-        special_tokens=special_tokens,
-        show_progress=False,
-        min_frequency=2,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-    )
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    options = dict(vocab_size=vocab, special_tokens=special_tokens, show_progress=False, min_frequency=2)
+    trainer = trainers.BpeTrainer(initial_alphabet=alphabet, **options)
     tokenizer.train_from_iterator(phantom_text(), trainer)
     if bos:
         tokenizer.post_processor = processors.TemplateProcessing(
@@ -321,13 +305,10 @@ def save(model, folder, processor, special=None):
 
 # -------------------------------------------------------------------------------------------------------------- models
 
-NAMES = {  # of SIZES -> in most configurations
-    "hidden": "hidden_size",
-    "mlp": "intermediate_size",
-    "layers": "num_hidden_layers",
-    "heads": "num_attention_heads",
-    "kv_heads": "num_key_value_heads",
-}
+NAMES = dict(  # of SIZES -> in most configurations
+    hidden="hidden_size", mlp="intermediate_size", layers="num_hidden_layers", heads="num_attention_heads",
+    kv_heads="num_key_value_heads",
+)  # fmt: skip
 
 
 def settings(s, prefix="", **more):
@@ -371,23 +352,16 @@ def build_gemma3(folder, image_tokens, sliding_window, **s):
     head_dim = s["hidden"] // s["heads"]
     text |= dict(head_dim=head_dim, query_pre_attn_scalar=head_dim, sliding_window=sliding_window)
     text["layer_types"] = ["full_attention" if (i + 1) % 6 == 0 else "sliding_attention" for i in range(s["layers"])]
-    special["eos_token_id"] = [ids("<eos>"), ids("<end_of_turn>")]
-    config = Gemma3Config(
-        text_config=text,
-        vision_config=vision_settings(s, vision_use_head=False),
-        mm_tokens_per_image=image_tokens,
-        image_token_index=ids("<image_soft_token>"),
-        boi_token_index=ids("<start_of_image>"),
-        eoi_token_index=ids("<end_of_image>"),
-        eos_token_id=special["eos_token_id"],
-    )
-    model = Gemma3ForConditionalGeneration(config)
-    # The library initialises this matrix to zeros, since it expects pretrained weights: the model would not see the
-    # image.
+    vision = vision_settings(s, vision_use_head=False)
+    marks = {name.replace("token", "token_index"): ids(mark) for name, mark in marks.items()}
+    stops = [ids("<eos>"), ids("<end_of_turn>")]
+    more = dict(mm_tokens_per_image=image_tokens, eos_token_id=stops, **marks)
+    model = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision, **more))
+    # The library fills this matrix with zeros, since it expects pretrained weights: the model would not see the image.
     torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=0.05)
     image = grey_square(Gemma3ImageProcessor, s)
     processor = Gemma3Processor(image, tokenizer, chat_template=GEMMA3_TEMPLATE, image_seq_length=image_tokens)
-    save(model, folder, processor, special)
+    save(model, folder, processor, special | {"eos_token_id": stops})
 
 
 def build_qwen(folder, stem, vision, template, section, text_more, limits_more, video="Qwen2VL", **s):
@@ -426,9 +400,8 @@ def dealt_out(s):
 
 
 def build_qwen2vl(folder, **s):
-    vision = dict(
-        embed_dim=s["vision_hidden"], hidden_size=s["hidden"], mlp_ratio=s["vision_mlp"] // s["vision_hidden"]
-    )
+    ratio = s["vision_mlp"] // s["vision_hidden"]
+    vision = dict(embed_dim=s["vision_hidden"], hidden_size=s["hidden"], mlp_ratio=ratio)
     build_qwen(folder, "Qwen2VL", vision, QWEN2VL_TEMPLATE, dealt_out(s), {}, {}, **s)
 
 
@@ -493,18 +466,9 @@ def build_siglip(folder, **s):
 def build_t5(folder, **s):
     tokenizer = t5_tokenizer(s["vocab"])
     special = dict(pad_token_id=0, eos_token_id=1, decoder_start_token_id=0)
-    config = T5Config(
-        vocab_size=rounded(len(tokenizer)),
-        d_model=s["hidden"],
-        d_kv=s["hidden"] // s["heads"],
-        d_ff=s["mlp"],
-        num_layers=s["layers"],
-        num_decoder_layers=s["layers"],
-        num_heads=s["heads"],
-        feed_forward_proj="gated-gelu",
-        tie_word_embeddings=False,
-        **special,
-    )
+    sizes = dict(d_model=s["hidden"], d_kv=s["hidden"] // s["heads"], d_ff=s["mlp"], num_heads=s["heads"])
+    sizes |= dict(num_layers=s["layers"], num_decoder_layers=s["layers"], vocab_size=rounded(len(tokenizer)))
+    config = T5Config(**sizes, feed_forward_proj="gated-gelu", tie_word_embeddings=False, **special)
     save(T5ForConditionalGeneration(config), folder, tokenizer, special)
 
 
