@@ -11,12 +11,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from plain_forward import plain_logprobs
 
 from shared.metrics.statistics import cases_needed
+from shared.models.inputs import continuation
 from shared.models.loading import load_vlm
 from vqa_sft_grpo import evaluate as script
-from vqa_sft_grpo.evaluate import evaluate, load_images, majority_answers, record_of, shuffled_images
-from vqa_sft_grpo.infer import Answerer, answer_span, pixel_boxes
+from vqa_sft_grpo.answers import load_images, majority_answers, record_of, scores_of, shuffled_images
+from vqa_sft_grpo.asking import Answerer, answer_span, pixel_boxes
+from vqa_sft_grpo.evaluate import evaluate
 from vqa_sft_grpo.measures import aurc_row, best_constant_box, risk_coverage, summarise
 from vqa_sft_grpo.prompting import boxes_to_model, build_prompt, parse_response
 
@@ -488,23 +491,16 @@ def test_scores_are_the_mean_log_probabilities_of_the_answers_tokens(tiny):
     texts = ['{"caption": "yes yes", "answer": "yes"}', '{"answer": "no effusion"}', "", '{"answer": "left"}']
     scores = Answerer(tiny, batch_size=3).score(prompts, images, texts)
     assert scores[2] == {"answer": None, "response": None}
-    for i in (0, 1, 3):  # one at a time, without padding, by the logits of the whole sequence
-        answerer = Answerer(tiny, batch_size=1)
-        inputs = answerer.inputs(prompts, images, [i], answers=[texts[i]])
-        labels = inputs.tensors.pop("labels")[0]
-        with torch.inference_mode():
-            logp = tiny.model(**inputs.tensors).logits[0].log_softmax(-1)
-        where = (labels != -100).nonzero()[:, 0]
-        tokens = labels[where].tolist()
-        values = [float(logp[p - 1, t]) for p, t in zip(where.tolist(), tokens, strict=True)]
-        assert scores[i]["response"] == pytest.approx(np.mean(values[:-1]), abs=1e-4)  # without the token that ends it
+    for i in (0, 1, 3):  # one at a time, without padding, by the logits of the whole text
+        ids, places = continuation(tiny, texts[i])
+        with torch.no_grad():
+            values, _ = plain_logprobs(tiny, prompts[i], images[i], ids)
+        assert scores[i]["response"] == pytest.approx(values.mean().item(), abs=1e-4)
         first, last = answer_span(texts[i])
-        lengths = np.cumsum([0] + [len(tiny.tokenizer.decode([t])) for t in tokens])
-        chosen = [v for v, a, b in zip(values, lengths, lengths[1:], strict=False) if a < last and b > first]
+        chosen = [v for v, (a, b) in zip(values.tolist(), places, strict=True) if a < last and b > first]
         assert scores[i]["answer"] == pytest.approx(np.mean(chosen), abs=1e-4)
-    assert (
-        abs(scores[0]["answer"] - Answerer(tiny, 4).score([prompts[0]], [images[1]], [texts[0]])[0]["answer"]) > 1e-3
-    )  # the image counts
+    other = Answerer(tiny, 4).score([prompts[0]], [images[1]], [texts[0]])[0]
+    assert abs(scores[0]["answer"] - other["answer"]) > 1e-3  # the image counts
 
 
 def test_answers_keep_their_order_in_batches_and_without_image(tiny):
@@ -517,8 +513,7 @@ def test_answers_keep_their_order_in_batches_and_without_image(tiny):
 
 
 def test_a_batch_that_does_not_fit_is_halved(tiny, capsys):
-    answerer = Answerer(tiny, batch_size=8)
-    seen = []
+    answerer, seen = Answerer(tiny, batch_size=8), []
 
     def work(rows):
         if len(rows) > 2:
@@ -526,11 +521,8 @@ def test_a_batch_that_does_not_fit_is_halved(tiny, capsys):
         seen.append(rows)
         return [10 * r for r in rows]
 
-    assert answerer.in_batches(work, [1, 5, 3, 2, 4]) == [0, 10, 20, 30, 40]
-    assert seen == [[1, 4], [2, 3], [0]] and answerer.batch_size == 2 and "batches of 2" in capsys.readouterr().out
-    answerer.batch_size = 1
-    with pytest.raises(torch.OutOfMemoryError):
-        answerer.in_batches(lambda rows: work([0, 1, 2]), [1])
+    assert answerer.longest_first(work, list(range(5)), [1, 5, 3, 2, 4]) == [0, 10, 20, 30, 40]
+    assert seen == [[1, 4], [2, 3], [0]] and answerer.size.now == 2
 
 
 @pytest.mark.parametrize(
@@ -782,6 +774,6 @@ def test_real_vqa_rad_rows_and_their_question_only_baseline(real_data):
         len(rows) == 451 and len(train_rows) > 2500 and facts["overlap"] and all(row["region"] is None for row in rows)
     )
     majority = majority_answers(rows, train_rows)
-    right = [script.scores_of(row, answer)["correct"] for row, answer in zip(rows, majority, strict=True)]
+    right = [scores_of(row, answer)["correct"] for row, answer in zip(rows, majority, strict=True)]
     closed = np.mean([r for r, row in zip(right, rows, strict=True) if row["answer_type"] == "closed"])
     assert 0.45 < closed < 0.60

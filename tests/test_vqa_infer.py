@@ -8,7 +8,10 @@ import pytest
 from PIL import Image
 
 from vqa_sft_grpo import infer as script
-from vqa_sft_grpo.infer import answer_row, draw_boxes, model_of, with_caption
+from shared.runtime import InputError
+from vqa_sft_grpo.asking import BASE_MODEL, model_of
+from vqa_sft_grpo.infer import answer_row
+from vqa_sft_grpo.pictures import draw_boxes, with_caption
 
 
 @pytest.fixture
@@ -127,11 +130,11 @@ def test_model_and_adapter(tmp_path):
     whole.mkdir()
     (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "some/base"}')
     (whole / "config.json").write_text("{}")
-    assert model_of(None, None) == (script.BASE_MODEL, None)
+    assert model_of(None, None) == (BASE_MODEL, None)
     assert model_of(None, str(adapter)) == ("some/base", str(adapter))
     assert model_of("other", str(adapter)) == ("other", str(adapter))
     assert model_of(None, str(whole)) == (str(whole), None)
-    with pytest.raises(script.InputError, match="leave --model out"):
+    with pytest.raises(InputError, match="leave --model out"):
         model_of("other", str(whole))
 
 

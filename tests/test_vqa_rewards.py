@@ -221,7 +221,10 @@ def test_constant_answer_earns_a_half_at_most(share):
         (written(answer="yes") * 2, "other text"),
         (written(answer="yes", confidence=1), "unknown field"),
         (written(caption="Film."), "no answer"),
-        (written(answer=["yes", "no"]), "no answer"),
+        (written(answer=["yes", "no"]), "another form"),
+        (written(Answer="yes"), "another form"),
+        (written(answer="yes", boxes=[["1", "2", "3", "4"]]), "boxes"),
+        (written(answer="yes", bbox=[1, 2, 3, 4]), "unknown field"),
         (written(answer=True), "text"),
         (written(answer="yes", caption=["Film."]), "text"),
         (written(answer="yes", boxes=[1, 2, 3, 4]), "boxes"),
@@ -633,9 +636,9 @@ def test_scores_that_are_no_numbers(film):
 
 @pytest.mark.slow
 def test_drops_of_a_real_model(film):
-    """The tiny model through infer.Answerer: the numbers are those of single passes, and the pixels matter."""
+    """The tiny model through asking.Answerer: the numbers are those of single passes, and the pixels matter."""
     from shared.models.loading import load_vlm
-    from vqa_sft_grpo.infer import Answerer
+    from vqa_sft_grpo.asking import Answerer
 
     row, image = film
     plan = plan_edits(row, image, k=2)
