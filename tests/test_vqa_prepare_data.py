@@ -438,6 +438,7 @@ GOOD = {
     "width": 8,
     "height": 8,
     "policy": "by patient",
+    "overlap": False,
 }
 
 
@@ -455,6 +456,25 @@ GOOD = {
         ({"image": "gone.png"}, "1 of the 1 images of"),
         ({"split": "test"}, "has no rows of train"),
         ({"answer": ...}, "lacks answer"),
+        ({"overlap": ...}, "lacks overlap"),
+        ({"split": "training"}, "'split' is 'training'; it must be train, val or test"),
+        ({"split": None}, "'split' is None"),
+        ({"width": 80, "height": 80}, "the image is 8 x 8 and not 80 x 80"),
+        ({"width": 0}, "whole numbers of pixels"),
+        ({"width": "8"}, "whole numbers of pixels"),
+        ({"height": float("nan")}, "whole numbers of pixels"),
+        ({"region": [[0, 0, 9, 5]]}, "lies outside of the image, 8 x 8"),
+        ({"region": [[-1, 0, 5, 5]]}, "lies outside of the image"),
+        ({"region": [[0, 0, 10**400, 5]]}, "'region' must be null or boxes"),
+        ({"region": [[0, 0, True, 5]]}, "'region' must be null or boxes"),
+        ({"output": '{"answer": "no"}'}, "'output' answers 'no', 'answer' says otherwise"),
+        ({"output": "[" * 100_000}, "'output' must be a JSON object"),
+        ({"dataset": None}, "'dataset' must be a text"),
+        ({"policy": ["by patient"]}, "'policy' must be a text"),
+        ({"group": []}, "'group' must be a text"),
+        ({"content_type": "\ud800"}, "half a character"),
+        ({"question": "?" * 200_000}, "has 200,000 characters; at most 2,000"),
+        ({"q_lang": "en", "img_name": "xmlab1/source.jpg"}, "is a row of slake's own files: give --data slake"),
     ],
 )
 def test_bad_rows_are_refused_in_one_sentence(tmp_path, change, message):
@@ -468,9 +488,20 @@ def test_bad_rows_are_refused_in_one_sentence(tmp_path, change, message):
     assert "\n" not in str(error.value) and str(path) in str(error.value)
 
 
+def test_an_id_twice_is_refused(tmp_path):
+    Image.new("L", (8, 8)).save(tmp_path / "x.png")
+    path = tmp_path / "rows.json"
+    path.write_text("\n".join(json.dumps(row) for row in (GOOD, GOOD | {"id": "2"}, GOOD)))
+    with pytest.raises(InputError, match="row 3 has the id of row 1, '1'"):
+        read_rows(path)
+
+
 @pytest.mark.parametrize(
     "content, message",
     [
+        (b"[" * 100_000, "cannot be read"),
+        (b'{"a": ' * 100_000, "is not JSON"),
+        (b'{"a": ' + b"1" * 6000 + b"}", "is not JSON"),
         (None, "cannot be read"),
         (b"", "has no rows"),
         (b"{\n", "line 1, is not JSON"),
@@ -493,6 +524,21 @@ def test_older_grpo_rows_are_read(tmp_path):
         '{"image_path": "x.png", "question": "?", "gold": "yes", "valid_json": true}\n'
     )
     assert read_rows(tmp_path / "grpo.jsonl", fields=GRPO_FIELDS)[0]["gold"] == "yes"
+
+
+def test_a_file_is_replaced_only_when_that_is_said(refused):
+    arguments = ["--dataset", "phantom", "--studies", "2", "--image-size", "28"]
+    Path("mine.json").write_text("my rows")
+    Path("other.audit.json").write_text("mine too")
+    for more in (
+        ["--output", "mine.json"],
+        ["--output", "a.json", "--grpo-output", "mine.json"],
+        ["--output", "other.json"],
+    ):
+        assert "is there already: replace it with --overwrite" in refused(main, arguments + more)
+    assert Path("mine.json").read_text() == "my rows" and not Path("phantom_images").exists()
+    main([*arguments, "--output", "mine.json", "--overwrite"])
+    assert len(read_rows("mine.json")) > 3
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,26 @@ LADDER = [
     ("{}[]", "json", 2, None),
     ('{"caption": "no answer here"}', "json", 0, None),
     ('{"answer": ""}', "json", 0, None),
-    ('{"answer": ["yes"]}', "json", 0, None),
+    # what a reader would find, in another form than asked for: never strict
+    ('{"answer": ["yes"]}', "json", 2, "yes"),
+    ('{"answer": ["left", "right"]}', "json", 2, "left, right"),
+    ('{"answer": {"text": "yes"}}', "json", 2, "yes"),
+    ('{"Answer": "yes"}', "json", 2, "yes"),
+    ('{"final_answer": "yes"}', "json", 2, "yes"),
+    ('{"answer": {}}', "json", 2, None),
+    ('{"answer": null}', "json", 0, None),
+    ('{"answer": NaN}', "json", 4, None),
+    ("{'answer': 'yes', 'x': nan}", "json", 4, "yes"),
+    ('{"answer": "yes", "boxes": [[0, 0, -Infinity, 1]]}', "json", 4, "yes"),
+    ('{"answer": "yes", "boxes": [[1e308, 2, 3, 4e400]]}', "json", 0, "yes"),
+    ("<think>a</think><Answer>yes</Answer>", "think", 2, "yes"),
+    ("<THINK>a</THINK><ANSWER>yes</ANSWER>", "think", 2, "yes"),
+    ("<answer>Yes</answer><answer>yes</answer>", "think", 2, "yes"),
+    ("The answer = left lung", "json", 6, "left lung"),
+    ("So it is \\boxed{no}", "json", 6, "no"),
+    ("Answer:\nyes", "json", 6, "yes"),
+    ("!" * 100, "json", 7, None),
+    ('{"answer": "yes", "boxes": [[1, 2, 3, 4]', "json", 5, "yes"),
 ]
 
 
@@ -142,10 +161,7 @@ def test_every_level_is_reached_and_named():
         ('{"answer": "yes", "answer": "no"}', "two different values for 'answer'"),
         ("{'answer': 'yes', 'answer': 'no'}", "two different values for 'answer'"),
         ('{"answer": "yes", "x": {"a": 1, "a": 2}}', "two different values for 'a'"),
-        ('{"answer": NaN}', "NaN is not a number"),
-        ('{"answer": "yes", "boxes": [[0, 0, Infinity, 1]]}', "Infinity is not a number"),
-        ('{"answer": "yes", "boxes": [[0, 0, 1e999, 1]]}', "a number too large"),
-        ("{'answer': 'yes', 'x': nan}", "nan is not a number"),
+        ('{"answer": "yes", "Answer": "no"}', "two different values for 'Answer'"),
         ('{"answer": "yes", "x": ' + "[" * 20 + "]" * 20 + "}", "nested too deeply"),
         ("<answer>yes</answer><answer>no</answer>", "two different <answer> marks"),
     ],
@@ -169,6 +185,17 @@ def test_refused_and_not_mended(text, why):
         ([1, 2, 3, 4], [[1, 2, 3, 4]]),
         ([{"box": [1, 2, 3, 4]}, {"bbox_2d": [5, 6, 7, 8], "label": "x"}], [[1, 2, 3, 4], [5, 6, 7, 8]]),
         ([[9, 9, 1, 1]], [[9, 9, 1, 1]]),  # as written
+        ([["100", "200", "300", "400"]], [[100, 200, 300, 400]]),
+        (["100, 200, 300.5, 400"], [[100, 200, 300.5, 400]]),
+        ("[100, 200, 300, 400]", [[100, 200, 300, 400]]),
+        ("(1,2),(3,4) (5,6),(7,8)", [[1, 2, 3, 4], [5, 6, 7, 8]]),
+        ([[100, 200], [300, 400]], [[100, 200, 300, 400]]),
+        ([[[1, 2], [3, 4]], [[5, 6], [7, 8]]], [[1, 2, 3, 4], [5, 6, 7, 8]]),
+        ([{"x0": 1, "y0": 2, "x1": 3, "y1": 4}, {"x1": 1, "y1": 2, "x2": 3, "y2": 4}], [[1, 2, 3, 4]] * 2),
+        ([{"xmin": "1", "ymin": "2", "xmax": "3", "ymax": "4"}], [[1, 2, 3, 4]]),
+        ({"left lung": [1, 2, 3, 4], "heart": {"bbox": [5, 6, 7, 8]}}, [[1, 2, 3, 4], [5, 6, 7, 8]]),
+        ([[1e308, 2, 3, 4]], []),
+        ("left lung, 3 cm", []),
         ([[1, 2, 3], ["a", 2, 3, 4], [True, 2, 3, 4], None, [10**9, 0, 1, 1]], []),
         ("whole image", []),
         (None, []),
@@ -178,8 +205,40 @@ def test_boxes_as_given(boxes, expected):
     assert parse_response(json.dumps({"answer": "yes", "boxes": boxes})).boxes == expected
 
 
-def test_single_box_under_qwens_name():
-    assert parse_response('{"answer": "x", "bbox_2d": [1, 2, 3, 4]}').boxes == [[1, 2, 3, 4]]
+@pytest.mark.parametrize(
+    "name", ["bbox_2d", "box", "bbox", "bboxes", "box_2d", "bounding_box", "bounding_boxes", "BBox"]
+)
+def test_boxes_under_other_names(name):
+    found = parse_response(json.dumps({"answer": "x", name: [1, 2, 3, 4]}))
+    assert (found.boxes, found.answer, found.level) == ([[1, 2, 3, 4]], "x", 0)
+
+
+MARKED = "<|object_ref_start|>nodule<|object_ref_end|><|box_start|>(100,200),(300,400)<|box_end|>"
+
+
+@pytest.mark.parametrize(
+    "text, style, answer, level",
+    [
+        (f"Yes {MARKED}", "json", "Yes", 6),
+        ("Yes nodule(100,200),(300,400)", "json", "Yes nodule", 6),  # decoded without special tokens
+        (f"There is a {MARKED} in the lung.", "json", "There is a nodule in the lung.", 6),
+        ("No <ref>nodule</ref><box>(100,200),(300,400)</box>", "json", "No", 6),
+        ("Left lung, at [100, 200, 300, 400]", "json", "Left lung, at", 6),
+        (f'{{"answer": "yes"}} {MARKED}', "json", "yes", 2),
+        (f"<think>{MARKED}</think><answer>yes</answer>", "think", "yes", 2),
+    ],
+)
+def test_qwens_own_marks(text, style, answer, level):
+    found = parse_response(text, style)
+    assert (found.answer, found.boxes, found.level) == (answer, [[100, 200, 300, 400]], level)
+    assert not found.valid
+
+
+def test_a_question_that_nobody_asks_is_refused():
+    assert build_prompt("x" * 2000, "json")
+    for question in ("x" * 200_000, "\U0001f600" * 3000):
+        with pytest.raises(InputError, match="characters; at most 2,000 are asked"):
+            build_prompt(question, "json")
 
 
 def test_the_prompt_itself_is_no_valid_answer():
@@ -307,6 +366,13 @@ HUGE = {
     "loose names": "{a:" * (MILLION // 3),
     "emoji": "\U0001f600{'" * (MILLION // 3),
     "answer and spaces": "answer" + " " * MILLION,
+    "points": "(1,2),(" * (MILLION // 7),
+    "numbers": "[1, 2, 3, " * (MILLION // 10),
+    "box marks": "<|box_start|>" * (MILLION // 13),
+    "things": "yes <ref>" + "a" * MILLION,
+    "half a mark": "<" + " " * MILLION,
+    "apostrophes": "{'" + "a'" * (MILLION // 2),
+    "boxed": "\\boxed{" * (MILLION // 7),
 }
 
 

@@ -9,9 +9,9 @@ Usage:
     python vqa_sft_grpo/prepare_data.py --output data/phantom.json --dataset phantom --split all --studies 400
 
 Writes --output, one JSON object per line; beside it <name>.audit.json (what the splits share, counts, checksums,
-settings), and for the phantom the folder phantom_images/. `--split train` holds the rows to train on ("split": "train")
-and the validation rows taken from them ("split": "val"); test rows come with `--split test`, all of them with `--split
-all`.
+settings), and for the phantom the folder phantom_images/. A file that is there already needs --overwrite. `--split
+train` holds the rows to train on ("split": "train") and the validation rows taken from them ("split": "val"); test rows
+come with `--split test`, all of them with `--split all`.
 
 What a row holds is said in vqa_sft_grpo/rows.py.
 
@@ -67,7 +67,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     args.data = args.data.lower().replace("-", "_")
     if args.dry_run:
-        args.data, args.studies, args.image_size = "phantom", args.studies or 8, 56
+        args.data, args.studies, args.image_size, args.overwrite = "phantom", args.studies or 8, 56, True
         args.out_dir = args.out_dir or str(Path("outputs") / TASK / "prepare_data" / "dry-run")
     if args.data not in NAMES:
         parser.error(f"--data {args.data}: there is no such data set; there are {', '.join(NAMES)}")
@@ -78,15 +78,11 @@ def parse_args(argv=None):
         )
     if not 28 <= args.image_size <= 512:
         parser.error(f"--image-size must be between 28 and 512 pixels, not {args.image_size}")
-    if args.data not in ("phantom", "auto") and (
-        args.studies or args.conditions or args.severities or args.prevalence is not None
-    ):
+    of_phantom = (args.studies, args.conditions, args.prevalence, args.severities)
+    if args.data not in ("phantom", "auto") and any(value is not None for value in of_phantom):
         parser.error("--studies, --conditions, --prevalence and --severities are for --data phantom")
     if args.severities and not any(args.severities):
         parser.error("--severities needs one weight above 0")
-    for name in args.conditions or ():
-        if name not in ORDER:
-            parser.error(f"--conditions {name}: the phantom draws {', '.join(ORDER)}")
     if args.output is None:
         args.output = str(Path(args.out_dir or "data") / f"{args.split}.json")
     if args.grpo_output and Path(args.grpo_output).resolve() == Path(args.output).resolve():
@@ -97,10 +93,13 @@ def parse_args(argv=None):
 @script
 def main(argv=None):
     args = parse_args(argv)
-    output = Path(args.output)
-    for path in (output, *([Path(args.grpo_output)] if args.grpo_output else [])):
+    output, grpo = Path(args.output), Path(args.grpo_output) if args.grpo_output else None
+    audit_path = output.parent / f"{output.stem}.audit.json"
+    for path in filter(None, (output, grpo, audit_path)):
         if path.is_dir():
             raise InputError(f"{path} is a folder; name a file")
+        if path.exists() and not args.overwrite:
+            raise InputError(f"{path} is there already: replace it with --overwrite, or name another file")
     rows, audit = make_rows(
         args.data,
         args.split,
@@ -114,32 +113,23 @@ def main(argv=None):
         limit=args.limit,
     )
     write_rows(output, rows)
-    written = [output]
-    if args.grpo_output:
-        write_jsonl(args.grpo_output, [grpo_row(row, Path(args.grpo_output).parent) for row in rows])
-        written.append(Path(args.grpo_output))
-    audit_path = output.with_name(f"{output.stem}.audit.json")
+    if grpo:
+        write_jsonl(grpo, [grpo_row(row, grpo.parent) for row in rows])
     write_json(audit_path, audit | {"settings": {k: v for k, v in vars(args).items() if k != "config"}})
     print_audit(audit)
-    print(f"{len(rows)} rows in {', '.join(map(str, written))}; the audit with all numbers is in {audit_path}")
+    files = ", ".join(str(path) for path in (output, grpo) if path)
+    print(f"{len(rows)} rows in {files}; the audit with all numbers is in {audit_path}")
 
 
 def print_audit(audit):
     """The audit in a few lines; the file has all of it."""
-    overlap = (
-        "training shares images with the test set" if audit["overlap"] else "no image of the test set is in training"
-    )
-    print(f"policy {audit['policy']}; {overlap}")
+    shares = "training shares images with the test set" if audit["overlap"] else "no test image is in training"
+    print(f"policy {audit['policy']}; {shares}")
     for name, found in audit.get("data", {}).items():
-        print(
-            f"{name}: {found['version']}; "
-            + ", ".join(
-                f"{split} {found['counts'].get(split, 0)} rows on {n} images" for split, n in found["images"].items()
-            )
-        )
-        print(
-            "  left out: " + (", ".join(f"{n} ({reason})" for reason, n in found["left_out"].items() if n) or "nothing")
-        )
+        parts = [f"{split} {found['counts'].get(split, 0)} rows on {n} images" for split, n in found["images"].items()]
+        print(f"{name}: {found['version']}; {', '.join(parts)}")
+        left_out = ", ".join(f"{n} ({reason})" for reason, n in found["left_out"].items() if n)
+        print(f"  left out: {left_out or 'nothing'}")
         for pair, numbers in found["images in two splits"].items():
             print(f"  images in both {pair.replace(', ', ' and ')}: {numbers['shared']}")
         for key, value in found.items():

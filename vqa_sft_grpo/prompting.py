@@ -28,7 +28,8 @@ FIELDS = ("caption", "reasoning", "boxes", "answer")  # of the JSON object, in t
 REPAIR_LEVELS = {
     0: "strict: one JSON object, or <think>..</think><answer>..</answer>, and nothing else",
     1: "fenced: that in a Markdown code fence",
-    2: "embedded: other text around it; of several objects the last one with an answer counts",
+    2: "embedded: other text around it (of several objects the last one with an answer counts), marks in other letter"
+    " case, or an answer under another name or in a list",
     3: "commas and line breaks: trailing commas, raw line breaks in strings",
     4: "Python or loose quotes: single or curly quotes, None, True, False, names without quotes",
     5: "truncated: the end is missing and was added",
@@ -37,6 +38,7 @@ REPAIR_LEVELS = {
 }
 VALID_LEVEL = 1  # up to here a response counts as valid JSON (Response.valid)
 PLAIN_LENGTH = 200  # characters; a longer text without any mark is not an answer
+MAX_QUESTION = 2000  # characters; the longest of VQA-RAD and SLAKE have 200
 MAX_DEPTH = 16  # nested brackets; ours has 3
 MAX_OBJECTS = 50  # of the objects in one text, so many from the end are looked at
 
@@ -66,7 +68,14 @@ def instruction(style="json", units="model"):
 
 def build_prompt(question, style="json"):
     """-> the text of the user's turn, the same for training, evaluation and use."""
-    return f"{instruction(style)}\nQuestion: {str(question).strip()}"
+    return f"{instruction(style)}\nQuestion: {check_question(question).strip()}"
+
+
+def check_question(question, where="a question"):
+    """-> the question; InputError for one that no data set asks and that would fill memory and figures for minutes."""
+    if len(str(question)) > MAX_QUESTION:
+        raise InputError(f"{where} has {len(question):,} characters; at most {MAX_QUESTION:,} are asked")
+    return str(question)
 
 
 def build_target(row, style="json"):
@@ -114,15 +123,17 @@ def boxes_from_model(boxes, width, height):
 
 @dataclass
 class Response:
-    """What parse_response read."""
+    """
+    What parse_response read. data: the object, or {"reasoning", "answer"} of a <think> text, None where there is none;
+    boxes: [[x0, y0, x1, y1]] of finite numbers as written (the model's units, unsorted); level: of REPAIR_LEVELS;
+    problem: why an object was refused, "" where none was.
+    """
 
-    data: dict | None = None  # the object, or {"reasoning", "answer"} of a <think> text; None where there is none
+    data: dict | None = None
     answer: str | None = None
-    boxes: list = field(
-        default_factory=list
-    )  # [[x0, y0, x1, y1]] of finite numbers as written: the model's units, unsorted
-    level: int = 7  # a key of REPAIR_LEVELS
-    problem: str = ""  # why an object was refused, "" where none was
+    boxes: list = field(default_factory=list)
+    level: int = 7
+    problem: str = ""
 
     @property
     def valid(self):
@@ -134,8 +145,18 @@ class Refused(Exception):
     """The object says two things at once, or what no JSON says: it is not mended."""
 
 
-class Unreadable(Exception):
-    """This is not an object, mended or not."""
+NUMBER = r"-?\d{1,7}(?:\.\d{1,20})?"
+SPACE = r"\s{0,3}"
+PAIR = rf"\({SPACE}{NUMBER}{SPACE},{SPACE}{NUMBER}{SPACE}\)"
+# boxes in running text: (100,200),(300,400), which Qwen2-VL writes between marks, and [100, 200, 300, 400]
+BOX_TEXT = re.compile(rf"{PAIR}{SPACE},?{SPACE}{PAIR}|\[{SPACE}{NUMBER}(?:{SPACE},{SPACE}{NUMBER}){{3}}{SPACE}\]")
+GROUNDING = re.compile(r"<\|(?:object_ref|box)_(?:start|end)\|>|</?(?:ref|box)>")
+# the thing that a yes or no is about: "Yes <|object_ref_start|>nodule<|object_ref_end|>"
+NAMED = re.compile(
+    r"\A(\s{0,9}(?:yes|no)\b[\s.,:;]{0,9})(?:<\|object_ref_start\|>|<ref>)[^<]{0,200}(?:<\|object_ref_end\|>|</ref>)",
+    re.IGNORECASE,
+)
+MARKS = re.compile(r"<\s{0,3}(/?)\s{0,3}(think|answer)\s{0,3}>", re.IGNORECASE)
 
 
 def parse_response(text, style=None):
@@ -143,68 +164,84 @@ def parse_response(text, style=None):
     The new text of a model -> Response. Never raises, whatever the text; time grows linearly with its length.
 
     style: the one that was asked for; None: <answer> marks are looked for first, then an object. A text in the other
-    style is read as plain text (level 6). Conflicting values for one key, NaN and infinities, more than MAX_DEPTH
-    nested brackets and two different <answer> marks are refused: no answer, level 7. str and bytes; anything else, None
-    too, is an empty text.
+    style is read as plain text (level 6). Marks count in any letter case; Qwen's own marks of things and boxes are
+    taken out, and the boxes kept. Conflicting values for one key, more than MAX_DEPTH nested brackets and two different
+    <answer> marks are refused: no answer, level 7. NaN, infinities and numbers too large stand for nothing (null): an
+    answer beside a nonsense box is still an answer. str and bytes; anything else, None too, is an empty text.
     """
     if isinstance(text, bytes):
         text = text.decode("utf-8", "replace")
     text = text if isinstance(text, str) else ""
-    text = text.encode("utf-8", "replace").decode("utf-8").strip()  # lone surrogates could not be written to a file
+    text = written = text.encode("utf-8", "replace").decode("utf-8").strip()  # lone surrogates fit into no file
+    boxes = []
+    if GROUNDING.search(text):
+        text = GROUNDING.sub("", NAMED.sub(r"\1", text))
+        boxes = boxes_in(text)
+        text = BOX_TEXT.sub("", text).strip()
+    text = MARKS.sub(lambda mark: f"<{mark[1]}{mark[2].lower()}>", text)
     try:
-        if style is None:
-            style = "think" if "<answer>" in text and not text.startswith("{") else "json"
-        found = read_marks(text) if style == "think" else read_object(text)
-        if found is None:
-            other = read_object(text) if style == "think" else read_marks(text)
-            answer = plain_answer(text) if other is None else other.answer
-            return Response(answer=answer, level=6 if answer is not None else 7)
-        return found
+        found = read(text, style)
     except Refused as refusal:
         return Response(problem=str(refusal))
+    if text != written:
+        found.level, found.boxes = max(found.level, 2), found.boxes or boxes
+    return found
+
+
+def read(text, style):
+    """A text with marks in lower case and without Qwen's -> Response; Refused."""
+    if style is None:
+        style = "think" if "<answer>" in text and not text.startswith("{") else "json"
+    found = read_marks(text) if style == "think" else read_object(text)
+    if found is not None:
+        return found
+    other = read_object(text) if style == "think" else read_marks(text)
+    boxes = boxes_in(text) if other is None else []
+    answer = plain_answer(BOX_TEXT.sub(" ", text).strip(" ,;:\n")) if other is None else other.answer
+    return Response(answer=answer, boxes=boxes, level=6 if answer is not None else 7)
+
+
+def boxes_in(text):
+    return [[float(n) if "." in n else int(n) for n in re.findall(NUMBER, box)] for box in BOX_TEXT.findall(text)]
 
 
 def read_marks(text):
     """<think>..</think><answer>..</answer> -> Response, or None without <answer>."""
-    parts = text.split("<answer>")
-    if len(parts) == 1:
+    before, *parts = text.split("<answer>")
+    if not parts:
         return None
-    answers = [part.partition("</answer>") for part in parts[1:]]
-    if len({answer.strip() for answer, _, _ in answers}) > 1:
+    answers = [part.partition("</answer>") for part in parts]
+    if len({answer.strip().casefold() for answer, _, _ in answers}) > 1:
         raise Refused("two different <answer> marks")
     answer, closed, rest = answers[-1]
-    thought, before = "", parts[0]
-    if "<think>" in before:
-        before, _, thought = before.partition("<think>")
-        thought, _, between = thought.partition("</think>")
-        strict = not before.strip() and not between.strip() and text.count("<think>") == text.count("</think>") == 1
-    else:
-        strict = False
-    strict = strict and len(answers) == 1 and not rest.strip() and "</answer>" not in before
-    level = 5 if not closed else 0 if strict else 2
+    before, begun, thought = before.partition("<think>")
+    thought, _, between = thought.partition("</think>")
+    strict = begun and text.count("<think>") == text.count("</think>") == len(answers) == 1
+    strict = strict and not (before.strip() or between.strip() or rest.strip() or "</answer>" in thought)
     data = {"reasoning": thought.strip(), "answer": answer.strip()}
-    return Response(data, data["answer"] or None, [], level)
+    return Response(data, data["answer"] or None, [], 5 if not closed else 0 if strict else 2)
 
+
+# -------------------------------------------------------------------------------------------------------------- objects
 
 FENCE = re.compile(r"```[a-zA-Z]*[ \t]*\n?")
 
 
 def read_object(text):
     """The JSON object of a text -> Response, or None where there is none that can be mended."""
-    fence = FENCE.match(text)
+    fence, outer = FENCE.match(text), 0
     if fence and text.endswith("```") and len(text) >= fence.end() + 3:
         text, outer = text[fence.end() : -3].strip(), 1
-    else:
-        outer = 0
     best = None
     for start, end, complete in object_spans(text):
         whole = start == 0 and end == len(text)
         try:
-            data, level = read_span(text, start, end, complete)
-        except Unreadable:
+            data, level = read_span(text[start:end], complete)
+        except (ValueError, RecursionError):
             continue
-        level = max(level, outer if whole else 2)
-        found = Response(data, answer_of(data), boxes_of(data), level)
+        answer, plainly = answer_of(data)
+        level = max(level, outer if whole and plainly else 2)
+        found = Response(data, answer, boxes_of(data), level)
         if found.answer is not None:
             return found
         best = best or found
@@ -235,38 +272,38 @@ def object_spans(text):
     return [*cut, *reversed(spans[-MAX_OBJECTS:])]
 
 
-def read_span(text, start, end, complete):
-    """-> (dict, level). Strict JSON first, then with repairs."""
+def read_span(text, complete):
+    """-> (dict, level). Strict JSON first, then what mended() makes of it; ValueError where that is none either."""
     if complete:
         try:
-            data = json.loads(
-                text[start:end], object_pairs_hook=no_conflicts, parse_constant=refuse_constant, parse_float=finite
-            )
-            return check_depth(data), 0
+            return load_json(text), 0
         except (ValueError, RecursionError):
             pass
-    reader = LooseReader(text, start, end)
-    return check_depth(reader.object(1)), reader.level
+    text, level = mended(text)
+    return load_json(text), max(level, 3)
+
+
+def load_json(text):
+    def no_constant(name):
+        raise ValueError(f"{name} is no JSON")  # mended() makes it null
+
+    data = json.loads(text, object_pairs_hook=no_conflicts, parse_constant=no_constant, parse_float=finite)
+    return check_depth(data)
 
 
 def no_conflicts(pairs):
-    data = {}
+    """Names that differ in letter case only are one name here: who writes "answer" and "Answer" says two things."""
+    data, said = {}, {}
     for key, value in pairs:
-        if key in data and data[key] != value:
+        if said.setdefault(key.lower(), value) != value:
             raise Refused(f"two different values for '{key[:40]}'")
         data[key] = value
     return data
 
 
-def refuse_constant(name):
-    raise Refused(f"{name} is not a number")
-
-
 def finite(text):
     value = float(text)
-    if not math.isfinite(value):
-        raise Refused("a number too large")
-    return value
+    return value if math.isfinite(value) else None
 
 
 def check_depth(value, depth=1):
@@ -280,164 +317,154 @@ def check_depth(value, depth=1):
     return value.encode("utf-8", "replace").decode("utf-8") if isinstance(value, str) else value
 
 
-class LooseReader:
+CLOSING = {'"': '"', "'": "'", "\u201c": "\u201d", "\u2018": "\u2019"}
+INSIDE = {  # of a text in quotes; the apostrophe of "the patient's" does not end one
+    quote: re.compile(
+        rf"(?:[^\\{close}]|\\.|{close}(?=\w))*" if close in "'\u2019" else rf"(?:[^\\{close}]|\\.)*", re.S
+    )
+    for quote, close in CLOSING.items()
+}
+ESCAPE = re.compile(r"\\(u[0-9a-fA-F]{4}|.)", re.DOTALL)
+ESCAPED = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f"}
+TOKEN = re.compile(
+    r"""\s*(?:(?P<mark>[{}\[\]:,])|(?P<quote>["'\u201c\u2018])|(?P<number>-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)(?![\w.])"""
+    r"""|(?P<bare>-?[A-Za-z_][^,:{}\[\]"\n]*))"""
+)
+BARE = {"true": ("true", 0), "false": ("false", 0), "null": ("null", 0)}
+BARE |= {"True": ("true", 4), "False": ("false", 4), "None": ("null", 4)}
+BARE |= dict.fromkeys("NaN nan Infinity -Infinity inf -inf".split(), ("null", 4))
+
+
+def mended(text):
     """
-    Reads one object from text[start:end] with small repairs, in one pass; `level` is the highest repair it needed.
+    An object with small faults, perhaps without its end -> (strict JSON, highest repair level that it needed). One pass
+    over its tokens: texts get double quotes, the last comma before a bracket goes, what is cut off is closed, and a
+    name without its value goes. Other faults stay, for json.loads to find; ValueError for what is no token.
     """
+    out, stack, level, at, last = [], [], 0, 0, ""
+    while match := TOKEN.match(text, at):
+        at, kind = match.end(), match.lastgroup
+        token = match[kind]
+        if kind == "mark":
+            if token in "}]":
+                if last == ",":
+                    out.pop()
+                    level = max(level, 3)
+                if not stack or stack.pop() != token:
+                    raise ValueError("brackets do not fit")
+            elif token in "{[":
+                stack.append("}" if token == "{" else "]")
+                if len(stack) > MAX_DEPTH:
+                    raise Refused("nested too deeply")
+            out.append(token)
+            last = token
+            if not stack:  # the object is whole; what follows it is not part of it
+                break
+            continue
+        key = bool(stack) and stack[-1] == "}" and last in ("{", ",")
+        if kind == "quote":
+            inner = INSIDE[token].match(text, at)
+            closed = text[inner.end() : inner.end() + 1] == CLOSING[token]
+            at = inner.end() + 1 if closed else len(text)
+            level = max(level, 4 if token != '"' else 0, 0 if closed else 5)
+            token = json.dumps(ESCAPE.sub(unescaped, inner[0]))
+        elif kind == "number":
+            token = json.dumps(finite(token) if len(token) > 15 or not token.lstrip("-").isdigit() else int(token))
+        else:
+            token, needed = BARE.get(token.strip(), (json.dumps(token.strip()), 4))
+            level = max(level, needed)
+        out.append(token)
+        last = "key" if key else "value"
+    if stack:
+        if text[at:].strip():
+            raise ValueError("no token")
+        while last in (",", ":", "key"):  # cut off after a name, or within one: nothing is known
+            out.pop()
+            last = "key" if last == ":" else "," if last == "key" and out[-1:] == [","] else ""
+        out, level = out + stack[::-1], 5
+    return " ".join(out), level
 
-    CLOSING = {'"': '"', "'": "'", "\u201c": "\u201d", "\u2018": "\u2019"}
-    WORDS = {"true": True, "false": False, "null": None}
-    PYTHON = {"True": True, "False": False, "None": None}
-    SPACE = re.compile(r"\s*")
-    NUMBER = re.compile(r"-?\d{1,15}(\.\d{1,20})?([eE][-+]?\d{1,2})?(?![\w.])")
-    BARE = re.compile(r"[A-Za-z_][^,:{}\[\]\"\n]*")
-    ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f"}
 
-    def __init__(self, text, start, end):
-        self.text, self.at, self.end, self.level = text, start, end, 0
+def unescaped(match):
+    code = match[1]
+    return chr(int(code[1:], 16)) if len(code) == 5 else ESCAPED.get(code, code)
 
-    def mend(self, level):
-        self.level = max(self.level, level)
 
-    def peek(self):
-        """The next character after white space, "" at the end."""
-        self.at = self.SPACE.match(self.text, self.at, self.end).end()
-        return self.text[self.at] if self.at < self.end else ""
+# -------------------------------------------------------------------------------------------------- what an object says
 
-    def items(self, close, depth, read_item):
-        """Comma-separated items up to `close`; the end of the text closes everything."""
-        if depth > MAX_DEPTH:
-            raise Refused("nested too deeply")
-        self.at += 1
-        while True:
-            mark = self.peek()
-            if mark == close:
-                self.at += 1
-                return
-            if not mark:
-                self.mend(5)
-                return
-            read_item()
-            mark = self.peek()
-            if mark == ",":
-                self.at += 1
-                if self.peek() == close:
-                    self.mend(3)
-            elif mark and mark != close:
-                raise Unreadable
+ANSWER_NAMES = ("answer", "final_answer", "final answer")
+BOX_NAMES = ("boxes", "box", "bbox_2d", "bbox", "bboxes", "box_2d", "bounding_box", "bounding_boxes")
+CORNERS = [
+    names.split() for names in ("x0 y0 x1 y1", "x1 y1 x2 y2", "xmin ymin xmax ymax", "x_min y_min x_max y_max")
+] + ["left top right bottom".split()]
 
-    def object(self, depth):
-        pairs = []
 
-        def pair():
-            key = self.string() if self.peek() in self.CLOSING else self.bare()
-            if not isinstance(key, str):
-                raise Unreadable
-            mark = self.peek()
-            if not mark:  # cut off after a name, or within one: nothing is known
-                self.mend(5)
-                return
-            if mark != ":":
-                raise Unreadable
-            self.at += 1
-            if not self.peek():
-                self.mend(5)
-                return
-            pairs.append((key, self.value(depth)))
-
-        self.items("}", depth, pair)
-        return no_conflicts(pairs)
-
-    def array(self, depth):
-        values = []
-        self.items("]", depth, lambda: values.append(self.value(depth)))
-        return values
-
-    def value(self, depth):
-        mark = self.peek()
-        if mark == "{":
-            return self.object(depth + 1)
-        if mark == "[":
-            return self.array(depth + 1)
-        if mark in self.CLOSING:
-            return self.string()
-        number = self.NUMBER.match(self.text, self.at, self.end)
-        if number:
-            self.at = number.end()
-            if self.at == self.end:  # 12 may be the beginning of 123
-                self.mend(5)
-            return float(number[0]) if number[1] or number[2] else int(number[0])
-        return self.bare()
-
-    def bare(self):
-        """true, None, or words without quotes."""
-        match = self.BARE.match(self.text, self.at, self.end)
-        if not match:
-            raise Unreadable
-        self.at = match.end()
-        word = match[0].strip()
-        if word in self.WORDS:
-            return self.WORDS[word]
-        if word in ("NaN", "nan", "Infinity", "inf"):
-            raise Refused(f"{word} is not a number")
-        self.mend(5 if self.at == self.end else 4)
-        return self.PYTHON.get(word, word)
-
-    def string(self):
-        """A quoted text; one that is cut off ends with the text."""
-        quote = self.text[self.at]
-        close = self.CLOSING[quote]
-        if quote != '"':
-            self.mend(4)
-        parts, begin = [], self.at + 1
-        for match in re.compile(rf"\\|\n|{close}").finditer(self.text, begin, self.end):
-            if match.start() < begin:  # the second half of an escape
-                continue
-            mark = match[0]
-            if mark == "\n":
-                self.mend(3)
-            elif mark == close:
-                if close in "'\u2019" and self.inside_word(match.end()):
-                    continue  # the apostrophe of the patient's
-                self.at = match.end()
-                return "".join([*parts, self.text[begin : match.start()]])
-            else:
-                parts.append(self.text[begin : match.start()])
-                escaped = self.text[match.end() : match.end() + 1]
-                code = self.text[match.end() + 1 : match.end() + 5] if escaped == "u" else ""
-                if re.fullmatch(r"[0-9a-fA-F]{4}", code):
-                    parts.append(chr(int(code, 16)))
-                    begin = match.end() + 5
-                else:
-                    parts.append(self.ESCAPES.get(escaped, escaped))
-                    begin = match.end() + 1
-        self.mend(5)
-        self.at = self.end
-        return "".join([*parts, self.text[begin : self.end]])
-
-    def inside_word(self, at):
-        return at < self.end and self.text[at].isalnum()
+def named(data, names):
+    """The value of the first of these names that an object has, in any letter case; None where it has none."""
+    lower = {key.lower(): value for key, value in data.items()}
+    return next((lower[name] for name in names if name in lower), None)
 
 
 def answer_of(data):
-    """The answer of an object as text: a text, a number, or true and false as yes and no; None for anything else."""
-    value = data.get("answer")
+    """
+    -> (the answer of an object as text, or None; whether it stands there plainly: a text, a number, or true and false
+    for yes and no under the name "answer"). A list is joined by commas; of an object inside, its answer or its only
+    value counts.
+    """
+    value = named(data, ANSWER_NAMES)
+    return answer_text(value), "answer" in data and not isinstance(value, (list, dict)) or value is None
+
+
+def answer_text(value):
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, (int, float)):
         return f"{value:.15g}" if abs(value) < 1e15 else None
+    if isinstance(value, list) and not any(isinstance(item, (list, dict)) for item in value):
+        return ", ".join(filter(None, map(answer_text, value))) or None
+    if isinstance(value, dict):
+        inner = named(value, (*ANSWER_NAMES, "text", "value", "label"))
+        return answer_text(inner if inner is not None or len(value) != 1 else next(iter(value.values())))
     return (value.strip() or None) if isinstance(value, str) else None
 
 
 def boxes_of(data):
     """
-    The boxes of an object: a list of boxes, one box, or {"box": ...} and Qwen's {"bbox_2d": ...}; what is none is left
-    out.
+    The boxes of an object under a name of BOX_NAMES: one box, a list of them, or an object {what: box}. A box is four
+    numbers (or texts of numbers, or one text of four), two points, or an object with a box or with corners in it; the
+    order is x0, y0, x1, y1, as the prompt asks for, whatever the name. What is none is left out.
     """
-    value = data.get("boxes", data.get("box", data.get("bbox_2d")))
-    values = [value] if is_box(value) or isinstance(value, dict) else value if isinstance(value, list) else []
-    values = [item.get("box", item.get("bbox_2d")) if isinstance(item, dict) else item for item in values]
-    return [item for item in values if is_box(item)]
+    value = named(data, BOX_NAMES)
+    if isinstance(value, str):  # "100, 200, 300, 400", "(100,200),(300,400)", several of them
+        numbers = numbers_of(value)
+        return [numbers[i : i + 4] for i in range(0, len(numbers), 4) if is_box(numbers[i : i + 4])]
+    if (one := box_of(value)) is not None:
+        return [one]
+    items = value if isinstance(value, list) else list(value.values()) if isinstance(value, dict) else []
+    return [box for item in items if (box := box_of(item)) is not None]
+
+
+def box_of(value):
+    if isinstance(value, dict):
+        for names in CORNERS:
+            if all(name in value for name in names):
+                return box_of([value[name] for name in names])
+        inner = named(value, BOX_NAMES)
+        return None if inner is None else box_of(inner)
+    if isinstance(value, str):
+        value = numbers_of(value)
+    if isinstance(value, list) and len(value) == 2 and all(isinstance(p, list) and len(p) == 2 for p in value):
+        value = [*value[0], *value[1]]  # two points
+    if isinstance(value, list) and len(value) == 4:
+        value = [(numbers_of(n) or [None])[0] if isinstance(n, str) else n for n in value]
+    return value if is_box(value) else None
+
+
+def numbers_of(text):
+    """The numbers of a text that has nothing else but brackets, commas and spaces; [] for any other."""
+    if len(text) > 1000 or re.sub(rf"{NUMBER}|[\s,;()\[\]]", "", text):
+        return []
+    return [float(n) if "." in n else int(n) for n in re.findall(NUMBER, text)]
 
 
 def is_box(value):
@@ -448,16 +475,22 @@ def is_box(value):
     )
 
 
-MARKED = re.compile(r"\banswer\b[\"'*]{0,4}[ \t]{0,4}(?:is\b:?|:)[ \t]{0,4}([^\n]*)", re.IGNORECASE)
+# ---------------------------------------------------------------------------------------------------------- plain text
+
+ANSWER_IS = re.compile(
+    r"\banswer\b[\"'*]{0,4}[ \t]{0,4}(?:is\b:?|[:=])\s{0,4}([^\n]*)|\\boxed\{([^{}\n]*)\}", re.IGNORECASE
+)
 
 
 def plain_answer(text):
     """
     The answer of a text without an object: what follows the last 'answer:' or 'answer is' of a line, else a short text
-    itself.
+    itself, if there is a letter or a digit in it.
     """
-    marked = [m[1].strip(" \t\"'*`.,{}[]") for m in MARKED.finditer(text)]
-    marked = [m for m in marked if m]
-    if marked:
-        return marked[-1][:PLAIN_LENGTH]
-    return text if 0 < len(text) <= PLAIN_LENGTH and not set(text) & set("{}[]<>") else None
+    said = [(m[1] if m[1] is not None else m[2]).strip(" \t\"'*`.,{}[]") for m in ANSWER_IS.finditer(text)]
+    said = [words for words in said if words]
+    if said:
+        return said[-1][:PLAIN_LENGTH]
+    if len(text) > PLAIN_LENGTH or set(text) & set("{}[]<>") or not re.search(r"[^\W_]", text):
+        return None
+    return text

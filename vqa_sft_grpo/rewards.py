@@ -68,7 +68,7 @@ import numpy as np
 
 from shared.runtime import InputError
 from vqa_sft_grpo.counterfactual import FILLS, fill_region, nearest, plan_regions, region_iou, region_mask, whole_boxes
-from vqa_sft_grpo.prompting import FIELDS, boxes_from_model, check_style, instruction, parse_response
+from vqa_sft_grpo.prompting import FIELDS, boxes_from_model, check_style, instruction, is_box, parse_response
 from vqa_sft_grpo.scoring import COMMON, NEGATORS, OPPOSITES, choice, negated, normalise, options_of, polarity
 from vqa_sft_grpo.scoring import score_answer, words_and_marks
 
@@ -410,7 +410,7 @@ def gate_problem(text, found, style):
         return found.problem or (
             "no answer"
             if found.answer is None
-            else "other text around the object"
+            else "other text around the object, or an answer in another form"
             if found.level == 2
             else f"not strict (repair level {found.level})"
         )
@@ -420,7 +420,7 @@ def gate_problem(text, found, style):
             return f"unknown field '{min(set(data) - set(FIELDS))[:40]}'"
         if any(not isinstance(data[name], str) for name in ("answer", "caption", "reasoning") if name in data):
             return "a field that should be text is none"
-        if "boxes" in data and (not isinstance(data["boxes"], list) or len(found.boxes) != len(data["boxes"])):
+        if "boxes" in data and not (isinstance(data["boxes"], list) and all(map(is_box, data["boxes"]))):
             return "boxes are not a list of [x0, y0, x1, y1]"
     return ""
 

@@ -30,15 +30,15 @@ A row:
 
 import json
 import os
+import warnings
 from collections import Counter
 from pathlib import Path
 
 import shared  # noqa: F401, isort: skip  # before torchvision
-import numpy as np
 from PIL import Image
 
 from shared.data.audit import RowSet, conflicts, frames_in, plain_text, repeats, reworded, seen, shared_between_splits
-from shared.data.audit import similar_images, split_groups, values_of
+from shared.data.audit import similar_images, values_of
 from shared.data.download import DataNotFound
 from shared.metrics.labels import PARENTS
 from shared.phantom import DEFAULT, PREVALENCE, TOGETHER, PhantomSettings, phantom_study
@@ -46,7 +46,7 @@ from shared.phantom.findings import LEVELS, ORDER
 from shared.phantom.words import NOUNS, SIZES, SUMMARY
 from shared.runtime import InputError, atomic_file, write_jsonl
 from vqa_sft_grpo import sources as vqa
-from vqa_sft_grpo.prompting import FIELDS, instruction
+from vqa_sft_grpo.prompting import FIELDS, check_question, instruction
 from vqa_sft_grpo.scoring import normalise
 
 NAMES = ("vqa_rad", "slake", "both", "phantom", "auto")
@@ -59,30 +59,16 @@ POLICIES = {
 SPLITS = {"train": ("train", "val"), "val": ("val",), "test": ("test",), "all": ("train", "val", "test")}
 VAL_SHARE = 0.1
 PHANTOM_STUDIES = {"train": 1000, "val": 100, "test": 300}
-PHANTOM_START = {
-    "train": 0,
-    "val": 8_000_000,
-    "test": 16_000_000,
-}  # far apart and multiples of eight: no patient is in two splits
+# far apart and multiples of eight: no patient is in two splits
+PHANTOM_START = {"train": 0, "val": 8_000_000, "test": 16_000_000}
 SHARED_FIELDS = ("id", "dataset", "split", "question", "answer_type", "group")
 ROW_FIELDS = (
     *SHARED_FIELDS,
-    "instruction",
-    "input",
-    "output",
-    "image",
-    "answer",
-    "question_type",
-    "content_type",
-    "region",
-    "width",
-    "height",
-    "policy",
+    *"instruction input output image answer question_type content_type region width height policy overlap".split(),
 )
+GRPO_FIELDS = ("image_path", "question", "gold")
 REDRAWN = ("redrawn", "redrawn_other")
 FILMS = ("image", *REDRAWN)  # fields with a path
-GRPO_FIELDS = ("image_path", "question", "gold")
-
 
 # --------------------------------------------------------------------------------------------------------- all the rows
 
@@ -136,16 +122,8 @@ def load(name, data_dir, policy, seed):
             data_dir, policy=POLICIES[policy], val_share=0.0 if policy == "image-disjoint" else VAL_SHARE, seed=seed
         )
     found = vqa.load_slake(data_dir)
-    found.rows, n = [row for row in found.rows if row["answer"]], len(found.rows)  # qid 1622 has none
-    found.left_out["no answer"] = n - len(found.rows)
     if policy == "image-disjoint":
-        clusters = similar_images({row["image_id"]: row["image_path"] for row in found.rows})["similar"]
-        group_of = {image: group[0] for group in clusters for image in group}
-        for row in found.rows:
-            row["image_group"] = group_of.get(row["image_id"], row["image_id"])
-        split_of = split_groups([row["image_group"] for row in found.rows], vqa.SHARES, seed)
-        for row in found.rows:
-            row["split"] = split_of[row["image_group"]]
+        vqa.split_by_image(found, vqa.SHARES, seed)
     found.version += f", policy {policy}"
     return found
 
@@ -158,25 +136,17 @@ def real_rows(sets, split, policy, limit, absent=()):
     images = {(row["dataset"], row["image_id"]): row["image_path"] for found in sets for row in found.rows}
     copies = similar_images(images)
     group_of = {image: group[0] for group in copies["similar"] for image in group}
-    tested = {
-        group_of.get(key, key)
-        for found in sets
-        for row in found.rows
-        if row["split"] == "test"
-        for key in [(row["dataset"], row["image_id"])]
-    }
-    sizes = {}
-    for key, path in images.items():
-        if key not in copies["unreadable"]:
-            with Image.open(path) as image:
-                sizes[key] = image.size
+    for row in (row for found in sets for row in found.rows):
+        key = (row["dataset"], row["image_id"])
+        row["copies"] = group_of.get(key, key)
+    tested = {row["copies"] for found in sets for row in found.rows if row["split"] == "test"}
+    sizes = {key: size_of(path) for key, path in images.items() if key not in copies["unreadable"]}
     for found in sets:
         found.left_out |= {"image cannot be read": 0, "near copy of a test image": 0}
         kept = []
         for row in found.rows:
-            key = (row["dataset"], row["image_id"])
-            row["copies"] = group_of.get(key, key)
-            if key in copies["unreadable"]:
+            row["size"] = sizes.get((row["dataset"], row["image_id"]))
+            if row["size"] is None:
                 found.left_out["image cannot be read"] += 1
             elif policy in ("clean-train", "image-disjoint") and row["split"] != "test" and row["copies"] in tested:
                 found.left_out["near copy of a test image"] += 1
@@ -185,29 +155,21 @@ def real_rows(sets, split, policy, limit, absent=()):
         found.rows = kept
         if limit:
             found.limit(limit)
-    audit = {
-        "phantom": False,
-        "policy": policy,
-        "split": split,
-        "absent": list(absent),
-        "images": {k: v for k, v in copies.items() if k != "pairs"},
-        "data": {found.name: audit_of(found) for found in sets},
-    }
     every = [row for found in sets for row in found.rows]
-    audit["near-identical images in two splits"] = shared_between_splits(every, "copies")
-    audit["overlap"] = any(
-        pair["shared"] for name, pair in audit["near-identical images in two splits"].items() if "test" in name
-    )
+    audit = {"phantom": False, "policy": policy, "split": split, "absent": list(absent)}
+    audit["images"] = {k: v for k, v in copies.items() if k != "pairs"}
+    audit["data"] = {found.name: audit_of(found) for found in sets}
+    audit["near-identical images in two splits"] = pairs = shared_between_splits(every, "copies")
+    audit["overlap"] = any(pair["shared"] for name, pair in pairs.items() if "test" in name)
     rows = []
     for found in sets:
         chosen = [row for row in found.rows if row["split"] in SPLITS[split]]
         if not chosen:
-            reasons = ", ".join(f"{n}: {reason}" for reason, n in found.left_out.items() if n)
+            reasons = ", ".join(f"{n}: {reason}" for reason, n in found.left_out.items() if n) or "nothing"
             audit["absent"].append(
-                f"{found.name} has no {split} question with its image in {found.source} (left out:"
-                f" {reasons or 'nothing'})"
+                f"{found.name} has no {split} question with its image in {found.source} (left out: {reasons})"
             )
-        rows += [real_row(row, sizes[row["dataset"], row["image_id"]], policy, audit["overlap"]) for row in chosen]
+        rows += [real_row(row, policy, audit["overlap"]) for row in chosen]
     if not rows:
         raise InputError(
             f"nothing to write: {'; '.join(audit['absent'])}; put the missing images there, or take another --split,"
@@ -217,72 +179,53 @@ def real_rows(sets, split, policy, limit, absent=()):
     return rows, audit
 
 
-def real_row(row, size, policy, overlap):
+def size_of(path):
+    """Width and height in the file's head, or None: no image that Pillow opens, or one beyond its limits."""
+    try:
+        with warnings.catch_warnings(), Image.open(path) as image:
+            warnings.simplefilter("ignore")
+            return image.size
+    except (OSError, ValueError, Image.DecompressionBombError):
+        return None
+
+
+def real_row(row, policy, overlap):
     """A row of vqa_sft_grpo/sources.py -> ours."""
     slake = row["dataset"] == "slake"
+    width, height = row["size"]
     region = slake_region(row) if slake else None
-    name = f"{row['dataset']}-{row['qid']}" + ("" if slake else f"-{row['phrase_type']}")
-    return make_row(
-        name,
-        row["dataset"],
-        row["split"],
-        str(Path(row["image_path"]).resolve()),
-        size,
-        row["question"],
-        row["answer"],
-        row["answer_type"],
-        ("vqa" if row["needs_image"] else "kvqa") if slake else row["question_type"],
-        row["question_type"] if slake else row["organ"],
-        row["needs_image"],
-        f"{row['dataset']}/{row['image_group']}",
-        region,
+    question_type = row["question_type"]
+    if slake:
+        question_type = "vqa" if row["needs_image"] else "kvqa"
+    return finished(
         {"caption": slake_caption(row) if slake else rad_caption(row), "boxes": region},
-        policy,
-        overlap,
+        id=f"{row['dataset']}-{row['qid']}" + ("" if slake else f"-{row['phrase_type']}"),
+        dataset=row["dataset"],
+        split=row["split"],
+        image=str(Path(row["image_path"]).resolve()),
+        question=row["question"],
+        answer=row["answer"],
+        answer_type=row["answer_type"],
+        question_type=question_type,
+        content_type=row["question_type"] if slake else row["organ"],
+        needs_image=row["needs_image"],
+        group=f"{row['dataset']}/{row['image_group']}",
+        region=region,
+        width=width,
+        height=height,
+        policy=policy,
+        overlap=overlap,
     )
 
 
-def make_row(
-    name,
-    dataset,
-    split,
-    image,
-    size,
-    question,
-    answer,
-    answer_type,
-    question_type,
-    content_type,
-    needs_image,
-    group,
-    region,
-    known,
-    policy,
-    overlap,
-):
-    """known: what the data set knows of caption, reasoning and boxes; None and "" are left out of the output."""
-    target = {field: value for field in FIELDS if (value := (known | {"answer": answer}).get(field))}
-    return {
-        "id": name,
-        "dataset": dataset,
-        "split": split,
-        "instruction": instruction("json", units="pixels"),
-        "input": question,
-        "output": json.dumps(target, ensure_ascii=False),
-        "image": image,
-        "question": question,
-        "answer": answer,
-        "answer_type": answer_type,
-        "question_type": question_type,
-        "content_type": content_type,
-        "needs_image": needs_image,
-        "group": group,
-        "region": region,
-        "width": size[0],
-        "height": size[1],
-        "policy": policy,
-        "overlap": overlap,
-    }
+def finished(known, **row):
+    """
+    A row with its instruction, input and output. known: what the data set knows of caption, reasoning and boxes; None
+    and "" are left out of the output.
+    """
+    target = {field: value for field in FIELDS if (value := (known | {"answer": row["answer"]}).get(field))}
+    task = {"instruction": instruction("json", units="pixels"), "input": row["question"]}
+    return row | task | {"output": json.dumps(target, ensure_ascii=False)}
 
 
 # -------------------------------------------------------------------------------------------------- what real sets know
@@ -343,9 +286,15 @@ def slake_region(row):
 
 
 def phantom_settings(conditions=None, prevalence=None, severities=None):
-    """The default hospital, or one that has only some conditions, each with the given chance, of these severities."""
+    """
+    The default hospital, or one that has only some conditions, each with the given chance, of these severities.
+    InputError for a condition that it does not draw.
+    """
     if conditions is None and prevalence is None and severities is None:
         return DEFAULT
+    for name in conditions or ():
+        if name not in ORDER:
+            raise InputError(f"--conditions {name}: the phantom draws {', '.join(ORDER)}")
     chosen = conditions or [name for name in ORDER if name in PREVALENCE]
     return PhantomSettings(
         prevalence={name: PREVALENCE[name] if prevalence is None else prevalence for name in chosen},
@@ -382,19 +331,9 @@ def phantom_rows(split, seed, image_dir, studies=None, image_size=112, settings=
         rows += part_rows[:limit]
     if not rows:
         raise InputError("these phantom studies have no questions; ask for more --studies")
-    audit = {
-        "phantom": True,
-        "policy": "by patient",
-        "split": split,
-        "overlap": False,
-        "absent": [],
-        "seed": seed,
-        "image_size": image_size,
-        "settings_of_phantom": settings.key(),
-        "groups in two splits": shared_between_splits(rows, "group"),
-        "counts": counts_of(rows),
-    }
-    return rows, audit
+    audit = {"phantom": True, "policy": "by patient", "split": split, "overlap": False, "absent": [], "seed": seed}
+    audit |= {"image_size": image_size, "settings_of_phantom": settings.key()}
+    return rows, audit | {"groups in two splits": shared_between_splits(rows, "group"), "counts": counts_of(rows)}
 
 
 def phantom_study_rows(study, split, image_dir):
@@ -404,26 +343,26 @@ def phantom_study_rows(study, split, image_dir):
     caption = f"Frontal chest x-ray with {listed(named)}." if named else "Frontal chest x-ray without findings."
     rows = []
     for number, question in enumerate(study.questions):
-        kind = {"closed": "yes_no"}.get(question.kind, question.kind)
         region = [list(map(int, box)) for box in question.region] if question.region else None
         rows.append(
-            make_row(
-                f"phantom-{study.study_id}-{number}",
-                "phantom",
-                split,
-                str(path),
-                (study.size, study.size),
-                question.text,
-                question.answer,
-                "open" if question.kind == "open" else "closed",
-                kind,
-                question.content,
-                question.content not in ("modality", "view"),
-                study.patient_id,
-                region,
+            finished(
                 {"caption": caption, "reasoning": phantom_reasoning(study, question), "boxes": region},
-                "by patient",
-                False,
+                id=f"phantom-{study.study_id}-{number}",
+                dataset="phantom",
+                split=split,
+                image=str(path),
+                question=question.text,
+                answer=question.answer,
+                answer_type="open" if question.kind == "open" else "closed",
+                question_type={"closed": "yes_no"}.get(question.kind, question.kind),
+                content_type=question.content,
+                needs_image=question.content not in ("modality", "view"),
+                group=study.patient_id,
+                region=region,
+                width=study.size,
+                height=study.size,
+                policy="by patient",
+                overlap=False,
             )
         )
     return rows
@@ -494,13 +433,12 @@ def ancestors(condition):
 
 def audit_of(found: RowSet):
     """What the splits of one data set share. Ids are those of the files (qid)."""
-    train, test = (
-        found.split("train") + found.split("val"),
-        found.split("test"),
-    )  # validation rows choose the checkpoint: they count as training here
+    # validation rows choose the checkpoint: they count as training here
+    train, test = found.split("train") + found.split("val"), found.split("test")
+    splits = ("train", "val", "test")
     result = {
         **found.facts(),
-        "images": {split: len({row["image_id"] for row in found.split(split)}) for split in ("train", "val", "test")},
+        "images": {split: len({row["image_id"] for row in found.split(split)}) for split in splits},
         "images in two splits": shared_between_splits(found.rows),
         "groups in two splits": shared_between_splits(found.rows, "image_group"),
         "test rows with the same image, question and answer in train": seen(test, train),
@@ -509,22 +447,24 @@ def audit_of(found: RowSet):
         "test questions that occur in train, on any image": seen(test, train, ("question",)),
         "train rows that repeat another": repeats(train),
         "conflicting answers in train": conflicts(train),
-        "rows with a region": {
-            split: sum(bool(row["boxes"]) and slake_region(row) is not None for row in found.split(split))
-            for split in ("train", "val", "test")
-        },
+    }
+    result["rows with a region"] = {
+        split: sum(bool(row["boxes"]) and slake_region(row) is not None for row in found.split(split))
+        for split in splits
     }
     if found.name == "vqa_rad":  # only the public file says which stock wording a test question has
         try:
             public = vqa.load_vqa_rad(found.source, version="public")
         except InputError:
-            public = None
-        if public:
-            key = ("image_id", "question", "answer")  # the files number their questions in different ways
-            frames = {values_of(row, key, plain_text): row["question_frame"] for row in public.rows}
-            asked = [row | {"question_frame": frames.get(values_of(row, key, plain_text))} for row in test]
-            result["test questions whose stock wording is in train"] = frames_in(asked, train)
+            return result
+        key = ("image_id", "question", "answer")  # the files number their questions in different ways
+        frames = {values_of(row, key, plain_text): row["question_frame"] for row in public.rows}
+        asked = [row | {"question_frame": frames.get(values_of(row, key, plain_text))} for row in test]
+        result["test questions whose stock wording is in train"] = frames_in(asked, train)
     return result
+
+
+COUNTED = ("dataset", "answer_type", "content_type")
 
 
 def counts_of(rows):
@@ -533,18 +473,13 @@ def counts_of(rows):
     for split in dict.fromkeys(row["split"] for row in rows):
         part = [row for row in rows if row["split"] == split]
         answers = Counter(row["answer"].strip(" .").lower() for row in part if row["answer_type"] == "closed")
+        yes, no = answers["yes"], answers["no"]
         counts[split] = {
             "rows": len(part),
             "images": len({row["image"] for row in part}),
             "groups": len({row["group"] for row in part}),
-            "by dataset": dict(Counter(row["dataset"] for row in part)),
-            "by answer type": dict(Counter(row["answer_type"] for row in part)),
-            "by content type": dict(Counter(row["content_type"] for row in part)),
-            "closed answers": {
-                "yes": answers["yes"],
-                "no": answers["no"],
-                "other": sum(answers.values()) - answers["yes"] - answers["no"],
-            },
+            **{f"by {kind.replace('_', ' ')}": dict(Counter(row[kind] for row in part)) for kind in COUNTED},
+            "closed answers": {"yes": yes, "no": no, "other": answers.total() - yes - no},
             "with region": sum(row["region"] is not None for row in part),
             "image known not to matter": sum(row["needs_image"] is False for row in part),
         }
@@ -562,108 +497,130 @@ def portable(image, folder):
 
 def write_rows(path, rows):
     """One JSON object per line, atomically."""
-    write_jsonl(
-        path, [row | {key: portable(row[key], Path(path).parent) for key in FILMS if key in row} for row in rows]
-    )
+    folder = Path(path).parent
+    write_jsonl(path, [row | {key: portable(row[key], folder) for key in FILMS if key in row} for row in rows])
 
 
 def grpo_row(row, folder):
-    kept = {
-        key: row[key]
-        for key in (
-            *SHARED_FIELDS,
-            "region",
-            "width",
-            "height",
-            "question_type",
-            "content_type",
-            "needs_image",
-            "policy",
-            "overlap",
-        )
-    }
-    return {"image_path": portable(row["image"], folder), "question": row["question"], "gold": row["answer"], **kept}
+    """What train_grpo.py reads of a row; folder: of the file that it will stand in."""
+    kept = "region width height question_type content_type needs_image policy overlap".split()
+    first = {"image_path": portable(row["image"], folder), "question": row["question"], "gold": row["answer"]}
+    return first | {key: row.get(key) for key in (*SHARED_FIELDS, *kept)}
+
+
+MAKE = "make the file again with vqa_sft_grpo/prepare_data.py"
 
 
 def read_rows(path, splits=None, fields=ROW_FIELDS):
     """
     The rows of a file of this script -> list of dicts with absolute image paths. splits: keep only these ("train",
     ("train", "val"), ...). fields: what a row must have; GRPO_FIELDS for the other file, whose older versions had
-    nothing more. Lines of JSON, or one JSON list. InputError, one sentence, for: no file, no JSON, a row without a
-    field or with one of the wrong kind, an image that is not there, no row left.
+    nothing more. Lines of JSON, or one JSON list. InputError, one sentence, for: no file, no JSON, a data set's own
+    file, a row that check_row refuses, an id twice, an image that is not there or not of the size that its rows say, no
+    row left.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        lines = json.loads(text) if text.lstrip().startswith("[") else None
-        numbered = list(enumerate(lines, 1)) if lines is not None else []
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"the rows {path} cannot be read ({error}); make them with vqa_sft_grpo/prepare_data.py"
-        ) from error
-    if lines is None:
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                try:
-                    numbered.append((number, json.loads(line)))
-                except ValueError as error:
-                    raise InputError(
-                        f"{path}, line {number}, is not JSON ({error}); make the file again with"
-                        " vqa_sft_grpo/prepare_data.py"
-                    ) from error
     wanted = (splits,) if isinstance(splits, str) else splits
-    rows, here = [], {}
-    for number, row in numbered:
-        check_row(row, fields, f"{path}, row {number}")
+    rows, images, ids, number = [], {}, {}, 0
+    for number, row in numbered_rows(path):
+        where = f"{path}, row {number}"
+        check_row(row, fields, where)
+        if row.get("id") is not None and (first := ids.setdefault(row["id"], number)) != number:
+            raise InputError(f"{where} has the id of row {first}, {row['id']!r}; {MAKE}")
         if wanted is None or row.get("split") in wanted:
             row = dict(row)
             for key in {"image_path", *FILMS} & row.keys():
                 row[key] = os.path.normpath(path.resolve().parent / row[key])
-                if row[key] not in here:
-                    here[row[key]] = os.path.isfile(row[key])
+                images.setdefault(row[key], (where, row) if key in ("image", "image_path") else None)
             rows.append(row)
     if not rows:
-        what = f"no rows of {' or '.join(wanted)}" if wanted and numbered else "no rows"
+        what = f"no rows of {' or '.join(wanted)}" if wanted and number else "no rows"
         raise InputError(f"{path} has {what}; make them with vqa_sft_grpo/prepare_data.py")
-    absent = [image for image, there in here.items() if not there]
+    absent = [image for image in images if not os.path.isfile(image)]
     if absent:
         raise InputError(
-            f"{len(absent)} of the {len(here)} images of {path} are not there, the first is {absent[0]}; put them back,"
-            " or make the rows again with vqa_sft_grpo/prepare_data.py"
+            f"{len(absent)} of the {len(images)} images of {path} are not there, the first is {absent[0]}; put them"
+            " back, or make the rows again with vqa_sft_grpo/prepare_data.py"
         )
+    for image, (where, row) in ((image, of) for image, of in images.items() if of):
+        said, found = [row.get("width"), row.get("height")], size_of(image)
+        if None not in said and found and sorted(said) != sorted(found):  # an image may be stored turned by its EXIF
+            raise InputError(f"{where}: the image is {found[0]} x {found[1]} and not {said[0]} x {said[1]}; {MAKE}")
     return rows
 
 
+def numbered_rows(path):
+    """The lines, or the items of the one list, of a JSON file -> [(number from 1, value)]."""
+    what = "vqa_sft_grpo/prepare_data.py"
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if text.lstrip().startswith("["):
+            return list(enumerate(json.loads(text), 1))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"the rows {path} cannot be read ({error}); make them with {what}") from error
+    found = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                found.append((number, json.loads(line)))
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"{path}, line {number}, is not JSON ({error}); {MAKE}") from error
+    return found
+
+
+OWN_FILES = {"slake": {"q_lang", "img_name"}, "vqa_rad": {"phrase_type", "image_name"}}  # fields that tell a data set
+FULL_TEXTS = {"image_path", *FILMS, "question", "answer", "gold", "output", "dataset", "policy", "group"}
+
+
 def check_row(row, fields, where):
-    """InputError where the row lacks a field or has one of the wrong kind."""
+    """
+    InputError, one sentence, where the row lacks a field, has one of the wrong kind, or says what cannot be: another
+    split, a region outside of the image, an output with another answer.
+    """
     if not isinstance(row, dict):
         raise InputError(f"{where} is not an object with names and values")
+    for name, own in OWN_FILES.items():
+        if own <= row.keys():
+            raise InputError(
+                f"{where} is a row of {name}'s own files: give --data {name} --data-dir FOLDER, or make rows of it with"
+                " vqa_sft_grpo/prepare_data.py"
+            )
     missing = [field for field in fields if field not in row]
     if missing:
-        raise InputError(f"{where} lacks {', '.join(missing)}; make the file again with vqa_sft_grpo/prepare_data.py")
-    for key in {"image_path", *FILMS, "question", "answer", "gold", "output"} & row.keys():
-        if not isinstance(row[key], str) or not row[key].strip():
+        raise InputError(f"{where} lacks {', '.join(missing)}; {MAKE}")
+    for key, value in row.items():
+        if key in FULL_TEXTS and not (isinstance(value, str) and value.strip()):
             raise InputError(f"{where}: '{key}' must be a text that is not empty")
+        if isinstance(value, str) and value != value.encode("utf-8", "replace").decode():
+            raise InputError(f"{where}: '{key}' holds half a character (a lone surrogate)")
+    check_question(row.get("question", ""), where)
     if row.get("answer_type", "open") not in ("closed", "open"):
         raise InputError(f"{where}: 'answer_type' is {row['answer_type']!r}; it must be closed or open")
+    if row.get("split", "train") not in SPLITS["all"]:
+        raise InputError(f"{where}: 'split' is {row['split']!r}; it must be train, val or test")
+    size = [row.get(key) for key in ("width", "height")]
+    if any(n is not None and not (type(n) is int and 0 < n < 2**20) for n in size):
+        raise InputError(f"{where}: 'width' and 'height' must be whole numbers of pixels")
     region = row.get("region")
-    if region is not None and not (isinstance(region, list) and region and all(is_pixel_box(box) for box in region)):
-        raise InputError(
-            f"{where}: 'region' must be null or boxes [[x0, y0, x1, y1]] in pixels with x0 < x1 and y0 < y1"
-        )
+    if region is not None:
+        if not (isinstance(region, list) and region and all(is_pixel_box(box) for box in region)):
+            raise InputError(
+                f"{where}: 'region' must be null or boxes [[x0, y0, x1, y1]] in pixels with x0 < x1 and y0 < y1"
+            )
+        if None not in size and any(b[0] < 0 or b[1] < 0 or b[2] > size[0] or b[3] > size[1] for b in region):
+            raise InputError(f"{where}: 'region' {region} lies outside of the image, {size[0]} x {size[1]}")
     if "output" in row:
         try:
             target = json.loads(row["output"])
-        except ValueError:
+        except (ValueError, RecursionError):
             target = None
         if not isinstance(target, dict) or not isinstance(target.get("answer"), str):
             raise InputError(f"{where}: 'output' must be a JSON object with an answer")
+        if target["answer"] != row.get("answer", target["answer"]):
+            raise InputError(f"{where}: 'output' answers {target['answer'][:60]!r}, 'answer' says otherwise; {MAKE}")
 
 
 def is_pixel_box(box):
-    numbers = (
-        isinstance(box, list)
-        and len(box) == 4
-        and all(isinstance(n, (int, float)) and not isinstance(n, bool) and np.isfinite(n) for n in box)
-    )
-    return bool(numbers and box[0] < box[2] and box[1] < box[3])
+    if not (isinstance(box, list) and len(box) == 4 and all(type(n) in (int, float) and abs(n) < 2**20 for n in box)):
+        return False
+    return box[0] < box[2] and box[1] < box[3]

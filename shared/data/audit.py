@@ -250,10 +250,12 @@ def linked_groups(pairs):
     """[(a, b, ...)] -> sorted groups of everything that is linked by pairs, however indirectly."""
     if not pairs:
         return []
-    names, ends = np.unique([pair[:2] for pair in pairs], return_inverse=True)
-    links = coo_array((np.ones(len(pairs)), ends.reshape(-1, 2).T), shape=(len(names), len(names)))
+    names = sorted({name for pair in pairs for name in pair[:2]})  # of any kind: (data set, image) too
+    number = {name: i for i, name in enumerate(names)}
+    ends = np.array([[number[a], number[b]] for a, b, *_ in pairs]).T
+    links = coo_array((np.ones(len(pairs)), ends), shape=(len(names), len(names)))
     groups = defaultdict(list)
-    for name, label in zip(names.tolist(), connected_components(links, directed=False)[1], strict=True):
+    for name, label in zip(names, connected_components(links, directed=False)[1], strict=True):
         groups[label].append(name)
     return sorted(groups.values())
 
