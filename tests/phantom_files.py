@@ -5,9 +5,6 @@ data.
     from phantom_files import export_slake
     export_slake("data/phantom_slake", seed=0, counts={"train": 40, "validate": 8, "test": 8})
 
-Usage:
-    python -m shared.phantom --export slake --out-dir data/phantom_slake --count 40
-
 Layouts follow the official files as they are distributed, with the columns, key names and habits they have; facts that
 come with them are noted at each function. Texts and numbers are those of the phantom. Every function returns the
 folder it wrote.
@@ -23,7 +20,6 @@ from xml.sax.saxutils import escape
 import numpy as np
 from PIL import Image
 
-from shared.metrics.labels import CONDITIONS
 from shared.phantom import DEFAULT, patient_of, phantom_classification, phantom_study
 
 MASK_VALUES = {
@@ -458,25 +454,3 @@ def export_attention(folder, seed=0, count=40, size=224, settings=DEFAULT):
     ]
     _write_csv(folder / "questions.csv", header, rows)
     return folder
-
-
-def label_table(studies):
-    """
-    Rows for a CSV: study_id, patient_id, 14 labels of the image, 14 of the report ("" = not mentioned), with their
-    header.
-    """
-    header = ["study_id", "patient_id", *CONDITIONS, *(f"report {name}" for name in CONDITIONS)]
-    rows = []
-    for study in studies:
-        said = ["" if study.report_labels[name] is None else study.report_labels[name] for name in CONDITIONS]
-        rows.append([study.study_id, study.patient_id, *(study.labels[name] for name in CONDITIONS), *said])
-    return header, rows
-
-
-EXPORTS = {
-    "medmnist": export_medmnist,
-    "iu_xray": export_iu_xray,
-    "vqa_rad": export_vqa_rad,
-    "slake": export_slake,
-    "attention": export_attention,
-}

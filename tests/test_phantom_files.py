@@ -6,13 +6,12 @@ import tarfile
 import xml.etree.ElementTree as ElementTree
 
 import numpy as np
-import pytest
 from PIL import Image
 
 from phantom_files import MASK_VALUES, SLAKE_ORGANS, export_attention, export_iu_xray, export_medmnist, export_slake
-from phantom_files import export_vqa_rad, label_table, phantom_splits
+from phantom_files import export_vqa_rad, phantom_splits
 from shared.metrics.labels import CONDITIONS
-from shared.phantom import main, patient_of, phantom_classification, phantom_study
+from shared.phantom import patient_of, phantom_classification, phantom_study
 
 
 def read_csv(path):
@@ -144,16 +143,3 @@ def test_attention_csv_turns_answers_of_negated_wordings(tmp_path):
         assert [r["variant_id"] for r in group] == [str(i) for i in range(len(group))] and len(group) >= 7
         turned = [r["answer_gt"] != group[0]["answer_gt"] for r in group]
         assert turned == [r["strategy"] == "negation" for r in group]
-
-
-def test_label_table_marks_what_is_not_mentioned():
-    header, rows = label_table([phantom_study(0, i, 28) for i in range(5)])
-    assert len(header) == 30 and all(len(row) == 30 for row in rows)
-    assert {value for row in rows for value in row[2:16]} <= {0, 1}
-    assert "" in {value for row in rows for value in row[16:]}
-
-
-@pytest.mark.parametrize("name", ["medmnist", "iu_xray", "vqa_rad", "slake", "attention"])
-def test_export_from_the_command_line(tmp_path, name, capsys):
-    main(["--export", name, "--out-dir", str(tmp_path / name), "--count", "4", "--size", "32"])
-    assert str(tmp_path / name) in capsys.readouterr().out and any((tmp_path / name).iterdir())

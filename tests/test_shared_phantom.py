@@ -14,12 +14,33 @@ import numpy as np
 import pytest
 
 from shared.metrics.labels import CHEXBERT_ORDER, CONDITIONS, LABELLER_ORDER, PARENTS, condition_name, from_row, to_row
-from shared.phantom import ORDER, PhantomSettings, as_record, label_rates, patient_of, phantom_classification
-from shared.phantom import phantom_set, phantom_study
-from shared.phantom import study as phantom
+from shared.phantom import PhantomSettings, patient_of, phantom_classification, phantom_study
+from shared.phantom.findings import ORDER
+from shared.phantom.study import label_rates
 from shared.phantom.words import DENIED, LISTED, STATED, SUSPECTED, UNCHANGED
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def as_record(study):
+    """What is known about a study besides its pixels, as plain lists, dicts and numbers that JSON can hold."""
+    report = study.report
+    return {
+        "study_id": study.study_id,
+        "patient_id": study.patient_id,
+        "seed": study.seed,
+        "index": study.index,
+        "truth": [
+            {k: getattr(f, k) for k in ("name", "condition", "kind", "side", "zone", "severity")} for f in study.truth
+        ],
+        "labels": study.labels,
+        "report_labels": study.report_labels,
+        "report": {k: getattr(report, k) for k in ("indication", "comparison", "findings", "impression")},
+        "boxes": study.boxes,
+        "organ_boxes": study.organ_boxes,
+        "questions": [{**vars(q), "paraphrases": [vars(p) for p in q.paraphrases]} for q in study.questions],
+        "shortcut": study.shortcut,
+    }
 
 
 def only(name, **more):
@@ -64,12 +85,10 @@ def test_classification_has_medmnist_form():
     assert not np.array_equal(phantom_classification(4, {"train": 5})["train_images"], again["train_images"])
 
 
-def test_classification_masks_and_cache(tmp_path):
-    data = phantom_classification(0, {"train": 12}, 64, masks=True, cache_dir=tmp_path)
+def test_classification_masks():
+    data = phantom_classification(0, {"train": 12}, 64, masks=True)
     assert data["train_masks"].shape == (12, 64, 64) and data["train_masks"].dtype == bool
     assert np.array_equal(data["train_masks"].any((1, 2)), data["train_labels"][:, 0] == 1)
-    again = phantom_classification(0, {"train": 12}, 64, masks=True, cache_dir=tmp_path)
-    assert all(np.array_equal(data[k], again[k]) for k in data) and len(list(tmp_path.iterdir())) == 1
     plain = phantom_classification(0, {"train": 12}, 64)
     assert np.array_equal(plain["train_images"], data["train_images"]) and "train_masks" not in plain
 
@@ -450,30 +469,7 @@ def test_removing_the_finding_turns_the_answer():
     assert set(asked.values()) <= {"yes", "no"}
 
 
-# ----------------------------------------------------------------------------------------------------- cache, gallery
-
-
-def test_cache_is_checked_and_mended(tmp_path, capsys):
-    images, records = phantom_set(0, range(3), 28, cache_dir=tmp_path)
-    assert records == json.loads(json.dumps([as_record(phantom_study(0, i, 28)) for i in range(3)]))
-    (path,) = tmp_path.iterdir()
-    stamp = path.stat().st_mtime_ns
-    again, same = phantom_set(0, range(3), 28, cache_dir=tmp_path)
-    assert np.array_equal(images, again) and records == same and path.stat().st_mtime_ns == stamp
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(bytes(content))
-    mended, _ = phantom_set(0, range(3), 28, cache_dir=tmp_path)
-    assert np.array_equal(images, mended) and "damaged" in capsys.readouterr().err
-    phantom_set(0, range(3), 28, PhantomSettings(normal=0.9), cache_dir=tmp_path)
-    assert len(list(tmp_path.iterdir())) == 2  # other settings, other file; no temporary files left
-
-
-def test_a_stopped_write_leaves_no_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(phantom.os, "replace", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        phantom_set(0, range(2), 28, cache_dir=tmp_path)
-    assert list(tmp_path.iterdir()) == []
+# ------------------------------------------------------------------------------------------------------------ gallery
 
 
 @pytest.mark.slow

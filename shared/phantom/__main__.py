@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw
 
 from shared.phantom.findings import ORDER, SEVERITIES
 from shared.phantom.study import PhantomSettings, phantom_study
+from shared.runtime import script
 
 
 def preview(folder, seed=0, size=320):
@@ -51,8 +52,7 @@ def preview(folder, seed=0, size=320):
                 found.setdefault(f.kind, {}).setdefault(f.severity or str(len(found[f.kind])), (study, f))
         for kind in sorted(found):
             shown = sorted(found[kind].items(), key=lambda item: (SEVERITIES + (item[0],)).index(item[0]))[:3]
-            while len(shown) < 3:
-                shown.append(shown[-1])
+            shown += shown[-1:] * (3 - len(shown))
             for _, (study, f) in shown:
                 label = f"{name}: {f.name} {f.severity}" if name.lower() not in f.name else f"{f.name} {f.severity}"
                 tiles += [labelled(study.image, label), labelled(study.image, "its box", study.boxes[f.name])]
@@ -62,47 +62,36 @@ def preview(folder, seed=0, size=320):
     studies = [phantom_study(seed, 8 * i, size, ill) for i in range(8)]
     tiles = []
     for s in studies:
-        names = ", ".join(f.name for f in s.truth) or "nothing"
-        tiles += [
-            labelled(s.image, names, [b for boxes in s.boxes.values() for b in boxes]),
-            labelled(s.lateral, s.study_id),
-        ]
+        names, boxes = ", ".join(f.name for f in s.truth) or "nothing", [b for some in s.boxes.values() for b in some]
+        tiles += [labelled(s.image, names, boxes), labelled(s.lateral, s.study_id)]
     sheet(tiles, 4).save(folder / "lateral.png")
 
     lines = ["# Phantom: made-up studies, no patients", ""]
     for s in studies:
-        r = s.report
-        lines += [
-            f"## {s.study_id}",
-            "",
-            "Drawn: " + (", ".join(f"{f.name} ({f.severity})" for f in s.truth) or "nothing") + ".",
-            "",
-            f"*Indication:* {r.indication} *Comparison:* {r.comparison}",
-            "",
-            f"*Findings:* {r.findings}",
-            "",
-            f"*Impression:* {r.impression}",
-            "",
-            "States: " + ", ".join(f"{k} {v}" for k, v in r.labels.items() if v is not None) + ".",
-            "",
-        ]
+        r, names = s.report, ", ".join(f"{f.name} ({f.severity})" for f in s.truth) or "nothing"
+        lines += [f"## {s.study_id}", "", f"Drawn: {names}.", ""]
+        lines += [f"*Indication:* {r.indication} *Comparison:* {r.comparison}", ""]
+        lines += [f"*Findings:* {r.findings}", "", f"*Impression:* {r.impression}", ""]
+        lines += ["States: " + ", ".join(f"{k} {v}" for k, v in r.labels.items() if v is not None) + ".", ""]
         for q in s.questions:
-            lines.append(
-                f"* {q.text} {q.answer} ({q.kind}, look at: {q.region_name or 'no place'}). "
-                f"{q.paraphrases[-1].text} {q.paraphrases[-1].answer}"
-            )
+            last, where = q.paraphrases[-1], q.region_name or "no place"
+            lines.append(f"* {q.text} {q.answer} ({q.kind}, look at: {where}). {last.text} {last.answer}")
         lines.append("")
     (folder / "reports.md").write_text("\n".join(lines), encoding="utf-8")
     return folder
 
 
+@script
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preview", action="store_true", required=True, help="write the gallery")
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m shared.phantom", description=__doc__, formatter_class=form)
+    parser.add_argument("--preview", action="store_true", help="write the gallery")
     parser.add_argument("--out-dir", default="outputs/phantom", help="folder to write to (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="which hospital, a whole number >= 0 (%(default)s)")
     parser.add_argument("--size", type=int, default=320, help="pixels per side, 28 to 512 (%(default)s)")
     args = parser.parse_args(argv)
+    if not args.preview:
+        parser.error("nothing to do: give --preview")
     if args.seed < 0 or not 28 <= args.size <= 512:
         parser.error("--seed must be >= 0, --size between 28 and 512 pixels")
     print("gallery in", preview(args.out_dir, args.seed, args.size))

@@ -10,8 +10,9 @@ so.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 from scipy.ndimage import gaussian_filter
@@ -71,114 +72,87 @@ class Draws:
 # ------------------------------------------------------------------------------------------------------------ anatomy
 
 
+def drawn(low, high):
+    """A field that is drawn uniformly between two numbers."""
+    return field(metadata={"draw": lambda d, so_far: d.u(low, high)})
+
+
+def drawn_by(draw):
+    """A field that is draw(d, so_far): from the stream and the fields before it."""
+    return field(metadata={"draw": draw})
+
+
+def draw_fields(kind, d, **so_far):
+    """A dataclass of such fields, in their order; so_far: what the draws of some look at besides."""
+    names = [f.name for f in fields(kind)]
+    for f in fields(kind):
+        so_far[f.name] = f.metadata["draw"](d, so_far)
+    return kind(**{name: so_far[name] for name in names})
+
+
 @dataclass
 class Anatomy:
     """One person: lengths in body coordinates (1 = about 19 cm), attenuations in units of the film's curve."""
 
-    cage: float  # half-width of the rib cage at its widest
-    apex: float  # y of the lung apices
-    base: float  # y where the rib cage is widest
-    body: float  # thickness of the trunk wall at the sides
-    thick: float  # attenuation of the trunk
-    shoulder: float  # y of the shoulder line
-    neck: float  # half-width of the neck
-    heart: float  # cardiothoracic ratio
-    heart_tilt: float  # radians; small = lying heart
-    knob: float  # bulge of the aortic knob
-    trunk: float  # bulge of the pulmonary trunk
-    mediastinum: float  # half-width above the heart
-    rib_first: float  # y of the first posterior rib at the spine
-    rib_gap: float  # distance of neighbouring ribs
-    rib_drop: float  # how far posterior ribs fall towards the side
-    rib_half: float  # half the height of a rib
-    bone: float  # mineral content: attenuation of all bones
-    vessels: float  # strength of the lung markings
-    breast: float  # attenuation of breast shadows, 0 for none
-    breast_x: float
-    breast_y: float
-    breast_r: float
-    nipples: float  # attenuation of nipple shadows, 0 for none (they mimic nodules)
-    gas: float  # size of the gastric bubble
-    scapula: float  # how far the shoulder blades are rotated out of the lungs
-    bend: float  # side bend of the spine
-    tree: int  # which vessel tree and soft-tissue texture
+    breasts: bool = drawn_by(lambda d, so_far: d.chance(0.45))
+    cage: float = drawn(0.63, 0.75)  # half-width of the rib cage at its widest
+    apex: float = drawn(-0.80, -0.70)  # y of the lung apices
+    base: float = drawn(0.50, 0.62)  # y where the rib cage is widest
+    body: float = drawn(0.09, 0.2)  # thickness of the trunk wall at the sides
+    thick: float = drawn(3.7, 4.5)  # attenuation of the trunk
+    shoulder: float = drawn(-0.93, -0.82)  # y of the shoulder line
+    neck: float = drawn(0.20, 0.28)  # half-width of the neck
+    heart: float = drawn(0.40, 0.485)  # cardiothoracic ratio
+    heart_tilt: float = drawn(0.7, 1.0)  # radians; small = lying heart
+    knob: float = drawn(0.02, 0.065)  # bulge of the aortic knob
+    trunk: float = drawn(0.0, 0.035)  # bulge of the pulmonary trunk
+    mediastinum: float = drawn(0.095, 0.125)  # half-width above the heart
+    rib_first: float = drawn(-0.80, -0.74)  # y of the first posterior rib at the spine
+    rib_gap: float = drawn(0.122, 0.142)  # distance of neighbouring ribs
+    rib_drop: float = drawn(0.20, 0.32)  # how far posterior ribs fall towards the side
+    rib_half: float = drawn(0.024, 0.031)  # half the height of a rib
+    bone: float = drawn(0.75, 1.2)  # mineral content: attenuation of all bones
+    vessels: float = drawn(0.75, 1.25)  # strength of the lung markings
+    breast: float = drawn_by(lambda d, so_far: d.u(0.35, 0.95) if so_far["breasts"] else 0.0)  # their attenuation
+    breast_x: float = drawn(0.36, 0.50)
+    breast_y: float = drawn(0.06, 0.26)
+    breast_r: float = drawn(0.24, 0.36)
+    nipples: float = drawn_by(
+        lambda d, so_far: d.u(0.2, 0.4) if d.chance(0.12) else 0.0
+    )  # attenuation; they mimic nodules
+    gas: float = drawn(0.0, 1.0)  # size of the gastric bubble
+    scapula: float = drawn(-0.04, 0.08)  # how far the shoulder blades are rotated out of the lungs
+    bend: float = drawn(-0.02, 0.02)  # side bend of the spine
+    tree: int = drawn_by(lambda d, so_far: d.integer(TREES))  # which vessel tree and soft-tissue texture
 
 
 def draw_anatomy(seed, patient):
-    d = Draws(seed, patient, ANATOMY)
-    breasts = d.chance(0.45)
-    cage = d.u(0.63, 0.75)
-    return Anatomy(
-        cage=cage,
-        apex=d.u(-0.80, -0.70),
-        base=d.u(0.50, 0.62),
-        body=d.u(0.09, 0.2),
-        thick=d.u(3.7, 4.5),
-        shoulder=d.u(-0.93, -0.82),
-        neck=d.u(0.20, 0.28),
-        heart=d.u(0.40, 0.485),
-        heart_tilt=d.u(0.7, 1.0),
-        knob=d.u(0.02, 0.065),
-        trunk=d.u(0.0, 0.035),
-        mediastinum=d.u(0.095, 0.125),
-        rib_first=d.u(-0.80, -0.74),
-        rib_gap=d.u(0.122, 0.142),
-        rib_drop=d.u(0.20, 0.32),
-        rib_half=d.u(0.024, 0.031),
-        bone=d.u(0.75, 1.2),
-        vessels=d.u(0.75, 1.25),
-        breast=d.u(0.35, 0.95) if breasts else 0.0,
-        breast_x=d.u(0.36, 0.50),
-        breast_y=d.u(0.06, 0.26),
-        breast_r=d.u(0.24, 0.36),
-        nipples=d.u(0.2, 0.4) if d.chance(0.12) else 0.0,
-        gas=d.u(0.0, 1.0),
-        scapula=d.u(-0.04, 0.08),
-        bend=d.u(-0.02, 0.02),
-        tree=d.integer(TREES),
-    )
+    return draw_fields(Anatomy, Draws(seed, patient, ANATOMY))
 
 
 @dataclass
 class Position:
     """How this film was taken: patient against detector, breath, exposure."""
 
-    angle: float  # radians
-    scale: float
-    shift_x: float
-    shift_y: float
-    turn: float  # patient turned about the long axis: shifts what lies in front against the spine
-    dome_right: float
-    dome_left: float
-    exposure: float  # shift of the film's curve: > 0 is lighter (underexposed)
-    contrast: float  # width of the curve: > 1 is flatter
-    scatter: float
-    noise: float  # quantum noise in grey levels of a mid-grey
-    marker: str  # "R", "L" or ""
-    marker_x: float
-    marker_y: float
+    breath: float = drawn(-0.05, 0.06)  # shift of both domes
+    angle: float = drawn(-0.06, 0.06)  # radians
+    scale: float = drawn(0.93, 1.06)
+    shift_x: float = drawn(-0.05, 0.05)
+    shift_y: float = drawn(-0.05, 0.07)
+    turn: float = drawn(-0.03, 0.03)  # about the long axis: shifts what lies in front against the spine
+    dome_right: float = drawn_by(lambda d, so_far: so_far["anatomy"].base - 0.17 + so_far["breath"])
+    dome_left: float = drawn_by(lambda d, so_far: so_far["dome_right"] + d.u(0.01, 0.06))
+    exposure: float = drawn(-0.35, 0.35)  # shift of the film's curve: > 0 is lighter (underexposed)
+    contrast: float = drawn(0.88, 1.18)  # width of the curve: > 1 is flatter
+    scatter: float = drawn(0.05, 0.18)
+    noise: float = drawn(2.0, 5.0)  # quantum noise in grey levels of a mid-grey
+    marker: str = drawn_by(lambda d, so_far: d.pick(["R", "L", ""], [45, 45, 10]))
+    marker_x: float = drawn(0.78, 0.9)
+    marker_y: float = drawn(-0.93, -0.8)
 
 
 def draw_position(seed, index, anatomy):
-    d = Draws(seed, index, POSITION)
-    breath = d.u(-0.05, 0.06)
-    dome = anatomy.base - 0.17 + breath
-    return Position(
-        angle=d.u(-0.06, 0.06),
-        scale=d.u(0.93, 1.06),
-        shift_x=d.u(-0.05, 0.05),
-        shift_y=d.u(-0.05, 0.07),
-        turn=d.u(-0.03, 0.03),
-        dome_right=dome,
-        dome_left=dome + d.u(0.01, 0.06),
-        exposure=d.u(-0.35, 0.35),
-        contrast=d.u(0.88, 1.18),
-        scatter=d.u(0.05, 0.18),
-        noise=d.u(2.0, 5.0),
-        marker=d.pick(["R", "L", ""], [45, 45, 10]),
-        marker_x=d.u(0.78, 0.9),
-        marker_y=d.u(-0.93, -0.8),
-    )
+    return draw_fields(Position, Draws(seed, index, POSITION), anatomy=anatomy)
 
 
 class Frame:
@@ -450,9 +424,12 @@ def ellipse(c, cx, cy, a, b, tilt=0.0):
     return 1.0 - (dx * np.float32(1.0 / a)) ** 2 - (dy * np.float32(1.0 / b)) ** 2
 
 
-def render(frame, findings, n, marker=True, want_masks=False):
+def render(frame, findings, n, want_masks=False):
     """
     Film of one frame with the given findings: grey values (n, n) float32 in 0 .. 255 without noise, masks, canvas.
+
+    Longer than functions should be: from top to bottom as the ray goes, it shares a dozen arrays that would otherwise
+    be handed around. The same holds for _bones and for the lateral film.
     """
     a, p = frame.a, frame.p
     c = Canvas(frame, n)
@@ -569,7 +546,7 @@ def render(frame, findings, n, marker=True, want_masks=False):
     photons += f32(p.scatter) * (m @ spread @ m.T)
     density = -np.log(photons)
     grey = characteristic(density, a, p)
-    if marker and p.marker:
+    if p.marker:
         _draw_marker(grey, frame, n)
     return grey, masks, c
 
@@ -675,17 +652,10 @@ def _bones(c, cage_map):
     return bones
 
 
-_LETTERS = {  # strokes of marker letters in a unit square
-    "R": [
-        (0, 1, 0, 0),
-        (0, 0, 0.6, 0),
-        (0.6, 0, 0.75, 0.25),
-        (0.75, 0.25, 0.6, 0.5),
-        (0.6, 0.5, 0, 0.5),
-        (0.3, 0.5, 0.8, 1),
-    ],
-    "L": [(0, 0, 0, 1), (0, 1, 0.7, 1)],
-}
+# Strokes of marker letters in a unit square: corners, one after the other, and the leg of the R.
+_LETTERS = {"R": [(0, 1), (0, 0), (0.6, 0), (0.75, 0.25), (0.6, 0.5), (0, 0.5)], "L": [(0, 0), (0, 1), (0.7, 1)]}
+_LETTERS = {letter: [(*a, *b) for a, b in pairwise(corners)] for letter, corners in _LETTERS.items()}
+_LETTERS["R"].append((0.3, 0.5, 0.8, 1))
 
 
 @lru_cache(maxsize=8)
@@ -804,12 +774,17 @@ def develop(frame, findings, size, seed, index, want_masks=False):
     """Render at `size`: film uint8 (size, size), masks of findings and of organs as dicts of bool (size, size)."""
     k = supersampling(size)
     grey, masks, canvas = render(frame, findings, size * k, want_masks=want_masks)
-    if k > 1:
+    if k > 1 and masks:  # one of four pixels is enough: a catheter is thinner than a pixel
+        masks = dict(zip(masks, _shrink(tuple(masks.values()), size, 1), strict=True))
+    organs = organ_masks(canvas, size) if want_masks else {}
+    return expose(grey, size, frame, [seed, index, NOISE]), masks, organs
+
+
+def expose(grey, size, frame, stream):
+    """Grey values, drawn at `size` or twice that -> the film with its noise, uint8 (size, size)."""
+    if len(grey) > size:
         grey = np.float32(0.25) * (grey[::2, ::2] + grey[1::2, ::2] + grey[::2, 1::2] + grey[1::2, 1::2])
-        if masks:  # one of four pixels is enough: a catheter is thinner than a pixel
-            masks = dict(zip(masks, _shrink(tuple(masks.values()), size, 1), strict=True))
-    rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, index, NOISE])))
+    rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence(stream)))
     tone = np.float32(0.45) + grey * np.float32(0.9 / 255)  # fewer photons get through bright parts: more noise there
     grey += rng.standard_normal((size, size), dtype=np.float32) * tone * np.float32(frame.p.noise)
-    organs = organ_masks(canvas, size) if want_masks else {}
-    return np.clip(np.rint(grey), 0, 255).astype(np.uint8), masks, organs
+    return np.clip(np.rint(grey), 0, 255).astype(np.uint8)

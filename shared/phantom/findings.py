@@ -231,27 +231,15 @@ def place_thickening(d, frame, side, zone, severity):
     sign, level = SIGN[side], SEVERITIES.index(severity)
     a = frame.a
     if zone == "upper":
-        shape = {
-            "sign": sign,
-            "drop": (0.07, 0.10, 0.14)[level],
-            "gap": 0.05,
-            "end": a.apex + 0.42,
-            "cap": True,
-            "wave": d.u(0, 6.28),
-        }
+        drop, wave = (0.07, 0.10, 0.14)[level], d.u(0, 6.28)
+        shape = {"sign": sign, "drop": drop, "gap": 0.05, "end": a.apex + 0.42, "cap": True, "wave": wave}
         ys = np.linspace(a.apex + 0.004, shape["end"], 40)
         inner = _collapsed(frame, shape, ys) - 0.03
     else:
         low = float(frame.dome(np.float64(sign * a.cage), lifted=False)) - 0.02
         top = low - (0.42, 0.55, 0.75)[level] * d.u(0.9, 1.1)
-        shape = {
-            "sign": sign,
-            "top": top,
-            "low": low,
-            "thick": (0.045, 0.06, 0.085)[level],
-            "cap": False,
-            "wave": d.u(0, 6.28),
-        }
+        thick, wave = (0.045, 0.06, 0.085)[level], d.u(0, 6.28)
+        shape = {"sign": sign, "top": top, "low": low, "thick": thick, "cap": False, "wave": wave}
         ys = np.linspace(top, low, 40)
         inner = frame.cage(ys) - _lens(shape, ys) - 0.005
     wall = frame.cage(ys)
@@ -271,9 +259,8 @@ def _draw_thickening(c, shape):
         inner = _collapsed(frame, shape, c.line) + 0.02 * np.sin(40 * c.line + shape["wave"]) * (c.line < shape["end"])
         inner = np.where(c.line < shape["end"], inner, 9.0)
     else:
-        inner = np.where(
-            (c.line > shape["top"]) & (c.line < shape["low"]), frame.cage(c.line) - _lens(shape, c.line), 9.0
-        )
+        beside = (c.line > shape["top"]) & (c.line < shape["low"])
+        inner = np.where(beside, frame.cage(c.line) - _lens(shape, c.line), 9.0)
     part = ramp(sign * c.x - c.along_y(inner), 0.02)
     c.fill(np.float32(0.85) * part)
     return (part > 0.5) & c.aerated
@@ -284,7 +271,6 @@ def place_atelectasis(d, frame, side, zone, severity, kind):
     sign, level = SIGN[side], SEVERITIES.index(severity)
     a = frame.a
     if kind == "upper lobe collapse":
-        lift = 0.0
         hilum = -0.16 + d.u(-0.04, 0.04)
         rise = (0.10, 0.16, 0.22)[level]  # the fissure is pulled up at the side
         shape = {"sign": sign, "hilum": hilum, "rise": rise, "lift": 0.0}
@@ -299,11 +285,8 @@ def place_atelectasis(d, frame, side, zone, severity, kind):
         else:
             y = frame.p.dome_right - lift - (0.08 if zone == "lower" else 0.36) - d.u(0.0, 0.08)
             wall = float(frame.cage(np.float64(y)))
-            bands = []
-            for i in range(1 + level):
-                bands.append(
-                    (sign * wall * d.u(0.5, 0.68), y - 0.06 * i, 0.15 + 0.04 * level, 0.013, sign * d.u(-0.3, 0.15))
-                )
+            x, long = sign * wall, 0.15 + 0.04 * level
+            bands = [(x * d.u(0.5, 0.68), y - 0.06 * i, long, 0.013, sign * d.u(-0.3, 0.15)) for i in range(1 + level)]
             shape = {"sign": sign, "lift": lift, "bands": bands}
             own = _clip_to_cage(frame, np.concatenate([ellipse_points(*band) for band in bands]))
         xs = np.linspace(0.08, a.cage, 24)
@@ -381,10 +364,7 @@ def place_fracture(d, frame, side, severity):
     reach = 0.10
     shape = {"x": x, "y": y, "sign": sign, "step": step, "reach": reach, "rib": rib}
     low, high = (x, x + sign * reach) if sign > 0 else (x + sign * reach, x)
-    points = np.array(
-        [[low - 0.02, y - 0.065], [high + 0.02, y - 0.065], [low - 0.02, y + 0.105], [high + 0.02, y + 0.105]]
-    )
-    shape["steps"] = None
+    points = np.array([[edge, y + dy] for edge in (low - 0.02, high + 0.02) for dy in (-0.065, 0.105)])
     return shape, [points]
 
 
@@ -433,59 +413,28 @@ def place_device(d, frame, kind, side):
         tip = -0.40 + d.u(-0.06, 0.03)
         tubes.append(([(0.0, -1.2), (d.u(-0.01, 0.01), -0.85), (0.5 * turn, tip)], 0.022, 1.3))
     elif kind == "nasogastric tube":
-        tubes.append(
-            (
-                [
-                    (0.02, -1.2),
-                    (0.012, -0.6),
-                    (0.02 + turn, 0.0),
-                    (0.08, p.dome_left - 0.05),
-                    (0.22, p.dome_left + 0.14),
-                    (0.34, p.dome_left + 0.20),
-                ],
-                0.014,
-                0.8,
-            )
-        )
+        below = [(0.08, p.dome_left - 0.05), (0.22, p.dome_left + 0.14), (0.34, p.dome_left + 0.20)]
+        tubes.append(([(0.02, -1.2), (0.012, -0.6), (0.02 + turn, 0.0), *below], 0.014, 0.8))
     elif kind == "central venous catheter":
         tip = (-0.10 + turn, d.u(-0.12, 0.02))
+        start = [(0.60, -0.48), (0.40, -0.62), (0.16, -0.55), (-0.03, -0.45)]
         if side == "right":
-            start = (
-                [(-0.20, -1.2), (-0.17, -0.85), (-0.13, -0.58)]
-                if d.chance(0.6)
-                else [(-0.62, -0.50), (-0.40, -0.63), (-0.17, -0.55)]
-            )
-        else:
-            start = [(0.60, -0.48), (0.40, -0.62), (0.16, -0.55), (-0.03, -0.45)]
-        tubes.append((start + [(-0.105, -0.32), tip], 0.010, 1.1))
+            jugular, subclavian = [(-0.20, -1.2), (-0.17, -0.85), (-0.13, -0.58)], [(-0.62, -0.50), (-0.40, -0.63)]
+            start = jugular if d.chance(0.6) else [*subclavian, (-0.17, -0.55)]
+        tubes.append(([*start, (-0.105, -0.32), tip], 0.010, 1.1))
     elif kind == "chest tube":
         wall = float(frame.cage(np.float64(0.2)))
-        tubes.append(
-            (
-                [
-                    (sign * (wall + 0.18), 0.30),
-                    (sign * (wall - 0.02), 0.16),
-                    (sign * 0.48, -0.12),
-                    (sign * 0.34, d.u(-0.55, -0.4)),
-                ],
-                0.026,
-                0.85,
-            )
-        )
+        way = [(wall + 0.18, 0.30), (wall - 0.02, 0.16), (0.48, -0.12), (0.34, d.u(-0.55, -0.4))]
+        tubes.append(([(sign * x, y) for x, y in way], 0.026, 0.85))
     else:
         cx, cy = sign * (0.47 + d.u(-0.03, 0.03)), -0.40 + d.u(-0.04, 0.04)
         plate = (cx, cy, 0.095, 0.078, sign * 0.25)
-        way = [
-            (cx - sign * 0.03, cy - 0.08),
-            (sign * 0.30, -0.60),
-            (sign * 0.10, -0.50),
-            (-0.09 + turn, -0.30),
-            (-0.13 + turn, 0.02),
-        ]
+        way = [(cx - sign * 0.03, cy - 0.08), (sign * 0.30, -0.60), (sign * 0.10, -0.50), (-0.09 + turn, -0.30)]
         floor = 0.5 * (p.dome_left + p.dome_right)
-        tubes.append((way + [(-0.06 + turn, floor - 0.06), (0.22 + turn, floor + 0.03)], 0.009, 1.3))
+        end = [(-0.13 + turn, 0.02), (-0.06 + turn, floor - 0.06), (0.22 + turn, floor + 0.03)]
+        tubes.append((way + end, 0.009, 1.3))
         if d.chance(0.5):
-            tubes.append((way[:-1] + [(-0.155 + turn, 0.0), (-0.11 + turn, -0.04)], 0.009, 1.3))
+            tubes.append(([*way, (-0.155 + turn, 0.0), (-0.11 + turn, -0.04)], 0.009, 1.3))
     points = [np.stack(_curve(path, 40)[:2], 1) for path, _, _ in tubes]
     pad = max(width for _, width, _ in tubes) + 0.004
     points = [np.concatenate([q - pad, q + pad]) for q in points]
@@ -506,9 +455,8 @@ def _draw_device(c, shape):
         cx, cy, a, b, tilt = shape["plate"]
         dx, dy = c.x - f32(cx), c.y - f32(cy)
         ct, st = f32(math.cos(tilt)), f32(math.sin(tilt))
-        r = (((ct * dx + st * dy) * f32(1 / a)) ** 2) ** 2 + (
-            ((ct * dy - st * dx) * f32(1 / b)) ** 2
-        ) ** 2  # rounded box
+        across, along = (ct * dx + st * dy) * f32(1 / a), (ct * dy - st * dx) * f32(1 / b)
+        r = (across**2) ** 2 + (along**2) ** 2  # rounded box
         can = ramp(1.0 - r, 0.25)
         c.extra.append(f32(2.4) * can)
         mask = mask | (can > 0.5)
@@ -524,11 +472,6 @@ def _draw_mediastinum(c, shape):
 
 
 DRAW = {
-    "consolidation": _draw_blob,
-    "pneumonia": _draw_blob,
-    "opacity": _draw_blob,
-    "nodule": _draw_ball,
-    "mass": _draw_ball,
     "effusion": _draw_effusion,
     "pneumothorax": _draw_pneumothorax,
     "thickening": _draw_thickening,
@@ -539,6 +482,8 @@ DRAW = {
     "rib fracture": _draw_fracture,
     "large heart": _draw_heart,
     "wide mediastinum": _draw_mediastinum,
+    **dict.fromkeys(("consolidation", "pneumonia", "opacity"), _draw_blob),
+    **dict.fromkeys(("nodule", "mass"), _draw_ball),
     **dict.fromkeys(DEVICES, _draw_device),
 }
 
@@ -550,7 +495,7 @@ def place(name, d, frame, severities=LEVELS):
     """Findings of one condition, placed in a frame: truth, geometry and outlines."""
     found = _place(name, d, frame, severities)
     for finding in found:
-        finding.depth = d.u(-0.22, 0.34)
+        finding.depth, finding.chronic = d.u(-0.22, 0.34), name in CHRONIC
     return found
 
 
@@ -564,32 +509,20 @@ def _place(name, d, frame, severities):
         points = np.concatenate([ellipse_points(*e) for e in frame.heart()])
         low = max(frame.p.dome_left, frame.p.dome_right) + 0.16
         points[:, 1] = np.minimum(points[:, 1], low)
-        return [Finding(name, "large heart", "midline", "", severity, {"ratio": ratio}, [points], chronic=True)]
+        return [Finding(name, "large heart", "midline", "", severity, {"ratio": ratio}, [points])]
     if name == "Enlarged Cardiomediastinum":
-        width = (0.07, 0.10, 0.14)[SEVERITIES.index(severity)]
-        frame.widening = width
+        frame.widening = width = (0.07, 0.10, 0.14)[SEVERITIES.index(severity)]
         ys = np.linspace(-0.68, 0.14, 24)
         right, left = frame.medial(ys)
         points = np.concatenate([np.stack([right - 0.012, ys], 1), np.stack([left + 0.012, ys], 1)])
-        return [Finding(name, "wide mediastinum", "midline", "", severity, {"width": width}, [points], chronic=True)]
+        return [Finding(name, "wide mediastinum", "midline", "", severity, {"width": width}, [points])]
     if name == "Pleural Other":
         zone = d.pick(("upper", "lower"))
-        return [
-            Finding(
-                name,
-                "thickening",
-                side,
-                zone,
-                severity,
-                *place_thickening(d, frame, side, zone, severity),
-                chronic=True,
-            )
-        ]
+        shape, outlines = place_thickening(d, frame, side, zone, severity)
+        return [Finding(name, "thickening", side, zone, severity, shape, outlines)]
     if name == "Fracture":
         shape, outlines = place_fracture(d, frame, side, severity)
-        return [
-            Finding(name, "rib fracture", side, zone_of(frame, shape["y"]), severity, shape, outlines, chronic=True)
-        ]
+        return [Finding(name, "rib fracture", side, zone_of(frame, shape["y"]), severity, shape, outlines)]
     if name == "Lung Lesion":
         found, taken = [], []
         mass = d.chance(0.4)
@@ -607,8 +540,8 @@ def _place(name, d, frame, severities):
     if name in ("Consolidation", "Pneumonia", "Lung Opacity"):
         zone = d.pick(ZONES, (25, 35, 40))
         make = {"Consolidation": place_consolidation, "Pneumonia": place_blob, "Lung Opacity": place_opacity}[name]
-        kind = {"Consolidation": "consolidation", "Pneumonia": "pneumonia", "Lung Opacity": "opacity"}[name]
-        return [Finding(name, kind, side, zone, severity, *make(d, frame, side, zone, severity))]
+        shape, outlines = make(d, frame, side, zone, severity)
+        return [Finding(name, name.lower().removeprefix("lung "), side, zone, severity, shape, outlines)]
     if name == "Pneumothorax":
         return [Finding(name, "pneumothorax", side, "", severity, *place_pneumothorax(d, frame, side, severity))]
     if name == "Edema":

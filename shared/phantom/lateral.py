@@ -10,8 +10,8 @@ import math
 
 import numpy as np
 
-from shared.phantom.body import NOISE, characteristic, clip, mean_matrix, pixel_grid, smooth_matrix, supersampling
-from shared.phantom.body import textures, tube_path
+from shared.phantom.body import NOISE, characteristic, clip, expose, mean_matrix, pixel_grid, smooth_matrix
+from shared.phantom.body import supersampling, textures, tube_path
 
 LATERAL_NOISE = NOISE + 1000
 
@@ -19,8 +19,7 @@ LATERAL_NOISE = NOISE + 1000
 def lateral_film(frame, findings, size, seed, index):
     """uint8 (size, size)."""
     a, p = frame.a, frame.p
-    k = supersampling(size)
-    n = size * k
+    n = size * supersampling(size)
     gx, gy = pixel_grid(n)
     f32 = np.float32
     z = (gx - f32(0.5 * p.shift_x)) * f32(1 / p.scale)
@@ -156,8 +155,4 @@ def lateral_film(frame, findings, size, seed, index):
     spread, mean = smooth_matrix(n, 8), mean_matrix(n, 8)
     photons += f32(p.scatter) * (spread @ (mean.T @ np.exp(-np.maximum(trunk, 0.8)) @ mean) @ spread.T)
     grey = characteristic(-np.log(photons) - f32(0.12 * a.thick), a, p)
-    if k > 1:
-        grey = f32(0.25) * (grey[::2, ::2] + grey[1::2, ::2] + grey[::2, 1::2] + grey[1::2, 1::2])
-    rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, index, LATERAL_NOISE])))
-    grey += rng.standard_normal((size, size), dtype=np.float32) * (f32(0.45) + grey * f32(0.9 / 255)) * f32(p.noise)
-    return np.clip(np.rint(grey), 0, 255).astype(np.uint8)
+    return expose(grey, size, frame, [seed, index, LATERAL_NOISE])

@@ -6,17 +6,18 @@ text and boxes never look at a pixel: they are the same for every image size. On
 since those are the same on every platform.
 """
 
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 
 import numpy as np
 
-from shared.metrics.labels import CONDITIONS, PARENTS
+from shared.metrics.labels import CONDITIONS
 from shared.phantom.body import CHRONIC_FINDINGS, CLASSES, FINDINGS, PATIENTS, QUESTIONS, WORDS, Anatomy, Draws, Frame
 from shared.phantom.body import Position, box_of, develop, draw_anatomy, draw_position, organ_boxes
 from shared.phantom.findings import CHRONIC, LEVELS, ORDER, SEVERITIES, SIGN, ZONES, Finding, place, place_blob
 from shared.phantom.lateral import lateral_film
-from shared.phantom.words import write_questions, write_report
+from shared.phantom.words import upwards, write_questions, write_report
 
 VERSION = 1  # raise it when the same (seed, index) gives another study
 
@@ -81,20 +82,17 @@ class PhantomSettings:
                 raise ValueError(f"prevalence of {name} is {value}, not between 0 and 1")
         for cause, effect in self.together:
             if cause not in ORDER or effect not in ORDER or ORDER.index(cause) >= ORDER.index(effect):
-                raise ValueError(
-                    f"({cause!r}, {effect!r}): the cause must come before its effect in {', '.join(ORDER)}"
-                )
+                order = f"the cause must come before its effect in {', '.join(ORDER)}"
+                raise ValueError(f"({cause!r}, {effect!r}): {order}")
         for name in ("normal", "uncertain", "omitted", "guessable"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} is {getattr(self, name)}, not between 0 and 1")
         if len(self.severities) != 3 or min(self.severities) < 0 or not sum(self.severities):
-            raise ValueError(
-                f"severities are {self.severities!r}, expected three weights, of mild, moderate and severe"
-            )
-        object.__setattr__(self, "severities", tuple(self.severities))
-        object.__setattr__(self, "_key", self.key())
+            raise ValueError(f"severities are {self.severities!r}, expected three weights: mild, moderate, severe")
         if self.shortcut and (len(self.shortcut) != 2 or self.shortcut[0] not in CONDITIONS):
             raise ValueError(f"shortcut is {self.shortcut!r}, expected (condition, agreement)")
+        object.__setattr__(self, "severities", tuple(self.severities))
+        object.__setattr__(self, "_key", self.key())
 
     def __hash__(self):
         return hash(self._key)
@@ -104,17 +102,8 @@ class PhantomSettings:
 
     def key(self):
         """The same text for the same settings."""
-        parts = [
-            sorted(self.prevalence.items()),
-            sorted(self.together.items()),
-            self.normal,
-            self.uncertain,
-            self.omitted,
-            tuple(self.shortcut),
-            self.guessable,
-            self.severities,
-        ]
-        return repr(parts)
+        shares = self.normal, self.uncertain, self.omitted, tuple(self.shortcut), self.guessable, self.severities
+        return repr([sorted(self.prevalence.items()), sorted(self.together.items()), *shares])
 
 
 DEFAULT = PhantomSettings()
@@ -159,20 +148,15 @@ def _present(settings, personal, acute, well):
 def label_rates(settings):
     """How often each of the 14 labels of the image is true with these settings (from 4000 made-up visits)."""
     d = Draws(0, 0, CLASSES)
-    counts = dict.fromkeys(CONDITIONS, 0)
-    n = 4000
+    counts, n = Counter(), 4000
     for _ in range(n):
         well = d.chance(settings.normal)
-        true = set()
-        for name in _present(settings, [d.u() for _ in ORDER], [d.u() for _ in ORDER], well):
-            while name:
-                true.add(name)
-                name = PARENTS.get(name)
+        names = _present(settings, [d.u() for _ in ORDER], [d.u() for _ in ORDER], well)
+        true = {label for name in names for label in upwards(name)}
         if not true - {"Support Devices"}:
             true.add("No Finding")
-        for name in true:
-            counts[name] += 1
-    return {name: count / n for name, count in counts.items()}
+        counts.update(true)
+    return {name: counts[name] / n for name in CONDITIONS}
 
 
 @dataclass(eq=False)
@@ -222,19 +206,14 @@ class Study:
         """The 14 conditions as 1 or 0: what the image shows. A drawn condition makes its parents true."""
         labels = dict.fromkeys(CONDITIONS, 0)
         for finding in self.drawn:
-            name = finding.condition
-            while name:
-                labels[name] = 1
-                name = PARENTS.get(name)
+            labels |= dict.fromkeys(upwards(finding.condition), 1)
         labels["No Finding"] = int(not any(labels[name] for name in CONDITIONS if name != "Support Devices"))
         return labels
 
     @cached_property
     def report(self):
         """Report with indication, comparison, findings, impression, text and the labels it states."""
-        before = ()
-        if self.visit and self.index:
-            before = _plan(self.seed, self.index - 1, self.settings)[4]
+        before = _plan(self.seed, self.index - 1, self.settings)[4] if self.visit and self.index else ()
         return write_report(self, Draws(self.seed, self.index, WORDS), before)
 
     @property
@@ -292,24 +271,11 @@ class Study:
         picture.
         """
         gone = {f.name for f in self.truth if f.name in names or f.condition in names}
-        wrong = [n for n in names if n not in {f.name for f in self.truth} | {f.condition for f in self.truth}]
-        if wrong:
-            raise ValueError(
-                f"study {self.study_id} has no finding {wrong[0]!r}; it has {[f.name for f in self.truth]}"
-            )
-        return Study(
-            self.seed,
-            self.index,
-            self.size,
-            self.settings,
-            self.patient,
-            self.visit,
-            self.truth,
-            self.shortcut,
-            self.anatomy,
-            self.position,
-            tuple(sorted(set(self.erased) | gone)),
-        )
+        known = {name for f in self.truth for name in (f.name, f.condition)}
+        if wrong := [name for name in names if name not in known]:
+            has = [f.name for f in self.truth]
+            raise ValueError(f"study {self.study_id} has no finding {wrong[0]!r}; it has {has}")
+        return replace(self, erased=tuple(sorted({*self.erased, *gone})))
 
 
 def _draw_shortcut(image):
@@ -330,9 +296,8 @@ def phantom_study(seed, index, size=224, settings=DEFAULT):
     if not 28 <= size <= 512:
         raise ValueError(f"phantom images can be 28 to 512 pixels, not {size}")
     if seed < 0 or not 0 <= index < CLASSIFICATION_START:
-        raise ValueError(
-            f"seed {seed} and index {index}: seed must be >= 0, index between 0 and {CLASSIFICATION_START - 1}"
-        )
+        last = CLASSIFICATION_START - 1
+        raise ValueError(f"seed {seed} and index {index}: seed must be >= 0, index between 0 and {last}")
     patient, visit, anatomy, position, truth, shortcut = _plan(seed, index, settings)
     return Study(seed, index, size, settings, patient, visit, truth, shortcut, anatomy, position)
 
@@ -381,10 +346,9 @@ def phantom_classification(seed, counts=None, size=28, pneumonia=0.6, masks=Fals
     masks: also train_masks bool (N, size, size) and so on, true where the pneumonia is.
     """
     counts = {"train": 2000, "val": 300, "test": 600} if counts is None else counts
-    if size < 28 or size > 512:
+    if not 28 <= size <= 512:
         raise ValueError(f"phantom images can be 28 to 512 pixels, not {size}")
-    unknown = set(counts) - {"train", "val", "test"}
-    if unknown:
+    if unknown := set(counts) - {"train", "val", "test"}:
         raise ValueError(f"unknown split {sorted(unknown)[0]!r}: use train, val, test")
 
     data = {}
@@ -413,9 +377,8 @@ def _pneumonia_or_not(seed, index, pneumonia):
     for _ in range(ill * (1 + d.chance(0.25))):
         side, zone = d.pick(("right", "left")), d.pick(ZONES, (25, 35, 40))
         severity = d.pick(SEVERITIES, (15, 35, 50))
-        findings.append(
-            Finding("Pneumonia", "pneumonia", side, zone, severity, *place_blob(d, frame, side, zone, severity))
-        )
+        blob = place_blob(d, frame, side, zone, severity)
+        findings.append(Finding("Pneumonia", "pneumonia", side, zone, severity, *blob))
     return frame, findings
 
 

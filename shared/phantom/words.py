@@ -291,38 +291,14 @@ BOTH_NORMAL = [
     "The heart and mediastinum are normal.",
     "The heart is normal in size and the mediastinum is unremarkable.",
 ]
-LISTED = {
-    CON: "focal consolidation",
-    EFF: "pleural effusion",
-    PTX: "pneumothorax",
-    EDE: "pulmonary edema",
-    PNE: "pneumonia",
-}
-LIST_FRAMES = [
-    "No {}.",
-    "There is no {}.",
-    "There is no evidence of {}.",
-    "No evidence of {}.",
-    "No {} is seen.",
-    "Negative for {}.",
-]
+LISTED = {CON: "focal consolidation", EFF: "pleural effusion", PTX: "pneumothorax", EDE: "pulmonary edema"}
+LISTED[PNE] = "pneumonia"
+LIST_FRAMES = "No {}.|There is no {}.|There is no evidence of {}.|No evidence of {}.|No {} is seen.|Negative for {}."
+LIST_FRAMES = LIST_FRAMES.split("|")
 
 # How often a report denies what is not there; the rest stays unmentioned, as in real reports.
-DENIAL_RATE = {
-    C: 0.85,
-    ECM: 0.6,
-    OPA: 0.55,
-    LES: 0.2,
-    EDE: 0.25,
-    PNE: 0.2,
-    ATE: 0.08,
-    PLE: 0.08,
-    FRA: 0.25,
-    DEV: 0.06,
-    CON: 0.75,
-    EFF: 0.85,
-    PTX: 0.8,
-}
+DENIAL_RATE = {C: 0.85, ECM: 0.6, OPA: 0.55, LES: 0.2, EDE: 0.25, PNE: 0.2, ATE: 0.08, PLE: 0.08, FRA: 0.25, DEV: 0.06}
+DENIAL_RATE |= {CON: 0.75, EFF: 0.85, PTX: 0.8}
 
 NORMAL_ENDINGS = [
     "No acute cardiopulmonary abnormality.",
@@ -331,36 +307,13 @@ NORMAL_ENDINGS = [
     "No acute cardiopulmonary findings.",
     "Negative chest radiograph.",
 ]
-INDICATIONS = [
-    "Chest pain.",
-    "Shortness of breath.",
-    "Preoperative evaluation.",
-    "Dyspnea.",
-    "Follow-up.",
-    "Routine examination.",
-    "Trauma.",
-    "Weakness.",
-]
-FEVER = [
-    "Fever and cough.",
-    "Productive cough and fever.",
-    "Cough, elevated white count.",
-    "Fever, crackles on auscultation.",
-]
-ORDINALS = (
-    "first",
-    "second",
-    "third",
-    "fourth",
-    "fifth",
-    "sixth",
-    "seventh",
-    "eighth",
-    "ninth",
-    "tenth",
-    "eleventh",
-    "twelfth",
+INDICATIONS = (
+    "Chest pain.|Shortness of breath.|Preoperative evaluation.|Dyspnea.|Follow-up.|Routine examination.|Trauma."
 )
+INDICATIONS = [*INDICATIONS.split("|"), "Weakness."]
+FEVER = "Fever and cough.|Productive cough and fever.|Cough, elevated white count.|Fever, crackles on auscultation."
+FEVER = FEVER.split("|")
+ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth".split()
 
 
 @dataclass
@@ -410,16 +363,19 @@ def _fill(template, finding, d):
     return text[0].upper() + text[1:]
 
 
+def upwards(name):
+    """A condition and those it makes true: Pneumonia, Consolidation, Lung Opacity."""
+    while name:
+        yield name
+        name = PARENTS.get(name)
+
+
 def _combine(labels, new):
     """Several mentions of one condition: stated wins over suspected, suspected over denied."""
     rank = {None: 0, NEGATIVE: 1, UNCERTAIN: 2, POSITIVE: 3}
     for name, value in new.items():
         if rank[value] > rank[labels[name]]:
             labels[name] = value
-
-
-def _labelled(entry, condition, value):
-    return entry if isinstance(entry, tuple) else (entry, {condition: value})
 
 
 def write_report(study, d, before=()):
@@ -452,7 +408,7 @@ def write_report(study, d, before=()):
             entry, value = d.pick(UNCHANGED[kind]), POSITIVE
         else:
             entry, value = d.pick(STATED[kind]), POSITIVE
-        text, stated = _labelled(entry, name, value)
+        text, stated = entry if isinstance(entry, tuple) else (entry, {name: value})
         say(where.get(name, "lungs"), _fill(text, finding, d), stated)
         if kind in SUMMARY:
             line = _fill(("Possible " if unsure else "") + SUMMARY[kind], finding, d) + "."
@@ -478,7 +434,7 @@ def write_report(study, d, before=()):
         deny.remove(C)
         deny.remove(ECM)
         say("heart", d.pick(BOTH_NORMAL), {C: NEGATIVE, ECM: NEGATIVE})
-    together = [name for name in d.shuffled([n for n in deny if n in LISTED])]
+    together = d.shuffled([name for name in deny if name in LISTED])
     if len(together) > 1 and d.chance(0.7):
         words = [LISTED[name] for name in together]
         joined = ", ".join(words[:-1]) + ("," if len(words) > 2 and d.chance(0.5) else "") + " or " + words[-1]
@@ -634,32 +590,13 @@ VIEW_MORE = [
     ("Which view is this not, frontal or lateral?", "negation", True),
 ]
 
-OPPOSITE = {
-    "yes": "no",
-    "no": "yes",
-    "left": "right",
-    "right": "left",
-    "frontal": "lateral",
-    "lateral": "frontal",
-    "upper": "mid and lower",
-    "mid": "upper and lower",
-    "lower": "upper and mid",
-}
+OPPOSITE = {"yes": "no", "no": "yes", "left": "right", "right": "left", "frontal": "lateral", "lateral": "frontal"}
+OPPOSITE |= {"upper": "mid and lower", "mid": "upper and lower", "lower": "upper and mid"}
 
-PLAIN = {  # kind -> what an open question expects
-    "effusion": "pleural effusion",
-    "pneumothorax": "pneumothorax",
-    "consolidation": "consolidation",
-    "pneumonia": "pneumonia",
-    "opacity": "opacity",
-    "nodule": "nodule",
-    "mass": "mass",
-    "plate atelectasis": "atelectasis",
-    "lower lobe collapse": "atelectasis",
-    "upper lobe collapse": "atelectasis",
-    "thickening": "pleural thickening",
-    "rib fracture": "rib fracture",
-}
+# kind -> what an open question expects
+PLAIN = {kind: kind for kind in "pneumothorax consolidation pneumonia opacity nodule mass".split()}
+PLAIN |= {"effusion": "pleural effusion", "thickening": "pleural thickening", "rib fracture": "rib fracture"}
+PLAIN |= dict.fromkeys(("plate atelectasis", "lower lobe collapse", "upper lobe collapse"), "atelectasis")
 
 # Where one has to look to say that something is absent.
 LOOK_AT = {C: ("heart",), ECM: ("mediastinum", "heart")}
@@ -684,10 +621,8 @@ def write_questions(study, d, rates):
 
     shows = {name: [] for name in CONDITIONS}  # findings that make a condition true, through its children too
     for finding in study.drawn:
-        name = finding.condition
-        while name:
+        for name in upwards(finding.condition):
             shows[name].append(finding)
-            name = PARENTS.get(name)
 
     for i, name in enumerate(CONDITIONS):
         present, rate, u, guess = labels[name], rates[name], d.u(), d.u()
@@ -739,8 +674,5 @@ def write_questions(study, d, rates):
 
 def _alone(finding, others):
     """No other finding lies in the same zone of the same side."""
-    for other in others:
-        same_side = other.side in (finding.side, "bilateral")
-        if other is not finding and other.condition != DEV and same_side and other.zone in (finding.zone, ""):
-            return False
-    return True
+    sides, zones = (finding.side, "bilateral"), (finding.zone, "")
+    return not any(f is not finding and f.condition != DEV and f.side in sides and f.zone in zones for f in others)
