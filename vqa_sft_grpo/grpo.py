@@ -1,8 +1,7 @@
 """
-Group relative policy optimisation (GRPO): advantages, loss and log-probabilities, as plain functions of tensors.
+Group relative policy optimisation (GRPO): advantages and loss, as plain functions of tensors.
 
     advantages, reward_stats = group_advantages(rewards, group_size=4, scale="group")
-    logp, entropy = selected_logprobs(hidden, model.lm_head.weight, completion_ids, temperature=1.0)
     loss, metrics = policy_loss(logp, old_logp, ref_logp, advantages, mask, beta=0.02, entropy=entropy)
 
 Shapes: N rollouts, prompt-major (the G rollouts of a prompt are neighbours); a micro-batch has B of them, right-padded
@@ -36,8 +35,6 @@ draws.
 
 import numpy as np
 import torch
-from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 SCALES = ("group", "none")
 STD_EPSILON = 1e-4  # added to a standard deviation before dividing
@@ -193,94 +190,3 @@ def check_first_step(metrics, tolerance=1e-3, fresh_reference=True):
             f"The first update must see the policy that sampled: {', '.join(faults)}. The passes see different inputs"
             " or settings."
         )
-
-
-# --------------------------------------------------------------------------------------------------- log-probabilities
-
-
-def selected_logprobs(hidden, head_weight, ids, temperature=1.0, chunk=128, bias=None, suppress=(), with_entropy=True):
-    """
-    Log-probabilities of chosen tokens without the logits of all of them: equal to log_softmax(F.linear(hidden,
-    head_weight, bias) / temperature), but only `chunk` rows of it exist at a time, forward and backward (computed again
-    there), so memory grows with chunk * V and not with tokens * V, and the result does not depend on chunk.
-
-    hidden (..., D): last hidden states, aligned, so that hidden[..., i, :] predicts ids[..., i]; select masked tokens
-    out before (hidden[mask]) to save their cost. head_weight (V, D), bias (V,) or None: a linear head with nothing
-    behind it (no soft-capping: Gemma 3, Qwen2-VL and LLaVA have none). suppress: ids that the sampler never draws;
-    their probability is 0 here too. -> logp and entropy (nats, without gradient; None unless with_entropy), both shaped
-    like ids, in float32 (float64 for float64 weights). The product is computed in the head's precision, also under
-    autocast; all after it in float32. Gradients: hidden, head_weight, bias.
-    """
-    if hidden.shape[:-1] != ids.shape or hidden.shape[-1] != head_weight.shape[1]:
-        raise ValueError(
-            f"hidden {tuple(hidden.shape)}, ids {tuple(ids.shape)} and head_weight {tuple(head_weight.shape)} do not"
-            " fit: want (..., D), (...), (V, D)"
-        )
-    if temperature <= 0 or chunk < 1:
-        raise ValueError(f"temperature must be above 0 and chunk at least 1, got {temperature} and {chunk}")
-    rows = hidden.reshape(-1, hidden.shape[-1]).to(head_weight.dtype)
-    suppress = torch.as_tensor(list(suppress), dtype=torch.long, device=hidden.device)
-    logp, entropy = _SelectedLogprobs.apply(
-        rows, head_weight, bias, ids.reshape(-1), suppress, temperature, chunk, with_entropy
-    )
-    return logp.view(ids.shape), entropy.view(ids.shape) if with_entropy else None
-
-
-class _SelectedLogprobs(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, ids, suppress, temperature, chunk, with_entropy):
-        ctx.temperature, ctx.chunk = temperature, chunk
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        logp, log_sum, entropy = (torch.empty(len(ids), dtype=dtype, device=ids.device) for _ in range(3))
-        for part in _parts(len(ids), chunk):
-            scores = _scores(hidden[part], weight, bias, suppress, temperature)
-            log_sum[part] = scores.logsumexp(1)
-            scores -= log_sum[
-                part, None
-            ]  # in place, here and below: one more (chunk, V) array would be half as much again
-            logp[part] = scores.gather(1, ids[part, None])[:, 0]
-            if with_entropy:
-                entropy[part] = torch.special.entr(scores.exp_()).sum(1)  # -p log p, 0 where p is 0
-        ctx.save_for_backward(hidden, weight, bias, ids, suppress, log_sum)
-        ctx.mark_non_differentiable(entropy)
-        return logp, entropy
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad, _):
-        hidden, weight, bias, ids, suppress, log_sum = ctx.saved_tensors
-        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        d_hidden = torch.empty_like(hidden) if wants_hidden else None
-        # sums over chunks: bfloat16 would lose the later ones
-        d_weight = torch.zeros_like(weight, dtype=grad.dtype) if wants_weight else None
-        d_bias = torch.zeros_like(bias, dtype=grad.dtype) if wants_bias else None
-        for part in _parts(len(ids), ctx.chunk):
-            outer = grad[part, None] / ctx.temperature
-            d_scores = _scores(hidden[part], weight, bias, suppress, ctx.temperature)
-            d_scores.sub_(log_sum[part, None]).exp_().mul_(-outer).scatter_add_(
-                1, ids[part, None], outer
-            )  # (one-hot - softmax) * outer
-            if wants_bias:
-                d_bias += d_scores.sum(0)
-            d_scores = d_scores.to(weight.dtype)
-            with torch.autocast(weight.device.type, enabled=False):
-                if wants_hidden:
-                    d_hidden[part] = d_scores @ weight
-                if wants_weight:
-                    d_weight += d_scores.T @ hidden[part]
-        back = (
-            None if g is None else g.to(x.dtype) for g, x in ((d_hidden, hidden), (d_weight, weight), (d_bias, bias))
-        )
-        return *back, None, None, None, None, None
-
-
-def _parts(length, chunk):
-    return [slice(start, min(start + chunk, length)) for start in range(0, length, chunk)]
-
-
-def _scores(hidden, weight, bias, suppress, temperature):
-    """hidden (c, D) -> what goes into the softmax, a new (c, V) array in at least float32."""
-    with torch.autocast(hidden.device.type, enabled=False):
-        scores = F.linear(hidden, weight, bias)
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).div_(temperature)
-    return scores.index_fill_(1, suppress, -torch.inf) if len(suppress) else scores
