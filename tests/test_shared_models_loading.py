@@ -439,13 +439,13 @@ def copied(tmp_path):
 
 def test_folder_without_processor(copied):
     (copied / "processor_config.json").unlink()
-    with pytest.raises(InputError, match="has no (complete|image) processor.*copy preprocessor_config.json"):
+    with pytest.raises(InputError, match="has no complete processor.*: copy preprocessor_config.json"):
         load_vlm(str(copied))
 
 
 def test_folder_without_template_or_tokenizer(copied):
     (copied / "chat_template.jinja").unlink()
-    with pytest.raises(InputError, match="has no chat template: copy chat_template.jinja"):
+    with pytest.raises(InputError, match="has no chat template .*: copy .*chat_template.jinja"):
         load_vlm(str(copied))
     (copied / "tokenizer.json").unlink()
     with pytest.raises(InputError, match="has no complete processor"):
@@ -456,7 +456,7 @@ def test_text_only_and_unknown_models(copied):
     with pytest.raises(InputError, match=r"is a text-only model \(bert\): it cannot see images"):
         load_vlm(str(tiny_folder("tiny:bert")))
     write_json(copied / "config.json", read_json(copied / "config.json") | {"model_type": "idefics3"})
-    with pytest.raises(InputError, match="is of the family idefics3, which these scripts have not been tried with"):
+    with pytest.raises(InputError, match="is of the family idefics3, which nobody has tried with these scripts"):
         load_vlm(str(copied))
     (copied / "config.json").unlink()
     with pytest.raises(InputError, match="holds no model: there is no config.json"):
@@ -502,7 +502,7 @@ def test_other_files_that_cannot_be_right(copied):
     with pytest.raises(InputError, match="holds a model and an adapter: move the adapter to a folder of its own"):
         load_vlm(str(copied))
     (copied / "chat_template.jinja").write_text("{% bad")
-    with pytest.raises(InputError, match="the chat template of .* cannot be used"):
+    with pytest.raises(InputError, match="has no chat template that can be used"):
         load_vlm(str(copied))
 
 

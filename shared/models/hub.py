@@ -165,9 +165,8 @@ def check_config(config, where):
         for key, value in part.items():
             if "_implementation" in key and value not in (None, "eager", "sdpa"):
                 raise InputError(f"{where} asks for {value} ({key}), which is never fetched or run; take that line out")
-            low, high = (
-                (0, 1000) if "layers" in key or key == "depth" else (1, 10**6) if key.endswith("_size") else (0, 0)
-            )
+            low = 0 if "layers" in key or "ngram" in key else 1
+            high = 1000 if "layers" in key or key == "depth" else 10**6 if key.endswith("_size") else None
             if high and isinstance(value, (int, float)) and not low <= value <= high:
                 raise InputError(f"{where} cannot be right: {key} is {value}")
     return config
@@ -175,18 +174,14 @@ def check_config(config, where):
 
 def family_of(config, name):
     """config.json -> Family. InputError for text-only models and for families nobody has tried here."""
-    model_type = config.get("model_type")
+    model_type, known = config.get("model_type"), ", ".join(FAMILIES)
     for family in FAMILIES.values():
         if family.model_type == model_type:
             return family
     if "vision_config" not in config and "mm_vision_tower" not in config:
-        raise InputError(
-            f"{name} is a text-only model ({model_type}): it cannot see images; use one of the families"
-            f" {', '.join(FAMILIES)}"
-        )
+        raise InputError(f"{name} is a text-only model ({model_type}): it cannot see images; use one of {known}")
     raise InputError(
-        f"{name} is of the family {model_type}, which these scripts have not been tried with; there are"
-        f" {', '.join(FAMILIES)}"
+        f"{name} is of the family {model_type}, which nobody has tried with these scripts; use one of {known}"
     )
 
 
@@ -209,8 +204,8 @@ def stored_quant(config):
         raise InputError(f"weights quantised by {method} are not supported; take the model in 16 bit and --quant nf4")
     if plan.get("load_in_8bit"):
         return "int8"
-    towers = {f.tower for f in FAMILIES.values()}
-    return "nf4-text" if towers & set(plan.get("llm_int8_skip_modules") or ()) else "nf4"
+    skipped = str(plan.get("llm_int8_skip_modules"))
+    return "nf4-text" if any(f"'{f.tower}'" in skipped for f in FAMILIES.values()) else "nf4"
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -225,22 +220,17 @@ def weight_files(source):
 
 
 def load_processor(source, name):
-    copy = "copy {} from the model's page into it"
+    """Image processor, tokenizer and chat template, tried once. InputError where one is missing or cannot be used."""
+    what = "complete processor"
+    wanted = "preprocessor_config.json (or processor_config.json), tokenizer and chat_template.jinja"
     try:
         processor = AutoProcessor.from_pretrained(source, local_files_only=Path(source).is_dir())
-    except Exception as error:  # whichever file is missed or garbled first; none of it is a bug of the script
-        missing = copy.format("preprocessor_config.json, tokenizer and chat template")
-        raise InputError(f"{name} has no complete processor ({first_line(error)}): {missing}") from error
-    if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
-        missing = copy.format("preprocessor_config.json (or processor_config.json)")
-        raise InputError(f"{name} has no image processor: {missing}")
-    if not processor.chat_template:
-        missing = copy.format("chat_template.jinja (or chat_template.json)")
-        raise InputError(f"{name} has no chat template: {missing}")
-    try:
+        if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
+            raise ValueError("no image processor")
+        what = "chat template that can be used" if processor.chat_template else "chat template"
         processor.apply_chat_template([{"role": "user", "content": [{"type": "text", "text": "?"}]}], tokenize=False)
-    except Exception as error:  # a program in a language of its own
-        raise InputError(f"the chat template of {name} cannot be used ({first_line(error)})") from error
+    except Exception as error:  # whichever file is missed or garbled first; none of it is a bug of the script
+        raise InputError(f"{name} has no {what} ({first_line(error)}): copy {wanted} from the model's page") from error
     processor.tokenizer.padding_side = "left"  # generation goes on from the last column
     if processor.tokenizer.pad_token is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
@@ -277,10 +267,8 @@ def load_part(auto_class, source, name=None, device=None, unused_weights=False, 
 def check_keys(info, name, unused_weights=False):
     """info: what from_pretrained tells about keys. InputError when the weights are not those of the model."""
     for what in ("missing_keys", "mismatched_keys") + (() if unused_weights else ("unexpected_keys",)):
-        keys = sorted(
-            k if isinstance(k, str) else k[0] for k in info.get(what) or ()
-        )  # mismatched: (key, shape, shape)
-        keys = [k for k in keys if not k.endswith(("position_ids", "inv_freq"))]  # computed, not learned
+        names = sorted(k if isinstance(k, str) else k[0] for k in info.get(what) or ())  # mismatched: (key, shapes)
+        keys = [k for k in names if not k.endswith(("position_ids", "inv_freq"))]  # computed, not learned
         if keys:
             raise InputError(
                 f"{name} is not a complete model of its class: {len(keys)} {what.replace('_', ' ')}, the first is"
