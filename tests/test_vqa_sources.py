@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shared.data.audit import conflicts, frames_in, plain_text, repeats, reworded, seen, shared_between_splits
-from shared.data.audit import shared_values, word_overlap
+from shared.data.audit import plain_text, repeats, seen, shared_between_splits, shared_values
 from shared.data.__main__ import main as audit_main
 from shared.runtime import DataNotFound, InputError
-from vqa_sft_grpo.sources import PUBLIC, audit_slake, audit_vqa_rad, boxes_in, load_slake, load_vqa_rad, make_row
-from vqa_sft_grpo.sources import read_boxes, read_mask
+from vqa_sft_grpo.leaks import audit_slake, audit_vqa_rad, conflicts, frames_in, reworded, word_overlap
+from vqa_sft_grpo.sources import PUBLIC, boxes_in, load_slake, load_vqa_rad, make_row, read_boxes, read_mask
 
 
 def rad(qid, image, question, answer, split="freeform", kind="CLOSED", type_="PRES", frame="NULL", linked=None):

@@ -37,8 +37,7 @@ from pathlib import Path
 import shared  # noqa: F401, isort: skip  # before torchvision
 from PIL import Image
 
-from shared.data.audit import RowSet, conflicts, frames_in, plain_text, repeats, reworded, seen, shared_between_splits
-from shared.data.audit import similar_images, values_of
+from shared.data.audit import RowSet, plain_text, repeats, seen, shared_between_splits, similar_images, values_of
 from shared.data.download import DataNotFound
 from shared.metrics.labels import PARENTS
 from shared.phantom import DEFAULT, PREVALENCE, TOGETHER, PhantomSettings, phantom_study
@@ -46,6 +45,7 @@ from shared.phantom.findings import LEVELS, ORDER
 from shared.phantom.words import NOUNS, SIZES, SUMMARY
 from shared.runtime import InputError, atomic_file, write_jsonl
 from vqa_sft_grpo import sources as vqa
+from vqa_sft_grpo.leaks import conflicts, frames_in, reworded
 from vqa_sft_grpo.prompting import FIELDS, check_question, instruction
 from vqa_sft_grpo.scoring import normalise
 

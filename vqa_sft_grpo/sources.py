@@ -39,8 +39,7 @@ import numpy as np
 from PIL import Image
 
 from shared.data import download as downloads
-from shared.data.audit import RowSet, conflicts, frames_in, repeats, reworded, seen, values_of
-from shared.data.audit import shared_between_splits, shared_values, similar_across_splits, similar_images, split_groups
+from shared.data.audit import RowSet, similar_images, split_groups, values_of
 from shared.data.text import base_name, text_of
 from shared.runtime import DataNotFound, InputError, read_json
 
@@ -392,7 +391,7 @@ def read_mask(row):
     return mask
 
 
-# --------------------------------------------------------------------------------------------------- download and audit
+# ------------------------------------------------------------------------------------------------------------- download
 
 
 def download_vqa_rad(data_dir):
@@ -446,51 +445,3 @@ def expected(folder, names, page):
                 f"{folder / name} is not byte for byte the file known here: check the counts printed when it is loaded"
             )
     return folder
-
-
-def audit_vqa_rad(data_dir, allow_missing_images=False, hash_images=False):
-    """What the official split of VQA-RAD hides."""
-    questions = load_vqa_rad(data_dir, allow_missing_images=allow_missing_images)
-    train, test = questions.split("train"), questions.split("test")
-    types = ("image_id", "answer", "question_type_raw", "answer_type")
-    opened = [row for row in test if row["answer_type"] == "open"]
-    found = {
-        "data": questions.facts(),
-        "images in two splits": shared_between_splits(questions.rows),
-        "test rows with the same image, question and answer in train": seen(test, train),
-        "test rows reworded in train, word overlap 0.8": reworded(test, train, 0.8),
-        "test rows reworded in train, word overlap 0.5": reworded(test, train, 0.5),
-        "test rows with the same image, answer and types in train": seen(test, train, types),
-        "open test answers that train has for the same image": seen(opened, train, ("image_id", "answer")),
-        "conflicting answers in train": conflicts(train),
-    }
-    try:
-        public = load_vqa_rad(data_dir, version="public", allow_missing_images=allow_missing_images)
-    except InputError:  # trainset.json and testset.json are there without it
-        public = None
-    if public is not None:
-        found["test questions whose stock wording is in train"] = frames_in(public.split("test"), train)
-        found["linked questions in two splits"] = shared_between_splits(public.rows, "linked_id")
-    if hash_images:
-        paths = {row["image_id"]: row["image_path"] for row in questions.rows if row["image_path"]}
-        found["images"] = similar_images(paths)
-    return found
-
-
-def audit_slake(data_dir, allow_missing_images=False, hash_images=False):
-    """What the split of SLAKE hides, English first, then against the Chinese rows."""
-    english, chinese = (load_slake(data_dir, language, allow_missing_images) for language in ("en", "zh"))
-    train, test = english.split("train"), english.split("test")
-    found = {
-        "data": english.facts(),
-        "images in two splits": shared_between_splits(english.rows),
-        "English test images in Chinese train": shared_values(test, chinese.split("train")),
-        "English test images in Chinese val": shared_values(test, chinese.split("val")),
-        "Chinese test images in English train": shared_values(chinese.split("test"), train),
-        "train rows": repeats(train),
-        "test questions that occur in train": seen(test, train, ("question",)),
-    }
-    if hash_images:
-        paths = {row["image_id"]: row["image_path"] for row in english.rows if row["image_path"]}
-        found["images"] = similar_across_splits([(row["image_id"], row["split"]) for row in english.rows], paths)
-    return found

@@ -15,11 +15,11 @@ from pathlib import Path
 
 from shared.runtime import script, write_json
 
-# Data set -> (module, download, audit), imported when it is asked for: vqa_sft_grpo imports this package.
+# Data set -> where its download and its audit are, imported when asked for: vqa_sft_grpo imports this package.
 SETS = {
-    "iu_xray": ("shared.data.iu_xray", "download", "audit"),
-    "vqa_rad": ("vqa_sft_grpo.sources", "download_vqa_rad", "audit_vqa_rad"),
-    "slake": ("vqa_sft_grpo.sources", "download_slake", "audit_slake"),
+    "iu_xray": ("shared.data.iu_xray:download", "shared.data.iu_xray:audit"),
+    "vqa_rad": ("vqa_sft_grpo.sources:download_vqa_rad", "vqa_sft_grpo.leaks:audit_vqa_rad"),
+    "slake": ("vqa_sft_grpo.sources:download_slake", "vqa_sft_grpo.leaks:audit_slake"),
 }
 
 
@@ -56,14 +56,13 @@ def summary(value, name=""):
 @script
 def main(argv=None):
     args = parse_args(argv)
-    module, download, audit = SETS[args.data]
-    module = importlib.import_module(module)
+    module, name = SETS[args.data][args.command == "audit"].split(":")
+    work = getattr(importlib.import_module(module), name)
     if args.command == "download":
-        options = {"images": args.images} if args.data == "iu_xray" else {}
-        folder = getattr(module, download)(args.data_dir, **options)
+        folder = work(args.data_dir, **({"images": args.images} if args.data == "iu_xray" else {}))
         print(f"{args.data} is in {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
         return
-    found = getattr(module, audit)(args.data_dir, args.allow_missing_images, args.hash_images)
+    found = work(args.data_dir, args.allow_missing_images, args.hash_images)
     print("\n".join(summary(found)))
     if args.json:
         write_json(Path(args.json), found)

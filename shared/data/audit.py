@@ -1,6 +1,6 @@
 """
 Rows of the sets with texts (iu_xray.py here, sources.py of vqa_sft_grpo), splits by group, and what to look for before
-a split is trusted: images and texts on both sides, reworded questions, conflicting answers, near-identical images.
+a split is trusted: images and texts on both sides, repeated rows, near-identical images.
 `python -m shared.data audit NAME` prints all of it.
 
 Audits take lists of rows and return plain numbers and lists of ids. Texts are compared by `plain_text`, so that "Yes."
@@ -145,44 +145,6 @@ def seen(test, train, keys=("image_id", "question", "answer"), plain=plain_text)
     """Rows of `test` for which `train` has a row equal in `keys`; ("question",) or ("report",) compares texts alone."""
     known = {values_of(row, keys, plain) for row in train}
     return counted([id_of(row) for row in test if values_of(row, keys, plain) in known], test)
-
-
-def frames_in(test, train):
-    """Rows of `test` whose question_frame is a question of `train`, with the same image and answer (VQA-RAD)."""
-    framed = [row | {"question": row["question_frame"]} for row in test if row.get("question_frame")]
-    return seen(framed, train) | {"of": len(test)}
-
-
-def word_overlap(a, b):
-    """Jaccard index of the two sets of words: 1 for the same words in any order, 0 for none in common."""
-    a, b = set(plain_text(a).split()), set(plain_text(b).split())
-    return len(a & b) / len(a | b) if a | b else 1.0
-
-
-def reworded(test, train, threshold=0.5):
-    """
-    Rows of `test` for which `train` has the same image and answer and a question with a word overlap of at least
-    `threshold`; pairs: (test id, train id, overlap) of the closest one.
-    """
-    known = defaultdict(list)
-    for row in train:
-        known[values_of(row, ("image_id", "answer"))].append(row)
-    pairs = []
-    for row in test:
-        others = known.get(values_of(row, ("image_id", "answer")), [])
-        overlaps = [word_overlap(row["question"], other["question"]) for other in others]
-        if overlaps and max(overlaps) >= threshold:
-            pairs.append((id_of(row), id_of(others[overlaps.index(max(overlaps))]), max(overlaps)))
-    return {"rows": len(pairs), "of": len(test), "pairs": pairs}
-
-
-def conflicts(rows):
-    """Pairs of image and question that have more than one answer, and the ids of their rows."""
-    groups = defaultdict(list)
-    for row in rows:
-        groups[values_of(row, ("image_id", "question"))].append(row)
-    found = [group for group in groups.values() if len({plain_text(row["answer"]) for row in group}) > 1]
-    return {"pairs": len(found), "ids": [[id_of(row) for row in group] for group in found]}
 
 
 # --------------------------------------------------------------------------------------------------------------- images

@@ -328,14 +328,6 @@ def load_gold_labels(data_dir):
     return labels
 
 
-def load_negbio_test_uids(data_dir):
-    """-> the 771 uids on which NegBio was tested."""
-    path = find_iu_xray(data_dir) / "labels" / "openi_testset_ids.txt"
-    if not path.is_file():
-        raise InputError(f"{path} is missing")
-    return [uid_of(line, path) for line in path.read_text(encoding="utf-8-sig").split()]
-
-
 # --------------------------------------------------------------------------------------------------- download and audit
 
 
