@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1] if "__file__" in globals() else Path.cwd()
 sys.path.insert(0, str(ROOT))
 
-from shared.phantom import phantom_classification, phantom_study  # noqa: E402
+from shared.phantom import phantom_classification, phantom_study
 
 
 def everything(seed, index, size):

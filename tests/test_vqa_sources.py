@@ -288,6 +288,112 @@ def test_rad_refusals(rad_dir, tmp_path):
         load_vqa_rad(rad_dir)
 
 
+def rewrite(path, change, encoding="utf-8"):
+    rows = [change(dict(row)) for row in json.loads(path.read_text(encoding="utf-8-sig"))]
+    path.write_text(json.dumps(rows, ensure_ascii=False), encoding=encoding)
+
+
+@pytest.mark.parametrize(
+    "answer, gold",
+    [
+        (True, "yes"),
+        (False, "no"),
+        (["left", "right"], "left, right"),
+        ("None", "None"),
+        (2.0, "2"),
+        *((blank, None) for blank in (None, "", "  ", "nan", "N/A", "-", ".", "XXXX", [], float("nan"))),
+    ],
+    ids=repr,
+)
+def test_gold_answers_are_what_the_file_means(rad_dir, slake_dir, answer, gold):
+    rewrite(rad_dir / "vqa_rad" / PUBLIC, lambda row: row | ({"answer": answer} if str(row["qid"]) == "3" else {}))
+    rewrite(slake_dir / "slake" / "validate.json", lambda row: row | {"answer": answer})
+    for found, qid in ((load_vqa_rad(rad_dir, "public"), 3), (load_slake(slake_dir), 3)):
+        answers = {row["qid"]: row["answer"] for row in found.rows}
+        assert answers.get(qid) == gold and found.left_out["no answer"] == (gold is None)
+
+
+def test_answers_and_names_of_wrong_types_are_refused(rad_dir, slake_dir):
+    rewrite(rad_dir / "vqa_rad" / PUBLIC, lambda row: row | {"answer": {"text": "yes"}})
+    with pytest.raises(InputError, match="a text was expected"):
+        load_vqa_rad(rad_dir, "public")
+    for name in ({"a": 1}, None, [], "", "."):
+        rewrite(slake_dir / "slake" / "test.json", lambda row, name=name: row | {"img_name": name})
+        with pytest.raises(InputError, match="img_name|a text was expected"):
+            load_slake(slake_dir)
+    for change in ({"img_name": 5}, {"img_name": ["a", "b"]}):
+        rewrite(slake_dir / "slake" / "test.json", lambda row, change=change: row | change)
+        assert load_slake(slake_dir).left_out["image missing"] == 2
+    rewrite(
+        slake_dir / "slake" / "test.json",
+        lambda row: row | {"answer": None, "img_name": "xmlab3/source.jpg", "triple": 3},
+    )
+    assert load_slake(slake_dir).left_out["no answer"] == 2
+
+
+@pytest.mark.parametrize(
+    "name", ["../../secret/source.jpg", "..\\source.jpg", "/etc/source.jpg", "C:\\x\\source.jpg", "a//b"]
+)
+def test_slake_names_that_leave_the_folder_are_refused(slake_dir, name):
+    rewrite(slake_dir / "slake" / "train.json", lambda row: row | {"img_name": name})
+    with pytest.raises(InputError, match="must be the path of an image below imgs/"):
+        load_slake(slake_dir)
+
+
+def test_files_with_a_byte_order_mark(rad_dir, slake_dir):
+    expected = [load_vqa_rad(rad_dir).rows, load_vqa_rad(rad_dir, "public").rows, load_slake(slake_dir).rows]
+    for path in (*(rad_dir / "vqa_rad").glob("*.json"), *(slake_dir / "slake").glob("*.json")):
+        rewrite(path, lambda row: row, encoding="utf-8-sig")
+    detection(slake_dir, 1, "\ufeff[]")
+    found = [load_vqa_rad(rad_dir).rows, load_vqa_rad(rad_dir, "public").rows, load_slake(slake_dir).rows]
+    assert found[:2] == expected[:2] and qids(found[2]) == qids(expected[2]) and found[2][0]["boxes"] == []
+
+
+def test_rad_takes_the_folder_that_holds_the_images(rad_dir):
+    folder = rad_dir / "vqa_rad"
+    (folder / "images").rename(folder / "VQA_RAD Image Folder")
+    (folder / "images").mkdir()
+    (folder / "images" / "readme.txt").write_text("put the images here")
+    assert load_vqa_rad(rad_dir).left_out == NOTHING
+    (folder / "VQA_RAD Image Folder" / "synpic1.jpg").rename(folder / "images" / "synpic1.jpg")
+    assert {row["image_path"].parent.name for row in load_vqa_rad(rad_dir).rows} == {"VQA_RAD Image Folder"}
+
+
+def test_files_copied_through_windows(rad_dir, slake_dir):
+    for path in list(rad_dir.rglob("*.jpg")):  # of both sets
+        path.rename(path.with_name(path.name.upper()))
+    assert load_vqa_rad(rad_dir).left_out == load_slake(slake_dir).left_out == NOTHING
+    for change in ("D:\\data\\VQA_RAD Image Folder\\{}", "images/{}", "images\\{}"):
+        rewrite(
+            rad_dir / "vqa_rad" / "testset.json",
+            lambda row, c=change: row | {"image_name": c.format(row["image_name"].split("\\")[-1].split("/")[-1])},
+        )
+        rows = load_vqa_rad(rad_dir).rows
+        assert {row["image_id"] for row in rows} == {f"synpic{i}.jpg" for i in range(1, 5)}
+    for change in ("xmlab{}\\source.jpg", "D:\\Slake1.0\\imgs\\xmlab{}\\source.jpg", "/data/imgs/xmlab{}/source.jpg"):
+        rewrite(slake_dir / "slake" / "test.json", lambda row, c=change: row | {"img_name": c.format(row["img_id"])})
+        assert {row["image_id"] for row in load_slake(slake_dir).split("test")} == {"xmlab3/source.jpg"}
+
+
+def test_slake_languages_in_any_case(slake_dir):
+    for name in ("train", "validate", "test"):
+        rewrite(slake_dir / "slake" / f"{name}.json", lambda row: row | {"q_lang": f"{row['q_lang'].upper()} "})
+    assert qids(load_slake(slake_dir).rows) == [0, 1, 3, 5, 6] and qids(load_slake(slake_dir, "zh").rows) == [2, 4, 7]
+    for name in ("train", "validate", "test"):
+        rewrite(slake_dir / "slake" / f"{name}.json", lambda row: row | {"q_lang": "fr"})
+    with pytest.raises(InputError, match="no question whose q_lang is en"):
+        load_slake(slake_dir)
+
+
+def test_slake_is_known_by_its_content(slake_dir, tmp_path):
+    """prepare_data.py writes a train.json as well."""
+    (slake_dir / "train.json").write_text('[{"id": 1, "image": "a.png", "question": "?", "answer": "yes"}]')
+    assert len(load_slake(slake_dir).rows) == 5
+    (slake_dir / "slake").rename(tmp_path / "elsewhere")
+    with pytest.raises(DataNotFound, match="SLAKE is not in"):
+        load_slake(slake_dir)
+
+
 def test_rad_audit(rad_dir):
     found = audit_vqa_rad(rad_dir, hash_images=True)
     assert found["images in two splits"]["train, test"] == {

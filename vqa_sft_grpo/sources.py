@@ -93,7 +93,10 @@ def common(raw, path):
         qid = int(text_of(raw["qid"]))  # one row of VQA-RAD's public file has it as a string
     except ValueError as error:
         raise InputError(f"{path}: qid is {raw['qid']!r}; it must be a whole number") from error
-    question, answer = text_of(raw["question"]), text_of(raw["answer"], none_is_missing=False)
+    try:
+        question, answer = text_of(raw["question"]), text_of(raw["answer"], none_is_missing=False)
+    except InputError as error:
+        raise InputError(f"{path}, qid {qid}: {error}") from error
     return {"qid": qid, "question": question, "answer": answer, "answer_type": kind}
 
 
