@@ -66,9 +66,9 @@ import torch
 from tqdm import tqdm
 
 from shared.data.download import sha256_of
-from shared.models.loading import QUANTS, add_lora, count_parameters, load_vlm
+from shared.models.loading import QUANTS, add_lora, count_parameters, load_vlm, save_vlm
 from shared.models.passes import stop_tokens
-from shared.models.tiny import is_tiny, quietly
+from shared.models.tiny import is_tiny
 from shared.report import PHANTOM
 from shared.runtime import InputError, add_resume, fraction, not_negative, open_run_dir, peak_memory, pick_device
 from shared.runtime import positive_float, positive_int, read_json, run_facts, script, script_parser, seed_everything
@@ -446,9 +446,7 @@ def save_adapter(vlm, run_dir, facts):
     """Adapter and processor into the run folder itself, each file replaced whole: --sft_ckpt RUN then finds them."""
     building = run_dir / ".adapter.part"
     shutil.rmtree(building, ignore_errors=True)
-    with quietly():
-        vlm.model.save_pretrained(building, selected_adapters=["default"])
-        vlm.processor.save_pretrained(building)
+    save_vlm(vlm, building)
     write_json(building / "training.json", {"dataset": facts})  # evaluate.py stamps results with it
     # the file that makes it an adapter comes last
     for path in sorted(building.iterdir(), key=lambda p: p.name == "adapter_config.json"):

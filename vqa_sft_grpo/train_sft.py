@@ -46,9 +46,9 @@ from tqdm import tqdm
 
 from shared.data.download import sha256_of
 from shared.models.inputs import ImageStore
-from shared.models.loading import QUANTS, add_lora, count_parameters, load_vlm
+from shared.models.loading import QUANTS, add_lora, count_parameters, load_vlm, save_vlm
 from shared.models.passes import PartSize, features_of, in_parts
-from shared.models.tiny import is_tiny, quietly
+from shared.models.tiny import is_tiny
 from shared.report import PHANTOM, draw_history
 from shared.runtime import InputError, add_resume, fraction, not_negative, open_run_dir, pick_device, positive_float
 from shared.runtime import (
@@ -315,9 +315,7 @@ def save_model(vlm, folder, facts):
     folder = Path(folder)
     building = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(building, ignore_errors=True)
-    with quietly():
-        vlm.model.save_pretrained(building)
-        vlm.processor.save_pretrained(building)
+    save_vlm(vlm, building)
     write_json(building / "training.json", {"dataset": facts})  # evaluate.py stamps results with it
     replace_folder(building, folder)
 

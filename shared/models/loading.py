@@ -255,8 +255,9 @@ def load_vlm(
     check_tokens(vlm)
     if adapter is not None:
         load_adapter(vlm, adapter, trainable_adapter)
-        if any((Path(adapter) / file).is_file() for file in ("preprocessor_config.json", "processor_config.json")):
-            vlm.processor = load_processor(adapter, adapter)
+        folder = folder_of(adapter) or Path(adapter)
+        if any((folder / file).is_file() for file in ("preprocessor_config.json", "processor_config.json")):
+            vlm.processor = load_processor(folder, adapter)
     return vlm
 
 
@@ -408,10 +409,10 @@ def load_adapter(vlm, adapter, trainable=False):
                 f" if these are the same, stored in another way, remove {folder / BASE_FILE}"
             )
     try:
-        stored = load_peft_weights(str(adapter), device="cpu")
+        stored = load_peft_weights(str(folder or adapter), device="cpu")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about keys, which are refused below
-            vlm.model = PeftModel.from_pretrained(vlm.model, str(adapter), is_trainable=trainable)
+            vlm.model = PeftModel.from_pretrained(vlm.model, str(folder or adapter), is_trainable=trainable)
     except Exception as error:  # peft raises many kinds for a file that is not right; none of them is a bug here
         raise InputError(f"the adapter {adapter} does not fit {vlm.name} ({first_line(error)}): {instead}") from error
     expected = set(get_peft_model_state_dict(vlm.model, save_embedding_layers=False))
