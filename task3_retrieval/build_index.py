@@ -27,12 +27,12 @@ import shared  # noqa: F401, isort: skip  # before torchvision
 import numpy as np
 import torch.distributed as dist
 
-from shared.data.image_sets import SIZES, SPLITS, load_images, load_phantom
-from shared.runtime import InputError, open_run_dir, pick_device, positive_int, run_facts, script, script_parser
+from shared.data.image_sets import SPLITS
+from shared.runtime import InputError, bounded, open_run_dir, pick_device, run_facts, script, script_parser
 from shared.runtime import seed_everything, start_distributed, write_csv, write_json
-from task1_classification.model import find_classifier
-from task3_retrieval.cases import DRY_RUN, dataset_cases, file_cases, index_of, read_files
-from task3_retrieval.embed import embedder_like, load_embedder
+from task3_retrieval.cases import add_embedding_options, dataset_cases, embedder_and_data, file_cases, index_of
+from task3_retrieval.cases import load_data, read_files
+from task3_retrieval.embed import embedder_like
 from task3_retrieval.index import KINDS, METRICS, CaseIndex, find_index
 
 TASK = "task3_retrieval"
@@ -40,27 +40,17 @@ TASK = "task3_retrieval"
 
 def parse_args(argv=None):
     parser = script_parser(__doc__, task=TASK, data="what the CNN was trained on (other backbones: PneumoniaMNIST)")
+    add_embedding_options(parser)
     g = parser.add_argument_group("images")
     # fmt: off
     g.add_argument("--split", default=None, choices=[*SPLITS, "all"],
         help="images of the data set to put in (default: train)")
-    g.add_argument("--image-size", type=int, choices=SIZES,
-        help="pixels per side of the data set's images (default: the CNN's; else 28)")
     g.add_argument("--images", nargs="+", metavar="PATH",
         help="instead of a data set: image files, folders (searched through) or glob patterns")
     g.add_argument("--labels", metavar="CSV",
         help="labels of --images: columns file, label and, if there are several, split")
-    g = parser.add_argument_group("vectors")
-    g.add_argument("--backbone",
-        help="cnn, pixels, a torchvision name, random:NAME, a SigLIP or CLIP model folder, vlm:MODEL (default: cnn)")
-    g.add_argument("--cnn-weights", metavar="FILE", help="best.pt or run folder of train.py, or a task 1 classifier "
-        "(default: the newest full run of train.py, else models/task1_model.pth)")
-    g.add_argument("--allow-other-dataset", action="store_true",
-        help="use weights that were trained on another data set")
-    g.add_argument("--input-size", type=positive_int, metavar="PIXELS",
+    g.add_argument("--input-size", type=bounded(int, 8, 2048), metavar="PIXELS",
         help="side of the network's input (default: torchvision 224, pixels the image's own)")
-    g.add_argument("--batch-size", type=positive_int, default=256,
-        help="images at a time; lower it if out of memory (%(default)s)")
     g = parser.add_argument_group("index")
     g.add_argument("--index", default=None, choices=KINDS,
         help="flat: exact; hnsw, ivfpq: approximate, for large galleries (default: flat)")
@@ -105,7 +95,8 @@ def main(argv=None):
     if args.update is not None:
         return update(args, device, rank, world_size)
 
-    embedder, cases = embedder_and_cases(args, device)
+    embedder, data = embedder_and_data(args, device, args.input_size, files=bool(args.images))
+    cases = dataset_cases(data, args.split) if data else file_cases(args.images, args.labels, args.limit)
     vectors, good, errors = embed_cases(embedder, cases, rank, world_size)
     embedded = time.time()
     index = index_of(vectors, cases, embedder, good, args.index, args.metric)
@@ -186,45 +177,6 @@ def update(args, device, rank, world_size):
     counts = ", ".join(f"{n} {c}" for n, c in index.label_counts().items())
     skipped = f", {len(errors)} files skipped ({folder.parent}/errors.csv)" if errors else ""
     print(f"{folder}: {before} images before, {len(index)} now{skipped}: {counts}")
-
-
-# ---------------------------------------------------------------------------------------------------------------- cases
-
-
-def embedder_and_cases(args, device):
-    """--backbone, --cnn-weights, --data or --images -> (Embedder, cases)."""
-    if args.backbone is None:
-        args.backbone = "cnn"
-        if args.dry_run and args.cnn_weights is None and find_classifier() is None:
-            args.backbone = "pixels"
-            print("dry run without task 1 weights: --backbone pixels")
-    named = args.data.lower() if args.data.lower() != "auto" and not args.images else None
-    data = load_data(args) if args.backbone == "pixels" and not args.images else None  # they have the data's own size
-    embedder = load_embedder(
-        args.backbone, args.cnn_weights, data, device, args.input_size, batch_size=args.batch_size, dataset=named
-    )
-    if args.images:
-        return embedder, file_cases(args.images, args.labels, args.limit, [])
-    data = data or load_data(args, embedder)
-    embedder.check_dataset(data.name, args.allow_other_dataset or args.dry_run)
-    return embedder, dataset_cases(data, args.split)
-
-
-def load_data(args, embedder=None, known=None):
-    """
-    --data -> ImageSet, at the size of the CNN where there is one; auto: the set of the index, of the CNN, else
-    PneumoniaMNIST.
-    """
-    if args.dry_run:
-        return load_phantom(28, DRY_RUN)
-    size = embedder.settings["image_size"] if embedder is not None else None
-    home = known or (embedder is not None and embedder.trained_on)
-    name = home if home and args.data.lower() == "auto" else args.data
-    data = load_images(name, args.data_dir, args.image_size or (size if size in SIZES else 28))
-    if args.limit:
-        data.limit(args.limit)
-    print(data)
-    return data
 
 
 def embed_cases(embedder, cases, rank=0, world_size=1):

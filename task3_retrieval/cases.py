@@ -10,13 +10,105 @@ from pathlib import Path
 
 import numpy as np
 
-from shared.data.image_sets import SPLITS
+from shared.data.image_sets import SIZES, SPLITS, load_images, load_phantom
 from shared.data.images import find_images, read_image, to_square
-from shared.runtime import InputError
-from task3_retrieval.embed import channels_last
+from shared.runtime import InputError, bounded, load_checkpoint
+from task1_classification.model import KEYS, find_classifier, load_classifier, predict_logits, to_probabilities
+from task3_retrieval.embed import channels_last, load_embedder
 from task3_retrieval.index import UNKNOWN, CaseIndex
 
 DRY_RUN = {"train": 96, "val": 32, "test": 48}  # phantom images
+
+
+# ------------------------------------------------------------------------------------- the embedding, the classifier
+
+
+def add_embedding_options(parser):
+    g = parser.add_argument_group("embedding")
+    # fmt: off
+    g.add_argument("--backbone",
+        help="cnn, pixels, a torchvision name, random:NAME, a SigLIP or CLIP model folder, vlm:MODEL (default: cnn)")
+    g.add_argument("--cnn-weights", metavar="PATH", help="best.pt or run folder of train.py, or a task 1 classifier "
+        "(default: the newest full run of train.py, else models/task1_model.pth)")
+    g.add_argument("--allow-other-dataset", action="store_true",
+        help="use weights that were trained on another data set")
+    g.add_argument("--image-size", type=int, choices=SIZES,
+        help="pixels per side of the data set's images (default: the CNN's; else 28)")
+    g.add_argument("--batch-size", type=bounded(int, 1, 65536), default=256,
+        help="images at a time; lower it if out of memory (%(default)s)")
+    # fmt: on
+
+
+def embedder_and_data(args, device, input_size=None, files=False):
+    """
+    The options above and --data -> (Embedder, ImageSet; None where `files` are embedded instead). --data auto is the
+    set that the weights were trained on, else PneumoniaMNIST. A dry run without weights takes pixels.
+    """
+    if args.backbone is None:
+        args.backbone = "pixels" if args.dry_run and args.cnn_weights is None else "cnn"
+        if args.dry_run:
+            print(f"dry run: --backbone {args.backbone}")
+    data, named = None, args.data.lower() if args.data.lower() != "auto" and not files else None
+    if args.backbone == "pixels" and not files:  # they have the data's own size
+        data = load_data(args)
+    embedder = load_embedder(
+        args.backbone, args.cnn_weights, data, device, input_size, batch_size=args.batch_size, dataset=named
+    )
+    if not files:
+        data = data or load_data(args, embedder)
+        embedder.check_dataset(data.name, args.allow_other_dataset or args.dry_run)
+    return embedder, data
+
+
+def load_data(args, embedder=None, known=None):
+    """--data -> ImageSet, at the size of the CNN; auto: the set `known` to the index, that of the CNN, or any."""
+    if args.dry_run:
+        return load_phantom(28, DRY_RUN)
+    size = embedder.settings["image_size"] if embedder is not None else None
+    home = known or (embedder is not None and embedder.trained_on)
+    name = home if home and args.data.lower() == "auto" else args.data
+    data = load_images(name, args.data_dir, args.image_size or (size if size in SIZES else 28))
+    if data.multi_label:
+        raise InputError(f"{data.name} has several labels per image; similar cases are told by one label per image")
+    if args.limit:
+        data.limit(args.limit)
+    print(data)
+    return data
+
+
+def choose_classifier(asked, fits, unlike, device, own=None):
+    """
+    --classifier, else the weights `own` of the embedding where they are a whole classifier, else the one at its usual
+    place -> (model, facts and "path"); twice None where there is none for which fits(facts) holds. InputError with the
+    sentence `unlike` where that is the one asked for.
+    """
+    candidates = [asked] if asked else [p for p in (own, find_classifier()) if p is not None]
+    path = next((p for p in candidates if asked or all(k in load_checkpoint(p) for k in KEYS)), None)
+    if path is None:
+        return None, None
+    model, facts = load_classifier(path, device)
+    if fits(facts):
+        return model, facts | {"path": str(path)}
+    if asked:
+        raise InputError(
+            f"{path} was trained on {facts['dataset']['name']} ({', '.join(facts['label_names'])}){unlike}"
+        )
+    return None, None
+
+
+def classifier_answers(classifier, facts, images, device, dtype, batch_size):
+    """
+    images uint8 (N, C, H, W) -> (numbers of the called classes (N,), probabilities (N,)): of the second class of a
+    binary set, as task 1 has it, else of the called one.
+    """
+    logits = predict_logits(classifier, images, facts["normalisation"], device, dtype, batch_size)
+    p = to_probabilities(logits, facts["task"], facts["temperature"]).numpy()
+    if facts["task"] == "binary-class":
+        return (p > facts["threshold"]).astype(np.int64), p
+    return p.argmax(1), p.max(1)
+
+
+# ---------------------------------------------------------------------------------------------------------------- cases
 
 
 def dataset_cases(data, split):
@@ -24,10 +116,6 @@ def dataset_cases(data, split):
     An ImageSet -> what goes into the index: images uint8 (N, H, W) or (N, H, W, 3), and a list each of labels, names,
     splits.
     """
-    if data.multi_label:
-        raise InputError(
-            f"{data.name} has several labels per image; the search counts and filters by one, so take a set with one"
-        )
     splits = SPLITS if split == "all" else (split,)
     return {
         "images": np.concatenate([channels_last(data.images[s]) for s in splits]),
@@ -44,7 +132,7 @@ def case_name(dataset, split, position):
     return f"{dataset}/{split}/{position:05d}"
 
 
-def file_cases(patterns, labels, limit, label_names):
+def file_cases(patterns, labels, limit, label_names=()):
     """--images and --labels -> cases whose "images" are paths; labels are numbered on from `label_names`."""
     paths = [p.resolve() for p in find_images(patterns)][:limit]
     rows = read_labels(labels) if labels else {}

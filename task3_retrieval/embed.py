@@ -32,7 +32,7 @@ import torchvision
 from torch import nn
 
 from shared.runtime import InputError, load_checkpoint, read_json
-from task1_classification.model import build_model, find_classifier, load_classifier, normalise
+from task1_classification.model import build_model, digest, find_classifier, load_classifier, normalise
 
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 EMBEDDING_KIND = "task3_embedding"  # "kind" of the checkpoints of task3_retrieval/train.py
@@ -207,13 +207,13 @@ def embedder_like(facts, cnn_weights=None, device="cpu", batch_size=256):
 
 def load_pixels(size, channels, common):
     settings = {"image_size": size, "channels": channels, "recipe": "pixels / 255, minus the mean of each image"}
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    recipe = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
     def vectors(images):
         x = images.flatten(1).float() / 255
         return x - x.mean(1, keepdim=True)
 
-    return Embedder("pixels", channels * size * size, digest, settings, None, None, vectors, **common, title="pixels")
+    return Embedder("pixels", channels * size * size, recipe, settings, None, None, vectors, **common, title="pixels")
 
 
 class Embedding(nn.Module):
@@ -248,7 +248,7 @@ def load_cnn(path, image_size, common):
         raise InputError(
             f"{path} was trained at {size} px, not {image_size}; leave the size out, or give other --cnn-weights"
         )
-    digest = digest_of(network.model, network.head)
+    sha256 = digest(network.state_dict())
     network.to(common["device"], memory_format=torch.channels_last).eval()
 
     def vectors(images):
@@ -257,7 +257,7 @@ def load_cnn(path, image_size, common):
     settings = {key: facts[key] for key in ("image_size", "channels", "architecture", "stem", "normalisation")}
     settings |= {"projection": network.widths}
     trained_on = facts["dataset"]["name"]
-    return Embedder("cnn", network.dim, digest, settings, str(path), trained_on, vectors, **common, title=title)
+    return Embedder("cnn", network.dim, sha256, settings, str(path), trained_on, vectors, **common, title=title)
 
 
 def read_embedding(state, path):
@@ -270,21 +270,21 @@ def read_embedding(state, path):
             " python task3_retrieval/train.py"
         )
     settings, head = state["settings"], state["head"]
+    if state.get("weights_sha256") != digest(state["model"] | head):
+        raise InputError(f"the weights in {path} are not those that were saved (another SHA-256); train it again")
     try:
         weights = sorted((k for k in head if k.endswith(".weight")), key=lambda k: int(k.split(".")[0]))
         model = build_model(settings["architecture"], 1, settings["channels"], settings["image_size"], settings["stem"])
         network = Embedding(model, [head[k].shape[0] for k in weights])
         network.model.load_state_dict({k: v for k, v in state["model"].items() if not k.startswith("fc.")})
         network.head.load_state_dict(head)
-        mean, std = (torch.tensor(settings["normalisation"][k], dtype=torch.float32) for k in ("mean", "std"))
-        name = settings["dataset"]["name"]
+        mean, std = (torch.tensor(settings["normalisation"][k]).expand(settings["channels"]) for k in ("mean", "std"))
+        usable = all(v.isfinite().all() for v in (mean, std, *network.state_dict().values())) and (std > 0).all()
+        usable = usable and isinstance(settings["dataset"]["name"], str)
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
         raise InputError(f"the weights in {path} do not fit the network that it says it holds") from error
-    numbers = [mean, std, *network.state_dict().values()]
-    if not all(v.isfinite().all() for v in numbers) or not (std > 0).all() or not isinstance(name, str):
+    if not usable:
         raise InputError(f"{path} is damaged: a weight or a setting of it is no usable number; train it again")
-    if len(mean) != settings["channels"] or len(std) != settings["channels"]:
-        raise InputError(f"{path} is damaged: its normalisation is not that of {settings['channels']} channels")
     return network, settings
 
 
@@ -330,7 +330,7 @@ def load_torchvision(backbone, name, image_size, common):
             " another size, or leave it out for 224"
         ) from error
     url = weights and weights.url
-    return Embedder(backbone, dim, digest_of(model), settings, url, None, vectors, **common, title=backbone)
+    return Embedder(backbone, dim, digest(model.state_dict()), settings, url, None, vectors, **common, title=backbone)
 
 
 def load_transformer(backbone, common):
@@ -399,19 +399,11 @@ def load_transformer(backbone, common):
         "normalisation": {"mean": list(processing.image_mean), "std": list(processing.image_std)},
     }
     dim = model_width(vectors, 3, 56, device)
-    return Embedder(backbone, dim, digest_of(model), settings, str(source), None, vectors, **common, title=backbone)
+    return Embedder(
+        backbone, dim, digest(model.state_dict()), settings, str(source), None, vectors, **common, title=backbone
+    )
 
 
 @torch.inference_mode()
 def model_width(vectors, channels, side, device):
     return vectors(torch.zeros(1, channels, side, side, dtype=torch.uint8, device=device)).shape[1]
-
-
-def digest_of(*modules):
-    """sha256 of names and values of all weights and buffers, in the order of their names."""
-    sha256 = hashlib.sha256()
-    for i, module in enumerate(modules):
-        for name, value in sorted(module.state_dict().items()):
-            sha256.update(f"{i}.{name}".encode())
-            sha256.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return sha256.hexdigest()

@@ -11,9 +11,9 @@ A query that is itself in the index is not among its own neighbours. The warning
 the 10th neighbour is above what 95 % of the gallery's own images have, each without itself; filters do not matter. It
 is a coarse check, and 5 % of ordinary images are meant to get it: a network may put a picture of something else close
 to a class (README). Writes to the run folder: neighbours.csv, predictions.csv (vote, classifier, warning), errors.csv
-with what could not be used, figures/gallery_*.png, page.html, metrics.json. Figures and page show the films of the
-gallery: treat them like the films. For research and teaching only: this is not a medical device, and no output of it is
-medical advice.
+with what could not be used, figures/query_*.png, page.html (all of them in one file), metrics.json. Figures and page
+show the films of the gallery: treat them like the films. For research and teaching only: this is not a medical device,
+and no output of it is medical advice.
 """
 
 import os
@@ -29,18 +29,21 @@ import numpy as np
 import torch
 
 from shared.data.image_sets import SPLITS, load_phantom
-from shared.data.images import find_images
+from shared.data.images import find_images, printable
+from shared.report import Report, number
+from shared.runtime import InputError, atomic_file, bounded, open_run_dir, pick_device, positive_int, run_facts, script
+from shared.runtime import script_parser, write_csv, write_json
+from task3_retrieval.cases import DRY_RUN, case_name, choose_classifier, classifier_answers, dataset_cases, index_of
+from task3_retrieval.cases import read_files
+from task3_retrieval.embed import channels_first, channels_last, embedder_like, find_cnn, fit_images, load_embedder
+from task3_retrieval.embed import preferred_run
+from task3_retrieval.figures import PER_LINE, draw_cases
+from task3_retrieval.gallery import Pictures, file_picture, grey_tile, heat_maps, short, to_rgb
+from task3_retrieval.index import UNKNOWN, CaseIndex, find_index
 from task3_retrieval.metrics import knn_vote
-from shared.runtime import InputError, load_checkpoint, newest_run, open_run_dir, pick_device, positive_int, run_facts
-from shared.runtime import script, script_parser, write_csv, write_json
-from task1_classification.explain import GradCAM
-from task1_classification.model import KEYS, find_classifier, load_classifier, predict_logits, to_probabilities
-from task3_retrieval.build_index import DRY_RUN, case_name, channels_last, read_files
-from task3_retrieval.embed import channels_first, embedder_like, fit_images
-from task3_retrieval.gallery import PAGE, Pictures, draw_gallery, file_picture, grey_tile, heat_maps, to_rgb, write_page
-from task3_retrieval.index import BACKENDS, UNKNOWN, CaseIndex, find_index
 
 TASK = "task3_retrieval"
+MOST_DRAWN = 4 * PER_LINE  # neighbours of one picture; the tables hold all
 
 
 def parse_args(argv=None):
@@ -55,12 +58,10 @@ def parse_args(argv=None):
     g.add_argument("--data-dir", metavar="DIR", default=os.environ.get("MEDVLM_DATA") or "data",
         help="folder with the data files; $MEDVLM_DATA, else data (%(default)s)")
     g = parser.add_argument_group("search")
-    g.add_argument("--index", metavar="DIR", help="folder of an index (default: the newest run of build_index.py)")
+    g.add_argument("--index", metavar="DIR", help="folder of an index (default: the newest full run of build_index.py)")
     g.add_argument("-k", type=positive_int, default=5, help="neighbours per query (%(default)s)")
     g.add_argument("--only-label", nargs="+", metavar="LABEL", help="search among images with these labels")
     g.add_argument("--only-split", nargs="+", metavar="SPLIT", help="search among images of these splits")
-    g.add_argument("--backend", default="auto", choices=BACKENDS,
-        help="auto: faiss where it is installed (%(default)s)")
     g.add_argument("--warn-at", default="0.95", choices=["0.95", "0.99"],
         help="share of the gallery that the warning spares (%(default)s)")
     g.add_argument("--batch-size", type=positive_int, default=256,
@@ -73,9 +74,7 @@ def parse_args(argv=None):
     g = parser.add_argument_group("output")
     g.add_argument("--heatmaps", action="store_true",
         help="also show where the classifier looks (Grad-CAM), on queries and neighbours")
-    g.add_argument("--layer", default="auto",
-        help="layer of the heat maps; auto: the deepest with a map of at least 7x7 (%(default)s)")
-    g.add_argument("--show", type=positive_int, default=24, metavar="N",
+    g.add_argument("--show", type=bounded(int, 0, 200), default=24, metavar="N",
         help="queries to draw, the first N; the tables hold all (%(default)s)")
     # fmt: on
     args = parser.parse_args(argv)
@@ -91,25 +90,22 @@ def main(argv=None):
     args = parse_args(argv)
     started = time.time()
     device, _ = pick_device(args.device)
-    index_dir = find_index(choose_index(args))
-    print(f"index: {index_dir}")
-    index = CaseIndex.load(index_dir, backend=args.backend)
-    embedder = embedder_like(index.metadata["embedder"], args.cnn_weights, device, args.batch_size)
-    index.check_embedder(embedder, index_dir)
-    classifier, facts = choose_classifier(args, index, embedder, device)
-    print(
-        f"{index}; the vote is compared with"
-        f" {facts['path'] if facts else 'no classifier: there is none for these labels'}"
-    )
-    if args.heatmaps:
-        if classifier is None:
-            raise InputError(
-                "--heatmaps needs a task 1 classifier with the labels of the index: give --classifier, or leave"
-                " --heatmaps out"
-            )
-        GradCAM(
-            classifier, args.layer, facts["image_size"], facts["channels"]
-        )  # an unknown layer is refused before anything is written
+    index, index_dir, embedder = open_index(args, device)
+    phantom = any(d["phantom"] for d in index.metadata["datasets"].values())
+    print(f"index: {index_dir} ({index}; {embedder.title}){'; PHANTOM images, drawn by this project' * phantom}")
+
+    def fits(facts):
+        return facts["label_names"] == index.label_names
+
+    unlike = f", the index has {', '.join(index.label_names)}; leave --classifier out"
+    own = embedder.weights if embedder.name == "cnn" else None
+    classifier, facts = choose_classifier(args.classifier, fits, unlike, device, own)
+    print(f"the vote is compared with {facts['path'] if facts else 'no classifier: there is none for these labels'}")
+    if args.heatmaps and classifier is None:
+        raise InputError(
+            "--heatmaps needs a task 1 classifier with the labels of the index: give --classifier, or leave --heatmaps"
+            " out"
+        )
     where = {f: v for f, v in (("label", args.only_label), ("split", args.only_split)) if v} or None
 
     pictures = Pictures(index, args.data_dir)
@@ -122,55 +118,33 @@ def main(argv=None):
     distances, ids = index.search(vectors, args.k, exclude=itself, where=where)
     search_ms = 1000 * (time.perf_counter() - search_started) / len(queries)
     far, limit = distance_to_gallery(index, vectors, itself, args.warn_at)
-
-    rows = index.rows_of(ids)  # (Q, k)
-    called = classifier_calls(classifier, facts, queries, device, args.batch_size) if classifier is not None else None
-    with np.errstate(invalid="ignore"):  # no share where no neighbour has a label
-        votes, shares = knn_vote(
-            rows, np.full(len(rows), args.k), -index.far(distances), index.labels, len(index.label_names), args.k
+    called = None
+    if classifier is not None:
+        sizes = facts["image_size"], facts["channels"]
+        images = torch.cat([fit_images(channels_first(q["image"][None]), *sizes) for q in queries])
+        answers, probabilities = classifier_answers(classifier, facts, images, device, torch.float32, args.batch_size)
+        # of a binary set the probability is that of the second class, as task 1 has it
+        of = np.ones_like(answers) if facts["task"] == "binary-class" else answers
+        names = np.array(facts["label_names"], dtype=object)
+        called = list(zip(names[answers], probabilities.tolist(), names[of], strict=True))
+    cases = [
+        query | {"row": row, "found": found}
+        for query, row, found in zip(
+            queries,
+            predictions_of(index, queries, index.rows_of(ids), distances, called, far, limit),
+            neighbours_of(index, queries, index.rows_of(ids), distances),
+            strict=True,
         )
-    cases = []  # what is known of each query: a row of predictions.csv, its rows of neighbours.csv, its picture
-    for i, query in enumerate(queries):
-        known = (index.labels[rows[i]] != UNKNOWN).any()
-        row = {
-            "query": query["name"],
-            "label": query["label"],
-            "vote": index.label_names[votes[i]] if known else "",
-            "vote_share": round(float(shares[i, votes[i]]), 4) if known else "",
-        }
-        if called is not None:
-            row |= {
-                "classifier": called[i][0],
-                "classifier_probability": round(called[i][1], 4),
-                "agree": row["vote"] == called[i][0],
-            }
-        if limit is not None:
-            row |= {
-                "distance_to_kth": round(float(far[i]), 6),
-                "limit": round(limit, 6),
-                "unlike_gallery": bool(far[i] > limit),
-            }
-        found = [
-            {
-                "query": query["name"],
-                "rank": rank,
-                "id": int(index.ids[r]),
-                "name": index.names[r],
-                "split": index.splits[r],
-                "label": index.label_of(r),
-                unit_of(index): float(d),
-            }
-            for rank, (r, d) in enumerate(zip(rows[i], distances[i], strict=True), 1)
-        ]
-        cases.append({"row": row, "found": found, "picture": query["picture"]})
+    ]
 
     run_dir = open_run_dir(args, TASK, "infer")
-    predictions = [c["row"] for c in cases]
+    predictions = [case["row"] for case in cases]
     write_csv(run_dir / "predictions.csv", predictions)
-    write_csv(run_dir / "neighbours.csv", [n for c in cases for n in c["found"]])
+    write_csv(run_dir / "neighbours.csv", [n for case in cases for n in case["found"]])
     if errors:
         write_csv(run_dir / "errors.csv", errors)
-    missing = show(args, run_dir, index, cases, pictures, classifier, facts, device)
+    shown = find_pictures(cases[: args.show], pictures)
+    missing = sum(tile["missing"] for case in shown for tile in case["found"])
     write_json(
         run_dir / "metrics.json",
         {
@@ -185,9 +159,9 @@ def main(argv=None):
             "index": str(index_dir),
             "index_kind": index.kind,
             "metric": index.metric,
-            "backend": index.backend,
             "gallery": len(index),
             "dataset": index.metadata["datasets"],
+            "phantom": phantom,
             "model": embedder.facts(),
             "classifier": facts and facts["path"],
             "search_ms_per_query": round(search_ms, 4),
@@ -198,49 +172,44 @@ def main(argv=None):
         print(f"  {row['query']}: {'; '.join(verdict(row))}")
     if len(predictions) > 20:
         print(f"  ... and {len(predictions) - 20} more")
+    if shown:
+        write_page(args, run_dir, index, shown, len(cases), missing, (classifier, facts, device), phantom)
     print(
-        f"{len(cases)} queries, {len(errors)} skipped, {args.k} neighbours each; results in {run_dir} (page.html opens"
-        " in any browser)"
+        f"{len(cases)} queries, {len(errors)} skipped, {args.k} neighbours each; results in {run_dir}"
+        f"{' (page.html opens in any browser)' if shown else ''}"
     )
 
 
-def choose_index(args):
-    if args.index:
-        return args.index
-    if args.dry_run:
-        from task3_retrieval.build_index import main as build
+# -------------------------------------------------------------------------------------------- the index, the classifier
 
-        build(["--dry-run"])
-        return Path("outputs") / TASK / "build_index" / "dry-run"
-    run = newest_run(TASK, "build_index", "index/manifest.json")
-    if run is None:
+
+def open_index(args, device):
+    """--index -> (CaseIndex, its folder, the Embedder it was built with). A dry run builds one in memory."""
+    if args.dry_run and not args.index:
+        data = load_phantom(28, DRY_RUN)
+        embedder, cases = load_embedder("pixels", data=data, device=device), dataset_cases(data, "train")
+        return index_of(embedder(cases["images"]), cases, embedder), "made for this dry run", embedder
+    place, full = (args.index, True) if args.index else preferred_run("build_index", "index/manifest.json")
+    if place is None:
         raise InputError(
             "there is no index here; build one with python task3_retrieval/build_index.py, or give --index"
         )
-    return run
+    if not full:
+        print("there is no index of a full run on real images: this one is limited, or of the phantom")
+    folder = find_index(place)
+    index = CaseIndex.load(folder)
+    made = index.metadata.get("embedder")
+    if made is None:
+        raise InputError(f"{folder} does not say what its vectors were made with; build it again")
+    embedder = embedder_like(made, args.cnn_weights, device, args.batch_size)
+    index.check_embedder(embedder, folder)
+    run, _ = preferred_run("train", "best.pt", embedder.trained_on)
+    if embedder.title == "task 1 features" and run and find_cnn(embedder.trained_on)[0] == run / "best.pt":
+        print(f"this index holds task 1's features; build_index.py would now take the trained embedding {run}")
+    return index, folder, embedder
 
 
-def choose_classifier(args, index, embedder, device):
-    """
-    --classifier, else the CNN of the index where it is a whole classifier, else the one at its usual place if it knows
-    the labels.
-    """
-    path = args.classifier
-    if path is None:
-        own = embedder.weights if embedder.name == "cnn" else None
-        candidates = [p for p in (own, find_classifier()) if p is not None]
-        path = next((p for p in candidates if all(k in load_checkpoint(p) for k in KEYS)), None)
-    if path is None:
-        return None, None
-    model, facts = load_classifier(path, device)
-    if facts["label_names"] != index.label_names:
-        if args.classifier:
-            raise InputError(
-                f"{path} answers {', '.join(facts['label_names'])}, the index has {', '.join(index.label_names)}; leave"
-                " --classifier out"
-            )
-        return None, None
-    return model, facts | {"path": str(path)}
+# ---------------------------------------------------------------------------------------------------------- the queries
 
 
 def read_queries(args, index, embedder, pictures):
@@ -250,41 +219,25 @@ def read_queries(args, index, embedder, pictures):
     if numbers:
         if not index.metadata["datasets"]:
             raise InputError("--query-index: the index was built from files, not from a data set; name files instead")
-        name = next(iter(index.metadata["datasets"]))
+        name, split = next(iter(index.metadata["datasets"])), args.query_split
         data = pictures.dataset(name)
-        images, labels = data.images[args.query_split], data.labels[args.query_split]
+        images, labels = data.images[split], data.labels[split]
         for n in numbers:
-            case = case_name(name, args.query_split, n)
+            case = case_name(name, split, n)
             if not 0 <= n < len(images):
-                errors.append(
-                    {
-                        "path": case,
-                        "error": f"the {args.query_split} split of {name} has the images 0 to {len(images) - 1}",
-                    }
-                )
+                sentence = f"the {split} split of {name} has the images 0 to {len(images) - 1}"
+                errors.append({"path": case, "error": sentence})
                 continue
-            queries.append(
-                {
-                    "name": case,
-                    "label": data.label_names[int(labels[n])],
-                    "picture": images[n],
-                    "image": channels_last(images[n][None])[0],
-                }
-            )
+            label, image = data.label_names[int(labels[n])], channels_last(images[n][None])[0]
+            queries.append({"name": case, "label": label, "picture": images[n], "image": image})
     for path in find_images(args.query)[: args.limit] if args.query else []:
         images, read, bad = read_files([path], embedder)
         errors += bad
         if read:
             name = str(path.resolve())
             known = index.rows_of(index.ids_of([name]))[0]
-            queries.append(
-                {
-                    "name": name,
-                    "label": index.label_of(known) if known >= 0 and index.labels[known] != UNKNOWN else "",
-                    "picture": file_picture(path),
-                    "image": images[0],
-                }
-            )
+            label = index.label_of(known) if known >= 0 and index.labels[known] != UNKNOWN else ""
+            queries.append({"name": name, "label": label, "picture": file_picture(path), "image": images[0]})
     if not queries:
         raise InputError(f"none of the {len(errors)} queries could be used; {errors[0]['path']}: {errors[0]['error']}")
     for error in errors:
@@ -305,6 +258,9 @@ def embed_queries(embedder, queries):
     return vectors
 
 
+# ---------------------------------------------------------------------------------------------------------- the answers
+
+
 def distance_to_gallery(index, vectors, itself, quantile):
     """
     -> (distance of each query to its k-th neighbour, limit), or (None, None) for a gallery too small to have a limit.
@@ -316,20 +272,36 @@ def distance_to_gallery(index, vectors, itself, quantile):
     return index.far(distances[:, -1]), typical["distance"][quantile]
 
 
-def classifier_calls(classifier, facts, queries, device, batch_size):
-    """-> (name of the called class, its probability) per query."""
-    images = torch.cat(
-        [fit_images(channels_first(q["image"][None]), facts["image_size"], facts["channels"]) for q in queries]
-    )
-    p = to_probabilities(
-        predict_logits(classifier, images, facts["normalisation"], device, batch_size=batch_size),
-        facts["task"],
-        facts["temperature"],
-    ).numpy()
-    names = facts["label_names"]
-    if facts["task"] == "binary-class":
-        return [(names[int(x > facts["threshold"])], float(x if x > facts["threshold"] else 1 - x)) for x in p]
-    return [(names[int(x.argmax())], float(x.max())) for x in p]
+def predictions_of(index, queries, rows, distances, called, far, limit):
+    """Rows of predictions.csv. rows, distances (Q, k); called: (class, probability, whose) of each query, or None."""
+    k = rows.shape[1]
+    with np.errstate(invalid="ignore"):  # no share where no neighbour has a label
+        votes, shares = knn_vote(
+            rows, np.full(len(rows), k), -index.far(distances), index.labels, len(index.label_names), k
+        )
+    for i, query in enumerate(queries):
+        known = (index.labels[rows[i]] != UNKNOWN).any()
+        vote = index.label_names[votes[i]] if known else ""
+        share = round(float(shares[i, votes[i]]), 4) if known else ""
+        row = {"query": printable(query["name"]), "label": query["label"], "vote": vote, "vote_share": share}
+        if called is not None:
+            name, probability, of = called[i]
+            row |= {"classifier": name, "classifier_probability": round(probability, 4), "probability_of": of}
+            row["agree"] = vote == name
+        if limit is not None:
+            row |= {"distance_to_kth": round(float(far[i]), 6), "limit": round(limit, 6)}
+            row["unlike_gallery"] = bool(far[i] > limit)
+        yield row
+
+
+def neighbours_of(index, queries, rows, distances):
+    """Rows of neighbours.csv, one list per query."""
+    for query, found, away in zip(queries, rows, distances, strict=True):
+        yield [
+            {"query": printable(query["name"]), "rank": rank, "id": int(index.ids[r]), "name": index.names[r]}
+            | {"split": index.splits[r], "label": index.label_of(r), unit_of(index): float(d)}
+            for rank, (r, d) in enumerate(zip(found, away, strict=True), 1)
+        ]
 
 
 def unit_of(index):
@@ -340,67 +312,70 @@ def verdict(row):
     """A row of predictions.csv in words."""
     lines = [f"neighbours: {row['vote']} ({row['vote_share']:.0%})" if row["vote"] else "no labelled neighbour"]
     if "classifier" in row:
-        lines.append(
-            f"classifier: {row['classifier']} ({row['classifier_probability']:.2f}),"
-            f" {'agrees' if row['agree'] else 'DISAGREES'}"
-        )
+        probability = f"probability of {row['probability_of']} {number(row['classifier_probability'])}"
+        lines.append(f"classifier: {row['classifier']} ({probability}), {'agrees' if row['agree'] else 'DISAGREES'}")
     if row.get("unlike_gallery"):
         lines.append(f"WARNING: unlike the gallery ({row['distance_to_kth']:.3g}, limit {row['limit']:.3g})")
     return lines
 
 
-def show(args, run_dir, index, cases, pictures, classifier, facts, device):
-    """Figures and page of the first --show queries; returns how many pictures of the gallery could not be found."""
-    unit, missing, drawn = unit_of(index), {}, []
-    for case in cases[: args.show]:
-        row = case["row"]
-        drawn.append(
-            {
-                "name": row["query"],
-                "label": row["label"],
-                "picture": case["picture"],
-                "verdict": verdict(row),
-                "warn": row.get("unlike_gallery", False),
-                "neighbours": [],
-            }
-        )
-        for n in case["found"]:
+# ------------------------------------------------------------------------------------------------------------- the page
+
+
+def find_pictures(cases, pictures):
+    """The cases to be shown, each neighbour that is drawn with its picture; a grey square where that is gone."""
+    shown, missing = [], {}
+    for case in cases:
+        tiles = []
+        for tile in case["found"][:MOST_DRAWN]:
             try:
-                picture = pictures(n["name"])
+                picture = pictures(tile["name"])
             except InputError as error:
-                missing.setdefault(n["name"], str(error))
+                missing.setdefault(tile["name"], str(error))
                 picture = grey_tile()
-            drawn[-1]["neighbours"].append(n | {"distance": n[unit], "picture": picture})
+            tiles.append(tile | {"picture": picture, "missing": tile["name"] in missing})
+        shown.append(case | {"found": tiles})
     for name, error in list(missing.items())[:1]:
         print(f"  {len(missing)} pictures of the gallery could not be found; {name}: {error}", file=sys.stderr)
-    tiles = [tile for case in drawn for tile in (case, *case["neighbours"])]
-    heat = (
-        heat_maps(classifier, facts, [t["picture"] for t in tiles], args.layer, device)
-        if args.heatmaps
-        else [None] * len(tiles)
-    )
-    for tile, h in zip(tiles, heat, strict=True):
-        tile["heat"], tile["picture"] = h, to_rgb(tile["picture"])
-    phantom = any(d["phantom"] for d in index.metadata["datasets"].values())
+    return shown
+
+
+def write_page(args, run_dir, index, cases, num_cases, missing, explained_by, phantom):
+    """A figure per query, and page.html with all of them. explained_by: (classifier, facts, device) of heat maps."""
+    unit, facts = unit_of(index), index.metadata["embedder"]
     title = (
-        f"{'PHANTOM images, ' if phantom else ''}the {args.k} most similar of {len(index)}"
-        f" ({', '.join(index.metadata['datasets']) or 'files'}), {index.metadata['embedder']['backbone']},"
-        f" {index.metric}"
+        f"The {args.k} most similar of {len(index)} ({', '.join(index.metadata['datasets']) or 'files'}),"
+        f" {facts['backbone']}, {index.metric}"
     )
-    for page, start in enumerate(range(0, len(drawn), PAGE), 1):
-        draw_gallery(
-            run_dir / "figures" / f"gallery_{page:02d}.png", drawn[start : start + PAGE], index.label_names, title, unit
-        )
-    notes = [
-        "Research and teaching only: not a medical device. The page holds pictures of the gallery: share it only where"
-        " the images may be shared."
-    ]
-    if len(cases) > len(drawn):
-        notes.append(f"The first {len(drawn)} of {len(cases)} queries (--show); all are in neighbours.csv.")
+    page = Report(title, phantom)
+    page.text("The page holds pictures of the gallery: share it only where the images may be shared.")
+    if num_cases > len(cases):
+        page.text(f"The first {len(cases)} of {num_cases} queries (--show); all are in neighbours.csv.")
+    if args.k > MOST_DRAWN:
+        page.text(f"The nearest {MOST_DRAWN} of {args.k} neighbours are drawn; all are in neighbours.csv.")
     if missing:
-        notes.append(f"{len(missing)} pictures of the gallery could not be found; a grey square stands for them.")
-    write_page(run_dir / "page.html", drawn, index.label_names, title, unit, notes)
-    return len(missing)
+        page.text(f"{missing} pictures of the gallery could not be found; a grey square stands for them.")
+    for number_of_case, case in enumerate(cases, 1):
+        row, tiles = case["row"], case["found"]
+        found = [case["picture"], *(tile["picture"] for tile in tiles)]
+        heat = heat_maps(*explained_by[:2], found, explained_by[2]) if args.heatmaps else [None] * len(found)
+        words = [f"query {short(row['query'])}\n{case['label'] or 'label not known'}"]
+        words += [f"{tile['rank']}: {tile['label']}\n{unit} {tile[unit]:#.3g}" for tile in tiles]
+        labels = [case["label"], *(tile["label"] for tile in tiles)]
+        query, *neighbours = (
+            {"picture": to_rgb(p), "heat": h, "label": label, "text": text}
+            for p, h, label, text in zip(found, heat, labels, words, strict=True)
+        )
+        path = run_dir / "figures" / f"query_{number_of_case:02d}.png"
+        above = f"{short(row['query'])}: {'; '.join(verdict(row))}"
+        draw_cases(path, [query | {"neighbours": neighbours}], index.label_names, above, phantom)
+        page.heading(short(row["query"], 60))
+        page.text("; ".join(f"**{line}**" if line.startswith("WARNING") else line for line in verdict(row)))
+        page.figure(path, f"The query, then its neighbours by {unit}; the frames repeat the labels as colours.")
+        header = ["rank", "id", "name", "split", "label", unit]
+        page.table(header, [[short(str(tile[c])) if c == "name" else tile[c] for c in header] for tile in tiles])
+    with atomic_file(run_dir / "page.html", "w") as file:
+        file.write(page.html())
 
 
 if __name__ == "__main__":

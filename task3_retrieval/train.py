@@ -36,7 +36,7 @@ from shared.runtime import InputError, add_resume, free_gpu, is_main_process, op
 from shared.runtime import positive_int, run_facts, save_checkpoint, script, script_parser, seed_everything
 from shared.runtime import start_distributed, write_json, write_jsonl
 from shared.training import GuardedStep, StopSignal, learning_rate, load_state, moving_average, save_state, settings_of
-from task1_classification.model import build_model, choose_stem, find_classifier, load_classifier, normalise
+from task1_classification.model import build_model, choose_stem, digest, find_classifier, load_classifier, normalise
 from task1_classification.model import predict_logits
 from task3_retrieval.embed import EMBEDDING_KIND, EMBEDDING_SETTINGS, Embedding
 from task3_retrieval.metrics import class_means, content_codes, retrieval_values
@@ -131,11 +131,8 @@ def weighted_mean(losses, labels, class_weights):
 
 
 def embed(network, images, normalisation, device, dtype):
-    """images uint8 or float 0..1 (N, C, H, W) -> float32 (N, D) of unit length, on the CPU."""
-    vectors = predict_logits(network, images, normalisation, device, dtype)
-    if not vectors.isfinite().all():
-        raise InputError("the network gives NaN or infinite numbers: lower --lr, or use --dtype float32")
-    return F.normalize(vectors, dim=1).numpy()
+    """images uint8 or float 0..1 (N, C, H, W) -> float32 (N, D) of unit length, on the CPU. InputError for NaN."""
+    return F.normalize(predict_logits(network, images, normalisation, device, dtype), dim=1).numpy()
 
 
 def judge(network, data, copies, copied, normalisation, device, dtype):
@@ -282,12 +279,11 @@ def rank_of(row):
 
 
 def print_epoch(row, epochs, is_best):
-    numbers = ((name, number(row[f"val_{key}"], 4)) for name, key in (("mAP", "map"), ("P@5", "p5")))
-    shifted = ((name, number(row[f"val_{key}_shifted"], 4)) for name, key in (("mAP", "map"), ("P@5", "p5")))
+    names = {"val_map": "mAP", "val_p5": "P@5", "val_map_shifted": "shifted mAP", "val_p5_shifted": "P@5"}
+    numbers = " ".join(f"{name} {number(row[key], 4)}" for key, name in names.items())
+    loss, mark = number(row["train_loss"], 4), "  *" if is_best else ""
     print(
-        f"epoch {row['epoch']:3d}/{epochs}  loss {number(row['train_loss'], 4)}  validation macro"
-        f" {' '.join(f'{n} {v}' for n, v in numbers)}  shifted {' '.join(f'{n} {v}' for n, v in shifted)} "
-        f" {row['seconds']:.1f} s{'  *' if is_best else ''}",
+        f"epoch {row['epoch']:3d}/{epochs}  loss {loss}  validation macro {numbers}  {row['seconds']:.1f} s{mark}",
         flush=True,
     )
 
@@ -310,17 +306,8 @@ def starting_point(args):
     """--cnn-weights -> (classifier, its facts, path). A dry run without weights starts from a random network."""
     path = Path(args.cnn_weights) if args.cnn_weights else None if args.dry_run else find_classifier()
     if path is None and args.dry_run:
-        classifier, facts = (
-            build_model(),
-            {
-                "architecture": "resnet18",
-                "stem": choose_stem("auto", 28),
-                "channels": 1,
-                "image_size": 28,
-                "normalisation": {"mean": [0.5], "std": [0.25]},
-                "dataset": {"name": "phantom"},
-            },
-        )
+        classifier, facts = build_model(), dict(architecture="resnet18", stem=choose_stem("auto", 28), channels=1)
+        facts |= dict(image_size=28, normalisation={"mean": [0.5], "std": [0.25]}, dataset={"name": "phantom"})
     elif path is None:
         raise InputError(
             "there are no task 1 weights at models/task1_model.pth or ./task1_model.pth; train them with python"
@@ -329,8 +316,7 @@ def starting_point(args):
     else:
         path = path / "best.pt" if path.is_dir() else path
         classifier, facts = load_classifier(path)
-    # enough to notice another classifier on --resume
-    facts["start"] = float(sum(p.detach().double().sum() for p in classifier.parameters()))
+    facts["start"] = digest(classifier.state_dict())  # to notice another classifier on --resume
     if is_main_process():
         print(
             f"starting from {path or 'a random network'}: {facts['architecture']}, {facts['image_size']} px, trained on"
@@ -395,6 +381,7 @@ def main(argv=None):
     settings = {k: facts[k] for k in EMBEDDING_SETTINGS if k != "dataset"}
     settings |= {"label_names": data.label_names, "task": data.task, "dataset": data.facts()}
     embedding = {"kind": EMBEDDING_KIND, "model": best["model"], "head": best["head"], "validation": best["row"]}
+    embedding["weights_sha256"] = digest(best["model"] | best["head"])
     save_checkpoint(run_dir / "best.pt", embedding | about | {"settings": settings})
     title = f"{data.name} {data.size} px, {args.loss}, seed {args.seed}: validation searches training"
     copies = "validation and its shifted copies"

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from benchmarks.retrieval import main as benchmark
+from task1_classification.model import digest
 from task3_retrieval.build_index import main
 from task3_retrieval.index import CaseIndex
 
@@ -154,6 +155,7 @@ def test_updating_with_other_weights_changes_nothing(tiny_run, refused):
     build("--data", "phantom", "--split", "val", "--cnn-weights", tiny_run.checkpoint)
     state = load_checkpoint(tiny_run.checkpoint)
     state["state_dict"]["conv1.weight"] += 0.01
+    state["weights_sha256"] = digest(state["state_dict"])
     save_checkpoint("other.pt", state)
     before = Path("built/index/manifest.json").read_bytes()
     assert "the queries are embedded with cnn other.pt" in refused(

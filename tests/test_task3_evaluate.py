@@ -13,13 +13,15 @@ import pytest
 import torch
 import torchvision
 
+import task3_retrieval.checks as checks
 import task3_retrieval.evaluate as evaluate_script
 from conftest import SmallNet
 from shared.data import image_sets
 from task3_retrieval.metrics import content_codes
 from task1_classification.train import main as train_classifier
 from task3_retrieval.embed import load_embedder
-from task3_retrieval.evaluate import explanation_checks, failures, foreign_images, main, prepare, search, similarities
+from task3_retrieval.checks import explanation_checks, failures, foreign_images, prepare, search, similarities
+from task3_retrieval.evaluate import main
 from task3_retrieval.index import CaseIndex
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -133,13 +135,7 @@ def test_numbers_equal_a_recomputation_and_the_index(there):
     embed = load_embedder("cnn", "task1", data)
     vectors = {s: embed(data.images[s][:, 0].numpy()) for s in ("train", "test")}
     index = CaseIndex(
-        vectors["train"],
-        np.arange(64),
-        gallery,
-        [str(i) for i in range(64)],
-        ["train"] * 64,
-        metric="cosine",
-        backend="torch",
+        vectors["train"], np.arange(64), gallery, [str(i) for i in range(64)], ["train"] * 64, metric="cosine"
     )
     similarity, ids = index.search(vectors["test"], 64)
     right = gallery[ids] == y[:, None]
@@ -219,7 +215,7 @@ def test_blocks_and_equal_images(monkeypatch):
     whole = {
         m: search(queries, gallery, m, y, labels, 2, (np.arange(11) + 100, np.arange(90)), 5) for m in ("cosine", "l2")
     }
-    monkeypatch.setattr(evaluate_script, "BLOCK", 200)
+    monkeypatch.setattr(checks, "BLOCK", 200)
     for metric, found in whole.items():
         parts = search(queries, gallery, metric, y, labels, 2, (np.arange(11) + 100, np.arange(90)), 5)
         for key in ("first", "similarity", "called", "share", "left"):
@@ -389,8 +385,8 @@ def test_several_classes(small_network, write_medmnist):
 def test_dry_run(small_network):
     main(["--dry-run", "--resamples", "20"])
     metrics = read("outputs/task3_retrieval/evaluate/dry-run/metrics.json")
-    assert metrics["dataset"]["phantom"] and metrics["headline"] == "trained embedding"
-    assert "PHANTOM IMAGES" in Path("outputs/task3_retrieval/evaluate/dry-run/report.md").read_text()
+    assert metrics["dataset"]["phantom"] and metrics["headline"] == "pixels"
+    assert "PHANTOM" in Path("outputs/task3_retrieval/evaluate/dry-run/report.md").read_text()
     assert not Path("reports").exists()
 
 

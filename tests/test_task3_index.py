@@ -13,7 +13,7 @@ from torch import nn
 
 from shared.data.image_sets import load_phantom
 from shared.runtime import InputError, load_checkpoint, save_checkpoint
-from task1_classification.model import load_classifier, normalise
+from task1_classification.model import digest, load_classifier, normalise
 from task3_retrieval import index as index_module
 from task3_retrieval.embed import EMBEDDING_KIND, embedder_like, load_embedder
 from task3_retrieval.index import CaseIndex
@@ -395,13 +395,11 @@ def test_task3_checkpoint_with_a_projection(tiny_run, pictures):
     state = load_checkpoint(tiny_run.checkpoint)
     head = nn.Sequential(nn.Linear(512, 32), nn.ReLU(), nn.Linear(32, 8))
     settings = {k: state[k] for k in ("architecture", "stem", "channels", "image_size", "normalisation", "dataset")}
-    save_checkpoint(
-        "best.pt",
-        {"kind": EMBEDDING_KIND, "model": state["state_dict"], "head": dict(head.state_dict()), "settings": settings},
-    )
-    save_checkpoint(
-        "plain.pt", {"kind": EMBEDDING_KIND, "model": state["state_dict"], "head": {}, "settings": settings}
-    )
+    plain = {"kind": EMBEDDING_KIND, "model": state["state_dict"], "head": {}, "settings": settings}
+    whole = plain | {"head": dict(head.state_dict())}
+    for name, checkpoint in (("plain.pt", plain), ("best.pt", whole)):
+        sha256 = digest(checkpoint["model"] | checkpoint["head"])
+        save_checkpoint(name, checkpoint | {"weights_sha256": sha256})
     plain, projected, task1 = (
         load_embedder("cnn", "plain.pt"),
         load_embedder("cnn", "best.pt"),
@@ -416,6 +414,34 @@ def test_task3_checkpoint_with_a_projection(tiny_run, pictures):
     save_checkpoint("lacks.pt", {"kind": EMBEDDING_KIND, "model": state["state_dict"], "head": {}, "settings": {}})
     with pytest.raises(InputError, match="lacks settings"):
         load_embedder("cnn", "lacks.pt")
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        ({"head": {"0.weight": torch.full((8, 512), torch.nan), "0.bias": torch.zeros(8)}}, "no usable number"),
+        ({"head": {"0.weight": torch.zeros(8, 512)}}, "do not fit"),
+        ({"head": {"a.weight": torch.zeros(8, 512), "a.bias": torch.zeros(8)}}, "do not fit"),
+        ({"normalisation": {"mean": [0.5], "std": [0.0]}}, "no usable number"),
+        ({"normalisation": {"mean": [0.5, 0.5], "std": [1.0, 1.0]}}, "do not fit"),
+        ({"normalisation": {"mean": ["a"], "std": [1.0]}}, "do not fit"),
+        ({"architecture": 5}, "do not fit"),
+        ({"architecture": "resnet50"}, "do not fit"),
+        ({"dataset": {"name": None}}, "no usable number"),
+        ({"settings": 3}, "lacks settings"),
+        ({"weights_sha256": "0"}, "not those that were saved"),
+    ],
+)
+def test_an_embedding_that_cannot_be_is_refused(tiny_run, change, sentence):
+    state = load_checkpoint(tiny_run.checkpoint)
+    settings = {k: state[k] for k in ("architecture", "stem", "channels", "image_size", "normalisation", "dataset")}
+    settings |= {k: v for k, v in change.items() if k in settings}
+    embedding = {"kind": EMBEDDING_KIND, "model": state["state_dict"], "head": {}, "settings": settings}
+    embedding |= {k: v for k, v in change.items() if k in ("head", "settings")}
+    sha256 = digest(embedding["model"] | embedding["head"])
+    save_checkpoint("best.pt", embedding | {"weights_sha256": change.get("weights_sha256", sha256)})
+    with pytest.raises(InputError, match=sentence):
+        load_embedder("cnn", "best.pt")
 
 
 def test_pixels_by_hand(pictures):

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from shared.runtime import load_checkpoint, save_checkpoint
+from task1_classification.model import digest
 from task3_retrieval.build_index import main as build
 from task3_retrieval.index import CaseIndex
 from task3_retrieval.infer import main
@@ -163,10 +164,8 @@ def test_the_classifier_gives_the_probability_of_task_1(built, tiny_run):
     predictions, _ = infer(built.train, "films")
     for row in rows_of("classified/predictions.csv"):
         mine = predictions[Path(row["path"]).name]
-        p = float(row["probability"])
-        assert mine["classifier"] == row["decision"] and float(mine["classifier_probability"]) == pytest.approx(
-            p if row["decision"] == "pneumonia" else 1 - p, abs=1e-4
-        )
+        assert mine["classifier"] == row["decision"] and mine["probability_of"] == "pneumonia"
+        assert float(mine["classifier_probability"]) == pytest.approx(float(row["probability"]), abs=1e-4)
 
 
 def test_images_unlike_the_gallery_are_marked(built, tiny_run):
@@ -201,19 +200,20 @@ def test_figures_and_page(built, tiny_run):
     Path("films/<b>&.png").write_bytes(Path("films/00.png").read_bytes())
     infer(built.train, "films", "--query-index", *range(5), "--show", 7, "-k", 3, "--heatmaps")
     figures = sorted(p.name for p in Path("found/figures").iterdir())
-    assert figures == ["gallery_01.png", "gallery_02.png"]
-    assert np.asarray(Image.open("found/figures/gallery_01.png").convert("L")).std() > 20
+    assert figures == [f"query_0{i}.png" for i in range(1, 8)]
+    assert np.asarray(Image.open("found/figures/query_01.png").convert("L")).std() > 20
     page = Path("found/page.html").read_text()
-    assert page.count("<section>") == 7 and "<b>&.png" not in page and "PHANTOM" in page and "7 of 8 queries" in page
+    assert page.count("<h2>") == 7 and "<b>&.png" not in page and "PHANTOM" in page and "7 of 8 queries" in page
     assert (
-        not re.search(r'(src|href)=(?!"data:)', page)
+        not re.search(r"(src|href)=(?!'data:)", page)
         and "<script" not in page
         and "@import" not in page
         and "url(" not in page
+        and str(Path.cwd()) not in page
     )
-    pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
-    assert len(pictures) == 7 * (1 + 3) * 2  # each with its heat map
-    assert Image.open(io.BytesIO(base64.b64decode(pictures[0]))).size == (224, 224)
+    pictures = re.findall(r"src='data:image/png;base64,([^']+)'", page)
+    assert len(pictures) == 7
+    assert Image.open(io.BytesIO(base64.b64decode(pictures[0]))).height > 400  # the heat maps are below
 
 
 def test_pictures_that_are_gone_leave_the_tables_whole(tiny_run, capsys):
@@ -236,6 +236,7 @@ def test_weights_that_changed_or_moved(built, tiny_run, refused, own_folder):
     predictions, _ = infer(built.train, "--query-index", 0, "--cnn-weights", "moved.pt")
     assert len(predictions) == 1
     state["state_dict"]["conv1.weight"] += 0.01
+    state["weights_sha256"] = digest(state["state_dict"])
     save_checkpoint("other.pt", state)
     assert "was built with cnn" in refused(
         main, ["--query-index", 0, "--index", built.train, "--cnn-weights", "other.pt"]
@@ -258,9 +259,6 @@ def test_refusals(built, tiny_run, refused, own_folder):
     )
     assert "no split 'val'; it has train" in refused(
         main, ["--query-index", 0, "--only-split", "val", "--index", built.train]
-    )
-    assert "no layer 'layer9'" in refused(
-        main, ["--query-index", 0, "--heatmaps", "--layer", "layer9", "--index", built.train]
     )
     save_films(tiny_run, 3)
     build(["--images", "films", "--backbone", "pixels", "--device", "cpu", "--out-dir", "files"])
