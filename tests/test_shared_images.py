@@ -415,7 +415,7 @@ def test_find_images(capsys):
         Path("films", name).write_text("x")
     names = ["films/a.JPG", "films/b.png", "films/deep/c.npy", "films/deep/d.dcm"]
     assert [str(p) for p in find_images(["films"])] == names
-    assert "films: 4 images, passed over 2 other files: .hidden.txt, notes.txt" in capsys.readouterr().out
+    assert "films: 4 images; passed over: 2 (.hidden.txt, notes.txt)" in capsys.readouterr().out
     some = ["films/*.png", "films/b.png", "./films/b.png", "gone.png"]
     assert [str(p) for p in find_images(some)] == ["films/b.png", "gone.png"]  # each once
     assert [str(p) for p in find_images(["films/**/*.npy"])] == ["films/deep/c.npy"]
@@ -447,13 +447,17 @@ def test_a_folder_means_its_images_no_more_and_no_less(capsys):
     index.save_as("cd/report.dcm")  # a structured report: DICOM, and no picture
     Image.fromarray(RAMP).save("cd/film", "PNG")
     Image.fromarray(RAMP).save("cd/._film.png")
+    Image.fromarray(RAMP).save("cd/film.webp")
+    for name in ("cd/.git/a.png", "cd/__MACOSX/a.png"):
+        Path(name).parent.mkdir()
+        Image.fromarray(RAMP).save(name)
     Path("cd/broken.png").write_text("x")
     Path("cd/loop.png").symlink_to("loop.png")
     Path("cd/up").symlink_to("..")
     Path("cd/README").write_text("How to read the films")
     found = [p.name for p in find_images(["cd"])]
-    assert found == ["IM000001", "IM000002", "broken.png", "film"]
-    assert "cd: 4 images, passed over 6 other files: ._film.png, DICOMDIR, README, ..." in capsys.readouterr().out
+    assert found == ["IM000001", "IM000002", "broken.png", "film", "film.webp"]
+    assert "cd: 5 images; passed over: 8 (._film.png, .git, DICOMDIR, ...)" in capsys.readouterr().out
     Path("cd", os.fsdecode(b"caf\xe9.txt")).write_text("x")
     find_images(["cd"])  # prints
 

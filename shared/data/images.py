@@ -17,7 +17,11 @@ from PIL import Image, ImageOps
 from shared.runtime import InputError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".npy", ".dcm", ".dicom")
-NPY, PNG, JPEG, TIFF = b"\x93NUMPY", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+# How files of .npy, PNG, JPEG, TIFF, GIF, WebP and JPEG 2000 begin; DICOM, also without its preamble: a first element
+# of group 2 or 8, with its type or with a length below 64 KiB.
+NPY = b"\x93NUMPY"
+PICTURE = re.compile(rb"\x93NUMPY|\x89PNG|\xff\xd8\xff|II[*+]\0|MM\0[*+]|GIF8|RIFF....WEBP|\0\0\0\x0cjP", re.DOTALL)
+DICOM = re.compile(rb".{128}DICM|[\x02\x08]\0(..[A-Z]{2}|.\0..\0\0)", re.DOTALL)
 MIN_SIDE = 16  # pixels; below that nothing of a chest film is left
 MAX_RATIO = 20  # of the longer to the shorter side; a film of a whole leg or spine has 4
 
@@ -27,8 +31,8 @@ MAX_RATIO = 20  # of the longer to the shorter side; a film of a whole leg or sp
 def find_images(patterns):
     """
     Files, folders (searched through) and glob patterns -> list of paths, each once. A path that exists is that path,
-    whatever brackets are in its name. A folder means its images: files with a usual suffix and those that begin as a
-    PNG, JPEG, TIFF, DICOM or .npy file does; how many others were passed over is printed. InputError when a pattern
+    whatever brackets are in its name. A folder means its images: files with a usual suffix, and those that begin
+    as an image file does; how many others were passed over is printed. InputError when a pattern
     matches nothing, or when there is no image at all.
     """
     found, empty = [], []
@@ -40,7 +44,7 @@ def find_images(patterns):
             here = images_below(path) if os.path.isdir(path) else [Path(path)]
             found += here
             if not here:
-                empty.append(f"there is no image in {path} (looked for {', '.join(SUFFIXES)}, and DICOM by content)")
+                empty.append(f"there is no image in {path} (looked for {', '.join(SUFFIXES)}, and into the files)")
     if empty and not found:
         raise InputError(empty[0])
     for sentence in empty:
@@ -49,37 +53,41 @@ def find_images(patterns):
 
 
 def images_below(folder):
-    """The images of a folder and the folders in it, sorted; what is passed over is printed in one line."""
-    images, others, closed = [], [], []
-    for place, folders, names in os.walk(folder, onerror=lambda error: closed.append(error.filename)):
-        others += [os.path.join(place, name) for name in folders if os.path.islink(os.path.join(place, name))]
+    """The images of a folder and of those in it, sorted; how many files were passed over is printed."""
+    images, others = [], []
+    for place, folders, names in os.walk(folder, onerror=lambda error: others.append(error.filename)):
+        skipped = [name for name in folders if name[0] == "." or name == "__MACOSX" or Path(place, name).is_symlink()]
+        folders[:] = [name for name in folders if name not in skipped]
+        others.extend(skipped)
         for name in names:
-            path = Path(place, name)
-            (images if is_image(path) else others).append(path)
-    if others or closed:
-        names = sorted(os.path.basename(path) for path in (*others, *closed))
-        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-        print(f"{folder}: {len(images)} images, passed over {len(names)} other files: {printable(shown)}")
+            (images if is_image(Path(place, name)) else others).append(Path(place, name))
+    if others:
+        names = sorted(os.path.basename(path) for path in others)
+        some = ", ".join(names[:3] + ["..."] * (len(names) > 3))
+        line = f"{folder}: {len(images)} images; passed over: {len(names)} ({some})"
+        print(os.fsencode(line).decode("utf-8", "replace"))  # names that are not UTF-8 can be opened, but not printed
     return sorted(images)
 
 
 def is_image(path):
-    """Whether a file found in a folder is taken for an image. Broken files with the suffix of one are: they get a row
-    in errors.csv. Hidden files (such as "._film.png" of macOS) and DICOM without pixels (DICOMDIR) are not."""
+    """
+    Whether a file found in a folder is taken for an image. Broken files with the suffix of one are: they get a row in
+    errors.csv. Hidden files (such as "._film.png" of macOS) and DICOM without pixels (DICOMDIR) are not.
+    """
+    usual = path.suffix.lower() in SUFFIXES
     if path.name.startswith(".") or not path.is_file():
         return False
     try:
         head = first_bytes(path)
-    except InputError:
-        return path.suffix.lower() in SUFFIXES
-    if is_dicom(head):
-        try:
-            import pydicom
+        if not DICOM.match(head):
+            return usual or PICTURE.match(head) is not None
+        import pydicom
 
-            return "Rows" in pydicom.dcmread(path, force=True, stop_before_pixels=True, specific_tags=["Rows"])
-        except Exception:  # no pydicom, or a damaged file: read_image says so
-            return path.name.upper() != "DICOMDIR"
-    return path.suffix.lower() in SUFFIXES or head.startswith((NPY, PNG, JPEG, *TIFF))
+        return "Rows" in pydicom.dcmread(path, force=True, stop_before_pixels=True, specific_tags=["Rows"])
+    except InputError:
+        return usual
+    except Exception:  # no pydicom, or a damaged file: read_image says so
+        return path.name.upper() != "DICOMDIR"
 
 
 def first_bytes(path):
@@ -97,16 +105,6 @@ def first_bytes(path):
     if not head:
         raise InputError("the file is empty")
     return head
-
-
-def is_dicom(head):
-    """DICM after the preamble; without one, an element of group 2 or 8 with its type, or of less than 64 KiB."""
-    return head[128:132] == b"DICM" or bool(re.match(rb"[\x02\x08]\0(..[A-Z]{2}|.\0..\0\0)", head, re.DOTALL))
-
-
-def printable(name):
-    """File names that are not UTF-8 can be opened, but not printed."""
-    return os.fsencode(name).decode("utf-8", "replace")
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -131,7 +129,7 @@ def read_image(source):
         head, suffix = first_bytes(source), Path(source).suffix.lower()
         if head.startswith(NPY) or suffix == ".npy":
             pixels = read_npy(source)
-        elif is_dicom(head) or suffix in (".dcm", ".dicom"):
+        elif DICOM.match(head) or suffix in (".dcm", ".dicom"):
             pixels = read_dicom(source)
         else:
             pixels = read_picture(source)
