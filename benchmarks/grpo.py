@@ -41,12 +41,13 @@ from PIL import Image
 from benchmarks.vqa_sft import Clock, memory, reset_peak
 from shared.models.loading import LORA_LAYERS, load_vlm
 from shared.runtime import InputError, positive_int, run_facts, script, seed_everything, write_json
-from vqa_sft_grpo import train_grpo
+from shared.models.passes import PartSize
+from shared.training import Weights
+from vqa_sft_grpo import rollouts, train_grpo
 from vqa_sft_grpo.grpo import group_advantages
-from vqa_sft_grpo.rows import make_rows, read_rows, write_rows
 from vqa_sft_grpo.prompting import build_prompt
 from vqa_sft_grpo.rewards import RewardSettings
-from vqa_sft_grpo.rollouts import Fits, sample
+from vqa_sft_grpo.rows import make_rows, read_rows, write_rows
 
 ROWS = ("ours", "ours, nothing shared", "ours, with V", "trl", "trl, checkpointing")
 LR = 1e-4
@@ -71,16 +72,8 @@ def parse_args(argv=None):
     parser.add_argument("--one", choices=ROWS, help=argparse.SUPPRESS)  # the process of one row
     args = parser.parse_args(argv)
     if args.small:
-        (
-            args.vocab,
-            args.prompts,
-            args.num_generations,
-            args.tokens,
-            args.image_size,
-            args.steps,
-            args.skip,
-            args.rounds,
-        ) = (2048, 2, 2, 6, 56, 2, 1, 1)
+        args.vocab, args.prompts, args.num_generations, args.tokens, args.image_size = 2048, 2, 2, 6, 56
+        args.steps, args.skip, args.rounds = 2, 1, 1
     return args
 
 
@@ -102,55 +95,31 @@ def reward_of(ids):
 
 
 def train_ours(args, rows, clock, shared_prompts, with_v):
-    settings = train_grpo.parse_args(
-        [
-            "--sft-ckpt",
-            str(args.out_dir / "model"),
-            "--num-generations",
-            str(args.num_generations),
-            "--batch-size",
-            str(args.prompts),
-            "--max-new-tokens",
-            str(args.tokens),
-            "--scale-rewards",
-            "group",
-            "--beta",
-            "0.02",
-            "--lr",
-            str(LR),
-            "--dtype",
-            "float32",
-            "--device",
-            "cpu",
-        ]
+    options = (
+        f"--sft-ckpt {args.out_dir / 'model'} --num-generations {args.num_generations} --batch-size {args.prompts}"
+        f" --max-new-tokens {args.tokens} --scale-rewards group --beta 0.02 --lr {LR} --dtype float32 --device cpu"
     )
+    settings = train_grpo.parse_args(options.split())
     vlm = train_grpo.load_policy(settings, torch.device("cpu"))
-    settings.checkpointing = (
-        not shared_prompts
-    )  # the log-probability pass shares prompts unless activations are recomputed
-    trained = list(train_grpo.trained_parameters(vlm).values())
-    optimizer, scaler, fits = (
-        torch.optim.AdamW(trained, lr=LR),
-        torch.amp.GradScaler("cpu", enabled=False),
-        Fits(args.prompts * args.num_generations),
-    )
+    vlm.base.generation_config.eos_token_id = []  # nothing ends a rollout but its length
+    # the log-probability pass shares prompts unless activations are recomputed
+    settings.checkpointing = not shared_prompts
+    trained = list(Weights(vlm.model).values())
+    optimizer, scaler = torch.optim.AdamW(trained, lr=LR), torch.amp.GradScaler("cpu", enabled=False)
     reward = RewardSettings(weights=(0.2, 0.4, 0.2, 0.2 if with_v else 0.0), max_tokens=args.tokens)
-    if (
-        with_v
-    ):  # random text has no answer in it: here every rollout counts as if it were one, the same for all of a question
-        train_grpo.answer_to_score = lambda text, settings: "yes"
-    train_grpo.sample = lambda vlm, prompts, *rest: sample(vlm, prompts, *rest[:-1], stop_ids=[])
+    policy = rollouts.Policy(vlm, settings, reward)
+    policy.size = PartSize(args.prompts * args.num_generations)
+    if with_v:  # random text has no answer: here every rollout counts as if it were one, the same for all of a question
+        rollouts.answer_to_score = lambda text, settings: "yes"
     clock.held, clock.ready = reset_peak(), time.perf_counter()
     for step in range(args.skip + args.steps):
         some = [rows[(step * args.prompts + i) % len(rows)] for i in range(args.prompts)]
-        batch = train_grpo.roll_out(
-            vlm, some, list(range(args.prompts)), settings, reward, None, fits, torch.Generator().manual_seed(step)
-        )
-        ids = [ids for group in batch.groups for ids in group]
+        batch = policy.roll_out(some, list(range(args.prompts)), torch.Generator().manual_seed(step))
+        ids = batch.flat
         advantages = group_advantages([reward_of(i) for i in ids], args.num_generations, "group")[0].float()
         with train_grpo.as_reference(vlm):
-            ref = train_grpo.fixed_logprobs(vlm, batch, settings, fits)
-        train_grpo.loss_and_gradient(vlm, batch, advantages, None, ref, settings, fits, scaler)
+            ref = policy.fixed_logprobs(batch)
+        policy.loss_and_gradient(batch, advantages, None, ref, scaler)
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

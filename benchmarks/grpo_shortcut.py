@@ -38,16 +38,19 @@ import torch
 from PIL import Image
 
 from shared.metrics.statistics import bootstrap_interval
+from shared.data.images import read_pixels
+from shared.models.inputs import ImageStore
 from shared.models.loading import load_vlm
+from shared.models.passes import PartSize, make_prompts, write
 from shared.phantom import PhantomSettings
 from shared.runtime import InputError, atomic_file, fraction, load_checkpoint, positive_int, run_facts, script
 from shared.runtime import seed_everything, write_json
 from vqa_sft_grpo import train_grpo, train_sft
-from vqa_sft_grpo.examples import ImageStore, make_examples, read_pixels
-from vqa_sft_grpo.rows import make_rows, write_rows
-from vqa_sft_grpo.prompting import parse_response
+from vqa_sft_grpo.examples import BatchOrder, make_examples
+from vqa_sft_grpo.prompting import build_prompt, parse_response
 from vqa_sft_grpo.rewards import plan_edits
-from vqa_sft_grpo.rollouts import answer_logprobs, make_prompts, never_drawn, sample, stop_tokens
+from vqa_sft_grpo.rollouts import score_answers
+from vqa_sft_grpo.rows import make_rows, write_rows
 from vqa_sft_grpo.scoring import score_answer
 
 matplotlib.use("Agg")
@@ -59,20 +62,13 @@ ARMS = {
     "default": [],
     "no gradient": ["--cf-gradient", "0"],
 }
-MARK = (
-    46,
-    26,
-    66,
-    46,
-)  # x0, y0, x1, y1 in pixels, of 112: a black square between the lungs of a marked film; effusions lie lower
-HINTS = (
-    0.5,
-    1.0,
-)  # share of fine-tuning's films whose mark says what is true: while the mark means more to the model than the effusion, or less
-WRITING, SEEING = (
-    50,
-    0.05,
-)  # its steps on shuffled answers; nats by which effusion and mark move the log-odds of yes when it stops
+# x0, y0, x1, y1 in pixels, of 112: a black square between the lungs of a marked film; effusions lie lower
+MARK = (46, 26, 66, 46)
+# share of fine-tuning's films whose mark says what is true: while the mark means more to the model than the effusion,
+# or less
+HINTS = (0.5, 1.0)
+# its steps on shuffled answers; nats by which effusion and mark move the log-odds of yes when it stops
+WRITING, SEEING = 50, 0.05
 MARKS = {"mark says it": 1.0, "no mark": None, "mark turned round": 0.0}  # agreement of the mark with the effusion
 
 
@@ -123,7 +119,7 @@ def marked(rows, agreement, seed, folder):
     folder.mkdir(parents=True, exist_ok=True)
     draw, out = random.Random(seed), []
     for row in rows:
-        image = np.array(read_pixels(row["image"]))
+        image = read_pixels(row["image"])
         if (row["answer"] == "yes") == (draw.random() < agreement):
             image[MARK[1] : MARK[3], MARK[0] : MARK[2]] = 0
         path = folder / Path(row["image"]).name
@@ -151,41 +147,26 @@ def fine_tune_weakly(args, folder, seed):
     shuffled = [r["output"] for r in train_rows]
     random.Random(seed).shuffle(shuffled)
     hinted.append([r | {"output": output} for r, output in zip(hinted[0], shuffled, strict=True)])
-    settings = train_sft.parse_args(
-        [
-            "--model",
-            "tiny",
-            "--styles",
-            "json",
-            "--batch-size",
-            str(args.sft_batch_size),
-            "--per-image",
-            "1",
-            "--steps",
-            "600",
-            "--seed",
-            str(seed),
-        ]
-    )
+    options = f"--model tiny --styles json --batch-size {args.sft_batch_size} --per-image 1 --steps 600 --seed {seed}"
+    settings = train_sft.parse_args(options.split())
     settings.checkpointing = False
     seed_everything(seed)
     vlm = load_vlm("tiny:qwen2vl")
     store = ImageStore(vlm.processor, [r["image"] for some in hinted for r in some])
     examples = make_examples(vlm, sum(hinted, []), store, ("json",))
     chance, tells, scrambled = (
-        train_sft.BatchOrder(examples[k : k + len(train_rows)], settings)
-        for k in range(0, len(examples), len(train_rows))
+        BatchOrder(examples[k : k + len(train_rows)], settings) for k in range(0, len(examples), len(train_rows))
     )
     parameters = list(vlm.model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    effusion = mark = 0.0
+    effusion, mark, size = 0.0, 0.0, PartSize(args.sft_batch_size)
     for step in range(settings.steps):
         vlm.model.train()
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * min(1.0, (step + 1) / WRITING)
         order = scrambled if step < WRITING else tells if mark < effusion else chance
-        train_sft.backward(vlm, order.at(step)[1], store, args.sft_batch_size, scaler, settings, 0, 1)
+        train_sft.backward(vlm, order.at(step)[1], store, size, scaler, settings, 0, 1)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -216,10 +197,9 @@ def log_odds(vlm, rows):
     found = []
     for start in range(0, len(rows), 64):
         some = rows[start : start + 64]
-        prompts = make_prompts(
-            vlm, [r["question"] for r in some], "json", [np.array(read_pixels(r["image"])) for r in some]
-        )
-        yes, no = answer_logprobs(vlm, prompts, [["yes", "no"]] * len(some), "json", never_drawn(vlm)).view(-1, 2).T
+        asked = [build_prompt(r["question"], "json") for r in some]
+        prompts = make_prompts(vlm, asked, [read_pixels(r["image"]) for r in some])
+        yes, no = score_answers(vlm, prompts, [["yes", "no"]] * len(some), "json").view(-1, 2).T
         found.append((yes - no).numpy())
     return np.concatenate(found)
 
@@ -232,7 +212,7 @@ def answers_to(vlm, rows, regions=0, seed=0):
     Greedy answers to rows -> (right (N,), flips (M, 2), groups of those M): for films with an effusion, whether the
     answer changes when its region is filled in, and the share of `regions` random regions whose filling changes it.
     """
-    images = [np.array(read_pixels(r["image"])) for r in rows]
+    images = [read_pixels(r["image"]) for r in rows]
     said = write_answers(vlm, [r["question"] for r in rows], images)
     right = np.array(
         [
@@ -255,9 +235,8 @@ def answers_to(vlm, rows, regions=0, seed=0):
 def write_answers(vlm, questions, images):
     texts = []
     for start in range(0, len(questions), 64):
-        prompts = make_prompts(vlm, questions[start : start + 64], "json", images[start : start + 64])
-        groups, _ = sample(vlm, prompts, 1, 16, suppress=never_drawn(vlm), stop_ids=stop_tokens(vlm))
-        texts += [vlm.tokenizer.decode(group[0], skip_special_tokens=True) for group in groups]
+        asked = [build_prompt(question, "json") for question in questions[start : start + 64]]
+        texts += write(vlm, make_prompts(vlm, asked, images[start : start + 64]), 16)
     return [parse_response(text).answer for text in texts]
 
 

@@ -3,7 +3,7 @@ Does a tiny model learn to look? tiny:qwen2vl, from random weights, on yes/no qu
 
 Usage:
     python benchmarks/tiny_vqa.py                          # the claim: 1200 steps of 32, several minutes on two cores
-    python benchmarks/tiny_vqa.py --steps 20 --studies 64  # the short form for tests: everything runs, nothing is learned
+    python benchmarks/tiny_vqa.py --steps 20 --studies 64  # the short form for tests: nothing is learned
     python benchmarks/tiny_vqa.py --model tiny:gemma3      # another family
 
 The phantom asks so that yes and no are equally frequent for each wording: whoever does not see the film is right half
@@ -11,11 +11,12 @@ of the time. So the table has, on studies of other patients than the training: t
 picture in its place, and with the film of another patient. Only the first may leave 50 %. Expect a plateau at chance
 for some hundred steps.
 
-An answer is read off as the larger of the logits of "yes" and "no" after the prompt. Writes --out-dir/metrics.json and
+An answer is read off as the likelier of "yes" and "no" after the prompt. Writes --out-dir/metrics.json and
 history.jsonl.
 """
 
 import argparse
+import functools
 import random
 import sys
 import time
@@ -29,8 +30,9 @@ import numpy as np
 import torch
 
 from shared.metrics.statistics import wilson_interval
-from shared.models.inputs import build_inputs
+from shared.models.inputs import ImageStore, continuation, prompt_ids
 from shared.models.loading import load_vlm
+from shared.models.passes import Prompt, features_of, logprobs, make_prompts, margin
 from shared.phantom import phantom_study
 from shared.runtime import pick_device, positive_float, positive_int, run_facts, script, seed_everything, write_json
 from shared.runtime import write_jsonl
@@ -56,13 +58,11 @@ def make_cases(start, studies, conditions, seed=0):
 def accuracy(vlm, films, cases, batch_size=64):
     """-> (correct, number) of the cases; films: uint8, one per film number."""
     vlm.model.eval()
-    yes, no = (vlm.tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in ("yes", "no"))
     correct = 0
     for i in range(0, len(cases), batch_size):
         some = cases[i : i + batch_size]
-        inputs = build_inputs(vlm, [q for _, q, _ in some], [films[f] for f, _, _ in some])
-        logits = vlm.model(**inputs.tensors, logits_to_keep=1).logits[:, -1]
-        said = (logits[:, yes] > logits[:, no]).tolist()
+        prompts = make_prompts(vlm, [q for _, q, _ in some], [films[f] for f, _, _ in some])
+        said = (margin(vlm, prompts, ("yes",), ("no",)) > 0).tolist()
         correct += sum(s == (a == "yes") for s, (_, _, a) in zip(said, some, strict=True))
     return correct, len(cases)
 
@@ -111,15 +111,20 @@ def main(argv=None):
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup, 0.5 * (1 + np.cos(np.pi * step / args.steps)))
     )
+    store = ImageStore(vlm.processor, list(films))
+    tokens_of = functools.cache(lambda question, grid: prompt_ids(vlm, question, (grid,)))
+    asked = {(f, q): tokens_of(q, tuple(store.grids[f])) for f, q, _ in cases}
+    ends = {answer: continuation(vlm, answer, end=True)[0] for answer in ("yes", "no")}
     draw = random.Random(args.seed)
     history, total, begin = [], 0.0, time.time()
     for step in range(1, args.steps + 1):
         vlm.model.train()
         some = draw.choices(cases, k=args.batch_size)
-        inputs = build_inputs(
-            vlm, [q for _, q, _ in some], [films[f] for f, _, _ in some], answers=[a for _, _, a in some]
-        )
-        loss = vlm.model(**inputs.tensors, use_cache=False).loss
+        seen = list(dict.fromkeys(f for f, _, _ in some))
+        features = dict(zip(seen, features_of(vlm, store.get(seen)), strict=True))
+        prompts = [Prompt(asked[f, q], (store.grids[f],), (features[f],)) for f, q, _ in some]
+        logp, _, mask = logprobs(vlm, prompts, [[ends[a]] for _, _, a in some])
+        loss = -logp.sum() / mask.sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vlm.model.parameters(), 1.0)
         optimizer.step()
