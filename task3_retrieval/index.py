@@ -160,26 +160,26 @@ class CaseIndex:
 
     def search(self, queries, k, exclude=None, where=None):
         """
-        queries float (Q, D), not normalised; exclude: an id per query, int (Q,), or a collection of ids per query (-1
-        stands for none); where: bool (N,), or a dict of "label" and "split" with one value or several each.
-        -> (distances or similarities float32 (Q, k), ids int64 (Q, k)), best first. InputError when fewer than k are
-        left.
+        queries float (Q, D), not normalised; exclude: the id that each query must not find, int (Q,), -1 for none;
+        where: a dict of "label" and "split" with one value or several each. -> (distances or similarities float32 (Q,
+        k), ids int64 (Q, k)), best first. InputError when fewer than k are left.
         """
         queries = self.prepare(np.atleast_2d(np.asarray(queries)))
         if len(queries) == 0:
             raise InputError("there is no query")
         if len(self) == 0:
             raise InputError("the index is empty: add images to it")
-        mask = self.mask_of({} if where is None else where)
-        pool = np.flatnonzero(mask)
+        pool = self.rows_where(where or {})
         if len(pool) == 0:
             raise InputError(f"no image of the index fits the filter {where}")
-        excluded = self.excluded_rows(exclude, len(queries), mask)
-        most = max(map(len, excluded), default=0)
+        out = np.full(len(queries), -1) if exclude is None else self.rows_of(exclude)  # rows
+        if out.shape != (len(queries),):
+            raise InputError(f"there are {len(queries)} queries and {len(out)} ids to exclude")
+        most = int(np.isin(out, pool).any())
         if k < 1 or k > len(pool) - most:
             raise InputError(
                 f"k must be from 1 to {len(pool) - most}, the number of images to choose"
-                f" from{' after the excluded ones' if most else ''}; not {k}"
+                f" from{' after the query itself' if most else ''}; not {k}"
             )
 
         scores, rows = np.empty((len(queries), k), dtype=np.float32), np.empty((len(queries), k), dtype=np.int64)
@@ -190,26 +190,19 @@ class CaseIndex:
             for part in np.array_split(rest, math.ceil(found.size * self.dim / CHUNK)):
                 s = self.compare(queries[part], found[part])
                 s[found[part] < 0] = -np.inf
-                scores[part], rows[part] = self.best(s, found[part], k, [excluded[q] for q in part])
+                scores[part], rows[part] = self.best(s, found[part], k, out[part])
             exact = self.kind == "flat" or len(pool) < len(self)
             rest = np.flatnonzero(~self.settled(queries, scores[:, -1], far, exact))
         for part in np.array_split(rest, math.ceil(len(rest) * len(pool) / CHUNK)) if len(rest) else ():
             s = self.compare_all(queries[part], pool)
-            scores[part], rows[part] = self.best(s, np.broadcast_to(pool, s.shape), k, [excluded[q] for q in part])
+            scores[part], rows[part] = self.best(s, np.broadcast_to(pool, s.shape), k, out[part])
         return (-scores if self.metric == "l2" else scores), self.ids[rows]
 
-    def mask_of(self, where):
-        """where -> bool (N,)."""
-        if not isinstance(where, dict):
-            mask = np.asarray(where)
-            if mask.dtype != bool or mask.shape != (len(self),):
-                raise InputError(
-                    f"a filter is a dict, or one true or false per image ({len(self)}), not {mask.dtype} {mask.shape}"
-                )
-            return mask
+    def rows_where(self, where):
+        """{"label": ..., "split": ...} -> the rows that fit."""
         mask = np.ones(len(self), dtype=bool)
         for field, values in where.items():
-            values = [values] if isinstance(values, (str, int, np.integer)) else list(values)
+            values = [values] if isinstance(values, str) else list(values)
             if field == "label":
                 mask &= np.isin(self.labels, [self.label_number(v) for v in values])
             elif field == "split":
@@ -221,29 +214,14 @@ class CaseIndex:
                 mask &= np.isin(self.splits.astype(str), values)
             else:
                 raise InputError(f"images are filtered by label and split, not by {field!r}")
-        return mask
+        return np.flatnonzero(mask)
 
     def label_number(self, label):
         if label == "unknown":
             return UNKNOWN
-        names = self.label_names
-        if isinstance(label, str) and label not in names:
-            raise InputError(f"the index has no label {label!r}; it has {', '.join(names)}")
-        return names.index(label) if isinstance(label, str) else int(label)
-
-    def excluded_rows(self, exclude, n, mask):
-        """exclude -> for each of n queries the rows that must not be found, among those that could be (mask)."""
-        if exclude is None:
-            return [()] * n
-        if len(exclude) != n:
-            raise InputError(f"there are {n} queries and {len(exclude)} entries to exclude")
-        out = []
-        for ids in exclude:
-            several = np.ndim(ids) or isinstance(ids, (set, frozenset))
-            rows = self.rows_of(np.unique(np.array(list(ids) if several else [ids], dtype=np.int64)))
-            rows = rows[rows >= 0]
-            out.append(rows[mask[rows]])
-        return out
+        if label not in self.label_names:
+            raise InputError(f"the index has no label {label!r}; it has {', '.join(self.label_names)}")
+        return self.label_names.index(label)
 
     def propose(self, queries, fetch, pool):
         """
@@ -282,11 +260,9 @@ class CaseIndex:
             out.append((q @ v.T).clip(-1, 1) if self.metric == "cosine" else -cdist(q, v))
         return np.concatenate(out, axis=1).astype(np.float32)
 
-    def best(self, scores, rows, k, excluded):
-        """The k best of each query, without those excluded from it, ties by id."""
-        for s, r, out in zip(scores, rows, excluded, strict=True):
-            if len(out):
-                s[np.isin(r, out)] = -np.inf
+    def best(self, scores, rows, k, out):
+        """The k best of each query, without the row `out` (Q,) of each, ties by id."""
+        scores[rows == out[:, None]] = -np.inf
         order = np.lexsort((self.ids[rows], -scores), axis=-1)[:, :k]
         return np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
 
