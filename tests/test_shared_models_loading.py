@@ -17,7 +17,7 @@ from transformers import AutoModel, SiglipVisionModel, T5ForConditionalGeneratio
 
 from shared.models import hub, loading, memory
 from shared.models.loading import add_lora, choose_dtype, count_parameters, find_model, load_part, load_vlm, save_vlm
-from shared.models.loading import unfreeze
+from shared.models.loading import digest_of, unfreeze
 from shared.models.tiny import tiny_folder
 from shared.phantom import phantom_study
 from shared.runtime import InputError, read_json, write_json
@@ -226,6 +226,19 @@ def test_adapters_that_do_not_fit(adapter, tmp_path):
     (bare / "adapter_model.safetensors").unlink()
     with pytest.raises(InputError, match="holds no adapter: there is no adapter_model.safetensors"):
         load_vlm(name, adapter=bare)
+
+
+def test_digest_of_large_weights(tmp_path):
+    """Of more than 64 MiB only blocks are read; other numbers in a tenth of it are enough."""
+    file = tmp_path / "model.safetensors"
+    with open(file, "wb") as weights:
+        weights.truncate(2**26 + 100)
+    before = digest_of(tmp_path)
+    assert before == digest_of(tmp_path)
+    with open(file, "r+b") as weights:
+        weights.seek(2**25)
+        weights.write(b"1" * (2**26 // 10))
+    assert before != digest_of(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -156,14 +156,14 @@ def quantisation(quant, family, dtype, device):
     if quant == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
     four = {"quant_type": "nf4", "use_double_quant": True, "compute_dtype": dtype}
-    return BitsAndBytesConfig(
-        load_in_4bit=True, llm_int8_skip_modules=skip, **{"bnb_4bit_" + name: value for name, value in four.items()}
-    )
+    four = {"bnb_4bit_" + name: value for name, value in four.items()}
+    return BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=skip, **four)
 
 
-def guard_cpu(model):
+def settle_quantised(model, name, quant):
     """
-    Keep 4-bit layers on the plain CPU path; nothing changes on a GPU.
+    Keep 4-bit layers on the plain CPU path (nothing changes on a GPU), and send one row through a quantised layer of
+    each shape: a layer that cannot hold 4 bit shows here, not an hour later.
 
     On processors with avx512_bf16, bitsandbytes repacks the weights at the first forward pass in evaluation. It then
     refuses widths that are no multiple of 64 (SigLIP's 4304), fails in the next training step, and saves damaged
@@ -171,20 +171,10 @@ def guard_cpu(model):
     """
     import bitsandbytes as bnb
 
-    for module in model.modules():
-        if isinstance(module, bnb.nn.Linear4bit):
-            module.support_avx512bf16_for_cpu = False
-
-
-def probe_quantised(model, name, quant):
-    """
-    Send one row through a quantised layer of each shape: a layer that cannot hold 4 bit shows here, not an hour later.
-    """
-    import bitsandbytes as bnb
-
     layers = {}
     for layer, module in model.named_modules():
         if isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)):
+            module.support_avx512bf16_for_cpu = False
             layers.setdefault((module.in_features, module.out_features), (layer, module))
     for (n_in, n_out), (layer, module) in layers.items():
         dtype = torch.float16 if quant == "int8" else module.compute_dtype
@@ -243,12 +233,14 @@ def load_vlm(
     if original:
         model, processor = llava_med.load_original(source, config, options)
     else:
-        check_size(name, weight_files(source), layout.parameters)
+        size = sum(file.stat().st_size for file in weight_files(source))
+        if 0 < 2.5 * size < layout.parameters:  # 4 bit needs 0.53 bytes each; all others would be filled at random
+            described = f"config.json describes {layout.parameters:,} parameters, and its weights are {size:,} bytes"
+            raise InputError(f"{name} cannot be right: {described}")
         processor = load_processor(source, name)
         model = load_part(AutoModelForImageTextToText, source, name=name, **options)
     if quant != "none":
-        guard_cpu(model)
-        probe_quantised(model, name, quant)
+        settle_quantised(model, name, quant)
     else:
         model.to(device)
     vlm = VLM(model.eval(), processor, found.name, str(name), quant, device, dtype, is_tiny(name), source)
@@ -259,16 +251,6 @@ def load_vlm(
         if any((folder / file).is_file() for file in ("preprocessor_config.json", "processor_config.json")):
             vlm.processor = load_processor(folder, adapter)
     return vlm
-
-
-def check_size(name, files, parameters):
-    """A configuration far larger than its weights would fill the memory with random numbers before keys are missed."""
-    size = sum(file.stat().st_size for file in files)
-    if 0 < 2.5 * size < parameters:  # 4 bit with what belongs to it is 0.53 bytes a parameter
-        raise InputError(
-            f"{name} cannot be right: config.json describes {parameters:,} parameters, and its weights are"
-            f" {size:,} bytes"
-        )
 
 
 def check_tokens(vlm):
