@@ -1,6 +1,6 @@
 """
 Which share of several kinds of foreign images gets the warning "unlike the training images"
-(task1_classification/typicality.py)?
+(task1_classification/model.py)?
 
 Usage:
     MEDVLM_DATA=<folder> python benchmarks/task1_typicality.py
@@ -24,7 +24,7 @@ from skimage import data as photographs
 
 from shared.data.image_sets import load_medmnist, load_phantom
 from shared.data.images import read_image, to_square
-from task1_classification.typicality import fit_typicality, unusualness
+from task1_classification.model import fit_typicality, unusualness
 
 PHOTOGRAPHS = ("astronaut", "camera", "coffee", "chelsea", "coins", "page", "text", "rocket")
 

@@ -2,17 +2,17 @@
 Measure trained classifiers on the test images, beside trivial baselines, and write the hand-in report.
 
 Usage:
-    python task1_classification/evaluate.py                                   # the newest training run, all its seeds
+    python task1_classification/evaluate.py                # the newest full run on real data, all its seeds
     python task1_classification/evaluate.py --checkpoint models/task1_model.pth
     python task1_classification/evaluate.py --checkpoint outputs/task1_classification/train/001 --split val
 
 Threshold and temperature come from the checkpoint, where validation chose them; nothing is chosen here. The pixel
 baseline is fitted on the training images and its threshold on the validation images, as the network's was.
 Writes to the run folder: metrics.json, predictions.csv, report.md, figures/*.png and MedMNIST's result file; and the
-hand-in copy reports/task1_classification_report.md with reports/figures/task1_*.png.
+hand-in copy reports/task1_classification_report.md with reports/figures/task1_*.png. A run on phantom images, or of a
+network trained with --limit, says so in report and figures and never replaces a hand-in report that is neither.
 """
 
-import csv
 import statistics
 import sys
 import time
@@ -34,13 +34,15 @@ from shared.data.image_sets import load_images, load_phantom
 from shared.metrics.classification import binary_intervals, binary_metrics, choose_threshold, multiclass_metrics
 from shared.metrics.classification import multilabel_metrics, official_auc_accuracy, prior_correction
 from shared.metrics.statistics import bootstrap_interval, delong_test, mcnemar_exact
-from shared.report import write_report
-from shared.runtime import InputError, atomic_file, free_gpu, newest_run, open_run_dir, pick_device, positive_int
-from shared.runtime import run_facts, script, script_parser, seed_everything, write_json
+from shared.report import PHANTOM, markdown_table
+from shared.runtime import InputError, bounded, free_gpu, load_checkpoint, newest_run, open_run_dir, pick_device
+from shared.runtime import positive_int, read_json, record, run_facts, run_kind, script, script_parser, seed_everything
+from shared.runtime import write_csv, write_json
 from task1_classification.explain import GradCAM
-from task1_classification.figures import draw_calibration, draw_confusion, draw_curves, draw_gallery
-from task1_classification.model import find_classifier, load_classifier, predict_logits, to_probabilities
-from task1_classification.report import BINARY_COLUMNS, HAND_IN, report_table, report_text
+from task1_classification.model import DRY_RUN, find_classifier, load_classifier, predict_logits, to_probabilities
+from task1_classification.model import untrained_classifier
+from task1_classification.report import BINARY_COLUMNS, HALF, HAND_IN, NETWORK, PIXELS, draw_all, failure_groups
+from task1_classification.report import make_report, results_table, warnings_of
 
 TASK = "task1_classification"
 
@@ -50,7 +52,8 @@ def parse_args(argv=None):
     g = parser.add_argument_group("model")
     # fmt: off
     g.add_argument("--checkpoint", nargs="+", metavar="PATH",
-        help="best.pt files or training run folders (default: the newest run, else models/task1_model.pth)")
+        help="best.pt files or training run folders (default: the newest full run on real data, else"
+        " models/task1_model.pth, else the newest run)")
     g.add_argument("--split", default="test", choices=["train", "val", "test"],
         help="images to measure on (%(default)s)")
     g.add_argument("--batch-size", type=positive_int, default=256,
@@ -59,7 +62,7 @@ def parse_args(argv=None):
     g.add_argument("--layer", default="auto",
         help="layer of the heat maps; auto: the deepest with a map of at least 7x7 (%(default)s)")
     # fmt: on
-    g.add_argument("--cases", type=positive_int, default=6, help="films per row of the failure gallery (%(default)s)")
+    g.add_argument("--cases", type=bounded(int, 1, 24), default=6, help="films per row of the gallery (%(default)s)")
     args = parser.parse_args(argv)
     if args.dry_run:
         args.device = "cpu"
@@ -67,27 +70,34 @@ def parse_args(argv=None):
 
 
 def find_checkpoints(args):
-    """--checkpoint -> list of files; a run folder stands for all its seeds."""
+    """
+    --checkpoint -> (list of files, seeds of the training run that are still missing); a run folder stands for all its
+    seeds. Without it, a full run on real data comes before the published model, and that before any other run.
+    """
     if not args.checkpoint:
         if args.dry_run:
-            from task1_classification.train import main as train  # two small epochs on phantom images
-
-            train(["--dry-run"])
-            return [Path("outputs") / TASK / "train" / "dry-run" / "best.pt"]
+            return [untrained_classifier(Path("outputs") / TASK / "untrained.pt", load_phantom(28, DRY_RUN))], []
         run, model = newest_run(TASK, "train", "metrics.json"), find_classifier()
         if run is None and model is None:
             raise InputError(
                 "there is no trained classifier here; run python task1_classification/train.py first, or give"
                 " --checkpoint"
             )
-        args.checkpoint = [str(run or model)]
-    files = []
+        less = run is None or run_kind(run)["limit"] or run_kind(run)["phantom"]
+        if model and less and not (run and load_checkpoint(model, ("dataset",), "classifier")["dataset"]["phantom"]):
+            print(f"taking {model}" + (f" in place of {run}: it was trained on real data" if run else ""))
+            run = model
+        args.checkpoint = [str(run)]
+    files, missing = [], []
     for path in map(Path, args.checkpoint):
         here = sorted([*path.glob("best.pt"), *path.glob("seed*/best.pt")]) if path.is_dir() else [path]
         if not here:
             raise InputError(f"{path} holds no best.pt; is it the folder of a finished training run?")
+        if (path / "settings.json").is_file():
+            seeds = read_json(path / "settings.json").get("seeds") or []
+            missing += [s for s in seeds if len(seeds) > 1 and not (path / f"seed{s}" / "best.pt").exists()]
         files += here
-    return files
+    return files, missing
 
 
 def pixel_baseline(data, labels, split):
@@ -114,12 +124,12 @@ def measure_binary(data, labels, probabilities, facts, split):
     pixel_threshold = choose_threshold(labels["val"], pixels_val)
     majority = float(np.bincount(labels["train"]).argmax())
     rows = {
-        "network, threshold from validation": binary_metrics(y, probabilities, facts["threshold"]),
-        "network, threshold 0.5": binary_metrics(y, probabilities, 0.5),
+        NETWORK: binary_metrics(y, probabilities, facts["threshold"]),
+        HALF: binary_metrics(y, probabilities, 0.5),
         "network, prior corrected, threshold 0.5": (
             binary_metrics(y, corrected["probabilities"], 0.5) | {"estimated_prevalence": corrected["prior"]}
         ),
-        "baseline: logistic regression on pixels": binary_metrics(y, pixels, pixel_threshold),
+        PIXELS: binary_metrics(y, pixels, pixel_threshold),
         "baseline: mean brightness": brightness_row(data, labels, split),
         "baseline: always the majority class": binary_metrics(y, np.full(len(y), majority), 0.5),
     }
@@ -164,7 +174,7 @@ def measure_classes(data, labels, probabilities, facts, split):
         pixels, _ = pixel_baseline(data, labels, split)
         full = np.zeros_like(probabilities)  # classes absent from a limited training set keep 0
         full[:, np.unique(labels["train"][:10_000])] = pixels
-        rows["baseline: logistic regression on pixels"] = metrics(full, None)
+        rows[PIXELS] = metrics(full, None)
         rows["baseline: always the majority class"] = metrics(
             np.eye(len(data.label_names))[np.full(len(y), np.bincount(labels["train"]).argmax())], None
         )
@@ -184,50 +194,37 @@ def medmnist_result(data, scores, split, run_dir, run):
     evaluator = medmnist.Evaluator(data.name, split, size=data.size, root=str(data.path.parent))
     theirs = evaluator.evaluate(scores.reshape(len(scores), -1), str(run_dir), run=str(run))
     ours = official_auc_accuracy(data.labels[split].numpy(), scores, data.task)
+    for path in run_dir.glob(f"{data.name}*@{run}.csv"):
+        record(path)
     difference = max(abs(theirs.AUC - ours["auc"]), abs(theirs.ACC - ours["accuracy"]))
     if difference > 1e-12:
         raise AssertionError(f"medmnist.Evaluator gives AUC {theirs.AUC} and ACC {theirs.ACC}, we {ours}")
     return {**ours, "largest_difference_to_medmnist": difference}
 
 
-def failure_groups(labels, probabilities, facts, cases, seed):
-    """
-    Which films to look at, by rule: the most confident errors, the calls nearest to the threshold, random ones.
-    -> ({name: indices}, called class (N,), captions). Multi-label: each film stands for the label it is furthest off
-    in.
-    """
-    names, n = facts["label_names"], len(labels)
-    if facts["task"] == "binary-class":
-        called = (probabilities > facts["threshold"]).astype(int)
-        wrong, true = called != labels, labels
-        t = facts["threshold"]  # confidence: how far from the threshold towards 0 or 1
-        confidence = np.where(called == 1, (probabilities - t) / max(1 - t, 1e-9), (t - probabilities) / max(t, 1e-9))
-        captions = [
-            f"#{i} true {names[y]}, p({names[1]}) {p:.2f}"
-            for i, (y, p) in enumerate(zip(true, probabilities, strict=True))
-        ]
-    elif facts["task"].startswith("multi-label"):
-        called = np.abs(probabilities - labels).argmax(1)
-        p, y = probabilities[np.arange(n), called], labels[np.arange(n), called]
-        thresholds = np.asarray(facts["threshold"])[called]
-        wrong, confidence = (p > thresholds) != y, np.abs(p - thresholds)
-        captions = [
-            f"#{i} {names[c]}: true {int(v)}, p {q:.2f}" for i, (c, v, q) in enumerate(zip(called, y, p, strict=True))
-        ]
-    else:
-        called, order = probabilities.argmax(1), np.sort(probabilities, axis=1)
-        wrong, confidence = called != labels, order[:, -1] - order[:, -2]
-        captions = [
-            f"#{i} true {names[y]}\ncalled {names[c]} {probabilities[i, c]:.2f}"
-            for i, (y, c) in enumerate(zip(labels, called, strict=True))
-        ]
-    errors = np.flatnonzero(wrong)
-    groups = {
-        "most confident errors": errors[np.argsort(-confidence[errors], kind="stable")][:cases],
-        "nearest to the threshold": np.argsort(confidence, kind="stable")[:cases],
-        "random": np.sort(np.random.default_rng(seed).choice(n, size=min(cases, n), replace=False)),
-    }
-    return groups, called, captions
+def predict(files, data, args, device, dtype, labels):
+    """Every checkpoint on the same images -> (rows of numbers, [(seed, probabilities, uncalibrated ones)], limits)."""
+    runs, predictions, limits, first = [], [], [], None
+    for path in files:
+        model, facts = load_classifier(path, device)
+        first = first or facts
+        if facts["dataset"]["name"] != first["dataset"]["name"] or facts["image_size"] != first["image_size"]:
+            raise InputError(
+                f"{path} was trained on {facts['dataset']['name']} at {facts['image_size']} px, {files[0]} on"
+                f" {first['dataset']['name']} at {first['image_size']} px; evaluate them apart"
+            )
+        logits = predict_logits(model, data.images[args.split], facts["normalisation"], device, dtype, args.batch_size)
+        probabilities, raw = (to_probabilities(logits, data.task, t).numpy() for t in (facts["temperature"], 1.0))
+        kept = {"checkpoint": str(path)} | {k: facts[k] for k in ("seed", "threshold", "temperature")}
+        numbers = headline(labels, probabilities, facts, data.task)
+        runs.append(kept | numbers)
+        predictions.append((facts["seed"], probabilities, raw))
+        limits.append(facts["limit"])
+        shown = [k for k in ("auc", "accuracy", "recall", "specificity") if numbers.get(k) is not None]
+        print(f"seed {facts['seed']} ({path}): " + ", ".join(f"{k} {numbers[k]:.4f}" for k in shown))
+        del model
+        free_gpu()
+    return runs, predictions, limits
 
 
 @script
@@ -236,7 +233,7 @@ def main(argv=None):
     started = time.time()
     seed_everything(args.seed)
     device, dtype = pick_device(args.device)
-    files = find_checkpoints(args)
+    files, missing = find_checkpoints(args)
     model, facts = load_classifier(files[0], device)
     trained_on = facts["dataset"]
     if args.data.lower() not in ("auto", trained_on["name"]):
@@ -244,98 +241,47 @@ def main(argv=None):
             f"{files[0]} was trained on {trained_on['name']}, not on {args.data}; give the classifier of that set, or"
             " leave --data out"
         )
-    data = (
-        load_phantom(28, {"train": 96, "val": 32, "test": 32})
-        if args.dry_run
-        else load_images(trained_on["name"], args.data_dir, facts["image_size"])
-    )
+    if args.dry_run:
+        data = load_phantom(facts["image_size"], DRY_RUN)
+    else:
+        data = load_images(trained_on["name"], args.data_dir, facts["image_size"])
     if args.limit:
         data.limit(args.limit)
     labels = {split: data.labels[split].numpy() for split in ("train", "val", args.split)}
     if data.task == "binary-class" and any(len(np.unique(y)) < 2 for y in labels.values()):
         raise InputError(f"a split of {data.name} has only one class{'; raise --limit' if args.limit else ''}")
-    print(data)
+    print(*[PHANTOM] * data.phantom, data, sep="\n")
     if data.sha256 != trained_on["sha256"]:
         print(f"note: {data.source} is not the file this classifier was trained on (other SHA-256)")
+    with GradCAM(model, args.layer, data.size, data.channels) as cam:  # an unknown layer is refused before any work
+        size = cam(torch.zeros(1, data.channels, data.size, data.size, device=device)).shape[1:]
+    runs, predictions, limits = predict(files, data, args, device, dtype, labels[args.split])
+    facts["limit"] = next((limit for limit in limits if limit), None)
 
-    # every checkpoint on the same images; the first one gets the figures
-    runs, predictions = [], []
-    for path in files:
-        if path != files[0]:
-            del model
-            free_gpu()
-            model, other = load_classifier(path, device)
-            if other["dataset"]["name"] != trained_on["name"] or other["image_size"] != facts["image_size"]:
-                raise InputError(
-                    f"{path} was trained on {other['dataset']['name']} at {other['image_size']} px, {files[0]} on"
-                    f" {trained_on['name']} at {facts['image_size']} px; evaluate them apart"
-                )
-        else:
-            other = facts
-        logits = predict_logits(model, data.images[args.split], other["normalisation"], device, dtype, args.batch_size)
-        probabilities = to_probabilities(logits, data.task, other["temperature"]).numpy()
-        raw = to_probabilities(logits, data.task).numpy()
-        runs.append(
-            {
-                "checkpoint": str(path),
-                "seed": other["seed"],
-                "threshold": other["threshold"],
-                "temperature": other["temperature"],
-                **headline(labels[args.split], probabilities, other, data.task),
-            }
-        )
-        predictions.append((other["seed"], probabilities, raw))
-        print(
-            f"seed {other['seed']} ({path}): "
-            + ", ".join(
-                f"{k} {v:.4f}" for k, v in runs[-1].items() if k in ("auc", "accuracy", "recall", "specificity")
-            )
-        )
-    model, facts = load_classifier(files[0], device)
-    seed, probabilities, raw = predictions[0]
-
-    GradCAM(model, args.layer, data.size, data.channels)  # an unknown layer is refused before anything is written
+    # numbers first
     run_dir = open_run_dir(args, TASK, "evaluate")
-    measured = (measure_binary if data.task == "binary-class" else measure_classes)(
-        data, labels, probabilities, facts, args.split
-    )
+    seed, probabilities, raw = predictions[0]
+    measure = measure_binary if data.task == "binary-class" else measure_classes
+    measured = measure(data, labels, probabilities, facts, args.split)
     pixel_scores = measured.pop("pixel_scores", None)
     if data.path and not args.limit:
         measured["medmnist"] = medmnist_result(data, raw, args.split, run_dir, run=f"seed{seed}")
+    groups = failure_groups(labels[args.split], probabilities, facts, args.cases, args.seed)
+    measured |= {"heat_maps": {"layer": cam.name, "native_size": list(size)}, "failure_cases": groups[0]}
     write_predictions(run_dir / "predictions.csv", predictions, labels[args.split], facts)
-
-    where = (
-        f"{'PHANTOM images, ' if data.phantom else ''}{data.name} {args.split} (n = {len(labels[args.split])}),"
-        f" {facts['architecture']}, seed {seed}"
-    )
-    figures = draw_all(
-        run_dir / "figures",
-        model,
-        facts,
-        data,
-        args,
-        labels[args.split],
-        probabilities,
-        raw,
-        pixel_scores,
-        measured,
-        where,
-        device,
-    )
-    spread = summary_over(runs)
+    spread, warnings = summary_over(runs), warnings_of(facts, args, missing)
     write_json(
         run_dir / "metrics.json",
         {
             "dataset": data.facts(),
             "same_file_as_in_training": data.sha256 == trained_on["sha256"],
+            "trained_on": {k: facts[k] for k in ("dataset", "cases", "limit")},
+            "warnings": warnings + ["phantom images"] * data.phantom,
             "split": args.split,
             "n": len(labels[args.split]),
             "model": facts["architecture"],
-            "stem": facts["stem"],
             "checkpoint": str(files[0]),
-            "seed": seed,
-            "threshold": facts["threshold"],
-            "temperature": facts["temperature"],
+            **{k: facts[k] for k in ("stem", "seed", "threshold", "temperature")},
             **measured,
             "runs": runs,
             "over_seeds": spread,
@@ -343,25 +289,27 @@ def main(argv=None):
             **run_facts(started, device),
         },
     )
-    hand_in = not (args.dry_run or args.limit)
-    report = report_text(data, args, facts, files, measured, runs, spread, figures)
-    write_report(run_dir, report, figures, HAND_IN if hand_in else None, "task1_")
-    print(report_table(measured["rows"], data.task))
-    if len(runs) > 1:
+
+    # then pictures and text
+    of = f"{data.name} {args.split} (n = {len(labels[args.split])}), {facts['architecture']}, seed {seed}"
+    where = "\n".join([of, *warnings])
+    drawn = (probabilities, raw, pixel_scores, measured, groups, where, device)
+    figures = draw_all(run_dir / "figures", model, facts, data, args, *drawn)
+    report = make_report(data, args, facts, files, measured, runs, spread, figures, warnings)
+    line = report.write(run_dir, None if args.dry_run or args.limit else HAND_IN, "task1_")
+    print(markdown_table(*results_table(measured["rows"], data.task)))
+    if spread:
         print("over seeds: " + ", ".join(f"{k} {v['mean']:.4f} ± {v['std']:.4f}" for k, v in spread.items()))
-    print(f"results in {run_dir} ({time.time() - started:.0f} s)" + (f"; hand-in report: {HAND_IN}" if hand_in else ""))
+    print(*(f"note: {warning}" for warning in warnings), *[line] * bool(line), sep="\n")
+    print(f"results in {run_dir} ({time.time() - started:.0f} s)")
 
 
 def headline(labels, probabilities, facts, task):
     """The few numbers that are averaged over seeds."""
     if task == "binary-class":
-        metrics = binary_metrics(labels, probabilities, facts["threshold"])
-        at_half = binary_metrics(labels, probabilities, 0.5)
-        keys = (*BINARY_COLUMNS, "brier", "ece")
-        return {k: metrics[k] for k in keys} | {
-            "accuracy_at_0.5": at_half["accuracy"],
-            "specificity_at_0.5": at_half["specificity"],
-        }
+        metrics, at_half = (binary_metrics(labels, probabilities, t) for t in (facts["threshold"], 0.5))
+        numbers = {k: metrics[k] for k in (*BINARY_COLUMNS, "brier", "ece")}
+        return numbers | {f"{k}_at_0.5": at_half[k] for k in ("accuracy", "specificity")}
     return {k: v for k, v in official_auc_accuracy(labels, probabilities, task).items() if v is not None}
 
 
@@ -369,97 +317,25 @@ def summary_over(runs):
     """Mean and standard deviation over seeds of every number that all runs have; empty for a single run."""
     if len(runs) < 2:
         return {}
-    keys = [
-        k
-        for k, v in runs[0].items()
-        if k not in ("checkpoint", "seed", "threshold", "temperature")
-        and all(isinstance(r.get(k), float) for r in runs)
-    ]
-    return {k: {"mean": statistics.mean(r[k] for r in runs), "std": statistics.stdev(r[k] for r in runs)} for k in keys}
+    keys = [k for k in runs[0] if k not in ("checkpoint", "seed", "threshold", "temperature")]
+    columns = {k: [r.get(k) for r in runs] for k in keys}
+    return {
+        k: {"mean": statistics.mean(v), "std": statistics.stdev(v)}
+        for k, v in columns.items()
+        if all(isinstance(x, float) for x in v)
+    }
 
 
 def write_predictions(path, predictions, labels, facts):
-    """One row per image and seed; a threshold column, so that the decision can be checked by hand."""
-    names = facts["label_names"]
-    with atomic_file(path, "w") as file:
-        writer = csv.writer(file)
-        binary = facts["task"] == "binary-class"
-        writer.writerow(
-            ["seed", "index", "label", *(["probability", "uncalibrated"] if binary else [f"p_{n}" for n in names])]
-        )
-        for seed, probabilities, raw in predictions:
-            for i, (y, p, r) in enumerate(zip(labels, probabilities, raw, strict=True)):
-                writer.writerow(
-                    [seed, i, y if np.ndim(y) == 0 else " ".join(str(int(v)) for v in y), *([p, r] if binary else p)]
-                )
-
-
-def draw_all(folder, model, facts, data, args, labels, probabilities, raw, pixel_scores, measured, where, device):
-    """All figures of the run -> {name: file name}."""
-    names, rows, figures = data.label_names, measured["rows"], {}
-
-    def path(name):
-        figures[name] = f"{name}.png"
-        return folder / figures[name]
-
-    if data.task == "binary-class":
-        chosen, half = rows["network, threshold from validation"], rows["network, threshold 0.5"]
-        draw_confusion(
-            path("confusion"),
-            [[chosen["tn"], chosen["fp"]], [chosen["fn"], chosen["tp"]]],
-            names,
-            f"{where}\nthreshold {facts['threshold']:.3f} from validation",
-        )
-        curves = {
-            f"network (AUC {chosen['auc']:.3f})": (labels, probabilities),
-            f"pixels (AUC {rows['baseline: logistic regression on pixels']['auc']:.3f})": (labels, pixel_scores),
-        }
-        points = {
-            f"threshold {t:.2f}": (r["recall"], r["specificity"], r["precision"])
-            for t, r in ((facts["threshold"], chosen), (0.5, half))
-        }
-        draw_curves(path("roc_pr"), curves, chosen["prevalence"], points, where)
-        draw_calibration(
-            path("calibration"),
-            labels,
-            {
-                f"as trained (ECE {binary_metrics(labels, raw)['ece']:.3f})": raw,
-                f"temperature {facts['temperature']:.2f} (ECE {chosen['ece']:.3f})": probabilities,
-            },
-            where,
-        )
-    else:
-        if not data.multi_label:
-            draw_confusion(path("confusion"), rows["network"]["confusion_matrix"], names, where)
-        columns = labels.T if data.multi_label else labels == np.arange(len(names))[:, None]
-        curves = {
-            name: (y, probabilities[:, j])
-            for j, (name, y) in enumerate(zip(names, columns, strict=True))
-            if 0 < y.sum() < len(y)
-        }
-        draw_curves(path("roc_pr"), curves, None, {}, f"{where}; each class against the rest")
-    groups, called, captions = failure_groups(labels, probabilities, facts, args.cases, args.seed)
-    with GradCAM(model, args.layer, data.size, data.channels) as cam:
-        size = cam(torch.zeros(1, data.channels, data.size, data.size, device=device)).shape[1:]
-        note = (
-            f"Grad-CAM for the called class on {cam.name}: a map of {size[1]}x{size[0]} cells, each"
-            f" {data.size / size[1]:.0f} pixels wide"
-        )
-        draw_gallery(
-            path("failures"),
-            groups,
-            data.images[args.split],
-            captions,
-            cam,
-            torch.from_numpy(called).to(device),
-            facts["normalisation"],
-            device,
-            f"{where}\n{note}",
-        )
-    measured["heat_maps"] = {"layer": args.layer if args.layer != "auto" else cam.name, "native_size": list(size)}
-    measured["failure_cases"] = {name: indices for name, indices in groups.items()}
-    print(note)
-    return figures
+    """One row per image and seed, with probabilities as they were used, so that a decision can be checked by hand."""
+    rows = []
+    for seed, probabilities, raw in predictions:
+        for i, (y, p, r) in enumerate(zip(labels.tolist(), probabilities.tolist(), raw.tolist(), strict=True)):
+            row = {"seed": seed, "index": i, "label": y if not isinstance(y, list) else " ".join(f"{v:.0f}" for v in y)}
+            names = [f"p_{name}" for name in facts["label_names"]]
+            binary = facts["task"] == "binary-class"
+            rows.append(row | ({"probability": p, "uncalibrated": r} if binary else dict(zip(names, p, strict=True))))
+    write_csv(path, rows)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 Classify image files with a trained classifier: one CSV row per image, heat maps on request.
 
 Usage:
-    python task1_classification/infer.py film.png
-    python task1_classification/infer.py folder/ "more/*.jpg" --heatmaps
+    python task1_classification/infer.py docs/phantom_film.png
+    python task1_classification/infer.py docs/ "docs/*film.png" --heatmaps
     python task1_classification/infer.py film.dcm --checkpoint outputs/task1_classification/train/001/best.pt
 
 Reads PNG, JPEG, TIFF, BMP and .npy of any size, grey or colour, 8 or 16 bit (DICOM where pydicom is installed); takes
@@ -21,14 +21,16 @@ sys.path.insert(0, str(ROOT))  # finds shared/ from any folder; in a notebook, c
 
 import shared  # noqa: F401, isort: skip  # before torchvision
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
+from shared.data.image_sets import load_phantom
 from shared.data.images import find_images, read_image, to_square
-from shared.runtime import InputError, open_run_dir, pick_device, positive_int, run_facts, script, script_parser
-from shared.runtime import write_csv, write_json
+from shared.report import PHANTOM
+from shared.runtime import InputError, atomic_file, open_run_dir, pick_device, positive_int, run_facts, script
+from shared.runtime import script_parser, write_csv, write_json
 from task1_classification.explain import GradCAM, overlay
-from task1_classification.model import find_classifier, load_classifier, normalise, predict_logits, to_probabilities
-from task1_classification.typicality import unusualness
+from task1_classification.model import DRY_RUN, find_classifier, load_classifier, normalise, predict_logits
+from task1_classification.model import to_probabilities, unusualness, untrained_classifier
 
 TASK = "task1_classification"
 
@@ -62,91 +64,56 @@ def main(argv=None):
     started = time.time()
     device, dtype = pick_device(args.device)
     model, facts = classifier_for(args, device)
+    phantom, names = facts["dataset"]["phantom"], facts["label_names"]
     print(
-        f"classifier: {facts['architecture']}, trained on"
-        f" {'PHANTOM images' if facts['dataset']['phantom'] else facts['dataset']['name']} at {facts['image_size']} px,"
-        f" answers {', '.join(facts['label_names'])}"
+        f"classifier: {facts['architecture']}, trained on {facts['dataset']['name']} at {facts['image_size']} px"
+        f" ({facts['cases']['train']} images), answers {', '.join(names)}"
     )
-    paths = find_images(args.images)[: args.limit] if args.images else []
-    inputs, names, errors = [], [], []
-    if args.dry_run:
-        from shared.phantom import phantom_study
-
-        inputs = [
-            torch.from_numpy(
-                to_square(phantom_study(args.seed, i, 224).image / 255, facts["image_size"], facts["channels"])
-            )
-            for i in range(4)
-        ]
-        names = [f"phantom-{i}" for i in range(4)]
-    for path in paths:
-        try:
-            inputs.append(torch.from_numpy(to_square(read_image(path), facts["image_size"], facts["channels"])))
-            names.append(str(path))
-        except InputError as error:
-            errors.append({"path": str(path), "error": str(error)})
-    if not inputs:
-        detail = f"; {errors[0]['path']}: {errors[0]['error']}" if errors else ""
-        raise InputError(f"none of the {len(paths)} files could be used{detail}")
-
-    if args.heatmaps:
-        GradCAM(
-            model, args.layer, facts["image_size"], facts["channels"]
-        )  # an unknown layer is refused before anything is written
-    run_dir = open_run_dir(args, TASK, "infer")
+    if phantom:
+        print(PHANTOM)
+    inputs, paths, errors = read_all(args, facts)
+    if args.heatmaps:  # an unknown layer is refused before anything is written
+        GradCAM(model, args.layer, facts["image_size"], facts["channels"])
     images = torch.stack(inputs)  # uint8 (N, C, size, size)
     logits = predict_logits(model, images, facts["normalisation"], device, dtype, args.batch_size)
     probabilities = to_probabilities(logits, facts["task"], facts["temperature"])
-    odd = unusualness(facts["typicality"], images)
+    odd = unusualness(facts["typicality"], images).clamp(max=999).tolist()
     rows = [
-        {
-            "path": name,
-            **decision_of(p, facts),
-            "unusualness": round(min(float(u), 999.0), 3),
-            "unlike_training": bool(u > 1),
-        }
-        for name, p, u in zip(names, probabilities, odd, strict=True)
+        {"path": path, **decision_of(p, facts), "unusualness": round(u, 3), "unlike_training": u > 1}
+        for path, p, u in zip(paths, probabilities, odd, strict=True)
     ]
+    num_odd = sum(row["unlike_training"] for row in rows)
 
+    run_dir = open_run_dir(args, TASK, "infer")
     write_csv(run_dir / "predictions.csv", rows)
     if errors:
         write_csv(run_dir / "errors.csv", errors)
-    if args.heatmaps:
-        write_heatmaps(run_dir / "heatmaps", model, images, names, facts, args.layer, device, args.batch_size)
     write_json(
         run_dir / "metrics.json",
-        {
-            "n": len(rows),
-            "n_errors": len(errors),
-            "n_unlike_training": sum(r["unlike_training"] for r in rows),
-            "dataset": facts["dataset"],
-            "model": facts["architecture"],
-            **run_facts(started, device),
-        },
+        {"n": len(rows), "n_errors": len(errors), "n_unlike_training": num_odd, "phantom": phantom}
+        | {"model": facts["architecture"], **{k: facts[k] for k in ("dataset", "cases", "limit")}}
+        | run_facts(started, device),
     )
+    if args.heatmaps:
+        write_heatmaps(run_dir / "heatmaps", model, images, paths, facts, args.layer, device, args.batch_size)
     for row in rows[:20]:
-        print(
-            f"  {row['path']}: {row['decision']}"
-            f" ({row['probability']:.3f}){'  WARNING: unlike the training images' if row['unlike_training'] else ''}"
-        )
+        odd = "  WARNING: unlike the training images" if row["unlike_training"] else ""
+        print(f"  {row['path']}: {in_words(row, facts)}{odd}")
     if len(rows) > 20:
         print(f"  ... and {len(rows) - 20} more")
     for error in errors:
         print(f"  skipped {error['path']}: {error['error']}", file=sys.stderr)
     print(
-        f"{len(rows)} images classified, {len(errors)} skipped, {sum(r['unlike_training'] for r in rows)} unlike the"
-        f" training images; results in {run_dir}"
+        f"{len(rows)} images classified, {len(errors)} skipped, {num_odd} unlike the training images; results in"
+        f" {run_dir}"
     )
 
 
 def classifier_for(args, device):
-    """The classifier asked for, else the one at its usual place, else (dry run) a random one."""
+    """The classifier asked for, else the one at its usual place, else (dry run) one of random weights."""
     path = Path(args.checkpoint) if args.checkpoint else find_classifier()
     if path is None and args.dry_run:
-        from task1_classification.train import main as train  # two small epochs on phantom images
-
-        train(["--dry-run"])
-        path = Path("outputs") / TASK / "train" / "dry-run" / "best.pt"
+        path = untrained_classifier(Path("outputs") / TASK / "untrained.pt", load_phantom(28, DRY_RUN))
     if path is None:
         raise InputError(
             "there is no classifier at models/task1_model.pth; train one with python task1_classification/train.py, or"
@@ -154,6 +121,39 @@ def classifier_for(args, device):
         )
     print(f"checkpoint: {path}")
     return load_classifier(path, device)
+
+
+def read_all(args, facts):
+    """-> (images uint8 (C, size, size), their paths, rows of those that cannot be used); InputError when none can."""
+    inputs, names, errors = [], [], []
+    sources = [(str(path), path) for path in find_images(args.images)[: args.limit]] if args.images else []
+    if args.dry_run:
+        from shared.phantom import phantom_study
+
+        sources += [(f"phantom-{i}", phantom_study(args.seed, i, 224).image) for i in range(4)]
+    for name, source in sources:
+        try:
+            inputs.append(torch.from_numpy(to_square(read_image(source), facts["image_size"], facts["channels"])))
+            names.append(name)
+        except InputError as error:
+            errors.append({"path": name, "error": str(error)})
+    if not inputs:
+        detail = f"; {errors[0]['path']}: {errors[0]['error']}" if errors else ""
+        raise InputError(f"none of the {len(sources)} files could be used{detail}")
+    return inputs, names, errors
+
+
+def in_words(row, facts):
+    """The decision, and the probability of what: of the second class of a binary set, else of what was called."""
+    names = facts["label_names"]
+    if facts["task"] == "binary-class":
+        return (
+            f"{row['decision']} (probability of {names[1]} {row['probability']:.3f}, threshold {row['threshold']:.3f})"
+        )
+    if facts["task"].startswith("multi-label"):
+        highest = max(names, key=lambda name: row[f"p_{name}"])
+        return f"{row['decision']} (highest probability: {highest} {row['probability']:.3f})"
+    return f"{row['decision']} (probability {row['probability']:.3f})"
 
 
 def decision_of(probability, facts):
@@ -173,19 +173,25 @@ def decision_of(probability, facts):
 
 
 def write_heatmaps(folder, model, images, names, facts, layer, device, batch_size):
-    """One overlay per image, numbered as the rows of predictions.csv."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """One overlay per image, numbered as the rows of predictions.csv; a classifier of drawn films says so on it."""
     number = 0
     with GradCAM(model, layer, facts["image_size"], facts["channels"]) as cam:
         for batch in images.split(batch_size):
             maps = cam(normalise(batch.to(device), facts["normalisation"]))
-            for picture in overlay(batch, maps.cpu(), scale=max(1, 448 // facts["image_size"])):
-                Image.fromarray(picture).save(folder / f"{number:05d}_{Path(names[number]).stem}.png")
+            for array in overlay(batch, maps.cpu(), scale=max(1, 448 // facts["image_size"])):
+                picture = Image.fromarray(array)
+                if facts["dataset"]["phantom"]:
+                    draw = ImageDraw.Draw(picture)
+                    draw.rectangle((0, 0, 240, 19), fill="black")
+                    draw.text((4, 1), "PHANTOM: trained on drawn films", fill="white", font_size=14)
+                with atomic_file(folder / f"{number:05d}_{Path(names[number]).stem[:50]}.png") as file:
+                    picture.save(file, "PNG")
                 number += 1
-        print(
-            f"heat maps: Grad-CAM on {cam.name}, {maps.shape[2]}x{maps.shape[1]} cells, each"
-            f" {facts['image_size'] / maps.shape[2]:.1f} of {facts['image_size']} pixels wide"
-        )
+    height, width = maps.shape[1:]
+    print(
+        f"heat maps: Grad-CAM on {cam.name}, {width}x{height} cells, each {facts['image_size'] / width:.1f} of"
+        f" {facts['image_size']} pixels wide"
+    )
 
 
 if __name__ == "__main__":

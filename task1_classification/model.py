@@ -1,9 +1,10 @@
 """
-The classifier of task 1: a torchvision ResNet with a stem for small images, its preprocessing, and its checkpoint.
-
-Tasks 2 and 3 read the checkpoint through `load_classifier` too.
+The classifier of task 1: a torchvision ResNet with a stem for small images, its preprocessing, what it finds unusual,
+and its checkpoint. Tasks 2 and 3 read the checkpoint through `load_classifier` too.
 """
 
+import hashlib
+import math
 import sys
 from pathlib import Path
 
@@ -12,34 +13,24 @@ sys.path.insert(0, str(ROOT))
 
 import shared  # noqa: F401, isort: skip  # before torchvision
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import nn
 
 from shared.metrics.classification import choose_threshold, fit_temperature
-from shared.runtime import InputError, load_checkpoint
-from task1_classification.typicality import fit_typicality
+from shared.runtime import InputError, load_checkpoint, save_checkpoint
 
 ARCHITECTURES = ("resnet18", "resnet50")
 STEMS = ("auto", "3x3", "3x3-stride2", "7x7")
-FORMAT = "task1-classifier-1"
-KEYS = (
-    "format",
-    "architecture",
-    "stem",
-    "num_outputs",
-    "channels",
-    "image_size",
-    "task",
-    "label_names",
-    "state_dict",
-    "normalisation",
-    "temperature",
-    "threshold",
-    "dataset",
-    "seed",
-    "validation",
-    "typicality",
+MODEL_PATH = Path("models/task1_model.pth")  # where tasks 2 and 3 look
+DRY_RUN = {"train": 96, "val": 32, "test": 32}  # phantom images of a --dry-run
+FORMAT = "task1-classifier-2"
+KEYS = tuple(
+    "format architecture stem num_outputs channels image_size task label_names state_dict weights_sha256 normalisation"
+    " temperature threshold dataset cases limit seed validation typicality".split()
 )
+
+# ---------------------------------------------------------------------------------------------------------- the network
 
 
 def build_model(architecture="resnet18", num_outputs=1, channels=1, image_size=28, stem="auto", pretrained=False):
@@ -115,55 +106,141 @@ def decision_threshold(probabilities, labels, task):
     return [choose_threshold(y, p) if 0 < y.sum() < len(y) else 0.5 for y, p in columns]
 
 
-def classifier_checkpoint(best, args, data, normalisation, seed):
-    """
-    What evaluate.py, infer.py and tasks 2 and 3 read: the network, how to feed it, and how to decide with it. The
-    temperature is fitted on the validation images; the threshold on them and their shifted copies, because on the 524
-    plain images alone the best cut jumps between .2 and .7 from seed to seed.
-    """
-    labels, task = data.labels["val"], data.task
-    temperature = fit_temperature(best["val_logits"].squeeze(1).numpy(), labels.numpy(), task)
-    repeats = len(best["all_logits"]) // len(labels)
-    return {
-        "format": FORMAT,
-        "architecture": args.arch,
-        "stem": choose_stem(args.stem, data.size),
-        "num_outputs": data.num_outputs,
-        "channels": data.channels,
-        "image_size": data.size,
-        "task": task,
-        "label_names": data.label_names,
-        "state_dict": best["state_dict"],
-        "normalisation": normalisation,
-        "temperature": temperature,
-        "threshold": decision_threshold(
-            to_probabilities(best["all_logits"], task, temperature), torch.cat([labels] * repeats), task
-        ),
-        "dataset": data.facts(),
-        "seed": seed,
-        "validation": best["row"],
-        "augment": args.augment,
-        "typicality": fit_typicality(data.images["train"], data.images["val"]),
-    }
-
-
 @torch.inference_mode()
 def predict_logits(model, images, normalisation, device="cpu", dtype=torch.float32, batch_size=256):
-    """images uint8 or float 0..1 (N, C, H, W), on the CPU -> logits float32 (N, outputs), on the CPU."""
+    """
+    images uint8 or float 0..1 (N, C, H, W), on the CPU -> logits float32 (N, outputs), on the CPU. InputError when one
+    of them is not finite: no probability can be made of it.
+    """
     model.eval()
     logits = []
     for batch in images.split(batch_size):
         batch = normalise(batch.to(device), normalisation).contiguous(memory_format=torch.channels_last)
         with torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32):
             logits.append(model(batch).float().cpu())
-    return torch.cat(logits)
+    logits = torch.cat(logits)
+    if not logits.isfinite().all():
+        raise InputError(
+            f"the network answers {(~logits.isfinite()).any(1).sum()} of {len(logits)} images with NaN or infinity (in"
+            f" {str(dtype).removeprefix('torch.')}): it was trained with too high an --lr, or overflows in 16 bits"
+        )
+    return logits
+
+
+# ------------------------------------------------------------------------------------------------------ unusual images
+# A classifier answers for anything, a photograph of a cat included. Two probabilistic principal component models
+# (Tipping & Bishop 1999) of the 28x28 grey picture, one of the pixels as they are and one after setting mean and spread
+# of each picture to 0 and 1: the first notices other exposure and framing, the second an inverted, turned or altogether
+# different picture. The unusualness of an image is the larger of its two Mahalanobis distances, each as a multiple of
+# what 99.5 % of the validation images stay below; above 1 it gets a warning. It is a coarse check:
+# docs/results/task1_classification.md gives the share of several kinds of foreign images that it notices.
+
+NUM_COMPONENTS = 16
+SIDE = 28
+QUANTILE = 0.995
+VIEWS = {
+    "pixels": lambda x: x,
+    "standardised": lambda x: (x - x.mean(1, keepdim=True)) / (x.std(1, keepdim=True) + 1e-3),
+}
+
+
+def fit_typicality(train, validation):
+    """train, validation uint8 (N, C, H, W) -> plain tensors for the checkpoint."""
+    model = {}
+    for name, view in VIEWS.items():
+        x = view(small_grey(train[:20_000]))
+        mean = x.mean(0)
+        _, singular, components = torch.linalg.svd(x - mean, full_matrices=False)
+        variance = singular**2 / len(x)
+        k = min(NUM_COMPONENTS, len(variance) - 1)
+        part = {
+            "mean": mean,
+            "components": components[:k].clone(),  # (k, 784)
+            "variance": variance[:k].clone().clamp(min=1e-6),
+            "noise": (variance[k:].sum() / (SIDE * SIDE - k)).clamp(min=1e-6),  # of each direction that is left
+        }
+        part["limit"] = distances(part, view(small_grey(validation))).quantile(QUANTILE)
+        model[name] = part
+    return model
+
+
+def unusualness(model, images):
+    """images uint8 (N, C, H, W) -> (N,): above 1 is unlike the training images; infinite for a picture of one grey."""
+    grey = small_grey(images)
+    ratios = [distances(model[name], view(grey)) / model[name]["limit"] for name, view in VIEWS.items()]
+    return torch.stack(ratios).amax(0).masked_fill(grey.std(1) < 0.02, torch.inf)
+
+
+def distances(part, x):
+    """Squared Mahalanobis distance of x (N, 784) under one model, (N,)."""
+    x = x - part["mean"]
+    scores = x @ part["components"].T
+    rest = (x**2).sum(1) - (scores**2).sum(1)
+    return (scores**2 / part["variance"]).sum(1) + rest / part["noise"]
+
+
+def small_grey(images):
+    """uint8 (N, C, H, W) -> float (N, 784) in 0..1."""
+    images = images.float().mean(1, keepdim=True) / 255
+    return F.interpolate(images, size=(SIDE, SIDE), mode="area").flatten(1)
+
+
+# ------------------------------------------------------------------------------------------------------ the checkpoint
+
+
+def classifier_checkpoint(state_dict, val_logits, all_logits, data, normalisation, **facts):
+    """
+    What evaluate.py, infer.py and tasks 2 and 3 read: the network, how to feed it, and how to decide with it. The
+    temperature is fitted on the logits of the validation images; the threshold on those of the images and their shifted
+    copies, one after the other, because on the 524 plain images alone the best cut jumps between .2 and .7 from seed to
+    seed. facts: architecture, stem, seed, limit, validation (the row of the chosen epoch), and what else is to be kept.
+    """
+    labels, task = data.labels["val"], data.task
+    temperature = fit_temperature(val_logits.squeeze(1).numpy(), labels.numpy(), task)
+    probabilities = to_probabilities(all_logits, task, temperature)
+    return {
+        "format": FORMAT,
+        "num_outputs": data.num_outputs,
+        "channels": data.channels,
+        "image_size": data.size,
+        "task": task,
+        "label_names": data.label_names,
+        "state_dict": state_dict,
+        "weights_sha256": digest(state_dict),
+        "normalisation": normalisation,
+        "temperature": temperature,
+        "threshold": decision_threshold(probabilities, torch.cat([labels] * (len(all_logits) // len(labels))), task),
+        "dataset": data.facts(),
+        "cases": {split: len(data.labels[split]) for split in ("train", "val")},
+        "typicality": fit_typicality(data.images["train"], data.images["val"]),
+        **facts,
+    }
+
+
+def untrained_classifier(path, data):
+    """For a --dry-run without a classifier: one of random weights, written to `path` like a trained one -> path."""
+    torch.manual_seed(0)
+    model = build_model("resnet18", data.num_outputs, data.channels, data.size)
+    normalisation = {"mean": [0.5] * data.channels, "std": [0.25] * data.channels}
+    logits = predict_logits(model, data.images["val"], normalisation)
+    facts = dict(architecture="resnet18", stem=choose_stem("auto", data.size), seed=0, limit=None, validation={})
+    state = classifier_checkpoint(model.state_dict(), logits, logits, data, normalisation, **facts)
+    save_checkpoint(path, state)
+    return path
+
+
+def digest(state_dict):
+    """sha256 of names and values of all weights and buffers."""
+    sha256 = hashlib.sha256()
+    for name, value in state_dict.items():
+        sha256.update(name.encode() + value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return sha256.hexdigest()
 
 
 def load_classifier(path, device="cpu"):
     """
-    Read a checkpoint of train.py -> (model in eval mode on `device`, its facts: architecture, task, label_names,
-    image_size, channels, normalisation, threshold, temperature, dataset, validation, ...). InputError when it is
-    something else.
+    Read a checkpoint of train.py -> (model in eval mode on `device`, its facts: all of KEYS but the weights).
+    InputError when it is something else, or holds a value that no classifier can have.
     """
     state = load_checkpoint(path, KEYS, what="task 1 classifier")
     if state["format"] != FORMAT:
@@ -172,16 +249,69 @@ def load_classifier(path, device="cpu"):
         raise InputError(
             f"{path} holds a {state['architecture']}, which this version does not know ({', '.join(ARCHITECTURES)})"
         )
-    model = build_model(
-        state["architecture"], state["num_outputs"], state["channels"], state["image_size"], state["stem"]
-    )
+    if wrong := wrong_facts(state):
+        raise InputError(f"{path} is damaged or was changed: no classifier has such values of {', '.join(wrong)}")
+    facts, weights = state, state.pop("state_dict")
+    model = build_model(*(facts[k] for k in ("architecture", "num_outputs", "channels", "image_size", "stem")))
     try:
-        model.load_state_dict(state.pop("state_dict"))
-    except RuntimeError as error:
-        raise InputError(f"the weights in {path} do not fit the {state['architecture']} it says it holds") from error
-    return model.to(device, memory_format=torch.channels_last).eval(), state
+        model.load_state_dict(weights)
+    except (RuntimeError, TypeError, AttributeError) as error:  # other names, shapes or things than weights
+        raise InputError(f"the weights in {path} do not fit the {facts['architecture']} it says it holds") from error
+    if not all(v.isfinite().all() for v in weights.values()):
+        raise InputError(f"weights in {path} are NaN or infinite: its training went wrong; train the classifier again")
+    if digest(weights) != facts["weights_sha256"]:
+        raise InputError(f"the weights in {path} are not those that were saved (another SHA-256); train it again")
+    return model.to(device, memory_format=torch.channels_last).eval(), facts
+
+
+def wrong_facts(state):
+    """Names of the entries of a checkpoint whose values no classifier can have."""
+
+    def number(value, low, high):
+        return type(value) in (int, float) and math.isfinite(value) and low <= value <= high
+
+    def numbers(values, n, low, high):
+        return isinstance(values, list) and len(values) == n and all(number(v, low, high) for v in values)
+
+    def shapes(part, **expected):
+        return isinstance(part, dict) and all(
+            torch.is_tensor(part.get(name)) and part[name].shape == shape and bool(part[name].isfinite().all())
+            for name, shape in expected.items()
+        )
+
+    task, names, outputs, channels = (state[k] for k in ("task", "label_names", "num_outputs", "channels"))
+    binary, multi_label = task == "binary-class", task == "multi-label, binary-class"
+    right = {
+        "task": binary or multi_label or task in ("multi-class", "ordinal-regression"),
+        "stem": state["stem"] in STEMS[1:],
+        "channels": channels in (1, 3),
+        "image_size": type(state["image_size"]) is int and 8 <= state["image_size"] <= 1024,
+        "label_names": isinstance(names, list) and len(names) >= 2 and all(isinstance(name, str) for name in names),
+    }
+    if not all(right.values()):
+        return [name for name, fine in right.items() if not fine]
+    dicts = [k for k in ("normalisation", "dataset", "cases", "validation", "typicality") if type(state[k]) is not dict]
+    if dicts:
+        return dicts
+    mean, std = (state["normalisation"].get(k) for k in ("mean", "std"))
+    threshold, k = state["threshold"], len(state["typicality"].get("pixels", {}).get("variance", ()))
+    view = dict(mean=(SIDE**2,), components=(k, SIDE**2), variance=(k,), noise=(), limit=())
+    right = {
+        "num_outputs": outputs == (1 if binary else len(names)) and (len(names) == 2 or not binary),
+        "normalisation": numbers(mean, channels, -10, 10) and numbers(std, channels, 1e-6, 10),
+        "temperature": number(state["temperature"], 1e-6, 1e6),
+        "threshold": numbers([threshold] if binary else threshold, outputs, -1e-3, 1)
+        if binary or multi_label
+        else threshold is None,
+        "dataset": isinstance(state["dataset"].get("name"), str) and type(state["dataset"].get("phantom")) is bool,
+        "cases": all(number(state["cases"].get(split), 1, 1e12) for split in ("train", "val")),
+        "limit": state["limit"] is None or number(state["limit"], 1, 1e12),
+        "seed": number(state["seed"], 0, 2**63),
+        "typicality": all(shapes(state["typicality"].get(name), **view) for name in VIEWS),
+    }
+    return [name for name, fine in right.items() if not fine]
 
 
 def find_classifier():
     """Where tasks look for the classifier when no path is given: the first that exists, None without one."""
-    return next((p for p in (Path("models/task1_model.pth"), Path("task1_model.pth")) if p.is_file()), None)
+    return next((p for p in (MODEL_PATH, Path(MODEL_PATH.name)) if p.is_file()), None)

@@ -1,143 +1,296 @@
-"""The report of evaluate.py as Markdown: tables, intervals, figures."""
+"""The report of evaluate.py: its table, its text, and its pictures."""
 
 from pathlib import Path
 
+import matplotlib
+import numpy as np
+import torch
+from sklearn.metrics import precision_recall_curve, roc_curve
+
+from shared.metrics.classification import binary_metrics, reliability_bins
+from shared.report import Report, number, p_value, save_figure, short_path
+from task1_classification.explain import GradCAM, overlay
+from task1_classification.model import normalise
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
 HAND_IN = Path("reports/task1_classification_report.md")
-BINARY_COLUMNS = ("accuracy", "precision", "recall", "specificity", "f1", "balanced_accuracy", "mcc", "auc", "pr_auc")
+NETWORK, HALF = "network, threshold from validation", "network, threshold 0.5"
+PIXELS = "baseline: logistic regression on pixels"
+BINARY_COLUMNS = tuple("accuracy precision recall specificity f1 balanced_accuracy mcc auc pr_auc".split())
+COLUMNS = {
+    "binary-class": BINARY_COLUMNS,
+    "multi-label, binary-class": "macro_auc macro_pr_auc micro_f1 macro_f1 mean_label_accuracy exact_match".split(),
+    "multi-class": "accuracy balanced_accuracy macro_precision macro_recall macro_f1 mcc macro_auc".split(),
+}
+COLUMNS["ordinal-regression"] = COLUMNS["multi-class"] + ["quadratic_weighted_kappa", "mean_absolute_error"]
 
 
-def number(value, digits=3):
-    return "–" if value is None else f"{value:.{digits}f}"
+def results_table(rows, task):
+    """-> header and rows of the table of results."""
+    columns = COLUMNS[task]
+    header = ["", *(column.replace("_", " ") for column in columns)]
+    return header, [[name, *(number(row[column]) for column in columns)] for name, row in rows.items()]
 
 
-def p_value(p):
-    return "–" if p is None else "p < 0.0001" if p < 1e-4 else f"p = {p:.4f}"
+def warnings_of(facts, args, seeds_missing=()):
+    """What makes this less than a result on all the images, a sentence each."""
+    out = []
+    if not facts["validation"]:
+        out.append("A dry run: the weights are random.")
+    if facts["limit"]:
+        out.append(f"The network was trained with --limit {facts['limit']}: on {facts['cases']['train']} images.")
+    if seeds_missing:
+        out.append(f"The training run is not finished: seed {', '.join(map(str, seeds_missing))} has no best.pt.")
+    if args.limit:
+        out.append(f"Measured with --limit {args.limit}.")
+    return out
 
 
-def report_table(rows, task):
-    """Markdown table of all rows."""
-    if task == "binary-class":
-        columns = BINARY_COLUMNS
-    elif task.startswith("multi-label"):
-        columns = ("macro_auc", "macro_pr_auc", "micro_f1", "macro_f1", "mean_label_accuracy", "exact_match")
-    else:
-        columns = ("accuracy", "balanced_accuracy", "macro_precision", "macro_recall", "macro_f1", "mcc", "macro_auc")
-        columns += ("quadratic_weighted_kappa", "mean_absolute_error") if task == "ordinal-regression" else ()
-    lines = ["| | " + " | ".join(c.replace("_", " ") for c in columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    lines += [f"| {name} | " + " | ".join(number(row[c]) for c in columns) + " |" for name, row in rows.items()]
-    return "\n".join(lines)
-
-
-def report_text(data, args, facts, files, measured, runs, spread, figures):
-    """The hand-in report as Markdown; {figures} stands for the folder of the pictures."""
-    rows, n = measured["rows"], len(data.images[args.split])
-    validation = facts["validation"]
-    text = [f"# {data.name}: classification report", ""]
-    if data.phantom:
-        text += ["**PHANTOM IMAGES. Drawn by this project; nothing here says anything about real X-rays.**", ""]
-    text += [
-        (
-            f"{facts['architecture']} (stem {facts['stem']}), {data.size} pixels, trained from"
-            f" {facts['dataset']['source']}; checkpoint `{files[0]}`, seed {facts['seed']}, epoch"
-            f" {validation['epoch']}."
-        ),
-        (
-            f"Measured on {n} {args.split} images. Training: {len(data.images['train'])} images, validation:"
-            f" {len(data.images['val'])}; validation AUC {validation['val_auc']:.4f}. Epoch, threshold and temperature"
-            " were chosen on validation images only."
-        ),
-        "",
-        "## Results",
-        "",
-        report_table(rows, data.task),
-        "",
-    ]
-    if data.task == "binary-class":
-        chosen, against = rows["network, threshold from validation"], measured["against_pixels"]
-        text += [
-            (
-                f"Threshold from validation: {facts['threshold']:.3f}; temperature {facts['temperature']:.3f}."
-                f" Probabilities above the threshold are called {data.label_names[1]}."
-            ),
-            "",
-        ]
-        text += ["| threshold from validation | value | 95 % interval | method |", "|---|---|---|---|"]
-        for name, interval in measured["intervals"].items():
-            value = chosen["auc" if name == "auc_bootstrap" else name]
-            text.append(
-                f"| {name.replace('_', ' ')} | {number(value)} | {number(interval['low'])} to"
-                f" {number(interval['high'])} | {interval['method']} |"
-            )
-        text += [
-            "",
-            (
-                f"Counts: {chosen['tp']} true positives, {chosen['fp']} false positives, {chosen['tn']} true negatives,"
-                f" {chosen['fn']} false negatives. Brier score {chosen['brier']:.4f}, expected calibration error"
-                f" {chosen['ece']:.4f}."
-            ),
-            "",
-            (
-                f"Against the pixel baseline: AUC difference {against['auc']['difference']:.4f}"
-                f" [{number(against['auc']['low'], 4)}, {number(against['auc']['high'], 4)}] (DeLong,"
-                f" {p_value(against['auc']['p'])}); {against['accuracy']['only_a']} images only the network gets right,"
-                f" {against['accuracy']['only_b']} only the baseline (exact McNemar,"
-                f" {p_value(against['accuracy']['p'])})."
-            ),
-            "",
-            (
-                'The row "prior corrected" adapts the probabilities to the share of ill cases estimated from these'
-                " images without their labels (Saerens et al. 2002)."
-            ),
-            "",
-        ]
-    else:
-        text += [
-            (
-                f"95 % bootstrap intervals in MedMNIST's definition: AUC {number(measured['intervals']['auc']['low'])}"
-                f" to {number(measured['intervals']['auc']['high'])}, accuracy"
-                f" {number(measured['intervals']['accuracy']['low'])} to"
-                f" {number(measured['intervals']['accuracy']['high'])}."
-            ),
-            "",
-        ]
-        table = rows["network"].get("per_class") or rows["network"]["per_label"]
-        text += ["| class | n | recall | precision | F1 | AUC |", "|---|---|---|---|---|---|"]
-        text += [
-            f"| {data.label_names[r['label']]} | {r.get('num_positive', r['n'])} | {number(r.get('recall'))} |"
-            f" {number(r.get('precision'))} | {number(r.get('f1'))} | {number(r.get('auc'))} |"
-            for r in table
-        ] + [""]
+def make_report(data, args, facts, files, measured, runs, spread, figures, warnings):
+    """The report as shared.report.Report; figures {caption: path}."""
+    rows, n, validation = measured["rows"], len(data.images[args.split]), facts["validation"]
+    report = Report(f"{data.name}: classification report", data.phantom, warnings)
+    chosen = f", epoch {validation['epoch']}, validation AUC {number(validation['val_auc'], 4)}" if validation else ""
+    official = facts["dataset"].get("official")
+    origin = {True: "MedMNIST's official file", False: "not MedMNIST's official file"}.get(official, "drawn here")
+    report.text(
+        f"{facts['architecture']} (stem {facts['stem']}), {data.size} pixels, trained on {data.name} ({origin}):"
+        f" {facts['cases']['train']} training and {facts['cases']['val']} validation images; checkpoint"
+        f" `{short_path(files[0])}`, seed {facts['seed']}{chosen}."
+    )
+    report.text(f"Measured on {n} {args.split} images. Epoch, threshold and temperature come from validation alone.")
+    report.heading("Results")
+    report.table(*results_table(rows, data.task))
+    (binary_text if data.task == "binary-class" else classes_text)(report, data, facts, measured)
     if "medmnist" in measured:
-        m = measured["medmnist"]
-        text += [
-            f"By `medmnist.Evaluator` (threshold 0.5, uncalibrated): AUC {m['auc']:.4f}, ACC {m['accuracy']:.4f}.",
-            "",
-        ]
+        auc, accuracy = (number(measured["medmnist"][k], 4) for k in ("auc", "accuracy"))
+        report.text(f"By `medmnist.Evaluator` (threshold 0.5, uncalibrated): AUC {auc}, ACC {accuracy}.")
     if spread:
-        text += [
-            f"## Over {len(runs)} seeds ({', '.join(str(r['seed']) for r in runs)})",
-            "",
-            "| | mean | standard deviation |",
-            "|---|---|---|",
+        report.heading(f"Over {len(runs)} seeds ({', '.join(str(r['seed']) for r in runs)})")
+        table = [[k.replace("_", " "), number(v["mean"], 4), number(v["std"], 4)] for k, v in spread.items()]
+        report.table(["", "mean", "standard deviation"], table)
+    report.heading("Figures")
+    for caption, path in figures.items():
+        report.figure(path, caption)
+    height, width = measured["heat_maps"]["native_size"]
+    report.text(
+        f"The heat maps come from {measured['heat_maps']['layer']} and have {width}x{height} cells; they show where"
+        " this layer's evidence for the call lies, not where the disease is."
+    )
+    return report
+
+
+def binary_text(report, data, facts, measured):
+    chosen, auc, accuracy = measured["rows"][NETWORK], *(measured["against_pixels"][k] for k in ("auc", "accuracy"))
+    report.text(
+        f"Threshold from validation: {number(facts['threshold'])}; temperature {number(facts['temperature'])}."
+        f" A probability of {data.label_names[1]} above the threshold is called {data.label_names[1]}."
+    )
+    table = []
+    for name, interval in measured["intervals"].items():
+        value, low, high = chosen["auc" if name == "auc_bootstrap" else name], interval["low"], interval["high"]
+        table.append([name.replace("_", " "), number(value), f"{number(low)} to {number(high)}", interval["method"]])
+    report.table(["threshold from validation", "value", "95 % interval", "method"], table)
+    report.text(
+        f"Counts: {chosen['tp']} true positives, {chosen['fp']} false positives, {chosen['tn']} true negatives,"
+        f" {chosen['fn']} false negatives. Brier score {number(chosen['brier'], 4)}, expected calibration error"
+        f" {number(chosen['ece'], 4)}."
+    )
+    report.text(
+        f"Against the pixel baseline: AUC difference {number(auc['difference'], 4)} [{number(auc['low'], 4)},"
+        f" {number(auc['high'], 4)}] (DeLong, {p_value(auc['p'])}); {accuracy['only_a']} images only the network gets"
+        f" right, {accuracy['only_b']} only the baseline (exact McNemar, {p_value(accuracy['p'])})."
+    )
+    report.text(
+        'The row "prior corrected" adapts the probabilities to the share of ill cases estimated from these images'
+        " without their labels (Saerens et al. 2002)."
+    )
+
+
+def classes_text(report, data, facts, measured):
+    auc, accuracy = (measured["intervals"][k] for k in ("auc", "accuracy"))
+    report.text(
+        f"95 % bootstrap intervals in MedMNIST's definition: AUC {number(auc['low'])} to {number(auc['high'])},"
+        f" accuracy {number(accuracy['low'])} to {number(accuracy['high'])}."
+    )
+    table = measured["rows"]["network"].get("per_class") or measured["rows"]["network"]["per_label"]
+    report.table(
+        ["class", "n", "recall", "precision", "F1", "AUC"],
+        [
+            [data.label_names[r["label"]], r.get("num_positive", r["n"])]
+            + [number(r.get(k)) for k in ("recall", "precision", "f1", "auc")]
+            for r in table
+        ],
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ pictures
+
+
+def failure_groups(labels, probabilities, facts, cases, seed):
+    """
+    Which films to look at, by rule: the most confident errors, the calls nearest to the threshold, random ones.
+    -> ({name: indices}, called class (N,), captions). Multi-label: each film stands for the label it is furthest off
+    in.
+    """
+    names, n = facts["label_names"], len(labels)
+    if facts["task"] == "binary-class":
+        called = (probabilities > facts["threshold"]).astype(int)
+        wrong, t = called != labels, facts["threshold"]  # confidence: how far from the threshold towards 0 or 1
+        confidence = np.where(called == 1, (probabilities - t) / max(1 - t, 1e-9), (t - probabilities) / max(t, 1e-9))
+        pairs = zip(labels, probabilities, strict=True)
+        captions = [f"#{i} true {names[y]}, p({names[1]}) {p:.2f}" for i, (y, p) in enumerate(pairs)]
+    elif facts["task"].startswith("multi-label"):
+        called = np.abs(probabilities - labels).argmax(1)
+        p, y = probabilities[np.arange(n), called], labels[np.arange(n), called]
+        thresholds = np.asarray(facts["threshold"])[called]
+        wrong, confidence = (p > thresholds) != y, np.abs(p - thresholds)
+        triples = zip(called, y, p, strict=True)
+        captions = [f"#{i} {names[c]}: true {int(v)}, p {q:.2f}" for i, (c, v, q) in enumerate(triples)]
+    else:
+        called, order = probabilities.argmax(1), np.sort(probabilities, axis=1)
+        wrong, confidence = called != labels, order[:, -1] - order[:, -2]
+        pairs = zip(labels, called, strict=True)
+        captions = [
+            f"#{i} true {names[y]}\ncalled {names[c]} {probabilities[i, c]:.2f}" for i, (y, c) in enumerate(pairs)
         ]
-        text += [f"| {k.replace('_', ' ')} | {v['mean']:.4f} | {v['std']:.4f} |" for k, v in spread.items()] + [""]
-    text += ["## Figures", ""]
-    captions = {
-        "confusion": "Confusion matrix",
-        "roc_pr": "ROC and precision-recall curves",
-        "calibration": "Calibration before and after temperature scaling",
-        "failures": "Films chosen by rule, with Grad-CAM",
+    errors = np.flatnonzero(wrong)
+    groups = {
+        "most confident errors": errors[np.argsort(-confidence[errors], kind="stable")][:cases],
+        "nearest to the threshold": np.argsort(confidence, kind="stable")[:cases],
+        "random": np.sort(np.random.default_rng(seed).choice(n, size=min(cases, n), replace=False)),
     }
-    for name, file in figures.items():
-        text += [f"{captions[name]}:", "", f"![{captions[name]}]({{figures}}{file})", ""]
-    size = measured["heat_maps"]["native_size"]
-    text += [
-        (
-            f"The heat maps come from {measured['heat_maps']['layer']} and have {size[1]}x{size[0]} cells; they show"
-            " where this layer's evidence for the call lies, not where the disease is."
-        ),
-        "",
-        "For research and teaching only; not a medical device, no medical advice.",
-        "",
-    ]
-    return "\n".join(text)
+    return groups, called, captions
+
+
+def draw_all(folder, model, facts, data, args, probabilities, raw, pixel_scores, measured, groups, where, device):
+    """All figures of the run -> {caption: path}. groups: what failure_groups gives; where: the title of each."""
+    names, rows, figures, labels = data.label_names, measured["rows"], {}, data.labels[args.split].numpy()
+
+    def keep(caption, name, figure, title=where):
+        figures[caption] = save_figure(figure, folder / f"{name}.png", title, data.phantom)
+
+    if data.task == "binary-class":
+        chosen, threshold = rows[NETWORK], facts["threshold"]
+        matrix = [[chosen["tn"], chosen["fp"]], [chosen["fn"], chosen["tp"]]]
+        title = f"{where}\nthreshold {threshold:.3f} from validation"
+        keep("Confusion matrix", "confusion", draw_confusion(matrix, names), title)
+        curves = {
+            f"network (AUC {number(chosen['auc'])})": (labels, probabilities),
+            f"pixels (AUC {number(rows[PIXELS]['auc'])})": (labels, pixel_scores),
+        }
+        points = {f"threshold {t:.2f}": rows[name] for t, name in ((threshold, NETWORK), (0.5, HALF))}
+        keep("ROC and precision-recall curves", "roc_pr", draw_curves(curves, chosen["prevalence"], points))
+        versions = {
+            f"as trained (ECE {binary_metrics(labels, raw)['ece']:.3f})": raw,
+            f"temperature {facts['temperature']:.2f} (ECE {chosen['ece']:.3f})": probabilities,
+        }
+        figure = draw_calibration(labels, versions, names[1])
+        keep("Calibration before and after temperature scaling", "calibration", figure)
+    else:
+        if not data.multi_label:
+            figure = draw_confusion(rows["network"]["confusion_matrix"], names)
+            keep("Confusion matrix", "confusion", figure)
+        columns = labels.T if data.multi_label else labels == np.arange(len(names))[:, None]
+        pairs = enumerate(zip(names, columns, strict=True))
+        curves = {name: (y, probabilities[:, j]) for j, (name, y) in pairs if 0 < y.sum() < len(y)}
+        title = f"{where}; each class against the rest"
+        keep("ROC and precision-recall curves", "roc_pr", draw_curves(curves, None, {}), title)
+    with GradCAM(model, args.layer, data.size, data.channels) as cam:
+        figure = draw_gallery(*groups, data.images[args.split], cam, facts["normalisation"], device)
+    height, width = measured["heat_maps"]["native_size"]
+    note = f"Grad-CAM for the called class on {cam.name}: {width}x{height} cells, each {data.size / width:.0f} pixels"
+    keep("Films chosen by rule, with Grad-CAM", "failures", figure, f"{where}\n{note} wide")
+    return figures
+
+
+def draw_confusion(matrix, names):
+    """matrix[true][called]: counts, and the share of each true class as the shade."""
+    matrix, n = np.asarray(matrix), len(names)
+    share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    figure, axis = plt.subplots(figsize=(1.6 + 0.75 * max(n, 3), 1.3 + 0.62 * max(n, 3)), layout="constrained")
+    axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    for i, j in np.ndindex(n, n):
+        text = f"{matrix[i, j]}\n{share[i, j]:.0%}" if n <= 4 else str(matrix[i, j])
+        color = "white" if share[i, j] > 0.6 else "black"
+        axis.text(j, i, text, ha="center", va="center", fontsize=10 if n <= 4 else 7, color=color)
+    axis.set_xticks(range(n), names, rotation=0 if n <= 3 else 45, ha="center" if n <= 3 else "right")
+    axis.set_yticks(range(n), names)
+    axis.set(xlabel="called", ylabel="true")
+    return figure
+
+
+def draw_curves(curves, prevalence, points):
+    """
+    ROC and precision-recall. curves {name: (labels, scores)}; points {name: row of the table} are marked; `prevalence`
+    is the precision of guessing, None where it differs by curve.
+    """
+    figure, (roc, pr) = plt.subplots(1, 2, figsize=(9, 4.2), layout="constrained")
+    for name, (labels, scores) in curves.items():
+        fpr, tpr, _ = roc_curve(labels, scores)
+        roc.plot(fpr, tpr, label=name, linewidth=1.5)
+        precision, recall, _ = precision_recall_curve(labels, scores)
+        pr.plot(recall[:-1], precision[:-1], label=name, linewidth=1.5, drawstyle="steps-post")
+    for name, row in points.items():
+        roc.plot(1 - row["specificity"], row["recall"], "o", label=name, markersize=6)
+        if row["precision"] is not None:
+            pr.plot(row["recall"], row["precision"], "o", label=name, markersize=6)
+    guessing = dict(color="grey", linewidth=0.8, linestyle=":", label="guessing")
+    roc.plot([0, 1], [0, 1], **guessing)
+    if prevalence is not None:
+        pr.axhline(prevalence, **guessing)
+    lowest = min(0.5, (prevalence or 0) - 0.05)
+    roc.set(xlabel="1 - specificity", ylabel="recall (sensitivity)", xlim=(-0.01, 1.01), ylim=(-0.01, 1.01))
+    pr.set(xlabel="recall (sensitivity)", ylabel="precision", xlim=(-0.01, 1.01), ylim=(lowest, 1.01))
+    roc.set_aspect("equal")
+    for axis in (roc, pr):
+        axis.grid(alpha=0.3)
+    handles = roc.get_legend_handles_labels()  # below both, where it crosses no curve
+    figure.legend(*handles, loc="outside lower center", ncols=min(4, len(handles[0])), fontsize=7, frameon=False)
+    return figure
+
+
+def draw_calibration(labels, versions, ill):
+    """Reliability diagram of {name: probabilities (N,)}, in bins of equally many cases, with Wilson intervals."""
+    figure, axis = plt.subplots(figsize=(4.6, 4.4), layout="constrained")
+    axis.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle=":", label="perfect")
+    for name, probabilities in versions.items():
+        bins = reliability_bins(labels, probabilities, 10)
+        x, y = [b["confidence"] for b in bins], [b["rate"] for b in bins]
+        error = np.maximum([[b["rate"] - b["low"] for b in bins], [b["high"] - b["rate"] for b in bins]], 0)
+        axis.errorbar(x, y, error, marker="o", markersize=4, linewidth=1, capsize=2, alpha=0.8, label=name)
+    axis.set(xlabel=f"predicted probability of {ill}", ylabel=f"share that is {ill}")
+    axis.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+    axis.grid(alpha=0.3)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", fontsize=8, frameon=False)
+    return figure
+
+
+def draw_gallery(groups, called, captions, images, cam, normalisation, device):
+    """
+    One row per group {name: indices}: each film beside the same film under its Grad-CAM for the class that was called
+    (N,). images uint8 (N, C, H, W).
+    """
+    columns = max(len(v) for v in groups.values())
+    size = (max(6, 2.05 * columns), 1.55 * len(groups) + 0.5)
+    figure, axes = plt.subplots(len(groups), columns, figsize=size, layout="constrained", squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for row, (name, indices) in zip(axes, groups.items(), strict=True):
+        row[0].set_title(name, fontsize=8, loc="left", fontweight="bold")
+        if not len(indices):
+            row[0].text(0, 0.5, "none", fontsize=8)
+            continue
+        chosen = images[indices]
+        maps = cam(normalise(chosen.to(device), normalisation), torch.from_numpy(called[indices]).to(device))
+        scale = max(1, 112 // chosen.shape[-1])
+        plain = overlay(chosen, torch.zeros_like(maps).cpu(), scale=scale)
+        heated = overlay(chosen, maps.cpu(), scale=scale)
+        for axis, index, left, right in zip(row, indices, plain, heated, strict=False):
+            axis.axis("on")
+            axis.imshow(np.concatenate([left, right], axis=1))
+            axis.set(xticks=[], yticks=[])
+            axis.set_xlabel(captions[index], fontsize=6)
+    return figure

@@ -10,14 +10,12 @@ Usage:
     torchrun --nproc-per-node 2 task1_classification/train.py --epochs 15
 
 Expected of these: see task1_classification/README.md, where each number stands beside its command.
-Writes to the run folder: best.pt (the classifier), last.pt (to resume), history.jsonl, metrics.json, figures/curves.png
-(with several --seeds in seed0/, seed1/, ...), and besides models/task1_model.pth and reports/figures/task1_curves.png.
-Never reads the test split: evaluate.py does.
+Writes to the run folder: best.pt (the classifier, 45 MB), last.pt (to resume, 179 MB), history.jsonl, metrics.json,
+figures/curves.png (with several --seeds the first three in seed0/, seed1/, ...), and besides models/task1_model.pth and
+reports/figures/task1_curves.png. Never reads the test split: evaluate.py does.
 """
 
-import copy
 import functools
-import math
 import statistics
 import sys
 import time
@@ -35,17 +33,21 @@ from tqdm import tqdm
 from shared.data.augment import STRENGTHS, augment, shifted_copies
 from shared.data.image_sets import SIZES, load_images, load_phantom
 from shared.metrics.classification import official_auc_accuracy
-from shared.runtime import InputError, add_resume, atomic_file, fraction, free_gpu, load_checkpoint, not_negative
-from shared.runtime import open_run_dir, pick_device, positive_float, positive_int, run_facts, save_checkpoint, script
-from shared.runtime import script_parser, seed_everything, start_distributed, write_json, write_jsonl
-from shared.training import StopSignal, learning_rate, refuse_other_settings
-from task1_classification.figures import draw_training
-from task1_classification.model import ARCHITECTURES, STEMS, build_model, choose_stem, classifier_checkpoint, normalise
-from task1_classification.model import predict_logits, to_probabilities
+from shared.report import PHANTOM, draw_history, number
+from shared.runtime import InputError, add_resume, atomic_file, bounded, command, fraction, free_gpu, load_checkpoint
+from shared.runtime import not_negative, open_run_dir, pick_device, positive_float, positive_int, read_json, run_facts
+from shared.runtime import save_checkpoint, script, script_parser, seed_everything, seed_number, start_distributed
+from shared.runtime import write_json, write_jsonl
+from shared.training import GuardedStep, StopSignal, learning_rate, load_state, moving_average, save_state, settings_of
+from task1_classification.model import ARCHITECTURES, DRY_RUN, MODEL_PATH, STEMS, build_model, choose_stem
+from task1_classification.model import classifier_checkpoint, normalise, predict_logits, to_probabilities
 
 TASK = "task1_classification"
-MODEL_PATH = Path("models/task1_model.pth")  # where tasks 2 and 3 look
 REPORT_CURVES = Path("reports/figures/task1_curves.png")
+PANELS = [
+    ("loss", {"train_loss": "training (changed images)", "val_loss": "validation"}),
+    ("AUC", {"val_auc": "validation", "val_auc_shifted": "validation and its shifted copies"}),
+]
 
 
 def parse_args(argv=None):
@@ -61,7 +63,8 @@ def parse_args(argv=None):
         help="first layer; auto: 3x3-stride2 up to 64 pixels, else 7x7 (%(default)s)")
     g.add_argument("--pretrained", action="store_true", help="start from torchvision's ImageNet weights (a download)")
     g = parser.add_argument_group("optimisation")
-    g.add_argument("--epochs", type=positive_int, default=10, help="passes over the training images (%(default)s)")
+    g.add_argument("--epochs", type=bounded(int, 1, 100_000, "must be at least 1"), default=10,
+        help="passes over the training images (%(default)s)")
     g.add_argument("--batch-size", type=positive_int, default=64,
         help="images per step over all GPUs; at least 2 (%(default)s)")
     g.add_argument("--lr", type=positive_float, default=0.05,
@@ -78,7 +81,7 @@ def parse_args(argv=None):
         help="computing precision; auto: 16 bit on CUDA only (%(default)s)")
     # fmt: on
     g = parser.add_argument_group("runs")
-    g.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="train once per seed, in place of --seed")
+    g.add_argument("--seeds", type=seed_number, nargs="+", metavar="SEED", help="train once per seed, not with --seed")
     add_resume(g)
     args = parser.parse_args(argv)
     if args.batch_size < 2:
@@ -88,35 +91,24 @@ def parse_args(argv=None):
     if args.seeds and len(set(args.seeds)) < len(args.seeds):
         parser.error("--seeds names a seed twice")
     if args.dry_run:
-        args.data, args.device, args.epochs, args.batch_size = (
-            "phantom",
-            "cpu",
-            min(args.epochs, 2),
-            min(args.batch_size, 16),
-        )
+        args.data, args.device = "phantom", "cpu"
+        args.epochs, args.batch_size = min(args.epochs, 2), min(args.batch_size, 16)
     return args
 
 
 def loss_of(logits, labels, task, class_weights, smoothing):
-    """
-    logits (N, outputs), labels (N,) or (N, L) -> mean loss. class_weights: None, or one weight per class or label.
-    """
+    """logits (N, outputs), labels (N,) or (N, L) -> mean loss. class_weights: None, or one per class or label."""
     if task in ("multi-class", "ordinal-regression"):
         return F.cross_entropy(logits, labels, weight=class_weights, label_smoothing=smoothing)
     targets = labels.float().view(len(labels), -1)  # (N, 1) for a binary set
-    weights = None
-    if class_weights is not None:
-        weights = (
-            class_weights[labels][:, None] if task == "binary-class" else torch.where(targets == 1, class_weights, 1.0)
-        )
+    weights = class_weights
+    if weights is not None:
+        weights = weights[labels][:, None] if task == "binary-class" else torch.where(targets == 1, weights, 1.0)
     return F.binary_cross_entropy_with_logits(logits, targets * (1 - smoothing) + smoothing / 2, weight=weights)
 
 
 def weights_of_classes(labels, num_classes, task):
-    """
-    Weights inversely proportional to the class counts, mean 1; for a multi-label set negatives per positive, at most
-    20.
-    """
+    """Weights inversely proportional to the class counts, mean 1; multi-label: negatives per positive, at most 20."""
     if task.startswith("multi-label"):
         positives = labels.sum(0).clamp(min=1)
         return ((len(labels) - positives) / positives).clamp(max=20)
@@ -125,10 +117,7 @@ def weights_of_classes(labels, num_classes, task):
 
 
 def pixel_statistics(images, most=20_000):
-    """
-    Mean and standard deviation per channel, pixels as 0..1, over at most `most` images: uint8 (N, C, H, W) -> dict of
-    lists.
-    """
+    """uint8 (N, C, H, W) -> mean and standard deviation per channel, pixels as 0..1, over at most `most` images."""
     pixels = images[:most].transpose(0, 1).flatten(1).float() / 255  # (C, N * H * W)
     return {"mean": pixels.mean(1).tolist(), "std": pixels.std(1).tolist()}
 
@@ -139,15 +128,8 @@ def validate(model, data, copies, normalisation, device, dtype):
     logits of the plain images, logits of all copies one after the other).
     """
     labels, task = data.labels["val"], data.task
-    logits = [
-        predict_logits(model, images, normalisation, device, dtype) for images in copies.values()
-    ]  # plain images first
+    logits = [predict_logits(model, images, normalisation, device, dtype) for images in copies.values()]  # plain first
     scores = [official_auc_accuracy(labels.numpy(), to_probabilities(z, task).numpy(), task) for z in logits]
-    if None in (s["auc"] for s in scores):
-        raise InputError(
-            f"a label of {data.name} has no positive, or no negative, validation image, so that there is no AUC to"
-            " choose by; raise --limit"
-        )
     numbers = {
         "val_loss": float(loss_of(logits[0], labels, task, None, 0.0)),
         "val_auc": scores[0]["auc"],
@@ -157,33 +139,36 @@ def validate(model, data, copies, normalisation, device, dtype):
     return numbers, logits[0], torch.cat(logits)
 
 
-def train_one(args, data, seed, run_dir, device, dtype, rank, world_size):
-    """Train one network into run_dir; returns its classifier checkpoint."""
+def score(row):
+    """What epochs and seeds are chosen by: the mean AUC over validation images and shifted copies, then the loss."""
+    return row["val_auc_shifted"], -row["val_loss"]
+
+
+def train_one(args, data, seed, run_dir, place, device, dtype, rank, world_size, stop):
+    """
+    Train one network into `place` -> (its classifier checkpoint, its rows of history). Longer than other functions,
+    because the loop and all it works on are to be read in one piece.
+    """
     seed_everything(seed)
     say = functools.partial(print, flush=True) if rank == 0 else lambda *a: None
     images, labels = data.images["train"], data.labels["train"]
-    normalisation = pixel_statistics(images)
-    copies = shifted_copies(data.images["val"])
-    if (
-        device.type == "cuda" and images.numel() < 2 * 2**30
-    ):  # small sets live on the GPU, larger ones go over batch by batch
+    normalisation, copies = pixel_statistics(images), shifted_copies(data.images["val"])
+    if device.type == "cuda" and images.numel() < 2 * 2**30:  # small sets live on the GPU, larger ones come by batches
         images, labels = images.to(device), labels.to(device)
 
     model = build_model(args.arch, data.num_outputs, data.channels, data.size, args.stem, args.pretrained)
     model = model.to(device, memory_format=torch.channels_last)
-    average = copy.deepcopy(
-        model
-    )  # EMA of the weights: steadier than any single step; this is what is validated and kept
-    averaged, current = ([v for v in m.state_dict().values() if v.is_floating_point()] for m in (average, model))
-    averaged_running, running = ([v for v in m.buffers() if v.is_floating_point()] for m in (average, model))
-    optimizer = torch.optim.SGD(
-        model.parameters(), lr=args.lr, momentum=0.9, nesterov=True, weight_decay=args.weight_decay
-    )
+    average = moving_average(model, args.ema)  # steadier than any single step; this is what is validated and kept
+    rule = dict(lr=args.lr, momentum=0.9, nesterov=True, weight_decay=args.weight_decay)
+    optimizer = torch.optim.SGD(model.parameters(), **rule)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    guard = GuardedStep(optimizer, scaler, model.parameters())
     generator = torch.Generator(device)
-    class_weights = (
-        weights_of_classes(labels, max(2, data.num_outputs), data.task).to(device) if args.class_weights else None
-    )
+    class_weights = None
+    if args.class_weights:
+        class_weights = weights_of_classes(labels, max(2, data.num_outputs), data.task).to(device)
+    loss_settings = dict(task=data.task, class_weights=class_weights, smoothing=args.label_smoothing)
+    loss_function = functools.partial(loss_of, **loss_settings)
 
     batch_size = min(args.batch_size, len(images))
     steps = len(images) // batch_size  # per epoch; the few images left over by an epoch's order are left out of it
@@ -193,153 +178,99 @@ def train_one(args, data, seed, run_dir, device, dtype, rank, world_size):
         f" {choose_stem(args.stem, data.size)}; {args.epochs} epochs of {steps} steps of {batch_size} images"
     )
 
-    first_epoch, first_step, totals, history, best = 0, 0, {"loss": 0.0, "steps": 0, "skipped": 0}, [], None
-    last_path = run_dir / "last.pt"
-    if args.resume and last_path.exists():
-        state = load_checkpoint(last_path, ("settings", "model", "optimizer", "epoch"), what="training state")
-        refuse_other_run(state, args, data, seed, last_path)
-        for part, name in ((model, "model"), (average, "average"), (optimizer, "optimizer"), (scaler, "scaler")):
-            part.load_state_dict(state[name])
-        first_epoch, first_step, totals, history, best = (
-            state[k] for k in ("epoch", "step", "totals", "history", "best")
-        )
-        say(
-            f"resumed from {last_path}: epoch {first_epoch + 1}, step {first_step} of {steps}"
-            if first_epoch < args.epochs
-            else f"{last_path} has all its epochs"
-        )
-        del state
-    elif args.resume:
-        say(f"no epoch was finished in {run_dir}: starting from the beginning")
+    parts = {"model": model, "average": average, "optimizer": optimizer, "scaler": scaler}
+    kept = (place / "last.pt", parts, settings_of(args, aside=("seeds",)) | {"seed": seed}, data.sha256)
+    run = start_or_resume(args, kept, steps, say)
     network = torch.nn.parallel.DistributedDataParallel(model) if world_size > 1 else model
 
-    def save(epoch, step):
-        """
-        All it takes to go on exactly here. best.pt and history.jsonl are written from the same state, and after it.
-        """
-        if rank > 0:
-            return
-        save_checkpoint(
-            last_path,
-            {
-                "model": model.state_dict(),
-                "average": average.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "scaler": scaler.state_dict(),
-                "epoch": epoch,
-                "step": step,
-                "totals": totals,
-                "history": history,
-                "best": best,
-                "seed": seed,
-                "settings": settings_of(args),
-                "sha256": data.sha256,
-            },
-        )
-
     micro_batch = batch_size
-    with StopSignal() as stop:
-        for epoch in range(first_epoch, args.epochs):
-            # Every random choice depends on seed, epoch and step alone, so that a resumed run repeats the uninterrupted
-            # one
-            order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed * 10_000 + epoch)).to(
-                images.device
-            )
-            started = time.time()
-            model.train()
-            bar = tqdm(
-                range(first_step, steps),
-                initial=first_step,
-                total=steps,
-                desc=f"epoch {epoch + 1}",
-                leave=False,
-                disable=None if rank == 0 else True,
-            )
-            for step in bar:
-                now = epoch * steps + step
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(now, num_steps, warmup_steps, args.lr)
-                generator.manual_seed(seed * 10_000_000 + now)
-                index = order[step * batch_size : (step + 1) * batch_size]
-                batch = augment(images[index].to(device).float() / 255, generator, args.augment)
-                batch = normalise(batch, normalisation)[rank::world_size].contiguous(memory_format=torch.channels_last)
-                target = labels[index][rank::world_size].to(device)
+    for epoch in range(run["epoch"], args.epochs):
+        # Every random choice depends on seed, epoch and step alone, so that a resumed run repeats the uninterrupted one
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed * 10_000 + epoch))
+        order, started, first_step, totals = order.to(images.device), time.time(), run["step"], run["totals"]
+        model.train()
+        quiet = None if rank == 0 else True  # None: only where there is no terminal
+        bar = tqdm(range(first_step, steps), f"epoch {epoch + 1}", steps, False, initial=first_step, disable=quiet)
+        for step in bar:
+            now = epoch * steps + step
+            generator.manual_seed(seed * 10_000_000 + now)
+            index = order[step * batch_size : (step + 1) * batch_size]
+            batch = augment(images[index].to(device).float() / 255, generator, args.augment)
+            batch = normalise(batch, normalisation)[rank::world_size].contiguous(memory_format=torch.channels_last)
+            target = labels[index][rank::world_size].to(device)
+            loss, micro_batch = backward(network, batch, target, micro_batch, optimizer, scaler, dtype, loss_function)
+            if world_size > 1:
+                dist.all_reduce(loss)  # so that all ranks report, and skip, alike
+                loss /= world_size
+            if guard.step(loss := loss.item(), learning_rate(now, num_steps, warmup_steps, args.lr)):
+                average.update_parameters(model)
+                totals["loss"] += loss
+                totals["steps"] += 1
+            else:
+                totals["skipped"] += 1
+                for running, averaged in zip(model.buffers(), average.module.buffers(), strict=True):
+                    running.copy_(averaged)  # the running statistics have seen the same infinities
+            if stop.requested():
+                save_state(*kept, **run | {"epoch": epoch, "step": step + 1})
+                say(f"stopped in epoch {epoch + 1}, after step {step + 1} of {steps}")
+                stop.exit(run_dir)
 
-                loss, micro_batch = backward(
-                    network,
-                    batch,
-                    target,
-                    micro_batch,
-                    optimizer,
-                    scaler,
-                    dtype,
-                    functools.partial(
-                        loss_of, task=data.task, class_weights=class_weights, smoothing=args.label_smoothing
-                    ),
-                )
-                if world_size > 1:
-                    dist.all_reduce(loss)  # so that all ranks report, and skip, alike
-                    loss /= world_size
-                if math.isfinite(loss := loss.item()):
-                    scaler.step(optimizer)
-                    scaler.update()
-                    decay = min(
-                        args.ema, (1 + now) / (10 + now)
-                    )  # a short memory at first, while the weights move fast
-                    torch._foreach_lerp_(averaged, current, 1 - decay)
-                    totals["loss"] += loss
-                    totals["steps"] += 1
-                else:
-                    totals["skipped"] += 1
-                    torch._foreach_copy_(
-                        running, averaged_running
-                    )  # the running statistics have seen the same infinities
-                    if totals["skipped"] > 20 or totals["skipped"] == steps:
-                        raise InputError(
-                            f"the loss is not finite in epoch {epoch + 1} ({totals['skipped']} steps skipped); lower"
-                            f" --lr. {last_path.parent} keeps the epochs before"
-                        )
-                if stop.requested():
-                    save(epoch, step + 1)
-                    say(f"stopped in epoch {epoch + 1}; go on with --resume {run_dir}")
-                    stop.exit()
+        try:
+            numbers, plain_logits, all_logits = validate(average.module, data, copies, normalisation, device, dtype)
+        except InputError as error:
+            raise InputError(f"validation after epoch {epoch + 1}: {error}; {place} keeps the epochs before") from error
+        seconds = time.time() - started
+        row = {
+            "epoch": epoch + 1,
+            "lr": optimizer.param_groups[0]["lr"],
+            "train_loss": totals["loss"] / totals["steps"] if totals["steps"] else None,
+            **numbers,
+            "skipped_steps": totals["skipped"],
+            "seconds": seconds,
+            "images_per_second": (steps - first_step) * batch_size / seconds,
+        }
+        run |= {"epoch": epoch + 1, "step": 0, "totals": {"loss": 0.0, "steps": 0, "skipped": 0}}
+        run["history"].append(row)
+        if is_best := run["best"] is None or score(row) > score(run["best"]["row"]):
+            weights = {k: v.clone().cpu() for k, v in average.module.state_dict().items()}
+            run["best"] = {"row": row, "weights": weights, "val_logits": plain_logits, "all_logits": all_logits}
+        say(
+            f"epoch {epoch + 1:3d}/{args.epochs}  loss {number(row['train_loss'], 4)}  val loss {row['val_loss']:.4f}"
+            f"  AUC {row['val_auc']:.4f}  shifted {row['val_auc_shifted']:.4f}  accuracy {row['val_accuracy']:.4f}"
+            f"  {seconds:.1f} s{'  *' if is_best else ''}"
+        )
+        save_state(*kept, **run)  # best.pt and history.jsonl are written from the same state, and after it
+        if rank == 0:
+            write_jsonl(place / "history.jsonl", run["history"])
 
-            numbers, plain_logits, all_logits = validate(average, data, copies, normalisation, device, dtype)
-            seconds = time.time() - started
-            row = {
-                "epoch": epoch + 1,
-                "lr": optimizer.param_groups[0]["lr"],
-                "train_loss": totals["loss"] / max(1, totals["steps"]),
-                **numbers,
-                "skipped_steps": totals["skipped"],
-                "seconds": seconds,
-                "images_per_second": (steps - first_step) * batch_size / seconds,
-            }
-            history.append(row)
-            if best is None or (row["val_auc_shifted"], -row["val_loss"]) > (
-                best["row"]["val_auc_shifted"],
-                -best["row"]["val_loss"],
-            ):
-                best = {
-                    "row": row,
-                    "state_dict": {k: v.clone().cpu() for k, v in average.state_dict().items()},
-                    "val_logits": plain_logits,
-                    "all_logits": all_logits,
-                }
-            say(
-                f"epoch {epoch + 1:3d}/{args.epochs}  loss {row['train_loss']:.4f}  val loss {row['val_loss']:.4f}  AUC"
-                f" {row['val_auc']:.4f}  shifted {row['val_auc_shifted']:.4f}  accuracy {row['val_accuracy']:.4f} "
-                f" {seconds:.1f} s{'  *' if best['row'] is row else ''}"
-            )
-            first_step, totals = 0, {"loss": 0.0, "steps": 0, "skipped": 0}
-            save(epoch + 1, 0)
-            if rank == 0:
-                write_jsonl(run_dir / "history.jsonl", history)
-
-    classifier = classifier_checkpoint(best, args, data, normalisation, seed)
+    best = run["best"]
+    facts = {"architecture": args.arch, "stem": choose_stem(args.stem, data.size), "augment": args.augment}
+    facts |= {"seed": seed, "limit": args.limit, "validation": best["row"]}
+    logits = (best["val_logits"], best["all_logits"])
+    classifier = classifier_checkpoint(best["weights"], *logits, data, normalisation, **facts)
     if rank == 0:
-        save_checkpoint(run_dir / "best.pt", classifier)
-    return classifier, history
+        save_checkpoint(place / "best.pt", classifier)
+    return classifier, run["history"]
+
+
+def start_or_resume(args, kept, steps, say):
+    """The values of the loop, as they are at the start of a run or, with --resume, as its last.pt has them."""
+    run = {"epoch": 0, "step": 0, "epochs": args.epochs, "totals": {"loss": 0.0, "steps": 0, "skipped": 0}}
+    run |= {"history": [], "best": None}
+    path = kept[0]
+    if not args.resume:
+        return run
+    if not path.exists():
+        say(f"no epoch was finished in {path.parent}: starting from the beginning")
+        return run
+    then = load_state(*kept, may_differ=("epochs",), like=run)
+    if args.epochs < then["epoch"]:
+        raise InputError(f"{path} already has {then['epoch']} epochs; --epochs {args.epochs} is less")
+    if args.epochs != then["epochs"]:
+        say(f"--epochs {then['epochs']} -> {args.epochs}: the learning rate follows the new length from here on")
+    at = f"epoch {then['epoch'] + 1}, step {then['step']} of {steps}"
+    say(f"resumed from {path}: {at if then['epoch'] < args.epochs else 'it has all its epochs'}")
+    return then | {"epochs": args.epochs}
 
 
 def backward(network, images, labels, micro_batch, optimizer, scaler, dtype, loss_function):
@@ -367,37 +298,13 @@ def backward(network, images, labels, micro_batch, optimizer, scaler, dtype, los
             print(f"out of GPU memory: going on with {micro_batch} images at a time", flush=True)
 
 
-def settings_of(args):
-    """The arguments that shape the result; a resumed run must agree with the first in all of them but epochs."""
-    return {
-        k: v
-        for k, v in vars(args).items()
-        if k not in ("data_dir", "out_dir", "resume", "overwrite", "config", "device", "seed", "seeds")
-    }
-
-
-def refuse_other_run(state, args, data, seed, path):
-    then = state["settings"]
-    refuse_other_settings(
-        settings_of(args) | {"seed": seed}, then | {"seed": state["seed"]}, path, may_differ=("epochs",)
-    )
-    if state["sha256"] != data.sha256:
-        raise InputError(f"{path} was trained on other data than {data.source}; give the same file, or start a new run")
-    if args.epochs < state["epoch"]:
-        raise InputError(f"{path} already has {state['epoch']} epochs; --epochs {args.epochs} is less")
-    if args.epochs != then["epochs"]:
-        print(f"--epochs {then['epochs']} -> {args.epochs}: the learning rate follows the new length from here on")
-
-
 def publish(classifier, args, run_dir):
     """
-    Put the classifier where the other tasks look, unless that would cost something better, and the curves beside the
-    reports.
+    Put the classifier where the other tasks look, and its curves beside the reports, unless that would cost something
+    better.
     """
     if args.dry_run or args.limit:
         return print(f"{MODEL_PATH} left alone: this was a {'dry run' if args.dry_run else 'run with --limit'}")
-    with atomic_file(REPORT_CURVES) as file:
-        file.write((run_dir / "figures" / "curves.png").read_bytes())
     if MODEL_PATH.exists():
         there, mine = load_checkpoint(MODEL_PATH, ("dataset",), what="classifier")["dataset"], classifier["dataset"]
         if not there["phantom"] and there["name"] != mine["name"]:
@@ -405,11 +312,37 @@ def publish(classifier, args, run_dir):
                 f"{MODEL_PATH} left alone: it was trained on {there['name']}, this run on {mine['name']}; delete it to"
                 f" have it replaced, or give {run_dir}/best.pt to the other scripts"
             )
+    with atomic_file(REPORT_CURVES) as file:
+        file.write((run_dir / "figures" / "curves.png").read_bytes())
     save_checkpoint(MODEL_PATH, classifier)
     print(f"classifier for the other tasks: {MODEL_PATH}")
 
 
-@script
+def load_data(args, rank):
+    """-> ImageSet, printed; InputError when its training or validation labels cannot be trained on."""
+    if args.dry_run:
+        data = load_phantom(args.image_size, DRY_RUN)
+    else:
+        data = load_images(args.data, args.data_dir, args.image_size)
+    if args.limit:
+        data.limit(args.limit)
+    if rank == 0:
+        print(*[PHANTOM] * data.phantom, data, *(f"  {s}: {counts_of(data, s)}" for s in ("train", "val")), sep="\n")
+    more = "; raise --limit" if args.limit else ""
+    for split in ("train", "val"):
+        if data.task == "binary-class" and len(data.labels[split].unique()) < 2:
+            raise InputError(f"the {split} images of {data.name} are all of one class{more}")
+    labels = data.labels["val"].numpy()
+    guess = torch.full((len(labels), data.num_outputs), 0.5).squeeze(1).numpy()
+    if official_auc_accuracy(labels, guess, data.task)["auc"] is None:
+        raise InputError(
+            f"a label of {data.name} has no positive, or no negative, validation image, so that there is no AUC to"
+            f" choose by{more}"
+        )
+    return data
+
+
+@script(torchrun=True)
 def main(argv=None):
     args = parse_args(argv)
     started = time.time()
@@ -417,87 +350,60 @@ def main(argv=None):
     rank, world_size = start_distributed(device)
     if args.batch_size < 2 * world_size:
         raise InputError(
-            f"--batch-size {args.batch_size} is too small for {world_size} processes; each needs two images"
+            f"--batch-size {args.batch_size} is too small: each of {world_size} processes needs two images"
         )
-    data = (
-        load_phantom(args.image_size, {"train": 96, "val": 32, "test": 32})
-        if args.dry_run
-        else load_images(args.data, args.data_dir, args.image_size)
-    )
-    if args.limit:
-        data.limit(args.limit)
-    if rank == 0:
-        print(data, *(f"  {split}: {counts_of(data, split)}" for split in ("train", "val")), sep="\n")
-    for split in ("train", "val"):
-        if data.task == "binary-class" and len(data.labels[split].unique()) < 2:
-            raise InputError(
-                f"the {split} images of {data.name} are all of one class{'; raise --limit' if args.limit else ''}"
-            )
-
+    data = load_data(args, rank)
     seeds = args.seeds or [args.seed]
     run_dir = open_run_dir(args, TASK, "train")
+    then = read_json(run_dir / "settings.json")
+    if seeds != (then.get("seeds") or [then.get("seed")]):
+        raise InputError(f"{run_dir} was started with other seeds; resume it with its own, or start a new run")
     classifiers, histories = [], {}
-    for seed in seeds:
-        classifier, histories[seed] = train_one(
-            args, data, seed, run_dir if len(seeds) == 1 else run_dir / f"seed{seed}", device, dtype, rank, world_size
-        )
-        classifiers.append(classifier)
-        free_gpu()
-    if rank > 0:
-        return
+    with StopSignal() as stop:  # until all is written: a signal during the last epoch's validation costs nothing either
+        for seed in seeds:
+            place = run_dir if len(seeds) == 1 else run_dir / f"seed{seed}"
+            found = train_one(args, data, seed, run_dir, place, device, dtype, rank, world_size, stop)
+            classifiers.append(found[0])
+            histories[seed] = found[1]
+            free_gpu()
+        if rank == 0:
+            finish(args, data, classifiers, histories, run_dir, started, device)
 
-    rows = [
-        {"seed": c["seed"], **c["validation"], "threshold": c["threshold"], "temperature": c["temperature"]}
-        for c in classifiers
-    ]
-    best = max(classifiers, key=lambda c: (c["validation"]["val_auc_shifted"], -c["validation"]["val_loss"]))
+
+def finish(args, data, classifiers, histories, run_dir, started, device):
+    """metrics.json, curves, the published model, and the command that comes next."""
+    seeds, best = list(histories), max(classifiers, key=lambda c: score(c["validation"]))
+    rows = [{"seed": c["seed"]} | c["validation"] for c in classifiers]
+    rows = [row | {k: c[k] for k in ("threshold", "temperature")} for row, c in zip(rows, classifiers, strict=True)]
+    summary = {}
+    for key in ("val_auc", "val_auc_shifted", "val_accuracy", "val_loss"):
+        values = [row[key] for row in rows]
+        summary[f"{key}_mean"] = statistics.mean(values)
+        summary[f"{key}_std"] = statistics.stdev(values) if len(values) > 1 else None
     write_json(
         run_dir / "metrics.json",
-        {
-            "dataset": data.facts(),
-            "split": "val",
-            "n": len(data.labels["val"]),
-            "model": args.arch,
-            "seeds": seeds,
-            "best_seed": best["seed"],
-            "runs": rows,
-            **{
-                f"{key}_{name}": f([r[key] for r in rows])
-                for key in ("val_auc", "val_auc_shifted", "val_accuracy", "val_loss")
-                for name, f in (("mean", statistics.mean), ("std", spread))
-            },
-            "settings": settings_of(args),
-            **run_facts(started, device),
-        },
+        {"dataset": data.facts(), "cases": best["cases"], "limit": args.limit, "finished": True, "split": "val"}
+        | {"n": len(data.labels["val"]), "model": args.arch, "seeds": seeds, "best_seed": best["seed"], "runs": rows}
+        | summary
+        | {"settings": settings_of(args, aside=("seed", "seeds")), **run_facts(started, device)},
     )
-    title = (
-        f"{'PHANTOM images, ' if data.phantom else ''}{data.name} {data.size} px, {args.arch}, {len(seeds)}"
-        f" seed{'s' if len(seeds) > 1 else ''}"
-    )
-    draw_training(run_dir / "figures" / "curves.png", histories, title)
+    title = f"{data.name} {data.size} px, {args.arch}, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
+    title += f", --limit {args.limit}" if args.limit else ""
+    draw_history(run_dir / "figures" / "curves.png", histories, PANELS, "epoch", title, data.phantom)
     publish(best, args, run_dir)
+    next_one = ["task1_classification/evaluate.py", "--checkpoint", run_dir]
+    next_one += ["--dry-run"] if args.dry_run else ["--data-dir", args.data_dir] if data.path else []
     print(
         f"best epoch of seed {best['seed']}: {best['validation']['epoch']}, validation AUC"
-        f" {best['validation']['val_auc']:.4f}; measure it on the test images with python"
-        f" task1_classification/evaluate.py\nresults in {run_dir} ({time.time() - started:.0f} s)"
+        f" {best['validation']['val_auc']:.4f}; measure it on the test images with\n{command(*next_one)}\n"
+        f"results in {run_dir} ({time.time() - started:.0f} s)"
     )
-
-
-def spread(values):
-    """Standard deviation over seeds; None for a single one."""
-    return statistics.stdev(values) if len(values) > 1 else None
 
 
 def counts_of(data, split):
-    labels = data.labels[split]
-    counts = (
-        labels.sum(0).int().tolist()
-        if data.multi_label
-        else torch.bincount(labels, minlength=len(data.label_names)).tolist()
-    )
-    return f"{len(labels)} images; " + ", ".join(
-        f"{name} {count}" for name, count in zip(data.label_names, counts, strict=True)
-    )
+    labels = data.labels[split] if data.multi_label else F.one_hot(data.labels[split], len(data.label_names))
+    counts = zip(data.label_names, labels.sum(0).int().tolist(), strict=True)
+    return f"{len(labels)} images; " + ", ".join(f"{name} {count}" for name, count in counts)
 
 
 if __name__ == "__main__":

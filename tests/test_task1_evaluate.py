@@ -5,6 +5,8 @@ evaluate.py: its numbers against a recomputation from predictions.csv, MedMNIST'
 import csv
 import json
 import re
+import shlex
+import shutil
 import statistics
 from pathlib import Path
 
@@ -15,16 +17,13 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 import task1_classification.evaluate as evaluate_script
+from shared.report import PHANTOM
 from shared.runtime import save_checkpoint
-from task1_classification.evaluate import failure_groups, main, summary_over
+from task1_classification.evaluate import main, summary_over
+from task1_classification.report import HALF, NETWORK, PIXELS, failure_groups
 from task1_classification.train import main as train
 
-NETWORK, HALF = "network, threshold from validation", "network, threshold 0.5"
-PIXELS, BRIGHTNESS, MAJORITY = (
-    "baseline: logistic regression on pixels",
-    "baseline: mean brightness",
-    "baseline: always the majority class",
-)
+BRIGHTNESS, MAJORITY = "baseline: mean brightness", "baseline: always the majority class"
 
 
 def read(path):
@@ -273,10 +272,78 @@ def test_summary_skips_what_a_run_lacks():
     }
 
 
-def test_without_a_checkpoint_the_newest_run_is_taken(trained, capsys):
-    for seed in ("3", "4"):
-        trained("pneumoniamnist", f"outputs/task1_classification/train/00{seed}", "--seed", seed)
-    assert evaluate()["seed"] == 4
+def full_run(folder, seed, name="pneumoniamnist"):
+    arguments = ["--data", name, "--data-dir", "data", "--epochs", "1", "--batch-size", "16", "--device", "cpu"]
+    train([*arguments, "--out-dir", folder, "--seed", str(seed)])
+
+
+def test_a_full_run_on_real_data_comes_before_newer_others(trained, write_medmnist, capsys):
+    runs = "outputs/task1_classification/train/00"
+    trained("pneumoniamnist", f"{runs}1", "--seed", "1")
+    trained("pneumoniamnist", f"{runs}2", "--seed", "2")
+    assert evaluate()["seed"] == 2 and "taking outputs/task1_classification/train/002 (--limit 500)" in (
+        capsys.readouterr().out
+    )
+    full_run(f"{runs}3", 3)
+    trained("pneumoniamnist", f"{runs}4", "--seed", "4")
+    full_run(f"{runs}5", 5, "phantom")
+    capsys.readouterr()
+    assert evaluate()["seed"] == 3
+    assert f"taking {runs}3 (real data); passed over 005 (phantom), 004 (--limit 500)" in capsys.readouterr().out
+    shutil.rmtree(f"{runs}3")
+    assert evaluate()["seed"] == 3  # models/task1_model.pth, the published copy of run 3
+    assert f"taking models/task1_model.pth in place of {runs}5: it was trained on real data" in capsys.readouterr().out
+    Path("models/task1_model.pth").unlink()
+    assert evaluate()["seed"] == 5
+
+
+def test_an_unfinished_run_is_marked(trained):
+    trained("pneumoniamnist", "trained", "--seeds", "0", "5")
+    Path("trained/seed5/best.pt").unlink()
+    metrics = evaluate("--checkpoint", "trained")
+    assert "The training run is not finished: seed 5 has no best.pt." in metrics["warnings"]
+    assert "seed 5 has no best.pt" in Path("measured/report.md").read_text()
+
+
+def test_a_real_hand_in_report_is_never_replaced_by_less(trained, small_network, write_medmnist, capsys):
+    write_medmnist("data")
+    full_run("real", 0)
+    hand_in = Path("reports/task1_classification_report.md")
+    evaluate("--checkpoint", "real")
+    pictures = {p.name: p.read_bytes() for p in Path("reports/figures").glob("task1_*.png") if "curves" not in p.name}
+    before = hand_in.read_bytes()
+    assert b"Not a result" not in before and len(pictures) == 4
+    trained("pneumoniamnist", "limited")
+    full_run("phantom", 0, "phantom")
+    for run in ("limited", "phantom"):
+        capsys.readouterr()
+        evaluate("--checkpoint", run)
+        assert "left alone: it is a result on real data, this run is not" in capsys.readouterr().out
+        assert hand_in.read_bytes() == before and "Not a result to hand in" in Path("measured/report.md").read_text()
+    assert all(Path("reports/figures", name).read_bytes() == picture for name, picture in pictures.items())
+
+
+def test_the_command_that_training_prints_measures_its_run(small_network, write_medmnist, capsys):
+    for arguments in (["--data", "phantom"], ["--data-dir", "data folder"], ["--data", "phantom", "--limit", "60"]):
+        write_medmnist("data folder")
+        capsys.readouterr()
+        train(
+            [*arguments, "--epochs", "1", "--batch-size", "16", "--device", "cpu", "--out-dir", "a run", "--overwrite"]
+        )
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("python ")]
+        _, script_path, *printed = shlex.split(line)
+        assert Path(script_path) == Path(evaluate_script.__file__)
+        main([*printed, "--device", "cpu", "--out-dir", "measured", "--overwrite"])
+        metrics, trained_run = read("measured/metrics.json"), read("a run/metrics.json")
+        assert metrics["dataset"] == trained_run["dataset"] and metrics["same_file_as_in_training"]
+        assert metrics["trained_on"]["cases"] == trained_run["cases"]
+        assert metrics["checkpoint"] == "a run/best.pt" and (PHANTOM in capsys.readouterr().out) == (
+            "phantom" in arguments
+        )
+
+
+def test_cases_have_a_limit(refused):
+    assert "must be between 1 and 24, not 624" in refused(main, ["--cases", "624"])
 
 
 # --- the report ---
@@ -296,7 +363,8 @@ def test_the_report_and_its_pictures(name, evaluated, trained):
     text = (folder / "report.md").read_text()
     assert re.findall(r"!\[[^]]*]\(([^)]*)\)", text) == [f"figures/{f}.png" for f in files]
     assert all((folder / "figures" / f"{f}.png").read_bytes().startswith(b"\x89PNG") for f in files)
-    assert ("PHANTOM IMAGES" in text) == (name == "phantom")
+    assert (PHANTOM in text) == (name == "phantom") and "trained with --limit" in text
+    assert "on 96 images" in text and "96 training and" in text  # not the 2,400 of the whole set
     metrics = read(folder / "metrics.json")
     for row, values in metrics["rows"].items():
         shown = values["accuracy" if name != "chestmnist" else "mean_label_accuracy"]

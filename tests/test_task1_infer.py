@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from shared.report import PHANTOM
 from shared.runtime import save_checkpoint
 from task1_classification.evaluate import main as evaluate
 from task1_classification.infer import decision_of, main
@@ -137,8 +139,27 @@ def test_heat_maps(tiny_run):
     pictures = sorted(Path("found/heatmaps").iterdir())
     assert [p.name for p in pictures] == ["00000_00.png", "00001_01.png", "00002_02.png"]
     assert all(Image.open(p).size == (448, 448) and Image.open(p).mode == "RGB" for p in pictures)
+    corner = np.asarray(Image.open(pictures[0]))[:20, :240].astype(int)
+    assert (corner.max(-1) == 0).sum() > 1000 and (corner.min(-1) > 200).sum() > 200  # PHANTOM, in white on black
+    assert json.loads(Path("found/metrics.json").read_text())["phantom"] is True
     infer(tiny_run, "films/00.png", "--heatmaps", "--layer", "layer4")
     assert len(list(Path("found/heatmaps").iterdir())) == 1  # those of the run before are gone
+
+
+def test_what_a_probability_is_of_is_said(tiny_run, capsys):
+    save_films(tiny_run, 1)
+    row = infer(tiny_run, "films")["00.png"]
+    said = f"{row['decision']} (probability of pneumonia {float(row['probability']):.3f}, threshold "
+    assert f"films/00.png: {said}" in capsys.readouterr().out
+
+
+def test_odd_names_do_not_end_a_batch(tiny_run, capsys):
+    save_films(tiny_run, 1)
+    film = Path("films/00.png").read_bytes()
+    for name in (b"caf\xe9.png", b"x" * 250 + b".png", "ü$_{\n.png".encode()):
+        with open(os.path.join(b"films", name), "wb") as file:
+            file.write(film)
+    assert len(infer(tiny_run, "films", "--heatmaps")) == 4 and len(list(Path("found/heatmaps").iterdir())) == 4
 
 
 def test_nothing_usable_ends_with_one_sentence_and_no_run_folder(tiny_run, refused, own_folder):
@@ -183,8 +204,10 @@ def test_the_classifier_at_its_usual_place_is_found(tiny_run, capsys):
     save_checkpoint("models/task1_model.pth", state)
     main(["films", "--device", "cpu"])
     assert (
-        "checkpoint: models/task1_model.pth" in (out := capsys.readouterr().out) and "trained on PHANTOM images" in out
+        "checkpoint: models/task1_model.pth" in (out := capsys.readouterr().out)
+        and "trained on phantom at 28 px (96 images)" in out
     )
+    assert PHANTOM in out
     assert len(rows_of("outputs/task1_classification/infer/001/predictions.csv")) == 2
 
 

@@ -1,7 +1,8 @@
 """
-model.py, augment.py and typicality.py: shapes, checkpoints that are refused, changes of images that do what they say.
+model.py and augment.py: shapes, checkpoints that are refused, changes of images that do what they say.
 """
 
+import functools
 import math
 from pathlib import Path
 from urllib.error import URLError
@@ -16,9 +17,9 @@ from sklearn.metrics import balanced_accuracy_score
 from shared.data.augment import affine, augment, blur, shifted_copies
 from shared.data.image_sets import load_phantom
 from shared.runtime import InputError, save_checkpoint
-from task1_classification.model import FORMAT, build_model, choose_stem, decision_threshold, find_classifier
-from task1_classification.model import load_classifier, normalise, predict_logits, to_probabilities
-from task1_classification.typicality import fit_typicality, unusualness
+from task1_classification.model import FORMAT, build_model, choose_stem, decision_threshold, digest, find_classifier
+from task1_classification.model import fit_typicality, load_classifier, normalise, predict_logits, to_probabilities
+from task1_classification.model import untrained_classifier, unusualness
 
 GREY = {"mean": [0.5], "std": [0.25]}
 
@@ -144,6 +145,12 @@ def test_logits_do_not_depend_on_the_batch():
 # --- its checkpoint ---
 
 
+@functools.cache
+def typicality():
+    images = torch.randint(0, 256, (40, 3, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return fit_typicality(images[:20], images[20:])
+
+
 def checkpoint(**changes):
     torch.manual_seed(1)
     model = build_model("resnet18", 3, 3, 28, "3x3")
@@ -158,13 +165,16 @@ def checkpoint(**changes):
         "task": "multi-class",
         "label_names": ["a", "b", "c"],
         "state_dict": model.state_dict(),
+        "weights_sha256": digest(model.state_dict()),
+        "cases": {"train": 4, "val": 4},
+        "limit": None,
         "normalisation": {"mean": [0.5] * 3, "std": [0.2] * 3},
         "temperature": 1.5,
         "threshold": None,
         "dataset": {"name": "x", "phantom": True},
         "seed": 0,
         "validation": {},
-        "typicality": {},
+        "typicality": typicality(),
     }
     return model, state | changes
 
@@ -191,13 +201,29 @@ def test_a_classifier_comes_back_as_it_was():
     [
         (
             {"format": "task1-classifier-0"},
-            "a.pt is a 'task1-classifier-0' file, not a 'task1-classifier-1'; train the classifier again",
+            "a.pt is a 'task1-classifier-0' file, not a 'task1-classifier-2'; train the classifier again",
         ),
         ({"architecture": "vgg16"}, "holds a vgg16, which this version does not know"),
         ({"architecture": "resnet50"}, "do not fit the resnet50 it says it holds"),
         ({"stem": "7x7"}, "do not fit"),
-        ({"num_outputs": 2}, "do not fit"),
+        ({"num_outputs": 2, "label_names": ["a", "b"]}, "do not fit"),
         ({"state_dict": {}}, "do not fit"),
+        ({"state_dict": {"fc.weight": "x"}}, "do not fit"),
+        ({"temperature": math.nan}, "no classifier has such values of temperature"),
+        ({"temperature": -1.0, "threshold": 0.5}, "no classifier has such values of temperature, threshold"),
+        ({"normalisation": {"mean": [0.5] * 3, "std": [0.0, 0.2, 0.2]}}, "such values of normalisation"),
+        ({"normalisation": {"mean": [0.5], "std": [0.2]}}, "such values of normalisation"),
+        ({"label_names": ["a", "b"]}, "such values of num_outputs"),
+        ({"label_names": ["a"]}, "such values of label_names"),
+        ({"label_names": "abc"}, "such values of label_names"),
+        ({"task": "binary-class", "threshold": 0.5}, "such values of num_outputs"),
+        ({"task": "regression"}, "such values of task"),
+        ({"channels": 2}, "such values of channels"),
+        ({"image_size": 10**9}, "such values of image_size"),
+        ({"dataset": {"name": "x"}}, "such values of dataset"),
+        ({"dataset": None}, "such values of dataset"),
+        ({"typicality": {}}, "such values of typicality"),
+        ({"cases": {"train": 3}}, "such values of cases"),
     ],
 )
 def test_checkpoints_that_do_not_fit(changes, message):
@@ -205,6 +231,39 @@ def test_checkpoints_that_do_not_fit(changes, message):
     with pytest.raises(InputError) as error:
         load_classifier("a.pt")
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("threshold", [math.nan, 5, -1.0, None, [0.5], "0.5"])
+def test_thresholds_that_cannot_be(threshold):
+    binary = {"task": "binary-class", "label_names": ["a", "b"], "num_outputs": 1}
+    save_checkpoint("a.pt", checkpoint(**binary, threshold=threshold)[1])
+    with pytest.raises(InputError, match="no classifier has such values of threshold"):
+        load_classifier("a.pt")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_refused(value):
+    model, state = checkpoint()
+    state["state_dict"]["fc.bias"][1] = value
+    save_checkpoint("a.pt", state | {"weights_sha256": digest(state["state_dict"])})
+    with pytest.raises(InputError, match="weights in a.pt are NaN or infinite"):
+        load_classifier("a.pt")
+    with pytest.raises(InputError, match="2 of 2 images with NaN or infinity"):
+        predict_logits(model, torch.zeros(2, 3, 28, 28), state["normalisation"])
+
+
+def test_other_weights_than_those_that_were_saved_are_refused():
+    state = checkpoint()[1]
+    state["state_dict"]["fc.bias"] += 1
+    save_checkpoint("a.pt", state)
+    with pytest.raises(InputError, match="the weights in a.pt are not those that were saved"):
+        load_classifier("a.pt")
+
+
+def test_an_untrained_classifier_is_a_classifier():
+    data = load_phantom(28, {"train": 24, "val": 12, "test": 1})
+    facts = load_classifier(untrained_classifier(Path("a/untrained.pt"), data))[1]
+    assert facts["cases"] == {"train": 24, "val": 12} and facts["dataset"]["phantom"] and facts["validation"] == {}
 
 
 class Trap:

@@ -7,8 +7,11 @@ import functools
 import json
 import math
 import os
+import shlex
 import signal
 import statistics
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -18,6 +21,7 @@ import torch
 import torch.nn.functional as F
 
 import task1_classification.train as train_script
+from shared.report import PHANTOM
 from shared.runtime import save_checkpoint
 from shared.training import learning_rate
 from task1_classification.model import load_classifier, normalise, predict_logits
@@ -63,6 +67,19 @@ def assert_same_run(a, b):
     assert without_clock(history(Path(a) / "history.jsonl")) == without_clock(history(Path(b) / "history.jsonl"))
 
 
+def test_train_draws_in_few_files():
+    """A reader of the script needs these and no others; the phantom is drawn only where it is asked for."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import task1_classification.train\n"
+        "files = {m.__file__ for m in list(sys.modules.values()) if getattr(m, '__file__', None)}\n"
+        f"print(*sorted(f for f in files if f.startswith({str(ROOT)!r})), sep='\\n')"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE)
+    files = [Path(line).relative_to(ROOT).as_posix() for line in result.stdout.splitlines()]
+    assert "task1_classification/train.py" in files and len(files) <= 12, files
+    assert not any(f.startswith(("shared/phantom", "shared/models")) for f in files)
+
+
 # --- what a run writes ---
 
 
@@ -78,6 +95,8 @@ def test_the_run_folder_of_a_short_run(tiny_run):
         "threshold": metrics["runs"][0]["threshold"],
         "temperature": metrics["runs"][0]["temperature"],
     }
+    assert metrics["finished"] and metrics["limit"] == 96
+    assert metrics["cases"] == {split: len(tiny_run.data.labels[split].numpy()[:96]) for split in ("train", "val")}
     assert metrics["val_auc_mean"] == best["val_auc"] and metrics["val_auc_std"] is None
     assert (
         metrics["seconds"] > 0
@@ -114,7 +133,8 @@ def test_dry_run_is_a_run_in_small_and_publishes_nothing(small_network, capsys):
         "phantom"
     ]
     assert not Path("models").exists() and not Path("reports").exists()
-    assert "left alone: this was a dry run" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "left alone: this was a dry run" in printed and PHANTOM in printed.splitlines()
     main(["--dry-run"])  # again: replaces its own folder and asks for nothing
     assert [p.name for p in run_dir.parent.iterdir()] == ["dry-run"]
 
@@ -309,16 +329,16 @@ def interrupted(small_network, write_medmnist, capsys):
     write_medmnist("data")
     options = [*FAST, "--epochs", "3", "--label-smoothing", "0.1", "--class-weights"]
     stopped_at(6, [*options, "--out-dir", "parts"])
-    assert "stopped in epoch 2; go on with --resume parts" in capsys.readouterr().out
+    assert "stopped in epoch 2, after step 2 of 4\nstopped; go on with: python " in capsys.readouterr().out
     return options
 
 
 def test_stopped_by_a_signal_and_resumed_twice_equals_the_uninterrupted_run(interrupted):
-    state = torch.load("parts/last.pt", weights_only=True)
+    state = torch.load("parts/last.pt", weights_only=True)["values"]
     assert (state["epoch"], state["step"]) == (1, 2) and len(state["history"]) == 1
     assert not Path("parts/best.pt").exists() and not Path("parts/metrics.json").exists()
     stopped_at(4, [*interrupted, "--resume", "parts/last.pt"])  # the fourth batch from there on: epoch 3, step 2
-    state = torch.load("parts/last.pt", weights_only=True)
+    state = torch.load("parts/last.pt", weights_only=True)["values"]
     assert (state["epoch"], state["step"]) == (2, 2) and len(state["history"]) == 2
     main([*interrupted, "--resume", "--out-dir", "parts"])
     main([*interrupted, "--out-dir", "whole"])
@@ -344,7 +364,7 @@ def test_stopped_in_the_second_of_three_seeds(small_network, write_medmnist):
 
 def test_a_finished_run_is_lengthened(interrupted, capsys):
     main([*interrupted, "--resume", "parts"])
-    first = torch.load("parts/last.pt", weights_only=True)["history"]
+    first = torch.load("parts/last.pt", weights_only=True)["values"]["history"]
     capsys.readouterr()
     main([*interrupted, "--epochs", "4", "--resume", "parts"])
     assert "--epochs 3 -> 4: the learning rate follows the new length" in capsys.readouterr().out
@@ -399,8 +419,73 @@ def test_resume_into_another_folder_is_refused_or_goes_on(interrupted):
     main([*interrupted, "--out-dir", "whole"])
     assert (
         not Path("elsewhere/history.jsonl").exists()
-        or history("elsewhere/history.jsonl")[0] == torch.load("parts/last.pt", weights_only=True)["history"][0]
+        or history("elsewhere/history.jsonl")[0]
+        == torch.load("parts/last.pt", weights_only=True)["values"]["history"][0]
     )
+
+
+def test_resume_alone_is_the_same_run(interrupted):
+    main(["--resume", "parts"])  # no other flag: the settings are those of the run
+    main([*interrupted, "--out-dir", "whole"])
+    assert_same_run("parts", "whole")
+
+
+def test_the_printed_command_goes_on(small_network, write_medmnist, capsys):
+    write_medmnist("data")
+    stopped_at(3, [*FAST, "--epochs", "1", "--out-dir", "my run"])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("stopped; go on with: ")]
+    _, python, script_path, *arguments = shlex.split(line.removeprefix("stopped; go on with"))
+    assert (python, Path(script_path)) == ("python", ROOT / "task1_classification" / "train.py")
+    main(arguments)
+    assert read("my run/metrics.json")["finished"]
+
+
+@pytest.mark.parametrize("more", [["--seeds", "0", "1"], ["--seeds", "3"], ["--seed", "3"]])
+def test_a_run_is_resumed_with_its_own_seeds(more, interrupted, refused):
+    assert "parts was started with other seeds" in refused(main, ["--resume", "parts", *more])
+    assert not list(Path("parts").glob("seed*"))
+    main(["--resume", "parts", "--seeds", "0"])
+    assert read("parts/metrics.json")["seeds"] == [0]
+
+
+@contextlib.contextmanager
+def signal_in_validation(call):
+    """A real Ctrl-C to this process during validation number `call`."""
+    original, calls = train_script.validate, []
+
+    def with_signal(*arguments):
+        calls.append(1)
+        if len(calls) == call:
+            signal.raise_signal(signal.SIGINT)
+        return original(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_script, "validate", with_signal)
+        yield
+
+
+def test_ctrl_c_loses_nothing_between_and_after_the_epochs(small_network, write_medmnist):
+    write_medmnist("data")
+    options = [*FAST, "--epochs", "2", "--seeds", "0", "1"]
+    for call in (1, 2):  # after the first epoch; after the last of the first seed
+        with signal_in_validation(call), pytest.raises(SystemExit) as stop:
+            main([*options, "--out-dir", f"stopped{call}"])
+        assert stop.value.code == 128 + signal.SIGINT
+        main(["--resume", f"stopped{call}"])
+    with signal_in_validation(4):  # all is done but writing: it is written
+        main([*options, "--out-dir", "stopped4"])
+    main([*options, "--out-dir", "whole"])
+    for call in (1, 2, 4):
+        for seed in (0, 1):
+            assert_same_run(f"stopped{call}/seed{seed}", f"whole/seed{seed}")
+        assert read(f"stopped{call}/metrics.json")["finished"]
+
+
+def test_values_of_a_training_state_are_checked(interrupted, refused):
+    state = torch.load("parts/last.pt", weights_only=True)
+    for name, value in [("epoch", "one"), ("history", None), ("totals", 3)]:
+        save_checkpoint("parts/last.pt", state | {"values": state["values"] | {name: value}})
+        assert "is not a training state of this script, or is damaged" in refused(main, ["--resume", "parts"])
 
 
 def wait_until(condition, process, seconds=PATIENCE):
@@ -464,7 +549,7 @@ def test_killed_in_the_first_epoch_and_while_saving(real_run, own_folder, start_
     process.kill()
     assert process.wait() == -signal.SIGKILL
     assert (
-        1 <= torch.load("run/last.pt", weights_only=True)["epoch"] < 3
+        1 <= torch.load("run/last.pt", weights_only=True)["values"]["epoch"] < 3
     )  # whole, although a later one was being written
     finish(command, own_folder, start_script, whole)
 
@@ -476,7 +561,7 @@ def test_terminated_and_then_killed_in_the_middle_of_an_epoch(real_run, own_fold
     wait_until(lambda: rows_in("run") == 1, process)
     process.send_signal(signal.SIGTERM)
     assert process.wait(PATIENCE) == 128 + signal.SIGTERM
-    state = torch.load("run/last.pt", weights_only=True)
+    state = torch.load("run/last.pt", weights_only=True)["values"]
     assert (state["epoch"], state["step"] > 0) == (1, True) and "go on with --resume run" in Path(
         "output.txt"
     ).read_text()
@@ -654,14 +739,49 @@ def test_a_loss_that_stays_not_finite_ends_the_run(small_network, write_medmnist
     write_medmnist("data")
     break_the_loss(monkeypatch, range(40, 1000))  # from the second epoch on
     message = refused(main, [*FAST, "--limit", "64", "--batch-size", "2", "--epochs", "3", "--out-dir", "run"])
-    assert "not finite in epoch 2" in message and "lower --lr" in message
-    assert len(history("run/history.jsonl")) == 1 and torch.load("run/last.pt", weights_only=True)["epoch"] == 1
+    assert "not finite in 20 steps in a row: lower --lr" in message
+    assert (
+        len(history("run/history.jsonl")) == 1 and torch.load("run/last.pt", weights_only=True)["values"]["epoch"] == 1
+    )
 
 
-def test_an_epoch_without_a_single_finite_step_ends_the_run(small_network, write_medmnist, monkeypatch, refused):
+def test_an_epoch_without_a_single_finite_step_has_no_loss(small_network, write_medmnist, monkeypatch, capsys):
     write_medmnist("data")
-    break_the_loss(monkeypatch, range(1, 1000))
-    assert "not finite in epoch 1" in refused(main, [*FAST, "--epochs", "2", "--out-dir", "run"])
+    break_the_loss(monkeypatch, range(1, 5))
+    main([*FAST, "--epochs", "2", "--out-dir", "run"])
+    rows = history("run/history.jsonl")
+    assert rows[0]["train_loss"] is None and rows[0]["skipped_steps"] == 4 and math.isfinite(rows[1]["train_loss"])
+    assert "loss –  val loss" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("lr", ["50", "1e6"])
+def test_a_learning_rate_that_is_too_high_is_a_sentence_and_publishes_nothing(lr, small_network, write_medmnist):
+    write_medmnist("data")
+    arguments = ["--data", "phantom", "--device", "cpu", "--batch-size", "8", "--epochs", "2", "--warmup-epochs", "0"]
+    try:
+        main([*arguments, "--lr", lr, "--limit", "32", "--out-dir", "run"])
+    except SystemExit as stop:
+        assert stop.code == 2 and not Path("run/best.pt").exists() and not Path("run/metrics.json").exists()
+    else:
+        load_classifier("run/best.pt")  # bad, but a network with finite weights
+    assert not Path("models").exists()
+
+
+def test_a_validation_that_is_not_finite_is_a_sentence(small_network, write_medmnist, refused, monkeypatch):
+    write_medmnist("data")
+    original, calls = train_script.validate, []
+
+    def spoilt(model, *rest):
+        calls.append(1)
+        if len(calls) == 2:
+            model.fc.bias.data.fill_(math.nan)
+        return original(model, *rest)
+
+    monkeypatch.setattr(train_script, "validate", spoilt)
+    message = refused(main, [*FAST, "--epochs", "3", "--out-dir", "run"])
+    assert "validation after epoch 2: the network answers 32 of 32 images with NaN or infinity" in message
+    assert "run keeps the epochs before" in message and not Path("run/best.pt").exists()
+    assert len(history("run/history.jsonl")) == 1
 
 
 def test_a_batch_that_overflows_does_not_spoil_the_steps_after_it(small_network, write_medmnist, monkeypatch):
@@ -697,6 +817,12 @@ BAD = {
     "smoothing of all": (["--label-smoothing", "1"], "must be below 1"),
     "smoothing of more": (["--label-smoothing", "1.5"], "between 0 and 1"),
     "negative": (["--weight-decay", "-1"], "must be 0 or more"),
+    "a seed of 64 bits": (["--seed", str(2**63 - 1)], "must be between 0 and 4294967295"),
+    "a negative seed": (["--seeds", "-1"], "must be between 0 and 4294967295"),
+    "too many epochs": (["--epochs", "9" * 30], "must be at most 100000"),
+    "huge": (["--lr", "1e300"], "must be at most 1e+06"),
+    "long": (["--warmup-epochs", "1e308"], "must be at most 1e+06"),
+    "float16 on a CPU": (["--dtype", "float16"], "--dtype float16 is for GPUs"),
     "a seed twice": (["--seeds", "1", "1"], "names a seed twice"),
     "unknown network": (["--arch", "vgg16"], "invalid choice"),
     "unknown size": (["--image-size", "32"], "invalid choice"),
@@ -766,9 +892,9 @@ def test_validation_without_a_class_is_refused(small_network, write_medmnist, re
     arrays = dict(np.load(path))
     arrays["val_labels"][:] = 3
     np.savez_compressed(path, **arrays)
-    assert "no AUC to choose by" in refused(
-        main, ["--data", "bloodmnist", "--data-dir", "data", "--epochs", "1", "--device", "cpu", "--batch-size", "16"]
-    )
+    arguments = ["--data", "bloodmnist", "--data-dir", "data", "--epochs", "1", "--device", "cpu", "--batch-size", "16"]
+    assert "no AUC to choose by" in refused(main, arguments)
+    assert not Path("outputs").exists()
 
 
 # --- from another folder ---
