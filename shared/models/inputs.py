@@ -10,9 +10,8 @@ From images and texts to what a vision-language model takes, for every family al
     store = ImageStore(vlm.processor, [row["image"] for row in rows], budget_gib=2)
     store.cache_features(lambda images: features_of(vlm, images), budget_gib=2)      # of a frozen tower, once
 
-Values equal the processor's own to the last bit (tests/test_shared_models_inputs.py). In a loop that takes 0.7 ms per
-image on an idle core and 20 ms on busy ones, as much as the step of a small model; here images are handled together,
-grey ones as one channel (benchmarks/loading.py).
+Images go through the model's own processor, many in one call: in a loop it takes several times as long, as much as the
+step of a small model (benchmarks/loading.py).
 """
 
 import functools
@@ -23,15 +22,10 @@ import shared  # noqa: F401, isort: skip  # before torchvision
 import numpy as np
 import torch
 from PIL import Image
+from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from shared.data.images import read_pixels
 from shared.runtime import InputError
-
-try:
-    from torchvision.transforms import InterpolationMode
-    from torchvision.transforms.v2 import functional as tv
-except ImportError:  # without torchvision the processors' Pillow classes do the work
-    tv = None
 
 CHUNK = 64  # images resized at once: 64 films of 896 px are 0.6 GB
 
@@ -67,52 +61,31 @@ class Images:
 
 def preprocess_images(processor, images):
     """
-    Images as the model takes them. images: PIL images, uint8 arrays or tensors (H, W), (H, W, 3) or (3, H, W); also one
-    array or tensor (N, H, W). Equal to the processor's own output to the last bit.
+    Images as the model takes them, in one call of its processor. images: PIL images, arrays or uint8 tensors (H, W),
+    (H, W, 3) or (3, H, W); also one array or tensor (N, H, W).
     """
     ip = getattr(processor, "image_processor", processor)
-    pixels = [as_pixels(image) for image in images]
+    if getattr(ip, "do_pan_and_scan", None):
+        raise InputError(
+            "pan-and-scan is on in preprocessor_config.json: it adds image blocks whose place cannot be told; set"
+            " do_pan_and_scan to false"
+        )
+    pixels = [as_pixels(image).expand(3, -1, -1) for image in images]
     if not pixels:
         raise InputError("there are no images")
-    if tv is None or unusual(ip):
-        return by_processor(processor, ip, pixels)
-    groups = {}
-    for i, p in enumerate(pixels):
-        groups.setdefault(tuple(p.shape), []).append(i)
-    order, values, thw = [], [], []
-    for group in groups.values():
-        for start in range(0, len(group), CHUNK):
-            some = group[start : start + CHUNK]
-            done, grid = transform(ip, torch.stack([pixels[i] for i in some]))
-            order += some
-            values.append(done)
-            thw += [grid] * len(some)
-    back = np.argsort(order).tolist() if len(groups) > 1 else None
-    if thw[0] is None:
-        values = torch.cat(values) if len(values) > 1 else values[0].contiguous()
-        values = values if back is None else values[back]
-        return Images(values, [grid_of(processor, values.shape[-2:])] * len(values))
-    if back is not None:
-        rows = [row for done in values for row in done]
-        values, thw = [rows[i] for i in back], [thw[i] for i in back]
-        values = torch.cat(values)
-    else:
-        values = torch.cat([done.flatten(0, 1) for done in values]) if len(values) > 1 else values[0].flatten(0, 1)
-    return Images(values, [(h // ip.merge_size, w // ip.merge_size) for _, h, w in thw], torch.tensor(thw))
+    parts = [one_call(ip, pixels[start : start + CHUNK]) for start in range(0, len(pixels), CHUNK)]
+    values = torch.cat([part["pixel_values"] for part in parts])
+    if "image_grid_thw" not in parts[0]:
+        return Images(values, [grid_of(processor, values.shape[-2:])] * len(pixels))
+    thw = torch.cat([part["image_grid_thw"] for part in parts])
+    return Images(values, [(h // ip.merge_size, w // ip.merge_size) for _, h, w in thw.tolist()], thw)
 
 
-def unusual(ip):
-    """Settings that transform() does not follow; the processor itself then does the work."""
-    crop = dict(ip.crop_size) if getattr(ip, "do_center_crop", None) else None
-    size = dict(ip.size)
-    side = size.get("shortest_edge") or size.get("height")
-    enlarging = crop is not None and (side is None or max(crop["height"], crop["width"]) > side)
-    return (
-        getattr(ip, "backend", "torchvision") != "torchvision"
-        or getattr(ip, "do_pan_and_scan", None)
-        or enlarging
-        or not (ip.do_resize and ip.do_rescale and ip.do_normalize)
-    )
+def one_call(ip, pixels):
+    try:
+        return ip(images=pixels, return_tensors="pt")
+    except ValueError as error:  # Qwen: more than 200 to 1
+        raise InputError(f"an image cannot be prepared: {error}") from error
 
 
 def as_pixels(image):
@@ -132,101 +105,6 @@ def as_pixels(image):
     return pixels
 
 
-def transform(ip, pixels):
-    """
-    uint8 (N, C, H, W) of one size -> float32 (N, 3, h, w) and None, or patch rows (N, patches, dim) and their (t, h,
-    w).
-    """
-    height, width = pixels.shape[-2:]
-    if getattr(ip, "do_pad", None) and height != width:  # LLaVA's "pad": a square with the mean colour around the image
-        side, fill = max(height, width), [int(255 * m) for m in ip.image_mean]
-        left, top = (side - width) // 2, (side - height) // 2
-        pixels = tv.pad(pixels.expand(-1, 3, -1, -1), [left, top, side - width - left, side - height - top], fill=fill)
-        height = width = side
-    merge = getattr(ip, "merge_size", None)
-    size = target_size(ip, height, width)
-    pixels = tv.resize(pixels, list(size), interpolation=INTERPOLATION[int(ip.resample)], antialias=True)
-    if getattr(ip, "do_center_crop", None):
-        crop = ip.crop_size["height"], ip.crop_size["width"]
-        top, left = (
-            (size[0] - crop[0]) // 2,
-            (size[1] - crop[1]) // 2,
-        )  # torchvision's own center_crop rounds halves differently
-        pixels = pixels[..., top : top + crop[0], left : left + crop[1]]
-    mean, std = (torch.tensor(v) * (1 / ip.rescale_factor) for v in (ip.image_mean, ip.image_std))
-    if merge is None:
-        if (mean == mean[0]).all() and (std == std[0]).all():  # then grey stays one channel until the end
-            mean, std = mean[:1], std[:1]
-        return pixels.float().sub(mean[:, None, None]).div_(std[:, None, None]).expand(-1, 3, -1, -1), None
-    p, rows, columns = ip.patch_size, size[0] // ip.patch_size, size[1] // ip.patch_size
-    # (N, C, rows/m, m, p, columns/m, m, p) -> cells of m x m patches one after the other: (N, patches, C, 1, p, p)
-    blocks = pixels.reshape(len(pixels), -1, rows // merge, merge, p, columns // merge, merge, p).permute(
-        0, 2, 5, 3, 6, 1, 4, 7
-    )
-    blocks = blocks.reshape(
-        len(pixels), rows * columns, -1, 1, p, p
-    )  # still bytes: this is the copy that jumps about in memory
-    values = blocks.float().sub(mean[:, None, None, None]).div_(std[:, None, None, None])
-    values = values.expand(-1, -1, 3, ip.temporal_patch_size, -1, -1)  # a still is a film of two equal frames
-    return values.reshape(len(values), rows * columns, -1), (1, rows, columns)
-
-
-INTERPOLATION = (
-    {}
-    if tv is None
-    else {
-        2: InterpolationMode.BILINEAR,
-        3: InterpolationMode.BICUBIC,
-        0: InterpolationMode.NEAREST,
-        1: InterpolationMode.LANCZOS,
-    }
-)
-
-
-def target_size(ip, height, width):
-    """(height, width) that the processor resizes an image to."""
-    size = dict(ip.size)
-    if getattr(
-        ip, "merge_size", None
-    ):  # Qwen2-VL: multiples of 28 px with about the same shape, within limits on the area
-        factor, low, high = ip.patch_size * ip.merge_size, size["shortest_edge"], size["longest_edge"]
-        if max(height, width) > 200 * min(height, width):
-            raise InputError(
-                f"an image of {width}x{height} pixels is too long and narrow for Qwen2-VL: at most 200 to 1"
-            )
-        h, w = round(height / factor) * factor, round(width / factor) * factor
-        if h * w > high:
-            scale = math.sqrt(height * width / high)
-            h, w = (max(factor, math.floor(side / scale / factor) * factor) for side in (height, width))
-        elif h * w < low:
-            scale = math.sqrt(low / (height * width))
-            h, w = (math.ceil(side * scale / factor) * factor for side in (height, width))
-        return h, w
-    if size.get("height"):
-        return size["height"], size["width"]
-    short, long = min(height, width), max(height, width)
-    new_short, new_long = size["shortest_edge"], int(size["shortest_edge"] * long / short)
-    return (new_short, new_long) if height <= width else (new_long, new_short)
-
-
-def by_processor(processor, ip, pixels):
-    """The processor's own way, all images in one call."""
-    rgb = [Image.fromarray(p.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()) for p in pixels]
-    if getattr(ip, "do_pan_and_scan", None):
-        raise InputError(
-            "pan-and-scan is on in preprocessor_config.json: it adds image blocks whose place cannot be told; set"
-            " do_pan_and_scan to false"
-        )
-    done = ip(images=rgb, return_tensors="pt")
-    if "image_grid_thw" in done:
-        return Images(
-            done["pixel_values"],
-            [(h // ip.merge_size, w // ip.merge_size) for _, h, w in done["image_grid_thw"].tolist()],
-            done["image_grid_thw"],
-        )
-    return Images(done["pixel_values"], [grid_of(processor, done["pixel_values"].shape[-2:])] * len(rgb))
-
-
 def grid_of(processor, size):
     """(rows, columns) of the image tokens of a Gemma 3, LLaVA or plain encoder image of `size` pixels."""
     if getattr(processor, "image_seq_length", None):  # Gemma 3: a square, whatever the number of patches
@@ -234,6 +112,17 @@ def grid_of(processor, size):
         return side, side
     patch = getattr(processor, "patch_size", None)
     return (size[0] // patch, size[1] // patch) if patch else None
+
+
+def token_grid(processor, height, width):
+    """(rows, columns) of image tokens of an image of this size, without preparing it."""
+    ip = processor.image_processor
+    size, crop = dict(ip.size), ip.crop_size if getattr(ip, "do_center_crop", None) else None
+    if getattr(ip, "merge_size", None):  # Qwen: about the same shape, within limits on the area
+        side = ip.patch_size * ip.merge_size
+        h, w = smart_resize(height, width, side, size["shortest_edge"], size["longest_edge"])
+        return h // side, w // side
+    return grid_of(processor, (crop["height"], crop["width"]) if crop else (size["height"], size["width"]))
 
 
 # ---------------------------------------------------------------------------------------------------------------- text
@@ -324,15 +213,11 @@ class ImageStore:
         self.sizes = [size_of(source) for source in self.sources]  # (height, width)
         self.grids = [token_grid(processor, *size) for size in self.sizes]
         self.features = None
-        ip = processor.image_processor
-        if getattr(ip, "merge_size", None):
-            values = (
-                sum(r * c for r, c in self.grids) * ip.merge_size**2 * 3 * ip.temporal_patch_size * ip.patch_size**2
-            )
-        else:
-            h, w = pixel_size(ip, *self.sizes[0]) if self.sizes else (0, 0)
-            values = len(self.sizes) * 3 * h * w
-        self.gib = {"preprocessed": values * 4 / 2**30, "decoded": sum(3 * h * w for h, w in self.sizes) / 2**30}
+        shapes = {
+            size: preprocess_images(processor, [np.zeros(size, np.uint8)]).values.nbytes for size in set(self.sizes)
+        }
+        prepared = sum(shapes[size] for size in self.sizes)
+        self.gib = {"preprocessed": prepared / 2**30, "decoded": sum(3 * h * w for h, w in self.sizes) / 2**30}
         self.kept = next((how for how, gib in self.gib.items() if gib <= budget_gib), "on disk")
         self.values = self.pixels = None
         if self.kept == "preprocessed":
@@ -400,17 +285,3 @@ def size_of(source):
             return read_pixels(source).shape[:2]
         except InputError as error:
             raise InputError(f"{source}: {error}") from error
-
-
-def pixel_size(ip, height, width):
-    """(height, width) of what the model gets for an image of this size (all families but Qwen2-VL get one size)."""
-    crop = ip.crop_size if getattr(ip, "do_center_crop", None) else None
-    return (crop["height"], crop["width"]) if crop else target_size(ip, height, width)
-
-
-def token_grid(processor, height, width):
-    """(rows, columns) of image tokens of an image of this size."""
-    ip = processor.image_processor
-    h, w = pixel_size(ip, height, width)
-    side = getattr(ip, "merge_size", None) and ip.patch_size * ip.merge_size
-    return (h // side, w // side) if side else grid_of(processor, (h, w))
