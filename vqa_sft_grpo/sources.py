@@ -189,7 +189,7 @@ def load_vqa_rad(
     folders = [folder / name for name in RAD_IMAGES]
     images = max(folders, key=lambda images: len(wanted & files_in(images).keys()))
     parts = [read_rad(path, files_in(images)) for path in paths]
-    found = RowSet("vqa_rad", parts[0] + parts[1] if version == "files" else parts[0], "", {}, {}, False, str(folder))
+    found = RowSet("vqa_rad", str(folder), parts[0] + parts[1] if version == "files" else parts[0])
     usable(found, paths, allow_missing_images, images)
     if policy == "no_test_frames" and version == "files":
         asked = [row for row in parts[2] if row["split"] == "test" and row["question_frame"]]
@@ -265,7 +265,7 @@ def load_slake(data_dir, language="en", allow_missing_images=False):
     if not paths["val"].is_file() and (folder / "validation.json").is_file():
         paths["val"] = folder / "validation.json"
     images, places = folder / "imgs", {}
-    found = RowSet("slake", [], f"language {language or 'en and zh'}", {}, {}, False, str(folder))
+    found = RowSet("slake", str(folder), version=f"language {language or 'en and zh'}")
     for split, path in paths.items():
         for raw in read_rows(path, SLAKE_FIELDS):
             spoken = text_of(raw["q_lang"]).lower()

@@ -30,7 +30,7 @@ def parse_args(argv=None):
     # fmt: off
     for name, text in (("download", "fetch the files"), ("audit", "list what the splits share")):
         g = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        g.add_argument("data", choices=list(SETS), help="data set")
+        g.add_argument("data", type=str.lower, choices=list(SETS), help="data set")
         g.add_argument("--data-dir", metavar="DIR", default=os.environ.get("MEDVLM_DATA") or "data",
             help="folder of all data sets; $MEDVLM_DATA, else data (%(default)s)")
         if name == "download":

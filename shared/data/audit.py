@@ -31,12 +31,12 @@ class RowSet:
     """Rows of one data set, each a dict (keys: iu_xray.py, sources.py), and what was left out on the way to them."""
 
     name: str
-    rows: list
-    version: str  # section, split, policy, language: numbers of two versions are not comparable
-    left_out: dict  # reason -> how many rows (studies)
-    sha256: dict  # of the text files, by name
-    official: bool  # are these the files whose counts the tests know?
     source: str  # where it came from, for people
+    rows: list = field(default_factory=list)
+    version: str = ""  # section, split, policy, language: numbers of two versions are not comparable
+    left_out: dict = field(default_factory=dict)  # reason -> how many rows (studies)
+    sha256: dict = field(default_factory=dict)  # of the text files, by name
+    official: bool = False  # are these the files whose counts the tests know?
     notes: dict = field(default_factory=dict)  # other things to know, such as how boxes were understood
 
     def split(self, name):

@@ -81,7 +81,7 @@ def load_iu_xray(
         raise InputError(f"there is no split '{split}' of IU X-ray; there are r2gen and patient")
     folder = find_iu_xray(data_dir)
     rows, read = read_reports(folder, reports)
-    studies = RowSet("iu_xray", rows, "", {}, {}, False, str(folder))
+    studies = RowSet("iu_xray", str(folder), rows)
     if split == "r2gen":
         split_of = r2gen_split(folder)
         studies.keep(lambda row: row["uid"] in split_of, "not in the R2Gen split")
