@@ -458,7 +458,7 @@ def test_folder_without_processor(copied):
 
 def test_folder_without_template_or_tokenizer(copied):
     (copied / "chat_template.jinja").unlink()
-    with pytest.raises(InputError, match="has no chat template .*: copy .*chat_template.jinja"):
+    with pytest.raises(InputError, match="has no chat template that can be used .*: copy .*chat_template.jinja"):
         load_vlm(str(copied))
     (copied / "tokenizer.json").unlink()
     with pytest.raises(InputError, match="has no complete processor"):

@@ -10,6 +10,7 @@ used, weights are safetensors or weights_only=True, and attention kernels are no
 A new family is one entry in FAMILIES and one tiny model (shared/models/tiny.py).
 """
 
+import contextlib
 import os
 import shlex
 import sys
@@ -221,16 +222,13 @@ def weight_files(source):
 
 def load_processor(source, name):
     """Image processor, tokenizer and chat template, tried once. InputError where one is missing or cannot be used."""
-    what = "complete processor"
-    wanted = "preprocessor_config.json (or processor_config.json), tokenizer and chat_template.jinja"
-    try:
+    end = ": copy preprocessor_config.json (or processor_config.json), tokenizer and chat_template.jinja from its page"
+    with explained(f"{name} has no complete processor", end):
         processor = AutoProcessor.from_pretrained(source, local_files_only=Path(source).is_dir())
         if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
             raise ValueError("no image processor")
-        what = "chat template that can be used" if processor.chat_template else "chat template"
+    with explained(f"{name} has no chat template that can be used", end):
         processor.apply_chat_template([{"role": "user", "content": [{"type": "text", "text": "?"}]}], tokenize=False)
-    except Exception as error:  # whichever file is missed or garbled first; none of it is a bug of the script
-        raise InputError(f"{name} has no {what} ({first_line(error)}): copy {wanted} from the model's page") from error
     processor.tokenizer.padding_side = "left"  # generation goes on from the last column
     if processor.tokenizer.pad_token is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
@@ -247,19 +245,13 @@ def load_part(auto_class, source, name=None, device=None, unused_weights=False, 
     source, _ = find_model(source)
     if Path(source, "adapter_config.json").is_file():  # transformers would load that adapter's base instead
         raise InputError(f"{name} holds a model and an adapter: move the adapter to a folder of its own")
-    try:
-        with quietly():
-            # ignore_mismatched_sizes: they are then listed beside the missing ones, and refused below
-            where = dict(local_files_only=Path(source).is_dir(), ignore_mismatched_sizes=True)
-            model, info = auto_class.from_pretrained(source, output_loading_info=True, **where, **options)
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except OSError as error:
-        raise InputError(f"{name} has no weights that can be read ({first_line(error)})") from error
-    except Exception as error:  # damaged files end in many kinds of errors; none of them is a bug of the script
-        raise InputError(
-            f"config.json or the weights of {name} are damaged or cut short ({first_line(error)}); fetch them again"
-        ) from error
+    # ignore_mismatched_sizes: they are then listed beside the missing ones, and refused below
+    options |= dict(local_files_only=Path(source).is_dir(), ignore_mismatched_sizes=True)
+    with quietly(), explained(f"config.json or the weights of {name} are damaged or cut short", "; fetch them again"):
+        try:
+            model, info = auto_class.from_pretrained(source, output_loading_info=True, **options)
+        except OSError as error:
+            raise InputError(f"{name} has no weights that can be read ({first_line(error)})") from error
     check_keys(info, name, unused_weights)
     return model.eval() if device is None else model.eval().to(device)
 
@@ -274,6 +266,20 @@ def check_keys(info, name, unused_weights=False):
                 f"{name} is not a complete model of its class: {len(keys)} {what.replace('_', ' ')}, the first is"
                 f" {keys[0]}; fetch it again, or convert it (shared/models/llava_med.py)"
             )
+
+
+@contextlib.contextmanager
+def explained(sentence, end=""):
+    """
+    For reading what others wrote: whatever libraries raise inside becomes InputError(sentence (its first line) end).
+    They raise many kinds for a file that is not right, and none of these is a bug of the script.
+    """
+    try:
+        yield
+    except (InputError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise InputError(f"{sentence} ({first_line(error)}){end}") from error
 
 
 def first_line(error):

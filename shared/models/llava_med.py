@@ -36,7 +36,7 @@ from transformers import AutoModelForImageTextToText, CLIPImageProcessor, CLIPVi
 from transformers import LlamaTokenizer, LlavaConfig, LlavaForConditionalGeneration, LlavaImageProcessor
 from transformers import MistralConfig, PreTrainedTokenizerFast
 
-from shared.models.hub import load_part, weight_files
+from shared.models.hub import check_config, explained, load_part, weight_files
 from shared.models.tiny import LLAVA_TEMPLATE, NAMES, chat_template, clip_processor, quietly
 from shared.runtime import InputError, ScriptParser, load_checkpoint, read_json, script, write_json
 
@@ -60,7 +60,7 @@ TIMM_MAP = {  # timm's VisionTransformer -> Dinov2Model; attn.qkv is cut in thre
 }
 DERIVED = ("rotary_emb.inv_freq", "position_ids")  # computed from the configuration; old checkpoints store them
 # CLIP ViT-L/14 at 336 pixels; LLaVA-Med's own config.json only names it.
-CLIP_L_336 = dict(zip(NAMES.values(), (1024, 4096, 24, 16), strict=False))
+CLIP_L_336 = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16)
 CLIP_L_336 |= dict(image_size=336, patch_size=14, projection_dim=768)
 TIMM_SIZES = {"small": (384, 12), "base": (768, 12), "large": (1024, 24)}  # width, layers; a head is 64 wide
 VICUNA_SYSTEM = (
@@ -309,17 +309,17 @@ def read_shard(path):
 
 def read_lora(folder):
     """adapter_config.json and adapter_model -> ({weight name: {"A": (r, in), "B": (out, r)}}, scale): W + scale B A."""
-    settings = read_json(folder / "adapter_config.json")
-    file = next((p for p in (folder / "adapter_model.safetensors", folder / "adapter_model.bin") if p.is_file()), None)
-    if file is None or settings.get("peft_type") != "LORA" or settings.get("bias", "none") != "none":
-        raise InputError(
-            f"{folder} holds no LoRA adapter that can be merged (adapter_model.safetensors or .bin, without biases)"
-        )
     factors = {}
-    for key, tensor in read_shard(file):
-        name, which = re.fullmatch(r"(.*)\.lora_([AB])(?:\.default)?\.weight", key.removeprefix(PEFT_PREFIX)).groups()
-        factors.setdefault(name + ".weight", {})[which] = tensor.float()
-    scale = settings["lora_alpha"] / (settings["r"] ** 0.5 if settings.get("use_rslora") else settings["r"])
+    with explained(f"{folder} holds no LoRA adapter that can be merged"):
+        settings = read_json(folder / "adapter_config.json")
+        file = max(folder.glob("adapter_model.*"), default=None)  # safetensors before .bin
+        if file is None or settings["peft_type"] != "LORA" or settings.get("bias", "none") != "none":
+            raise ValueError("no adapter_model.safetensors, another kind, or one with biases")
+        for key, tensor in read_shard(file):
+            name = key.removeprefix(PEFT_PREFIX).replace(".default.", ".")
+            name, which = re.fullmatch(r"(.*)\.lora_([AB])\.weight", name).groups()
+            factors.setdefault(name + ".weight", {})[which] = tensor.float()
+        scale = settings["lora_alpha"] / (settings["r"] ** 0.5 if settings.get("use_rslora") else settings["r"])
     return factors, scale
 
 
@@ -395,13 +395,15 @@ def convert(source, out, base=None, tower=None):
         )
     if out.exists() and any(out.iterdir()):
         raise InputError(f"{out} exists and is not empty: give a new folder")
-    raw = read_json(source / "config.json")
+    raw = check_config(read_json(source / "config.json"), source / "config.json")
     if not is_original(raw):
         raise InputError(
             f"{source} is not in the layout of the original LLaVA code (no mm_vision_tower in config.json); load it as"
             " it is"
         )
-    config, files, factors, scale = make_config(source, raw), [], {}, 1.0
+    with explained(f"{source}: no model can be built after its config.json"):
+        config = make_config(source, raw)
+    files, factors, scale = [], {}, 1.0
     if (source / "adapter_config.json").is_file():
         if base is None:
             name = read_json(source / "adapter_config.json").get("base_model_name_or_path")

@@ -39,9 +39,8 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
 from shared.models import llava_med, memory
-from shared.models.hub import FAMILIES, LORA_LAYERS, QUANTS, family_of, find_model, first_line, folder_of
-from shared.models.hub import is_hub_name, kept_whole, load_part, load_processor, stored_quant
-from shared.models.hub import weight_files
+from shared.models.hub import FAMILIES, LORA_LAYERS, QUANTS, explained, family_of, find_model, first_line, folder_of
+from shared.models.hub import is_hub_name, kept_whole, load_part, load_processor, stored_quant, weight_files
 from shared.models.tiny import is_tiny, quietly
 from shared.runtime import InputError, is_main_process, read_json, write_json
 
@@ -298,11 +297,9 @@ def add_lora(target, rank=8, alpha=None, dropout=0.05, layers=None, checkpointin
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     alpha = 2 * rank if alpha is None else alpha
     task = "CAUSAL_LM" if is_vlm else None
-    settings = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=layers, task_type=task)
-    try:
+    with explained(f"LoRA cannot be put on {layers}"):
+        settings = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=layers, task_type=task)
         model = get_peft_model(model, settings)
-    except ValueError as error:
-        raise InputError(f"LoRA cannot be put on {layers} ({first_line(error)})") from error
     if not is_vlm:
         return model
     target.model, target.adapter = model, "new"
@@ -390,13 +387,10 @@ def load_adapter(vlm, adapter, trainable=False):
                 f"the adapter {adapter} was trained on other weights than those of {vlm.name}: {instead} ({known});"
                 f" if these are the same, stored in another way, remove {folder / BASE_FILE}"
             )
-    try:
+    with explained(f"the adapter {adapter} does not fit {vlm.name}", f": {instead}"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about keys, which are refused below
         stored = load_peft_weights(str(folder or adapter), device="cpu")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about keys, which are refused below
-            vlm.model = PeftModel.from_pretrained(vlm.model, str(folder or adapter), is_trainable=trainable)
-    except Exception as error:  # peft raises many kinds for a file that is not right; none of them is a bug here
-        raise InputError(f"the adapter {adapter} does not fit {vlm.name} ({first_line(error)}): {instead}") from error
+        vlm.model = PeftModel.from_pretrained(vlm.model, str(folder or adapter), is_trainable=trainable)
     expected = set(get_peft_model_state_dict(vlm.model, save_embedding_layers=False))
     for what, keys in (("missing", expected - set(stored)), ("unexpected", set(stored) - expected)):
         if keys:

@@ -27,9 +27,9 @@ from transformers import AutoConfig, AutoModelForImageTextToText, CLIPVisionConf
 from transformers import MistralConfig, Qwen2VLConfig
 
 from shared.models import llava_med
-from shared.models.hub import FAMILIES, LORA_LAYERS, QUANTS, family_of, find_model, first_line, kept_whole
+from shared.models.hub import FAMILIES, LORA_LAYERS, QUANTS, explained, family_of, find_model, kept_whole
 from shared.models.tiny import NAMES, quietly
-from shared.runtime import InputError, ScriptParser, positive_int, script
+from shared.runtime import ScriptParser, positive_int, script
 
 GIB = 2**30
 
@@ -92,16 +92,12 @@ class Layout:
 
 def read_layout(source, raw=None):
     """Hub name or folder, with its config.json where it was read already -> Layout."""
-    try:
+    with explained(f"{source}: no model can be built after its config.json"), quietly():
         config = read_config(source, raw)
         family = family_of(config.to_dict(), source).name
-        with torch.device("meta"), quietly():
+        with torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(config, attn_implementation="sdpa")
         model.tie_weights()
-    except InputError:
-        raise
-    except Exception as error:  # whatever an impossible size makes the classes raise; none of it is a bug of the script
-        raise InputError(f"{source}: no model can be built after its config.json ({first_line(error)})") from error
     embedding = model.get_input_embeddings().weight  # a head tied to it is no weight of its own
     linears = {n: m for n, m in model.named_modules() if type(m) is nn.Linear and m.weight is not embedding}
     total = sum(p.numel() for p in model.parameters())
