@@ -117,7 +117,7 @@ def train_ours(args, rows, clock, shared_prompts, with_v):
         batch = policy.roll_out(some, list(range(args.prompts)), torch.Generator().manual_seed(step))
         ids = batch.flat
         advantages = group_advantages([reward_of(i) for i in ids], args.num_generations, "group")[0].float()
-        with train_grpo.as_reference(vlm):
+        with rollouts.as_reference(vlm):
             ref = policy.fixed_logprobs(batch)
         policy.loss_and_gradient(batch, advantages, None, ref, scaler)
         torch.nn.utils.clip_grad_norm_(trained, 1.0)

@@ -26,8 +26,8 @@ from vqa_sft_grpo.prepare_data import main as prepare
 from vqa_sft_grpo.prompting import build_prompt
 from vqa_sft_grpo.rewards import AnswerFrequencies, EditPlan, RewardSettings, answer_alone, compose, images_of_v
 from vqa_sft_grpo.rewards import plan_edits, rollout_terms, slope
-from vqa_sft_grpo.rollouts import Batch, Policy, image_of, score_answers
-from vqa_sft_grpo.train_grpo import as_reference, load_policy, load_rows, main, parse_args, row_at
+from vqa_sft_grpo.rollouts import Batch, Policy, as_reference, image_of, score_answers
+from vqa_sft_grpo.train_grpo import load_policy, load_rows, main, parse_args, row_at
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")

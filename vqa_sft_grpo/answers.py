@@ -17,8 +17,8 @@ from vqa_sft_grpo.counterfactual import fill_region, identity_edits, plan_region
 from vqa_sft_grpo.measures import case_summary
 from vqa_sft_grpo.prompting import build_prompt, parse_response
 from vqa_sft_grpo.rows import REDRAWN
-from vqa_sft_grpo.scoring import choice, llava_med_scores, medevalkit_scores, normalise, polarity
-from vqa_sft_grpo.scoring import score_answer, score_with_synonyms
+from vqa_sft_grpo.scoring import choice, llava_med_scores, medevalkit_scores, normalise, polarity, score_answer
+from vqa_sft_grpo.scoring import score_with_synonyms
 
 CHUNK = 8  # cases whose edited images are in memory together
 

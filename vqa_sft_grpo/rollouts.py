@@ -10,6 +10,7 @@ All passes are those of shared/models/passes.py. The vision tower is not trained
 policy, reference and scoring share, and all samples of a question share one pass over it.
 """
 
+import contextlib
 import functools
 import time
 
@@ -56,6 +57,20 @@ def image_of(row):
 def with_size(row, image):
     """Rows of older files do not say how large their image is; boxes need it."""
     return row | {"height": image.shape[0], "width": image.shape[1]}
+
+
+@contextlib.contextmanager
+def as_reference(vlm):
+    """The model as it was given: its adapter off, or the frozen copy of the adapter that it came with."""
+    if "reference" not in vlm.model.peft_config:
+        with vlm.model.disable_adapter():
+            yield
+        return
+    vlm.model.set_adapter("reference")
+    try:
+        yield
+    finally:
+        vlm.model.set_adapter("default")
 
 
 def score_answers(vlm, prompts, answers, style, share=True):

@@ -45,7 +45,6 @@ How this differs from the textbook (GRPO in DeepSeekMath, arXiv 2402.03300; trl 
                log-probabilities with the sampler's own, and checks ratios, clipping and KL: a mistake stops the run
 """
 
-import contextlib
 import functools
 import json
 import math
@@ -83,7 +82,7 @@ from vqa_sft_grpo.grpo_log import write_completions
 from vqa_sft_grpo.prompting import STYLES, boxes_from_model, parse_response
 from vqa_sft_grpo.rewards import COMPOSITIONS, MEANINGS, AnswerFrequencies, RewardSettings, explain, gold_of
 from vqa_sft_grpo.rewards import ignored_fields, lend_regions, plan_edits
-from vqa_sft_grpo.rollouts import TOLERANCE, Policy, image_of, with_size
+from vqa_sft_grpo.rollouts import TOLERANCE, Policy, as_reference, image_of, with_size
 from vqa_sft_grpo.rows import GRPO_FIELDS, make_rows, phantom_settings, read_rows
 
 TASK = "vqa_sft_grpo"
@@ -255,16 +254,9 @@ def order_of(count, seed, epoch):
 def load_policy(args, device):
     """-> VLM whose adapter is trained; dropout is off, so that the policy that learns is the one that samples."""
     name, adapter = model_of(args.model, args.sft_ckpt)
-    tiny = is_tiny(name)
-    vlm = load_vlm(
-        name,
-        quant=args.quant,
-        device=device,
-        dtype="float32" if tiny and args.dtype == "auto" else args.dtype,
-        adapter=adapter,
-        family="qwen2vl",
-        trainable_adapter=True,
-    )
+    dtype = "float32" if is_tiny(name) and args.dtype == "auto" else args.dtype
+    place = dict(quant=args.quant, device=device, dtype=dtype, family="qwen2vl")
+    vlm = load_vlm(name, adapter=adapter, trainable_adapter=True, **place)
     if adapter:
         vlm.model.load_adapter(adapter, "reference", is_trainable=False)
     else:
@@ -272,27 +264,12 @@ def load_policy(args, device):
     if args.checkpointing:
         vlm.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     limit_pixels(vlm.processor, args.max_pixels)
-    vlm.model.train(
-        args.checkpointing
-    )  # without dropout the two modes compute the same; only training recomputes activations
+    # without dropout the two modes compute the same; only training recomputes activations
+    vlm.model.train(args.checkpointing)
     for module in vlm.model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     return vlm
-
-
-@contextlib.contextmanager
-def as_reference(vlm):
-    """The model as it was given: its adapter off, or the frozen copy of the adapter that it came with."""
-    if "reference" not in vlm.model.peft_config:
-        with vlm.model.disable_adapter():
-            yield
-        return
-    vlm.model.set_adapter("reference")
-    try:
-        yield
-    finally:
-        vlm.model.set_adapter("default")
 
 
 # ------------------------------------------------------------------------------------------------------------- training

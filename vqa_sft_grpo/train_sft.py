@@ -50,17 +50,9 @@ from shared.models.loading import QUANTS, add_lora, count_parameters, load_vlm, 
 from shared.models.passes import PartSize, features_of, in_parts
 from shared.models.tiny import is_tiny
 from shared.report import PHANTOM, draw_history
-from shared.runtime import InputError, add_resume, fraction, not_negative, open_run_dir, pick_device, positive_float
-from shared.runtime import (
-    positive_int,
-    run_facts,
-    script,
-    script_parser,
-    seed_everything,
-    start_distributed,
-    write_json,
-)
-from shared.runtime import write_jsonl
+from shared.runtime import InputError, add_resume, atomic_folder, fraction, not_negative, open_run_dir, pick_device
+from shared.runtime import positive_float, positive_int, run_facts, script, script_parser, seed_everything
+from shared.runtime import start_distributed, write_json, write_jsonl
 from shared.training import GuardedStep, StopSignal, Weights, learning_rate, load_state, save_state, settings_of
 from vqa_sft_grpo.asking import BASE_MODEL, Answerer, limit_pixels
 from vqa_sft_grpo.counterfactual import blank, region_iou
@@ -312,21 +304,9 @@ def sum_over_processes(parameters, total):
 
 def save_model(vlm, folder, facts):
     """Adapter, or whole model, processor, and what it was trained on into `folder`, which is replaced in one go."""
-    folder = Path(folder)
-    building = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(building, ignore_errors=True)
-    save_vlm(vlm, building)
-    write_json(building / "training.json", {"dataset": facts})  # evaluate.py stamps results with it
-    replace_folder(building, folder)
-
-
-def replace_folder(new, folder):
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    with atomic_folder(folder) as building:
+        save_vlm(vlm, building)
+        write_json(building / "training.json", {"dataset": facts})  # evaluate.py stamps results with it
 
 
 def train(args, vlm, train_rows, val_rows, facts, run_dir, rank, world_size):
@@ -458,21 +438,18 @@ def publish(args, run_dir):
     """Copy best/ to --save-to, where the other scripts look, unless that would cost a model worth more."""
     if args.dry_run or args.limit:
         return print(f"{args.save_to} left alone: this was a {'dry run' if args.dry_run else 'run with --limit'}")
-    kinds = [
-        next((name for name in ("adapter_config.json", "config.json") if (f / name).is_file()), None)
-        for f in (args.save_to, run_dir / "best")
-    ]
-    if args.save_to.exists() and kinds[0] != kinds[1]:
-        return print(
-            f"{args.save_to} left alone: it holds"
-            f" {'an adapter' if kinds[0] == 'adapter_config.json' else 'something else'}, and this run trained"
-            f" {'an adapter' if kinds[1] == 'adapter_config.json' else 'a whole model'}; delete it to have it replaced,"
-            f" or use {run_dir}/best"
+    kinds = {"adapter_config.json": "an adapter", "config.json": "a whole model"}
+    there, ours = (
+        next((kind for name, kind in kinds.items() if (folder / name).is_file()), "something else")
+        for folder in (args.save_to, run_dir / "best")
+    )
+    if args.save_to.exists() and there != ours:
+        print(
+            f"{args.save_to} left alone: it holds {there}, and this run trained {ours}; delete it to have it replaced"
         )
-    building = args.save_to.with_name(f".{args.save_to.name}.part")
-    shutil.rmtree(building, ignore_errors=True)
-    shutil.copytree(run_dir / "best", building)
-    replace_folder(building, args.save_to)
+        return
+    with atomic_folder(args.save_to) as building:
+        shutil.copytree(run_dir / "best", building, dirs_exist_ok=True)
     print(f"model for the other scripts: {args.save_to}")
 
 
