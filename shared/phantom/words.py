@@ -335,12 +335,8 @@ def places(finding):
     """Ways to say where a finding is."""
     side, zone = finding.side, finding.zone
     named = {("right", "mid"): "right middle lobe", ("left", "mid"): "lingula"}.get((side, zone), f"{side} {zone} lobe")
-    more = {
-        "upper": [f"{side} upper lung"],
-        "mid": [f"{side} mid lung"],
-        "lower": [f"{side} lung base", f"{side} base"],
-    }.get(zone, [])
-    return [f"{side} {zone} lung zone", f"{side} {zone} zone", named, *more]
+    more = {"upper": ["upper lung"], "mid": ["mid lung"], "lower": ["lung base", "base"]}.get(zone, [])
+    return [f"{side} {zone} lung zone", f"{side} {zone} zone", named, *(f"{side} {word}" for word in more)]
 
 
 def _fill(template, finding, d):
@@ -376,6 +372,18 @@ def _combine(labels, new):
     for name, value in new.items():
         if rank[value] > rank[labels[name]]:
             labels[name] = value
+
+
+def _impression(summary, labels, d):
+    """Text of the impression; what its lines state is put into labels. summary: [(line, labels it states)]."""
+    if not summary:
+        return d.pick(NORMAL_ENDINGS)
+    summary = summary if d.chance(0.7) else summary[:2]
+    for _, stated in summary:
+        _combine(labels, stated)
+    lines = [line for line, _ in summary]
+    numbered = len(lines) > 1 and d.chance(0.5)
+    return " ".join(f"{i}. {line}" for i, line in enumerate(lines, 1)) if numbered else " ".join(lines)
 
 
 def write_report(study, d, before=()):
@@ -436,8 +444,8 @@ def write_report(study, d, before=()):
         say("heart", d.pick(BOTH_NORMAL), {C: NEGATIVE, ECM: NEGATIVE})
     together = d.shuffled([name for name in deny if name in LISTED])
     if len(together) > 1 and d.chance(0.7):
-        words = [LISTED[name] for name in together]
-        joined = ", ".join(words[:-1]) + ("," if len(words) > 2 and d.chance(0.5) else "") + " or " + words[-1]
+        *words, last = (LISTED[name] for name in together)
+        joined = ", ".join(words) + ("," if len(words) > 1 and d.chance(0.5) else "") + " or " + last
         say("pleura", d.pick(LIST_FRAMES).format(joined), dict.fromkeys(together, NEGATIVE))
     else:
         for name in together:
@@ -449,19 +457,8 @@ def write_report(study, d, before=()):
     order = ["heart", "lungs", "pleura", "bones", "devices"]
     if d.chance(0.35):
         order = ["devices", "lungs", "pleura", "heart", "bones"]
-    sentences = [s for block in order for s in blocks[block]]
-    if not sentences:
-        sentences = ["Unremarkable examination."]
-
-    if summary:
-        summary = summary if d.chance(0.7) else summary[:2]
-        for _, stated in summary:
-            _combine(labels, stated)
-        lines = [line for line, _ in summary]
-        numbered = len(lines) > 1 and d.chance(0.5)
-        impression = " ".join(f"{i}. {line}" for i, line in enumerate(lines, 1)) if numbered else " ".join(lines)
-    else:
-        impression = d.pick(NORMAL_ENDINGS)
+    sentences = [s for block in order for s in blocks[block]] or ["Unremarkable examination."]
+    impression = _impression(summary, labels, d)
     others = [labels[name] for name in CONDITIONS if name not in ("No Finding", DEV)]
     labels["No Finding"] = None if POSITIVE in others or UNCERTAIN in others else POSITIVE
     indication = d.pick(FEVER if PNE in shown and d.chance(0.8) else INDICATIONS)
