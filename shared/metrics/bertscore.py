@@ -3,8 +3,7 @@ BERTScore (Zhang et al. 2020, arXiv 1904.09675) with any encoder in a local fold
 0.3.13 to 1e-5.
 
     bert_score(hypotheses, references, "models/distilbert-base-uncased", layer=5)
-    # {"bertscore_precision": ..., "bertscore_recall": ..., "bertscore_f1": ..., "hash":
-    "..._L5_no-idf_version=0.3.12(hug_trans=...)"}
+    # {"bertscore_precision": ..., "bertscore_recall": ..., "bertscore_f1": ..., "hash": "..._L5_no-idf_version=..."}
 
 Always print the hash: model, layer, idf weights and rescaling change the number by more than models differ. Layers that
 papers use: roberta-large 17, microsoft/deberta-xlarge-mnli 40, distilbert-base-uncased 5. Rescaling, (x - b) / (1 - b)
@@ -23,7 +22,7 @@ import transformers
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-from shared.metrics.text import check_reports
+from shared.metrics.text import check_reports, readable
 from shared.runtime import InputError
 
 VERSION = "0.3.12"  # what release 0.3.13 of the package calls itself in its hash
@@ -45,15 +44,15 @@ def bert_score(
     offset = read_baseline(baseline, layer) if baseline is not None else None
     repeated = [text for text, group in zip(hypotheses, groups, strict=True) for _ in group]
     flat = [text for group in groups for text in group]
+    longest = longest_input(tokenizer, encoder.config)
     ids = {
-        text: tokenizer(text.strip(), truncation=True, max_length=longest_input(tokenizer, encoder.config))["input_ids"]
+        text: tokenizer(readable(text.strip()), truncation=True, max_length=longest)["input_ids"]
         for text in {*repeated, *flat}
     }
-    weights = idf_weights([ids[text] for text in flat]) if idf else Weights({}, 1.0)
-    if not idf:
-        weights.update(
-            {tokenizer.cls_token_id: 0.0, tokenizer.sep_token_id: 0.0}
-        )  # no weight of their own, but words may match them
+    if idf:
+        weights = idf_weights([ids[text] for text in flat])
+    else:  # CLS and SEP have no weight of their own, but words may match them
+        weights = Weights({tokenizer.cls_token_id: 0.0, tokenizer.sep_token_id: 0.0}, 1.0)
     vectors = embed(encoder, ids, tokenizer.pad_token_id, batch_size, device)
 
     scores = []
@@ -89,13 +88,9 @@ def idf_weights(documents):
 
 
 def score_hash(model, layer, idf, rescaled):
-    """
-    The string that names a setting, as the package builds it for the same folder with a baseline file of one's own.
-    """
-    return (
-        f"{model}_L{layer}_{'idf' if idf else 'no-idf'}_version={VERSION}(hug_trans={transformers.__version__})"
-        + "-custom-rescaled" * rescaled
-    )
+    """The string that names a setting, as the package builds it for a folder with a baseline file of one's own."""
+    name = f"{model}_L{layer}_{'idf' if idf else 'no-idf'}_version={VERSION}(hug_trans={transformers.__version__})"
+    return name + "-custom-rescaled" * rescaled
 
 
 def load_encoder(folder, layer, device):
@@ -121,10 +116,8 @@ def load_encoder(folder, layer, device):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(f"the encoder in {folder} cannot be loaded: {str(error).splitlines()[0]}") from error
-    if tokenizer.cls_token_id is None or tokenizer.sep_token_id is None or tokenizer.pad_token_id is None:
-        raise InputError(
-            f"the tokenizer in {folder} has no CLS, SEP or PAD token: BERTScore needs an encoder of the BERT kind"
-        )
+    if None in (tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id):
+        raise InputError(f"the tokenizer in {folder} has no CLS, SEP or PAD token: BERTScore needs a kind of BERT")
     return tokenizer, encoder.to(device).eval()
 
 
@@ -132,9 +125,7 @@ def longest_input(tokenizer, config):
     """Ids per text. Texts are cut where the tokenizer says; one that does not say is cut where the positions end."""
     if tokenizer.model_max_length < 1_000_000:
         return tokenizer.model_max_length
-    return config.max_position_embeddings - (
-        2 if "roberta" in config.model_type else 0
-    )  # RoBERTa counts positions from 2
+    return config.max_position_embeddings - 2 * ("roberta" in config.model_type)  # RoBERTa counts positions from 2
 
 
 @torch.inference_mode()
@@ -143,47 +134,44 @@ def embed(encoder, ids, pad, batch_size, device):
     texts, vectors = sorted(ids, key=lambda text: len(ids[text]), reverse=True), {}
     for start in range(0, len(texts), batch_size):
         batch = texts[start : start + batch_size]
-        padded = pad_sequence([torch.tensor(ids[text]) for text in batch], batch_first=True, padding_value=pad).to(
-            device
-        )
-        mask = (
-            torch.arange(padded.shape[1], device=device)
-            < torch.tensor([len(ids[text]) for text in batch], device=device)[:, None]
-        )
+        padded = padded_rows([torch.tensor(ids[text]) for text in batch], device, pad)
+        mask = inside(padded, [len(ids[text]) for text in batch])
         hidden = encoder(input_ids=padded, attention_mask=mask.long()).last_hidden_state  # (B, L, D)
         hidden = torch.nn.functional.normalize(hidden, dim=-1).cpu()
         vectors.update({text: row[: len(ids[text])] for text, row in zip(batch, hidden, strict=True)})
     return vectors
 
 
+def padded_rows(rows, device, value=0):
+    return pad_sequence(rows, batch_first=True, padding_value=value).to(device)
+
+
+def inside(padded, lengths):
+    """(B, L, ...), B lengths -> (B, L) bool: no padding."""
+    return torch.arange(padded.shape[1], device=padded.device) < torch.tensor(lengths, device=padded.device)[:, None]
+
+
 def side(texts, ids, vectors, weights, device):
     """-> unit vectors (B, L, D), weights (B, L) that sum to 1, mask (B, L), and which texts are empty (B,)."""
-    weight = pad_sequence([torch.tensor([weights[i] for i in ids[text]]) for text in texts], batch_first=True).to(
-        device
-    )
-    vector = pad_sequence([vectors[text] for text in texts], batch_first=True).to(device)
-    length = torch.tensor([len(ids[text]) for text in texts], device=device)
-    mask = torch.arange(vector.shape[1], device=device) < length[:, None]
-    return vector, weight / weight.sum(dim=1, keepdim=True), mask, length == 2  # CLS and SEP alone
+    weight = padded_rows([torch.tensor([weights[i] for i in ids[text]]) for text in texts], device)
+    vector = padded_rows([vectors[text] for text in texts], device)
+    lengths = [len(ids[text]) for text in texts]
+    empty = torch.tensor(lengths, device=device) == 2  # CLS and SEP alone
+    return vector, weight / weight.sum(dim=1, keepdim=True), inside(vector, lengths), empty
 
 
 @torch.inference_mode()
 def match(hypothesis, reference):
-    """
-    Each word piece takes its most similar partner: precision over the hypothesis, recall over the reference. -> (B, 3).
-    """
+    """Each word piece takes its most similar partner: -> (B, 3) precision (of the hypothesis), recall, F."""
     vector, weight, mask, empty = hypothesis
     other_vector, other_weight, other_mask, other_empty = reference
-    similarity = (
-        vector @ other_vector.transpose(1, 2) * (mask[:, :, None] & other_mask[:, None, :])
-    )  # padding counts as 0
+    pairs = mask[:, :, None] & other_mask[:, None, :]
+    similarity = vector @ other_vector.transpose(1, 2) * pairs  # padding counts as 0
     precision = (similarity.amax(dim=2) * weight).sum(dim=1)
     recall = (similarity.amax(dim=1) * other_weight).sum(dim=1)
     scores = torch.stack([precision, recall, 2 * precision * recall / (precision + recall)], dim=1)
     scores = scores.masked_fill((empty | other_empty)[:, None], 0)
-    return (
-        scores.nan_to_num(0.0).cpu().numpy()
-    )  # idf weights can all be 0; the package gives NaN for precision or recall then
+    return scores.nan_to_num(0.0).cpu().numpy()  # idf weights can all be 0; the package gives NaN there
 
 
 def read_baseline(baseline, layer):
@@ -196,9 +184,7 @@ def read_baseline(baseline, layer):
     try:
         rows = np.loadtxt(baseline, delimiter=",", skiprows=1, ndmin=2, dtype=np.float32)
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"{baseline} cannot be read as a baseline file (LAYER,P,R,F and a row for each layer)"
-        ) from error
+        raise InputError(f"{baseline} cannot be read as a baseline file (LAYER,P,R,F, a row per layer)") from error
     row = rows[rows[:, 0] == layer] if rows.shape[1] == 4 else rows[:0]
     if len(row) != 1:
         raise InputError(f"{baseline} has no row of four numbers for layer {layer}")

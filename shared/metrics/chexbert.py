@@ -1,9 +1,8 @@
 """
 CheXbert: the 14 conditions of a report, read by a BERT with 14 heads (Smit et al. 2020, arXiv 2004.09167).
 
-    labeller = load_chexbert("chexbert.pth", "bert-base-uncased", device="cuda")   # two local paths, nothing is
-    downloaded labeller.label(["Small left effusion. No pneumothorax."])   -> [{"Pleural Effusion": 1, "Pneumothorax":
-    0, ...}]
+    labeller = load_chexbert("chexbert.pth", "bert-base-uncased", device="cuda")   # local paths, nothing is downloaded
+    labeller.label(["Small left effusion. No pneumothorax."])   # [{"Pleural Effusion": 1, "Pneumothorax": 0, ...}]
 
 The weights (research use; trained on credentialed reports) are linked in github.com/stanfordmlgroup/CheXbert and copied
 in the hub repository StanfordAIMI/RRG_scorers; the folder of bert-base-uncased gives vocab.txt and config.json.
@@ -19,6 +18,7 @@ from torch import nn
 from transformers import BertConfig, BertModel, BertTokenizer
 
 from shared.metrics.labels import CHEXBERT_ORDER, CONDITIONS, NEGATIVE, POSITIVE, UNCERTAIN, UNKNOWN
+from shared.metrics.text import readable
 from shared.runtime import InputError, load_checkpoint
 
 CLASSES = (UNKNOWN, POSITIVE, NEGATIVE, UNCERTAIN)  # what class 0, 1, 2, 3 of a head means
@@ -51,7 +51,7 @@ class CheXbertLabeller:
 
     def encode(self, text):
         """-> list of at most 512 ids, [CLS] first and [SEP] last."""
-        ids = self.tokenizer(" ".join(text.split()), verbose=False)["input_ids"]
+        ids = self.tokenizer(readable(" ".join(text.split())), verbose=False)["input_ids"]
         return ids if len(ids) <= MAX_TOKENS else ids[: MAX_TOKENS - 1] + [self.tokenizer.sep_token_id]
 
     @torch.inference_mode()
@@ -100,8 +100,7 @@ def load_chexbert(checkpoint, encoder, device="cpu"):
     try:
         network.load_state_dict(state, strict=True)
     except RuntimeError as error:
-        raise InputError(
-            f"{checkpoint} does not fit CheXbert on {encoder}: {' '.join(str(error).split())[:300]}"
-        ) from error
+        why = " ".join(str(error).split())[:300]
+        raise InputError(f"{checkpoint} does not fit CheXbert on {encoder}: {why}") from error
     tokenizer = BertTokenizer.from_pretrained(encoder, do_lower_case=True)
     return CheXbertLabeller(network.to(device), tokenizer)

@@ -28,25 +28,18 @@ def binary_metrics(labels, scores, threshold=0.5):
     _check_threshold(threshold)
     called = scores > threshold
     tp, fp = int((called & (labels == 1)).sum()), int((called & (labels == 0)).sum())
-    fn, tn = int(labels.sum()) - tp, int((1 - labels).sum()) - fp
-    both = 0 < labels.sum() < len(labels)
-    probable = scores.min() >= 0 and scores.max() <= 1
-    return dict(
-        n=len(labels),
-        num_positive=tp + fn,
-        prevalence=(tp + fn) / len(labels),
-        threshold=float(threshold),
-        tp=tp,
-        fp=fp,
-        tn=tn,
-        fn=fn,
-        **_rates(tp, fp, tn, fn),
-        auc=float(roc_auc_score(labels, scores)) if both else None,
-        pr_auc=float(average_precision_score(labels, scores)) if both else None,
-        log_loss=float(log_loss(labels, scores, labels=[0, 1])) if probable else None,  # clipped at 2e-16: at most 36
-        brier=float(np.mean((scores - labels) ** 2)) if probable else None,
-        ece=expected_calibration_error(labels, scores) if probable else None,
-    )
+    counts = dict(tp=tp, fp=fp, tn=int((1 - labels).sum()) - fp, fn=int(labels.sum()) - tp)
+    num_positive, threshold = int(labels.sum()), float(threshold)
+    result = dict(n=len(labels), num_positive=num_positive, prevalence=num_positive / len(labels), threshold=threshold)
+    result |= counts | _rates(**counts) | dict.fromkeys(("auc", "pr_auc", "log_loss", "brier", "ece"))
+    if 0 < num_positive < len(labels):
+        result["auc"] = float(roc_auc_score(labels, scores))
+        result["pr_auc"] = float(average_precision_score(labels, scores))
+    if scores.min() >= 0 and scores.max() <= 1:
+        result["log_loss"] = float(log_loss(labels, scores, labels=[0, 1]))  # clipped at 2e-16: at most 36
+        result["brier"] = float(np.mean((scores - labels) ** 2))
+        result["ece"] = expected_calibration_error(labels, scores)
+    return result
 
 
 def _check_threshold(threshold):
@@ -108,13 +101,9 @@ def binary_intervals(labels, scores, threshold=0.5, num_samples=2000, seed=0, gr
     intervals["auc"] = dict(intervals["auc_bootstrap"])
     if groups is None:
         tp, fp, tn, fn = cells.sum(axis=1).tolist()
-        for name, hits, n in (
-            ("accuracy", tp + tn, len(labels)),
-            ("precision", tp, tp + fp),
-            ("recall", tp, tp + fn),
-            ("specificity", tn, tn + fp),
-            ("npv", tn, tn + fn),
-        ):
+        shares = dict(accuracy=(tp + tn, len(labels)), precision=(tp, tp + fp), recall=(tp, tp + fn))
+        shares |= dict(specificity=(tn, tn + fp), npv=(tn, tn + fn))
+        for name, (hits, n) in shares.items():
             low, high = wilson_interval(hits, n, confidence)
             intervals[name] = dict(low=low, high=high, method="wilson")
         delong = delong_auc(labels, scores, confidence)
@@ -221,16 +210,9 @@ def multiclass_metrics(labels, probabilities, ordinal=False):
     for c in classes:
         is_c = labels == c
         auc = float(roc_auc_score(is_c, probabilities[:, c])) if 0 < support[c] < len(labels) else None
-        table.append(
-            dict(
-                label=c,
-                n=int(support[c]),
-                precision=_ratio(hits[c], num_called[c]),
-                recall=_ratio(hits[c], support[c]),
-                f1=_ratio(2 * hits[c], support[c] + num_called[c]),
-                auc=auc,
-            )
-        )
+        precision, recall = _ratio(hits[c], num_called[c]), _ratio(hits[c], support[c])
+        f1 = _ratio(2 * hits[c], support[c] + num_called[c])
+        table.append(dict(label=c, n=int(support[c]), precision=precision, recall=recall, f1=f1, auc=auc))
     result = dict(n=len(labels), accuracy=float((calls == labels).mean()))
     for average in ("macro", "weighted"):
         scores = precision_recall_fscore_support(labels, calls, average=average, zero_division=0)
@@ -366,16 +348,9 @@ def reliability_bins(labels, probabilities, num_bins=15):
     bins = []
     for b in np.unique(which):
         inside = which == b
-        low, high = wilson_interval(int(outcome[inside].sum()), int(inside.sum()))
-        bins.append(
-            dict(
-                n=int(inside.sum()),
-                confidence=float(confidence[inside].mean()),
-                rate=float(outcome[inside].mean()),
-                low=low,
-                high=high,
-            )
-        )
+        n, mean, rate = int(inside.sum()), float(confidence[inside].mean()), float(outcome[inside].mean())
+        low, high = wilson_interval(int(outcome[inside].sum()), n)
+        bins.append(dict(n=n, confidence=mean, rate=rate, low=low, high=high))
     return bins
 
 

@@ -9,9 +9,8 @@ Clinical efficacy of generated reports: precision, recall and F1 of the labels r
 Papers print very different numbers under the name "clinical F1". So every key says what it is:
     f1_micro_14   average (micro, macro, weighted, example) and conditions: 14, 13 (without No Finding) or 5 (TOP_FIVE)
     uncertain_positive, uncertain_negative   what a -1 counts as: the first is the "rrg" convention, the second R2Gen's
-Negative and not mentioned are both "not positive". As in scikit-learn with zero_division=0, a precision, recall or F1
-without a case counts as 0 in the averages; `num_without_positive_*` says how many conditions have no positive
-reference.
+Negative and not mentioned are both "not positive". As in scikit-learn with zero_division=0, a ratio without a case
+counts as 0 in the averages; `num_without_positive_*` says how many conditions have no positive reference.
 """
 
 import numpy as np
@@ -28,14 +27,12 @@ def positive_matrix(labels, uncertain="uncertain_positive"):
     if uncertain not in UNCERTAIN_AS:
         raise ValueError(f"uncertain is {uncertain!r}, expected {' or '.join(UNCERTAIN_AS)}")
     for row in labels:
-        wrong = [
-            name for name in CONDITIONS if name not in row or row[name] not in (POSITIVE, NEGATIVE, UNCERTAIN, UNKNOWN)
-        ]
-        if wrong:
-            raise ValueError(f"label of {wrong[0]}: expected 1, 0, -1 or None, got {row.get(wrong[0], 'nothing')!r}")
-    return np.array(
-        [[row[name] in UNCERTAIN_AS[uncertain] for name in CONDITIONS] for row in labels], dtype=bool
-    ).reshape(-1, 14)
+        for name in CONDITIONS:
+            value = row.get(name, "nothing")
+            if value not in (POSITIVE, NEGATIVE, UNCERTAIN, UNKNOWN):
+                raise ValueError(f"label of {name}: expected 1, 0, -1 or None, got {value!r}")
+    positive = [[row[name] in UNCERTAIN_AS[uncertain] for name in CONDITIONS] for row in labels]
+    return np.array(positive, dtype=bool).reshape(-1, 14)
 
 
 def _ratio(a, b):
@@ -51,10 +48,7 @@ def _scores(hypothesis, reference, axis):
 
 
 def averages(hypothesis, reference):
-    """
-    hypothesis, reference: bool (N, 14) in the order of CONDITIONS -> flat dict of floats, keys as in the module's
-    docstring.
-    """
+    """bool (N, 14) twice, in the order of CONDITIONS -> flat dict of floats, keys as in the module's docstring."""
     result = {}
     for subset, names in SUBSETS.items():
         columns = [CONDITIONS.index(name) for name in names]
@@ -64,9 +58,8 @@ def averages(hypothesis, reference):
         kinds = {"micro": _scores(h, r, None), "macro": {k: v.mean() for k, v in each.items()}}
         kinds["weighted"] = {k: _ratio((v * support).sum(), support.sum()) for k, v in each.items()}
         kinds["example"] = {k: v.mean() for k, v in _scores(h, r, 1).items()}
-        result |= {
-            f"{metric}_{kind}_{subset}": float(v) for kind, scores in kinds.items() for metric, v in scores.items()
-        }
+        for kind, scores in kinds.items():
+            result |= {f"{metric}_{kind}_{subset}": float(v) for metric, v in scores.items()}
         result[f"exact_match_{subset}"] = float((h == r).all(1).mean())
         result[f"num_without_positive_{subset}"] = int((support == 0).sum())
     return result
@@ -78,15 +71,9 @@ def per_condition(hypothesis, reference):
     for j, name in enumerate(CONDITIONS):
         h, r = hypothesis[:, j], reference[:, j]
         tp, fp, fn, tn = (int(n) for n in ((h & r).sum(), (h & ~r).sum(), (~h & r).sum(), (~h & ~r).sum()))
-        result[name] = dict(
-            tp=tp,
-            fp=fp,
-            fn=fn,
-            tn=tn,
-            precision=tp / (tp + fp) if tp + fp else None,
-            recall=tp / (tp + fn) if tp + fn else None,
-            f1=2 * tp / (2 * tp + fp + fn) if tp + fp + fn else None,
-        )
+        ratios = dict(precision=(tp, tp + fp), recall=(tp, tp + fn), f1=(2 * tp, 2 * tp + fp + fn))
+        ratios = {key: a / b if b else None for key, (a, b) in ratios.items()}
+        result[name] = dict(tp=tp, fp=fp, fn=fn, tn=tn) | ratios
     return result
 
 
@@ -97,9 +84,8 @@ def clinical_efficacy(hypotheses, references):
     """
     hypotheses, references = list(hypotheses), list(references)
     if len(hypotheses) != len(references) or not references:
-        raise ValueError(
-            f"need as many hypotheses as references and at least one, got {len(hypotheses)} and {len(references)}"
-        )
+        sizes = f"{len(hypotheses)} and {len(references)}"
+        raise ValueError(f"need as many hypotheses as references and at least one, got {sizes}")
     result = {"n": len(references)}
     for uncertain in UNCERTAIN_AS:
         h, r = positive_matrix(hypotheses, uncertain), positive_matrix(references, uncertain)

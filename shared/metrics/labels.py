@@ -37,33 +37,21 @@ TOP_FIVE = ("Cardiomegaly", "Edema", "Consolidation", "Atelectasis", "Pleural Ef
 
 # What a condition is a kind of (CheXpert's hierarchy). A positive child makes its parent true of the image, but a
 # report that says "edema" has not said "opacity": only labels of images are closed upwards, labels of texts are not.
-PARENTS = {
+PARENTS = dict.fromkeys(("Lung Lesion", "Edema", "Consolidation", "Atelectasis"), "Lung Opacity") | {
     "Cardiomegaly": "Enlarged Cardiomediastinum",
-    "Lung Lesion": "Lung Opacity",
-    "Edema": "Lung Opacity",
-    "Consolidation": "Lung Opacity",
     "Pneumonia": "Consolidation",
-    "Atelectasis": "Lung Opacity",
 }
 
-_SAME_NAME = {name.lower(): name for name in CONDITIONS} | {
-    "enlarged cardiom.": "Enlarged Cardiomediastinum",
-    "enlarged mediastinum": "Enlarged Cardiomediastinum",
-    "airspace opacity": "Lung Opacity",
-    "opacity": "Lung Opacity",
-    "lesion": "Lung Lesion",
-    "oedema": "Edema",
-    "pulmonary edema": "Edema",
-    "effusion": "Pleural Effusion",
-    "normal": "No Finding",
-    "devices": "Support Devices",
-}
+_SAME_NAME = {name.lower(): name for name in CONDITIONS}
+_SAME_NAME |= dict.fromkeys(("enlarged cardiom.", "enlarged mediastinum"), "Enlarged Cardiomediastinum")
+_SAME_NAME |= dict.fromkeys(("airspace opacity", "opacity"), "Lung Opacity")
+_SAME_NAME |= dict.fromkeys(("oedema", "pulmonary edema"), "Edema")
+_SAME_NAME |= {"lesion": "Lung Lesion", "effusion": "Pleural Effusion", "normal": "No Finding"}
+_SAME_NAME |= {"devices": "Support Devices"}
 
 
 def condition_name(text):
-    """
-    Any usual spelling ("pleural_effusion", "Oedema") -> the name in CONDITIONS; ValueError if it is none of the 14.
-    """
+    """Any usual spelling ("pleural_effusion", "Oedema") -> the name in CONDITIONS; ValueError if there is none."""
     key = " ".join(str(text).replace("_", " ").replace("-", " ").lower().split())
     if key not in _SAME_NAME:
         raise ValueError(f"{text!r} is not one of the 14 CheXpert conditions: {', '.join(CONDITIONS)}")
@@ -96,67 +84,18 @@ def to_row(labels, order=CONDITIONS):
 
 
 @lru_cache(maxsize=1)
-def _matchers():
-    """First letter -> (match function of all phrases that can start with it, (kind, what) of each group)."""
-    by_letter = {}
-    for kind, what, found in TABLES:
-        for phrase in found:
-            for letter in _first_letters(phrase):  # the empty group tells which phrase it was
-                by_letter.setdefault(letter, []).append((f"{phrase}()", (kind, what)))
-    return {
-        letter: (
-            re.compile(rf"(?:{'|'.join(phrase for phrase, _ in found)})(?:(?<=[,:¦‹›¿])|(?!\w))").match,
-            [None] + [kind for _, kind in found],
-        )
-        for letter, found in by_letter.items()
-    }
-
-
-def _alternatives(pattern):
-    """Cut at the | outside brackets."""
-    depth, parts = 0, [""]
-    for letter in pattern:
-        depth += (letter == "(") - (letter == ")")
-        if letter == "|" and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += letter
-    return parts
-
-
-def _first_letters(pattern):
-    """The letters a phrase can start with, so that a word is compared with a tenth of the phrases."""
-    if not pattern:
-        return set()
-    parts = _alternatives(pattern)
-    if len(parts) > 1:
-        return set().union(*map(_first_letters, parts))
-    if pattern.startswith("(?:"):
-        depth = end = 0
-        while depth or not end:  # to the bracket that closes the first one
-            depth += (pattern[end] == "(") - (pattern[end] == ")")
-            end += 1
-        inside, after = pattern[3 : end - 1], pattern[end:]
-        return _first_letters(inside) | (_first_letters(after[1:]) if after[:1] in ("?", "*") else set())
-    return {pattern[0]} | (_first_letters(pattern[2:]) if pattern[1:2] == "?" else set())
-
-
-_WORD = re.compile(r"\w+|[,:¦‹›¿]")
+def _matcher():
+    """-> the pattern of all phrases; (kind, what) of each group. Compiled at first use."""
+    found = [(phrase, (kind, what)) for kind, what, phrases in TABLES for phrase in phrases]
+    either, marks = "|".join(f"{phrase}()" for phrase, _ in found), "[,:¦‹›¿]"  # the empty group tells which one it was
+    pattern = re.compile(rf"(?:(?<!\w)|(?={marks}))(?:{either})(?:(?<={marks})|(?!\w))")
+    return pattern, [None, *(kind for _, kind in found)]
 
 
 def _tokens(sentence):
     """-> [(kind, what, start, end)] of the phrases found, from left to right."""
-    matchers, tokens, end = _matchers(), [], 0
-    for word in _WORD.finditer(sentence):
-        start = word.start()
-        if start < end:
-            continue
-        match, kinds = matchers.get(sentence[start], (None, None))
-        found = match(sentence, start) if match else None
-        if found:
-            end = found.end()
-            tokens.append((*kinds[found.lastindex], start, end))
-    return tokens
+    pattern, kinds = _matcher()
+    return [(*kinds[found.lastindex], *found.span()) for found in pattern.finditer(sentence)]
 
 
 # ------------------------------------------------------------------------------------------------------ one sentence

@@ -38,188 +38,170 @@ _BONES = "rib|ribs|clavicle|clavicular|vertebral|vertebra|sternal|humeral|humeru
 
 MENTIONS = {
     "Cardiomegaly": phrases("cardiomegaly / cardiomegalic"),
-    "Lung Lesion": phrases(
-        r"nodul(?:e|es) / nodular (?:opacit\w+|densit\w+|opacification\w*|focus|foci|lesions?|shadow\w*) /"
-        r" (?:lung|pulmonary|parenchymal|cavitary|spiculated|hilar|perihilar|pleural based|coin) lesions? / mass(?:es)?"
-        r" / masslike / cavit(?:ary|ation)s? / carcinoma / neoplas\w+ / tumou?rs? / malignan(?:cy|cies) /"
-        r" metasta(?:sis|ses|tic)(?: disease| lesions?)?"
-    ),
-    "Pneumonia": phrases(
-        r"(?:broncho|aspiration |atypical |lobar |viral |bacterial )?pneumoni(?:a|as|c) / infections? /"
-        r" infect(?:ious|ive)(?: process| etiology)?"
-    ),
-    "Lung Opacity": phrases(
-        r"opaci(?:t|f)\w+ / infiltrat(?:e|es|ion|ions) / (?:airspace|air space|alveolar) (?:disease|process) /"
-        rf" (?:(?:{_TEXTURE}) )+densit(?:y|ies) / areas? of (?:increased )?density /"
-        r" (?:increased|prominent|coarse|coarsened|accentuated|thickened|reticular|chronic|bronchovascular)(?:"
-        r" (?:pulmonary|interstitial|lung|bronchovascular|chronic|bilateral))* (?:markings|pattern) /"
-        r" (?:prominence|thickening|coarsening) of the (?:pulmonary |lung )?interstiti\w+ /"
-        r" interstitial (?:prominence|thickening|lung disease|disease|abnormality|changes?|process) / reticulation\w* /"
-        r" ground glass / white ?out"
-    ),
-    "Edema": phrases(
-        r"(?:pulmonary |interstitial |alveolar )*o?edema /"
-        r" (?:pulmonary )?(?:vascular|venous) (?:congestion|engorgement) / (?:pulmonary|central) congestion / cephalization / vascular redistribution / (?:fluid|volume) overload"
-    ),
+    "Lung Lesion": phrases(r"""
+        nodul(?:e|es) / nodular (?:opacit\w+|densit\w+|opacification\w*|focus|foci|lesions?|shadow\w*) /
+        (?:lung|pulmonary|parenchymal|cavitary|spiculated|hilar|perihilar|pleural based|coin) lesions? / mass(?:es)? /
+        masslike / cavit(?:ary|ation)s? / carcinoma / neoplas\w+ / tumou?rs? / malignan(?:cy|cies) /
+        metasta(?:sis|ses|tic)(?: disease| lesions?)?"""),
+    "Pneumonia": phrases("""
+        (?:broncho|aspiration |atypical |lobar |viral |bacterial )?pneumoni(?:a|as|c) / infections? /
+        infect(?:ious|ive)(?: process| etiology)?"""),
+    "Lung Opacity": phrases(rf"""
+        opaci(?:t|f)\w+ / infiltrat(?:e|es|ion|ions) / (?:airspace|air space|alveolar) (?:disease|process) /
+        (?:(?:{_TEXTURE}) )+densit(?:y|ies) / areas? of (?:increased )?density /
+        (?:increased|prominent|coarse|coarsened|accentuated|thickened|reticular|chronic|bronchovascular)(?:
+        (?:pulmonary|interstitial|lung|bronchovascular|chronic|bilateral))* (?:markings|pattern) /
+        (?:prominence|thickening|coarsening) of the (?:pulmonary |lung )?interstiti\w+ /
+        interstitial (?:prominence|thickening|lung disease|disease|abnormality|changes?|process) / reticulation\w* /
+        ground glass / white ?out"""),
+    "Edema": phrases("""
+        (?:pulmonary |interstitial |alveolar )*o?edema / (?:pulmonary )?(?:vascular|venous) (?:congestion|engorgement) /
+        (?:pulmonary|central) congestion / cephalization / vascular redistribution / (?:fluid|volume) overload"""),
     "Consolidation": [r"consolidat\w+"],
-    "Atelectasis": phrases(
-        r"atelecta\w+ / collapse / volume loss / loss of volume /"
-        r" collapsed (?:lung|(?:right|left|upper|lower|middle) (?:lung|lobe|upper|lower|middle))"
-    ),
-    "Pneumothorax": phrases(r"(?:hydro|hemo|haemo)?pneumothora(?:x|xes|ces) / pleural air"),
-    "Pleural Effusion": phrases(
-        r"pleural (?:or|and|and or) pericardial effusions? / pericardial (?:or|and|and or) pleural effusions? /"
-        r" (?:pleural |parapneumonic |subpulmonic )*effusions? / ha?emothora(?:x|ces) / hydrothora(?:x|ces) / empyema /"
-        r" (?:pleural|loculated|layering) (?!air)(?:\w+ )?(?:fluid|collections?)"
-    ),
-    "Pleural Other": phrases(
-        r"pleural (?:\w+ )?(?:thickening|plaques?|scar\w*|fibrosis|calcifications?|abnormality|disease|tags?) /"
-        r" pleuro ?parenchymal (?:scar\w*|thickening) / thickening of the (?:\w+ )?pleura / calcified pleura\w* /"
-        r" (?:bi)?apical (?:pleural )?(?:thickening|cap\w*) / fibrothorax"
-    ),
-    "Fracture": phrases(
-        rf"(?:(?:{_BONES}|compression|wedge|stress) )*fractur(?:e|es|ed) / compression deformit\w+ /"
-        rf" (?:{_BONES}) deformit\w+"
-    ),
-    "Support Devices": phrases(
-        rf"(?:{_TUBES}) (?:tip )?(?:tubes?|catheters?|drains?) / tubes?(?:,? (?:and|or) lines?)? / (?:et|ng|og)t /"
-        rf" dobb?hoff / catheters? / cannulas? / (?:{_LINES}) (?:\w+ )?lines? / lines?(?= (?:and|or) tubes?) / picc / cvc /"
-        r" port a cath / portacath / mediport / (?:infusion|chest wall|chest) port / swan ganz / pacemakers? / pacers? /"
-        r" pacing / defibrillators? / a?icd / leads? / balloon pump / lvad / stents? / drains? / pigtail / tracheostomy /"
-        r" thoracostomy / prosthetic (?:\w+ )?valve / valve (?:replacement|prosthesis) /"
-        r" (?:sternal|sternotomy|cerclage) wires / hardware /"
-        r" (?:support|monitoring|assist|pacing|electronic|implanted) (?:\w+ )?devices? / (?:nerve )?stimulator /"
-        r" arthroplasty"
-    ),
+    "Atelectasis": phrases(r"""
+        atelecta\w+ / collapse / volume loss / loss of volume /
+        collapsed (?:lung|(?:right|left|upper|lower|middle) (?:lung|lobe|upper|lower|middle))"""),
+    "Pneumothorax": phrases("(?:hydro|hemo|haemo)?pneumothora(?:x|xes|ces) / pleural air"),
+    "Pleural Effusion": phrases(r"""
+        pleural (?:or|and|and or) pericardial effusions? / pericardial (?:or|and|and or) pleural effusions? /
+        (?:pleural |parapneumonic |subpulmonic )*effusions? / ha?emothora(?:x|ces) / hydrothora(?:x|ces) / empyema /
+        (?:pleural|loculated|layering) (?!air)(?:\w+ )?(?:fluid|collections?)"""),
+    "Pleural Other": phrases(r"""
+        pleural (?:\w+ )?(?:thickening|plaques?|scar\w*|fibrosis|calcifications?|abnormality|disease|tags?) /
+        pleuro ?parenchymal (?:scar\w*|thickening) / thickening of the (?:\w+ )?pleura / calcified pleura\w* /
+        (?:bi)?apical (?:pleural )?(?:thickening|cap\w*) / fibrothorax"""),
+    "Fracture": phrases(rf"""
+        (?:(?:{_BONES}|compression|wedge|stress) )*fractur(?:e|es|ed) / compression deformit\w+ /
+        (?:{_BONES}) deformit\w+"""),
+    "Support Devices": phrases(rf"""
+        (?:{_TUBES}) (?:tip )?(?:tubes?|catheters?|drains?) / tubes?(?:,? (?:and|or) lines?)? / (?:et|ng|og)t /
+        dobb?hoff / catheters? / cannulas? / (?:{_LINES}) (?:\w+ )?lines? / lines?(?= (?:and|or) tubes?) / picc / cvc /
+        port a cath / portacath / mediport / (?:infusion|chest wall|chest) port / swan ganz / pacemakers? / pacers? /
+        pacing / defibrillators? / a?icd / leads? / balloon pump / lvad / stents? / drains? / pigtail / tracheostomy /
+        thoracostomy / prosthetic (?:\w+ )?valve / valve (?:replacement|prosthesis) /
+        (?:sternal|sternotomy|cerclage) wires / hardware /
+        (?:support|monitoring|assist|pacing|electronic|implanted) (?:\w+ )?devices? / (?:nerve )?stimulator /
+        arthroplasty"""),
 }
 
 # Contain the words of a mention and are none; read before the mentions.
-UNMENTIONS = phrases(
-    r"pericardial (?:fluid|effusions?) / joint effusions? / mass effect / body mass / radio ?opa\w+ / bone density /"
-    r" (?:soft tissue|subcutaneous|chest wall|peripheral|leg) o?edema /"
-    r" calcified (?:\w+ )?(?:nodul\w+|mass\w*|opacit\w+|densit\w+) /"
-    r" (?:bone|bony|osseous|lytic|sclerotic|blastic|skeletal|vertebral) (?:\w+ )?(?:lesions?|mass\w*|metasta\w+) /"
-    r" (?:soft tissue|abdominal|breast|thyroid|adrenal) (?:mass\w*|nodul\w+) / opacified (?:bowel|stomach) /"
-    r" collapsed (?:esophagus|stomach) / (?:right|left) (?:atri|ventric)\w+ leads? of /"
-    r" heart (?:rate|disease|transplant|valve|border) / (?:right|left) heart(?: border)? / post infectious /"
-    r" (?:granulomatous|prior|previous|old|remote|tuberculous|tuberculosis) infection /"
-    r" (?:vertebral|vertebral body|endplate|subchondral|compression) collapse"
-)
+UNMENTIONS = phrases(r"""
+    pericardial (?:fluid|effusions?) / joint effusions? / mass effect / body mass / radio ?opa\w+ / bone density /
+    (?:soft tissue|subcutaneous|chest wall|peripheral|leg) o?edema /
+    calcified (?:\w+ )?(?:nodul\w+|mass\w*|opacit\w+|densit\w+) /
+    (?:bone|bony|osseous|lytic|sclerotic|blastic|skeletal|vertebral) (?:\w+ )?(?:lesions?|mass\w*|metasta\w+) /
+    (?:soft tissue|abdominal|breast|thyroid|adrenal) (?:mass\w*|nodul\w+) / opacified (?:bowel|stomach) /
+    collapsed (?:esophagus|stomach) / (?:right|left) (?:atri|ventric)\w+ leads? of /
+    heart (?:rate|disease|transplant|valve|border) / (?:right|left) heart(?: border)? / post infectious /
+    (?:granulomatous|prior|previous|old|remote|tuberculous|tuberculosis) infection /
+    (?:vertebral|vertebral body|endplate|subchondral|compression) collapse""")
 
 # Heart failure says nothing about the size of the heart but makes a large one likely: uncertain, as the CheXpert
 # labeller has it.
 FAILURE = phrases("(?:congestive )?(?:heart|cardiac) (?:failure|decompensation) / chf")
 
 # Abnormal, and none of the 13: a report that states one of these has findings.
-OTHERS = phrases(
-    r"emphysema\w* / copd / chronic obstructive / bull(?:a|ae|ous) / (?:dextro|levo)?scolio\w+ / kypho\w+ /"
-    r" degenerat\w+ / spondylo\w+ / osteophyt\w+ / calcif\w+ / granuloma\w* / hernia\w* / blunt(?:ed|ing) /"
-    r" scar(?:s|red|ring)?"
-)
+OTHERS = phrases(r"""
+    emphysema\w* / copd / chronic obstructive / bull(?:a|ae|ous) / (?:dextro|levo)?scolio\w+ / kypho\w+ / degenerat\w+ /
+    spondylo\w+ / osteophyt\w+ / calcif\w+ / granuloma\w* / hernia\w* / blunt(?:ed|ing) / scar(?:s|red|ring)?""")
 
 # Anatomy that is called normal, enlarged, congested or collapsed. "other" is read so that its "normal" is not taken
 # for the heart's.
 _PARTS = "(?:contours?|silhouettes?|structures?|shadows?|borders?|outlines?|margins?|size|width)"
 ANATOMY = {
-    "heart and mediastinum": phrases(
-        rf"(?:heart|cardiac)(?: size| silhouette)?,?(?: hilar,?)? and (?:the )?mediastin\w+(?: {_PARTS})* /"
-        rf" mediastin\w+ and (?:cardiac|heart)(?: {_PARTS})* / cardiac, mediastinal,?(?: and \w+)?(?: {_PARTS})*"
-    ),
-    "mediastinum": phrases(
-        rf"cardio ?mediastin\w+(?: and hilar)?(?: {_PARTS})* /"
-        rf" (?:hilar and |superior |upper )?mediastinal(?: and hilar|, hilar)? {_PARTS} /"
-        r" (?:superior |upper )?mediastinum / mediastinal(?= (?:widening|enlargement))"
-    ),
-    "heart": phrases(
-        rf"heart(?: {_PARTS})? / cardiac(?: and \w+)? {_PARTS} / cardiac(?= enlargement) / cardio ?pericardial"
-        r" silhouette / cardio ?thoracic (?:ratio|index) / ctr"
-    ),
+    "heart and mediastinum": phrases(rf"""
+        (?:heart|cardiac)(?: size| silhouette)?,?(?: hilar,?)? and (?:the )?mediastin\w+(?: {_PARTS})* /
+        mediastin\w+ and (?:cardiac|heart)(?: {_PARTS})* / cardiac, mediastinal,?(?: and \w+)?(?: {_PARTS})*"""),
+    "mediastinum": phrases(rf"""
+        cardio ?mediastin\w+(?: and hilar)?(?: {_PARTS})* /
+        (?:hilar and |superior |upper )?mediastinal(?: and hilar|, hilar)? {_PARTS} / (?:superior |upper )?mediastinum /
+        mediastinal(?= (?:widening|enlargement))"""),
+    "heart": phrases(rf"""
+        heart(?: {_PARTS})? / cardiac(?: and \w+)? {_PARTS} / cardiac(?= enlargement) / cardio ?pericardial silhouette /
+        cardio ?thoracic (?:ratio|index) / ctr"""),
     "vessels": phrases(r"pulmonary (?:arter\w+|vascula\w+|vessels?|vein\w*) / vascula\w+ / vessels"),
-    "lung": phrases(r"lungs?(?: fields?| volumes?)? / (?:(?:upper|middle|lower) )?lobes?"),
-    "other": phrases(
-        r"pulmonary hila\w* / hil(?:um|a|i|ar) / aorta / aortic / bon(?:e|es|y) / osseous / skelet\w+ / pleura\w* /"
-        r" soft tissues? / trachea\w* / (?:hemi)?diaphragms? / thyroid\w* / atri\w+ / ventricul\w+ / ribs? / spine /"
-        r" azygos"
-    ),
+    "lung": phrases("lungs?(?: fields?| volumes?)? / (?:(?:upper|middle|lower) )?lobes?"),
+    "other": phrases(r"""
+        pulmonary hila\w* / hil(?:um|a|i|ar) / aorta / aortic / bon(?:e|es|y) / osseous / skelet\w+ / pleura\w* /
+        soft tissues? / trachea\w* / (?:hemi)?diaphragms? / thyroid\w* / atri\w+ / ventricul\w+ / ribs? / spine / azygos
+    """),
 }
 _COMPARED = r"(?: in size)?(?= ?(?:$|[,:¦‹›]|since|from|compared|when|with|and)(?:\W|$))"
-ENLARGED = phrases(
-    rf"enlarged / enlargement(?: of)? / widened / widening(?: of)? / dilated / wide{END} / big{END} /"
-    r" large(?= (?:heart|cardiac)) / large(?=$|,| and| but| with) / (?:larger|bigger|greater|wider) than normal /"
-    r" above (?:the )?(?:upper limits? of )?normal(?: size| limits?| range)? /"
-    rf" increased(?= (?:heart|cardiac|cardio ?thoracic)) / increased in size / increased{_COMPARED} /"
-    r" increase in(?: the)?(?: size of the)?(?= (?:heart|cardiac))"
-)
-PROMINENT = phrases("prominent / prominence(?: of)? / fullness(?: of)?")  # said of heart or mediastinum: uncertain
+ENLARGED = phrases(f"""
+    enlarged / enlargement(?: of)? / widened / widening(?: of)? / dilated / wide{END} / big{END} /
+    large(?= (?:heart|cardiac)) / large(?=$|,| and| but| with) / (?:larger|bigger|greater|wider) than normal /
+    above (?:the )?(?:upper limits? of )?normal(?: size| limits?| range)? /
+    increased(?= (?:heart|cardiac|cardio ?thoracic)) / increased in size / increased{_COMPARED} /
+    increase in(?: the)?(?: size of the)?(?= (?:heart|cardiac))""")
+# Said of heart or mediastinum: uncertain
+PROMINENT = phrases("prominent / prominence(?: of)? / fullness(?: of)?")
 CONGESTED = phrases("congested / engorged / cephali[sz]ed")
 COLLAPSED = phrases("collapsed")
-NORMAL = phrases(
-    r"(?:at |near )?(?:the )?upper limits? of normal / (?:top|high|upper|upper limit)(?: of)? normal / normal /"
-    r" unremarkable / within (?:\w+ )?limits / not (?:enlarged|widened|dilated)"
-)
+NORMAL = phrases(r"""
+    (?:at |near )?(?:the )?upper limits? of normal / (?:top|high|upper|upper limit)(?: of)? normal / normal /
+    unremarkable / within (?:\w+ )?limits / not (?:enlarged|widened|dilated)""")
 
 # Look like a negation or an uncertainty and are none.
 _NOT = "(?:no|not|without|never|yet to|fail(?:s|ed)? to)"
-KEEP = phrases(
-    r"no (?:other |further |significant |appreciable |interval |substantial |relevant |major |new"
-    r" )*(?:change|changes|increase|decrease|improvement|worsening|progression|difference)(?: in| of| from)? /"
-    r" without (?:significant |interval |substantial )*(?:change|worsening|increase) /"
-    r" not (?:significantly |substantially |appreciably )*(?:changed|different|increased|decreased|worsened|improved) /"
-    r" not only / not necessarily / no doubt /"
-    rf" {_NOT}(?: \w+){{0,2}} (?:resolution|resolved?|resolving|clearing|cleared|disappear\w*|subsided?)(?: of)? /"
-    r" (?:yet|fail(?:s|ed)?) to (?:clear|resolve) /"
-    r" (?:near complete|near total|partial|incomplete) (?:resolution|clearing)(?: of)? /"
-    r" (?:nearly|almost|partially|partly|largely|mostly)(?: completely)? (?:resolved|cleared) /"
-    r" (?:consistent|compatible|in keeping) with / c w"
-)
+KEEP = phrases(rf"""
+    no (?:other |further |significant |appreciable |interval |substantial |relevant |major |new
+    )*(?:change|changes|increase|decrease|improvement|worsening|progression|difference)(?: in| of| from)? /
+    without (?:significant |interval |substantial )*(?:change|worsening|increase) /
+    not (?:significantly |substantially |appreciably )*(?:changed|different|increased|decreased|worsened|improved) /
+    not only / not necessarily / no doubt /
+    {_NOT}(?: \w+){{0,2}} (?:resolution|resolved?|resolving|clearing|cleared|disappear\w*|subsided?)(?: of)? /
+    (?:yet|fail(?:s|ed)?) to (?:clear|resolve) /
+    (?:near complete|near total|partial|incomplete) (?:resolution|clearing)(?: of)? /
+    (?:nearly|almost|partially|partly|largely|mostly)(?: completely)? (?:resolved|cleared) /
+    (?:consistent|compatible|in keeping) with / c w""")
 # What follows is looked for, remembered or feared, not described.
-IGNORE = phrases(
-    r"(?:evaluat\w+|assess\w*|look\w*|check|screen\w*) for /"
-    r" (?:sensitivity|difficult|hard|unable|able)(?: \w+)? to (?:detect|assess|evaluate) /"
-    r" (?:sensitivity|sensitive) for / rule out / r o / (?:known )?history of /"
-    r" (?:evaluation|assessment|detection) of / (?:treatment|treated|therapy) (?:for|of) / if (?:there is|clinical\w*|concern|symptoms) / risk (?:of|for) /"
-    r" to (?:document|ensure|confirm|exclude)"
-)
-IGNORE_REST = phrases(  # all that follows in the sentence
-    r"recommend\w* / follow ?up / advised / correlat(?:e|ion) / please note"
-)
+IGNORE = phrases(r"""
+    (?:evaluat\w+|assess\w*|look\w*|check|screen\w*) for /
+    (?:sensitivity|difficult|hard|unable|able)(?: \w+)? to (?:detect|assess|evaluate) / (?:sensitivity|sensitive) for /
+    rule out / r o / (?:known )?history of / (?:evaluation|assessment|detection) of /
+    (?:treatment|treated|therapy) (?:for|of) / if (?:there is|clinical\w*|concern|symptoms) / risk (?:of|for) /
+    to (?:document|ensure|confirm|exclude)""")
+# All that follows in the sentence
+IGNORE_REST = phrases(r"recommend\w* / follow ?up / advised / correlat(?:e|ion) / please note")
 
 # Doubts all that follows, until something ends it.
-UNSURE = phrases(
-    r"(?:can ?not|could not|not)(?: \w+){0,2} (?:exclude|rule out)(?: \w+ of)? /"
-    r" (?:difficult|hard|unable|impossible) to(?: \w+)? exclude(?! *(?:$|,|and|given|on|in)) / not diagnostic of /"
-    r" either / if any(?:, there (?:is|are))? / if present(?:, there (?:is|are))? /"
-    r" (?:possibly|probably|presumably|perhaps|potentially) (?:due to|related to|secondary to|from|in the setting of) /"
-    r" (?:may|might|could|would|can)(?: \w+){0,2}? (?:be (?:\w+ )?(?:secondary to|due to|related to|in the setting of"
-    r"|from)|be|represent|reflect|indicate|suggest|relate|correspond|have|contain) / may / might / could /"
-    r" possibility of / question of / suspicious (?:for|of) / suspicion (?:for|of) / (?:concerning|worrisome) for /"
-    r" concern(?:ed)? (?:for|of|about) / suggest\w*(?: of)? /"
-    r" rais\w+ (?:the )?(?:possibility|question|concern)(?: of| for)? /"
-    r" (?:most )?likely (?:represent\w*|reflect\w*|due to|related to|to be|to represent|secondary to) /"
-    r" differential (?:\w+ ){0,3}?includ\w+ / unlikely(?: to (?:be|represent|reflect))? /"
-    r" favou?r\w*(?: to (?:be|represent|reflect))? / can ?not be (?:differentiated|distinguished) from"
-)
-UNSURE_BOTH = phrases(  # doubts what was named before it, too
-    r"versus / vs / if (?:any|present)(?:, there (?:is|are))? /"
-    r" (?:(?:is|are|was|were) )?(?:(?:more|less) likely|favou?red|(?:more|less) (?:probable|favou?red)) (?:than|over)"
-)
-UNSURE_NEXT = phrases(  # doubts the next finding
-    r"poss(?:ibl[ey])? / prob(?:abl[ey])? / questionable / question / suspect(?:ed)? / equivocal / borderline /"
-    r" presum(?:ed|ably|ptive) / perhaps / (?:most |less |more )?likely / potentially / apparent"
+UNSURE = phrases(r"""
+    (?:can ?not|could not|not)(?: \w+){0,2} (?:exclude|rule out)(?: \w+ of)? /
+    (?:difficult|hard|unable|impossible) to(?: \w+)? exclude(?! *(?:$|,|and|given|on|in)) / not diagnostic of / either /
+    (?:possibly|probably|presumably|perhaps|potentially) (?:due to|related to|secondary to|from|in the setting of) /
+    (?:may|might|could|would|can)(?: \w+){0,2}? (?:be (?:\w+ )?(?:secondary to|due to|related to|in the setting
+    of|from)|be|represent|reflect|indicate|suggest|relate|correspond|have|contain) / may / might / could /
+    possibility of / question of / suspicious (?:for|of) / suspicion (?:for|of) / (?:concerning|worrisome) for /
+    concern(?:ed)? (?:for|of|about) / suggest\w*(?: of)? /
+    rais\w+ (?:the )?(?:possibility|question|concern)(?: of| for)? /
+    (?:most )?likely (?:represent\w*|reflect\w*|due to|related to|to be|to represent|secondary to) /
+    differential (?:\w+ ){0,3}?includ\w+ / unlikely(?: to (?:be|represent|reflect))? /
+    favou?r\w*(?: to (?:be|represent|reflect))? / can ?not be (?:differentiated|distinguished) from""")
+# Doubts what was named before it, too
+UNSURE_BOTH = phrases("""
+    versus / vs / if (?:any|present)(?:, there (?:is|are))? /
+    (?:(?:is|are|was|were) )?(?:(?:more|less) likely|favou?red|(?:more|less) (?:probable|favou?red)) (?:than|over)""")
+# Doubts the next finding
+UNSURE_NEXT = phrases("""
+    poss(?:ibl[ey])? / prob(?:abl[ey])? / questionable / question / suspect(?:ed)? / equivocal / borderline /
+    presum(?:ed|ably|ptive) / perhaps / (?:most |less |more )?likely / potentially / apparent""")
+_VERY = (
+    "(?: (?:also|thought|felt|considered|believed|judged|to|be|another|a|very|quite|rather|highly|most|more|less"
+    "|somewhat|fairly|extremely|still))*"
 )
 _DOUBTFUL = (
     "(?:possible|probable|possibility|suspected|presumed|questioned|questionable|likely|unlikely|doubtful|consideration"
     "|in the differential|considered|equivocal)"
 )
-UNSURE_BACK = phrases(  # doubts what was just named
-    r"(?:can ?not|could not|is not|are not|not)(?: \w+){0,3} (?:excluded|ruled out) /"
-    r" (?:(?:is|are|would be|remains?) (?:\w+ )?)?(?:difficult|hard|impossible) to (?:\w+ )?exclude(?=$|,| and| given"
-    r"| on| in) / (?:is|are|was|were|remains?|seems?|appears?|looks?|(?:would|could|might|may) be)(?: (?:also|thought"
-    r"|felt|considered|believed|judged|to|be|another|a|very|quite|rather|highly|most|more|less|somewhat|fairly"
-    rf"|extremely|still))* {_DOUBTFUL}(?= ?(?:$|[,:¦‹›])| and| but| given| though| as| in| on| at| because) /"
-    rf" (?:should|could|may|might|must|needs? to|has to) (?:also )?be (?:considered|present|excluded|ruled out) /"
-    rf" (?:(?:very|quite|highly|most|more|less) )*{_DOUBTFUL}{END} / can ?not (?:be )?exclude{END}"
-)
+# Doubts what was just named
+UNSURE_BACK = phrases(rf"""
+    (?:can ?not|could not|is not|are not|not)(?: \w+){{0,3}} (?:excluded|ruled out) /
+    (?:(?:is|are|would be|remains?) (?:\w+ )?)?(?:difficult|hard|impossible) to (?:\w+ )?exclude(?=$|,| and| given| on|
+    in) /
+    (?:is|are|was|were|remains?|seems?|appears?|looks?|(?:would|could|might|may) be){_VERY}
+    {_DOUBTFUL}(?= ?(?:$|[,:¦‹›])| and| but| given| though| as| in| on| at| because) /
+    (?:should|could|may|might|must|needs? to|has to) (?:also )?be (?:considered|present|excluded|ruled out) /
+    (?:(?:very|quite|highly|most|more|less) )*{_DOUBTFUL}{END} / can ?not (?:be )?exclude{END}""")
 DETECTED = (
     "(?:seen|identified|evident|present|visuali[sz]ed|appreciated|appreciable|demonstrated|detected|apparent|noted"
     "|found|visible|shown|confirmed|perceived|perceptible|perceivable|observed|discernible|discernable|discerned"
@@ -227,31 +209,29 @@ DETECTED = (
 )
 _GONE = "(?:resolved|cleared|disappeared|removed|absent|ruled out|excluded|subsided|gone|vanished|negative(?! for))"
 # Denies what was just named. The last one is the answer of a template: "Pneumothorax: none", "effusion no, ...".
-ABSENT_BACK = phrases(
-    rf"(?:(?:is|are|was|were|has|have|been|can be|since|now|also|completely|entirely|fully|interval) )+{_GONE} /"
-    rf" (?:resolved|removed|absent|cleared|excluded|gone)(?=$|,| and| by| ¦) /"
-    rf" (?:(?:is|are|was|were|has|have)(?: been)? )?(?:no longer|not)(?: been)?(?: \w+)? {DETECTED} /"
-    rf" can ?not be {DETECTED} / removal(?! of) / resolution(?! of) /"
-    rf" (?:no|none|nil|absent|neg|negative|false|not|nad)(?: (?:evidence|e o|signs?|of|for|definite|visible|{DETECTED})"
-    rf")*{END}"
-)
-ABSENT = phrases(  # denies all that follows, until something ends it
-    r"(?:no|not|without)(?: \w+){0,3}? (?:evidence|e o|signs?|indications?|suggestion|suspicion)(?: of| for| to"
-    r" suggest)? / resolution of / clearing of / resolved / removal of / absence of / absent / lack of /"
-    r" neg(?:ative)? for / free of / clear of / without / w o / no longer / no / nor / neither / not / never /"
-    r" rather than / instead of / denies / can ?not (?:see|identify|appreciate|detect|find) /"
-    r" fail(?:s|ed)? to (?:show|demonstrate|reveal|identify|detect|confirm|visuali[sz]e)"
-)
-STOP = phrases(  # ends whatever is open
-    r"but / however / although / though / except / aside from / apart from / other than / yet / otherwise / which /"
-    r" while / whereas / because / since / with / after / following / status post / s p /"
-    r" there (?:is|are|has|have|was|were|continues|remains) / there(?= may) / (?:and|,) (?:the|there|a|an|this|these) /"
-    r" in the setting of / due to / secondary to / still / again"
-)
-VERBS = phrases(
-    r"is / are / was / were / has / have / remains? / appears? / persists? / measur\w+ / shows? / demonstrates? /"
-    r" continues? / projects? / noted / seen / identified"
-)
+ABSENT_BACK = phrases(rf"""
+    (?:(?:is|are|was|were|has|have|been|can be|since|now|also|completely|entirely|fully|interval) )+{_GONE} /
+    (?:resolved|removed|absent|cleared|excluded|gone)(?=$|,| and| by| ¦) /
+    (?:(?:is|are|was|were|has|have)(?: been)? )?(?:no longer|not)(?: been)?(?: \w+)? {DETECTED} /
+    can ?not be {DETECTED} / removal(?! of) / resolution(?! of) /
+    (?:no|none|nil|absent|neg|negative|false|not|nad)(?: (?:evidence|e
+    o|signs?|of|for|definite|visible|{DETECTED}))*{END}""")
+# Denies all that follows, until something ends it
+ABSENT = phrases(r"""
+    (?:no|not|without)(?: \w+){0,3}? (?:evidence|e o|signs?|indications?|suggestion|suspicion)(?: of| for| to suggest)?
+    / resolution of / clearing of / resolved / removal of / absence of / absent / lack of / neg(?:ative)? for /
+    free of / clear of / without / w o / no longer / no / nor / neither / not / never / rather than / instead of /
+    denies / can ?not (?:see|identify|appreciate|detect|find) /
+    fail(?:s|ed)? to (?:show|demonstrate|reveal|identify|detect|confirm|visuali[sz]e)""")
+# Ends whatever is open
+STOP = phrases("""
+    but / however / although / though / except / aside from / apart from / other than / yet / otherwise / which /
+    while / whereas / because / since / with / after / following / status post / s p /
+    there (?:is|are|has|have|was|were|continues|remains) / there(?= may) / (?:and|,) (?:the|there|a|an|this|these) /
+    in the setting of / due to / secondary to / still / again""")
+VERBS = phrases(r"""
+    is / are / was / were / has / have / remains? / appears? / persists? / measur\w+ / shows? / demonstrates? /
+    continues? / projects? / noted / seen / identified""")
 
 # After a comma or "and", these start a new statement: "no effusion, stable cardiomegaly" ...
 NEW = (
@@ -266,7 +246,6 @@ OWN_VERB = (
     rf"|{DETECTED})\b)|remains?|persists?|continues?|appears?|unchanged|stable|worse|(?:worsen|increas|decreas|improv)"
     r"(?:ed|ing))\b"
 )
-
 PRESENT = r" (?:is|are|was|were) (?:also )?present\b"
 
 # Headed parts of a report that are not read: up to the next header, or their first sentence only.

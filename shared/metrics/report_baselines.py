@@ -1,6 +1,5 @@
 """
-What every table of report scores needs beside the model: reports written without looking, and numbers that show a
-collapse.
+What every table of report scores needs beside the model: reports written without looking, numbers that show a collapse.
 
     best_constant(train, val_references)              one report for everybody, chosen on validation
     most_frequent(train)                              the mode of the training reports
@@ -25,20 +24,11 @@ import numpy as np
 from shared.metrics.text import ORDERS, NGrams, bleu_from_counts, check_reports, pick_tokenizer
 
 
-def baseline_reports(
-    train,
-    val_references,
-    n,
-    seed=0,
-    train_vectors=None,
-    vectors=None,
-    train_labels=None,
-    labels=None,
-    tokenizer="whitespace",
-):
-    """
-    -> {name: n reports}; the nearest neighbour needs train_vectors and vectors, the oracle train_labels and labels.
-    """
+# fmt: off
+def baseline_reports(train, val_references, n, seed=0, train_vectors=None, vectors=None, train_labels=None, labels=None,
+                     tokenizer="whitespace"):
+    # fmt: on
+    """-> {name: n reports}; the nearest neighbour needs both vectors, the oracle train_labels and labels."""
     baselines = {
         "constant": [best_constant(train, val_references, tokenizer)] * n,
         "most frequent": [most_frequent(train)] * n,
@@ -87,9 +77,8 @@ def best_constant(candidates, references, tokenizer="whitespace", metric="bleu_4
 
 def numbered_grams(words):
     """{(n-gram, 1), (the same n-gram, 2), ...} for all orders."""
-    counts = Counter(
-        tuple(words[i : i + order]) for order in range(1, ORDERS + 1) for i in range(len(words) - order + 1)
-    )
+    orders = range(1, ORDERS + 1)
+    counts = Counter(tuple(words[i : i + order]) for order in orders for i in range(len(words) - order + 1))
     return {(gram, j) for gram, count in counts.items() for j in range(1, count + 1)}
 
 
@@ -108,22 +97,12 @@ def random_reports(reports, n, seed=0):
 
 
 def nearest_reports(reports, vectors, queries):
-    """
-    Reports (N), their vectors (N, D), queries (Q, D) -> Q reports, by cosine similarity; of equally near ones the
-    first.
-    """
+    """Reports (N), their vectors (N, D), queries (Q, D) -> Q reports, by cosine similarity; of equal ones the first."""
     vectors, queries = np.asarray(vectors, dtype=np.float32), np.asarray(queries, dtype=np.float32)
-    if (
-        vectors.ndim != 2
-        or queries.ndim != 2
-        or vectors.shape[1] != queries.shape[1]
-        or len(vectors) != len(reports)
-        or not len(reports)
-    ):
-        raise ValueError(
-            f"{len(reports)} reports, vectors {vectors.shape} and queries {queries.shape} do not fit: need (N, D) and"
-            " (Q, D)"
-        )
+    (n, d), q = (vectors.shape, queries.shape) if vectors.ndim == queries.ndim == 2 else ((0, 0), (0, 0))
+    if n != len(reports) or not n or d != q[1]:
+        sizes = f"{len(reports)} reports, vectors {vectors.shape} and queries {queries.shape}"
+        raise ValueError(f"{sizes} do not fit: need (N, D) and (Q, D)")
     length, query_length = np.linalg.norm(vectors, axis=1), np.linalg.norm(queries, axis=1)
     if not (np.isfinite(length).all() and np.isfinite(query_length).all() and length.all() and query_length.all()):
         raise ValueError("a vector is zero or not finite and has no neighbours")
@@ -140,9 +119,8 @@ def oracle_reports(reports, train_labels, labels, tokenizer="whitespace"):
     than doubles.
     """
     if len(reports) != len(train_labels) or not len(reports):
-        raise ValueError(
-            f"{len(reports)} reports and {len(train_labels)} rows of labels: need one row for each report, and some"
-        )
+        sizes = f"{len(reports)} reports and {len(train_labels)} rows of labels"
+        raise ValueError(f"{sizes}: need one row for each report, and some")
     groups = {}
     for report, row in zip(reports, train_labels, strict=True):
         groups.setdefault(tuple(row), []).append(report)
@@ -150,9 +128,11 @@ def oracle_reports(reports, train_labels, labels, tokenizer="whitespace"):
     if len({len(row) for row in [*groups, *wanted]}) > 1:
         raise ValueError("the rows of labels differ in length")
     by_size = sorted(groups, key=lambda row: -len(groups[row]))
-    nearest = {
-        row: min(by_size, key=lambda other: sum(a != b for a, b in zip(row, other, strict=True))) for row in set(wanted)
-    }
+
+    def nearest_to(row):
+        return min(by_size, key=lambda other: sum(a != b for a, b in zip(row, other, strict=True)))
+
+    nearest = {row: nearest_to(row) for row in set(wanted)}
     canned = {row: best_constant(groups[row], groups[row], tokenizer) for row in set(nearest.values())}
     return [canned[nearest[row]] for row in wanted]
 
@@ -191,9 +171,7 @@ def diversity(hypotheses, references=None, tokenizer="whitespace"):
 
 
 def self_bleu(hypotheses):
-    """
-    Mean over the reports of their BLEU-4 with all other reports as references (Zhu et al. 2018); None for one report.
-    """
+    """Mean BLEU-4 of the reports with all other reports as references (Zhu et al. 2018); None for one report."""
     n = len(hypotheses)
     if n < 2:
         return None

@@ -21,7 +21,6 @@ import math
 import warnings
 
 import numpy as np
-from scipy.special import ndtr, ndtri
 from scipy.stats import binomtest, false_discovery_control, norm, rankdata
 from scipy.stats import t as student_t
 
@@ -166,7 +165,7 @@ def effective_clusters(groups, values=None):
     if effective < FEW_CLUSTERS:
         warning = (
             f"{k} groups count like {effective:.1f} of equal size: below {FEW_CLUSTERS} intervals come out too short, "
-            "percentile and BCa most; method='jackknife' is closer, and sign_flip_test stays valid"
+            "percentile ones most; method='jackknife' is closer, and sign_flip_test stays valid"
         )
     result = dict(num_rows=n, num_groups=k, effective_groups=effective, warning=warning)
     if values is None:
@@ -190,47 +189,35 @@ def effective_clusters(groups, values=None):
 # --- bootstrap ---
 
 
-def _units(n, groups, strata):
-    """-> what is drawn for each row, (n,) 0..G-1 (the row itself or its group), and the units of each stratum."""
+def _units(n, groups):
+    """-> what is drawn for each row, (n,) 0..G-1: the row itself or its group."""
     if n < 1:
         raise ValueError(f"need at least one row, got {n}")
-    unit = np.arange(n) if groups is None else _codes(groups, n, "groups")
-    stratum = np.zeros(n, dtype=np.int64) if strata is None else _codes(strata, n, "strata")
-    pairs = np.unique(np.stack([unit, stratum]), axis=1)  # each unit once, with its stratum
-    if pairs.shape[1] != unit.max() + 1:
-        raise ValueError("a group lies in more than one stratum")
-    return unit, [pairs[0, pairs[1] == s] for s in np.unique(pairs[1])]
+    return np.arange(n) if groups is None else _codes(groups, n, "groups")
 
 
-def resample_counts(n, num_samples=2000, seed=0, groups=None, strata=None):
+def resample_counts(n, num_samples=2000, seed=0, groups=None):
     """
     Yield num_samples times how often each of n rows is drawn, (n,) int64.
-
     groups (n,): whole groups are drawn (patients, images), so that rows of one patient stay together.
-    strata (n,): each stratum keeps its number of rows or groups; a group must lie in one stratum.
     """
-    unit, pools = _units(n, groups, strata)
-    blocks = _draw(pools, num_samples, seed)
+    unit = _units(n, groups)
+    blocks = _draw(unit.max() + 1, num_samples, seed)
     return (counts[unit] for block in blocks for counts in block)
 
 
-def _draw(pools, num_samples, seed):
-    """-> iterator over blocks (M, G) int64 of how often each unit is drawn: of each pool as many as it has."""
+def _draw(num_units, num_samples, seed):
+    """-> iterator over blocks (M, G) int64 of how often each of G units is drawn, G times in all."""
     if num_samples < 1:
         raise ValueError(f"need at least one sample, got {num_samples}")
-    num_units = sum(map(len, pools))
     size = max(1, 2**20 // num_units)  # 8 MiB at a time
-    sizes = [min(size, num_samples - start) for start in range(0, num_samples, size)]
     rng = np.random.default_rng(seed)
-    return (_draw_block(pools, num_units, m, rng) for m in sizes)
 
+    def block(m):
+        drawn = rng.integers(num_units, size=(m, num_units)) + np.arange(m)[:, None] * num_units
+        return np.bincount(drawn.ravel(), minlength=m * num_units).reshape(m, num_units)
 
-def _draw_block(pools, num_units, m, rng):
-    counts = np.empty((m, num_units), dtype=np.int64)
-    for pool in pools:
-        drawn = rng.integers(len(pool), size=(m, len(pool))) + np.arange(m)[:, None] * len(pool)
-        counts[:, pool] = np.bincount(drawn.ravel(), minlength=m * len(pool)).reshape(m, len(pool))
-    return counts
+    return (block(min(size, num_samples - start)) for start in range(0, num_samples, size))
 
 
 def percentile_interval(draws, confidence=0.95):
@@ -267,60 +254,11 @@ def _same_length(arrays):
     return arrays
 
 
-def bca_interval(value, draws, jackknife, confidence=0.95):
-    """
-    Bias-corrected and accelerated interval (Efron 1987) -> (low, high, number of undefined draws).
-    value: the metric; draws: resampled ones; jackknife (G,): the metric without each unit.
-    None, None where value or a jackknife value is undefined, or all draws lie on one side of value.
-    """
-    _check_confidence(confidence)
-    draws, jackknife = _numbers(draws), _numbers(jackknife)
-    value, defined = _number(value), draws[~np.isnan(draws)]
-    num_undefined = len(draws) - len(defined)
-    if len(defined) == 0 or len(jackknife) < 2 or np.isnan([value, *jackknife]).any():
-        return None, None, num_undefined
-    below = ((defined < value).mean() + (defined <= value).mean()) / 2  # ties count half
-    if below in (0, 1):
-        return None, None, num_undefined
-    bias = ndtri(below)
-    pull = jackknife.mean() - jackknife
-    spread = np.sum(pull**2)
-    acceleration = np.sum(pull**3) / (6 * spread**1.5) if spread > 0 else 0.0
-    z = bias + ndtri([(1 - confidence) / 2, (1 + confidence) / 2])
-    low, high = np.quantile(defined, ndtr(bias + z / (1 - acceleration * z)))
-    return float(low), float(high), num_undefined
-
-
-def studentised_interval(value, se, draws, draw_ses, confidence=0.95):
-    """
-    Bootstrap-t interval (Efron 1982) from the quantiles of (draw - value) / draw_se -> (low, high, number undefined).
-    An end is None where too many draws have a standard error of 0 to bound it. The ends may leave the metric's range.
-    """
-    _check_confidence(confidence)
-    value, se = _number(value), _number(se)
-    draws, draw_ses = _numbers(draws), _numbers(draw_ses)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ts = (draws - value) / draw_ses  # infinite, and in its right place in the order, where draw_se is 0
-        ts = ts[~np.isnan(ts)]
-        if len(ts) == 0 or np.isnan(value + se):
-            return None, None, len(draws) - len(ts)
-        ends = value - se * np.quantile(ts, [(1 + confidence) / 2, (1 - confidence) / 2])
-    return none_if_nan(_number(ends[0])), none_if_nan(_number(ends[1])), len(draws) - len(ts)
-
-
-METHODS = ("percentile", "bca", "studentised", "jackknife")
+METHODS = ("percentile", "jackknife")
 
 
 def bootstrap_interval(
-    metric,
-    *arrays,
-    groups=None,
-    strata=None,
-    num_samples=2000,
-    confidence=0.95,
-    seed=0,
-    method="percentile",
-    of_sums=False,
+    metric, *arrays, groups=None, num_samples=2000, confidence=0.95, seed=0, method="percentile", of_sums=False
 ):
     """
     Interval of metric(*arrays), a float or None; rows come in stored order, drawn ones repeated.
@@ -331,14 +269,9 @@ def bootstrap_interval(
     groups (N,): whole groups are drawn, and every method counts in groups; warns when there are few
     (effective_clusters).
     method: "percentile"   quantiles of the resampled metric
-            "bca"          corrected for bias and skewness; one more call per group
-            "studentised"  bootstrap-t, each resample scaled by its own jackknife error: best for skewed data and from
-                           about 30 groups on (with few, shares often have no end); one call per resample and group:
-                           slow unless of_sums
-            "jackknife"    value +- t(G - 1) x jackknife error over the G groups, nothing drawn: the closest of the four
-                           for few groups, though with five it may hold in 85 % only; not for medians and other jumping
-                           metrics
-        strata go with percentile only. None where the metric without one of the groups is undefined.
+            "jackknife"    value +- t(G - 1) x jackknife error over the G groups, nothing drawn: the closest for few
+                           groups, though with five it may hold in 85 % only; not for medians and other jumping metrics
+        None where the metric without one of the groups is undefined.
     of_sums: metric is a function of the sums of the arrays, which takes and returns arrays: thousands of resamples in
         milliseconds. lambda right, n: right / n for a mean (n: ones), lambda tp, fp, fn: 2 * tp / (2 * tp + fp + fn)
         for F1, lambda a, b, n: (a - b) / n for a paired difference.
@@ -347,38 +280,20 @@ def bootstrap_interval(
     _check_confidence(confidence)
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
-    if strata is not None and method != "percentile":
-        raise ValueError("strata go with method 'percentile' only")
-    unit, pools = _units(len(arrays[0]), groups, strata)
+    unit = _units(len(arrays[0]), groups)
     _warn_if_few(groups)
-    values, without_one = (_by_sums if of_sums else _by_rows)(metric, arrays, unit)
+    values, without_each = (_by_sums if of_sums else _by_rows)(metric, arrays, unit)
     num_units = unit.max() + 1
-    all_once = np.ones((1, num_units), dtype=np.int64)
-    value = values(all_once)[0]
-    if method != "percentile":
-        left_out = without_one(all_once)[0] if num_units > 1 else np.array([np.nan])  # metric without each unit
-        se = _jackknife_se(left_out[None], all_once)[0]
+    value = values(np.ones((1, num_units), dtype=np.int64))[0]
     if method == "jackknife":
-        half = se * student_t.ppf((1 + confidence) / 2, max(1, num_units - 1))
-        return dict(
-            value=none_if_nan(value),
-            low=none_if_nan(value - half),
-            high=none_if_nan(value + half),
-            num_samples=0,
-            num_undefined=int(np.isnan(left_out).sum()),
-        )
-    draws, draw_ses = [], []
-    for counts in _draw(pools, num_samples, seed):
-        draws.append(values(counts))
-        if method == "studentised":
-            draw_ses.append(_jackknife_se(without_one(counts), counts))
-    draws = np.concatenate(draws)
-    if method == "percentile":
-        low, high, num_undefined = percentile_interval(draws, confidence)
-    elif method == "bca":
-        low, high, num_undefined = bca_interval(value, draws, left_out, confidence)
+        left_out = without_each() if num_units > 1 else np.array([np.nan])
+        error = math.sqrt((num_units - 1) / num_units * ((left_out - left_out.mean()) ** 2).sum())
+        half = error * student_t.ppf((1 + confidence) / 2, max(1, num_units - 1))
+        low, high, num_samples = none_if_nan(value - half), none_if_nan(value + half), 0
+        num_undefined = int(np.isnan(left_out).sum())
     else:
-        low, high, num_undefined = studentised_interval(value, se, draws, np.concatenate(draw_ses), confidence)
+        draws = np.concatenate([values(counts) for counts in _draw(num_units, num_samples, seed)])
+        low, high, num_undefined = percentile_interval(draws, confidence)
     return dict(value=none_if_nan(value), low=low, high=high, num_samples=num_samples, num_undefined=num_undefined)
 
 
@@ -389,31 +304,21 @@ def _warn_if_few(groups):
         warnings.warn(warning, stacklevel=3)
 
 
-# Both give two functions of counts (M, G), how often each unit is taken in each of M samples:
-# values -> metric of each sample, (M,); without_one -> metric after taking one copy of each unit away, (M, G).
-# Undefined is NaN; without_one means nothing where a unit was not taken.
+# Both give two functions: values(counts (M, G), how often each unit is taken in each of M samples) -> metric of each
+# sample, (M,); without_each() -> metric without each unit, (G,). Undefined is NaN.
 
 
 def _by_rows(metric, arrays, unit):
-    rows = np.arange(len(unit))
-
-    def one(counts):
-        drawn = np.repeat(rows, counts[unit])
-        return _number(metric(*(a[drawn] for a in arrays)))
+    def one(rows):
+        return _number(metric(*(a[rows] for a in arrays)))
 
     def values(counts):
-        return np.array([one(c) for c in counts])
+        return np.array([one(np.repeat(np.arange(len(unit)), c[unit])) for c in counts])
 
-    def without_one(counts):
-        result = np.full(counts.shape, np.nan)
-        for c, row in zip(counts, result, strict=True):
-            for g in np.flatnonzero(c):
-                c[g] -= 1
-                row[g] = one(c)
-                c[g] += 1
-        return result
+    def without_each():
+        return np.array([one(unit != g) for g in range(unit.max() + 1)])
 
-    return values, without_one
+    return values, without_each
 
 
 def _by_sums(metric, arrays, unit):
@@ -421,31 +326,16 @@ def _by_sums(metric, arrays, unit):
         raise ValueError(f"of_sums needs arrays of shape (N,), got {[a.shape for a in arrays]}")
     sums = np.stack([np.bincount(unit, a) for a in arrays], axis=1)  # (G, K)
 
-    def call(totals):
+    def call(totals):  # (M, K) -> (M,)
         with np.errstate(divide="ignore", invalid="ignore"):
-            result = np.asarray(metric(*totals), dtype=np.float64)
-        if result.shape != totals[0].shape:
+            result = np.asarray(metric(*totals.T), dtype=np.float64)
+        if result.shape != totals.shape[:1]:
             raise ValueError(
-                f"with of_sums, metric must return one value per sum: {totals[0].shape}, got {result.shape}"
+                f"with of_sums, metric must return one value per sum, {totals.shape[:1]}: got {result.shape}"
             )
         return np.where(np.isfinite(result), result, np.nan)
 
-    def values(counts):
-        return call(list((counts @ sums).T))
-
-    def without_one(counts):
-        totals = counts @ sums
-        return call([totals[:, k, None] - sums[None, :, k] for k in range(sums.shape[1])])
-
-    return values, without_one
-
-
-def _jackknife_se(values, counts):
-    """values (M, G) without one copy of each unit, counts (M, G) -> jackknife standard error of each sample, (M,)."""
-    values = np.where(counts > 0, values, 0)
-    n = counts.sum(axis=1)
-    mean = (counts * values).sum(axis=1) / n
-    return np.sqrt((n - 1) / n * (counts * (values - mean[:, None]) ** 2).sum(axis=1))
+    return (lambda counts: call(counts @ sums)), (lambda: call(sums.sum(axis=0) - sums))
 
 
 # --- tests ---
@@ -468,7 +358,7 @@ def sign_flip_test(differences, groups=None, num_samples=9999, seed=0):
     differences = np.asarray(differences, dtype=np.float64)
     if differences.ndim != 1 or len(differences) == 0 or not np.isfinite(differences).all():
         raise ValueError("differences must be a non-empty (N,) array of finite numbers")
-    unit, _ = _units(len(differences), groups, None)
+    unit = _units(len(differences), groups)
     sums = np.bincount(unit, differences)
     tolerance = 1e-9 * np.abs(differences).sum()  # sums in another order differ in their last digits
     sums = sums[np.abs(sums) > tolerance]
@@ -504,9 +394,7 @@ def cases_needed(delta, discordant, power=0.8, alpha=0.05):
         if not 0 < value < 1 and not (value == 1 and name in ("|delta|", "discordant")):
             raise ValueError(f"{name} must lie between 0 and 1, got {value}")
     if discordant < abs(delta):
-        raise ValueError(
-            f"two proportions {abs(delta)} apart differ on at least that share of cases, got discordant = {discordant}"
-        )
+        raise ValueError(f"proportions {abs(delta)} apart differ on at least that share of cases, not on {discordant}")
     null, alternative = math.sqrt(discordant), math.sqrt(discordant - delta**2)
     return math.ceil(((norm.ppf(1 - alpha / 2) * null + norm.ppf(power) * alternative) / delta) ** 2)
 

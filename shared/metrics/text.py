@@ -88,9 +88,8 @@ def score_reports(hypotheses, references, tokenizer="whitespace", metrics=METRIC
     hypotheses, references = check_reports(hypotheses, references)
     unknown = set(metrics) - set(METRICS)
     if unknown or not metrics:
-        raise ValueError(
-            f"there is no metric {', '.join(sorted(unknown)) or 'to compute'}; there are {', '.join(METRICS)}"
-        )
+        named = ", ".join(sorted(unknown)) or "to compute"
+        raise ValueError(f"there is no metric {named}; there are {', '.join(METRICS)}")
     clean, clean_reference = (functools.cache(pick_tokenizer(tokenizer, hypotheses=own)) for own in (True, False))
     hypotheses = [clean(text) for text in hypotheses]
     references = [[clean_reference(text) for text in group] for group in references]
@@ -132,6 +131,11 @@ def check_reports(hypotheses, references):
     return hypotheses, groups
 
 
+def readable(text):
+    """Without the lone surrogates of a broken decoding, on which the tokenizers of encoders fail."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
 # ---------------------------------------------------------------------------------------------- n-grams, BLEU and CIDEr
 
 
@@ -153,9 +157,7 @@ class NGrams:
             ids += coded[text]
         self.lengths = np.array([len(coded[text]) for text in documents])
         ids, document = np.array(ids, dtype=np.int64), np.repeat(np.arange(len(documents)), self.lengths)
-        words_left = np.repeat(np.cumsum(self.lengths), self.lengths) - np.arange(
-            len(ids)
-        )  # in the document, with this one
+        words_left = np.repeat(np.cumsum(self.lengths), self.lengths) - np.arange(len(ids))  # in its document, with it
         grams, self.orders = ids, []
         for order in range(1, ORDERS + 1):
             here = np.flatnonzero(words_left >= order)
@@ -173,10 +175,7 @@ class NGrams:
         return (keys[:border], counts[:border]), (keys[border:] // size - self.n, keys[border:] % size, counts[border:])
 
     def bleu_counts(self):
-        """
-        -> (N, 10): for each order the n-grams found in a reference (clipped) and all of them; words, closest reference
-        length.
-        """
+        """-> (N, 10): per order the n-grams found in a reference (clipped), and all; words, best reference length."""
         table = np.zeros((self.n, 2 * ORDERS + 2))
         words, reference_words = self.lengths[: self.n], self.lengths[self.n :]
         for order, (keys, counts, size) in enumerate(self.orders):
@@ -191,10 +190,7 @@ class NGrams:
         return table
 
     def cider(self, sigma=6.0):
-        """
-        -> (N,) scores: tf-idf vectors per order, clipped to the reference, times a Gaussian of the difference in
-        bigrams.
-        """
+        """-> (N,): tf-idf vectors of each order, clipped, times a Gaussian of the difference in bigrams."""
         num_references = len(self.group)
         similarity = np.zeros(num_references)
         bigrams = np.maximum(self.lengths - 1, 0)
@@ -242,20 +238,15 @@ def bleu_from_counts(counts):
 
 
 def rouge_l(hypotheses, references, beta=1.2):
-    """
-    -> (N,). Best precision and best recall over the references, taken apart, as pycocoevalcap does; split(" "), not
-    split().
-    """
+    """-> (N,). Best precision, best recall over the references, as pycocoevalcap has it; split(" "), not split()."""
     scores = np.zeros(len(hypotheses))
     for i, (hypothesis, group) in enumerate(zip(hypotheses, references, strict=True)):
         words = hypothesis.split(" ")
         where = {}
         for place, word in enumerate(words):
             where[word] = where.get(word, 0) | 1 << place
-        common = [
-            (longest_common_subsequence(where, len(words), other), len(other))
-            for other in (text.split(" ") for text in group)
-        ]
+        others = [text.split(" ") for text in group]
+        common = [(longest_common_subsequence(where, len(words), other), len(other)) for other in others]
         precision, recall = max(n for n, _ in common) / len(words), max(n / length for n, length in common)
         if precision > 0:
             scores[i] = (1 + beta**2) * precision * recall / (recall + beta**2 * precision)
@@ -288,9 +279,8 @@ def best_meteor(hypotheses, references):
     statistics = meteor_statistics(repeated, [text for group in references for text in group])
     scores = meteor_from_statistics(statistics)
     starts = np.cumsum(sizes) - sizes
-    return statistics[
-        [start + int(np.argmax(scores[start : start + size])) for start, size in zip(starts, sizes, strict=True)]
-    ]
+    best = [start + int(np.argmax(scores[start : start + size])) for start, size in zip(starts, sizes, strict=True)]
+    return statistics[best]
 
 
 # --------------------------------------------------------------------------------------- references as R2Gen makes them
