@@ -40,6 +40,18 @@ from vqa_sft_grpo.sources import load_slake, load_vqa_rad
         ("left/right", "left, right"),
         (" Yes ! ", "yes"),
         ("90%", "90 percent"),
+        ("5 cm", "50 mm"),
+        ("3 x 4.5 cm", "30 x 45 mm"),
+        ("3-5 cm", "3 to 5 cm"),
+        (">= 5 mm", "\u2265 5 mm"),
+        ("at least 5 mm", "\u2265 5 mm"),
+        ("larger than 5 mm", "> 5 mm"),
+        ("left-sided", "left"),
+        ("Rt lung", "right lung"),
+        ("diverticula", "diverticulum"),
+        ("vertebrae", "vertebra"),
+        ("metastases", "metastasis"),
+        ("thirty", "30"),
     ],
 )
 def test_same(a, b):
@@ -53,6 +65,10 @@ def test_same(a, b):
         ("T1", "T2"),
         ("1.5", "15"),
         ("<5 mm", ">5 mm"),
+        ("\u2265 5 mm", "5 mm"),
+        ("\u2264 5 mm", "5 mm"),
+        ("\u2265 5 mm", "> 5 mm"),
+        ("pelvis", "pelvi"),
         ("mass", "mas"),
         ("pus", "pu"),
         ("axial", "transverse"),
@@ -87,7 +103,7 @@ YES_NO = [
     ("n", "", None),
     ("y", "", None),
     ("normal", "", None),
-    ("It is normal", NORMAL, None),
+    ("normal", NORMAL, None),
     ("none", "", None),
     ("nodule", "", None),
     ("nothing", "", None),
@@ -129,6 +145,49 @@ YES_NO = [
     # without a question a "no" before other words counts where nothing else does
     ("no evidence of effusion", "", "no"),
     ("Yes, there is no shift", "", "yes"),
+    # words that say it alone, beside words of the question only
+    ("Negative", EFFUSION, "no"),
+    ("Positive.", EFFUSION, "yes"),
+    ("true", EFFUSION, "yes"),
+    ("False", EFFUSION, "no"),
+    ("Absent", EFFUSION, "no"),
+    ("Effusion: present", EFFUSION, "yes"),
+    ("The effusion is absent", EFFUSION, "no"),
+    ("There is none", EFFUSION, "no"),
+    ("none present", EFFUSION, "no"),
+    ("Neither", "Is there an effusion or a pneumothorax?", "no"),
+    ("Not seen.", EFFUSION, "no"),
+    ("It is not", EFFUSION, "no"),
+    ("negative for effusion", EFFUSION, "no"),
+    ("free of effusion", EFFUSION, "no"),
+    ("negative for fracture", EFFUSION, None),
+    ("negative mass", EFFUSION, None),
+    ("nothing", "Is there anything abnormal?", "no"),
+    ("none", "Is the film free of effusion?", None),
+    # the question as a statement
+    ("It is normal", NORMAL, "yes"),
+    ("The chest x-ray is normal", NORMAL, "yes"),
+    ("It is abnormal", NORMAL, "no"),
+    ("It is normal and abnormal", NORMAL, None),
+    ("The heart is enlarged", "Is the heart enlarged?", "yes"),
+    ("There is a pleural effusion.", EFFUSION, "yes"),
+    ("There is a mass", EFFUSION, None),
+    ("Is there a pleural effusion?", EFFUSION, None),
+    ("is there a pleural effusion", EFFUSION, None),
+    ("Pleural effusion", EFFUSION, None),  # nothing is stated
+    ("There is possibly a pleural effusion", EFFUSION, None),
+    ("A pleural effusion is ruled out", EFFUSION, None),
+    # denied denials, conditions, and what cannot be said
+    ("no evidence of no effusion", EFFUSION, None),
+    ("not without effusion", EFFUSION, None),
+    ("if effusion then yes", EFFUSION, None),
+    ("I cannot say yes", EFFUSION, None),
+    ("It is not possible to say yes or no", EFFUSION, None),
+    ("yes; impossible to say", EFFUSION, None),
+    ("I don't know", EFFUSION, None),
+    ("Yes, it contains liver; it does not contain kidney", "Does the picture contain liver?", "yes"),
+    ("The picture does not contain liver", "Does the picture contain liver?", "no"),
+    ("no effusion, no pneumothorax", EFFUSION, "no"),
     # a question that denies: only a plain yes or no is safe
     ("no effusion", "Is the film free of effusion?", None),
     ("yes", "Is the film free of effusion?", "yes"),
@@ -279,6 +338,99 @@ def test_open_counts_words_once():
     assert not any(empty[key] for key in ("parsed", "correct", "exact", "recall", "precision", "f1", "contradiction"))
 
 
+@pytest.mark.parametrize(
+    "text, gold, question, equal",
+    [
+        ("left lung", "lung, left", "Where is the nodule?", True),
+        ("Liver, Spleen, Kidney", "Kidney, liver, spleen", "", True),
+        ("Liver and spleen", "Spleen, Liver", "", True),
+        ("left kidney, right lung", "right kidney, left lung", "", False),
+        ("liver, spleen", "liver", "", False),
+        ("liver or spleen", "liver, spleen", "", False),
+        ("anterior to posterior", "posterior to anterior", "", False),
+        ("mass without edema", "edema without mass", "", False),
+        ("It is an MRI", "MRI", "What modality?", True),
+        ("in the left lung", "left lung", "", True),
+        ("the nodule is in the left lung", "left lung", "Where is the nodule?", True),
+        ("2 lesions", "2", "How many lesions are there?", True),
+        ("two", "2 lesions", "How many lesions are there?", False),
+        ("pleural effusion", "Effusion", "What is abnormal?", False),
+        ("no mass", "mass", "What mass is there?", False),
+        ("left right", "left", "Is the mass on the left or right?", False),
+        ("Transverse", "Transverse Plane", "Which plane is it, transverse plane or coronal plane?", True),
+        ("Transverse, and a mass", "Transverse Plane", "Which plane is it, transverse plane or coronal plane?", False),
+        ("the", "a", "", False),
+    ],
+)
+def test_open_answers_that_are_the_same(text, gold, question, equal):
+    found = score_answer(text, gold, "open", question)
+    assert (found["correct"], found["exact"]) == (equal, equal)
+    assert found["f1"] == 1 if equal else found["f1"] < 1 or not equal
+
+
+@pytest.mark.parametrize("text, expected", [("L", 0), ("R.", 1), ("L or R", None), ("Lt side", 0), ("LR", None)])
+def test_letters_of_sides(text, expected):
+    assert choice(text, "Is the mass on the left or right?") == expected
+
+
+CASES = """
+The heart is enlarged | No | closed | Is the heart enlarged? | - -
+Negative | No | closed | Is there a fracture? | + +
+Positive | Yes | closed | Is there a fracture? | + +
+There is no pneumothorax | No | closed | Is there a pneumothorax? | + +
+no evidence of no effusion | No | closed | Is there an effusion? | - -
+Yes - no pneumothorax is present, but an effusion is | Yes | closed | Is there an effusion? | + +
+Yes, but without pneumothorax | Yes | closed | Is there an effusion? | + +
+No, both lungs are clear | No | closed | Is there an effusion? | + +
+No. There is a mass. | No | closed | Is there a fracture? | + +
+if effusion then yes | Yes | closed | Is there an effusion? | - -
+true | Yes | closed | Is there an effusion? | + +
+Absent | No | closed | Is there an effusion? | + +
+without effusion | No | closed | Is there an effusion? | + +
+Neither | No | closed | Is there an effusion or pneumothorax? | + +
+The picture does not contain liver | No | closed | Does the picture contain liver? | + +
+Yes, it contains liver; it does not contain kidney | Yes | closed | Does the picture contain liver? | + +
+left-sided | Left | closed | Is the mass on the left or right? | + +
+L | Left | closed | Is the mass on the left or right? | + +
+PA | PA | closed | Is this a PA or AP film? | + +
+axial | Transverse Plane | open | Which plane is the image scanned, transverse plane or coronal plane? | - +
+Heart | Heart | closed | Which is bigger in this image, lung or heart? | + +
+left lung | lung, left | open | Where is the nodule? | + +
+Liver, Spleen, Kidney | Kidney, liver, spleen | open | Which organs are in the image? | + +
+Liver and spleen | Liver, Spleen | open | Which organs are in the image? | + +
+xray | X-Ray | open | What modality is used? | + +
+Chest radiograph | Chest X-ray | open | What is this? | - +
+MR | MRI | open | What modality is used? | - +
+computed tomography | CT | open | What modality? | - +
+2 lesions | 2 | open | How many lesions are there? | + +
+5 cm | 5cm | open | How big is the mass? | + +
+3-5 cm | 3 to 5 cm | open | How big? | + +
+T2 weighted | T2 | open | MR weighting? | + +
+the right upper lobe | Right upper lobe | open | Where is the mass? | + +
+right-upper-lobe | Right upper lobe | open | Where? | + +
+opacities | opacity | open | What is seen? | + +
+diverticula | diverticulum | open | What is seen? | + +
+pelvis | pelvi | open | What? | - -
+pleural effusion | Effusion | open | What is abnormal? | - -
+no mass | mass | open | What? | - -
+brain oedema | Brain Edema | open | Disease? | - +
+Brain Non-enhancing Tumor | Brain Non-enhancing Tumor | open | Disease? | + +
+brain nonenhancing tumour | Brain Non-enhancing Tumor | open | Disease? | - +
+Eyes | Eye | open | Organ? | + +
+L1-L2 | L1/L2 | open | Level? | + +
+oesophagus | esophagus | open | Organ? | - +
+It is an MRI | MRI | open | What modality? | + +
+"""
+
+
+@pytest.mark.parametrize("case", CASES.strip().splitlines())
+def test_answers_as_a_reader_takes_them(case):
+    """Answer, gold, type, question; right (+) or not in the strict column and in that of the synonyms."""
+    text, gold, kind, question, expected = case.split(" | ")
+    found = [score(text, gold, kind, question)["correct"] for score in (score_answer, score_with_synonyms)]
+    assert found == [mark == "+" for mark in expected.split()]
+
+
 def test_overlap_by_hand():
     # common: one of the two "a", one "b"; gold has 4 words, the prediction 3
     assert overlap(["a", "b", "x"], ["a", "a", "b", "c"]) == (0.5, pytest.approx(2 / 3), pytest.approx(4 / 7))
@@ -395,7 +547,24 @@ def test_wrong_answer_type():
 
 
 @pytest.mark.parametrize(
-    "unit", ["no ", "a", "x ", "0", ".0", "hyper-", "yes,", "not left or ", "'", "> ", "magnetic "]
+    "unit",
+    [
+        "no ",
+        "a",
+        "x ",
+        "0",
+        ".0",
+        "hyper-",
+        "yes,",
+        "not left or ",
+        "'",
+        "> ",
+        "magnetic ",
+        "5 x ",
+        "3-",
+        "1 cm ",
+        "left, ",
+    ],
 )
 def test_a_long_text_is_no_problem(unit):
     start = time.process_time()

@@ -5,16 +5,30 @@ Is this answer right? One strict score for every task, and columns that reproduc
     True, ...}
 
 The strict score, in words:
-    texts         NFKC, lower case, no articles, no punctuation; number words as digits, plural s off; x-ray = xray = x
-                  ray, T2-weighted = T2, hyper dense = hyperdense, 5cm = 5 centimetres. No synonyms.
-    yes or no     the one answer that the text gives in whole words: "nodule", "none", "normal" and "n" are not "no".
+    texts         NFKC, lower case, no articles, no punctuation; number words as digits, English and the usual Latin
+                  plurals off; x-ray = xray = x ray, T2-weighted = T2, hyper dense = hyperdense, left-sided = left, lt =
+                  left, 5cm = 5 centimetres = 50 mm, 3-5 = 3 to 5, >= 5 = at least 5, more than = larger than = >. No
+                  synonyms.
+    yes or no     the one answer that the text gives in whole words: "nodule", "normal" and "n" are not "no".
                   "No" before other words ("no evidence of effusion") answers a question about an effusion and no other.
-                  Both or neither: not parsed, hence wrong, and counted as unparsed.
-    A or B        the options are read from the question; exactly one must be named, outside "not ...".
-    other closed  equal after the above.
-    open          correct = equal after the above; recall, precision, F1 count every word at most as often as both texts
-                  have it. `contradiction`: the text says the opposite (left for right, upper for lower, hyper- for
-                  hypo-, "no mass" for "mass"). Similarity of spelling is never used: opposites differ by two letters.
+                  Where neither word stands, and the question does not deny: "true", "positive", "present", or "false",
+                  "negative", "absent", "none", "neither" beside words of the question only ("There is none"); "not
+                  seen"; and the question's own words as a statement, without doubt or denial ("The heart is enlarged",
+                  "It is enlarged": yes; with the opposite word: no).
+                  Both or neither: not parsed, hence wrong, and counted as unparsed. So are a denied denial ("no
+                  evidence of no effusion"), a condition ("if effusion then yes") and what cannot be said ("I cannot say
+                  yes").
+    A or B        the options are read from the question; exactly one must be named, outside "not ...". Where left and
+                  right are options, L and R name them.
+    other closed  equal, as for open.
+    open          correct = the same words after the above, in any order within each item of a list, and items in any
+                  order ("left lung" = "lung, left"; words such as "to" and "without" keep theirs). "It is", "in the"
+                  and "are seen" around the answer do not count, nor do words of the question that the answer repeats
+                  ("2 lesions" for "2"), except options and opposites. Where the question offers options, to name the
+                  right one and nothing else will do. Then recall = precision = F1 = 1; else they count every word at
+                  most as often as both texts have it. `contradiction`: the text says the opposite (left for right,
+                  upper for lower, hyper- for hypo-, "no mass" for "mass"). Similarity of spelling is never used:
+                  opposites differ by two letters.
 Every row keeps its place in the denominator; an empty text is a wrong one. All functions take time linear in the text.
 
 score_with_synonyms is the same with the word list SYNONYMS folded first: a column of its own, never the headline.
@@ -22,17 +36,17 @@ llava_med_scores and medevalkit_scores do what those scripts do, their faults in
 numbers only.
 """
 
+import functools
 import re
 import unicodedata
+from collections import Counter
 
-NUMBERS = dict(
-    zip(
-        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
-        " seventeen eighteen nineteen twenty".split(),
-        map(str, range(21)),
-        strict=True,
-    )
-)
+UNITS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen"
+    " eighteen nineteen twenty"
+).split()
+NUMBERS = {word: str(n) for n, word in enumerate(UNITS)}
+NUMBERS |= {word: f"{n}0" for n, word in enumerate("thirty forty fifty sixty seventy eighty ninety".split(), 3)}
 ARTICLES = {"a", "an", "the"}
 NEGATORS = {"no", "not", "without"}
 NO_NEGATION = {"doubt", "question", "only", "longer", "change"}  # "no doubt there is", "not only"
@@ -44,80 +58,58 @@ CLAUSE = set(
 COMMON = set(
     "is are was were be been do does did has have had can could would should may this that these those there it its any"
     " evidence sign finding seen see visible present presence shown show noted identified appear appearance demonstrate"
-    " image picture film scan in on of at to for from with by and or patient you what which where how who when as also".split()
+    " contain include exist image picture film scan in on of at to for from with by and or patient you what which where"
+    " who how when as also".split()
 )
 OPPOSITES = [
-    ("left", "right"),
-    ("upper", "lower"),
-    ("superior", "inferior"),
-    ("anterior", "posterior"),
-    ("medial", "lateral"),
-    ("proximal", "distal"),
-    ("with", "without"),
-    ("increase", "decrease"),
-    ("increased", "decreased"),
-    ("increasing", "decreasing"),
-    ("normal", "abnormal"),
-    ("present", "absent"),
-    ("acute", "chronic"),
-    ("unilateral", "bilateral"),
-    ("yes", "no"),
+    tuple(pair.split())
+    for pair in (
+        "left right,upper lower,superior inferior,anterior posterior,medial lateral,proximal distal,with"
+        " without,increase decrease,increased decreased,increasing decreasing,normal abnormal,present absent,acute"
+        " chronic,unilateral bilateral,yes no"
+    ).split(",")
 ]
+OPPOSITE_WORDS = {word for pair in OPPOSITES for word in pair}
 
 # version 1: spellings, abbreviations and plain equivalents; nothing that a radiologist would call different
 SYNONYMS_NAME = "medvlm-vqa-synonyms-1"
 SYNONYMS = {
-    "computed tomography": "ct",
-    "computerized tomography": "ct",
-    "cat scan": "ct",
-    "ct scan": "ct",
-    "magnetic resonance imaging": "mri",
-    "magnetic resonance": "mri",
-    "mr": "mri",
-    "mri scan": "mri",
-    "mr image": "mri",
-    "radiograph": "xray",
-    "radiography": "xray",
-    "plain film": "xray",
-    "chest film": "chest xray",
-    "cxr": "chest xray",
-    "ultrasonography": "ultrasound",
-    "sonography": "ultrasound",
-    "axial": "transverse",
-    "grey": "gray",
-    "oedema": "edema",
-    "tumour": "tumor",
-    "haemorrhage": "hemorrhage",
-    "bleeding": "hemorrhage",
-    "bleed": "hemorrhage",
-    "haematoma": "hematoma",
-    "ischaemia": "ischemia",
-    "anaemia": "anemia",
-    "oesophagus": "esophagus",
-    "homogenous": "homogeneous",
-    "heterogenous": "heterogeneous",
-    "radioopaque": "radiopaque",
-    "enlarged heart": "cardiomegaly",
-    "cardiac enlargement": "cardiomegaly",
-    "cerebrovascular accident": "stroke",
-    "cva": "stroke",
-    "posteroanterior": "pa",
-    "posterior anterior": "pa",
-    "anteroposterior": "ap",
-    "anterior posterior": "ap",
-    "intravenous": "iv",
-    "gastrointestinal": "gi",
-    "cerebrospinal fluid": "csf",
-    "right hand side": "right side",
-    "left hand side": "left side",
-    "belly": "abdomen",
-    "sagital": "sagittal",
-    "saggital": "sagittal",
-    "asymmetrical": "asymmetric",
-    "symmetrical": "symmetric",
-    "yeah": "yes",
-    "yep": "yes",
-    "nope": "no",
+    phrase: word
+    for word, phrases in {
+        "ct": "computed tomography, computerized tomography, cat scan, ct scan",
+        "mri": "magnetic resonance imaging, magnetic resonance, mr, mri scan, mr image",
+        "xray": "radiograph, radiography, plain film",
+        "chest xray": "chest film, cxr",
+        "ultrasound": "ultrasonography, sonography",
+        "transverse": "axial",
+        "gray": "grey",
+        "edema": "oedema",
+        "tumor": "tumour",
+        "hemorrhage": "haemorrhage, bleeding, bleed",
+        "hematoma": "haematoma",
+        "ischemia": "ischaemia",
+        "anemia": "anaemia",
+        "esophagus": "oesophagus",
+        "homogeneous": "homogenous",
+        "heterogeneous": "heterogenous",
+        "radiopaque": "radioopaque",
+        "cardiomegaly": "enlarged heart, cardiac enlargement",
+        "stroke": "cerebrovascular accident, cva",
+        "pa": "posteroanterior, posterior anterior",
+        "ap": "anteroposterior, anterior posterior",
+        "iv": "intravenous",
+        "gi": "gastrointestinal",
+        "csf": "cerebrospinal fluid",
+        "right side": "right hand side",
+        "left side": "left hand side",
+        "abdomen": "belly",
+        "sagittal": "sagital, saggital",
+        "asymmetric": "asymmetrical",
+        "symmetric": "symmetrical",
+        "yes": "yeah, yep",
+        "no": "nope",
+    }.items()
+    for phrase in phrases.split(", ")
 }
 
 # ---------------------------------------------------------------------------------------------------------------- texts
@@ -133,34 +125,63 @@ FOLDS = [
         (r"\bx[\s-]{0,3}rays?\b", "xray"),
         (r"\b(t[12])[\s-]{0,3}(?:weighted|wi?)\b", r"\1"),
         (r"\b(hyper|hypo|iso|non)[\s-]{1,3}(?=[a-z])", r"\1"),
+        (r"\b(left|right)[\s-]{0,3}sided\b", r"\1"),
+        (r"\blt\b\.?", "left"),
+        (r"\brt\b\.?", "right"),
         (r"centimet(?:er|re)s?\b", "cm"),
         (r"millimet(?:er|re)s?\b", "mm"),
         (r"(?<=\d)(?=(?:cm|mm|ml|kg|mg)\b)", " "),
-        (r"<", " less than "),
-        (r">", " greater than "),
+        (r"[≥⩾≧]|>=|=>", " at least "),
+        (r"[≤⩽≦]|<=|=<", " at most "),
+        (r"<|\b(?:smaller|fewer|lower)\s{1,3}than\b", " less than "),
+        (r">|\b(?:more|larger|bigger|higher)\s{1,3}than\b", " greater than "),
+        (r"(?<=\d)\s{0,3}[-\u2013]\s{0,3}(?=\d)", " to "),
         (r"%", " percent "),
         (r"(?<=\d),(?=\d{3}\b)", ""),
         (r"(?<![\w.])\.(?=\d)", "0."),
-        (r"(\.\d{0,20}?)0{1,20}(?!\d)", r"\1"),
+        (r"(\.\d{0,20}?[1-9])0{1,20}(?!\d)|\.0{1,20}(?!\d)", r"\1"),
         (r"(?<=\d)\.(?!\d)", " . "),
     )
 ]
 TOKEN = re.compile(r"\d+\.\d+|[^\W_]+|[.,;:!?()/\n]")
 MARKS = set(".,;:!?()/\n")
+DIGITS = r"\d{1,9}(?:\.\d{1,9})?"
+LENGTH = re.compile(rf"(?<![\w.])(?:{DIGITS}\s{{1,3}}(?:to|x|by)\s{{1,3}}){{0,3}}{DIGITS}\s{{1,3}}cm\b")
+LATIN = {
+    plural: one
+    for one, plural in (
+        pair.split()
+        for pair in (
+            "diverticulum diverticula,hilum hila,septum septa,atrium atria,bacterium bacteria,ganglion ganglia,vertebra"
+            " vertebrae,scapula scapulae,fistula fistulae,bulla bullae,axilla axillae,papilla papillae,bronchus bronchi"
+            ",focus foci,calculus calculi,embolus emboli,thrombus thrombi,sulcus sulci,gyrus gyri,nucleus nuclei"
+            ",metastasis metastases,diagnosis diagnoses,stenosis stenoses,prosthesis prostheses,anastomosis anastomoses"
+            ",pelvis pelves,testis testes,appendix appendices,cortex cortices,apex apices,lumen lumina,foramen foramina"
+            ",phalanx phalanges,carcinoma carcinomata,hematoma hematomata"
+        ).split(",")
+    )
+}
 
 
 def folded(text):
-    """NFKC, lower case, and the spellings above; still a text with punctuation."""
+    """NFKC, lower case, and the spellings above, lengths in mm; still a text with punctuation."""
     text = unicodedata.normalize("NFKC", str(text)).casefold()
     for pattern, new in FOLDS:
         text = pattern.sub(new, text)
-    return text
+
+    def in_mm(length):
+        return re.sub(DIGITS, lambda n: f"{float(n[0]) * 10:.10g}", length[0])[:-2] + "mm"
+
+    return LENGTH.sub(in_mm, text)
 
 
 def singular(word):
     """
-    "lungs" -> "lung", "masses" -> "mass", "opacities" -> "opacity"; not "mass", "pus", "pelvis", "mucous", "does".
+    "lungs" -> "lung", "masses" -> "mass", "opacities" -> "opacity", "diverticula" -> "diverticulum"; not "mass", "pus",
+    "pelvis", "mucous", "does".
     """
+    if word in LATIN:
+        return LATIN[word]
     if len(word) < 4 or word == "does" or not word.endswith("s") or word.endswith(("ss", "us", "is")):
         return word
     if word.endswith("ies") and len(word) > 4:
@@ -172,13 +193,18 @@ def singular(word):
 
 def words_and_marks(text):
     """-> tokens of the strict score, every punctuation mark as "."."""
+    return list(tokens_of(str(text)))
+
+
+@functools.lru_cache(maxsize=1024)  # one score looks at its texts several times
+def tokens_of(text):
     tokens = []
     for token in TOKEN.findall(folded(text)):
         if token in MARKS:
             tokens.append(".")
         elif token not in ARTICLES:
             tokens.append(NUMBERS.get(token) or singular(token))
-    return tokens
+    return tuple(tokens)
 
 
 def normalise(text):
@@ -193,18 +219,60 @@ def normalise(text):
 
 def overlap(prediction, gold):
     """Token lists -> (recall, precision, F1) with every token counted at most as often as in both."""
-    left = {}
-    for token in gold:
-        left[token] = left.get(token, 0) + 1
-    common = 0
-    for token in prediction:
-        if left.get(token, 0) > 0:
-            left[token] -= 1
-            common += 1
+    common = (Counter(prediction) & Counter(gold)).total()
     if not common:
         return 0.0, 0.0, 0.0
     recall, precision = common / len(gold), common / len(prediction)
     return recall, precision, 2 * recall * precision / (recall + precision)
+
+
+# Words around an answer that are no part of it, and words that bind what stands before to what stands behind
+FRAME = set("it this that these those they there answer image film picture scan is are was were show in on at".split())
+FRAME |= {"seen", "present", "visible", "shown", "noted", "identified"}
+RELATIONS = NEGATORS | set(
+    "to than from above below behind over under into before after with less greater least most".split()
+)
+
+
+def items_of(text, dropped=frozenset()):
+    """A text as the items of a list, in order of the alphabet, without its frame -> list of tuples of tokens."""
+    tokens = [token for token in words_and_marks(text) if token not in dropped]
+    for end in (0, -1):
+        while len(tokens) > 1 and tokens[end] in FRAME | {"."}:
+            tokens.pop(end)
+    items = [[]]
+    for token in tokens:
+        if token in (".", "and"):
+            items.append([])
+        elif token != "of":
+            items[-1].append(token)
+    return sorted(tuple(item if RELATIONS & set(item) else sorted(item)) for item in items if item)
+
+
+def same_words(prediction, gold, question=""):
+    """Are two texts the same words, by the rules of "open" above?"""
+    said, wanted = normalise(prediction), normalise(gold)
+    if not said or said == wanted:
+        return bool(said)
+    repeated = frozenset()
+    if not options_of(question):
+        repeated = set(normalise(question)) - set(wanted) - NEGATORS - OPPOSITE_WORDS
+    b = items_of(gold)
+    for a in (items_of(prediction), items_of(prediction, repeated)):
+        words, others = (sorted(token for item in some for token in item) for some in (a, b))
+        if a and a == b:
+            return True
+        plain = not RELATIONS & set(words) and not any(set(pair) <= set(words) for pair in OPPOSITES)
+        if words and words == others and plain and 1 in (len(a), len(b)):
+            return True  # "lung, left": an inversion and no list
+    return False
+
+
+def same_option(prediction, gold, question):
+    """Does the question offer options, of which both texts name the same one, the first with no word beside?"""
+    right = choice(gold, question)
+    beside = set(normalise(prediction)) - set(normalise(gold)) - set(normalise(question)) - COMMON
+    return right is not None and not beside and choice(prediction or "", question) == right
 
 
 # ------------------------------------------------------------------------------------------------------- what was meant
@@ -228,31 +296,90 @@ def negated(tokens):
     return {token for i, word in enumerate(tokens) if word in NEGATORS for token in reach(tokens, i)}
 
 
+DENIERS = NEGATORS | {"free", "negative", "absence", "lack"}  # "free of effusion", "negative for effusion"
+PLAIN = dict.fromkeys("yes true positive present correct affirmative".split(), "yes")
+PLAIN |= dict.fromkeys("no false negative absent none neither nothing nil incorrect".split(), "no")
+# No answer comes after or with these
+UNSURE = set("if unless whether depend unsure uncertain unclear unknown unable impossible undetermined".split())
+SAYING = set("say tell answer confirm determine determined know known conclude assess assessed".split())
+# A statement with one of these states nothing
+DOUBT = set(
+    "or unlikely exclude excluded rule ruled denied resolved suspected possible possibly may might could versus maybe"
+    " perhaps probably questionable consider history previous".split()
+)
+STATING = set(
+    "is are was were has have there show shown see seen present visible noted identified appear contain".split()
+)
+PRONOUNS = {"it", "this", "that", "they", "these", "those"}
+
+
 def polarity(text, question=""):
     """
-    -> "yes", "no", or None where the text says both or neither. A "no" that belongs to other words counts when these
-    words are what the question asks about; without a question it counts when there is no answer that stands alone.
+    -> "yes", "no", or None where the text says both or neither; the rules are those of "yes or no" above. A "no" that
+    belongs to other words counts when these words are what the question asks about; without a question it counts when
+    there is no answer that stands alone.
     """
-    tokens = words_and_marks(text)
-    asked_tokens = words_and_marks(question)
+    tokens, asked_tokens = words_and_marks(text), words_and_marks(question)
     asked = set(asked_tokens) - COMMON - {"."}
-    if (NEGATORS | {"absent", "free"}) & set(asked_tokens):
+    denies = bool((NEGATORS | {"absent", "free"}) & set(asked_tokens))
+    if denies:
         asked = set()  # "Is the film free of effusion?": "no effusion" is not a no here; only a plain yes or no counts
+    if UNSURE & set(tokens):
+        return None
     alone, attached = set(), set()
     for i, token in enumerate(tokens):
         if token in ("yes", "no") and i and tokens[i - 1] == "not":
             return None
         if token == "yes":
             alone.add("yes")
-        elif token in NEGATORS:
+        elif token in DENIERS:
             scope = reach(tokens, i)
-            following = tokens[i + 1] if i + 1 < len(tokens) else "."
-            if token == "no" and not scope and following not in NO_NEGATION:
+            after = tokens[i + 1 : i + 2 + len(scope)]
+            stop = after[len(scope)] if len(after) > len(scope) else "."
+            if token in NEGATORS and (SAYING & set(scope) or denied_denial(token, scope, stop)):
+                return None
+            if token == "no" and not scope and stop not in NO_NEGATION:
                 alone.add("no")
             elif scope and (asked & set(scope) if question else token == "no"):
                 attached.add("no")
+            elif token == "not" and question and not denies and not set(scope) - COMMON and stop not in NO_NEGATION:
+                attached.add("no")  # "not seen", "it is not"
     said = alone | attached if question or not alone else alone
-    return said.pop() if len(said) == 1 else None
+    if said or not question or denies:
+        return said.pop() if len(said) == 1 else None
+    return plainly(tokens, asked) or stated(text, tokens, asked_tokens, asked)
+
+
+def denied_denial(token, scope, stop):
+    """Does the negation deny nothing but the next negation? "no evidence of no effusion", "not without effusion"."""
+    if scope[:1] == ["without"]:
+        return True
+    return stop in NEGATORS and not set(scope) - COMMON and bool(scope or token != "no")
+
+
+def plainly(tokens, asked):
+    """-> what a text says that has nothing but a word of PLAIN and words of the question, else None."""
+    said = {PLAIN[token] for token in tokens if token in PLAIN and token not in asked}
+    other = {token for token in tokens if token not in PLAIN} - COMMON - asked - {"."}
+    if "no" in said and tokens.count("present"):  # "none present"
+        said = {PLAIN[token] for token in tokens if token in PLAIN and token != "present"}
+    return said.pop() if len(said) == 1 and not other else None
+
+
+def stated(text, tokens, asked_tokens, asked):
+    """-> yes where a text states what the question asks, no where it states the opposite, else None."""
+    said = set(tokens)
+    if not asked or "?" in str(text) or tokens[:1] and tokens[0] in STARTS:
+        return None
+    if said & (DENIERS | DOUBT | {"absent"}) or not said & STATING:
+        return None
+    last = next(token for token in reversed(asked_tokens) if token in asked)
+    needed = {last} if tokens[0] in PRONOUNS else asked
+    opposite = {word: other for a, b in OPPOSITES for word, other in ((a, b), (b, a))}
+    turned = {word for word in needed - said if opposite.get(word) in said}
+    if any(opposite.get(word) in said for word in needed & said):
+        return None  # "normal and abnormal"
+    return "yes" if needed <= said else "no" if turned and needed - said == turned else None
 
 
 STARTS = set(
@@ -287,10 +414,8 @@ def options_of(question):
     parts = parts[start:]
     if len(parts) < 2:
         return []
-    while (
-        all(len(part) > 1 for part in parts) and len({part[-1] for part in parts}) == 1
-    ):  # transverse plane or coronal plane
-        parts = [part[:-1] for part in parts]
+    while all(len(part) > 1 for part in parts) and len({part[-1] for part in parts}) == 1:
+        parts = [part[:-1] for part in parts]  # transverse plane or coronal plane
     for i in range(len(parts)):
         while len(parts[i]) > 1 and parts[i][0] in FILLERS:
             parts[i] = parts[i][1:]
@@ -321,13 +446,16 @@ def named_options(tokens, options):
     return found
 
 
+SIDES = {"l": "left", "r": "right"}
+
+
 def choice(text, question):
     """-> number of the one option of the question that the text names (options_of), or None: none, or more than one."""
     options = options_of(question)
     if not options:
         return None
-    tokens = words_and_marks(text)
     offered = {token for option, _ in options for token in option}
+    tokens = [SIDES.get(token, token) if {"left", "right"} & offered else token for token in words_and_marks(text)]
     denied = set()
     for i, token in enumerate(tokens):
         if token in NEGATORS and token not in offered:
@@ -362,7 +490,7 @@ def score_answer(prediction, gold, answer_type, question=""):
     question: text, for options and negations. Returns a dict:
         parsed         the text gives an answer of the kind asked for
         correct        the headline: closed: the right one; open: exact
-        exact          equal after normalisation
+        exact          the same words, by the rules of "open" above
         recall, precision, f1    of words, 0 to 1
         contradiction  says the opposite of the gold answer
         kind           "yes/no", "choice", "closed" (compared as texts) or "open"
@@ -372,8 +500,8 @@ def score_answer(prediction, gold, answer_type, question=""):
     if kind not in ("closed", "choice", "open"):
         raise ValueError(f"answer_type is {answer_type!r}; it must be closed, choice or open")
     wanted, said = normalise(gold), normalise(prediction)
-    exact = bool(said) and said == wanted
-    recall, precision, f1 = overlap(said, wanted)
+    exact = same_words(prediction, gold, question) or kind == "open" and same_option(prediction, gold, question)
+    recall, precision, f1 = (1.0, 1.0, 1.0) if exact else overlap(said, wanted)
     contradiction = not exact and contradicts(said, wanted)
     parsed, correct = bool(said), exact
     if kind != "open":
@@ -387,16 +515,8 @@ def score_answer(prediction, gold, answer_type, question=""):
             parsed, correct = exact or label is not None, exact or label == right
         else:
             kind = "closed"
-    return {
-        "parsed": parsed,
-        "correct": correct,
-        "exact": exact,
-        "recall": recall,
-        "precision": precision,
-        "f1": f1,
-        "contradiction": contradiction,
-        "kind": kind,
-    }
+    found = {"parsed": parsed, "correct": correct, "exact": exact, "recall": recall, "precision": precision, "f1": f1}
+    return found | {"contradiction": contradiction, "kind": kind}
 
 
 PHRASES = re.compile(r"\b(" + "|".join(map(re.escape, sorted(SYNONYMS, key=len, reverse=True))) + r")s?\b")
@@ -457,27 +577,16 @@ def llava_med_scores(prediction, gold, answer_type):
         return scores | {"closed": 1.0 if " ".join(wanted) in text else None}
     both = sum(word in set(wanted) for word in said)
     missed = sum(word not in set(said) for word in wanted)
-    scores |= {
-        "exact": len(set(wanted) & set(said)) / len(said) if said else 0.0,
-        "recall": 0.0,
-        "precision": 0.0,
-        "f1": 0.0,
-    }
+    scores |= {"exact": len(set(wanted) & set(said)) / len(said) if said else 0.0, "recall": 0.0}
+    scores |= {"precision": 0.0, "f1": 0.0}
     if both:
         recall, precision = both / (both + missed), both / len(said)
         scores |= {"recall": recall, "precision": precision, "f1": 2 * recall * precision / (recall + precision)}
     return scores
 
 
-MEDEVALKIT_MARKS = (
-    "**answer**:",
-    "**answer**",
-    "*answer*:",
-    "**answer:**",
-    "answer is",
-    "answer:",
-    "final answer",
-    "final answer is",
+MEDEVALKIT_MARKS = "**answer**:,**answer**,*answer*:,**answer:**,answer is,answer:,final answer,final answer is".split(
+    ","
 )
 
 
