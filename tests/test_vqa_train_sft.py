@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import time
@@ -492,6 +493,22 @@ def test_other_settings_and_other_rows_are_refused(whole_run, rows_file, refused
     other.write_text("".join(reversed(rows_file.read_text().splitlines(keepends=True))))
     assert "other data" in refused(main, short(other, *LORA, "--resume", "copy"))
     assert_same(state_of(whole_run), state_of("copy"))
+
+
+def test_the_command_printed_last_measures_this_model_on_its_own_test_rows(capsys):
+    from vqa_sft_grpo.evaluate import main as evaluate
+
+    drawn = ["--data", "phantom", "--split", "all", "--studies", "20", "--image-size", "56", "--output", "rows.json"]
+    prepare(drawn)
+    main(short("rows.json", "--out-dir", "run", "--steps", "1", "--eval-rows", "1"))
+    line = next(line for line in capsys.readouterr().out.splitlines() if "evaluate.py" in line)
+    words = shlex.split(line)
+    assert words[0] == "python" and Path(words[1]).samefile(ROOT / "vqa_sft_grpo" / "evaluate.py")
+    evaluate([*words[2:], "--limit", "2", "--counterfactual-cases", "0", "--max-new-tokens", "4", "--out-dir", "found"])
+    metrics = json.loads(Path("found/metrics.json").read_text())
+    assert metrics["dataset"]["source"] == "rows.json" and metrics["adapter"] is None
+    assert metrics["model"] == "run/best" and metrics["trained_on"]["phantom"] and metrics["main_prompt"] == "json"
+    assert metrics["warnings"][0].startswith("PHANTOM") and metrics["n"] == 2
 
 
 def test_publishing(rows_file, capsys):

@@ -10,7 +10,7 @@ import torch
 
 from shared.models.loading import QUANTS, count_parameters, load_vlm
 from shared.models.passes import PartSize, in_parts, make_prompts, score, write
-from shared.runtime import InputError, positive_int, read_json
+from shared.runtime import InputError, command, positive_int, read_json
 from vqa_sft_grpo.prompting import boxes_from_model, parse_response
 
 BASE_MODEL = "Qwen/Qwen2-VL-2B-Instruct"
@@ -71,6 +71,20 @@ def training_of(adapter):
         if path.is_file():
             return read_json(path).get("dataset")
     return None
+
+
+def how_to_measure(checkpoint, facts, prompts, conditions=None):
+    """
+    The commands that measure a trained model on test rows of what it was trained on, one a line. facts: those of the
+    rows (see the trainers' load_rows); conditions: those that the phantom was drawn with, None for all.
+    """
+    data, lines = facts.get("test_file") or ("both" if "+" in facts["name"] else facts["name"]), []
+    if conditions:
+        data = f"{Path(checkpoint).parent / 'test_rows.json'}"
+        drawn = ["--data", "phantom", "--split", "test", "--conditions", *conditions, "--output", data]
+        lines.append(command("vqa_sft_grpo/prepare_data.py", *drawn))
+    asked = ["--sft_ckpt", checkpoint, "--data", data, "--prompts", *prompts]
+    return "\n".join("  " + line for line in [*lines, command("vqa_sft_grpo/evaluate.py", *asked)])
 
 
 class Answerer:

@@ -74,7 +74,7 @@ from shared.runtime import positive_float, positive_int, read_json, run_facts, s
 from shared.runtime import write_json, write_jsonl
 from shared.training import GuardedStep, StopSignal, Weights, learning_rate, load_state, save_state, settings_of
 from vqa_sft_grpo.alarms import alarms
-from vqa_sft_grpo.asking import BASE_MODEL, limit_pixels, model_of
+from vqa_sft_grpo.asking import BASE_MODEL, how_to_measure, limit_pixels, model_of
 from vqa_sft_grpo.counterfactual import FILLS, region_iou
 from vqa_sft_grpo.grpo import SCALES, check_first_step, group_advantages
 from vqa_sft_grpo.grpo_log import HISTORY, cut_rollouts, describe, draw_curves, draw_edits, log_rollouts, mean
@@ -479,13 +479,12 @@ def main(argv=None):
         **vlm.facts(), "trainable_parameters": count_parameters(vlm.model, trainable=True), "seed": args.seed,
         "settings": settings_of(args, ASIDE), **run_facts(started, device),
     })  # fmt: skip
-    data = "both" if "+" in facts["name"] else facts["name"]
     if best["step"] == 0:
         print("*** no step was better than the start: the adapter saved is the one that came in ***")
     print(
         f"validation accuracy {history[0]['val_accuracy']:.3f} before, {best['val_accuracy']:.3f} at best (step"
-        f" {best['step']}); measure it on the test rows with\n"
-        f"  python vqa_sft_grpo/evaluate.py --sft_ckpt {run_dir} --data {data} --prompts {args.style}\n"
+        f" {best['step']}); measure it on test rows with\n"
+        f"{how_to_measure(run_dir, facts, [args.style], args.conditions)}\n"
         f"results in {run_dir} ({time.time() - started:.0f} s)"
     )
 

@@ -54,7 +54,7 @@ from shared.runtime import InputError, add_resume, atomic_folder, fraction, not_
 from shared.runtime import positive_float, positive_int, run_facts, script, script_parser, seed_everything
 from shared.runtime import start_distributed, write_json, write_jsonl
 from shared.training import GuardedStep, StopSignal, Weights, learning_rate, load_state, save_state, settings_of
-from vqa_sft_grpo.asking import BASE_MODEL, Answerer, limit_pixels
+from vqa_sft_grpo.asking import BASE_MODEL, Answerer, how_to_measure, limit_pixels
 from vqa_sft_grpo.counterfactual import blank, region_iou
 from vqa_sft_grpo.examples import BatchOrder, batch_loss, make_examples
 from vqa_sft_grpo.prompting import STYLES, boxes_from_model, build_prompt, parse_response
@@ -178,7 +178,7 @@ def load_rows(args):
                                 settings=settings)  # fmt: skip
         facts = {"name": "phantom", "policy": audit["policy"], "settings": audit["settings_of_phantom"]}
     else:
-        rows = read_rows(args.data, ("train", "val"))
+        rows = read_rows(args.data)
         names, policies = ("+".join(sorted({r[key] for r in rows})) for key in ("dataset", "policy"))
         facts = {
             "name": names,
@@ -186,6 +186,7 @@ def load_rows(args):
             "overlap": any(r["overlap"] for r in rows),
             "source": args.data,
             "sha256": sha256_of(Path(args.data)),
+            "test_file": args.data if any(r["split"] == "test" for r in rows) else None,
         }
     train, held_out = ([r for r in rows if r["split"] == split][: args.limit] for split in ("train", "val"))
     blanks = blank_rows(train, args.blank_share, args.seed)
@@ -485,12 +486,10 @@ def main(argv=None):
     title = f"{facts['name']}, {args.model}, {args.train}, {len(val_rows)} validation rows"
     draw_history(run_dir / "figures" / "curves.png", history, PANELS, "step", title, facts["phantom"])
     publish(args, run_dir)
-    measured = args.data if args.data.lower() == "phantom" else None  # a file of rows to train on has no test rows
-    prompts = dict.fromkeys([args.eval_style, *args.styles])
-    command = f"python vqa_sft_grpo/evaluate.py --sft_ckpt {run_dir / 'best'} --prompts {' '.join(prompts)}"
+    prompts = list(dict.fromkeys([args.eval_style, *args.styles]))
     print(
-        f"best step {best['step']}: validation accuracy {best['val_accuracy']:.3f}; measure it on the test rows with\n"
-        f"  {command} --data {measured or ('both' if '+' in facts['name'] else facts['name'])}\n"
+        f"best step {best['step']}: validation accuracy {best['val_accuracy']:.3f}; measure it on test rows with\n"
+        f"{how_to_measure(run_dir / 'best', facts, prompts, args.conditions)}\n"
         f"results in {run_dir} ({time.time() - started:.0f} s)"
     )
 
