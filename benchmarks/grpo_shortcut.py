@@ -32,7 +32,6 @@ ROOT = Path(__file__).resolve().parents[1] if "__file__" in globals() else Path.
 sys.path.insert(0, str(ROOT))
 
 import shared  # noqa: F401, isort: skip  # before transformers
-import matplotlib
 import numpy as np
 import torch
 from PIL import Image
@@ -43,7 +42,8 @@ from shared.models.inputs import ImageStore
 from shared.models.loading import load_vlm
 from shared.models.passes import PartSize, make_prompts, write
 from shared.phantom import PhantomSettings
-from shared.runtime import InputError, atomic_file, fraction, load_checkpoint, positive_int, run_facts, script
+from shared.report import plt, save_figure
+from shared.runtime import InputError, fraction, load_checkpoint, positive_int, run_facts, script
 from shared.runtime import seed_everything, write_json
 from vqa_sft_grpo import train_grpo, train_sft
 from vqa_sft_grpo.examples import BatchOrder, make_examples
@@ -52,9 +52,6 @@ from vqa_sft_grpo.rewards import plan_edits
 from vqa_sft_grpo.rollouts import score_answers
 from vqa_sft_grpo.rows import make_rows, write_rows
 from vqa_sft_grpo.scoring import score_answer
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 CONDITION = "Pleural Effusion"
 ARMS = {
@@ -301,9 +298,7 @@ def draw(path, results):
     axes[1].axhline(0, color="grey", lw=0.8)
     axes[1].set(ylabel="share of answers that change", title="flips")
     axes[0].legend(frameon=False, fontsize=8, ncols=len(arms), loc="upper right")
-    with atomic_file(path) as file:
-        figure.savefig(file, dpi=150, format="png")
-    plt.close(figure)
+    save_figure(figure, path, "what GRPO learns when a mark gives the answer away", phantom=True)
 
 
 @script
