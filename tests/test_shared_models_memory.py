@@ -37,7 +37,15 @@ def batch(vlm, answers=None):
 # --- real sizes ---
 
 
-@pytest.mark.parametrize(("name", "parameters"), [(MEDGEMMA, 4_300_079_472), (QWEN, 2_208_985_600)])
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        (MEDGEMMA, 4_300_079_472),
+        (QWEN, 2_208_985_600),
+        ("Qwen/Qwen2.5-VL-3B-Instruct", 3_754_622_976),
+        ("Qwen/Qwen3-VL-2B-Instruct", 2_127_532_032),
+    ],
+)
 def test_exact_parameter_counts(name, parameters):
     assert read_layout(name).parameters == parameters
 

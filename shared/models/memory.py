@@ -24,7 +24,7 @@ import shared  # noqa: F401, isort: skip  # before transformers
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, CLIPVisionConfig, Gemma3Config, LlavaConfig
-from transformers import MistralConfig, Qwen2VLConfig
+from transformers import MistralConfig, Qwen2_5_VLConfig, Qwen2VLConfig, Qwen3VLConfig
 
 from shared.models import llava_med
 from shared.models.hub import FAMILIES, LORA_LAYERS, QUANTS, explained, family_of, find_model, kept_whole
@@ -46,11 +46,27 @@ def gemma3_4b():
     return Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=256)
 
 
+def qwen(config_class, section, hidden, layers, heads, mlp, kv_heads, vision, **more):
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": section}
+    text = sizes(hidden, layers, heads, mlp, kv_heads, vocab_size=151936, rope_parameters=rope, **more)
+    text["tie_word_embeddings"] = True
+    return config_class(text_config=text, vision_config=vision | {"num_heads": 16}, tie_word_embeddings=True)
+
+
 def qwen2vl_2b():
-    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
-    text = sizes(1536, 28, 12, 8960, 2, vocab_size=151936, rope_parameters=rope, tie_word_embeddings=True)
-    vision = dict(depth=32, embed_dim=1280, hidden_size=1536, num_heads=16, mlp_ratio=4, patch_size=14)
-    return Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True)
+    vision = dict(depth=32, embed_dim=1280, hidden_size=1536, mlp_ratio=4, patch_size=14)
+    return qwen(Qwen2VLConfig, [16, 24, 24], 1536, 28, 12, 8960, 2, vision)
+
+
+def qwen25vl_3b():
+    vision = dict(depth=32, hidden_size=1280, intermediate_size=3420, out_hidden_size=2048)
+    return qwen(Qwen2_5_VLConfig, [16, 24, 24], 2048, 36, 16, 11008, 2, vision)
+
+
+def qwen3vl_2b():
+    vision = dict(depth=24, hidden_size=1024, intermediate_size=4096, out_hidden_size=2048)
+    vision["deepstack_visual_indexes"] = [5, 11, 17]
+    return qwen(Qwen3VLConfig, [24, 20, 20], 2048, 28, 16, 6144, 8, vision, head_dim=128)
 
 
 def llava_med_7b():
@@ -64,6 +80,8 @@ KNOWN = {
     "google/medgemma-1.5-4b-it": gemma3_4b,
     "google/gemma-3-4b-it": gemma3_4b,
     "Qwen/Qwen2-VL-2B-Instruct": qwen2vl_2b,
+    "Qwen/Qwen2.5-VL-3B-Instruct": qwen25vl_3b,
+    "Qwen/Qwen3-VL-2B-Instruct": qwen3vl_2b,
     "microsoft/llava-med-v1.5-mistral-7b": llava_med_7b,
 }
 # Memory that torch can give out, in GiB: less than the number on the box.
