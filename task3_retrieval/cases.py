@@ -5,13 +5,15 @@ Labels of files come from a CSV (columns file, label and perhaps split), or from
 """
 
 import csv
+import os
 import time
 from pathlib import Path
 
 import numpy as np
 
-from shared.data.image_sets import SIZES, SPLITS, load_images, load_phantom
+from shared.data.image_sets import SIZES, SPLITS, labels_by_folder, load_images, load_phantom, set_name
 from shared.data.images import find_images, read_image, to_square
+from shared.data.text import text_of
 from shared.runtime import InputError, bounded, load_checkpoint
 from task1_classification.model import KEYS, find_classifier, load_classifier, predict_logits, to_probabilities
 from task3_retrieval.embed import channels_last, load_embedder
@@ -48,7 +50,7 @@ def embedder_and_data(args, device, input_size=None, files=False):
         args.backbone = "pixels" if args.dry_run and args.cnn_weights is None else "cnn"
         if args.dry_run:
             print(f"dry run: --backbone {args.backbone}")
-    data, named = None, args.data.lower() if args.data.lower() != "auto" and not files else None
+    data, named = None, set_name(args.data) if args.data.lower() != "auto" and not files else None
     if args.backbone == "pixels" and not files:  # they have the data's own size
         data = load_data(args)
     embedder = load_embedder(
@@ -133,35 +135,69 @@ def case_name(dataset, split, position):
 
 
 def file_cases(patterns, labels, limit, label_names=()):
-    """--images and --labels -> cases whose "images" are paths; labels are numbered on from `label_names`."""
-    paths = [p.resolve() for p in find_images(patterns)][:limit]
-    rows = read_labels(labels) if labels else {}
-    roots = [Path(p).resolve() for p in patterns if Path(p).is_dir()]
-    found = []
-    for path in paths:
-        keys = [path.relative_to(root).as_posix() for root in roots if path.is_relative_to(root)] + [path.name]
-        found.append(next((rows[k] for k in keys if k in rows), {"label": "", "split": ""}))
-    if rows and not any(r["label"] for r in found):
-        raise InputError(
-            f"none of the {len(rows)} files named in {labels} is among the {len(paths)} images; name them relative to"
-            " --images"
-        )
-    label_names = list(label_names) + sorted({r["label"] for r in found} - set(label_names) - {""})
+    """
+    --images and --labels -> cases whose "images" are paths; labels are numbered on from `label_names`. Without a CSV
+    the folders tell the labels where they look like classes: see labels_by_folder.
+    """
+    paths = [Path(os.path.realpath(p)) for p in find_images(patterns)][:limit]
+    roots = [Path(os.path.realpath(p)) for p in patterns if os.path.isdir(p)]
     if labels:
-        print(f"labels of {sum(bool(r['label']) for r in found)} of {len(paths)} images from {labels}")
+        found, source = labels_from_csv(labels, paths, roots), labels
+    else:
+        found, source = {}, "the names of their folders"
+        for root in roots:
+            found |= labels_by_folder(root, [p for p in paths if p.is_relative_to(root)])
+    found = [found.get(path, ("", "")) for path in paths]
+    names = list(label_names) + sorted({label for _, label in found} - {"", *label_names}, key=str.lower)
+    if source:
+        known = sum(bool(label) for _, label in found)
+        print(f"labels of {known} of {len(paths)} images from {source}" if known else "no image has a label")
     return {
         "images": paths,
-        "labels": [label_names.index(r["label"]) if r["label"] else UNKNOWN for r in found],
-        "label_names": label_names,
+        "labels": [names.index(label) if label else UNKNOWN for _, label in found],
+        "label_names": names,
         "names": [str(p) for p in paths],
-        "splits": [r["split"] or "files" for r in found],
+        "splits": [split or "files" for split, _ in found],
         "datasets": {},
     }
 
 
+def labels_from_csv(csv_path, paths, roots):
+    """
+    -> {path: (split, label)}. A row names a file by its whole path, relative to one of the folders, or by its name
+    alone. InputError for a name that could be several images, and where nothing is labelled.
+    """
+    rows, exact, by_name, found = read_labels(csv_path), {}, {}, {}
+    for path in paths:
+        relative = {path.relative_to(root).as_posix() for root in roots if path.is_relative_to(root)}
+        keys = {path.as_posix(), *relative} & rows.keys()
+        for key in keys:
+            exact.setdefault(key, []).append(path)
+        if not keys:
+            by_name.setdefault(path.name.lower(), []).append(path)
+    for name, entry in rows.items():
+        same = exact.get(name) or by_name.get(Path(name).name.lower(), [])
+        if len(same) > 1:
+            raise InputError(
+                f"{csv_path} names {name}, which could be {printable(same[0])} or {printable(same[1])}: name files"
+                " relative to --images, with their folder"
+            )
+        if same and found.setdefault(same[0], entry) != entry:
+            raise InputError(f"{csv_path} has two different rows for {printable(same[0])}; keep one of them")
+    if not found:
+        raise InputError(
+            f"none of the {len(rows)} files named in {csv_path} is among the {len(paths)} images; name them relative to"
+            " --images"
+        )
+    if not any(label for _, label in found.values()):
+        raise InputError(f"{csv_path}: there is no label in it")
+    return found
+
+
 def read_labels(path):
     """
-    CSV with the columns file, label and perhaps split -> {file: {"label", "split"}}; an empty label is an unknown one.
+    CSV with the columns file, label and perhaps split -> {file: (split, label)}; blanks and words such as nan, None,
+    N/A, - or XXXX are unknown labels.
     """
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
@@ -174,14 +210,18 @@ def read_labels(path):
                 )
             rows = {}
             for row in reader:
-                entry = {"label": (row["label"] or "").strip(), "split": (row.get("split") or "").strip()}
-                name = Path((row["file"] or "").strip()).as_posix()
-                if rows.get(name, entry) != entry:
+                name = Path((row["file"] or "").strip().replace("\\", "/")).as_posix()
+                entry = (text_of(row.get("split")), text_of(row["label"]))
+                if rows.setdefault(name, entry) != entry:
                     raise InputError(f"{path} names {name} twice, with different labels; keep one of the rows")
-                rows[name] = entry
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"--labels: {path} cannot be read as a CSV file ({error})") from error
     return rows
+
+
+def printable(path):
+    """File names that are not UTF-8 can be opened, but not printed."""
+    return os.fsencode(path).decode("utf-8", "replace")
 
 
 def read_files(paths, embedder):
@@ -193,7 +233,7 @@ def read_files(paths, embedder):
             images.append(to_square(read_image(path), embedder.read_size, channels))
             read.append(i)
         except InputError as error:
-            errors.append({"path": str(path), "error": str(error)})
+            errors.append({"path": printable(path), "error": str(error)})
     stack = np.stack(images) if images else np.empty((0, channels, 1, 1), dtype=np.uint8)
     return (stack[:, 0] if channels == 1 else stack.transpose(0, 2, 3, 1)), read, errors
 

@@ -20,7 +20,7 @@ from task1_classification.model import normalise
 from task3_retrieval.embed import fit_images
 
 FILE_SIZE = 224  # pixels per side at which pictures are shown
-DATASET_NAME = re.compile(r"(\w+)/(train|val|test)/(\d+)")
+DATASET_NAME = re.compile(r"(.+)/(train|val|test)/(\d{5,})")
 
 
 class Pictures:

@@ -37,7 +37,7 @@ import numpy as np
 from scipy.spatial.distance import cdist
 
 from shared.data.download import sha256_of
-from shared.runtime import InputError, atomic_file, plain, read_json, write_json
+from shared.runtime import InputError, atomic_file, plain, read_json, record, write_json
 
 try:
     import faiss
@@ -121,7 +121,7 @@ class CaseIndex:
 
     @property
     def label_names(self):
-        return self.metadata.get("label_names") or [str(i) for i in range(int(self.labels.max(initial=0)) + 1)]
+        return self.metadata.get("label_names") or [str(i) for i in range(int(self.labels.max(initial=UNKNOWN)) + 1)]
 
     def label_of(self, row):
         return self.label_names[self.labels[row]] if self.labels[row] != UNKNOWN else "unknown"
@@ -371,7 +371,7 @@ class CaseIndex:
                     path.unlink()
 
     def write_cases(self, file):
-        text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+        text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")  # names of any bytes
         writer = csv.writer(text)
         writer.writerow(["id", "label", "split", "name"])
         writer.writerows(zip(self.ids.tolist(), self.labels.tolist(), self.splits, self.names, strict=True))
@@ -399,7 +399,7 @@ class CaseIndex:
             self.retired, count = set(manifest["retired"]), manifest["count"]
             paths = {part: checked_file(folder, manifest["files"][part]) for part in ("vectors", "cases", "faiss")}
             self.vectors = np.load(paths["vectors"], allow_pickle=False)
-            with open(paths["cases"], encoding="utf-8", newline="") as file:
+            with open(paths["cases"], encoding="utf-8", errors="surrogateescape", newline="") as file:
                 cases = list(csv.DictReader(file))
             if self.vectors.dtype != np.float32 or self.vectors.shape != (count, self.dim) or len(cases) != count:
                 raise ValueError(f"it should hold {count} x {self.dim} numbers and as many cases")
@@ -540,6 +540,7 @@ def write_named(folder, pattern, write):
         digest = sha256_of(temporary)
         path = folder / pattern.format(digest[:12])
         temporary.replace(path)
+        record(path)
     finally:
         temporary.unlink(missing_ok=True)
     return {"name": path.name, "sha256": digest, "bytes": path.stat().st_size}

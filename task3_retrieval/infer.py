@@ -29,12 +29,12 @@ import numpy as np
 import torch
 
 from shared.data.image_sets import SPLITS, load_phantom
-from shared.data.images import find_images, printable
+from shared.data.images import find_images
 from shared.report import Report, number
 from shared.runtime import InputError, atomic_file, bounded, open_run_dir, pick_device, positive_int, run_facts, script
 from shared.runtime import script_parser, write_csv, write_json
 from task3_retrieval.cases import DRY_RUN, case_name, choose_classifier, classifier_answers, dataset_cases, index_of
-from task3_retrieval.cases import read_files
+from task3_retrieval.cases import printable, read_files
 from task3_retrieval.embed import channels_first, channels_last, embedder_like, find_cnn, fit_images, load_embedder
 from task3_retrieval.embed import preferred_run
 from task3_retrieval.figures import PER_LINE, draw_cases
@@ -234,9 +234,11 @@ def read_queries(args, index, embedder, pictures):
         images, read, bad = read_files([path], embedder)
         errors += bad
         if read:
-            name = str(path.resolve())
+            name, folder = os.path.realpath(path), path.absolute().parent.name
             known = index.rows_of(index.ids_of([name]))[0]
-            label = index.label_of(known) if known >= 0 and index.labels[known] != UNKNOWN else ""
+            label = folder if folder in index.label_names else ""  # own folders: one per class
+            if known >= 0 and index.labels[known] != UNKNOWN:
+                label = index.label_of(known)
             queries.append({"name": name, "label": label, "picture": file_picture(path), "image": images[0]})
     if not queries:
         raise InputError(f"none of the {len(errors)} queries could be used; {errors[0]['path']}: {errors[0]['error']}")
@@ -274,11 +276,9 @@ def distance_to_gallery(index, vectors, itself, quantile):
 
 def predictions_of(index, queries, rows, distances, called, far, limit):
     """Rows of predictions.csv. rows, distances (Q, k); called: (class, probability, whose) of each query, or None."""
-    k = rows.shape[1]
+    k, num_classes = rows.shape[1], max(1, len(index.label_names))
     with np.errstate(invalid="ignore"):  # no share where no neighbour has a label
-        votes, shares = knn_vote(
-            rows, np.full(len(rows), k), -index.far(distances), index.labels, len(index.label_names), k
-        )
+        votes, shares = knn_vote(rows, np.full(len(rows), k), -index.far(distances), index.labels, num_classes, k)
     for i, query in enumerate(queries):
         known = (index.labels[rows[i]] != UNKNOWN).any()
         vote = index.label_names[votes[i]] if known else ""

@@ -5,6 +5,7 @@ form.
 
 import csv
 import json
+import os
 from pathlib import Path
 
 import faiss
@@ -202,6 +203,77 @@ def test_refusals(tiny_run, refused, write_medmnist, own_folder):
     Path("films/00.png").write_text("no image")
     assert "none of the 1 images could be used" in refused(main, ["--images", "films", "--backbone", "pixels"])
     assert not (own_folder / "outputs").exists()
+
+
+def class_folders(tiny_run, folder="chest"):
+    """Ten test films of each class as folder/NORMAL/0.png, folder/PNEUMONIA/0.png, ...; the same names in both."""
+    images, labels = tiny_run.data.images["test"][:, 0].numpy(), tiny_run.data.labels["test"].numpy()
+    for label, name in enumerate(("NORMAL", "PNEUMONIA")):
+        Path(folder, name).mkdir(parents=True)
+        for i, film in enumerate(images[labels == label][:10]):
+            Image.fromarray(film).save(f"{folder}/{name}/{i}.png")
+
+
+def test_folders_named_like_classes_give_the_labels(tiny_run, capsys):
+    class_folders(tiny_run)
+    class_folders(tiny_run, "split/train")
+    class_folders(tiny_run, "split/Test")
+    for folder, splits in (("chest", {"files"}), ("split", {"train", "test"})):
+        index, metrics = build("--images", folder, "--backbone", "pixels", "--overwrite")
+        assert metrics["labels"] == dict.fromkeys(("NORMAL", "PNEUMONIA"), 10 * len(splits))
+        assert all(index.label_of(i) == Path(name).parent.name for i, name in enumerate(index.names))
+        assert set(index.splits) == splits and "from the names of their folders" in capsys.readouterr().out
+    save_films(tiny_run, 4)
+    Path("films/patient1").mkdir()
+    Path("films/00.png").rename("films/patient1/00.png")
+    assert build("--images", "films", "--backbone", "pixels", "--overwrite")[1]["labels"] == {"unknown": 4}
+
+
+def test_own_folders_are_a_data_set(tiny_run):
+    class_folders(tiny_run)
+    index, metrics = build("--data", "chest/", "--split", "all", "--backbone", "pixels")
+    assert metrics["labels"] == {"NORMAL": 10, "PNEUMONIA": 10} and metrics["datasets"] == ["chest"]
+    assert index.names[0] == "chest/train/00000" and not metrics["phantom"]
+
+
+def test_names_that_could_be_two_images_are_refused(tiny_run, refused):
+    class_folders(tiny_run)
+    Path("labels.csv").write_text("file,label\n1.png,normal\n")
+    for images in (["chest"], ["chest/NORMAL", "chest/PNEUMONIA"]):
+        message = refused(main, ["--images", *images, "--labels", "labels.csv", "--backbone", "pixels"])
+        assert "names 1.png, which could be" in message and "NORMAL/1.png" in message
+    Path("labels.csv").write_text("\ufefffile,label\nNORMAL\\1.png,a\nPNEUMONIA/1.png,b\n3.PNG,nan\n", "utf-8")
+    Path("chest/NORMAL/3.png").unlink()
+    index, metrics = build("--images", "chest", "--labels", "labels.csv", "--backbone", "pixels")
+    assert metrics["labels"] == {"a": 1, "b": 1, "unknown": 17}
+
+
+@pytest.mark.parametrize("blank", ["", "nan", "NaN", "None", "N/A", "-", "XXXX", " "])
+def test_blank_labels_are_unknown(tiny_run, refused, blank):
+    save_films(tiny_run, 3)
+    Path("labels.csv").write_text(f"file,label\n00.png,ill\n01.png,{blank}\n02.png,{blank}\n")
+    labels = ["--images", "films", "--labels", "labels.csv", "--backbone", "pixels"]
+    assert build(*labels)[1]["labels"] == {"ill": 1, "unknown": 2}
+    Path("labels.csv").write_text(f"file,label\n00.png,{blank}\n01.png,{blank}\n02.png,{blank}\n")
+    assert "there is no label in it" in refused(main, labels)
+
+
+def test_file_names_of_any_bytes(tiny_run):
+    films = save_films(tiny_run, 2)
+    name = os.fsencode("films/") + b"a\xff" + "é".encode() * 60 + b".png"
+    with open(name, "wb") as file:
+        Image.fromarray(films[0]).save(file, format="png")
+    index, _ = build("--images", "films", "--backbone", "pixels")
+    assert len(index) == 3 and os.fsencode(index.names[2]).endswith(name[6:])
+    Path("loop.png").symlink_to("loop.png")
+    assert build("--images", "films", "loop.png", "--backbone", "pixels", "--overwrite")[1]["n_errors"] == 1
+
+
+def test_sizes_that_a_network_cannot_take(refused):
+    arguments = ["--data", "phantom", "--backbone", "random:vit_b_16"]
+    assert "cannot take images of 64 pixels" in refused(main, [*arguments, "--input-size", "64"])
+    assert "must be between 8 and 2048" in refused(main, [*arguments, "--input-size", "1000000000"])
+    assert "must be between 1 and 65536" in refused(main, [*arguments, "--batch-size", "1000000000"])
 
 
 def test_a_folder_that_holds_a_run_is_kept(refused):

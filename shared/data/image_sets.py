@@ -1,16 +1,19 @@
 """
 Every 2-D MedMNIST set (Yang et al. 2023, doi:10.1038/s41597-022-01721-8) as uint8 tensors held in memory, and the
-phantom in the same form. A file that is present is used as it is; only an absent one is downloaded, through the
-medmnist package.
+phantom and folders of one's own in the same form. A file that is present is used as it is; only an absent one is
+downloaded, through the medmnist package.
 """
 
 import hashlib
+import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import medmnist
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from shared.runtime import DataNotFound, InputError
 
@@ -67,9 +70,11 @@ class ImageSet:
 def load_images(name, data_dir, size=28, auto="pneumoniamnist"):
     """
     --data NAME -> ImageSet. "auto" takes the set `auto` from `data_dir`, else downloads it, else makes phantom images
-    and says so; a set asked for by its own name is never replaced by another.
+    and says so; a set asked for by its own name is never replaced by another. A path is a folder of one's own.
     """
-    name = name.lower()
+    name = set_name(name)
+    if name not in ("auto", "phantom", *INFO) and Path(name).is_dir():
+        return load_folder(name, size)
     if name == "phantom":
         return load_phantom(size)
     if name != "auto":
@@ -85,13 +90,93 @@ def load_images(name, data_dir, size=28, auto="pneumoniamnist"):
         return load_phantom(size)
 
 
+def set_name(name):
+    """--data as ImageSet.name has it: names in lower case, folders as a path without a slash at its end."""
+    lower = name.lower()
+    return Path(name).as_posix() if lower not in ("auto", "phantom", *INFO) and Path(name).is_dir() else lower
+
+
+def labels_by_folder(root, paths):
+    """
+    Labels of images from the folders they lie in: root/CLASS/film.png, or root/SPLIT/CLASS/film.png with the splits
+    train, val and test -> {path: (split or "", class)}; {} where the folders do not look like classes (fewer than two,
+    or more than half as many as images).
+    """
+    found = {}
+    for path in paths:
+        parts = path.relative_to(root).parts[:-1]
+        split = parts[0].lower() if len(parts) > 1 and parts[0].lower() in SPLITS else ""
+        if parts[bool(split) :]:
+            found[path] = (split, parts[bool(split)])
+    return found if 1 < len({label for _, label in found.values()}) <= max(2, len(found) / 2) else {}
+
+
+def load_folder(folder, size=28):
+    """
+    A folder with one folder of images per class, or with train/, val/ and test/ of such folders -> ImageSet, the
+    classes in alphabetical order. A split that is missing is taken out of train by the content of the images (15 % of
+    each class, always the same ones): keep the films of one patient together by making the splits yourself. Files that
+    cannot be read are left out and counted.
+    """
+    from shared.data.images import find_images, read_image, to_square  # MedMNIST's files do without
+
+    where, skipped, rows = labels_by_folder(folder, find_images([folder])), [], []
+    for path, (split, label) in tqdm(where.items(), desc=f"reading {folder}", leave=False, disable=None):
+        try:
+            pixels = read_image(path)
+        except InputError as error:
+            skipped.append(f"{path.name}: {error}")
+            continue
+        pixels = to_square(pixels, size, 1 if pixels.ndim == 2 else 3)
+        rows.append((label, hashlib.sha256(pixels.tobytes()).hexdigest(), split, pixels))
+    names = sorted({row[0] for row in rows}, key=str.lower)
+    if len(names) < 2:
+        raise InputError(f"{folder} is no data set: it needs two or more folders of images, one per class")
+    if skipped:
+        print(f"{len(skipped)} files of {folder} were left out; {skipped[0]}", file=sys.stderr)
+    rows.sort(key=lambda row: row[1])  # by content: classes are mixed, and copies lie side by side
+    splits = assigned_splits(rows)
+    channels = max(len(row[3]) for row in rows)
+    images, labels, sha256 = {}, {}, hashlib.sha256()
+    for split in SPLITS:
+        mine = [row for row, place in zip(rows, splits, strict=True) if place == split]
+        if len({row[0] for row in mine}) < len(names):
+            raise InputError(f"{folder}: not every class has an image in {split}; a class needs four different images")
+        stack = np.stack([np.broadcast_to(row[3], (channels, size, size)) for row in mine])
+        images[split] = torch.from_numpy(stack)
+        labels[split] = torch.tensor([names.index(row[0]) for row in mine])
+        sha256.update(stack.tobytes() + labels[split].numpy().tobytes())
+    task = "binary-class" if len(names) == 2 else "multi-class"
+    counts = Counter(row[0] for row in rows)
+    source = f"the folder {folder} ({', '.join(f'{counts[name]} {name}' for name in names)})"
+    return ImageSet(folder, task, names, images, labels, size, channels, sha256.hexdigest(), False, source)
+
+
+def assigned_splits(rows):
+    """rows (label, digest, split, ...) sorted by digest -> the split of each; see load_folder."""
+    missing = [s for s in ("val", "test") if s not in {row[2] for row in rows}]
+    digests = {}  # of each class, those that may be moved
+    for label, digest, split, _ in rows:
+        if split in ("", "train"):
+            digests.setdefault(label, {})[digest] = None
+    place = {}
+    for own in map(list, digests.values()):
+        count = max(1, round(0.15 * len(own)))
+        for i, split in enumerate(missing):
+            place |= dict.fromkeys(own[i * count : (i + 1) * count], split)
+    return [split if split in ("val", "test") else place.get(digest, "train") for _, digest, split, _ in rows]
+
+
 def load_medmnist(name, data_dir, size=28):
     """
     Read <data_dir>/<file> or <data_dir>/<name>/<file>, where <file> is MedMNIST's own: pneumoniamnist.npz at 28 pixels,
     pneumoniamnist_64.npz at 64. DataNotFound when it is absent and the download fails; InputError when it is damaged.
     """
     if name not in INFO:
-        raise InputError(f"there is no 2-D MedMNIST set '{name}'; there are {', '.join(INFO)}, and phantom")
+        raise InputError(
+            f"there is no 2-D MedMNIST set '{name}'; there are {', '.join(INFO)}, and phantom; or give a folder with"
+            " one folder of images per class"
+        )
     if size not in SIZES:
         raise InputError(f"MedMNIST images come in {SIZES} pixels, not {size}")
     suffix = "" if size == 28 else f"_{size}"
