@@ -1,34 +1,32 @@
 """
 What one rollout earns, term by term, and why.
 
-    plan = plan_edits(row, image, k=4, seed=0)                    # once per prompt: the images that the counterfactual
-    term needs drops = measure_drops(score, questions, answers, plans)       # one call of score() for all rollouts of a
-    step terms = score_rollouts(rows, texts, settings, frequencies, drops, tokens)    # one dict per rollout, all of it
-    for the log terms[0]["reward"]; print("\\n".join(explain(rows[0], texts[0], terms[0])))
+    plan = plan_edits(row, image, k=4, seed=0)     # once per prompt: the images that the counterfactual term needs
+    drops = measure_drops(score, questions, answers, plans)  # one call of score() for all rollouts of a step
+    terms = score_rollouts(rows, texts, settings, frequencies, drops, tokens)  # one dict per rollout, for the log
+    terms[0]["reward"]; print("\\n".join(explain(rows[0], texts[0], terms[0])))
 
 Terms of a rollout; None where a row does not define one (no region, no reasoning): it then counts as nothing.
 
-    gate            1 when the text is one JSON object of the four known fields (or
-                    <think>..</think><answer>..</answer>) and nothing else, at most in a code fence, without image or
-                    chat tokens; else 0
-    A answer        closed: 1 for the right label. open: squared F1 of words, each counted at most as often as the gold
-                    answer has it. Squared, since to list k candidates (F1 2/(k+1)) must earn less than to guess one of
-                    them (1/k). 0 for an answer that says both, hedges, or contradicts the gold one (left for right, "no
-                    mass" for "mass"). Times the inverse frequency of the gold answer in the training rows, 0.5 to 2
-    B box           IoU of all boxes together with the gold region, 0 for none, a placeholder, or more than 60 % of the
-                    image; times (n + 1) / boxes where there are more than n + 1 boxes for n gold ones; None without
-                    gold
-    C contradiction -1 when the reasoning contradicts the answer (yes or no, side, zone, organ, negation), else 0; None
-    without reasoning V counterfactual  clip(min(d_roi, 1) - max_k d_rand, -1, 1), in nats: how much less likely the
-                                        policy finds its OWN answer when
-                    the gold region is taken out of the image, minus the same for random regions of equal area. Of these
-                    the one that matters most counts, not their mean: an answer that also hangs on something else, which
-                    one of four regions happens to cover, must not pass. d_roi is limited by itself, so that a large one
-                    cannot hide that. Where the gold answer is no there is nothing to take out, and V = clip(-max_k
-                    d_rand, -1, 0): regions filled in at random must not turn it into a yes (without this a policy may
-                    take any filled region for a yes). None without gold region; a gold no is lent that of another row,
-                    for the size
-    P penalty       too long + repetition + question or instruction copied, each 0 to 1, together at most 1
+    gate        1 when the text is one JSON object of the four known fields (or <think>..</think><answer>..</answer>)
+                and nothing else, at most in a code fence, without image or chat tokens; else 0
+    A answer    closed: 1 for the right label. open: squared F1 of words, each counted at most as often as the gold
+                answer has it. Squared, since to list k candidates (F1 2/(k+1)) must earn less than to guess one of them
+                (1/k). 0 for an answer that says both, hedges, or contradicts the gold one (left for right, "no mass"
+                for "mass"). Times the inverse frequency of the gold answer in the training rows, 0.5 to 2
+    B box       IoU of all boxes together with the gold region, 0 for none, a placeholder, or more than 60 % of the
+                image; times (n + 1) / boxes where there are more than n + 1 boxes for n gold ones; None without gold
+    C contra-   -1 when the reasoning contradicts the answer (yes or no, side, zone, organ, negation), else 0; None
+      diction   without reasoning
+    V counter-  clip(min(d_roi, 1) - max_k d_rand, -1, 1), in nats: how much less likely the policy finds its OWN answer
+      factual   when the gold region is taken out of the image, minus the same for random regions of equal area. Of
+                these the one that matters most counts, not their mean: an answer that also hangs on something else,
+                which one of four regions happens to cover, must not pass. d_roi is limited by itself, so that a large
+                one cannot hide that. Where the gold answer is no there is nothing to take out, and V = clip(-max_k
+                d_rand, -1, 0): regions filled in at random must not turn it into a yes (without this a policy may take
+                any filled region for a yes). None without gold region; a gold no is lent that of another row, for the
+                size
+    P penalty   too long + repetition + question or instruction copied, each 0 to 1, together at most 1
 
 composition="gated", the default; f, a, s, v are the four weights divided by their defaults 0.2, 0.4, 0.2, 0.2:
 
@@ -36,18 +34,17 @@ composition="gated", the default; f, a, s, v are the four weights divided by the
     V+ = max(V, 0) where the answer is right (A before its frequency above 0.5), else 0;    V- = min(V, 0)
 
 With the default weights R lies in [-0.7, 1.65]. Only the answer's part is capped at 1.5: a cap on the whole would hide
-box and penalties of every right answer whose frequency weight is near 2 (zoo.py: a caption of 300 words then cost 0.03
-instead of 0.2).
+box and penalties of every right answer whose frequency weight is near 2 (benchmarks/zoo.py: a caption of 300 words then
+cost 0.03 instead of 0.2).
 
-composition="additive", the plain weighted sum that is usual, for comparison (what it lets through: zoo.py):
+composition="additive", the plain weighted sum that is usual, for comparison (what it lets through: benchmarks/zoo.py):
 
     R = w_format (gate - P) + w_answer A + w_consistency (B + C) + w_counterfactual V
 
 Format is a gate and no income: paid for, it would pay every wrong answer alike. V multiplies A: looking at the right
 place earns nothing without being right, and being right for another reason costs. V is measured on the gold region (a
 model chooses its own box so as to look good) and on this rollout (what is read from a file is the same for all rollouts
-of a prompt, so that the group's mean takes it away: delta_cf_roi, delta_cf_rand, valid_json and answer_correct of older
-files are ignored, see ignored_fields).
+of a prompt, so that the group's mean takes it away: the fields IGNORED of older files).
 
 What V can do. The answer is scored as a response of its own, without the rollout's reasoning: after "Seen: left
 effusion" the word "left" hardly depends on the image. So rollouts of one prompt with equal answers have equal V: as a
@@ -57,6 +54,7 @@ itself: slope(), images_of_v() and train_grpo.py.
 """
 
 import functools
+import itertools
 import json
 import math
 import re
@@ -75,40 +73,19 @@ from vqa_sft_grpo.scoring import score_answer, words_and_marks
 COMPOSITIONS = ("gated", "additive")
 TERMS = ("format", "answer", "consistency", "counterfactual")
 DEFAULT_WEIGHTS = (0.2, 0.4, 0.2, 0.2)
-IGNORED = (
-    "delta_cf_roi",
-    "delta_cf_rand",
-    "valid_json",
-    "answer_correct",
-)  # of rows that evaluate.py --export-grpo wrote
+IGNORED = "delta_cf_roi delta_cf_rand valid_json answer_correct".split()  # that evaluate.py --export-grpo wrote
 RIGHT = 0.5  # of A, before the frequency: above it V+ counts
 NATS = 1.0  # a drop of the log-probability by this much makes V = 1; no larger one counts for more
 MOST = 1.5  # that the answer's part of the reward can be
-CAP = 2.0  # of the frequency weight, and 1 / CAP its floor: an answer that is always the same must not be forgotten either
+CAP = 2.0  # of the frequency weight, and 1 / CAP its floor: an answer that is always the same must not be forgotten
 TOO_LARGE = 0.6  # share of the image
 COPIED = 0.8  # of a sentence
 PLACEHOLDERS = ([0, 0, 100, 100], [0, 0, 1, 1], [0, 0, 10, 10])  # boxes of prompts and examples
 SPECIAL = re.compile(r"<\|[a-z_]+\|>|<(?:image|video|s|/s|pad)>", re.IGNORECASE)
-HEDGES = {
-    "or",
-    "either",
-    "maybe",
-    "perhaps",
-    "possibly",
-    "possible",
-    "probably",
-    "likely",
-    "might",
-    "could",
-    "unsure",
-    "uncertain",
-    "unclear",
-    "unknown",
-    "cannot",
-    "versus",
-    "vs",
-    "depend",
-}
+HEDGES = set(
+    "or either maybe perhaps possibly possible probably likely might could unsure uncertain unclear unknown cannot"
+    " versus vs depend".split()
+)
 ORGANS = set(
     "lung heart liver spleen kidney stomach bladder brain colon intestine rectum esophagus trachea pancreas aorta spine"
     " larynx eye".split()
@@ -147,6 +124,23 @@ MEANINGS = {  # of what a rollout's dict holds, for the head of a log
 }
 
 
+def parse_weights(weights):
+    """
+    "0.2,0.4,0.2,0.2" or four numbers, of format, answer, consistency and counterfactual -> tuple of floats; InputError.
+    """
+    parts = weights.split(",") if isinstance(weights, str) else weights
+    try:
+        numbers = tuple(float(part) for part in parts)
+    except (TypeError, ValueError):
+        numbers = ()
+    if len(numbers) != len(TERMS) or not all(0 <= n < math.inf for n in numbers) or not any(numbers):
+        raise InputError(
+            f"the reward weights are {weights!r}; give four numbers of at least 0, not all 0, for {', '.join(TERMS)}:"
+            " 0.2,0.4,0.2,0.2"
+        )
+    return numbers
+
+
 @dataclass(frozen=True)
 class RewardSettings:
     """
@@ -163,38 +157,23 @@ class RewardSettings:
         object.__setattr__(self, "weights", parse_weights(self.weights))
         check_style(self.style)
         if self.composition not in COMPOSITIONS:
-            raise InputError(
-                f"there is no reward composition '{self.composition}'; there are {' and '.join(COMPOSITIONS)}"
-            )
+            known = " and ".join(COMPOSITIONS)
+            raise InputError(f"there is no reward composition '{self.composition}'; there are {known}")
+
+    def shares(self):
+        """The four weights over their defaults."""
+        return tuple(w / default for w, default in zip(self.weights, DEFAULT_WEIGHTS, strict=True))
 
 
-def parse_weights(weights):
-    """
-    "0.2,0.4,0.2,0.2" or four numbers, of format, answer, consistency and counterfactual -> tuple of floats;
-    InputError.
-    """
-    parts = weights.split(",") if isinstance(weights, str) else weights
-    try:
-        numbers = tuple(float(part) for part in parts)
-    except (TypeError, ValueError):
-        numbers = ()
-    if len(numbers) != len(TERMS) or not all(0 <= n < math.inf for n in numbers) or not any(numbers):
-        raise InputError(
-            f"the reward weights are {weights!r}; give four numbers of at least 0, not all 0, for {', '.join(TERMS)}:"
-            " 0.2,0.4,0.2,0.2"
-        )
-    return numbers
+DEFAULT_SETTINGS = RewardSettings()
 
 
 def ignored_fields(rows):
     """-> one sentence that names the fields of rows of older files that no reward reads, "" where there are none."""
     counts = Counter(name for row in rows for name in IGNORED if name in row)
-    if not counts:
-        return ""
-    return (
-        f"the rows hold {', '.join(f'{name} ({n} rows)' for name, n in counts.items())}: ignored, since rewards are"
-        " measured on each rollout and never read from a file"
-    )
+    named = ", ".join(f"{name} ({n} rows)" for name, n in counts.items())
+    why = "ignored, since rewards are measured on each rollout and never read from a file"
+    return f"the rows hold {named}: {why}" if named else ""
 
 
 def gold_of(row):
@@ -216,10 +195,7 @@ def answer_type_of(row):
 
 
 def answer_class(row):
-    """
-    -> (group of questions with the same possible answers, the gold answer's class in it, number of classes or None:
-    open-ended).
-    """
+    """-> (group of questions with the same possible answers, the gold answer's class in it, number of them or None)."""
     return class_of(gold_of(row), answer_type_of(row), row["question"])
 
 
@@ -290,29 +266,23 @@ def plan_edits(row, image, k=4, fill="inpaint", seed=0):
     seed = [*np.atleast_1d(seed).tolist(), zlib.crc32(f"{row.get('id', '')} {row['question']}".encode())]
     height, width = image.shape[:2]
     nothing = is_no(row)  # its own region, if any, is where something would be
-    boxes = (
-        [[x0 * width, y0 * height, x1 * width, y1 * height] for x0, y0, x1, y1 in row.get("lent") or ()]
-        if nothing
-        else row.get("region")
-    )
-    if not boxes:
+    boxes = row.get("region")
+    if nothing:
+        boxes = [[x0 * width, y0 * height, x1 * width, y1 * height] for x0, y0, x1, y1 in row.get("lent") or ()]
+    if not boxes and nothing:
         return EditPlan(
-            why=(
-                "the gold answer is no: there is nothing to take out, and no other row has a region to lend"
-                if nothing
-                else "no gold region"
-            )
+            why="the gold answer is no: there is nothing to take out, and no other row has a region to lend"
         )
+    if not boxes:
+        return EditPlan(why="no gold region")
     plan = plan_regions(image, boxes, k, seed)
     if plan.why:
         return EditPlan(why=plan.why)
-    roi = [] if nothing else plan.roi
     if fill == "mixed":
         fill = FILLS[np.random.default_rng(seed).integers(len(FILLS))]
-    edited = [
-        fill_region(image, boxes, fill, seed=[*seed, number])
-        for number, boxes in enumerate([roi] * bool(roi) + plan.random)
-    ]
+    roi = [] if nothing else plan.roi
+    regions = [roi] * bool(roi) + plan.random
+    edited = [fill_region(image, region, fill, seed=[*seed, number]) for number, region in enumerate(regions)]
     return EditPlan([image, *edited], "", roi, plan.random, fill)
 
 
@@ -325,10 +295,8 @@ def lend_regions(rows, lenders):
     pool = {}
     for row in lenders:
         if row.get("region") and row.get("width") and row.get("height") and not is_no(row):
-            shares = [
-                [x0 / row["width"], y0 / row["height"], x1 / row["width"], y1 / row["height"]]
-                for x0, y0, x1, y1 in row["region"]
-            ]
+            w, h = row["width"], row["height"]
+            shares = [[x0 / w, y0 / h, x1 / w, y1 / h] for x0, y0, x1, y1 in row["region"]]
             for key in (row["question"], None):
                 pool.setdefault(key, []).append(shares)
     for row in rows:
@@ -352,49 +320,38 @@ def answer_alone(answer, style="json"):
 def measure_drops(score, questions, answers, plans):
     """
     score(images, questions, answers) -> log-probabilities, one float each (mean nats per token of the answer; None or a
-    number that is not finite: cannot be scored). With an infer.Answerer: [s["answer"] for s in
-    answerer.score([build_prompt(q) for q in questions], images, [answer_alone(a)[0] for a in answers])]. questions,
-    answers, plans: one per rollout; an answer of None, and a plan without images, is not scored. score() is called
-    once, with every distinct (plan, answer) as often as there are plan.images, in their order. -> per rollout {"d_roi",
-    "d_rand_each", "counterfactual_why"}: drops, original minus edited; d_roi None where the plan takes no region out.
+    number that is not finite: cannot be scored). questions, answers, plans: one per rollout; an answer of None, and a
+    plan without images, is not scored. score() is called once, with every distinct (plan, answer) as often as there are
+    plan.images, in their order. -> per rollout {"d_roi", "d_rand_each", "counterfactual_why"}: drops, original minus
+    edited; d_roi None where the plan takes no region out.
     """
     jobs = {}
     for question, answer, plan in zip(questions, answers, plans, strict=True):
         if answer is not None and plan.images:
             jobs.setdefault((id(plan), answer), (question, answer, plan))
-    found = {}
-    if jobs:
-        flat = [(image, question, answer) for question, answer, plan in jobs.values() for image in plan.images]
-        logps = list(score(*(list(column) for column in zip(*flat, strict=True))))
-        if len(logps) != len(flat):
-            raise ValueError(f"score() gave {len(logps)} log-probabilities for {len(flat)} images")
-        start = 0
-        for key, (_, _, plan) in jobs.items():
-            part = logps[start : start + len(plan.images)]
-            start += len(plan.images)
-            found[key] = (
-                None
-                if any(p is None or not math.isfinite(p) for p in part)
-                else [float(part[0]) - float(p) for p in part[1:]]
-            )
+    flat = [(image, question, answer) for question, answer, plan in jobs.values() for image in plan.images]
+    logps = list(score(*map(list, zip(*flat, strict=True)))) if flat else []
+    if len(logps) != len(flat):
+        raise ValueError(f"score() gave {len(logps)} log-probabilities for {len(flat)} images")
+    found, start = {}, 0
+    for key, (_, _, plan) in jobs.items():
+        first, *others = part = logps[start : start + len(plan.images)]
+        start += len(plan.images)
+        finite = all(p is not None and math.isfinite(p) for p in part)
+        found[key] = [float(first) - float(p) for p in others] if finite else None
     results = []
     for answer, plan in zip(answers, plans, strict=True):
-        why = "no answer to score" if answer is None else plan.why
-        drops = found.get((id(plan), answer))
+        drops, why = found.get((id(plan), answer)), "no answer to score" if answer is None else plan.why
         if not why and drops is None:
             why = "the log-probability of the answer is not finite"
-        d_roi = [None] if why or not plan.roi else drops[:1]
-        results.append(
-            {"d_roi": d_roi[0], "d_rand_each": None if why else drops[len(plan.roi) > 0 :], "counterfactual_why": why}
-        )
+        d_roi = drops[0] if not why and plan.roi else None
+        d_rand = None if why else drops[len(plan.roi) > 0 :]
+        results.append({"d_roi": d_roi, "d_rand_each": d_rand, "counterfactual_why": why})
     return results
 
 
-def answer_to_score(text, settings=RewardSettings()):  # noqa: B008 - frozen
-    """
-    -> the answer of a rollout whose V can matter, else None: behind a closed gate it counts nothing, so it need not be
-    measured.
-    """
+def answer_to_score(text, settings=DEFAULT_SETTINGS):
+    """-> the answer of a rollout whose V can matter, else None: behind a closed gate it counts nothing."""
     found = parse_response(text, settings.style)
     return None if gate_problem(text, found, settings.style) else found.answer
 
@@ -406,14 +363,14 @@ def gate_problem(text, found, style):
     """-> "" for a text that passes the gate, else why not."""
     if SPECIAL.search(text):
         return "image or chat tokens in the text"
+    if found.problem:
+        return found.problem
+    if found.answer is None:
+        return "no answer"
+    if found.level == 2:
+        return "other text around the object, or an answer in another form"
     if not found.valid:
-        return found.problem or (
-            "no answer"
-            if found.answer is None
-            else "other text around the object, or an answer in another form"
-            if found.level == 2
-            else f"not strict (repair level {found.level})"
-        )
+        return f"not strict (repair level {found.level})"
     if style == "json":
         data = found.data
         if set(data) - set(FIELDS):
@@ -514,14 +471,8 @@ def opposed(said, affirmed):
 
 def sentences(text):
     """-> lists of tokens, one per clause between punctuation marks."""
-    parts, clause = [], []
-    for token in [*words_and_marks(text), "."]:
-        if token != ".":
-            clause.append(token)
-        elif clause:
-            parts.append(clause)
-            clause = []
-    return parts
+    clauses = itertools.groupby(words_and_marks(text), key=lambda token: token == ".")
+    return [list(tokens) for mark, tokens in clauses if not mark]
 
 
 def common_length(a, b):
@@ -579,9 +530,23 @@ def length_term(tokens, max_tokens):
 # ------------------------------------------------------------------------------------------------------------- together
 
 
+def counterfactual_term(no, d_roi, d_rand, why):
+    """
+    -> (V, d_roi, [d_rand], why it is undefined). no: the gold answer is no, so that nothing was taken out. None: not
+    measured.
+    """
+    d_roi = None if no else d_roi
+    if not d_rand or not no and d_roi is None:
+        return None, d_roi, d_rand, why or "not measured"
+    if not all(math.isfinite(d) for d in (d_roi or 0.0, *d_rand)):
+        return None, None, None, "a drop is not finite"
+    value = ((0.0 if no else min(d_roi, NATS)) - max(d_rand)) / NATS
+    return min(0.0 if no else 1.0, max(-1.0, value)), d_roi, d_rand, ""
+
+
 def rollout_terms(
-    row, text, settings=RewardSettings(), frequencies=None, d_roi=None, d_rand=None, tokens=None, counterfactual_why=""
-):  # noqa: B008 - frozen
+    row, text, settings=DEFAULT_SETTINGS, frequencies=None, d_roi=None, d_rand=None, tokens=None, counterfactual_why=""
+):
     """
     Everything about one rollout -> a dict of plain values with the keys of MEANINGS.
 
@@ -591,47 +556,28 @@ def rollout_terms(
     where the gold answer is no); d_rand: of the random ones, a list; None: not measured, V is undefined. tokens: number
     of new tokens; None: words and punctuation marks are counted instead.
     """
-    style, question, gold = settings.style, row["question"], gold_of(row)
+    style, question = settings.style, row["question"]
     found = parse_response(text, style)
     why = gate_problem(text, found, style)
-    gate = 0.0 if why else 1.0
-    accuracy, score, away = accuracy_of(found.answer, gold, answer_type_of(row), question)
+    accuracy, score, away = accuracy_of(found.answer, gold_of(row), answer_type_of(row), question)
     weight = frequencies.weight(row) if frequencies is not None else 1.0
     data = found.data or {}
-    written = (
-        [data[name] for name in ("caption", "reasoning", "answer") if isinstance(data.get(name), str)]
-        if found.data
-        else [text]
-    )
-
+    texts = [data[name] for name in ("caption", "reasoning", "answer") if isinstance(data.get(name), str)]
+    written = texts if found.data else [text]
     box, box_why = box_term(row, found) if style == "json" else (None, "")
-    contradiction, contradiction_why = contradiction_term(data.get("reasoning"), found.answer, question, score["kind"])
+    contradiction, how = contradiction_term(data.get("reasoning"), found.answer, question, score["kind"])
     tokens = len(re.findall(r"\w+|[^\w\s]", text)) if tokens is None else tokens
-    length, repetition, copying = (
-        length_term(tokens, settings.max_tokens),
-        repetition_term(written),
-        copying_term(written, question, style),
-    )
-    penalty = min(1.0, length + repetition + copying)
-
-    value, mean_rand, d_roi = None, None, None if is_no(row) else d_roi
-    if d_rand and (is_no(row) or d_roi is not None):
-        if all(math.isfinite(d) for d in (d_roi or 0.0, *d_rand)):
-            mean_rand = sum(d_rand) / len(d_rand)
-            best = 0.0 if is_no(row) else min(d_roi, NATS)
-            value = min(0.0 if is_no(row) else 1.0, max(-1.0, (best - max(d_rand)) / NATS))
-        else:
-            d_roi, d_rand, counterfactual_why = None, None, "a drop is not finite"
-    elif not counterfactual_why:
-        counterfactual_why = "not measured"
+    length, repetition = length_term(tokens, settings.max_tokens), repetition_term(written)
+    copying = copying_term(written, question, style)
+    value, d_roi, d_rand, cf_why = counterfactual_term(is_no(row), d_roi, d_rand, counterfactual_why)
     known = [part for part in (box, contradiction) if part is not None]
     terms = {
         "reward": None,
-        "format": gate - penalty,
+        "format": float(not why) - min(1.0, length + repetition + copying),
         "answer": accuracy * weight,
         "consistency": sum(known) if known else None,
         "counterfactual": value,
-        "gate": gate,
+        "gate": float(not why),
         "gate_why": why,
         "level": found.level,
         "said": found.answer,
@@ -645,18 +591,17 @@ def rollout_terms(
         "box": box,
         "box_why": box_why,
         "contradiction": contradiction,
-        "contradiction_why": contradiction_why,
+        "contradiction_why": how,
         "length": length,
         "repetition": repetition,
         "copying": copying,
-        "penalty": penalty,
+        "penalty": min(1.0, length + repetition + copying),
         "d_roi": d_roi,
-        "d_rand": mean_rand,
+        "d_rand": None if value is None else sum(d_rand) / len(d_rand),
         "d_rand_each": list(d_rand) if d_rand else None,
-        "counterfactual_why": "" if value is not None else counterfactual_why,
+        "counterfactual_why": cf_why,
     }
-    terms["reward"] = compose(terms, settings)
-    return terms
+    return terms | {"reward": compose(terms, settings)}
 
 
 def compose(terms, settings):
@@ -669,7 +614,7 @@ def parts(terms, settings):
     box, contradiction, v = (terms[name] or 0.0 for name in ("box", "contradiction", "counterfactual"))
     if settings.composition == "additive":
         return {name: weight * (terms[name] or 0.0) for name, weight in zip(TERMS, settings.weights, strict=True)}
-    f, a, s, c = (w / default for w, default in zip(settings.weights, DEFAULT_WEIGHTS, strict=True))
+    f, a, s, c = settings.shares()
     gate, answer, cap = terms["gate"], a * terms["answer"], MOST * max(1.0, a)
     looked = max(v, 0.0) if terms["accuracy"] > RIGHT else 0.0
     alone, together = min(cap, answer), min(cap, answer * (1 + 0.3 * c * looked))
@@ -699,7 +644,7 @@ def slope(terms, settings):
         return 0.0
     if settings.composition == "additive":
         return settings.weights[TERMS.index("counterfactual")]
-    _, a, _, c = (w / default for w, default in zip(settings.weights, DEFAULT_WEIGHTS, strict=True))
+    _, a, _, c = settings.shares()
     answer = a * terms["answer"] if v >= 0 else 1.0
     return terms["gate"] * 0.3 * c * answer if v < 0 or answer * (1 + 0.3 * c * v) < MOST * max(1.0, a) else 0.0
 
@@ -716,106 +661,77 @@ def images_of_v(terms, plan):
     return (0 if terms["d_roi"] is None or terms["d_roi"] >= NATS else 1), worst
 
 
-def score_rollouts(rows, texts, settings=RewardSettings(), frequencies=None, drops=None, tokens=None):  # noqa: B008 - frozen
+def score_rollouts(rows, texts, settings=DEFAULT_SETTINGS, frequencies=None, drops=None, tokens=None):
     """
     rollout_terms of a batch. drops: of measure_drops, or None: V undefined; tokens: numbers of new tokens, or None.
     """
     n = len(texts)
-    drops, tokens = drops or [{}] * n, tokens if tokens is not None else [None] * n
-    return [
-        rollout_terms(
-            row,
-            text,
-            settings,
-            frequencies,
-            drop.get("d_roi"),
-            drop.get("d_rand_each"),
-            count,
-            drop.get("counterfactual_why", ""),
-        )
-        for row, text, drop, count in zip(rows, texts, drops, tokens, strict=True)
-    ]
+    terms = []
+    for row, text, drop, count in zip(rows, texts, drops or [{}] * n, tokens or [None] * n, strict=True):
+        measured = (drop.get("d_roi"), drop.get("d_rand_each"), count, drop.get("counterfactual_why", ""))
+        terms.append(rollout_terms(row, text, settings, frequencies, *measured))
+    return terms
 
 
-def explain(row, text, terms, settings=RewardSettings()):  # noqa: B008 - frozen
+def explain(row, text, terms, settings=DEFAULT_SETTINGS):
     """
     Why a rollout earned what it earned -> lines of text: each summand with what it comes from; they add up to the
     reward.
     """
-    t, gold = terms, gold_of(row)
-    lines = [
+    t = terms
+    hedged_away = ", but hedged: counts 0" if t["hedged"] else ""
+    answer = f"'{t['said']}' is {verdict(t)}{hedged_away}; A {t['accuracy']:.2f} x {t['class_weight']:.2f} for how rare"
+    answer += " the gold answer is"
+    penalty = f"too long {t['length']:.2f}, repetition {t['repetition']:.2f}, copied {t['copying']:.0f}"
+    box = "no gold region"
+    if t["box"] is not None:
+        box = f"IoU {t['box']:.2f}" + (f" ({t['box_why']})" if t["box_why"] else "")
+    against = "no reasoning"
+    if t["contradiction"] is not None:
+        against = t["contradiction_why"] or "reasoning and answer agree, or cannot be compared"
+    looked, elsewhere = looks(t)
+    summands = parts(t, settings)
+    if settings.composition == "additive":
+        sources = (f"gate {t['gate']:.0f} - ({penalty})", answer, f"box: {box}; {against}", looked)
+    else:
+        upwards = "" if t["accuracy"] > RIGHT else "; counts upwards for right answers only"
+        sources = (answer, looked + upwards, elsewhere, box, against, penalty)
+    gate = f"  gate {t['gate']:.0f}" + (f": {t['gate_why']}" if t["gate_why"] else "")
+    if t["gate_why"] and settings.composition == "gated":
+        gate += "; nothing but penalties counts"
+    return [
         f"question: {row['question']}",
-        f"gold:     {gold}",
+        f"gold:     {gold_of(row)}",
         f"rollout:  {text.strip()[:500]}",
         f"reward {t['reward']:+.3f} ({settings.composition})",
+        gate,
+        *(f"  {n:+.3f} {name}: {source}" for (name, n), source in zip(summands.items(), sources, strict=True)),
     ]
-    verdict = (
-        "right"
-        if t["correct"]
-        else (
-            "no answer that can be read"
-            if not t["parsed"]
-            else (
-                "the opposite of the gold answer"
-                if t["opposite"]
-                else f"right in part, squared F1 {t['accuracy']:.2f}"
-                if t["kind"] == "open"
-                else "wrong"
-            )
-        )
-    )
-    answer = (
-        f"'{t['said']}' is {verdict}{', but hedged: counts 0' if t['hedged'] else ''}; A {t['accuracy']:.2f} x"
-        f" {t['class_weight']:.2f} for how rare the gold answer is"
-    )
-    gate = f"{t['gate']:.0f}" + (
-        f": {t['gate_why']}; nothing but penalties counts"
-        if t["gate_why"] and settings.composition == "gated"
-        else f": {t['gate_why']}"
-        if t["gate_why"]
-        else ""
-    )
-    penalty = f"too long {t['length']:.2f}, repetition {t['repetition']:.2f}, copied {t['copying']:.0f}"
-    box = (
-        "no gold region" if t["box"] is None else f"IoU {t['box']:.2f}" + (f" ({t['box_why']})" if t["box_why"] else "")
-    )
-    against = (
-        "no reasoning"
-        if t["contradiction"] is None
-        else t["contradiction_why"] or "reasoning and answer agree, or cannot be compared"
-    )
-    if t["counterfactual"] is None:
-        looked = f"V undefined: {t['counterfactual_why']}"
-    elif t["d_roi"] is None:
-        looked = (
-            f"without a random region the answer loses at most {max(t['d_rand_each']):+.3f} nats per token: V"
-            f" {t['counterfactual']:+.2f}; there is no finding to take out"
-        )
-    else:
-        looked = (
-            f"without the region the answer loses {t['d_roi']:+.3f} nats per token, without a random one at most"
-            f" {max(t['d_rand_each']):+.3f}: V {t['counterfactual']:+.2f}"
-        )
-    lines.append(f"  gate {gate}")
-    sources = {
-        "additive": {
-            "format": f"gate {t['gate']:.0f} - ({penalty})",
-            "answer": answer,
-            "consistency": f"box: {box}; {against}",
-            "counterfactual": looked,
-        },
-        "gated": {
-            "answer": answer,
-            "looked at the region": (
-                looked + ("" if t["accuracy"] > RIGHT else "; counts upwards for right answers only")
-            ),
-            "looked elsewhere": (
-                "" if t["counterfactual"] is None else "a random region matters" if t["counterfactual"] < 0 else "no"
-            ),
-            "box": box,
-            "contradiction": against,
-            "penalty": penalty,
-        },
-    }[settings.composition]
-    summands = parts(terms, settings)
-    return lines + [f"  {value:+.3f} {name}: {sources[name]}" for name, value in summands.items()]
+
+
+def verdict(t):
+    """What the answer of these terms is, in words."""
+    if t["correct"]:
+        return "right"
+    if not t["parsed"]:
+        return "no answer that can be read"
+    if t["opposite"]:
+        return "the opposite of the gold answer"
+    return f"right in part, squared F1 {t['accuracy']:.2f}" if t["kind"] == "open" else "wrong"
+
+
+def looks(t):
+    """What V says, in words, and whether a random region matters."""
+    v = t["counterfactual"]
+    if v is None:
+        return f"V undefined: {t['counterfactual_why']}", ""
+    elsewhere, most = "a random region matters" if v < 0 else "no", max(t["d_rand_each"])
+    if t["d_roi"] is None:
+        return (
+            f"without a random region the answer loses at most {most:+.3f} nats per token: V {v:+.2f}; there is no"
+            " finding to take out"
+        ), elsewhere
+    return (
+        f"without the region the answer loses {t['d_roi']:+.3f} nats per token, without a random one at most"
+        f" {most:+.3f}: V {v:+.2f}"
+    ), elsewhere
