@@ -30,21 +30,40 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from shared.data.image_sets import load_images, load_phantom
+from shared.data.image_sets import load_images, load_phantom, set_name
 from shared.metrics.classification import binary_intervals, binary_metrics, choose_threshold, multiclass_metrics
 from shared.metrics.classification import multilabel_metrics, official_auc_accuracy, prior_correction
 from shared.metrics.statistics import bootstrap_interval, delong_test, mcnemar_exact
 from shared.report import PHANTOM, markdown_table
-from shared.runtime import InputError, bounded, free_gpu, load_checkpoint, newest_run, open_run_dir, pick_device
-from shared.runtime import positive_int, read_json, record, run_facts, run_kind, script, script_parser, seed_everything
+from shared.runtime import InputError, bounded, command, free_gpu, load_checkpoint, newest_run, open_run_dir
+from shared.runtime import (
+    pick_device,
+    positive_int,
+    read_json,
+    record,
+    run_facts,
+    run_kind,
+    script,
+    script_parser,
+    seed_everything,
+)
 from shared.runtime import write_csv, write_json
 from task1_classification.explain import GradCAM
 from task1_classification.model import DRY_RUN, find_classifier, load_classifier, predict_logits, to_probabilities
 from task1_classification.model import untrained_classifier
-from task1_classification.report import BINARY_COLUMNS, HALF, HAND_IN, NETWORK, PIXELS, draw_all, failure_groups
+from task1_classification.report import (
+    BINARY_COLUMNS,
+    CORRECTED,
+    HALF,
+    HAND_IN,
+    NETWORK,
+    PIXELS,
+    draw_all,
+    failure_groups,
+)
 from task1_classification.report import make_report, results_table, warnings_of
 
-TASK = "task1_classification"
+TASK, TRAIN = "task1_classification", "task1_classification/train.py"
 
 
 def parse_args(argv=None):
@@ -76,13 +95,10 @@ def find_checkpoints(args):
     """
     if not args.checkpoint:
         if args.dry_run:
-            return [untrained_classifier(Path("outputs") / TASK / "untrained.pt", load_phantom(28, DRY_RUN))], []
+            return [untrained_classifier()], []
         run, model = newest_run(TASK, "train", "metrics.json"), find_classifier()
         if run is None and model is None:
-            raise InputError(
-                "there is no trained classifier here; run python task1_classification/train.py first, or give"
-                " --checkpoint"
-            )
+            raise InputError(f"there is no trained classifier here; run {command(TRAIN)} first, or give --checkpoint")
         less = run is None or run_kind(run)["limit"] or run_kind(run)["phantom"]
         if model and less and not (run and load_checkpoint(model, ("dataset",), "classifier")["dataset"]["phantom"]):
             print(f"taking {model}" + (f" in place of {run}: it was trained on real data" if run else ""))
@@ -118,30 +134,24 @@ def pixel_baseline(data, labels, split):
 def measure_binary(data, labels, probabilities, facts, split):
     """Rows of the table: the network at both thresholds and after prior correction, then the baselines."""
     y = labels[split]
-    train_prior = float(labels["train"].mean())
-    corrected = prior_correction(np.clip(probabilities, 1e-7, 1 - 1e-7), train_prior)
+    corrected = prior_correction(np.clip(probabilities, 1e-7, 1 - 1e-7), float(labels["train"].mean()))
     pixels, pixels_val = pixel_baseline(data, labels, split)
-    pixel_threshold = choose_threshold(labels["val"], pixels_val)
-    majority = float(np.bincount(labels["train"]).argmax())
+    threshold, pixel_threshold = facts["threshold"], choose_threshold(labels["val"], pixels_val)
+    majority = np.full(len(y), float(np.bincount(labels["train"]).argmax()))
     rows = {
-        NETWORK: binary_metrics(y, probabilities, facts["threshold"]),
+        NETWORK: binary_metrics(y, probabilities, threshold),
         HALF: binary_metrics(y, probabilities, 0.5),
-        "network, prior corrected, threshold 0.5": (
-            binary_metrics(y, corrected["probabilities"], 0.5) | {"estimated_prevalence": corrected["prior"]}
-        ),
+        CORRECTED: binary_metrics(y, corrected["probabilities"], 0.5) | {"estimated_prevalence": corrected["prior"]},
         PIXELS: binary_metrics(y, pixels, pixel_threshold),
         "baseline: mean brightness": brightness_row(data, labels, split),
-        "baseline: always the majority class": binary_metrics(y, np.full(len(y), majority), 0.5),
+        "baseline: always the majority class": binary_metrics(y, majority, 0.5),
     }
-    network, pixel_calls = probabilities > facts["threshold"], pixels > pixel_threshold
+    right = mcnemar_exact((probabilities > threshold) == y, (pixels > pixel_threshold) == y)
     return {
         "rows": rows,
-        "intervals": binary_intervals(y, probabilities, facts["threshold"]),
+        "intervals": binary_intervals(y, probabilities, threshold),
         "intervals_at_0.5": binary_intervals(y, probabilities, 0.5),
-        "against_pixels": {
-            "auc": delong_test(y, probabilities, pixels),
-            "accuracy": mcnemar_exact(network == y, pixel_calls == y),
-        },
+        "against_pixels": {"auc": delong_test(y, probabilities, pixels), "accuracy": right},
         "pixel_scores": pixels,
     }
 
@@ -149,9 +159,8 @@ def measure_binary(data, labels, probabilities, facts, split):
 def brightness_row(data, labels, split):
     """How far does the mean grey value alone get? Its direction and threshold come from validation."""
     means = {s: data.images[s].float().mean((1, 2, 3)).numpy() / 255 for s in (split, "val")}
-    sign = 1 if binary_metrics(labels["val"], means["val"])["auc"] >= 0.5 else -1
-    offset = 0 if sign == 1 else 1
-    scores = {s: offset + sign * m for s, m in means.items()}
+    brighter = binary_metrics(labels["val"], means["val"])["auc"] >= 0.5
+    scores = {s: m if brighter else 1 - m for s, m in means.items()}
     return binary_metrics(labels[split], scores[split], choose_threshold(labels["val"], scores["val"]))
 
 
@@ -159,34 +168,28 @@ def measure_classes(data, labels, probabilities, facts, split):
     """Multi-class, ordinal and multi-label sets: the fitting metrics beside pixels and majority."""
     y, multi = labels[split], data.multi_label
 
-    def metrics(scores, thresholds):
-        return (
-            multilabel_metrics(y, scores, thresholds)
-            if multi
-            else multiclass_metrics(y, scores, ordinal=data.task == "ordinal-regression")
-        )
+    def metrics(scores, thresholds=None):
+        if multi:
+            return multilabel_metrics(y, scores, thresholds)
+        return multiclass_metrics(y, scores, ordinal=data.task == "ordinal-regression")
 
     rows = {"network": metrics(probabilities, facts["threshold"])}
     if multi:
-        rates = labels["train"].mean(0)
-        rows["baseline: each label's rate in training"] = metrics(np.tile(rates, (len(y), 1)), 0.5)
+        rates = np.tile(labels["train"].mean(0), (len(y), 1))
+        rows["baseline: each label's rate in training"] = metrics(rates, 0.5)
     else:
-        pixels, _ = pixel_baseline(data, labels, split)
-        full = np.zeros_like(probabilities)  # classes absent from a limited training set keep 0
-        full[:, np.unique(labels["train"][:10_000])] = pixels
-        rows[PIXELS] = metrics(full, None)
-        rows["baseline: always the majority class"] = metrics(
-            np.eye(len(data.label_names))[np.full(len(y), np.bincount(labels["train"]).argmax())], None
-        )
+        pixels = np.zeros_like(probabilities)  # classes absent from a limited training set keep 0
+        pixels[:, np.unique(labels["train"][:10_000])] = pixel_baseline(data, labels, split)[0]
+        majority = np.full(len(y), np.bincount(labels["train"]).argmax())
+        rows[PIXELS] = metrics(pixels)
+        rows["baseline: always the majority class"] = metrics(np.eye(len(data.label_names))[majority])
 
     def official(name):
         return lambda y, p: official_auc_accuracy(y, p, data.task)[name]
 
     few = 200 if len(y) > 5000 else 1000  # resamples; each of them sorts every class anew
-    intervals = {
-        name: bootstrap_interval(official(name), y, probabilities, num_samples=few) for name in ("auc", "accuracy")
-    }
-    return {"rows": rows, "intervals": intervals}
+    both = {k: bootstrap_interval(official(k), y, probabilities, num_samples=few) for k in ("auc", "accuracy")}
+    return {"rows": rows, "intervals": both}
 
 
 def medmnist_result(data, scores, split, run_dir, run):
@@ -236,15 +239,10 @@ def main(argv=None):
     files, missing = find_checkpoints(args)
     model, facts = load_classifier(files[0], device)
     trained_on = facts["dataset"]
-    if args.data.lower() not in ("auto", trained_on["name"]):
-        raise InputError(
-            f"{files[0]} was trained on {trained_on['name']}, not on {args.data}; give the classifier of that set, or"
-            " leave --data out"
-        )
-    if args.dry_run:
-        data = load_phantom(facts["image_size"], DRY_RUN)
-    else:
-        data = load_images(trained_on["name"], args.data_dir, facts["image_size"])
+    if set_name(args.data) not in ("auto", trained_on["name"]):
+        raise InputError(f"{files[0]} was trained on {trained_on['name']}, not on {args.data}; leave --data out")
+    name, size = trained_on["name"], facts["image_size"]
+    data = load_phantom(size, DRY_RUN) if args.dry_run else load_images(name, args.data_dir, size)
     if args.limit:
         data.limit(args.limit)
     labels = {split: data.labels[split].numpy() for split in ("train", "val", args.split)}
@@ -273,18 +271,14 @@ def main(argv=None):
     write_json(
         run_dir / "metrics.json",
         {
-            "dataset": data.facts(),
+            **{"dataset": data.facts(), "split": args.split, "n": len(labels[args.split])},
             "same_file_as_in_training": data.sha256 == trained_on["sha256"],
             "trained_on": {k: facts[k] for k in ("dataset", "cases", "limit")},
             "warnings": warnings + ["phantom images"] * data.phantom,
-            "split": args.split,
-            "n": len(labels[args.split]),
-            "model": facts["architecture"],
-            "checkpoint": str(files[0]),
+            **{"model": facts["architecture"], "checkpoint": str(files[0])},
             **{k: facts[k] for k in ("stem", "seed", "threshold", "temperature")},
             **measured,
-            "runs": runs,
-            "over_seeds": spread,
+            **{"runs": runs, "over_seeds": spread},
             "settings": {k: v for k, v in vars(args).items() if k != "config"},
             **run_facts(started, device),
         },
@@ -300,8 +294,8 @@ def main(argv=None):
     print(markdown_table(*results_table(measured["rows"], data.task)))
     if spread:
         print("over seeds: " + ", ".join(f"{k} {v['mean']:.4f} ± {v['std']:.4f}" for k, v in spread.items()))
-    print(*(f"note: {warning}" for warning in warnings), *[line] * bool(line), sep="\n")
-    print(f"results in {run_dir} ({time.time() - started:.0f} s)")
+    last = f"results in {run_dir} ({time.time() - started:.0f} s)"
+    print(*(f"note: {warning}" for warning in warnings), *[line] * bool(line), last, sep="\n")
 
 
 def headline(labels, probabilities, facts, task):

@@ -20,20 +20,15 @@ MIN_MAP = 7  # cells per side that "auto" asks for
 
 
 class GradCAM:
-    """
-    Maps of one layer of `model`; `layer` is a dotted name, or "auto": the deepest ResNet stage with a map of 7x7 or
-    more.
-    """
+    """Maps of one layer of `model`: a dotted name, or "auto": the deepest ResNet stage with a map of 7x7 or more."""
 
     def __init__(self, model, layer="auto", image_size=28, channels=1):
         self.model = model.eval()
         modules = dict(model.named_modules())
-        if layer == "auto":
-            layer = deepest_layer(model, image_size, channels)
+        layer = deepest_layer(model, image_size, channels) if layer == "auto" else layer
         if layer not in modules or layer == "":
-            raise InputError(
-                f"the network has no layer '{layer}'; its stages are {', '.join(n for n, _ in model.named_children())}"
-            )
+            stages = ", ".join(name for name, _ in model.named_children())
+            raise InputError(f"the network has no layer '{layer}'; its stages are {stages}")
         self.name, self.module, self.hook, self.activation = layer, modules[layer], None, None
 
     def __enter__(self):
@@ -45,10 +40,8 @@ class GradCAM:
         self.hook = self.activation = None
 
     def keep(self, module, inputs, output):
-        self.activation = output
-        return (
-            output.clone() if isinstance(output, torch.Tensor) else None
-        )  # an in-place ReLU that follows changes the copy
+        self.activation = output  # an in-place ReLU that follows changes the copy
+        return output.clone() if isinstance(output, torch.Tensor) else None
 
     def __call__(self, images, targets=None, normalised=True):
         """
@@ -65,9 +58,7 @@ class GradCAM:
                 raise InputError(f"layer '{self.name}' gives {tuple(self.activation.shape)}, not a map (N, C, h, w)")
             both = torch.cat([-logits, logits], dim=1) if logits.shape[1] == 1 else logits
             targets = both.argmax(1) if targets is None else torch.as_tensor(targets, device=logits.device)
-            score = both.gather(
-                1, targets[:, None]
-            ).sum()  # images do not meet in eval mode, so one backward serves all
+            score = both.gather(1, targets[:, None]).sum()  # images do not meet in eval mode: one backward serves all
             (gradient,) = torch.autograd.grad(score, self.activation)
         weights = gradient.mean((2, 3), keepdim=True)  # (N, C, 1, 1)
         maps = (weights * self.activation.detach()).sum(1).relu()  # (N, h, w)
@@ -79,19 +70,20 @@ class GradCAM:
 
 def deepest_layer(model, image_size, channels):
     """Name of the last of layer1..layer4 whose map at this image size is at least MIN_MAP cells wide."""
-    sizes, hooks = {}, []
-    for name in ("layer1", "layer2", "layer3", "layer4"):
-        hooks.append(
-            getattr(model, name).register_forward_hook(lambda m, i, out, name=name: sizes.update({name: out.shape[-1]}))
-        )
+    stages = {getattr(model, name): name for name in ("layer1", "layer2", "layer3", "layer4")}
+    wide, weight = ["layer1"], next(model.parameters())
+
+    def note(module, inputs, output):
+        wide.extend([stages[module]] * (output.shape[-1] >= MIN_MAP))
+
+    hooks = [stage.register_forward_hook(note) for stage in stages]
     try:
-        weight = next(model.parameters())
         with torch.inference_mode():
-            model(torch.zeros(1, channels, image_size, image_size, device=weight.device, dtype=weight.dtype))
+            model(weight.new_zeros(1, channels, image_size, image_size))
     finally:
         for hook in hooks:
             hook.remove()
-    return max((n for n in sizes if sizes[n] >= MIN_MAP), default="layer1")
+    return wide[-1]
 
 
 def overlay(images, maps, strength=0.45, scale=1):
@@ -102,12 +94,8 @@ def overlay(images, maps, strength=0.45, scale=1):
     size = (images.shape[2] * scale, images.shape[3] * scale)
     base = F.interpolate(images.float() / 255, size=size, mode="bicubic", align_corners=False).clamp(0, 1)
     base = base.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
-    heat = (
-        F.interpolate(maps[:, None].float(), size=size, mode="bilinear", align_corners=False)[:, 0]
-        .clamp(0, 1)
-        .cpu()
-        .numpy()
-    )
+    heat = F.interpolate(maps[:, None].float(), size=size, mode="bilinear", align_corners=False)[:, 0]
+    heat = heat.clamp(0, 1).cpu().numpy()
     color = matplotlib.colormaps["inferno"](heat)[..., :3]
     share = strength * np.sqrt(heat)[..., None] + 0.0
     return ((base * (1 - share) + color * share) * 255).round().astype(np.uint8)

@@ -23,13 +23,12 @@ import shared  # noqa: F401, isort: skip  # before torchvision
 import torch
 from PIL import Image, ImageDraw
 
-from shared.data.image_sets import load_phantom
 from shared.data.images import find_images, read_image, to_square
 from shared.report import PHANTOM
-from shared.runtime import InputError, atomic_file, open_run_dir, pick_device, positive_int, run_facts, script
-from shared.runtime import script_parser, write_csv, write_json
+from shared.runtime import InputError, atomic_file, command, open_run_dir, pick_device, positive_int, run_facts
+from shared.runtime import script, script_parser, write_csv, write_json
 from task1_classification.explain import GradCAM, overlay
-from task1_classification.model import DRY_RUN, find_classifier, load_classifier, normalise, predict_logits
+from task1_classification.model import find_classifier, load_classifier, normalise, predict_logits
 from task1_classification.model import to_probabilities, unusualness, untrained_classifier
 
 TASK = "task1_classification"
@@ -103,21 +102,19 @@ def main(argv=None):
         print(f"  ... and {len(rows) - 20} more")
     for error in errors:
         print(f"  skipped {error['path']}: {error['error']}", file=sys.stderr)
-    print(
-        f"{len(rows)} images classified, {len(errors)} skipped, {num_odd} unlike the training images; results in"
-        f" {run_dir}"
-    )
+    counts = f"{len(rows)} images classified, {len(errors)} skipped, {num_odd} unlike the training images"
+    print(f"{counts}; results in {run_dir}")
 
 
 def classifier_for(args, device):
     """The classifier asked for, else the one at its usual place, else (dry run) one of random weights."""
     path = Path(args.checkpoint) if args.checkpoint else find_classifier()
     if path is None and args.dry_run:
-        path = untrained_classifier(Path("outputs") / TASK / "untrained.pt", load_phantom(28, DRY_RUN))
+        path = untrained_classifier()
     if path is None:
+        train = command("task1_classification/train.py")
         raise InputError(
-            "there is no classifier at models/task1_model.pth; train one with python task1_classification/train.py, or"
-            " give --checkpoint"
+            f"there is no classifier at models/task1_model.pth; train one with {train}, or give --checkpoint"
         )
     print(f"checkpoint: {path}")
     return load_classifier(path, device)

@@ -4,7 +4,6 @@ and its checkpoint. Tasks 2 and 3 read the checkpoint through `load_classifier` 
 """
 
 import hashlib
-import math
 import sys
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
+from shared.data.image_sets import load_phantom
 from shared.metrics.classification import choose_threshold, fit_temperature
 from shared.runtime import InputError, load_checkpoint, save_checkpoint
 
@@ -42,9 +42,7 @@ def build_model(architecture="resnet18", num_outputs=1, channels=1, image_size=2
     "3x3-stride2" halves it once (last block 2x2) and costs a quarter. "auto": 3x3-stride2 up to 64 pixels, 7x7 above.
     `pretrained` loads torchvision's ImageNet weights; InputError when they cannot be had.
     """
-    weights = None
-    if pretrained:
-        weights = torchvision.models.get_model_weights(architecture).DEFAULT
+    weights = torchvision.models.get_model_weights(architecture).DEFAULT if pretrained else None
     try:
         model = torchvision.models.get_model(architecture, weights=weights)
     except OSError as error:  # URLError, HTTPError, and a cache folder that cannot be written
@@ -73,9 +71,7 @@ def choose_stem(stem, image_size):
 
 
 def normalise(images, normalisation):
-    """
-    images uint8, or float in 0..1, (N, C, H, W) -> float (N, C, H, W) with the mean and spread of the training images.
-    """
+    """images uint8, or float in 0..1, (N, C, H, W) -> float, with the mean and spread of the training images."""
     images = images.float() / 255 if images.dtype == torch.uint8 else images
     mean, std = (torch.tensor(normalisation[k], device=images.device).view(1, -1, 1, 1) for k in ("mean", "std"))
     return (images - mean) / std
@@ -217,15 +213,14 @@ def classifier_checkpoint(state_dict, val_logits, all_logits, data, normalisatio
     }
 
 
-def untrained_classifier(path, data):
-    """For a --dry-run without a classifier: one of random weights, written to `path` like a trained one -> path."""
+def untrained_classifier():
+    """For a --dry-run without a classifier: one of random weights, written like a trained one -> its path."""
     torch.manual_seed(0)
-    model = build_model("resnet18", data.num_outputs, data.channels, data.size)
-    normalisation = {"mean": [0.5] * data.channels, "std": [0.25] * data.channels}
+    data, path = load_phantom(28, DRY_RUN), Path("outputs/task1_classification/untrained.pt")
+    model, normalisation = build_model(), {"mean": [0.5], "std": [0.25]}
     logits = predict_logits(model, data.images["val"], normalisation)
     facts = dict(architecture="resnet18", stem=choose_stem("auto", data.size), seed=0, limit=None, validation={})
-    state = classifier_checkpoint(model.state_dict(), logits, logits, data, normalisation, **facts)
-    save_checkpoint(path, state)
+    save_checkpoint(path, classifier_checkpoint(model.state_dict(), logits, logits, data, normalisation, **facts))
     return path
 
 
@@ -267,47 +262,43 @@ def load_classifier(path, device="cpu"):
 def wrong_facts(state):
     """Names of the entries of a checkpoint whose values no classifier can have."""
 
+    def inner(name, key):
+        return state[name].get(key) if isinstance(state[name], dict) else None
+
     def number(value, low, high):
-        return type(value) in (int, float) and math.isfinite(value) and low <= value <= high
+        return type(value) in (int, float) and low <= value <= high  # NaN is neither
 
     def numbers(values, n, low, high):
         return isinstance(values, list) and len(values) == n and all(number(v, low, high) for v in values)
 
-    def shapes(part, **expected):
-        return isinstance(part, dict) and all(
-            torch.is_tensor(part.get(name)) and part[name].shape == shape and bool(part[name].isfinite().all())
-            for name, shape in expected.items()
-        )
+    def view(part):
+        parts = [part.get(k) for k in ("mean", "components", "variance", "noise", "limit")] if part else [None]
+        if not all(torch.is_tensor(p) and p.isfinite().all() for p in parts):
+            return False
+        k = parts[2].numel()
+        return [tuple(p.shape) for p in parts] == [(SIDE**2,), (k, SIDE**2), (k,), (), ()]
 
-    task, names, outputs, channels = (state[k] for k in ("task", "label_names", "num_outputs", "channels"))
+    task, threshold, channels, outputs = (state[k] for k in ("task", "threshold", "channels", "num_outputs"))
+    names = state["label_names"] if isinstance(state["label_names"], list) else []
     binary, multi_label = task == "binary-class", task == "multi-label, binary-class"
+    cuts = [threshold] if binary else threshold
     right = {
         "task": binary or multi_label or task in ("multi-class", "ordinal-regression"),
         "stem": state["stem"] in STEMS[1:],
         "channels": channels in (1, 3),
         "image_size": type(state["image_size"]) is int and 8 <= state["image_size"] <= 1024,
-        "label_names": isinstance(names, list) and len(names) >= 2 and all(isinstance(name, str) for name in names),
-    }
-    if not all(right.values()):
-        return [name for name, fine in right.items() if not fine]
-    dicts = [k for k in ("normalisation", "dataset", "cases", "validation", "typicality") if type(state[k]) is not dict]
-    if dicts:
-        return dicts
-    mean, std = (state["normalisation"].get(k) for k in ("mean", "std"))
-    threshold, k = state["threshold"], len(state["typicality"].get("pixels", {}).get("variance", ()))
-    view = dict(mean=(SIDE**2,), components=(k, SIDE**2), variance=(k,), noise=(), limit=())
-    right = {
+        "label_names": len(names) >= 2 and all(isinstance(name, str) for name in names),
         "num_outputs": outputs == (1 if binary else len(names)) and (len(names) == 2 or not binary),
-        "normalisation": numbers(mean, channels, -10, 10) and numbers(std, channels, 1e-6, 10),
+        "normalisation": numbers(inner("normalisation", "mean"), channels, -10, 10)
+        and numbers(inner("normalisation", "std"), channels, 1e-6, 10),
         "temperature": number(state["temperature"], 1e-6, 1e6),
-        "threshold": numbers([threshold] if binary else threshold, outputs, -1e-3, 1)
-        if binary or multi_label
-        else threshold is None,
-        "dataset": isinstance(state["dataset"].get("name"), str) and type(state["dataset"].get("phantom")) is bool,
-        "cases": all(number(state["cases"].get(split), 1, 1e12) for split in ("train", "val")),
+        "threshold": numbers(cuts, outputs, -1e-3, 1) if binary or multi_label else threshold is None,
+        "dataset": isinstance(inner("dataset", "name"), str) and type(inner("dataset", "phantom")) is bool,
+        "cases": all(number(inner("cases", split), 1, 1e12) for split in ("train", "val")),
         "limit": state["limit"] is None or number(state["limit"], 1, 1e12),
         "seed": number(state["seed"], 0, 2**63),
-        "typicality": all(shapes(state["typicality"].get(name), **view) for name in VIEWS),
+        "validation": isinstance(state["validation"], dict),
+        "typicality": all(view(inner("typicality", name)) for name in VIEWS),
     }
     return [name for name, fine in right.items() if not fine]
 

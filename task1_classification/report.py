@@ -5,7 +5,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
-from sklearn.metrics import precision_recall_curve, roc_curve
+from sklearn.metrics import ConfusionMatrixDisplay, precision_recall_curve, roc_curve
 
 from shared.metrics.classification import binary_metrics, reliability_bins
 from shared.report import Report, number, p_value, save_figure, short_path
@@ -17,6 +17,7 @@ import matplotlib.pyplot as plt
 
 HAND_IN = Path("reports/task1_classification_report.md")
 NETWORK, HALF = "network, threshold from validation", "network, threshold 0.5"
+CORRECTED = "network, prior corrected, threshold 0.5"
 PIXELS = "baseline: logistic regression on pixels"
 BINARY_COLUMNS = tuple("accuracy precision recall specificity f1 balanced_accuracy mcc auc pr_auc".split())
 COLUMNS = {
@@ -36,16 +37,14 @@ def results_table(rows, task):
 
 def warnings_of(facts, args, seeds_missing=()):
     """What makes this less than a result on all the images, a sentence each."""
-    out = []
-    if not facts["validation"]:
-        out.append("A dry run: the weights are random.")
-    if facts["limit"]:
-        out.append(f"The network was trained with --limit {facts['limit']}: on {facts['cases']['train']} images.")
-    if seeds_missing:
-        out.append(f"The training run is not finished: seed {', '.join(map(str, seeds_missing))} has no best.pt.")
-    if args.limit:
-        out.append(f"Measured with --limit {args.limit}.")
-    return out
+    limit, seeds = facts["limit"], ", ".join(map(str, seeds_missing))
+    sentences = {
+        "A dry run: the weights are random.": not facts["validation"],
+        f"The network was trained with --limit {limit}: on {facts['cases']['train']} images.": limit,
+        f"The training run is not finished: seed {seeds} has no best.pt.": seeds_missing,
+        f"Measured with --limit {args.limit}.": args.limit,
+    }
+    return [sentence for sentence, holds in sentences.items() if holds]
 
 
 def make_report(data, args, facts, files, measured, runs, spread, figures, warnings):
@@ -140,22 +139,19 @@ def failure_groups(labels, probabilities, facts, cases, seed):
         called = (probabilities > facts["threshold"]).astype(int)
         wrong, t = called != labels, facts["threshold"]  # confidence: how far from the threshold towards 0 or 1
         confidence = np.where(called == 1, (probabilities - t) / max(1 - t, 1e-9), (t - probabilities) / max(t, 1e-9))
-        pairs = zip(labels, probabilities, strict=True)
-        captions = [f"#{i} true {names[y]}, p({names[1]}) {p:.2f}" for i, (y, p) in enumerate(pairs)]
+        captions = [f"true {names[y]}, p({names[1]}) {p:.2f}" for y, p in zip(labels, probabilities, strict=True)]
     elif facts["task"].startswith("multi-label"):
         called = np.abs(probabilities - labels).argmax(1)
         p, y = probabilities[np.arange(n), called], labels[np.arange(n), called]
         thresholds = np.asarray(facts["threshold"])[called]
         wrong, confidence = (p > thresholds) != y, np.abs(p - thresholds)
-        triples = zip(called, y, p, strict=True)
-        captions = [f"#{i} {names[c]}: true {int(v)}, p {q:.2f}" for i, (c, v, q) in enumerate(triples)]
+        captions = [f"{names[c]}: true {v:.0f}, p {q:.2f}" for c, v, q in zip(called, y, p, strict=True)]
     else:
         called, order = probabilities.argmax(1), np.sort(probabilities, axis=1)
         wrong, confidence = called != labels, order[:, -1] - order[:, -2]
-        pairs = zip(labels, called, strict=True)
-        captions = [
-            f"#{i} true {names[y]}\ncalled {names[c]} {probabilities[i, c]:.2f}" for i, (y, c) in enumerate(pairs)
-        ]
+        triples = zip(labels, called, order[:, -1], strict=True)
+        captions = [f"true {names[y]}\ncalled {names[c]} {p:.2f}" for y, c, p in triples]
+    captions = [f"#{i} {caption}" for i, caption in enumerate(captions)]
     errors = np.flatnonzero(wrong)
     groups = {
         "most confident errors": errors[np.argsort(-confidence[errors], kind="stable")][:cases],
@@ -211,13 +207,11 @@ def draw_confusion(matrix, names):
     matrix, n = np.asarray(matrix), len(names)
     share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     figure, axis = plt.subplots(figsize=(1.6 + 0.75 * max(n, 3), 1.3 + 0.62 * max(n, 3)), layout="constrained")
-    axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    for i, j in np.ndindex(n, n):
-        text = f"{matrix[i, j]}\n{share[i, j]:.0%}" if n <= 4 else str(matrix[i, j])
-        color = "white" if share[i, j] > 0.6 else "black"
-        axis.text(j, i, text, ha="center", va="center", fontsize=10 if n <= 4 else 7, color=color)
+    shown = ConfusionMatrixDisplay(share, display_labels=names)
+    shown.plot(ax=axis, cmap="Blues", colorbar=False, im_kw=dict(vmin=0, vmax=1))
+    for place, text in np.ndenumerate(shown.text_):
+        text.set(text=f"{matrix[place]}\n{share[place]:.0%}" if n <= 4 else matrix[place], fontsize=10 if n <= 4 else 7)
     axis.set_xticks(range(n), names, rotation=0 if n <= 3 else 45, ha="center" if n <= 3 else "right")
-    axis.set_yticks(range(n), names)
     axis.set(xlabel="called", ylabel="true")
     return figure
 

@@ -55,20 +55,17 @@ def parse_args(argv=None):
     g = parser.add_argument_group("images")
     g.add_argument("--image-size", type=int, default=28, choices=SIZES, help="pixels per side (%(default)s)")
     # fmt: off
-    g.add_argument("--augment", default="full", choices=STRENGTHS,
-        help="random changes of the training images (%(default)s)")
+    g.add_argument("--augment", default="full", choices=STRENGTHS, help="changes of training images (%(default)s)")
     g = parser.add_argument_group("model")
     g.add_argument("--arch", default="resnet18", choices=ARCHITECTURES, help="network (%(default)s)")
     g.add_argument("--stem", default="auto", choices=STEMS,
         help="first layer; auto: 3x3-stride2 up to 64 pixels, else 7x7 (%(default)s)")
     g.add_argument("--pretrained", action="store_true", help="start from torchvision's ImageNet weights (a download)")
     g = parser.add_argument_group("optimisation")
-    g.add_argument("--epochs", type=bounded(int, 1, 100_000, "must be at least 1"), default=10,
-        help="passes over the training images (%(default)s)")
+    g.add_argument("--epochs", type=bounded(int, 1, 100_000), default=10, help="passes over the images (%(default)s)")
     g.add_argument("--batch-size", type=positive_int, default=64,
         help="images per step over all GPUs; at least 2 (%(default)s)")
-    g.add_argument("--lr", type=positive_float, default=0.05,
-        help="highest learning rate of SGD with momentum 0.9 (%(default)s)")
+    g.add_argument("--lr", type=positive_float, default=0.05, help="highest learning rate of SGD (%(default)s)")
     g.add_argument("--weight-decay", type=not_negative, default=5e-4, help="L2 penalty on all weights (%(default)s)")
     g.add_argument("--warmup-epochs", type=not_negative, default=1.0,
         help="epochs of rising learning rate before the cosine (%(default)s)")
@@ -299,10 +296,7 @@ def backward(network, images, labels, micro_batch, optimizer, scaler, dtype, los
 
 
 def publish(classifier, args, run_dir):
-    """
-    Put the classifier where the other tasks look, and its curves beside the reports, unless that would cost something
-    better.
-    """
+    """The classifier where the other tasks look, its curves beside the reports, unless that costs something better."""
     if args.dry_run or args.limit:
         return print(f"{MODEL_PATH} left alone: this was a {'dry run' if args.dry_run else 'run with --limit'}")
     if MODEL_PATH.exists():
@@ -320,10 +314,8 @@ def publish(classifier, args, run_dir):
 
 def load_data(args, rank):
     """-> ImageSet, printed; InputError when its training or validation labels cannot be trained on."""
-    if args.dry_run:
-        data = load_phantom(args.image_size, DRY_RUN)
-    else:
-        data = load_images(args.data, args.data_dir, args.image_size)
+    size = args.image_size
+    data = load_phantom(size, DRY_RUN) if args.dry_run else load_images(args.data, args.data_dir, size)
     if args.limit:
         data.limit(args.limit)
     if rank == 0:
@@ -349,9 +341,7 @@ def main(argv=None):
     device, dtype = pick_device(args.device, args.dtype)
     rank, world_size = start_distributed(device)
     if args.batch_size < 2 * world_size:
-        raise InputError(
-            f"--batch-size {args.batch_size} is too small: each of {world_size} processes needs two images"
-        )
+        raise InputError(f"--batch-size must be at least {2 * world_size}: each process needs two images")
     data = load_data(args, rank)
     seeds = args.seeds or [args.seed]
     run_dir = open_run_dir(args, TASK, "train")
@@ -378,8 +368,8 @@ def finish(args, data, classifiers, histories, run_dir, started, device):
     summary = {}
     for key in ("val_auc", "val_auc_shifted", "val_accuracy", "val_loss"):
         values = [row[key] for row in rows]
-        summary[f"{key}_mean"] = statistics.mean(values)
-        summary[f"{key}_std"] = statistics.stdev(values) if len(values) > 1 else None
+        spread = statistics.stdev(values) if len(values) > 1 else None
+        summary |= {f"{key}_mean": statistics.mean(values), f"{key}_std": spread}
     write_json(
         run_dir / "metrics.json",
         {"dataset": data.facts(), "cases": best["cases"], "limit": args.limit, "finished": True, "split": "val"}

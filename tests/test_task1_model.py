@@ -214,7 +214,7 @@ def test_a_classifier_comes_back_as_it_was():
         ({"normalisation": {"mean": [0.5] * 3, "std": [0.0, 0.2, 0.2]}}, "such values of normalisation"),
         ({"normalisation": {"mean": [0.5], "std": [0.2]}}, "such values of normalisation"),
         ({"label_names": ["a", "b"]}, "such values of num_outputs"),
-        ({"label_names": ["a"]}, "such values of label_names"),
+        ({"label_names": ["a"]}, "such values of label_names, num_outputs"),
         ({"label_names": "abc"}, "such values of label_names"),
         ({"task": "binary-class", "threshold": 0.5}, "such values of num_outputs"),
         ({"task": "regression"}, "such values of task"),
@@ -261,9 +261,8 @@ def test_other_weights_than_those_that_were_saved_are_refused():
 
 
 def test_an_untrained_classifier_is_a_classifier():
-    data = load_phantom(28, {"train": 24, "val": 12, "test": 1})
-    facts = load_classifier(untrained_classifier(Path("a/untrained.pt"), data))[1]
-    assert facts["cases"] == {"train": 24, "val": 12} and facts["dataset"]["phantom"] and facts["validation"] == {}
+    facts = load_classifier(untrained_classifier())[1]
+    assert facts["cases"] == {"train": 96, "val": 32} and facts["dataset"]["phantom"] and facts["validation"] == {}
 
 
 class Trap:

@@ -808,7 +808,7 @@ def test_normalisation_comes_from_the_training_images_alone(write_medmnist):
 # --- bad input ---
 
 BAD = {
-    "no epochs": (["--epochs", "0"], "must be at least 1"),
+    "no epochs": (["--epochs", "0"], "must be between 1 and 100000"),
     "no images per step": (["--batch-size", "0"], "must be at least 1"),
     "one image per step": (["--batch_size", "1"], "--batch-size must be at least 2"),
     "words": (["--epochs", "many"], "--epochs"),
@@ -819,7 +819,7 @@ BAD = {
     "negative": (["--weight-decay", "-1"], "must be 0 or more"),
     "a seed of 64 bits": (["--seed", str(2**63 - 1)], "must be between 0 and 4294967295"),
     "a negative seed": (["--seeds", "-1"], "must be between 0 and 4294967295"),
-    "too many epochs": (["--epochs", "9" * 30], "must be at most 100000"),
+    "too many epochs": (["--epochs", "9" * 30], "must be between 1 and 100000"),
     "huge": (["--lr", "1e300"], "must be at most 1e+06"),
     "long": (["--warmup-epochs", "1e308"], "must be at most 1e+06"),
     "float16 on a CPU": (["--dtype", "float16"], "--dtype float16 is for GPUs"),
