@@ -28,7 +28,7 @@ import numpy as np
 import torch.distributed as dist
 
 from shared.data.image_sets import SPLITS
-from shared.runtime import InputError, bounded, open_run_dir, pick_device, run_facts, script, script_parser
+from shared.runtime import InputError, bounded, command, open_run_dir, pick_device, run_facts, script, script_parser
 from shared.runtime import seed_everything, start_distributed, write_csv, write_json
 from task3_retrieval.cases import add_embedding_options, dataset_cases, embedder_and_data, file_cases, index_of
 from task3_retrieval.cases import load_data, read_files
@@ -58,7 +58,7 @@ def parse_args(argv=None):
         help="Euclidean distance, or cosine similarity (default: l2)")
     g.add_argument("--update", metavar="INDEX", help="an index, or its run folder, to change in place")
     g.add_argument("--add", action="store_true", help="with --update: add the images of --split or --images")
-    g.add_argument("--remove", type=int, nargs="+", metavar="ID",
+    g.add_argument("--remove", type=bounded(int, 0, 2**62), nargs="+", metavar="ID",
         help="with --update: remove these ids (see index/cases-*.csv)")
     # fmt: on
     args = parser.parse_args(argv)
@@ -101,6 +101,7 @@ def main(argv=None):
     embedded = time.time()
     index = index_of(vectors, cases, embedder, good, args.index, args.metric)
     built = time.time()
+    phantom = any(d["phantom"] for d in cases["datasets"].values())
     run_dir = open_run_dir(args, TASK, "build_index")
     if rank > 0:
         return
@@ -118,7 +119,7 @@ def main(argv=None):
             "split": args.split if not args.images else None,
             "dataset": cases["datasets"],
             "datasets": list(cases["datasets"]),
-            "phantom": any(d["phantom"] for d in cases["datasets"].values()),
+            "phantom": phantom,
             "limited": args.limit is not None,
             "labels": index.label_counts(),
             "model": embedder.facts(),
@@ -131,11 +132,14 @@ def main(argv=None):
     )
     counts = ", ".join(f"{n} {c}" for n, c in index.label_counts().items())
     skipped = f", {len(errors)} files skipped (errors.csv)" if errors else ""
-    print(
-        f"{len(index)} images of {index.dim} numbers ({embedder.title}), {args.index} with {args.metric}: {counts}\n"
-        f"embedded in {embedded - started:.1f} s, indexed in {built - embedded:.1f} s{skipped}; index in"
-        f" {run_dir / 'index'}"
-    )
+    about = f"{index.dim} numbers ({embedder.title}), {args.index} with {args.metric}: {counts}"
+    print(f"{'PHANTOM images: ' * phantom}{len(index)} images of {about}")
+    seconds = f"embedded in {embedded - started:.1f} s, indexed in {built - embedded:.1f} s"
+    print(f"{seconds}{skipped}; index in {run_dir / 'index'}")
+    if data is not None and not args.dry_run:
+        place = ["--data-dir", args.data_dir] if data.path else []
+        query = ("--query-index", 0, "--index", run_dir, *place)
+        print(f"ask it with a film of yours, or: {command('task3_retrieval/infer.py', *query)}")
 
 
 def update(args, device, rank, world_size):

@@ -32,7 +32,16 @@ from tqdm import tqdm
 from shared.data.augment import augment, shifted_copies
 from shared.data.image_sets import load_images, load_phantom
 from shared.report import draw_history, number
-from shared.runtime import InputError, add_resume, free_gpu, is_main_process, open_run_dir, pick_device, positive_float
+from shared.runtime import (
+    InputError,
+    add_resume,
+    command,
+    free_gpu,
+    is_main_process,
+    open_run_dir,
+    pick_device,
+    positive_float,
+)
 from shared.runtime import positive_int, run_facts, save_checkpoint, script, script_parser, seed_everything
 from shared.runtime import start_distributed, write_json, write_jsonl
 from shared.training import GuardedStep, StopSignal, learning_rate, load_state, moving_average, save_state, settings_of
@@ -412,11 +421,12 @@ def main(argv=None):
     if best["row"]["epoch"] == 0:
         print("no epoch was better than the classifier as it came: best.pt holds its features unchanged")
     print(
-        f"best epoch {best['row']['epoch']}: macro mAP over validation and its shifted copies"
-        f" {best['row'][CHOSEN_BY]:.4f} (before training {history[0][CHOSEN_BY]:.4f}); measure it with python"
-        f" task3_retrieval/evaluate.py --cnn-weights {run_dir / 'best.pt'}\nresults in {run_dir}"
-        f" ({time.time() - started:.0f} s)"
+        f"{'PHANTOM images: ' * data.phantom}best epoch {best['row']['epoch']}: macro mAP over validation and its"
+        f" shifted copies {best['row'][CHOSEN_BY]:.4f} (before training {history[0][CHOSEN_BY]:.4f})"
     )
+    place = ["--data-dir", args.data_dir] if data.path else []
+    evaluate = command("task3_retrieval/evaluate.py", "--cnn-weights", run_dir / "best.pt", "--data", data.name, *place)
+    print(f"results in {run_dir} ({time.time() - started:.0f} s); measure it with: {evaluate}")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,9 @@ exactly.
 import json
 import math
 import os
+import re
+import shlex
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -17,9 +20,10 @@ import torch.nn.functional as F
 
 import task3_retrieval.train as train_script
 from shared.data import image_sets
+from shared.runtime import InputError
 from task3_retrieval.metrics import class_means, retrieval_values
 from task1_classification.train import main as train_classifier
-from task3_retrieval.embed import load_embedder
+from task3_retrieval.embed import find_cnn, load_embedder
 from task3_retrieval.train import batch_hard_triplet, epoch_order, main, supervised_contrastive
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -333,6 +337,58 @@ def test_other_sets(small_network, write_medmnist):
         ]
     )  # --data auto: the classifier's set
     assert read("run/metrics.json")["dataset"]["name"] == "bloodmnist"
+
+
+def test_the_printed_commands_measure_and_search_what_was_trained(small_network, capsys):
+    """Trained on the phantom: each printed command is run as it stands, and goes on with the same images."""
+    from task3_retrieval.build_index import main as build
+    from task3_retrieval.evaluate import main as evaluate
+    from task3_retrieval.infer import main as infer
+
+    train_classifier(["--data", "phantom", "--device", "cpu", "--epochs", "1", "--batch-size", "16"])
+    main(["--device", "cpu", "--epochs", "1", "--batch-size", "16"])
+    printed = capsys.readouterr().out
+    assert "PHANTOM images: best epoch" in printed
+    command = re.search(r"measure it with: python (\S+) (.*)", printed)
+    assert command[1].endswith("task3_retrieval/evaluate.py")
+    evaluate([*shlex.split(command[2]), "--device", "cpu", "--resamples", "20"])
+    metrics = read("outputs/task3_retrieval/evaluate/001/metrics.json")
+    assert metrics["headline"] == "trained embedding" and metrics["phantom"] and metrics["n"] == 48
+    assert "PHANTOM" in Path("reports/task3_retrieval.md").read_text()
+    capsys.readouterr()
+    build(["--device", "cpu"])  # takes the embedding, and says so
+    printed = capsys.readouterr().out
+    assert "(trained embedding, a run with --limit or on the phantom" in printed and "PHANTOM images: 96" in printed
+    infer([*shlex.split(re.search(r"infer.py (.*)", printed)[1]), "--device", "cpu", "-k", "60"])
+    printed = capsys.readouterr().out
+    assert "trained embedding" in printed and "PHANTOM" in printed and "probability of pneumonia" in printed
+    page = Path("outputs/task3_retrieval/infer/001/page.html").read_text()
+    assert "The nearest 20 of 60 neighbours are drawn" in page
+
+
+def test_which_weights_are_taken(start, capsys):
+    """Full runs on real images before others, the newest of them; a limited run never before a real classifier."""
+    with pytest.raises(InputError, match="no task 1 weights"):
+        find_cnn()
+    Path("models").mkdir()
+    shutil.copy("task1/best.pt", "models/task1_model.pth")
+    main([*FAST, "--epochs", "1", "--limit", "40"])
+    assert find_cnn("pneumoniamnist") == (
+        Path("models/task1_model.pth"),
+        "task 1's classifier: there is no full run of task3_retrieval/train.py for these images",
+    )
+    for _ in range(2):
+        main([*FAST, "--epochs", "1"])
+    main([*FAST, "--epochs", "1", "--limit", "40"])
+    runs = Path("outputs/task3_retrieval/train")
+    assert (
+        find_cnn()
+        == find_cnn("pneumoniamnist")
+        == (runs / "003/best.pt", "trained embedding, the newest full run of train.py")
+    )
+    assert find_cnn("breastmnist")[0] == Path("models/task1_model.pth")  # of other images: the caller refuses it
+    (runs / "003/metrics.json").unlink()  # not finished
+    assert find_cnn()[0] == runs / "002/best.pt"
 
 
 # --- stop and go on ---
