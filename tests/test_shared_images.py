@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shared.data.images import find_images, grey_if_grey, read_image, read_pixels, to_square
+from shared.data.images import find_images, grey_if_grey, image_size, read_image, read_pixels, to_square
 from shared.runtime import InputError
 
 RAMP = np.add.outer(np.arange(40), np.arange(30) * 6).astype(np.uint8)  # (40, 30), 0 to 213
@@ -133,7 +133,7 @@ def test_orientation_of_exif_is_followed():
         exif = Image.Exif()
         exif[274] = 6  # turn right to see it
         Image.fromarray(RAMP).save(name, exif=exif)
-        assert read_image(name).shape == (30, 40)
+        assert read_image(name).shape == (30, 40) and image_size(name) == (40, 30)
         np.testing.assert_allclose(read_image(name), np.rot90(RAMP, -1) / 255, atol=0.03)
 
 
@@ -304,6 +304,17 @@ def test_a_picture_with_too_many_pixels(monkeypatch):
         np.save("a.npy", np.zeros((40, 40)))
         assert "too many pixels" in why_not("a.png") and "too many pixels" in why_not("a.npy")
         assert "too many pixels" in why_not(Image.new("L", (40, 40)))
+
+
+def test_sizes_are_those_of_the_pixels():
+    Image.fromarray(RAMP).save("a.jpg")
+    np.save("a.npy", RAMP)
+    write_dicom("a")
+    assert image_size("a.jpg") == image_size("a.npy") == image_size("a") == (30, 40)
+    Path("b.png").write_text("no image")
+    for name, message in (("b.png", "damaged or cut short"), ("gone.png", "does not exist")):
+        with pytest.raises(InputError, match=message):
+            image_size(name)
 
 
 def test_images_that_are_too_long_and_narrow():

@@ -30,7 +30,6 @@ A row:
 
 import json
 import os
-import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -39,6 +38,7 @@ from PIL import Image
 
 from shared.data.audit import RowSet, plain_text, repeats, seen, shared_between_splits, similar_images, values_of
 from shared.data.download import DataNotFound
+from shared.data.images import image_size
 from shared.metrics.labels import PARENTS
 from shared.phantom import DEFAULT, PREVALENCE, TOGETHER, PhantomSettings, phantom_study
 from shared.phantom.findings import LEVELS, ORDER
@@ -180,12 +180,10 @@ def real_rows(sets, split, policy, limit, absent=()):
 
 
 def size_of(path):
-    """Width and height in the file's head, or None: no image that Pillow opens, or one beyond its limits."""
+    """(width, height) of an image, or None where it cannot be read."""
     try:
-        with warnings.catch_warnings(), Image.open(path) as image:
-            warnings.simplefilter("ignore")
-            return image.size
-    except (OSError, ValueError, Image.DecompressionBombError):
+        return image_size(path)
+    except InputError:
         return None
 
 

@@ -40,6 +40,7 @@ from PIL import Image
 
 from shared.data import download as downloads
 from shared.data.audit import RowSet, similar_images, split_groups, values_of
+from shared.data.images import image_size
 from shared.data.text import base_name, text_of
 from shared.runtime import DataNotFound, InputError, read_json
 
@@ -47,7 +48,7 @@ RAD_PAGE, SLAKE_PAGE = "https://osf.io/89kps/", "https://www.med-vqa.com/slake/"
 RAD_ADDRESS = "https://files.osf.io/v1/resources/89kps/providers/osfstorage/?zip="  # not verified
 SLAKE_ADDRESS = "https://huggingface.co/datasets/BoKelvin/SLAKE/resolve/main/"  # not verified
 PUBLIC = "VQA_RAD Dataset Public.json"
-RAD_IMAGES = ("images", "VQA_RAD Image Folder", "VQA_RAD_Image_Folder")
+RAD_IMAGES = ("images", "VQA_RAD Image Folder", "VQA_RAD_Image_Folder", "")
 RAD_POLICIES = ("official", "no_test_frames", "no_frames", "clean_train", "image_disjoint")
 SHARES = {"train": 0.7, "val": 0.1, "test": 0.2}
 TYPOS = {"ATRIB": "ATTRIB", "PRSE": "PRES"}
@@ -333,9 +334,8 @@ def read_boxes(places):
             try:
                 found[name] = boxes_in(read_json(place["boxes"]))
                 if place["image"] is not None:
-                    with Image.open(place["image"]) as image:
-                        sizes[name] = image.size
-            except (InputError, OSError):
+                    sizes[name] = image_size(place["image"])
+            except InputError:
                 unreadable.append(name)
                 found.pop(name, None)
     if not found:
@@ -383,9 +383,8 @@ def read_mask(row):
     try:
         with Image.open(row["mask_path"]) as image:  # P: the palette's indices are the labels
             mask = np.asarray(image if image.mode in ("L", "P") else image.convert("L"))
-        with Image.open(row["image_path"]) as image:
-            size = image.size
-    except (OSError, AttributeError) as error:
+        size = image_size(row["image_path"])
+    except (OSError, AttributeError, TypeError, InputError) as error:
         raise InputError(f"the mask of {row['image_id']} cannot be read ({error})") from error
     if mask.shape != size[::-1]:
         raise InputError(

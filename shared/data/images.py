@@ -145,6 +145,19 @@ def read_image(source):
     return to_unit_range(pixels)
 
 
+def image_size(path):
+    """(width, height) of what read_image gives, from the head of the file where Pillow can tell; its InputError."""
+    try:
+        with warnings.catch_warnings(), open(path, "rb") as file:
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(file) as image:
+                turned = image.format != "TIFF" and image.getexif().get(274, 1) > 4  # of a TIFF, Pillow turns the size
+                return image.size[::-1] if turned else image.size
+    except Exception:  # DICOM, .npy, and whatever read_image has a sentence for
+        height, width = read_image(path).shape[:2]
+        return width, height
+
+
 def check_size(width, height):
     size = f"{width}x{height} pixels"
     if min(width, height) < MIN_SIDE:

@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
-from shared.data.images import read_pixels
+from shared.data.images import image_size, read_pixels
 from shared.runtime import InputError
 
 CHUNK = 64  # images resized at once: 64 films of 896 px are 0.6 GB
@@ -277,11 +277,7 @@ def size_of(source):
     if isinstance(source, np.ndarray):
         return source.shape[:2]
     try:
-        with Image.open(source) as image:
-            turned = image.getexif().get(274, 1) > 4  # the camera lay on its side
-            return image.size if turned else image.size[::-1]
-    except (OSError, SyntaxError, ValueError):  # DICOM and .npy; missing and damaged files get their sentence
-        try:
-            return read_pixels(source).shape[:2]
-        except InputError as error:
-            raise InputError(f"{source}: {error}") from error
+        width, height = image_size(source)
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from error
+    return height, width
