@@ -30,73 +30,66 @@ THRESHOLDS = (0.3, 0.4, 0.5, 0.6)  # of the caption-question similarity
 # -------------------------------------------------------------------------------------------------------------- metrics
 
 
+def interval_of(metric, *values, groups, **how):
+    """{"value", "low", "high"} of bootstrap_interval; the report says how few groups there are, so it need not warn."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = bootstrap_interval(metric, *values, groups=groups, **how)
+    return {k: found[k] for k in ("value", "low", "high")}
+
+
 def rate(values, groups):
     """
     Mean of values (booleans or numbers, every row) with its interval over groups -> {"value", "low", "high", "n"}.
     """
     if len(values) == 0:
         return {"value": None, "low": None, "high": None, "n": 0}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # few groups: the report says how many there are
-        found = bootstrap_interval(
-            lambda v, n: v / n, np.asarray(values, float), np.ones(len(values)), groups=groups, of_sums=True
-        )
-    return {k: found[k] for k in ("value", "low", "high")} | {"n": len(values)}
+    sums = (np.asarray(values, float), np.ones(len(values)))
+    return interval_of(lambda v, n: v / n, *sums, groups=groups, of_sums=True) | {"n": len(values)}
 
 
 def is_open(row):
     return row["answer_type"].lower() == "open"
 
 
+COLUMNS = {  # of summarise: (field of a record, rows it is over)
+    "accuracy": ("correct", "all"),
+    "closed": ("correct", "closed"),
+    **{f"open_{name}": (name, "open") for name in ("exact", "recall", "precision", "f1")},
+    **{name: (name, "all") for name in ("parsed", "contradiction", "synonyms")},
+}
+
+
 def summarise(rows, records):
     """Everything that is measured of one set of answers."""
     groups = np.array([row["group"] for row in rows])
     opened = np.array([is_open(row) for row in rows], dtype=bool)
-
-    def column(name, chosen):
-        return rate([r[name] for r, c in zip(records, chosen, strict=True) if c], groups[chosen])
-
-    everything = np.ones(len(rows), dtype=bool)
-    others = {}
-    for script_name in ("llava_med", "medevalkit"):
-        means = column_means([r[script_name] for r in records])
-        others[script_name] = {name: value["mean"] for name, value in means.items()} | {
-            "n_closed": means.get("closed", {"n": 0})["n"]
-        }
-    return {
-        "n": len(rows),
-        "accuracy": column("correct", everything),
-        "closed": column("correct", ~opened),
-        "open_exact": column("exact", opened),
-        "open_recall": column("recall", opened),
-        "open_precision": column("precision", opened),
-        "open_f1": column("f1", opened),
-        "parsed": column("parsed", everything),
-        "contradiction": column("contradiction", everything),
-        "synonyms": column("synonyms", everything),
-        **others,
-    }
+    parts = {"all": np.ones(len(rows), dtype=bool), "closed": ~opened, "open": opened}
+    found = {"n": len(rows)}
+    for name, (field, part) in COLUMNS.items():
+        chosen = parts[part]
+        found[name] = rate([r[field] for r, c in zip(records, chosen, strict=True) if c], groups[chosen])
+    for script in ("llava_med", "medevalkit"):
+        means = column_means([r[script] for r in records])
+        found[script] = {name: value["mean"] for name, value in means.items()}
+        found[script]["n_closed"] = means.get("closed", {"n": 0})["n"]
+    return found
 
 
 def strata(rows, records):
     """Per answer, question and content type: n, accuracy, and for open rows recall and F1."""
     tables = {}
     for key in ("answer_type", "question_type", "content_type"):
-        names = sorted({str(row[key]) for row in rows if row.get(key)})
-        if not names:
-            continue
-        tables[key] = {}
-        for name in names:
+        for name in sorted({str(row[key]) for row in rows if row.get(key)}):
             chosen = [i for i, row in enumerate(rows) if str(row.get(key)) == name]
-            groups = [rows[i]["group"] for i in chosen]
             opened = [i for i in chosen if is_open(rows[i])]
-            tables[key][name] = {
-                "accuracy": rate([records[i]["correct"] for i in chosen], groups),
-                "unparsed": sum(not records[i]["parsed"] for i in chosen),
-            } | {
-                f"open_{m}": rate([records[i][m] for i in opened], [rows[i]["group"] for i in opened])
-                for m in ("recall", "f1")
-            }
+
+            def over(some, field):
+                return rate([records[i][field] for i in some], [rows[i]["group"] for i in some])
+
+            line = {"accuracy": over(chosen, "correct"), "unparsed": sum(not records[i]["parsed"] for i in chosen)}
+            line |= {f"open_{field}": over(opened, field) for field in ("recall", "f1")}
+            tables.setdefault(key, {})[name] = line
     return tables
 
 
@@ -126,23 +119,19 @@ def best_constant_box(rows, cells=16):
         sums[1:, 1:] = np.max(boxes, axis=0).cumsum(0).cumsum(1)
     first, last = np.triu_indices(cells + 1, 1)  # all intervals of an axis
     area = gold[:, -1, -1][:, None]
-    best = (-1.0, None)
+    best, box = -1.0, None
     for y0, y1 in zip(first, last, strict=True):
         band = gold[:, y1] - gold[:, y0]
         inside = band[:, last] - band[:, first]  # (rows, intervals of x)
         ious = (inside / (area + (y1 - y0) * (last - first) - inside)).mean(0)
-        if ious.max() > best[0]:
-            i = int(ious.argmax())
-            best = (
-                float(ious[i]),
-                [float(first[i] / cells), float(y0 / cells), float(last[i] / cells), float(y1 / cells)],
-            )
-    return best[1]
+        if ious.max() > best:
+            best, i = float(ious.max()), int(ious.argmax())
+            box = [float(edge / cells) for edge in (first[i], y0, last[i], y1)]
+    return box
 
 
-PLACE = (
-    0.25  # a region up to this share of the image is a place; a larger one, such as both lungs, says where to search
-)
+# a region up to this share of the image is a place; a larger one, such as both lungs, says where to search
+PLACE = 0.25
 
 
 def is_place(row):
@@ -158,12 +147,12 @@ def measure_boxes(rows, records, images, train_rows):
     best constant box.
     """
     known = [i for i, row in enumerate(rows) if row.get("region")]
-    found = {"box_rate": rate([bool(r["boxes"]) for r in records], [row["group"] for row in rows])}
-    found |= against_constant_box(known, rows, records, images, train_rows)
-    found["places"] = against_constant_box(
-        [i for i in known if is_place(rows[i])], rows, records, images, [r for r in train_rows if is_place(r)]
-    )
-    return found
+    places, train_places = [i for i in known if is_place(rows[i])], [row for row in train_rows if is_place(row)]
+    return {
+        "box_rate": rate([bool(r["boxes"]) for r in records], [row["group"] for row in rows]),
+        **against_constant_box(known, rows, records, images, train_rows),
+        "places": against_constant_box(places, rows, records, images, train_places),
+    }
 
 
 def against_constant_box(chosen, rows, records, images, train_rows):
@@ -171,22 +160,15 @@ def against_constant_box(chosen, rows, records, images, train_rows):
     constant, groups = best_constant_box(train_rows), [rows[i]["group"] for i in chosen]
 
     def ious(boxes_of):
-        return [
-            0.0 if images[i] is None else region_iou(boxes_of(i), rows[i]["region"], *images[i].shape[:2])
-            for i in chosen
-        ]
+        seen = ((i, None if images[i] is None else images[i].shape[:2]) for i in chosen)
+        return [0.0 if size is None else region_iou(boxes_of(i, *size), rows[i]["region"], *size) for i, size in seen]
 
-    def scaled(i):
-        h, w = images[i].shape[:2]
-        return [[constant[0] * w, constant[1] * h, constant[2] * w, constant[3] * h]]
-
-    found = {"iou": rate(model := ious(lambda i: records[i]["boxes"]), groups), "constant_box": constant}
+    model = ious(lambda i, h, w: records[i]["boxes"])
+    found = {"iou": rate(model, groups), "constant_box": constant}
     if constant:
-        fixed = ious(scaled)
-        found |= {
-            "iou_constant_box": rate(fixed, groups),
-            "iou_over_constant_box": paired_difference(model, fixed, groups),
-        }
+        fixed = ious(lambda i, h, w: [[share * side for share, side in zip(constant, (w, h, w, h), strict=True)]])
+        found["iou_constant_box"] = rate(fixed, groups)
+        found["iou_over_constant_box"] = paired_difference(model, fixed, groups)
     return found
 
 
@@ -263,12 +245,8 @@ def aurc_row(confidence, correct, groups):
     """AURC with its interval, beside those of a perfect order and of no order (the error rate)."""
     correct = np.asarray(correct, bool)
     values = np.array([-np.inf if v is None else v for v in confidence], dtype=float)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        interval = bootstrap_interval(
-            lambda v, y: risk_coverage(v, y)[2], values, correct, groups=groups, num_samples=500
-        )
-    return {k: interval[k] for k in ("value", "low", "high")} | {
+    found = interval_of(lambda v, y: risk_coverage(v, y)[2], values, correct, groups=groups, num_samples=500)
+    return found | {
         "n": len(correct),
         "n_without_value": int(np.isneginf(values).sum()),
         "perfect": risk_coverage(correct.astype(float), correct)[2],
@@ -285,15 +263,9 @@ def at_thresholds(similarity, logprob, correct):
     rows = []
     for t in THRESHOLDS:
         kept = [c for s, c in zip(similarity, correct, strict=True) if s is not None and s >= t]
-        rows.append(
-            {
-                "threshold": t,
-                "n": len(kept),
-                "coverage": len(kept) / len(correct),
-                "accuracy": sum(kept) / len(kept) if kept else None,
-                "accuracy_by_logprob": float(1 - risk[len(kept) - 1]) if kept else None,
-            }
-        )
+        n = len(kept)
+        row = {"threshold": t, "n": n, "coverage": n / len(correct), "accuracy": sum(kept) / n if n else None}
+        rows.append(row | {"accuracy_by_logprob": float(1 - risk[n - 1]) if n else None})
     return rows
 
 
@@ -312,8 +284,10 @@ def edit_values(case, what, key, fills, numbers):
     )
 
 
-def means(roi, rand):
-    return {"roi": float(roi.mean()), "random": float(rand.mean())} if len(roi) else {"roi": None, "random": None}
+def paired(roi, rand, groups):
+    """paired_difference with the two means beside it."""
+    both = {"roi": float(roi.mean()), "random": float(rand.mean())} if len(roi) else {"roi": None, "random": None}
+    return paired_difference(roi, rand, groups) | both
 
 
 def compare_cases(cases, rows, fills, k):
@@ -325,45 +299,29 @@ def compare_cases(cases, rows, fills, k):
     """
     if not cases:
         return {"n": 0}
-    groups = [rows[case["row"]]["group"] for case in cases]
-    result = {"n": len(cases), "num_groups": len(set(groups))}
-    tables = {}
+    groups = np.array([rows[case["row"]]["group"] for case in cases])
+    roi, rand = {}, {}  # per key: (cases, fills, 1) and (cases, fills, k)
     for key in ("flipped", "unparsed", "wrong_now", "drop", "drop_response"):
-        roi = np.array([edit_values(c, "roi", key, fills, 1) for c in cases])  # (cases, fills, 1)
-        rand = np.array([edit_values(c, "random", key, fills, k) for c in cases])  # (cases, fills, k)
-        tables[key] = roi, rand
-    flip_roi, flip_rand = tables["flipped"]
-    result |= {
-        name: float(tables[key][j].mean())
-        for name, key, j in (
-            ("flip_roi", "flipped", 0),
-            ("flip_random", "flipped", 1),
-            ("unparsed_roi", "unparsed", 0),
-            ("unparsed_random", "unparsed", 1),
-        )
-    }
-    result["delta"] = paired_difference(flip_roi.mean((1, 2)), flip_rand.mean((1, 2)), groups)
+        roi[key] = np.array([edit_values(c, "roi", key, fills, 1) for c in cases])
+        rand[key] = np.array([edit_values(c, "random", key, fills, k) for c in cases])
+    result = {"n": len(cases), "num_groups": len(set(groups.tolist()))}
+    for name, key in (("flip", "flipped"), ("unparsed", "unparsed")):
+        result |= {f"{name}_roi": float(roi[key].mean()), f"{name}_random": float(rand[key].mean())}
+    case_roi, case_rand = ({key: v.mean((1, 2)) for key, v in table.items()} for table in (roi, rand))
+    result["delta"] = paired_difference(case_roi["flipped"], case_rand["flipped"], groups)
     right = np.array([c["was_correct"] for c in cases])
-    wrong_roi, wrong_rand = (t.mean((1, 2))[right] for t in tables["wrong_now"])
-    result["correct_to_wrong"] = paired_difference(wrong_roi, wrong_rand, np.array(groups)[right]) | means(
-        wrong_roi, wrong_rand
-    )
+    result["correct_to_wrong"] = paired(case_roi["wrong_now"][right], case_rand["wrong_now"][right], groups[right])
     for name, key in (("necessity", "drop"), ("necessity_response", "drop_response")):
-        drop_roi, drop_rand = (t.mean((1, 2)) for t in tables[key])
-        known = ~np.isnan(drop_roi) & ~np.isnan(drop_rand)
-        result[name] = paired_difference(drop_roi[known], drop_rand[known], np.array(groups)[known]) | means(
-            drop_roi[known], drop_rand[known]
-        )
+        known = ~np.isnan(case_roi[key]) & ~np.isnan(case_rand[key])
+        result[name] = paired(case_roi[key][known], case_rand[key][known], groups[known])
+    flips, others = roi["flipped"], rand["flipped"]
     if len(fills) == 1:
-        result["mcnemar"] = mcnemar_exact(flip_roi[:, 0, 0] == 1, flip_rand[:, 0, 0] == 1)
-    delta, discordant = result["delta"]["value"], float((flip_roi != flip_rand).mean())
+        result["mcnemar"] = mcnemar_exact(flips[:, 0, 0] == 1, others[:, 0, 0] == 1)
+    delta, discordant = result["delta"]["value"], float((flips != others).mean())
     result["discordant"] = discordant
     result["cases_needed"] = cases_needed(delta, max(discordant, abs(delta))) if abs(delta) > 1e-9 else None
-    result["design_effect"] = (
-        effective_clusters(groups, flip_roi.mean((1, 2)) - flip_rand.mean((1, 2)))["design_effect"]
-        if len(cases) > 1
-        else None
-    )
+    spread = case_roi["flipped"] - case_rand["flipped"]
+    result["design_effect"] = effective_clusters(groups, spread)["design_effect"] if len(cases) > 1 else None
     return result
 
 
@@ -378,36 +336,32 @@ def measure_counterfactual(cases, rows, fills, k):
     identity edits.
     """
     measured = {}
-    for source in ("gold", "self"):
+    for source in dict.fromkeys(case["source"] for case in cases):
         some = [c for c in cases if c["source"] == source]
-        if not some:
-            continue
-        overall = compare_cases(some, rows, fills, k)
+        kinds = sorted({kind_of(rows[c["row"]]) for c in some})
         by_fill = {fill: compare_cases(some, rows, [fill], k) for fill in fills}
-        for f, p in zip(by_fill.values(), holm([f["delta"]["p"] for f in by_fill.values()]), strict=True):
-            f["delta"]["p_holm"] = p
-        types = sorted({kind_of(rows[c["row"]]) for c in some})
-        by_type = {t: compare_cases([c for c in some if kind_of(rows[c["row"]]) == t], rows, fills, k) for t in types}
-        for t, p in zip(by_type.values(), holm([t["delta"]["p"] for t in by_type.values()]), strict=True):
-            t["delta"]["p_holm"] = p
-        signs = {np.sign(f["delta"]["value"]) for f in by_fill.values()}
-        floor = {}
-        for name in ("jpeg", "shift"):
-            edits = [c["edits"]["identity", name, 0] for c in some]
-            drops = [abs(e["drop"]) for e in edits if e["drop"] is not None]
-            floor[name] = {
-                "flipped": float(np.mean([e["flipped"] for e in edits])),
-                "unparsed": float(np.mean([e["unparsed"] for e in edits])),
-                "mean_absolute_drop": float(np.mean(drops)) if drops else None,
-            }
+        by_type = {
+            kind: compare_cases([c for c in some if kind_of(rows[c["row"]]) == kind], rows, fills, k) for kind in kinds
+        }
+        for table in (by_fill, by_type):
+            for found, p in zip(table.values(), holm([f["delta"]["p"] for f in table.values()]), strict=True):
+                found["delta"]["p_holm"] = p
+        signs = {np.sign(found["delta"]["value"]) for found in by_fill.values()}
         measured[source] = {
-            "all_fills": overall,
+            "all_fills": compare_cases(some, rows, fills, k),
             "by_fill": by_fill,
             "by_type": by_type,
             "fills_agree_in_sign": len(signs) == 1 and 0 not in signs,
-            "identity": floor,
+            "identity": {name: floor_of([c["edits"]["identity", name, 0] for c in some]) for name in ("jpeg", "shift")},
         }
     return measured
+
+
+def floor_of(edits):
+    """How much answers change by themselves."""
+    drops = [abs(e["drop"]) for e in edits if e["drop"] is not None]
+    shares = {key: float(np.mean([e[key] for e in edits])) for key in ("flipped", "unparsed")}
+    return shares | {"mean_absolute_drop": float(np.mean(drops)) if drops else None}
 
 
 def measure_redrawn(rows, records, redrawn):
@@ -433,12 +387,11 @@ def measure_redrawn(rows, records, redrawn):
     )
     both = {i: bool(records[i]["correct"]) and record["key"] == "no" for i, record in redrawn["redrawn"].items()}
     paired = [i for i in without if i in other]
+    pairs = ([some[i] for i in paired] for some in (without, other))
     return {
         "without": over(without),
         "other": over(other),
-        "difference": paired_difference(
-            [without[i] for i in paired], [other[i] for i in paired], [rows[i]["group"] for i in paired]
-        ),
+        "difference": paired_difference(*pairs, [rows[i]["group"] for i in paired]),
         "both_right": over(both),
         "only_finding": over({i: v for i, v in both.items() if i not in other}),
         "others_left": over({i: both[i] for i in paired}),
@@ -448,23 +401,23 @@ def measure_redrawn(rows, records, redrawn):
 
 def case_summary(case, fills, k):
     """What predictions.jsonl says of a case; stability: share of random-region edits that leave the answer as it is."""
-    flips, drops = (
-        {what: edit_values(case, what, key, fills, 1 if what == "roi" else k) for what in ("roi", "random")}
-        for key in ("flipped", "drop")
-    )
-    changed = (edit_values(case, "random", "flipped", fills, k) + edit_values(case, "random", "unparsed", fills, k)) > 0
 
-    def mean(values):
-        return None if np.isnan(values).any() else float(values.mean())
+    def values(what, key):
+        return edit_values(case, what, key, fills, 1 if what == "roi" else k)
 
+    def mean(what, key):
+        found = values(what, key)
+        return None if np.isnan(found).any() else float(found.mean())
+
+    changed = (values("random", "flipped") + values("random", "unparsed")) > 0
     return {
         "source": case["source"],
         "roi": case["plan"].roi,
         "random": case["plan"].random,
-        "flip_roi": mean(flips["roi"]),
-        "flip_random": mean(flips["random"]),
-        "delta_cf_roi": mean(drops["roi"]),
-        "delta_cf_rand": mean(drops["random"]),
+        "flip_roi": mean("roi", "flipped"),
+        "flip_random": mean("random", "flipped"),
+        "delta_cf_roi": mean("roi", "drop"),
+        "delta_cf_rand": mean("random", "drop"),
         "stability": float(1 - changed.mean()),
         "answers": {f"{what} {fill} {number}": e["answer"] for (what, fill, number), e in case["edits"].items()},
     }
