@@ -2,7 +2,7 @@
 Random changes of a whole batch at once: no Python work per image, on whatever device the batch lies.
 
 The 28-pixel films of the training split are all framed alike, those of the test split are not: without small geometric
-changes the network learns the framing (task1_classification/README.md, "What it should give").
+changes the network learns the framing (docs/results/task1_classification.md).
 """
 
 import math
