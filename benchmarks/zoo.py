@@ -6,8 +6,8 @@ Usage:
     python benchmarks/zoo.py --studies 60 --no-search
 
 No model and no image is needed: a policy here is a few lines that write a response to a row of prepare_data.py. A
-reward is safe from a cheat when the cheat earns clearly less than an honest policy; tests/test_vqa_zoo.py fails when
-one does not.
+reward is safe from a cheat when the cheat earns clearly less than an honest policy; tests/test_benchmarks_zoo.py fails
+when one does not.
 
 honest: right on three quarters of the rows; a wrong answer is of the same kind (yes for no, another option, another
 finding). Its boxes are the gold ones, moved and scaled by about 8 % of their size. Policies that "know" give the same
@@ -45,11 +45,12 @@ import shared  # noqa: F401, isort: skip  # before torchvision
 import numpy as np
 
 from shared.phantom import phantom_study
-from shared.runtime import open_run_dir, positive_int, run_facts, script, script_parser, write_json
+from shared.report import markdown_table
+from shared.runtime import atomic_file, open_run_dir, positive_int, run_facts, script, script_parser, write_json
 from vqa_sft_grpo.counterfactual import region_mask, whole_boxes
-from vqa_sft_grpo.rows import phantom_study_rows
 from vqa_sft_grpo.prompting import boxes_from_model, boxes_to_model, build_prompt, instruction, parse_response
 from vqa_sft_grpo.rewards import AnswerFrequencies, RewardSettings, answer_class, compose, is_no, rollout_terms
+from vqa_sft_grpo.rows import phantom_study_rows
 from vqa_sft_grpo.scoring import normalise, options_of, overlap
 
 TASK = "vqa_sft_grpo"
@@ -59,23 +60,15 @@ ROOM = (0.005, 0.3)  # share of the image of a region that has random ones to co
 VAL_START = 8_000_000  # studies of other patients than those of training
 # Organs that a chest radiograph shows, for the policies that list or box all of them
 ORGANS = "left lung, right lung, heart, mediastinum, trachea, spine, ribs, diaphragm, liver, stomach"
-ORGAN_BOXES = [
-    [180, 150, 500, 880],
-    [510, 150, 840, 880],
-    [400, 400, 720, 850],
-    [400, 150, 600, 600],
-    [460, 50, 540, 350],
-    [440, 50, 560, 980],
-    [150, 800, 860, 960],
-]
+ORGAN_BOXES = [[180, 150, 500, 880], [510, 150, 840, 880], [400, 400, 720, 850], [400, 150, 600, 600]]
+ORGAN_BOXES += [[460, 50, 540, 350], [440, 50, 560, 980], [150, 800, 860, 960]]
 LUNGS_BOXES = ORGAN_BOXES[:2]
 LONG_CAPTION = " ".join(
     f"Region {n} of the film was examined with care and its appearance noted as item {n * 7} of the description."
     for n in range(1, 19)
 )
-SCHEMA = dict(
-    re.findall(r'"(caption|reasoning|answer)": ([^,"]+)', instruction("json"))
-)  # what the prompt says of the fields
+# what the prompt says of the fields
+SCHEMA = dict(re.findall(r'"(caption|reasoning|answer)": ([^,"]+)', instruction("json")))
 CYRILLIC = str.maketrans("aeopcyx", "аеорсух")
 
 
@@ -107,11 +100,9 @@ class Case:
     @cached_property
     def options(self):
         """The possible answers: yes and no, the options of the question, or the training answers to open questions."""
-        if self.kind == "yes_no":
-            return ["yes", "no"]
-        return (
-            [" ".join(tokens) for tokens, _ in options_of(self.question)] if self.kind == "choice" else self.vocabulary
-        )
+        if self.kind == "choice":
+            return [" ".join(tokens) for tokens, _ in options_of(self.question)]
+        return ["yes", "no"] if self.kind == "yes_no" else self.vocabulary
 
     @cached_property
     def other(self):
@@ -122,10 +113,9 @@ class Case:
     def known(self):
         """Caption, reasoning and boxes of the honest response; the reasoning of a wrong answer is left out."""
         target = json.loads(self.row["output"])
-        found = {"caption": target["caption"]} | (
-            {"reasoning": target["reasoning"]} if self.right and "reasoning" in target else {}
-        )
-        return found | ({"boxes": self.boxes} if self.boxes else {}) | {"answer": self.answer}
+        reasoning = target.get("reasoning") if self.right else None
+        fields = {"caption": target["caption"], "reasoning": reasoning, "boxes": self.boxes, "answer": self.answer}
+        return {name: value for name, value in fields.items() if value}
 
     @cached_property
     def has_room(self):
@@ -225,9 +215,8 @@ def honest(case):
 def honest_with(case, **changes):
     """The honest response with some fields replaced; None takes one out."""
     fields = case.known | changes
-    return response(
-        **{name: fields[name] for name in ("caption", "reasoning", "boxes", "answer") if fields.get(name) is not None}
-    )
+    order = ("caption", "reasoning", "boxes", "answer")
+    return response(**{name: fields[name] for name in order if fields.get(name) is not None})
 
 
 def opposite_reasoning(case):
@@ -235,11 +224,9 @@ def opposite_reasoning(case):
     topic = re.sub(r"^is there |\?$", "", case.question.lower())
     if case.kind == "yes_no":
         return f"There is {topic}." if case.answer == "no" else f"No, there is not {topic}."
-    return (
-        f"It is {case.other}, not {case.answer}."
-        if case.kind == "choice"
-        else f"There is no {case.answer}; {case.other} is seen."
-    )
+    if case.kind == "choice":
+        return f"It is {case.other}, not {case.answer}."
+    return f"There is no {case.answer}; {case.other} is seen."
 
 
 HONEST = Policy("honest", honest, "looks")
@@ -330,9 +317,8 @@ def first_yes_no_substring(case, text, drops):
 
 def edit_ratio(case, text, drops):
     """VLM-R1: similarity of spelling (hyperdense and hypodense: 0.84); plus the format."""
-    return (
-        has_object(text) + difflib.SequenceMatcher(None, answer_text(text).lower(), case.row["answer"].lower()).ratio()
-    )
+    answer, gold = answer_text(text).lower(), case.row["answer"].lower()
+    return has_object(text) + difflib.SequenceMatcher(None, answer, gold).ratio()
 
 
 def any_of_the_words(case, text, drops):
@@ -407,11 +393,8 @@ def masks_of(cases):
     """
     needed = np.array([case.row["needs_image"] for case in cases])
     kinds = np.array([case.kind for case in cases])
-    return (
-        {"all": np.ones(len(cases), bool)}
-        | {kind: needed & (kinds == kind) for kind in ("yes_no", "choice", "open")}
-        | {"no image needed": ~needed}
-    )
+    by_kind = {kind: needed & (kinds == kind) for kind in ("yes_no", "choice", "open")}
+    return {"all": np.ones(len(cases), bool), **by_kind, "no image needed": ~needed}
 
 
 def margins(cases, found, design="gated"):
@@ -483,84 +466,49 @@ def search(cases, frequencies, few=24, keep=25):
     question, the best `keep` of all and of each kind on every case. -> (earnings of these by name, number of templates
     tried).
     """
-    masks = masks_of(cases)
-    groups = [np.flatnonzero(masks[kind]) for kind in ("yes_no", "choice", "open")]
-    chosen = [i for group in groups for i in group[: few // 3]]
-    some = [cases[i] for i in chosen]
+    masks, names, settings = masks_of(cases), ("yes_no", "choice", "open"), RewardSettings()
+    some = [cases[i] for kind in names for i in np.flatnonzero(masks[kind])[: few // 3]]
     kinds = np.array([case.kind for case in some])
     policies = templates()
-    settings = RewardSettings()
-    table = np.array(
-        [
-            [
-                rollout_terms(c.row, p.write(c), settings, frequencies, *simulated_drops(c, p.sight, c.right))["reward"]
-                for c in some
-            ]
-            for p in policies
-        ]
-    )
+
+    def rewards(policy, chosen):
+        drops = (simulated_drops(case, policy.sight, case.right) for case in chosen)
+        pairs = zip(chosen, drops, strict=True)
+        return [rollout_terms(c.row, policy.write(c), settings, frequencies, *d)["reward"] for c, d in pairs]
+
+    table = np.array([rewards(policy, some) for policy in policies])
     best = {
         int(i)
-        for part in (kinds != "", *(kinds == kind for kind in ("yes_no", "choice", "open")))
+        for part in (kinds != "", *(kinds == kind for kind in names))
         for i in np.argsort(-table[:, part].mean(1), kind="stable")[:keep]
     }
-    found = {
-        policies[i].name: {
-            "gated": [
-                rollout_terms(
-                    c.row, policies[i].write(c), settings, frequencies, *simulated_drops(c, policies[i].sight, c.right)
-                )["reward"]
-                for c in cases
-            ]
-        }
-        for i in sorted(best)
-    }
+    found = {policies[i].name: {"gated": rewards(policies[i], cases)} for i in sorted(best)}
     return found, len(policies)
 
 
 # --------------------------------------------------------------------------------------------------------------- script
 
 
-def markdown(header, rows):
-    return "\n".join(
-        ["| " + " | ".join(header) + " |", "|" + "---|" * len(header), *("| " + " | ".join(row) + " |" for row in rows)]
-    )
-
-
 def design_table(found):
-    """Mean earnings; bold: as much as the honest policy or more."""
+    """Mean earnings; bold: as much as the honest policy or more -> (table, {design: how many earn that})."""
     names = list(found["honest"])
-    means = {
-        policy: {name: float(np.mean(values)) for name, values in columns.items()} for policy, columns in found.items()
-    }
-
-    def cell(policy, name):
-        value = round(means[policy][name], 2) + 0.0  # + 0.0: no "-0.00"
-        return (
-            f"**{value:.2f}**"
-            if policy != "honest" and means[policy][name] >= means["honest"][name] - 1e-9
-            else f"{value:.2f}"
-        )
-
-    beaten = {
-        name: sum(means[p][name] >= means["honest"][name] - 1e-9 for p in means if p != "honest") for name in names
-    }
-    rows = [[policy, *(cell(policy, name) for name in names)] for policy in means]
-    return (
-        markdown(
-            ["policy", *names],
-            [*rows, ["*cheats that earn as much as honesty or more*", *(str(beaten[name]) for name in names)]],
-        ),
-        beaten,
-    )
+    means = {policy: {name: float(np.mean(v)) for name, v in columns.items()} for policy, columns in found.items()}
+    beaten, rows = dict.fromkeys(names, 0), []
+    for policy, earned in means.items():
+        rows.append([policy])
+        for name, value in earned.items():
+            wins = policy != "honest" and value >= means["honest"][name] - 1e-9
+            beaten[name] += wins
+            shown = f"{round(value, 2) + 0.0:.2f}"  # + 0.0: no "-0.00"
+            rows[-1].append(f"**{shown}**" if wins else shown)
+    rows.append(["*cheats that earn as much as honesty or more*", *beaten.values()])
+    return markdown_table(["policy", *names], rows), beaten
 
 
 def margin_table(found):
     kinds = list(next(iter(found.values())))
-    return markdown(
-        ["honest minus", *kinds],
-        [[name, *(f"{row[kind]:+.2f}" for kind in kinds)] for name, row in found.items() if name != "honest"],
-    )
+    rows = [[name, *(f"{row[kind]:+.2f}" for kind in kinds)] for name, row in found.items() if name != "honest"]
+    return markdown_table(["honest minus", *kinds], rows)
 
 
 def parse_args(argv=None):
@@ -592,11 +540,10 @@ def main(argv=None):
     found = earnings(cases, (HONEST, *POLICIES), frequencies, tuple(DESIGNS))
     table, beaten = design_table(found)
     lead = margins(cases, found)
+    right = np.mean([case.right for case in cases])
     report = [
-        (
-            f"Phantom questions: {counts}; honest policy right on {np.mean([c.right for c in cases]):.1%}. Mean reward;"
-            " bold: as much as the honest policy, or more.\n"
-        ),
+        f"PHANTOM questions: {counts}; honest policy right on {right:.1%}. Mean reward; bold: as much as the honest"
+        " policy, or more.\n",
         table,
         "\nMargins of the honest policy over each, gated reward:\n",
         margin_table(lead),
@@ -607,13 +554,12 @@ def main(argv=None):
         lead = margins(cases, {"honest": found["honest"]} | best)
         closest = sorted((name for name in lead if name != "honest"), key=lambda name: lead[name]["all"])[:10]
         metrics["search"] = {"templates": tried, "closest": {name: lead[name] for name in closest}}
-        report += [
-            f"\nTemplate search: {tried} blind templates; the ten that come closest:\n",
-            margin_table({name: lead[name] for name in closest}),
-        ]
+        report.append(f"\nTemplate search: {tried} blind templates; the ten that come closest:\n")
+        report.append(margin_table({name: lead[name] for name in closest}))
     text = "\n".join(report)
     print(text)
-    (run_dir / "zoo.md").write_text(text + "\n", encoding="utf-8")
+    with atomic_file(run_dir / "zoo.md", "w") as file:
+        file.write(text + "\n")
     write_json(run_dir / "metrics.json", metrics | {"phantom": True, "n": len(cases), **run_facts(started, "cpu")})
     print(f"\nresults in {run_dir}")
 
