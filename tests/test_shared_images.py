@@ -395,6 +395,13 @@ def test_dicom_is_shown_as_its_window_says():
     np.testing.assert_allclose(read_image("d.dcm"), 1 / (1 + np.exp(-4 * (ramp - 1000) / 800)), atol=1e-5)
     write_dicom("e.dcm", WindowCenter=0, WindowWidth=801, RescaleSlope=1, RescaleIntercept=-1000)
     np.testing.assert_allclose(read_image("e.dcm"), np.clip((ramp - 999.5) / 800 + 0.5, 0, 1), atol=1e-5)
+    from pydicom.dataset import Dataset
+
+    table = Dataset()
+    table.LUTDescriptor, table.LUTData = [4096, 0, 16], np.arange(65535, -1, -16).astype("<u2").tobytes()
+    for more in ({}, {"RescaleSlope": 1, "RescaleIntercept": 0}):
+        write_dicom("t.dcm", VOILUTSequence=[table], WindowCenter=1000, WindowWidth=800, **more)
+        np.testing.assert_allclose(read_image("t.dcm"), 1 - ramp * 16 / 65535, atol=1e-4)  # the table goes first
     write_dicom("f.dcm", pixels=RAMP)
     np.testing.assert_array_equal(read_image("f.dcm"), RAMP / np.float32(255))
 

@@ -284,7 +284,7 @@ def windowed(film, stored):
     function = film.get("VOILUTFunction") or "LINEAR"
     padding = stored == film.PixelPaddingValue if "PixelPaddingValue" in film else np.zeros(stored.shape, bool)
     if film.get("VOILUTSequence"):
-        values = apply_voi(values, film) / (2 ** film.VOILUTSequence[0].LUTDescriptor[2] - 1)
+        values = apply_voi(values.astype(np.int64), film) / (2 ** film.VOILUTSequence[0].LUTDescriptor[2] - 1)
     elif width > 0 and function == "SIGMOID":
         values = 1 / (1 + np.exp(-4 * (values - center) / width))
     elif width > 0 and function == "LINEAR_EXACT":
