@@ -42,11 +42,12 @@ from shared.models.inputs import ImageStore
 from shared.models.loading import load_vlm
 from shared.models.passes import PartSize, make_prompts, write
 from shared.phantom import PhantomSettings
+from shared.models.tuning import BatchOrder, backward
 from shared.report import plt, save_figure
 from shared.runtime import InputError, fraction, load_checkpoint, positive_int, run_facts, script
 from shared.runtime import seed_everything, write_json
 from vqa_sft_grpo import train_grpo, train_sft
-from vqa_sft_grpo.examples import BatchOrder, make_examples
+from vqa_sft_grpo.examples import make_examples
 from vqa_sft_grpo.prompting import build_prompt, parse_response
 from vqa_sft_grpo.rewards import plan_edits
 from vqa_sft_grpo.rollouts import score_answers
@@ -66,6 +67,7 @@ MARK = (46, 26, 66, 46)
 HINTS = (0.5, 1.0)
 # its steps on shuffled answers; nats by which effusion and mark move the log-odds of yes when it stops
 WRITING, SEEING = 50, 0.05
+FINE_TUNING = 600  # most steps of it
 MARKS = {"mark says it": 1.0, "no mark": None, "mark turned round": 0.0}  # agreement of the mark with the effusion
 
 
@@ -144,26 +146,24 @@ def fine_tune_weakly(args, folder, seed):
     shuffled = [r["output"] for r in train_rows]
     random.Random(seed).shuffle(shuffled)
     hinted.append([r | {"output": output} for r, output in zip(hinted[0], shuffled, strict=True)])
-    options = f"--model tiny --styles json --batch-size {args.sft_batch_size} --per-image 1 --steps 600 --seed {seed}"
-    settings = train_sft.parse_args(options.split())
-    settings.checkpointing = False
     seed_everything(seed)
     vlm = load_vlm("tiny:qwen2vl")
     store = ImageStore(vlm.processor, [r["image"] for some in hinted for r in some])
     examples = make_examples(vlm, sum(hinted, []), store, ("json",))
     chance, tells, scrambled = (
-        BatchOrder(examples[k : k + len(train_rows)], settings) for k in range(0, len(examples), len(train_rows))
+        BatchOrder(examples[k : k + len(train_rows)], args.sft_batch_size, 1, seed, steps=FINE_TUNING)
+        for k in range(0, len(examples), len(train_rows))
     )
     parameters = list(vlm.model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     effusion, mark, size = 0.0, 0.0, PartSize(args.sft_batch_size)
-    for step in range(settings.steps):
+    for step in range(FINE_TUNING):
         vlm.model.train()
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * min(1.0, (step + 1) / WRITING)
         order = scrambled if step < WRITING else tells if mark < effusion else chance
-        train_sft.backward(vlm, order.at(step)[1], store, size, scaler, settings, 0, 1)
+        backward(vlm, order.at(step)[1], store, size, scaler, train_tower=True)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -176,7 +176,7 @@ def fine_tune_weakly(args, folder, seed):
                 break
     else:
         raise InputError(
-            f"seed {seed}: after {settings.steps} steps of fine-tuning the effusion moves the log-odds by"
+            f"seed {seed}: after {FINE_TUNING} steps of fine-tuning the effusion moves the log-odds by"
             f" {effusion:.3f} nats and the mark by {mark:.3f}; more --films may help"
         )
     print(

@@ -41,12 +41,11 @@ from PIL import Image
 from shared.models.inputs import ImageStore
 from shared.models.loading import add_lora, load_vlm
 from shared.models.passes import PartSize, features_of
+from shared.models.tuning import BatchOrder, backward
 from shared.runtime import InputError, positive_int, run_facts, script, seed_everything, write_json
-from vqa_sft_grpo.examples import BatchOrder, make_examples
+from vqa_sft_grpo.examples import make_examples
 from vqa_sft_grpo.prompting import build_prompt, build_target
 from vqa_sft_grpo.rows import make_rows, read_rows, write_rows
-from vqa_sft_grpo.train_sft import backward
-from vqa_sft_grpo.train_sft import parse_args as sft_args
 
 ROWS = ("ours", "ours, nothing shared", "trl", "trl, checkpointing", "ours, LoRA", "ours, LoRA, cached")
 LR = 1e-3
@@ -106,18 +105,12 @@ class Clock:
 
 
 def train_ours(args, rows, vlm, clock, lora, share, cache):
-    options = (
-        f"--model tiny --train {'lora' if lora else 'full'} --batch-size {args.batch_size} --styles json --lr {LR}"
-    )
-    options = [*options.split(), "--steps", args.skip + args.steps, "--per-image", 4 if share else 1]
-    sft = sft_args(options)
-    sft.checkpointing = not share  # backward() shares beginnings of prompts unless activations are recomputed
     size = PartSize(args.batch_size)
     store = ImageStore(vlm.processor, [r["image"] for r in rows])
     examples = make_examples(vlm, rows, store, ("json",))
     if cache:
         store.cache_features(lambda images: features_of(vlm, images), 2.0)
-    order = BatchOrder(examples, sft)
+    order = BatchOrder(examples, args.batch_size, 4 if share else 1, steps=args.skip + args.steps)
     trainable = [p for p in vlm.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=LR, weight_decay=0.01)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
@@ -126,7 +119,7 @@ def train_ours(args, rows, vlm, clock, lora, share, cache):
     clock.ready = time.perf_counter()
     for step in range(order.num_steps):
         batch = order.at(step)[1]
-        backward(vlm, batch, store, size, scaler, sft, 0, 1)
+        backward(vlm, batch, store, size, scaler, share, not lora)
         torch.nn.utils.clip_grad_norm_(trainable, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

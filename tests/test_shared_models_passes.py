@@ -212,7 +212,7 @@ def test_text_and_images_that_do_not_fit(vlm, films, texts, images, message):
 
 def test_a_template_without_or_with_two_places_is_refused(vlm, films, monkeypatch):
     whole = vlm.processor.chat_template
-    mark = vlm.tokenizer.boi_token if vlm.family == "gemma3" else vlm.spec.image_tokens[0]
+    mark = vlm.tokenizer.boi_token if vlm.spec.framed else vlm.spec.image_tokens[0]
     for template, places in ((whole.replace(mark, ""), 0), (whole.replace(mark, mark + " " + mark), 2)):
         monkeypatch.setattr(vlm.processor, "chat_template", template)
         with pytest.raises(InputError, match=f"room for {places} images, and there are 1"):

@@ -24,13 +24,15 @@ import vqa_sft_grpo.train_sft as train_script
 from shared.models.inputs import ImageStore
 from shared.models.loading import add_lora, load_vlm
 from shared.models.passes import PartSize, features_of
+from shared.models import tuning
+from shared.models.tuning import backward, batch_loss, epoch_batches
 from shared.training import GuardedStep, settings_of
-from vqa_sft_grpo.examples import batch_loss, epoch_batches, make_examples
+from vqa_sft_grpo.examples import make_examples
 from vqa_sft_grpo.asking import model_of
 from vqa_sft_grpo.prepare_data import main as prepare
 from vqa_sft_grpo.rows import read_rows
 from vqa_sft_grpo.prompting import build_prompt, build_target
-from vqa_sft_grpo.train_sft import backward, main, parse_args
+from vqa_sft_grpo.train_sft import main, parse_args
 
 ROOT = Path(__file__).resolve().parents[1]
 PATIENCE = 900  # seconds for a process of a few, on a machine that is busy
@@ -265,17 +267,14 @@ def test_batches_hold_every_example_once_and_little_padding(vlm, rows):
 # --- steps ---
 
 
-def setup_step(vlm, rows, **changes):
-    args = parse_args(["--model", "tiny", "--batch-size", "6"])
-    for name, value in changes.items():
-        setattr(args, name, value)
+def setup_step(vlm, rows):
     store, examples = examples_of(vlm, rows[:6], ("json",))
     scaler = torch.amp.GradScaler("cpu", enabled=False)
 
     def step(micro_batch):
         vlm.model.zero_grad(set_to_none=True)
         size = PartSize(micro_batch)
-        return (backward(vlm, examples, store, size, scaler, args, 0, 1), size.now), gradients(vlm)
+        return (backward(vlm, examples, store, size, scaler), size.now), gradients(vlm)
 
     return step
 
@@ -300,7 +299,7 @@ def test_out_of_memory_takes_smaller_parts_and_the_same_gradient(vlm, rows, monk
             raise torch.OutOfMemoryError("made up")
         return batch_loss(vlm, batch, *more, **options)
 
-    monkeypatch.setattr(train_script, "batch_loss", limited)
+    monkeypatch.setattr(tuning, "batch_loss", limited)
     (total, kept), found = step(6)
     assert kept == 1 and calls == [6, 3] + [1] * 6 and "going on with 1" in capsys.readouterr().out
     assert torch.allclose(total, whole, atol=1e-5)
@@ -315,7 +314,7 @@ def poisoned(monkeypatch, bad):
         total, weight = batch_loss(vlm, batch, *more, **options)
         return (total * float("nan") if vlm.model.training and next(count) in bad else total), weight
 
-    monkeypatch.setattr(train_script, "batch_loss", loss)
+    monkeypatch.setattr(tuning, "batch_loss", loss)
 
 
 def test_a_loss_that_is_not_finite_stops_the_step_only(rows_file, monkeypatch):
@@ -422,7 +421,7 @@ def stop_after(step, monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
         return batch_loss(vlm, *more, **options)
 
-    monkeypatch.setattr(train_script, "batch_loss", loss)
+    monkeypatch.setattr(tuning, "batch_loss", loss)
 
 
 def test_stopped_twice_and_resumed_equals_the_uninterrupted_run(whole_run, rows_file, monkeypatch, capsys):

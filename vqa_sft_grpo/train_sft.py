@@ -49,6 +49,7 @@ from shared.models.inputs import ImageStore
 from shared.models.loading import QUANTS, add_lora, count_parameters, load_vlm, save_vlm
 from shared.models.passes import PartSize, features_of, in_parts
 from shared.models.tiny import is_tiny
+from shared.models.tuning import BatchOrder, backward, batch_loss
 from shared.report import PHANTOM, draw_history
 from shared.runtime import InputError, add_resume, atomic_folder, fraction, not_negative, open_run_dir, pick_device
 from shared.runtime import positive_float, positive_int, run_facts, script, script_parser, seed_everything
@@ -56,7 +57,7 @@ from shared.runtime import start_distributed, write_json, write_jsonl
 from shared.training import GuardedStep, StopSignal, Weights, learning_rate, load_state, save_state, settings_of
 from vqa_sft_grpo.asking import BASE_MODEL, Answerer, how_to_measure, limit_pixels
 from vqa_sft_grpo.counterfactual import blank, region_iou
-from vqa_sft_grpo.examples import BatchOrder, batch_loss, make_examples
+from vqa_sft_grpo.examples import make_examples
 from vqa_sft_grpo.prompting import STYLES, boxes_from_model, build_prompt, parse_response
 from vqa_sft_grpo.rows import make_rows, phantom_settings, read_rows
 from vqa_sft_grpo.scoring import score_answer
@@ -274,35 +275,6 @@ def rank_of(row):
 # ------------------------------------------------------------------------------------------------------------ training
 
 
-def backward(vlm, batch, store, size, scaler, args, rank, world_size):
-    """
-    Gradients of the mean loss over the batch -> this process's part of the loss. Out of GPU memory: smaller parts from
-    here on; loss and gradient stay those of the whole batch, since each token's share does not change.
-    """
-    weight = sum(float(e.weights.sum()) for e in batch)  # of all processes
-    mine = batch[rank * len(batch) // world_size : (rank + 1) * len(batch) // world_size]
-
-    def work(part):
-        loss, _ = batch_loss(vlm, part, store, share=not args.checkpointing, train_tower=args.train == "full")
-        scaler.scale(loss / weight).backward()
-        return [loss.detach() / weight]
-
-    parts = in_parts(work, mine, size, undo=lambda: vlm.model.zero_grad(set_to_none=True))
-    return sum(parts, torch.zeros((), device=vlm.device))
-
-
-def sum_over_processes(parameters, total):
-    """
-    Gradients and loss of all processes; the parts add up, since each is already divided by the weight of the whole
-    batch.
-    """
-    for p in parameters:
-        if p.grad is None:  # a process without examples in a short last batch
-            p.grad = torch.zeros_like(p)
-        dist.all_reduce(p.grad)
-    dist.all_reduce(total)
-
-
 def save_model(vlm, folder, facts):
     """Adapter, or whole model, processor, and what it was trained on into `folder`, which is replaced in one go."""
     with atomic_folder(folder) as building:
@@ -321,7 +293,7 @@ def train(args, vlm, train_rows, val_rows, facts, run_dir, rank, world_size):
     if args.cache_features:
         gib = sum(s.cache_features(lambda images: features_of(vlm, images), args.cache_gib) for s in (store, val_store))
         say(f"features of {len(store) + len(val_store)} images computed once, {gib:.2f} GiB")
-    order = BatchOrder(examples, args)
+    order = BatchOrder(examples, args.batch_size, args.per_image, args.seed, args.epochs, args.steps)
     longest_answer = max(len(e.target) for e in examples if e.style == args.eval_style)
     eval_every = args.eval_every or max(1, order.num_steps // 10)
     lengths = [e.length for e in examples]
@@ -365,9 +337,8 @@ def train(args, vlm, train_rows, val_rows, facts, run_dir, rank, world_size):
             vlm.model.train()
             epoch, batch = order.at(step)
             torch.manual_seed(args.seed * 10_000_000 + step * world_size + rank)  # dropout: the same in a resumed run
-            loss = backward(vlm, batch, store, size, scaler, args, rank, world_size)
-            if world_size > 1:
-                sum_over_processes(weights.values(), loss)
+            full = args.train == "full"
+            loss = backward(vlm, batch, store, size, scaler, not args.checkpointing, full, rank, world_size)
             lr = learning_rate(step, order.num_steps, warmup_steps, args.lr)
             taken = guard.step(loss.item(), lr)
             step += 1

@@ -132,13 +132,13 @@ def prompt_ids(vlm, text, grids=(), system=None):
     """The user's turn as token ids, int32 (L,), with as many image tokens as the grids (rows, columns) have cells."""
     check_text(vlm, text, system or "")
     rendered = render(vlm.processor, vlm.processor.chat_template, text, len(grids), system)
-    mark = vlm.tokenizer.boi_token if vlm.family == "gemma3" else vlm.spec.image_tokens[0]
+    mark = vlm.tokenizer.boi_token if vlm.spec.framed else vlm.spec.image_tokens[0]
     if rendered.count(mark) != len(grids):
         raise InputError(
             f"the chat template leaves room for {rendered.count(mark)} images, and there are {len(grids)}: not the"
             " template of this model"
         )
-    if vlm.family == "gemma3":
+    if vlm.spec.framed:
         rendered = rendered.replace(mark, f"\n\n{mark}{vlm.tokenizer.image_token}{vlm.tokenizer.eoi_token}\n\n")
     # a template that writes the start token itself must not get a second one from the tokenizer
     written = vlm.tokenizer.bos_token is not None and rendered.startswith(vlm.tokenizer.bos_token)

@@ -378,7 +378,7 @@ def sample(vlm, prompts, n=1, max_new_tokens=256, temperature=1.0, generator=Non
 
 
 def image_columns(vlm, prompts):
-    """Where the image tokens of each prompt are in the padded columns of sample() -> (P, most tokens), -1 behind the last."""
+    """Columns of sample() where the image tokens of each prompt are -> (P, most of them), -1 behind the last."""
     longest = max(map(len, prompts))
     return padded([np.flatnonzero(p.ids == vlm.image_token_id) + longest - len(p) for p in prompts], -1)
 
