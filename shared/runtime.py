@@ -492,7 +492,7 @@ def write_csv(path, rows):
 
 # ---------------------------------------------------------------------------------------------------------- run folders
 
-RUNS = {}  # the run folders that this process has open: absolute path -> (lock or None, names written down)
+RUNS = {}  # the run folders that this process has open: absolute path -> {lock, names written down, is it new?}
 WRITTEN = ".written"  # in a run folder: what the run wrote there, one name a line
 
 
@@ -544,6 +544,7 @@ def claim_run_dir(args, base, script_name):
                 " --out-dir"
             )
         clear_run(run_dir)
+        RUNS[run_dir.absolute()]["new"] = True
         settings = {k: v for k, v in vars(args).items() if k != "config"}
         write_json(run_dir / "settings.json", settings | {"script": script_name, "command": " ".join(sys.argv)})
     for part in run_dir.rglob(".*.part"):  # of a process that was killed while it wrote; the lock says that it is gone
@@ -572,7 +573,7 @@ def new_numbered(base):
 
 def lock_run(run_dir):
     """Two processes never write into one run folder. The lock ends with the process, however that ends."""
-    close_run(run_dir)
+    close_run(run_dir, keep=True)
     lock = None
     if fcntl is not None:
         lock = os.open(run_dir, os.O_RDONLY)
@@ -586,24 +587,29 @@ def lock_run(run_dir):
         except OSError:  # a file system without locks
             os.close(lock)
             lock = None
-    RUNS[run_dir.absolute()] = (lock, set(written(run_dir)))
+    RUNS[run_dir.absolute()] = {"lock": lock, "names": set(written(run_dir)), "new": False}
 
 
-def close_run(run_dir):
-    lock, _ = RUNS.pop(run_dir.absolute(), (None, None))
-    if lock is not None:
-        os.close(lock)
+def close_run(run_dir, keep=False):
+    """Let go of the lock; unless `keep`, a new folder that got only its settings (the run was refused) is removed."""
+    run = RUNS.pop(run_dir.absolute(), {"lock": None, "new": False})
+    with contextlib.suppress(OSError):
+        if run["new"] and not keep and set(os.listdir(run_dir)) == {"settings.json", WRITTEN}:
+            clear_run(run_dir)
+            run_dir.rmdir()
+    if run["lock"] is not None:
+        os.close(run["lock"])
 
 
 def record(path):
     """Write down in its run folder that the run wrote this file, or all files of this folder; see clear_run."""
     path = Path(path).absolute()
     files = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
-    for run_dir, (_, known) in RUNS.items():
+    for run_dir, run in RUNS.items():
         names = [str(file.relative_to(run_dir)) for file in files if file.is_relative_to(run_dir)]
-        names = [name for name in names if name not in known]
+        names = [name for name in names if name not in run["names"]]
         if names:
-            known.update(names)
+            run["names"].update(names)
             with open(run_dir / WRITTEN, "a", encoding="utf-8") as file:
                 file.writelines(json.dumps(name) + "\n" for name in names)
 
@@ -641,7 +647,7 @@ def clear_run(run_dir):
                     (run_dir / folder).rmdir() if folder != Path() else None
     (run_dir / WRITTEN).unlink(missing_ok=True)
     if run_dir.absolute() in RUNS:
-        RUNS[run_dir.absolute()][1].clear()
+        RUNS[run_dir.absolute()]["names"].clear()
 
 
 def resume_dir(path):

@@ -556,6 +556,21 @@ def test_processes_never_share_a_run_folder(own_folder, start_script):
     open_run_dir(parse("--out-dir", "mine", "--resume"), "task", "train")  # the lock went with the process
 
 
+def test_a_refusal_leaves_no_empty_run(refused):
+    @script
+    def main(argv=None):
+        open_run_dir(parser().parse_args(argv), "task", "train")
+        raise InputError("later")
+
+    for arguments in ([], ["--out-dir", "mine"], ["--dry-run"]):
+        assert refused(main, arguments) == "error: later"
+    assert not Path("mine").exists() and not any(p.is_file() for p in Path("outputs").rglob("*"))
+    run = open_run_dir(parse("--out-dir", "mine"), "task", "train")  # killed before it saved anything ...
+    runtime.RUNS.clear()
+    refused(main, ["--out-dir", "mine", "--resume"])
+    assert (run / "settings.json").exists()  # ... can still be resumed
+
+
 def test_the_lock_ends_with_the_script():
     @script
     def main(argv=None):
