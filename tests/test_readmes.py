@@ -1,0 +1,154 @@
+"""What the READMEs promise: short, links that lead somewhere, commands that exist with the flags that are given."""
+
+import argparse
+import functools
+import importlib
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def tracked(*patterns):
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "--", *patterns]
+    names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+    return sorted(name for name in names if name and (ROOT / name).is_file())
+
+
+READMES = tracked("README.md", "*/README.md")
+DOCUMENTS = READMES + tracked("docs/results/*.md")
+MOST_LINES = {"README.md": 100}  # every other: 150
+
+
+def test_there_is_a_readme_of_the_whole_of_shared_and_of_each_task():
+    assert {"README.md", "shared/README.md", "task1_classification/README.md"} < set(READMES)
+    assert {"task3_retrieval/README.md", "vqa_sft_grpo/README.md"} < set(READMES)
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_readmes_are_short(name):
+    lines = (ROOT / name).read_text(encoding="utf-8").count("\n")
+    assert lines <= MOST_LINES.get(name, 150), f"{name} has {lines} lines: move what was measured to docs/results/"
+
+
+# ---------------------------------------------------------------------------------------------------------------- links
+
+FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
+
+
+def anchors(path):
+    """The names that GitHub gives the headings of a file."""
+    headings = re.findall(r"^#+ +(.*)$", FENCE.sub("", path.read_text(encoding="utf-8")), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", LINK.sub("", h)).strip().lower().replace(" ", "-") for h in headings}
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_links_and_images_lead_somewhere(name):
+    path, dead = ROOT / name, []
+    for link in LINK.findall(path.read_text(encoding="utf-8")):
+        if re.match(r"[a-z]+:", link):
+            continue  # the web
+        file, _, anchor = link.partition("#")
+        target = path if not file else path.parent / file
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            dead.append(link)
+    assert not dead, f"{name}: {dead}"
+
+
+# ------------------------------------------------------------------------------------------------------------- commands
+
+
+def commands_of(text):
+    """Every command that starts a script or a module with python or torchrun -> (its name, the words behind it)."""
+    blocks = [block.replace("\\\n", " ") for language, block in FENCE.findall(text) if language in ("", "bash", "sh")]
+    lines = "\n".join(blocks).split("\n") + re.findall(r"`([^`\n]+)`", FENCE.sub("", text))
+    found = []
+    for part in (part for line in lines for part in re.split(r"&&|;|(?<!\S)\|(?!\S)", line)):
+        try:
+            words = shlex.split(part, comments=True)
+        except ValueError:  # an apostrophe: not a command
+            continue
+        start = next((i for i, word in enumerate(words) if word in ("python", "python3", "torchrun")), len(words))
+        words = words[start:]
+        if words[1:2] == ["-m"]:
+            found.append((words[2], words[3:]))
+            continue
+        script = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
+        if script is not None:
+            found.append((words[script], words[script + 1 :]))
+    return found
+
+
+class Found(BaseException):
+    """Carries a parser out of a script, past everything that the script would do or catch."""
+
+
+@functools.cache
+def flags_of(module_name):
+    """The flags of the parser that `python -m module` or the script of this module makes, those of subcommands too."""
+    module = importlib.import_module(module_name)
+    entry = module.parse_args if hasattr(module, "parse_args") else module.main
+
+    def caught(parser, *args, **options):
+        raise Found(parser)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "print_help", caught)
+        with pytest.raises(Found) as found:
+            entry(["--help"])
+    parsers, flags = [found.value.args[0]], set()
+    while parsers:
+        for action in parsers.pop()._actions:
+            flags.update(action.option_strings)
+            if isinstance(action, argparse._SubParsersAction):
+                parsers += action.choices.values()
+    return flags
+
+
+def accepted(module_name, flag):
+    """As ScriptParser takes it: underscores are dashes, and a few documented names stand for others."""
+    from shared.runtime import ALIASES
+
+    known = flags_of(module_name)
+    flag = flag.partition("=")[0].replace("_", "-")
+    return flag in known or ALIASES.get(flag) in known
+
+
+def module_of(name):
+    """A script's path or a module's name -> the module to import, None for one of another project (pytest, pip)."""
+    path = ROOT / (name if name.endswith(".py") else name.replace(".", "/") + ".py")
+    if path.with_suffix("").is_dir():
+        path = path.with_suffix("") / "__main__.py"
+    if not name.endswith(".py") and not (ROOT / name.partition(".")[0]).is_dir():
+        return None
+    starts = path.is_file() and '__name__ == "__main__"' in path.read_text(encoding="utf-8")
+    assert starts, f"{name} is nothing that can be started"
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_commands_exist_with_their_flags(name):
+    wrong = []
+    for command, words in commands_of((ROOT / name).read_text(encoding="utf-8")):
+        module = module_of(command)
+        flags = [word for word in words if re.match(r"--[a-z]", word)] if module else []
+        wrong += [f"{command} {flag}" for flag in flags if not accepted(module, flag)]
+    assert not wrong, f"{name}: {wrong}"
+
+
+def test_these_checks_find_what_they_look_for():
+    text = "Run `python a/b.py --x 1 && python -m c.d --y_z`:\n```bash\ntorchrun -n 2 e.py \\\n    --w  # why\n```\n"
+    assert commands_of(text) == [("e.py", ["--w"]), ("a/b.py", ["--x", "1"]), ("c.d", ["--y_z"])]
+    assert accepted("vqa_sft_grpo.train_sft", "--batch_size") and accepted("vqa_sft_grpo.train_sft", "--cfg")
+    assert not accepted("vqa_sft_grpo.train_sft", "--batch-sizes")
+    assert accepted("shared.data.__main__", "--hash-images")
+    assert module_of("shared.phantom") == "shared.phantom.__main__"
+    for name in ("vqa_sft_grpo/zoo.py", "vqa_sft_grpo/rows.py", "shared.data.medmnist", "shared.data.audit"):
+        with pytest.raises(AssertionError, match="nothing that can be started"):
+            module_of(name)
+    assert module_of("pytest") is None
