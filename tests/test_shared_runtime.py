@@ -556,6 +556,17 @@ def test_processes_never_share_a_run_folder(own_folder, start_script):
     open_run_dir(parse("--out-dir", "mine", "--resume"), "task", "train")  # the lock went with the process
 
 
+def test_places_that_no_folder_can_have(refused):
+    @script
+    def main(argv=None):
+        open_run_dir(parser().parse_args(argv), "task", "train")
+
+    Path("file").write_text("mine")
+    for place in ("x" * 300, "file", "file/run", "a/" * 3000):
+        assert "cannot use " in refused(main, ["--out-dir", place])
+    assert Path("file").read_text() == "mine"
+
+
 def test_a_refusal_leaves_no_empty_run(refused):
     @script
     def main(argv=None):
