@@ -15,12 +15,12 @@ import pytest
 from PIL import Image
 
 from phantom_files import export_slake, export_vqa_rad
-from shared.phantom import phantom_study
+from shared.phantom import phantom_settings, phantom_study
 from shared.runtime import InputError
 from vqa_sft_grpo.counterfactual import region_mask
 from vqa_sft_grpo.prepare_data import main
 from vqa_sft_grpo.rows import GRPO_FIELDS, PHANTOM_START, ROW_FIELDS, ancestors, grpo_row, make_rows
-from vqa_sft_grpo.rows import phantom_settings, read_rows, slake_region, write_rows
+from vqa_sft_grpo.rows import read_rows, slake_region, write_rows
 from vqa_sft_grpo.prompting import FIELDS, build_target, parse_response
 from vqa_sft_grpo.scoring import score_answer
 

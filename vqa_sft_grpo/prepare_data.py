@@ -32,9 +32,10 @@ sys.path.insert(0, str(ROOT))  # finds shared/ from any folder; in a notebook, c
 
 import shared  # noqa: F401, isort: skip  # before torchvision
 from shared.phantom.findings import ORDER
+from shared.phantom import phantom_settings
 from shared.runtime import InputError, fraction, not_negative, positive_int, script, script_parser
 from shared.runtime import write_json, write_jsonl
-from vqa_sft_grpo.rows import NAMES, POLICIES, SPLITS, grpo_row, make_rows, phantom_settings, write_rows
+from vqa_sft_grpo.rows import NAMES, POLICIES, SPLITS, grpo_row, make_rows, write_rows
 
 TASK = "vqa_sft_grpo"
 

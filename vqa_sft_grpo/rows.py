@@ -40,8 +40,7 @@ from shared.data.audit import RowSet, plain_text, repeats, seen, shared_between_
 from shared.data.download import DataNotFound
 from shared.data.images import image_size
 from shared.metrics.labels import PARENTS
-from shared.phantom import DEFAULT, PREVALENCE, TOGETHER, PhantomSettings, phantom_study
-from shared.phantom.findings import LEVELS, ORDER
+from shared.phantom import DEFAULT, phantom_study
 from shared.phantom.words import NOUNS, SIZES, SUMMARY
 from shared.runtime import InputError, atomic_file, write_jsonl
 from vqa_sft_grpo import sources as vqa
@@ -281,24 +280,6 @@ def slake_region(row):
 
 
 # ------------------------------------------------------------------------------------------------------------- phantom
-
-
-def phantom_settings(conditions=None, prevalence=None, severities=None):
-    """
-    The default hospital, or one that has only some conditions, each with the given chance, of these severities.
-    InputError for a condition that it does not draw.
-    """
-    if conditions is None and prevalence is None and severities is None:
-        return DEFAULT
-    for name in conditions or ():
-        if name not in ORDER:
-            raise InputError(f"--conditions {name}: the phantom draws {', '.join(ORDER)}")
-    chosen = conditions or [name for name in ORDER if name in PREVALENCE]
-    return PhantomSettings(
-        prevalence={name: PREVALENCE[name] if prevalence is None else prevalence for name in chosen},
-        together={pair: chance for pair, chance in TOGETHER.items() if set(pair) <= set(chosen)},
-        severities=severities or LEVELS,
-    )
 
 
 def phantom_rows(split, seed, image_dir, studies=None, image_size=112, settings=DEFAULT, limit=None):

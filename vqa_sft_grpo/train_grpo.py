@@ -68,6 +68,7 @@ from shared.data.download import sha256_of
 from shared.models.loading import QUANTS, add_lora, count_parameters, load_vlm, save_vlm
 from shared.models.passes import stop_tokens
 from shared.models.tiny import is_tiny
+from shared.phantom import phantom_settings
 from shared.report import PHANTOM
 from shared.runtime import InputError, add_resume, fraction, not_negative, open_run_dir, peak_memory, pick_device
 from shared.runtime import positive_float, positive_int, read_json, run_facts, script, script_parser, seed_everything
@@ -83,7 +84,7 @@ from vqa_sft_grpo.prompting import STYLES, boxes_from_model, parse_response
 from vqa_sft_grpo.rewards import COMPOSITIONS, MEANINGS, AnswerFrequencies, RewardSettings, explain, gold_of
 from vqa_sft_grpo.rewards import ignored_fields, lend_regions, plan_edits
 from vqa_sft_grpo.rollouts import TOLERANCE, Policy, as_reference, image_of, with_size
-from vqa_sft_grpo.rows import GRPO_FIELDS, make_rows, phantom_settings, read_rows
+from vqa_sft_grpo.rows import GRPO_FIELDS, make_rows, read_rows
 
 TASK = "vqa_sft_grpo"
 ASIDE = ("data_jsonl", "micro_batch", "save_every", "explain")  # settings that a resumed run may change

@@ -50,6 +50,7 @@ from shared.models.loading import QUANTS, add_lora, count_parameters, load_vlm, 
 from shared.models.passes import PartSize, features_of, in_parts
 from shared.models.tiny import is_tiny
 from shared.models.tuning import BatchOrder, backward, batch_loss
+from shared.phantom import phantom_settings
 from shared.report import PHANTOM, draw_history
 from shared.runtime import InputError, add_resume, atomic_folder, fraction, not_negative, open_run_dir, pick_device
 from shared.runtime import positive_float, positive_int, run_facts, script, script_parser, seed_everything
@@ -59,7 +60,7 @@ from vqa_sft_grpo.asking import BASE_MODEL, Answerer, how_to_measure, limit_pixe
 from vqa_sft_grpo.counterfactual import blank, region_iou
 from vqa_sft_grpo.examples import make_examples
 from vqa_sft_grpo.prompting import STYLES, boxes_from_model, build_prompt, parse_response
-from vqa_sft_grpo.rows import make_rows, phantom_settings, read_rows
+from vqa_sft_grpo.rows import make_rows, read_rows
 from vqa_sft_grpo.scoring import score_answer
 
 TASK = "vqa_sft_grpo"

@@ -12,7 +12,7 @@ film, findings.py what can be wrong with it, lateral.py the side view, words.py 
 """
 
 from shared.phantom.study import DEFAULT, PREVALENCE, TOGETHER, VERSION, PhantomSettings, Study, patient_of
-from shared.phantom.study import phantom_classification, phantom_study
+from shared.phantom.study import phantom_classification, phantom_settings, phantom_study
 
 __all__ = ["DEFAULT", "PREVALENCE", "TOGETHER", "VERSION", "PhantomSettings", "Study", "patient_of"]
-__all__ += ["phantom_classification", "phantom_study"]
+__all__ += ["phantom_classification", "phantom_settings", "phantom_study"]

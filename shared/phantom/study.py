@@ -18,6 +18,7 @@ from shared.phantom.body import Position, box_of, develop, draw_anatomy, draw_po
 from shared.phantom.findings import CHRONIC, LEVELS, ORDER, SEVERITIES, SIGN, ZONES, Finding, place, place_blob
 from shared.phantom.lateral import lateral_film
 from shared.phantom.words import upwards, write_questions, write_report
+from shared.runtime import InputError
 
 VERSION = 1  # raise it when the same (seed, index) gives another study
 
@@ -107,6 +108,25 @@ class PhantomSettings:
 
 
 DEFAULT = PhantomSettings()
+
+
+def phantom_settings(conditions=None, prevalence=None, severities=None):
+    """
+    The default hospital, or one that has only some conditions, each with the given chance, of these severities.
+    InputError for a condition that it does not draw.
+    """
+    if conditions is None and prevalence is None and severities is None:
+        return DEFAULT
+    for name in conditions or ():
+        if name not in ORDER:
+            raise InputError(f"--conditions {name}: the phantom draws {', '.join(ORDER)}")
+    chosen = conditions or [name for name in ORDER if name in PREVALENCE]
+    return PhantomSettings(
+        prevalence={name: PREVALENCE[name] if prevalence is None else prevalence for name in chosen},
+        together={pair: chance for pair, chance in TOGETHER.items() if set(pair) <= set(chosen)},
+        severities=severities or LEVELS,
+    )
+
 
 # Studies come in groups of eight; these are the ways a group is shared out among patients.
 _GROUPS = ((1, 1, 2, 4), (2, 1, 3, 1, 1), (1, 1, 1, 1, 1, 1, 2), (1, 2, 1, 3, 1), (5, 1, 1, 1), (1, 1, 2, 1, 1, 2))
