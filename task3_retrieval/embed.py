@@ -140,8 +140,8 @@ def find_cnn(dataset=None):
     (run, full), classifier = preferred_run("train", "best.pt", dataset), find_classifier()
     real = classifier is not None and not load_checkpoint(classifier, ("dataset",))["dataset"]["phantom"]
     if run is not None and (full or not real):
-        kind = "the newest full run" if full else "a run with --limit or on the phantom: there is no other"
-        return run / "best.pt", f"trained embedding, {kind} of train.py"
+        kind = "the newest full run of" if full else "there is no full run on real images of"
+        return run / "best.pt", f"trained embedding, {kind} train.py"
     if classifier is None:
         raise InputError(
             "there are no task 1 weights at models/task1_model.pth or ./task1_model.pth; train them with python"
@@ -165,9 +165,9 @@ def load_embedder(
         raise InputError(f"--cnn-weights belongs to --backbone cnn, not to {backbone}; leave one of them out")
     if backbone == "cnn":
         name = data.name if data is not None else dataset
-        path, why = (Path(cnn_weights), "asked for") if cnn_weights is not None else find_cnn(name)
+        path, why = (Path(cnn_weights), "") if cnn_weights is not None else find_cnn(name)
         path = path / "best.pt" if path.is_dir() else path
-        print(f"CNN weights: {path} ({why})", flush=True)
+        print(f"CNN weights: {path}{f' ({why})' if why else ''}", flush=True)
         embedder = load_cnn(path, image_size, common)
         if data is not None:
             embedder.check_dataset(data.name, allow_other_dataset)

@@ -24,7 +24,7 @@ def draw_cases(path, cases, label_names, title, phantom=False):
     """
     lines = [max(1, -(-len(case["neighbours"]) // PER_LINE)) for case in cases]
     columns = 1 + min(PER_LINE, max(len(case["neighbours"]) for case in cases))
-    high = 1.5 * (1 + (cases[0].get("heat") is not None)) + 0.75
+    high = 1.45 * (1 + (cases[0].get("heat") is not None)) + 0.5
     size = (max(7.5, 1.6 * columns), high * sum(lines) + 0.9)
     figure, axes = plt.subplots(sum(lines), columns, figsize=size, layout="constrained", squeeze=False)
     for axis in axes.flat:

@@ -30,7 +30,7 @@ import torch
 
 from shared.data.image_sets import SPLITS, load_phantom
 from shared.data.images import find_images
-from shared.report import Report, number
+from shared.report import Report, number, short_path
 from shared.runtime import InputError, atomic_file, bounded, open_run_dir, pick_device, positive_int, run_facts, script
 from shared.runtime import script_parser, write_csv, write_json
 from task3_retrieval.cases import DRY_RUN, case_name, choose_classifier, classifier_answers, dataset_cases, index_of
@@ -169,7 +169,7 @@ def main(argv=None):
         },
     )
     for row in predictions[:20]:
-        print(f"  {row['query']}: {'; '.join(verdict(row))}")
+        print(f"  {short_path(row['query'])}: {'; '.join(verdict(row))}")
     if len(predictions) > 20:
         print(f"  ... and {len(predictions) - 20} more")
     if shown:

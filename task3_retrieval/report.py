@@ -42,7 +42,7 @@ def add_protocol(report, rows, title, label_names, how):
     """The table of all systems, and the headline's own numbers with intervals and differences to raw pixels."""
     summary = rows[title]
     report.table(*systems_table(rows, label_names))
-    report.text(f"{title} with 95 % intervals ({how}); differences to raw pixels, cosine, are paired:")
+    report.text(f"With 95 % intervals ({how}), {title}; differences to raw pixels, cosine, are paired:")
     groups = {"micro": "micro", "macro": "macro"} | dict(enumerate(label_names[:4]))
     header = ["", *groups.values(), "difference, micro", "difference, macro"]
     lines = []

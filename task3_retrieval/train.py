@@ -393,10 +393,12 @@ def main(argv=None):
     embedding["weights_sha256"] = digest(best["model"] | best["head"])
     save_checkpoint(run_dir / "best.pt", embedding | about | {"settings": settings})
     title = f"{data.name} {data.size} px, {args.loss}, seed {args.seed}: validation searches training"
-    copies = "validation and its shifted copies"
-    curves = {"val_map": "mAP, validation", "val_map_shifted": f"mAP, {copies}"}
-    curves |= {"val_p5": "P@5, validation", "val_p5_shifted": f"P@5, {copies}"}
-    panels = [("loss (changed images)", {"train_loss": "loss"}), ("macro mean over classes", curves)]
+    names = {"": "validation", "_shifted": "and its shifted copies"}
+    panels = [("loss (changed images)", {"train_loss": "loss"})]
+    panels += [
+        (f"macro {name}", {f"val_{key}{end}": label for end, label in names.items()})
+        for name, key in (("mAP", "map"), ("P@5", "p5"))
+    ]
     draw_history(run_dir / "figures" / "curves.png", history, panels, "epoch", title, data.phantom)
     write_json(
         run_dir / "metrics.json",

@@ -58,7 +58,7 @@ def test_plain_index_of_the_test_images(tiny_run, capsys):
     )
     assert index.metadata["embedder"]["trained_on"] == "phantom" and index.metadata["typical"]["k"] == 10
     out = capsys.readouterr().out
-    assert f"CNN weights: {tiny_run.checkpoint} (asked for)" in out and f"{n} images of 512 numbers" in out
+    assert f"CNN weights: {tiny_run.checkpoint}\n" in out and f"{n} images of 512 numbers" in out
     plain = faiss.read_index(str(next(Path("built/index").glob("index-*.faiss"))))  # anybody's FAISS reads it
     distances, ids = plain.search(index.vectors[:5], 1)
     assert ids[:, 0].tolist() == [0, 1, 2, 3, 4] and np.allclose(distances, 0, atol=1e-3)

@@ -358,7 +358,7 @@ def test_the_printed_commands_measure_and_search_what_was_trained(small_network,
     capsys.readouterr()
     build(["--device", "cpu"])  # takes the embedding, and says so
     printed = capsys.readouterr().out
-    assert "(trained embedding, a run with --limit or on the phantom" in printed and "PHANTOM images: 96" in printed
+    assert "(trained embedding, there is no full run on real images" in printed and "PHANTOM images: 96" in printed
     infer([*shlex.split(re.search(r"infer.py (.*)", printed)[1]), "--device", "cpu", "-k", "60"])
     printed = capsys.readouterr().out
     assert "trained embedding" in printed and "PHANTOM" in printed and "probability of pneumonia" in printed
