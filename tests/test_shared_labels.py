@@ -174,7 +174,7 @@ def stated(text):
 
 def expected(short):
     words = short.split()
-    return {SHORT[name]: int(value) for name, value in zip(words[::2], words[1::2], strict=True)}
+    return {SHORT[n]: None if value == "N" else int(value) for n, value in zip(words[::2], words[1::2], strict=True)}
 
 
 @pytest.mark.parametrize("text, labels", CUES)
@@ -192,6 +192,20 @@ def test_there_are_enough_cue_sentences_and_every_condition_is_in_them():
 def test_hard_sentences(row):
     found = label_report(row["text"])
     assert {name: found[name] for name in row["expected"]} == row["expected"]
+
+
+def test_more_hard_sentences():
+    """
+    459 sentences of the same kinds, kept so that they stay right. Of the last 110 of them, written after the rules and
+    read once, 105 were right at first; of 234 that were written to be harder, 180.
+    """
+    path = Path(__file__).parent / "data" / "more_label_sentences.txt"
+    rows = [line.split(" | ", 1) for line in path.read_text(encoding="utf-8").splitlines()]
+    wrong = []
+    for short, text in rows:
+        found, wanted = label_report(json.loads(f'"{text}"')), expected(short)
+        wrong += [text] * ({name: found[name] for name in wanted} != wanted)
+    assert len(rows) > 400 and not wrong
 
 
 # More of the kinds that the hard sentences show: how a clause, a line, a bracket or a template ends what was open.

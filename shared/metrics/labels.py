@@ -19,7 +19,7 @@ import re
 from functools import lru_cache
 
 from shared.metrics.layout import flatten, sentences
-from shared.metrics.phrases import END, NEW, OWN_VERB, PRESENT, TABLES
+from shared.metrics.phrases import END, NEW, OWN_VERB, TABLES, VERB_NEXT
 
 POSITIVE, NEGATIVE, UNCERTAIN, UNKNOWN = 1, 0, -1, None  # unknown: the text does not mention it
 
@@ -108,13 +108,14 @@ _SIZE_OF = {
 }
 _STATES = {
     "normal": (NEGATIVE, _SIZE_OF),
+    "not enlarged": (NEGATIVE, _SIZE_OF),
     "enlarged": (POSITIVE, _SIZE_OF),
     "prominent": (UNCERTAIN, _SIZE_OF),
     "congested": (POSITIVE, {"vessels": ("Edema",)}),
     "collapsed": (POSITIVE, {"lung": ("Atelectasis",)}),
 }
 _NEW, _NOTHING_MORE = re.compile(NEW), re.compile(END)
-_OWN_VERB, _PRESENT = re.compile(OWN_VERB), re.compile(PRESENT)
+_OWN_VERB, _VERB_NEXT = re.compile(OWN_VERB), re.compile(VERB_NEXT)
 _LINK = re.compile(  # "normal size of the heart"
     r"(?: (?:size|shape|contour|configuration|appearance|caliber|position|and|of|in|the))* "
 )
@@ -157,6 +158,7 @@ class _Reader:
             if handle:
                 handle(i, what, start, end)
         self.borderline()
+        self.title()
         if self.sentence.endswith("?"):
             self.doubt_back(range(len(self.spans)), len(self.sentence) - 1, len(self.sentence))
         return tuple(map(tuple, self.spans))
@@ -244,6 +246,13 @@ class _Reader:
                 if kind == "anatomical" and what.startswith("heart"):
                     self.spans.append(["Cardiomegaly", UNCERTAIN, "uncertainty", start, end, cue, cue + 10])
 
+    def title(self):
+        """ "Pneumothorax: no pneumothorax": the first is the name of a field, and the field says it again."""
+        if self.spans and self.sentence.startswith(":", self.spans[0][4]):
+            name, _, _, start, *_ = self.spans[0]
+            if start == 0 and any(span[0] == name for span in self.spans[1:]):
+                self.spans[0][1:3] = None, "name of a field"
+
     # --- cues: what they open, and what they say of the findings before them
 
     def absent(self, i, what, start, end):
@@ -322,7 +331,7 @@ class _Reader:
         if self.kind(i) != "mention":
             return False
         end = self.tokens[i][3]
-        return bool(_OWN_VERB.match(self.sentence, end) or (comma and _PRESENT.match(self.sentence, end)))
+        return bool(_OWN_VERB.match(self.sentence, end) or (comma and _VERB_NEXT.match(self.sentence, end)))
 
     def verb(self, i, what, start, end):
         self.verb_seen = bool(self.anatomy)
@@ -367,7 +376,7 @@ def _read_sentence(sentence):
 # ----------------------------------------------------------------------------------------------------- the whole report
 
 _RANK = {None: 0, NEGATIVE: 1, UNCERTAIN: 2, POSITIVE: 3}
-_NO_WORD = re.compile(r"(?:x+|n a|na|nan|none|null|nil|\W|\d|_)*")
+_NO_WORD = re.compile(r"(?:\b(?:x+|n|a|na|nan|none|null|nil|name|and|or|unknown|missing|not available)\b|\W|\d|_)*")
 
 
 def label_report(text, evidence=False):

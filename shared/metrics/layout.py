@@ -15,15 +15,15 @@ _SHORT = {"ptx": "pneumothorax", "pna": "pneumonia"}
 # Words that are also read with one letter too many, too few, wrong or two swapped, if that is no other word.
 _SPELLED = (
     "pneumothorax pneumothoraces pneumonia pneumonias consolidation consolidations atelectasis atelectases effusion"
-    " effusions cardiomegaly opacity opacities nodule nodules fracture fractures pleural infiltrate infiltrates"
-    " emphysema pacemaker catheter catheters enlarged enlargement silhouette mediastinum mediastinal unremarkable"
-    " congestion without evidence pulmonary thickening unlikely excluded"
+    " effusions edema oedema cardiomegaly opacity opacities nodule nodules fracture fractures pleural infiltrate"
+    " infiltrates emphysema pacemaker catheter catheters enlarged enlargement silhouette mediastinum mediastinal"
+    " unremarkable congestion without evidence pulmonary thickening unlikely excluded"
 ).split()
 _OTHER_WORDS = frozenset(
     "opacify opacifies pneumonic pleura pleurae fractured infiltrated effusive silhouettes congestions pacemakers"
     " enlarges exclude excludes evidenced evidences".split()
 )
-_CONTRACTION = re.compile(r"(\w+)n['’`]t\b")
+_CONTRACTION = re.compile(r"(\w+)n['’`]t\b|\b((?:do|did|does|is|was|are|were|has|have|had|could))nt\b")
 _PLAIN = re.compile(r"[a-z]+")
 
 
@@ -41,12 +41,12 @@ def _spell(word):
     """A word with the marks that touch it -> as it is read."""
     word = word.replace("\0", "")
     if "n" in word and "t" in word:
-        word = _CONTRACTION.sub(lambda m: {"ca": "can", "wo": "will"}.get(m[1], m[1]) + " not", word)
+        word = _CONTRACTION.sub(lambda m: {"ca": "can", "wo": "will"}.get(m[1], m[1] or m[2]) + " not", word)
     found = _PLAIN.match(word)
     if not found or word[found.end() :].strip(".,:;"):
         return word
     letters = found[0]
-    if len(letters) > 5 and letters not in _SPELLED and letters not in _OTHER_WORDS:
+    if len(letters) > 3 and letters not in _SPELLED and letters not in _OTHER_WORDS:
         right = (w for w in _SPELLED if w[0] == letters[0] and _one_edit_apart(letters, w))
         return next(right, letters) + word[found.end() :]
     return _SHORT.get(letters, letters) + word[found.end() :]
@@ -114,26 +114,28 @@ def _line_ends(line, following, width, mixed):
 # ------------------------------------------------------------------------------------------------------------ the marks
 
 _HYPHENS = "-\u2010\u2011\u2012\u2013\u2014"
-_FLAT = str.maketrans(dict.fromkeys(_HYPHENS + "/_", " ") | {"[": "‹", "(": "‹", "]": "›", ")": "›"})
+_FLAT = str.maketrans(dict.fromkeys(_HYPHENS + "/_", " ") | dict.fromkeys("[({", "‹") | dict.fromkeys("])}", "›"))
 _LAYOUT = {
     # "effusion(s)"
     " ": r"\((?:e?s|x)\)",
     # dashes and bars; not the hyphen of "mid- and lower"
     "¦": rf"(?<=\S)[{_HYPHENS}]+(?=\s)(?!\s+(?:and|or|to)\b)|(?<=\s)[{_HYPHENS}]+(?=\s)|[{_HYPHENS}]{{2,}}|—"
-    r"|[|•·*=]+>?|->|(?<=\s)>(?=\s*[a-z])",
+    r"|[|•·*=→]+>?|->|(?<=\s)>(?=\s*[a-z])|\.{2,}(?=\s*[a-z])|…|(?<=\s)\+(?=\s)|</?[a-z]+ ?/?>"
+    r"|(?<=[a-z])–(?=[a-z])|(?:^|(?<=\s))\(?(?:\d{1,2}|[a-h])\)(?=\s)",
     ",": r"(?<=\s)/(?=\s)",
     # a question mark before what it asks, and one in brackets behind it
-    "¿": r"(?<!\w)[(\[]?\s?\?+[)\]]?(?=\s*[a-z])",
-    "?": r"[(\[]\s?\?+\s?[)\]]",
+    "¿": r"(?<!\w)[(\[]?\s?\?{1,3}[)\]]?(?=\s*[a-z])",
+    "?": r"[(\[]\s?\?{1,3}\s?[)\]]",
 }
 _MARKED = re.compile("|".join(f"({pattern})" for pattern in _LAYOUT.values()))
-_UNUSUAL = re.compile(r"[^a-z0-9 .,;:']")
+_UNUSUAL = re.compile(r"[^a-z0-9 .,;:']|\.\.")
 _PIECES = re.compile(r"[¶¦‹›¿]|[^\s¶¦‹›¿]+")
 
 
 def flatten(text, with_places=False):
     """text -> the flat text; for each of its characters the one of `text` it stands for (else None)."""
-    low = _mark_lines(text).lower() if _BREAK.search(text) else text.lower()
+    text = _mark_lines(text) if _BREAK.search(text) else text
+    low = text.lower()
     if len(low) != len(text):  # a few letters grow in lower case, which would move what follows
         low = "".join(c.lower() if len(c.lower()) == 1 else c for c in text)
     if _UNUSUAL.search(low):
@@ -157,7 +159,8 @@ _HEADER = re.compile(
     rf"(?:\b(?P<why>{WHY}) ?:|\b(?P<how>{HOW}) ?:|wet read|final report|\b[a-z]\w+\)? ?:"
     rf"|{_START}(?:(?P<why_line>{WHY})|(?P<how_line>{HOW})|{WHAT}) [¦¶])(?= |$)"
 )
-_END = re.compile(r"(?<!\bvs)\.(?!\d)|[;!¶]|(?<=\?)")
+_END = re.compile(r"(?<!\bvs)(?<!\bposs)(?<!\bprob)\.(?!\d)|[;!¶]|(?<=\?)")
+_TEXT = re.compile(r"[^\s¶]")
 
 
 def sentences(flat):
@@ -168,10 +171,10 @@ def sentences(flat):
         for header, following in zip(headers, headers[1:] + [None], strict=False):
             how = header["how"] or header["how_line"]
             if how or header["why"] or header["why_line"]:
-                first = re.compile(r"[^\s¶]").search(flat, header.end())  # an empty line may follow the header
-                sentence = _END.search(flat, first.start() if first else header.end())
-                ends = [sentence.end() if sentence else len(flat), following.start() if following else len(flat)]
-                skip.append((header.start(), min(ends) if how or not following else ends[1]))
+                stop = following.start() if following else len(flat)
+                word = _TEXT.search(flat, header.end(), stop)  # an empty line may follow the header
+                sentence = _END.search(flat, word.start(), stop) if word and (how or not following) else None
+                skip.append((header.start(), sentence.end() if sentence else stop))
     at = 0
     for start, stop in [*skip, (len(flat), len(flat))]:
         for found in _END.finditer(flat, at, start):

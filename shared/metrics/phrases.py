@@ -59,7 +59,7 @@ MENTIONS = {
         (?:pulmonary|central) congestion / cephalization / vascular redistribution / (?:fluid|volume) overload"""),
     "Consolidation": [r"consolidat\w+"],
     "Atelectasis": phrases(r"""
-        atelecta\w+ / collapse / volume loss / loss of volume /
+        atelecta\w+ / atx / collapse / volume loss / loss of volume /
         collapsed (?:lung|(?:right|left|upper|lower|middle) (?:lung|lobe|upper|lower|middle))"""),
     "Pneumothorax": phrases("(?:hydro|hemo|haemo)?pneumothora(?:x|xes|ces) / pleural air"),
     "Pleural Effusion": phrases(r"""
@@ -75,13 +75,13 @@ MENTIONS = {
         (?:{_BONES}) deformit\w+"""),
     "Support Devices": phrases(rf"""
         (?:{_TUBES}) (?:tip )?(?:tubes?|catheters?|drains?) / tubes?(?:,? (?:and|or) lines?)? / (?:et|ng|og)t /
-        dobb?hoff / catheters? / cannulas? / (?:{_LINES}) (?:\w+ )?lines? / lines?(?= (?:and|or) tubes?) / picc / cvc /
-        port a cath / portacath / mediport / (?:infusion|chest wall|chest) port / swan ganz / pacemakers? / pacers? /
-        pacing / defibrillators? / a?icd / leads? / balloon pump / lvad / stents? / drains? / pigtail / tracheostomy /
-        thoracostomy / prosthetic (?:\w+ )?valve / valve (?:replacement|prosthesis) /
+        dobb?hoff / catheters? / cannulas? / (?:{_LINES}) (?:\w+ )?lines? / lines?(?= (?:and|or) tubes?) / picc /
+        cv[cl] / ppm / port a cath / portacath / mediport / (?:infusion|chest wall|chest) port / swan ganz /
+        pacemakers? / pacers? / pacing / defibrillators? / a?icd / leads? / balloon pump / lvad / stents? / drains? /
+        pigtail / tracheostomy / thoracostomy / prosthetic (?:\w+ )?valve / valve (?:replacement|prosthesis) /
         (?:sternal|sternotomy|cerclage) wires / hardware /
-        (?:support|monitoring|assist|pacing|electronic|implanted) (?:\w+ )?devices? / (?:nerve )?stimulator /
-        arthroplasty"""),
+        (?:support|monitoring|assist|pacing|electronic|implanted) (?:\w+ )?devices? / devices?(?= ?[:¦]) /
+        (?:nerve )?stimulator / arthroplasty"""),
 }
 
 # Contain the words of a mention and are none; read before the mentions.
@@ -118,7 +118,7 @@ ANATOMY = {
         mediastinal(?= (?:widening|enlargement))"""),
     "heart": phrases(rf"""
         heart(?: {_PARTS})? / cardiac(?: and \w+)? {_PARTS} / cardiac(?= enlargement) / cardio ?pericardial silhouette /
-        cardio ?thoracic (?:ratio|index) / ctr"""),
+        (?:cardio ?thoracic|ct) (?:ratio|index) / ctr"""),
     "vessels": phrases(r"pulmonary (?:arter\w+|vascula\w+|vessels?|vein\w*) / vascula\w+ / vessels"),
     "lung": phrases("lungs?(?: fields?| volumes?)? / (?:(?:upper|middle|lower) )?lobes?"),
     "other": phrases(r"""
@@ -128,21 +128,22 @@ ANATOMY = {
 }
 _COMPARED = r"(?: in size)?(?= ?(?:$|[,:¦‹›]|since|from|compared|when|with|and)(?:\W|$))"
 ENLARGED = phrases(f"""
-    enlarged / enlargement(?: of)? / widened / widening(?: of)? / dilated / wide{END} / big{END} /
+    enlarged / enlargement(?: of)? / widened / broadened / exceeds / widening(?: of)? / dilated / wide{END} / big{END} /
     large(?= (?:heart|cardiac)) / large(?=$|,| and| but| with) / (?:larger|bigger|greater|wider) than normal /
     above (?:the )?(?:upper limits? of )?normal(?: size| limits?| range)? /
-    increased(?= (?:heart|cardiac|cardio ?thoracic)) / increased in size / increased{_COMPARED} /
-    increase in(?: the)?(?: size of the)?(?= (?:heart|cardiac))""")
+    increased(?= (?:heart|cardiac|cardio ?thoracic)) / increased in (?:size|width|diameter|calib(?:er|re)) /
+    increased{_COMPARED} / increase in(?: the)?(?: size of the)?(?= (?:heart|cardiac))""")
 # Said of heart or mediastinum: uncertain
 PROMINENT = phrases("prominent / prominence(?: of)? / fullness(?: of)?")
 CONGESTED = phrases("congested / engorged / cephali[sz]ed")
 COLLAPSED = phrases("collapsed")
 NORMAL = phrases(r"""
     (?:at |near )?(?:the )?upper limits? of normal / (?:top|high|upper|upper limit)(?: of)? normal / normal /
-    unremarkable / within (?:\w+ )?limits / not (?:enlarged|widened|dilated)""")
+    unremarkable / within (?:\w+ )?limits""")
+NOT_ENLARGED = phrases(f"not (?:enlarged|widened|broadened|dilated|increased(?: in size|{END}))")
 
 # Look like a negation or an uncertainty and are none.
-_NOT = "(?:no|not|without|never|yet to|fail(?:s|ed)? to)"
+_NOT = "(?:no|not|without|never|lack of|yet to|fail(?:s|ed)? to)"
 KEEP = phrases(rf"""
     no (?:other |further |significant |appreciable |interval |substantial |relevant |major |new
     )*(?:change|changes|increase|decrease|improvement|worsening|progression|difference)(?: in| of| from)? /
@@ -152,7 +153,7 @@ KEEP = phrases(rf"""
     {_NOT}(?: \w+){{0,2}} (?:resolution|resolved?|resolving|clearing|cleared|disappear\w*|subsided?)(?: of)? /
     (?:yet|fail(?:s|ed)?) to (?:clear|resolve) /
     (?:near complete|near total|partial|incomplete) (?:resolution|clearing)(?: of)? /
-    (?:nearly|almost|partially|partly|largely|mostly)(?: completely)? (?:resolved|cleared) /
+    (?:nearly|almost|partially|partly|incompletely|largely|mostly)(?: completely)? (?:resolved|cleared) /
     (?:consistent|compatible|in keeping) with / c w""")
 # What follows is looked for, remembered or feared, not described.
 IGNORE = phrases(r"""
@@ -168,6 +169,7 @@ IGNORE_REST = phrases(r"recommend\w* / follow ?up / advised / correlat(?:e|ion) 
 UNSURE = phrases(r"""
     (?:can ?not|could not|not)(?: \w+){0,2} (?:exclude|rule out)(?: \w+ of)? /
     (?:difficult|hard|unable|impossible) to(?: \w+)? exclude(?! *(?:$|,|and|given|on|in)) / not diagnostic of / either /
+    (?:unclear|uncertain) (?:whether|if)(?: there (?:is|are))? /
     (?:possibly|probably|presumably|perhaps|potentially) (?:due to|related to|secondary to|from|in the setting of) /
     (?:may|might|could|would|can)(?: \w+){0,2}? (?:be (?:\w+ )?(?:secondary to|due to|related to|in the setting
     of|from)|be|represent|reflect|indicate|suggest|relate|correspond|have|contain) / may / might / could /
@@ -180,46 +182,52 @@ UNSURE = phrases(r"""
 # Doubts what was named before it, too
 UNSURE_BOTH = phrases("""
     versus / vs / if (?:any|present)(?:, there (?:is|are))? /
-    (?:(?:is|are|was|were) )?(?:(?:more|less) likely|favou?red|(?:more|less) (?:probable|favou?red)) (?:than|over)""")
+    (?:(?:is|are|was|were) )?(?:(?:(?:more|less) )?(?:likely|favou?red|probable|preferred) (?:than|over)|preferred to)
+""")
 # Doubts the next finding
-UNSURE_NEXT = phrases("""
-    poss(?:ibl[ey])? / prob(?:abl[ey])? / questionable / question / suspect(?:ed)? / equivocal / borderline /
-    presum(?:ed|ably|ptive) / perhaps / (?:most |less |more )?likely / potentially / apparent""")
+UNSURE_NEXT = phrases(r"""
+    poss(?:ibl[ey])?\.? / prob(?:abl[ey])?\.? / maybe / query / questionable / question / suspect(?:ed)? / equivocal /
+    borderline / presum(?:ed|ably|ptive) / perhaps / (?:most |less |more )?likely / potentially / apparent""")
 _VERY = (
     "(?: (?:also|thought|felt|considered|believed|judged|to|be|another|a|very|quite|rather|highly|most|more|less"
     "|somewhat|fairly|extremely|still))*"
 )
 _DOUBTFUL = (
     "(?:possible|probable|possibility|suspected|presumed|questioned|questionable|likely|unlikely|doubtful|consideration"
-    "|in the differential|considered|equivocal)"
+    "|in the differential|considered|equivocal|improbable|conceivable|maybe)"
 )
 # Doubts what was just named
 UNSURE_BACK = phrases(rf"""
     (?:can ?not|could not|is not|are not|not)(?: \w+){{0,3}} (?:excluded|ruled out) /
     (?:(?:is|are|would be|remains?) (?:\w+ )?)?(?:difficult|hard|impossible) to (?:\w+ )?exclude(?=$|,| and| given| on|
     in) /
-    (?:is|are|was|were|remains?|seems?|appears?|looks?|(?:would|could|might|may) be){_VERY}
-    {_DOUBTFUL}(?= ?(?:$|[,:¦‹›])| and| but| given| though| as| in| on| at| because) /
+    (?:is|are|was|were|remains?|seems?|appears?|looks?|(?:would|could|might|may) be){_VERY} {_DOUBTFUL}(?=
+    ?(?:$|[,:¦‹›])| and| but| given| though| as| in| on| at| because) /
     (?:should|could|may|might|must|needs? to|has to) (?:also )?be (?:considered|present|excluded|ruled out) /
     (?:(?:very|quite|highly|most|more|less) )*{_DOUBTFUL}{END} / can ?not (?:be )?exclude{END}""")
 DETECTED = (
     "(?:seen|identified|evident|present|visuali[sz]ed|appreciated|appreciable|demonstrated|detected|apparent|noted"
     "|found|visible|shown|confirmed|perceived|perceptible|perceivable|observed|discernible|discernable|discerned"
-    "|documented|recogni[sz]ed|recogni[sz]able|revealed|depicted|suspected)"
+    "|documented|recogni[sz]ed|recogni[sz]able|revealed|depicted|displayed|suspected|obvious|in evidence|a feature)"
 )
-_GONE = "(?:resolved|cleared|disappeared|removed|absent|ruled out|excluded|subsided|gone|vanished|negative(?! for))"
+_GONE = (
+    "(?:resolved|cleared|disappeared|removed|absent|ruled out|excluded|subsided|gone|vanished|denied|lacking"
+    "|negative(?! for)|regressed completely|completely regressed)"
+)
+_LY = r"(?!near|part|large|most|incomp)\w+ly"
 # Denies what was just named. The last one is the answer of a template: "Pneumothorax: none", "effusion no, ...".
 ABSENT_BACK = phrases(rf"""
-    (?:(?:is|are|was|were|has|have|been|can be|since|now|also|completely|entirely|fully|interval) )+{_GONE} /
+    (?:(?:(?:is|are|was|were|has|have|been|can be)(?: {_LY})?|since|now|also|completely|entirely|interval) )+{_GONE} /
     (?:resolved|removed|absent|cleared|excluded|gone)(?=$|,| and| by| ¦) /
-    (?:(?:is|are|was|were|has|have)(?: been)? )?(?:no longer|not)(?: been)?(?: \w+)? {DETECTED} /
-    can ?not be {DETECTED} / removal(?! of) / resolution(?! of) /
-    (?:no|none|nil|absent|neg|negative|false|not|nad)(?: (?:evidence|e
+    (?:(?:is|are|was|were|has|have)(?: been)? )?(?:no longer|not|never)(?: been)?(?: \w+)? {DETECTED} /
+    (?:can ?|could )not be(?: \w+)? {DETECTED} / removal(?! of) / resolution(?! of) /
+    (?:no|none|nothing|nil|absent|neg|negative|false|not|nad|n(?<=[:¦‹] n)|0(?<=[:¦‹] 0))(?: (?:evidence|e
     o|signs?|of|for|definite|visible|{DETECTED}))*{END}""")
 # Denies all that follows, until something ends it
 ABSENT = phrases(r"""
     (?:no|not|without)(?: \w+){0,3}? (?:evidence|e o|signs?|indications?|suggestion|suspicion)(?: of| for| to suggest)?
-    / resolution of / clearing of / resolved / removal of / absence of / absent / lack of / neg(?:ative)? for /
+    / resolution of / clearing of / resolved / removal of / absence of / absent / lack of / none of / zero /
+    (?:nothing|not enough|insufficient evidence)(?: \w+)? to (?:suggest|indicate|support) / neg(?:ative)? for /
     free of / clear of / without / w o / no longer / no / nor / neither / not / never / rather than / instead of /
     denies / can ?not (?:see|identify|appreciate|detect|find) /
     fail(?:s|ed)? to (?:show|demonstrate|reveal|identify|detect|confirm|visuali[sz]e)""")
@@ -242,24 +250,28 @@ NEW = (
 # ... and a finding with a verb or state of its own does: "no effusion and cardiomegaly is stable". "No effusion and
 # pneumothorax is seen" denies both.
 OWN_VERB = (
-    rf"(?: (?:at|in|on|of|along|within) (?:\w+ ){{1,4}}?| )(?:(?:is|are|was|were|has|have)(?! (?:\w+ )?(?:not|no longer"
-    rf"|{DETECTED})\b)|remains?|persists?|continues?|appears?|unchanged|stable|worse|(?:worsen|increas|decreas|improv)"
+    r"(?: (?:at|in|on|of|along|within) (?:\w+ ){1,4}?| )(?:(?:is|are|was|were) (?:again|still|now|also)"
+    rf"|(?:is|are|was|were|has|have)(?! (?:\w+ )?(?:not|no longer|{DETECTED})\b)"
+    r"|remains?|persists?|continues?|appears?|again|still|unchanged|stable|worse|(?:worsen|increas|decreas|improv)"
     r"(?:ed|ing))\b"
 )
-PRESENT = r" (?:is|are|was|were) (?:also )?present\b"
+VERB_NEXT = r" (?:is|are|was|were|has|have) (?!(?:\w+ )?(?:not|no longer)\b)"
 
 # Headed parts of a report that are not read: up to the next header, or their first sentence only.
-WHY = r"(?:clinical (?:history|indication|information|data)|indications?|history|reason for (?:\w+ )?\w+)"
+WHY = (
+    r"(?:clinical (?:history|indication|information|data|details|question|context|background)s?|indications?|history|hx"
+    r"|reason for (?:\w+ )?\w+)"
+)
 HOW = r"(?:technique|comparisons?|exam(?:ination)?|procedure)"
 WHAT = "(?:findings?|impressions?|conclusions?|opinion|interpretation|report|results?|summary|wet read|final report)"
 
 TABLES = (  # (kind, what, phrases), in the order in which they are tried
-    ("unmention", None, UNMENTIONS), ("keep", None, KEEP), ("unsure_back", None, UNSURE_BACK),
-    ("absent_back", None, ABSENT_BACK), ("ignore_rest", None, IGNORE_REST), ("ignore", None, IGNORE),
-    ("unsure_both", None, UNSURE_BOTH), ("unsure", None, UNSURE), ("unsure_next", None, [*UNSURE_NEXT, "¿"]),
-    ("state", "normal", NORMAL), ("absent", None, ABSENT), ("failure", None, FAILURE),
-    *(("mention", name, found) for name, found in MENTIONS.items()), ("mention", "other", OTHERS),
-    *(("anatomical", part, found) for part, found in ANATOMY.items()),
+    ("unmention", None, UNMENTIONS), ("state", "not enlarged", NOT_ENLARGED), ("keep", None, KEEP),
+    ("unsure_back", None, UNSURE_BACK), ("absent_back", None, ABSENT_BACK), ("ignore_rest", None, IGNORE_REST),
+    ("ignore", None, IGNORE), ("unsure_both", None, UNSURE_BOTH), ("unsure", None, UNSURE),
+    ("unsure_next", None, [*UNSURE_NEXT, "¿"]), ("state", "normal", NORMAL), ("absent", None, ABSENT),
+    ("failure", None, FAILURE), *(("mention", name, found) for name, found in MENTIONS.items()),
+    ("mention", "other", OTHERS), *(("anatomical", part, found) for part, found in ANATOMY.items()),
     ("state", "enlarged", ENLARGED), ("state", "prominent", PROMINENT), ("state", "congested", CONGESTED),
     ("state", "collapsed", COLLAPSED), ("stop", None, STOP), ("verb", None, VERBS), ("comma", None, [",", "and"]),
     ("mark", None, [":", "¦"]), ("bracket", True, ["‹"]), ("bracket", False, ["›"]),
