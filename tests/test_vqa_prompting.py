@@ -139,6 +139,10 @@ LADDER = [
     ("So it is \\boxed{no}", "json", 6, "no"),
     ("Answer:\nyes", "json", 6, "yes"),
     ("!" * 100, "json", 7, None),
+    ('{"response": {"answer": "yes"}}', "json", 2, "yes"),
+    ("<think>a</think>yes", "think", 6, "yes"),
+    ("Yes<|im_end|>", "json", 6, "Yes"),
+    ('```json\n[{"bbox_2d": [1, 2, 3, 4], "label": "nodule"}]\n```\nYes', "json", 6, "Yes"),
     ('{"answer": "yes", "boxes": [[1, 2, 3, 4]', "json", 5, "yes"),
 ]
 
@@ -194,6 +198,7 @@ def test_refused_and_not_mended(text, why):
         ([{"x0": 1, "y0": 2, "x1": 3, "y1": 4}, {"x1": 1, "y1": 2, "x2": 3, "y2": 4}], [[1, 2, 3, 4]] * 2),
         ([{"xmin": "1", "ymin": "2", "xmax": "3", "ymax": "4"}], [[1, 2, 3, 4]]),
         ({"left lung": [1, 2, 3, 4], "heart": {"bbox": [5, 6, 7, 8]}}, [[1, 2, 3, 4], [5, 6, 7, 8]]),
+        ({"X0": 1, "y0": 2, "X1": 3, "y1": 4}, [[1, 2, 3, 4]]),
         ([[1e308, 2, 3, 4]], []),
         ("left lung, 3 cm", []),
         ([[1, 2, 3], ["a", 2, 3, 4], [True, 2, 3, 4], None, [10**9, 0, 1, 1]], []),

@@ -42,6 +42,8 @@ from vqa_sft_grpo.sources import load_slake, load_vqa_rad
         ("90%", "90 percent"),
         ("5 cm", "50 mm"),
         ("3 x 4.5 cm", "30 x 45 mm"),
+        ("3 cm x 4 cm", "3 \u00d7 4 cm"),
+        ("3x4 mm", "3 by 4 mm"),
         ("3-5 cm", "3 to 5 cm"),
         (">= 5 mm", "\u2265 5 mm"),
         ("at least 5 mm", "\u2265 5 mm"),
@@ -180,6 +182,9 @@ YES_NO = [
     # denied denials, conditions, and what cannot be said
     ("no evidence of no effusion", EFFUSION, None),
     ("not without effusion", EFFUSION, None),
+    ("no absence of effusion", EFFUSION, None),
+    ("neither effusion nor pneumothorax", EFFUSION, "no"),
+    ("I am not sure, yes", EFFUSION, None),
     ("if effusion then yes", EFFUSION, None),
     ("I cannot say yes", EFFUSION, None),
     ("It is not possible to say yes or no", EFFUSION, None),
@@ -359,6 +364,9 @@ def test_open_counts_words_once():
         ("left right", "left", "Is the mass on the left or right?", False),
         ("Transverse", "Transverse Plane", "Which plane is it, transverse plane or coronal plane?", True),
         ("Transverse, and a mass", "Transverse Plane", "Which plane is it, transverse plane or coronal plane?", False),
+        ("R lung", "right lung", "", True),
+        ("R lung", "left lung", "", False),
+        ("MRI scan", "MRI", "What is this?", False),  # a synonym
         ("the", "a", "", False),
     ],
 )

@@ -156,6 +156,7 @@ NAMED = re.compile(
     r"\A(\s{0,9}(?:yes|no)\b[\s.,:;]{0,9})(?:<\|object_ref_start\|>|<ref>)[^<]{0,200}(?:<\|object_ref_end\|>|</ref>)",
     re.IGNORECASE,
 )
+END_TOKENS = re.compile(r"<\|[a-z_]{1,30}\|>|</?s>|<(?:pad|eos|end_of_turn)>")
 MARKS = re.compile(r"<\s{0,3}(/?)\s{0,3}(think|answer)\s{0,3}>", re.IGNORECASE)
 
 
@@ -196,9 +197,15 @@ def read(text, style):
     if found is not None:
         return found
     other = read_object(text) if style == "think" else read_marks(text)
-    boxes = boxes_in(text) if other is None else []
-    answer = plain_answer(BOX_TEXT.sub(" ", text).strip(" ,;:\n")) if other is None else other.answer
+    return plain_response(text.rpartition("</think>")[2]) if other is None else as_plain(other.answer, [])
+
+
+def as_plain(answer, boxes):
     return Response(answer=answer, boxes=boxes, level=6 if answer is not None else 7)
+
+
+def plain_response(text):
+    return as_plain(plain_answer(BOX_TEXT.sub(" ", END_TOKENS.sub("", text)).strip(" ,;:\n")), boxes_in(text))
 
 
 def boxes_in(text):
@@ -232,7 +239,7 @@ def read_object(text):
     fence, outer = FENCE.match(text), 0
     if fence and text.endswith("```") and len(text) >= fence.end() + 3:
         text, outer = text[fence.end() : -3].strip(), 1
-    best = None
+    best, outside = None, ""
     for start, end, complete in object_spans(text):
         whole = start == 0 and end == len(text)
         try:
@@ -244,7 +251,10 @@ def read_object(text):
         found = Response(data, answer, boxes_of(data), level)
         if found.answer is not None:
             return found
-        best = best or found
+        if best is None:
+            best, outside = found, FENCE.sub("", text[:start] + text[end:]).strip(" []\n")
+    if best is not None and (answer := plain_answer(outside)) is not None:  # boxes as an object, the answer behind it
+        return as_plain(answer, best.boxes)
     return best
 
 
@@ -399,6 +409,12 @@ CORNERS = [
 ] + ["left top right bottom".split()]
 
 
+def holder(data):
+    """The object with the answer: this one, or where it has none the first inside it that has."""
+    inside = (value for value in data.values() if isinstance(value, dict) and named(value, ANSWER_NAMES) is not None)
+    return data if named(data, ANSWER_NAMES) is not None else next(inside, data)
+
+
 def named(data, names):
     """The value of the first of these names that an object has, in any letter case; None where it has none."""
     lower = {key.lower(): value for key, value in data.items()}
@@ -411,7 +427,7 @@ def answer_of(data):
     for yes and no under the name "answer"). A list is joined by commas; of an object inside, its answer or its only
     value counts.
     """
-    value = named(data, ANSWER_NAMES)
+    value = named(holder(data), ANSWER_NAMES)
     return answer_text(value), "answer" in data and not isinstance(value, (list, dict)) or value is None
 
 
@@ -434,21 +450,27 @@ def boxes_of(data):
     numbers (or texts of numbers, or one text of four), two points, or an object with a box or with corners in it; the
     order is x0, y0, x1, y1, as the prompt asks for, whatever the name. What is none is left out.
     """
+    data = holder(data)
     value = named(data, BOX_NAMES)
+    if value is None:  # corners beside the answer
+        value = data
     if isinstance(value, str):  # "100, 200, 300, 400", "(100,200),(300,400)", several of them
         numbers = numbers_of(value)
         return [numbers[i : i + 4] for i in range(0, len(numbers), 4) if is_box(numbers[i : i + 4])]
     if (one := box_of(value)) is not None:
         return [one]
-    items = value if isinstance(value, list) else list(value.values()) if isinstance(value, dict) else []
+    items = (
+        value if isinstance(value, list) else value.values() if isinstance(value, dict) and value is not data else ()
+    )
     return [box for item in items if (box := box_of(item)) is not None]
 
 
 def box_of(value):
     if isinstance(value, dict):
+        lower = {key.lower(): item for key, item in value.items()}
         for names in CORNERS:
-            if all(name in value for name in names):
-                return box_of([value[name] for name in names])
+            if all(name in lower for name in names):
+                return box_of([lower[name] for name in names])
         inner = named(value, BOX_NAMES)
         return None if inner is None else box_of(inner)
     if isinstance(value, str):

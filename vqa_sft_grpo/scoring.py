@@ -19,7 +19,7 @@ The strict score, in words:
                   evidence of no effusion"), a condition ("if effusion then yes") and what cannot be said ("I cannot say
                   yes").
     A or B        the options are read from the question; exactly one must be named, outside "not ...". Where left and
-                  right are options, L and R name them.
+                  right are options, L and R name them, as in open answers.
     other closed  equal, as for open.
     open          correct = the same words after the above, in any order within each item of a list, and items in any
                   order ("left lung" = "lung, left"; words such as "to" and "without" keep theirs). "It is", "in the"
@@ -131,6 +131,8 @@ FOLDS = [
         (r"centimet(?:er|re)s?\b", "cm"),
         (r"millimet(?:er|re)s?\b", "mm"),
         (r"(?<=\d)(?=(?:cm|mm|ml|kg|mg)\b)", " "),
+        (r"(?<=\d)\s{0,3}(?:[x\u00d7]|by)\s{0,3}(?=\d)", " x "),
+        (r"(?<=\d)\s{0,3}([cm]m)\s{0,3}(?:x|\u00d7|by)\s{0,3}(?=\d{1,9}(?:\.\d{1,9})?\s{0,3}\1)", " x "),
         (r"[≥⩾≧]|>=|=>", " at least "),
         (r"[≤⩽≦]|<=|=<", " at most "),
         (r"<|\b(?:smaller|fewer|lower)\s{1,3}than\b", " less than "),
@@ -227,16 +229,26 @@ def overlap(prediction, gold):
 
 
 # Words around an answer that are no part of it, and words that bind what stands before to what stands behind
-FRAME = set("it this that these those they there answer image film picture scan is are was were show in on at".split())
-FRAME |= {"seen", "present", "visible", "shown", "noted", "identified"}
+FRAME = set(
+    "it this that these those they there answer is are was were in on at seen present visible shown noted".split()
+)
+FRAME.add("identified")
 RELATIONS = NEGATORS | set(
     "to than from above below behind over under into before after with less greater least most".split()
 )
 
 
-def items_of(text, dropped=frozenset()):
+SIDES = {"l": "left", "r": "right"}
+
+
+def with_sides(tokens, others):
+    """L and R are left and right where the other tokens speak of left and right."""
+    return [SIDES.get(token, token) for token in tokens] if {"left", "right"} & set(others) else tokens
+
+
+def items_of(text, other, dropped=frozenset()):
     """A text as the items of a list, in order of the alphabet, without its frame -> list of tuples of tokens."""
-    tokens = [token for token in words_and_marks(text) if token not in dropped]
+    tokens = with_sides([token for token in words_and_marks(text) if token not in dropped], words_and_marks(other))
     for end in (0, -1):
         while len(tokens) > 1 and tokens[end] in FRAME | {"."}:
             tokens.pop(end)
@@ -257,8 +269,8 @@ def same_words(prediction, gold, question=""):
     repeated = frozenset()
     if not options_of(question):
         repeated = set(normalise(question)) - set(wanted) - NEGATORS - OPPOSITE_WORDS
-    b = items_of(gold)
-    for a in (items_of(prediction), items_of(prediction, repeated)):
+    b = items_of(gold, prediction)
+    for a in (items_of(prediction, gold), items_of(prediction, gold, repeated)):
         words, others = (sorted(token for item in some for token in item) for some in (a, b))
         if a and a == b:
             return True
@@ -296,12 +308,14 @@ def negated(tokens):
     return {token for i, word in enumerate(tokens) if word in NEGATORS for token in reach(tokens, i)}
 
 
-DENIERS = NEGATORS | {"free", "negative", "absence", "lack"}  # "free of effusion", "negative for effusion"
+DENIERS = NEGATORS | set(
+    "free negative absence lack neither nor".split()
+)  # "free of effusion", "negative for effusion"
 PLAIN = dict.fromkeys("yes true positive present correct affirmative".split(), "yes")
 PLAIN |= dict.fromkeys("no false negative absent none neither nothing nil incorrect".split(), "no")
 # No answer comes after or with these
-UNSURE = set("if unless whether depend unsure uncertain unclear unknown unable impossible undetermined".split())
-SAYING = set("say tell answer confirm determine determined know known conclude assess assessed".split())
+UNSURE = set("if unless whether depend unsure uncertain unclear unknown unable impossible undetermined nobody".split())
+SAYING = set("sure certain say tell answer confirm determine determined know known conclude assess assessed".split())
 # A statement with one of these states nothing
 DOUBT = set(
     "or unlikely exclude excluded rule ruled denied resolved suspected possible possibly may might could versus maybe"
@@ -352,7 +366,7 @@ def polarity(text, question=""):
 
 def denied_denial(token, scope, stop):
     """Does the negation deny nothing but the next negation? "no evidence of no effusion", "not without effusion"."""
-    if scope[:1] == ["without"]:
+    if DENIERS & set(scope) - {"neither", "nor"}:
         return True
     return stop in NEGATORS and not set(scope) - COMMON and bool(scope or token != "no")
 
@@ -446,16 +460,13 @@ def named_options(tokens, options):
     return found
 
 
-SIDES = {"l": "left", "r": "right"}
-
-
 def choice(text, question):
     """-> number of the one option of the question that the text names (options_of), or None: none, or more than one."""
     options = options_of(question)
     if not options:
         return None
     offered = {token for option, _ in options for token in option}
-    tokens = [SIDES.get(token, token) if {"left", "right"} & offered else token for token in words_and_marks(text)]
+    tokens = with_sides(words_and_marks(text), offered)
     denied = set()
     for i, token in enumerate(tokens):
         if token in NEGATORS and token not in offered:
