@@ -22,6 +22,7 @@ stands between tokens of one text, so that a sliding window sees what it sees in
 """
 
 import contextlib
+import functools
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -388,12 +389,11 @@ def write(vlm, prompts, max_new_tokens=256):
     return [text_of(vlm, group[0]) for group in sample(vlm, prompts, 1, max_new_tokens)[0]]
 
 
-@torch.no_grad()
-def margin(vlm, prompts, yes=("yes", "Yes", "YES"), no=("no", "No", "NO"), start=""):
+def answer_sides(vlm, yes=("yes", "Yes", "YES"), no=("no", "No", "NO"), start=""):
     """
-    Log-odds of yes against no at the first position of the answer -> float32 (P,) in nats: logsumexp over the spellings
-    of yes minus that of no. start: what the response has written before its answer, such as '{"answer": "'. A spelling
-    that is not one token here is named and left out; InputError when none is left.
+    Where an answer is read -> ids that the response begins with (start, and what the template writes in front of an
+    answer), and the ids of yes and of no at the next position, each a spelling. A spelling that is not one token here
+    is named and left out; InputError when none is left.
     """
     ids, _ = continuation(vlm, start)
     found = {text: continuation(vlm, start + text)[0] for text in (*yes, *no)}
@@ -411,11 +411,30 @@ def margin(vlm, prompts, yes=("yes", "Yes", "YES"), no=("no", "No", "NO"), start
             f"none of {', '.join(yes if not sides[0] else no)} is one token of {vlm.name}: give other spellings"
         )
     if longer:
-        print(f"margin: {', '.join(longer)} left out, more than one token of {vlm.name}", flush=True)
-    with _evaluating(vlm):
-        begun = [Prompt(np.concatenate([p.ids, np.array(ids, np.int32)]), p.grids, p.features) for p in prompts]
-        any_token = sides[0][0]
-        hidden, _, _ = _hidden(vlm, begun, [[[any_token]] for _ in begun], share=True)  # (P, D) before that token
+        print_once(f"margin: {', '.join(longer)} left out, more than one token of {vlm.name}")
+    return ids, *sides
+
+
+@functools.cache
+def print_once(text):
+    print(text, flush=True)
+
+
+def begun(prompts, ids):
+    """Prompts whose response begins with these ids."""
+    return [Prompt(np.concatenate([p.ids, np.array(ids, np.int32)]), p.grids, p.features) for p in prompts]
+
+
+def margin(vlm, prompts, yes=("yes", "Yes", "YES"), no=("no", "No", "NO"), start="", share=True, gradient=False):
+    """
+    Log-odds of yes against no at the first position of the answer -> float32 (P,) in nats: logsumexp over the spellings
+    of yes minus that of no. start: what the response has written before its answer, such as '{"answer": "'; spellings:
+    see answer_sides. share=False: one pass over whole prompts, whose columns are those of each prompt itself.
+    """
+    ids, *sides = answer_sides(vlm, yes, no, start)
+    with _evaluating(vlm), torch.set_grad_enabled(gradient):
+        any_token = [[sides[0][0]]]
+        hidden, _, _ = _hidden(vlm, begun(prompts, ids), [any_token for _ in prompts], share)  # (P, D) before the token
         scores = vlm.base.lm_head(hidden).float()
     _check_finite(vlm, scores)
     return scores[:, sides[0]].logsumexp(1) - scores[:, sides[1]].logsumexp(1)
