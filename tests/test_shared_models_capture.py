@@ -6,8 +6,9 @@ import torch
 from plain_forward import build_inputs
 
 from shared.models import capture as capture_module
-from shared.models.capture import AttentionCapture, language_model
+from shared.models.capture import AttentionCapture, WholeAttention, language_model
 from shared.models.loading import add_lora, load_vlm
+from shared.models.passes import image_columns, make_prompts, margin, sample
 from shared.models.tiny import tiny_folder
 from shared.phantom import phantom_study
 
@@ -136,6 +137,45 @@ def test_the_model_does_not_notice(pair):
         and not language._forward_pre_hooks
         and capture_module._active is None
     )
+
+
+def test_rows_of_the_engine(pair):
+    """sample() reads all but the last token first; one pass over the whole prompt has the prompt's own columns."""
+    vlm, eager = pair
+    question, film = "Is there a nodule?", phantom_study(0, 0, 112).image
+    prompts = make_prompts(vlm, [question], [film])
+    expected = build_inputs(eager, [question], [film])
+    with torch.inference_mode():
+        attentions = eager.model(**expected.tensors, output_attentions=True).attentions
+    columns, length = image_columns(vlm, prompts), len(prompts[0])
+    with AttentionCapture(vlm.model, keys=columns) as sampled:
+        sample(vlm, prompts, max_new_tokens=2)
+    with AttentionCapture(vlm.model, queries=[length - 2, length - 1], keys=columns) as whole:
+        margin(vlm, prompts, share=False)
+    assert [s.rows for s in sampled.steps] == [[length - 2], [length - 1], [length]]
+    for layer, attention in enumerate(attentions):
+        for r in range(2):
+            wanted = attention[0, :, length - 2 + r, columns[0]]
+            assert (sampled.steps[r].weights[layer, 0, :, 0] - wanted).abs().max() < 1e-4
+            assert (whole.steps[0].weights[layer, 0, :, r] - wanted).abs().max() < 1e-4
+
+
+def test_whole_attention_has_a_gradient(pair):
+    vlm, eager = pair
+    prompts = make_prompts(vlm, ["Is there a nodule?"], [phantom_study(0, 0, 112).image])
+    plain = margin(vlm, prompts, share=False)
+    with torch.inference_mode():
+        inputs = build_inputs(eager, ["Is there a nodule?"], [phantom_study(0, 0, 112).image])
+        attentions = eager.model(**inputs.tensors, output_attentions=True).attentions
+    with WholeAttention(vlm.model) as whole:
+        found = margin(vlm, prompts, share=False, gradient=True)
+        gradients = torch.autograd.grad(found.sum(), whole.layers)
+    assert whole.status == "ok" and (found - plain).abs().max() < 1e-4
+    n = inputs.length  # LLaVA's template may write a blank in front of the answer: one column more
+    for weights, gradient, attention in zip(whole.layers, gradients, attentions, strict=True):
+        assert (weights[..., :n, :n] - attention).abs().max() < 1e-4 and gradient.shape == weights.shape
+    assert max(float(g.abs().max()) for g in gradients) > 0
+    assert language_model(vlm.model).config._attn_implementation == "sdpa" and capture_module._active is None
 
 
 def test_several_answers_per_prompt(pair):

@@ -1,11 +1,21 @@
 """
 Attention weights of a few query rows, while the model runs as it always does.
 
-    with AttentionCapture(vlm.model, keys=inputs.image_positions[0][0]) as capture:
-        vlm.model.generate(**inputs.tensors, max_new_tokens=20)
-    capture.steps[0].weights            # (layers, B, heads, rows, keys): the prompt's last token, looking at the image
-    capture.steps[3].weights            # the fourth generated token
+    prompts = make_prompts(vlm, [question], [film])                      # shared/models/passes.py
+    with AttentionCapture(vlm.model, keys=image_columns(vlm, prompts)) as capture:
+        sample(vlm, prompts, max_new_tokens=20)
+    capture.steps[0].weights            # (layers, B, heads, rows, keys): the last prompt token but one, see below
+    capture.steps[1].weights            # the prompt's last token, which the first answer token is drawn after
     capture.layer_kinds                 # "full_attention" or "sliding_attention", per layer
+
+    last = len(prompts[0]) - 1
+    with AttentionCapture(vlm.model, queries=[last], keys=np.flatnonzero(prompts[0].ids == vlm.image_token_id)) as c:
+        margin(vlm, prompts, share=False)                                # one pass over the whole prompt
+    with WholeAttention(vlm.model) as whole:                             # every row, with gradient: not sdpa
+        torch.autograd.grad(margin(vlm, prompts, share=False, gradient=True).sum(), whole.layers)
+
+sample() reads all but the last token of the prompts first, and then goes on token by token: its first pass ends one
+token before the prompt's end. Anything else that runs the model, such as generate(), is captured alike.
 
 sdpa and flash attention never hold the weights, and eager, which does, holds all of them (layers x heads x L x L) and
 rounds differently. Here sdpa runs unchanged, so the text is the same to the last bit, and beside it the softmax of the
@@ -125,6 +135,12 @@ class AttentionCapture:
         place = place.clamp(0, weights.shape[-1] - 1)[:, None, None, :].expand(*weights.shape[:3], -1)
         return weights.gather(-1, place) * there[:, None, None, :]
 
+    def attend(self, module, query, key, value, mask, scaling, options):
+        """Attention of one layer: sdpa, untouched, with the rows beside it."""
+        with torch.no_grad():
+            self.record(module, query.detach(), key.detach(), mask, scaling)
+        return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **options)
+
     @property
     def steps(self):
         """One Step per forward pass that had a chosen row."""
@@ -142,6 +158,44 @@ class AttentionCapture:
         return "ok" if all(torch.isfinite(s.weights).all() for s in steps) else "nan"
 
 
+class WholeAttention(AttentionCapture):
+    """
+    All weights of one forward pass without a cache, as part of its graph: layers[i] (B, heads, L, L), float32, in the
+    order of the layers, for torch.autograd.grad. They are computed in place of sdpa, which rounds differently, and take
+    layers x heads x L x L numbers: for one prompt at a time.
+    """
+
+    def __init__(self, model):
+        super().__init__(model, queries=())
+        self._layers = {}
+
+    def attend(self, module, query, key, value, mask, scaling, options):
+        groups = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+        scores = (query.float() @ key.float().transpose(2, 3)) * scaling
+        if mask is not None:
+            mask = mask[..., : key.shape[2]]
+            scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.float()
+        elif query.shape[2] > 1:
+            ahead = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).triu(1)
+            scores = scores.masked_fill(ahead, -torch.inf)
+        weights = scores.masked_fill(torch.isneginf(scores).all(-1, keepdim=True), 0.0).softmax(-1)
+        if torch.is_grad_enabled() and not weights.requires_grad:  # frozen or 4-bit weights, and no gradient before
+            weights.requires_grad_()
+        self._layers[module.layer_idx] = weights
+        return (weights.to(value.dtype) @ value).transpose(1, 2).contiguous(), None
+
+    @property
+    def layers(self):
+        return [self._layers[i] for i in sorted(self._layers)]
+
+    @property
+    def status(self):
+        if len(self._layers) != len(self.layer_kinds):
+            return "no_attn"
+        return "ok" if all(torch.isfinite(w).all() for w in self.layers) else "nan"
+
+
 def language_model(model):
     """The decoder inside a vision-language model, below peft's wrapper where there is one."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -149,11 +203,10 @@ def language_model(model):
 
 
 def sdpa_with_rows(module, query, key, value, attention_mask, scaling=None, **options):
-    if _active is not None:
-        factor = query.shape[-1] ** -0.5 if scaling is None else scaling
-        with torch.no_grad():
-            _active.record(module, query.detach(), key.detach(), attention_mask, factor)
-    return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
+    if _active is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
+    factor = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return _active.attend(module, query, key, value, attention_mask, factor, options)
 
 
 AttentionInterface.register(NAME, sdpa_with_rows)
