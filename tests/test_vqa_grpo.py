@@ -143,7 +143,7 @@ def test_check_first_step_says_what_is_wrong():
     logp, old, ref, mask, rewards = map(torch.from_numpy, rollouts())
     advantages = group_advantages(rewards, 4)[0]
     check_first_step(policy_loss(logp, logp + 5e-4, logp, advantages, mask)[1])
-    check_first_step(policy_loss(logp, None, ref, advantages, mask)[1], fresh_reference=False)
+    check_first_step(policy_loss(logp, None, None, advantages, mask)[1])
     check_first_step(policy_loss(logp, old, ref, advantages, torch.zeros_like(mask))[1])  # no token, nothing to check
     with pytest.raises(RuntimeError, match="KL 0.* instead of 0"):
         check_first_step(policy_loss(logp, None, ref, advantages, mask)[1])

@@ -526,6 +526,17 @@ def test_older_grpo_rows_are_read(tmp_path):
     assert read_rows(tmp_path / "grpo.jsonl", fields=GRPO_FIELDS)[0]["gold"] == "yes"
 
 
+def test_documented_files_are_not_taken_for_slake(capsys):
+    """data/train.json and data/test.json, as the README writes them, lie where SLAKE's files of these names may lie."""
+    for split in ("train", "test"):
+        main(["--output", f"data/{split}.json", "--dataset", "phantom", "--studies", "2", "--split", split])
+    with pytest.raises(InputError, match="SLAKE is not in"):
+        make_rows("slake", "test", "data")
+    rows, audit = make_rows("auto", "test", "data", image_dir=Path("films"), studies=2, image_size=28)
+    assert audit["phantom"] and "PHANTOM" in capsys.readouterr().out
+    assert {row["split"] for row in read_rows("data/test.json")} == {"test"}
+
+
 def test_a_file_is_replaced_only_when_that_is_said(refused):
     arguments = ["--dataset", "phantom", "--studies", "2", "--image-size", "28"]
     Path("mine.json").write_text("my rows")

@@ -168,10 +168,10 @@ def combine_metrics(parts):
     return whole
 
 
-def check_first_step(metrics, tolerance=1e-3, fresh_reference=True):
+def check_first_step(metrics, tolerance=1e-3):
     """
     What holds at the first update on fresh rollouts, whatever the rewards: every ratio is 1, nothing is clipped, and
-    the KL is 0 while the policy still is the reference (fresh_reference). If not, the passes differ in something
+    the KL, if there is one, is 0, since the policy still is the reference. If not, the passes differ in something
     (image, dropout, padding, temperature) and training would go astray in silence: RuntimeError. tolerance: of ratio
     and KL, by the precision of the model.
     """
@@ -183,7 +183,7 @@ def check_first_step(metrics, tolerance=1e-3, fresh_reference=True):
         if not abs(metrics[name] - 1) <= tolerance
     ]
     faults += [f"a share of {metrics['clip_region']:.3g} of the ratios clipped"] * (metrics["clip_region"] != 0)
-    if fresh_reference and "kl" in metrics and not abs(metrics["kl"]) <= tolerance:
+    if "kl" in metrics and not abs(metrics["kl"]) <= tolerance:
         faults.append(f"KL {metrics['kl']:.6g} instead of 0")
     if faults:
         raise RuntimeError(
