@@ -1,0 +1,142 @@
+"""
+A model that writes about films: which one, how many films at a time, what it writes, and how it leans to yes or no.
+
+    writer = Writer(vlm, batch_size=16, max_new_tokens=256)
+    writer.write(turns, films)        # [{"text", "tokens", "thoughts", "unfinished"}, ...], greedy
+    writer.margins(questions, films)  # log-odds of yes against no, one number each
+"""
+
+from pathlib import Path
+
+import shared  # noqa: F401, isort: skip  # before transformers
+import numpy as np
+
+from shared.data.images import read_image
+from shared.models.hub import find_model
+from shared.models.loading import QUANTS, count_parameters, load_vlm
+from shared.models.memory import read_layout
+from shared.models.passes import PartSize, in_parts, make_prompts, margin, sample, stop_tokens, text_of
+from shared.models.tiny import is_tiny
+from shared.runtime import InputError, positive_int, read_json
+
+BASE_MODEL = "google/medgemma-4b-it"
+THOUGHTS = ("<unused94>", "<unused95>")  # MedGemma 1.5 thinks aloud between them, even unasked
+
+
+def add_model_options(parser):
+    g = parser.add_argument_group("model")
+    # fmt: off
+    g.add_argument("--model",
+        help=f"hub name, folder or tiny (default: what the adapter was trained on, else {BASE_MODEL})")
+    g.add_argument("--adapter", metavar="FOLDER", help="best/ of train.py: a LoRA adapter, or a whole model")
+    g.add_argument("--quant", default="auto", choices=["auto", *QUANTS],
+        help="weights in 4 or 8 bit; auto: nf4 on a GPU for models above 1 billion parameters (%(default)s)")
+    g.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
+        help="computing precision (%(default)s)")
+    g.add_argument("--max-new-tokens", type=positive_int, default=256, metavar="TOKENS",
+        help="longest text that is written (%(default)s)")
+    # fmt: on
+    return g
+
+
+def load_model(args, device, dtype=None):
+    """The options of add_model_options -> VLM."""
+    name, adapter = args.model, args.adapter
+    if adapter and (Path(adapter) / "config.json").is_file():  # a tiny model is trained whole
+        if name is not None:
+            raise InputError(f"{adapter} holds a whole model, not an adapter: leave --model out")
+        name, adapter = adapter, None
+    elif adapter and name is None and (Path(adapter) / "adapter_config.json").is_file():
+        name = read_json(Path(adapter) / "adapter_config.json").get("base_model_name_or_path")
+    name, quant = name or BASE_MODEL, args.quant
+    if quant == "auto":
+        large = (
+            device.type == "cuda" and not is_tiny(name) and read_layout(*find_model(name, "gemma3")).parameters > 1e9
+        )
+        quant = "nf4" if large else "none"
+    vlm = load_vlm(name, quant=quant, device=device, dtype=dtype or args.dtype, adapter=adapter, family="gemma3")
+    if untrained(vlm):
+        print("note: this tiny model is untrained, what it writes means nothing")
+    return vlm
+
+
+def untrained(vlm):
+    return vlm.tiny and not vlm.adapter
+
+
+def training_of(folder):
+    """training.json beside a trained model or adapter -> dict, {} without one."""
+    path = Path(folder or "") / "training.json"
+    return read_json(path) if folder and path.is_file() else {}
+
+
+def is_medgemma15(vlm):
+    return "medgemma-1.5" in f"{vlm.name} {vlm.source}".lower()
+
+
+def to_square_with_zeros(film):
+    """uint8 (H, W) or (H, W, 3) -> the film in the middle of a black square, as MedGemma 1.5 was trained."""
+    height, width = film.shape[:2]
+    down, right = max(0, width - height), max(0, height - width)
+    around = [(down // 2, down - down // 2), (right // 2, right - right // 2)] + [(0, 0)] * (film.ndim - 2)
+    return np.pad(film, around)
+
+
+def film_for(vlm, film):
+    """A path or an array, as this model was trained to see it: MedGemma 1.5 padded to a square, others as it is."""
+    if not is_medgemma15(vlm):
+        return film
+    return to_square_with_zeros(film if isinstance(film, np.ndarray) else read_image(film))
+
+
+def without_thoughts(ids, begin, end):
+    """
+    Token ids -> (ids without what stands between the marks, number of ids cut, was the thought left unfinished?). A
+    thought that never ends takes the rest with it: nothing of it is an answer.
+    """
+    if begin is None or begin not in ids:
+        return ids, 0, False
+    start = ids.index(begin)
+    if end not in ids[start:]:
+        return ids[:start], len(ids) - start, True
+    stop = start + ids[start:].index(end) + 1
+    rest, more, unfinished = without_thoughts(ids[stop:], begin, end)
+    return ids[:start] + rest, stop - start + more, unfinished
+
+
+class Writer:
+    """films: uint8 arrays, or None for a turn without image; the order of what is given is kept."""
+
+    def __init__(self, vlm, batch_size=None, max_new_tokens=256):
+        self.vlm, self.max_new_tokens = vlm, max_new_tokens
+        self.size = PartSize(batch_size or (64 if count_parameters(vlm.base) < 100e6 else 4))
+        vocabulary = vlm.tokenizer.get_vocab() if is_medgemma15(vlm) else {}
+        self.marks = [vocabulary.get(mark) for mark in THOUGHTS]
+
+    def prompts(self, turns, films, system=None):
+        ready = {id(f): film_for(self.vlm, f) if isinstance(f, np.ndarray) else f for f in films}  # each looked at once
+        return make_prompts(self.vlm, turns, [ready[id(film)] for film in films], system)
+
+    def write(self, turns, films, system=None):
+        """-> [{"text", "tokens" (written), "thoughts" (tokens cut off), "unfinished" (thought or text)}]"""
+        stops = stop_tokens(self.vlm)
+
+        def some(rows):
+            prompts = self.prompts([turns[r] for r in rows], [films[r] for r in rows], system)
+            written = []
+            for (ids,) in sample(self.vlm, prompts, 1, self.max_new_tokens)[0]:
+                kept, cut, open_end = without_thoughts(ids, *self.marks)
+                ended = bool(ids) and ids[-1] in stops
+                row = {"text": text_of(self.vlm, kept), "tokens": len(ids), "thoughts": cut}
+                written.append(row | {"unfinished": open_end or not ended})
+            return written
+
+        return in_parts(some, list(range(len(turns))), self.size)
+
+    def margins(self, questions, films, system=None):
+        def some(rows):
+            return margin(
+                self.vlm, self.prompts([questions[r] for r in rows], [films[r] for r in rows], system)
+            ).tolist()
+
+        return in_parts(some, list(range(len(questions))), self.size)
