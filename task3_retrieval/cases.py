@@ -85,7 +85,7 @@ def choose_classifier(asked, fits, unlike, device, own=None):
     sentence `unlike` where that is the one asked for.
     """
     candidates = [asked] if asked else [p for p in (own, find_classifier()) if p is not None]
-    path = next((p for p in candidates if asked or all(k in load_checkpoint(p) for k in KEYS)), None)
+    path = next((p for p in candidates if asked or {*KEYS} <= {*load_checkpoint(p)}), None)
     if path is None:
         return None, None
     model, facts = load_classifier(path, device)

@@ -17,12 +17,8 @@ Vectors are not normalised here: the index does that, and writes down whether it
 
 import hashlib
 import json
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[1] if "__file__" in globals() else Path.cwd()
-sys.path.insert(0, str(ROOT))
 
 import shared  # noqa: F401, isort: skip  # before torchvision
 import numpy as np
@@ -84,6 +80,10 @@ class Embedder:
                 " --allow-other-dataset to use them all the same"
             )
 
+    def warnings(self, phantom):
+        """Sentences for reports on images that are drawn (phantom) or not, where the weights come from drawn ones."""
+        return ["The network was trained on drawn films (phantom)."] * (self.trained_on == "phantom" and not phantom)
+
     def facts(self):
         """What an index and metrics files say about where the vectors came from."""
         names = ("dim", "digest", "settings", "weights", "trained_on", "title")
@@ -138,8 +138,7 @@ def find_cnn(dataset=None):
     in for a classifier of real images. InputError where there is neither.
     """
     (run, full), classifier = preferred_run("train", "best.pt", dataset), find_classifier()
-    real = classifier is not None and not load_checkpoint(classifier, ("dataset",))["dataset"]["phantom"]
-    if run is not None and (full or not real):
+    if run is not None and (full or classifier is None or load_classifier(classifier)[1]["dataset"]["phantom"]):
         kind = "the newest full run of" if full else "there is no full run on real images of"
         return run / "best.pt", f"trained embedding, {kind} train.py"
     if classifier is None:

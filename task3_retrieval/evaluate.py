@@ -231,6 +231,7 @@ def main(argv=None):
     print("searching:")
     title = embed.title
     systems = {name: evaluate_system(e, metric, study) for name, (e, metric) in plan.items()}
+    print("measuring: intervals, changed copies, foreign images (the longer half)", flush=True)
     measured, distances = measure(study, systems, title)
     found, limit = systems[title]["across"], measured["foreign"][title]["limit"]
     answers = probabilities = measured["agreement"] = None
@@ -277,6 +278,7 @@ def main(argv=None):
     foreign = measured["foreign"][title]
     figures = draw_all(run_dir / "figures", study, systems, title, args, wrong, foreign, distances, where)
     warnings = [f"Limited to the first {args.limit} images of each split (--limit)."] if args.limit else []
+    warnings += embed.warnings(data.phantom)
     if args.queries != "test":
         warnings.append("Measured on the validation images, on which choices are made.")
     report = make_report(study, args, embed, measured, figures, warnings)

@@ -30,9 +30,6 @@ import math
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1] if "__file__" in globals() else Path.cwd()
-sys.path.insert(0, str(ROOT))
-
 import numpy as np
 from scipy.spatial.distance import cdist
 
@@ -405,8 +402,10 @@ class CaseIndex:
                 raise ValueError(f"it should hold {count} x {self.dim} numbers and as many cases")
             if any(None in (*case, *case.values()) for case in cases):
                 raise ValueError("a row of its cases is too short or too long")
-            if not np.isfinite(self.vectors).all():
+            if not np.isfinite(norms := np.linalg.norm(self.vectors, axis=1)).all():
                 raise ValueError("its vectors hold NaN or infinite numbers")
+            if self.metric == "cosine" and (np.abs(norms - 1)[norms > 0] > 1e-3).any():
+                raise ValueError("its vectors are not of unit length")
             ids, labels = (np.array([int(c[name]) for c in cases], dtype=np.int64) for name in ("id", "label"))
             texts = ([c[name] for c in cases] for name in ("name", "split"))
             self.set_cases(*self.check_cases(ids, labels, *texts, count))
@@ -487,10 +486,15 @@ def check_faiss(index):
     kinds = {"flat": faiss.IndexFlat, "hnsw": faiss.IndexHNSWFlat, "ivfpq": faiss.IndexIVFPQ}
     right = isinstance(core, kinds[index.kind]) and part.metric_type == MEASURES[index.metric] and part.d == index.dim
     right = right and part.ntotal == n + (len(index.retired) if index.kind == "hnsw" else 0)
-    if right and index.kind != "ivfpq":
-        ids = set(faiss.vector_to_array(part.id_map).tolist())
+    if right and index.kind == "ivfpq":  # its codes are not checked: they only propose
+        lists = part.invlists
+        ids = [
+            faiss.rev_swig_ptr(lists.get_ids(i), lists.list_size(i)) for i in range(part.nlist) if lists.list_size(i)
+        ]
+        right = set(np.concatenate(ids).tolist()) == set(index.ids.tolist())
+    elif right:
         some = np.unique(np.linspace(0, n - 1, min(n, 200), dtype=np.int64))
-        right = ids == {*index.ids.tolist(), *index.retired}
+        right = set(faiss.vector_to_array(part.id_map).tolist()) == {*index.ids.tolist(), *index.retired}
         right = right and np.array_equal(part.reconstruct_batch(index.ids[some]), index.vectors[some])
     if not right:
         raise ValueError(f"its FAISS part does not hold the {n} x {index.dim} vectors")

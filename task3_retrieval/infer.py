@@ -93,6 +93,8 @@ def main(argv=None):
     index, index_dir, embedder = open_index(args, device)
     phantom = any(d["phantom"] for d in index.metadata["datasets"].values())
     print(f"index: {index_dir} ({index}; {embedder.title}){'; PHANTOM images, drawn by this project' * phantom}")
+    for warning in embedder.warnings(phantom):
+        print(f"WARNING: {warning}")
 
     def fits(facts):
         return facts["label_names"] == index.label_names
@@ -118,37 +120,22 @@ def main(argv=None):
     distances, ids = index.search(vectors, args.k, exclude=itself, where=where)
     search_ms = 1000 * (time.perf_counter() - search_started) / len(queries)
     far, limit = distance_to_gallery(index, vectors, itself, args.warn_at)
-    called = None
-    if classifier is not None:
-        sizes = facts["image_size"], facts["channels"]
-        images = torch.cat([fit_images(channels_first(q["image"][None]), *sizes) for q in queries])
-        answers, probabilities = classifier_answers(classifier, facts, images, device, torch.float32, args.batch_size)
-        # of a binary set the probability is that of the second class, as task 1 has it
-        of = np.ones_like(answers) if facts["task"] == "binary-class" else answers
-        names = np.array(facts["label_names"], dtype=object)
-        called = list(zip(names[answers], probabilities.tolist(), names[of], strict=True))
-    cases = [
-        query | {"row": row, "found": found}
-        for query, row, found in zip(
-            queries,
-            predictions_of(index, queries, index.rows_of(ids), distances, called, far, limit),
-            neighbours_of(index, queries, index.rows_of(ids), distances),
-            strict=True,
-        )
-    ]
+    called = calls_of(classifier, facts, queries, device, args.batch_size) if classifier is not None else None
+    rows = index.rows_of(ids)
+    predictions = list(predictions_of(index, queries, rows, distances, called, far, limit))
+    neighbours = list(neighbours_of(index, queries, rows, distances))
 
     run_dir = open_run_dir(args, TASK, "infer")
-    predictions = [case["row"] for case in cases]
     write_csv(run_dir / "predictions.csv", predictions)
-    write_csv(run_dir / "neighbours.csv", [n for case in cases for n in case["found"]])
+    write_csv(run_dir / "neighbours.csv", sum(neighbours, []))
     if errors:
         write_csv(run_dir / "errors.csv", errors)
-    shown = find_pictures(cases[: args.show], pictures)
-    missing = sum(tile["missing"] for case in shown for tile in case["found"])
+    drawn = zip(queries[: args.show], predictions, neighbours, strict=False)
+    shown, missing = find_pictures([q | {"row": row, "found": found} for q, row, found in drawn], pictures)
     write_json(
         run_dir / "metrics.json",
         {
-            "n": len(cases),
+            "n": len(queries),
             "n_errors": len(errors),
             "k": args.k,
             "where": where,
@@ -173,9 +160,9 @@ def main(argv=None):
     if len(predictions) > 20:
         print(f"  ... and {len(predictions) - 20} more")
     if shown:
-        write_page(args, run_dir, index, shown, len(cases), missing, (classifier, facts, device), phantom)
+        write_page(args, run_dir, index, shown, len(queries), missing, (classifier, facts, device), phantom, embedder)
     print(
-        f"{len(cases)} queries, {len(errors)} skipped, {args.k} neighbours each; results in {run_dir}"
+        f"{len(queries)} queries, {len(errors)} skipped, {args.k} neighbours each; results in {run_dir}"
         f"{' (page.html opens in any browser)' if shown else ''}"
     )
 
@@ -274,8 +261,21 @@ def distance_to_gallery(index, vectors, itself, quantile):
     return index.far(distances[:, -1]), typical["distance"][quantile]
 
 
+def calls_of(classifier, facts, queries, device, batch_size):
+    """
+    -> (called class, probability, the class it is the probability of) per query: of a binary set that of the second
+    class, as task 1 has it, else that of the called one.
+    """
+    sizes = facts["image_size"], facts["channels"]
+    images = torch.cat([fit_images(channels_first(q["image"][None]), *sizes) for q in queries])
+    answers, probabilities = classifier_answers(classifier, facts, images, device, torch.float32, batch_size)
+    of = np.ones_like(answers) if facts["task"] == "binary-class" else answers
+    names = np.array(facts["label_names"], dtype=object)
+    return list(zip(names[answers], probabilities.tolist(), names[of], strict=True))
+
+
 def predictions_of(index, queries, rows, distances, called, far, limit):
-    """Rows of predictions.csv. rows, distances (Q, k); called: (class, probability, whose) of each query, or None."""
+    """Rows of predictions.csv. rows, distances (Q, k); called: see calls_of, or None."""
     k, num_classes = rows.shape[1], max(1, len(index.label_names))
     with np.errstate(invalid="ignore"):  # no share where no neighbour has a label
         votes, shares = knn_vote(rows, np.full(len(rows), k), -index.far(distances), index.labels, num_classes, k)
@@ -323,31 +323,31 @@ def verdict(row):
 
 
 def find_pictures(cases, pictures):
-    """The cases to be shown, each neighbour that is drawn with its picture; a grey square where that is gone."""
-    shown, missing = [], {}
+    """
+    -> (the cases, each neighbour that is drawn with its picture, number of pictures that are gone: grey squares).
+    """
+    missing = {}
     for case in cases:
-        tiles = []
-        for tile in case["found"][:MOST_DRAWN]:
+        case["found"] = case["found"][:MOST_DRAWN]
+        for tile in case["found"]:
             try:
-                picture = pictures(tile["name"])
+                tile["picture"] = pictures(tile["name"])
             except InputError as error:
                 missing.setdefault(tile["name"], str(error))
-                picture = grey_tile()
-            tiles.append(tile | {"picture": picture, "missing": tile["name"] in missing})
-        shown.append(case | {"found": tiles})
+                tile["picture"] = grey_tile()
     for name, error in list(missing.items())[:1]:
         print(f"  {len(missing)} pictures of the gallery could not be found; {name}: {error}", file=sys.stderr)
-    return shown
+    return cases, len(missing)
 
 
-def write_page(args, run_dir, index, cases, num_cases, missing, explained_by, phantom):
+def write_page(args, run_dir, index, cases, num_cases, missing, explained_by, phantom, embedder):
     """A figure per query, and page.html with all of them. explained_by: (classifier, facts, device) of heat maps."""
-    unit, facts = unit_of(index), index.metadata["embedder"]
+    unit = unit_of(index)
     title = (
         f"The {args.k} most similar of {len(index)} ({', '.join(index.metadata['datasets']) or 'files'}),"
-        f" {facts['backbone']}, {index.metric}"
+        f" {embedder.title}, {index.metric}"
     )
-    page = Report(title, phantom)
+    page = Report(title, phantom, embedder.warnings(phantom))
     page.text("The page holds pictures of the gallery: share it only where the images may be shared.")
     if num_cases > len(cases):
         page.text(f"The first {len(cases)} of {num_cases} queries (--show); all are in neighbours.csv.")

@@ -2,10 +2,10 @@
 Metrics of retrieval by similarity: arrays in, numbers out. Pure NumPy / SciPy; undefined is NaN per query, None in a
 summary.
 
-    exclude = query_ids[:, None] == gallery_ids                       # the query itself, by id, never "the first hit"
-    values = retrieval_values(similarity, query_labels, gallery_labels, num_classes, exclude)   # {"P@1": (Q,), "AP":
-    (Q,), ...} draws = query_draws(values, query_labels, num_classes)
-    table = summarise(values, query_labels, num_classes, draws)       # micro, macro and per class, with intervals
+    exclude = query_ids[:, None] == gallery_ids                   # the query itself, by id, never "the first hit"
+    values = retrieval_values(similarity, labels, gallery_labels, num_classes, exclude)     # {"P@1": (Q,), "AP": ...}
+    draws = query_draws(values, labels, num_classes)
+    table = summarise(values, labels, num_classes, draws)         # micro, macro and per class, with intervals
 
 Relevant = same label. Definitions, with R = relevant items of the gallery after exclusion:
     P@k       relevant among the first k, divided by k, also where fewer than k items are left
@@ -53,11 +53,6 @@ def rank_gallery(similarity, exclude=None):
 def relevance(order, num_left, query_labels, gallery_labels):
     """-> (Q, N) bool in rank order: has this item the query's label? False beyond num_left."""
     query_labels, gallery_labels = np.asarray(query_labels), np.asarray(gallery_labels)
-    if len(query_labels) != len(order) or len(gallery_labels) != order.shape[1]:
-        raise ValueError(
-            f"order {order.shape} needs that many query and gallery labels, got {len(query_labels)} and"
-            f" {len(gallery_labels)}"
-        )
     in_gallery = np.arange(order.shape[1]) < np.asarray(num_left)[:, None]
     return (gallery_labels[order] == query_labels[:, None]) & in_gallery
 
@@ -65,8 +60,6 @@ def relevance(order, num_left, query_labels, gallery_labels):
 def query_metrics(relevant, ks=KS):
     """relevant (Q, N) bool in rank order -> {name: (Q,) float64}; definitions at the top of this file."""
     relevant = np.asarray(relevant, dtype=bool)
-    if relevant.ndim != 2 or min(ks) < 1:
-        raise ValueError(f"relevant must be (queries, ranks) and k at least 1, got {relevant.shape} and {ks}")
     n = relevant.shape[1]
     ranks = np.arange(1, n + 1)
     hits = relevant.cumsum(axis=1, dtype=np.int32)  # relevant items up to each rank
@@ -237,11 +230,8 @@ def chance(num_relevant, num_left, ks=KS):
             i = np.arange(1, n - total + 1)
             misses = np.concatenate([[1.0], np.cumprod((n - total - i + 1) / (n - i + 1))])
             hit = total / (n - np.arange(n - total + 1))
-            row |= {
-                "R-prec": total / n,
-                "AP": a + (1 - a) * harmonic / n,
-                "RR": float((misses * hit / np.arange(1, n - total + 2)).sum()),
-            }
+            rr = float((misses * hit / np.arange(1, n - total + 2)).sum())
+            row |= {"R-prec": total / n, "AP": a + (1 - a) * harmonic / n, "RR": rr}
         else:
             row |= dict.fromkeys(("R-prec", "AP", "RR"), np.nan)
         for k in ks:
@@ -289,10 +279,8 @@ def content_codes(*image_sets):
     uint8 arrays (N, ...) -> one int64 array (N,) per set; equal codes = byte-identical images, within and between sets.
     """
     seen = {}
-    return [
-        np.array([seen.setdefault(image.tobytes(), len(seen)) for image in images], dtype=np.int64)
-        for images in image_sets
-    ]
+    codes = ([seen.setdefault(image.tobytes(), len(seen)) for image in images] for images in image_sets)
+    return [np.array(of, dtype=np.int64) for of in codes]
 
 
 def duplicate_report(codes, labels):
@@ -311,9 +299,5 @@ def duplicate_report(codes, labels):
     shared = {f"{a}-{b}": len(np.intersect1d(codes[a], codes[b])) for i, a in enumerate(names) for b in names[i + 1 :]}
     content, label = np.concatenate(list(codes.values())), np.concatenate([labels[s] for s in names])
     kinds = np.unique(np.stack([content, label], axis=1), axis=0)
-    return {
-        "repeats": repeats,
-        "pairs": pairs,
-        "shared": shared,
-        "conflicting": int((np.unique(kinds[:, 0], return_counts=True)[1] > 1).sum()),
-    }
+    conflicting = int((np.unique(kinds[:, 0], return_counts=True)[1] > 1).sum())
+    return {"repeats": repeats, "pairs": pairs, "shared": shared, "conflicting": conflicting}

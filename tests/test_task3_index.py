@@ -294,7 +294,7 @@ def rewrite(change, folder="here"):
     [
         ({"format": "other"}, "not that of a"),
         ({"metric": "foo"}, "'metric' in manifest.json"),
-        ({"metric": "cosine"}, "FAISS part does not hold"),
+        ({"metric": "cosine"}, "not of unit length"),
         ({"kind": "hnsw", "settings": {"links": 32, "ef_construction": 200, "ef_search": 64}}, "FAISS part"),
         ({"kind": ["flat"]}, "is damaged"),
         ({"count": 61}, "should hold 61 x 16"),
@@ -348,6 +348,19 @@ def test_files_that_do_not_belong_together_are_refused_though_their_digests_are_
     index.vectors[5, 5] = np.nan
     index.save("here")
     with pytest.raises(InputError, match="NaN or infinite"):
+        CaseIndex.load("here")
+    cosine = make(n=60, metric="cosine")
+    cosine.vectors *= 2
+    cosine.save("here")
+    with pytest.raises(InputError, match="not of unit length"):
+        CaseIndex.load("here")
+    index, other = make("ivfpq"), make("ivfpq", seed=1)
+    other.remove(other.ids[:5])
+    other.add(np.ones((5, 16)), range(9000, 9005), [0] * 5, "abcde", "xxxxx")
+    other.save("other")
+    index.save("here")
+    put("faiss", max(Path("other").glob("*.faiss"), key=lambda p: p.stat().st_mtime).read_bytes())
+    with pytest.raises(InputError, match="FAISS part does not hold"):
         CaseIndex.load("here")
 
 

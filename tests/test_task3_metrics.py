@@ -278,7 +278,8 @@ def test_copies_are_found_within_and_between_sets():
 
 # --- the real films ---
 
-FLOORS = [  # similarity, queries, gallery, query excluded: P@1, P@5, P@10, mAP, R-prec, MRR, 5-NN vote, P@5 normal, P@5 pneumonia
+# similarity, queries, gallery, query excluded: P@1, P@5, P@10, mAP, R-prec, MRR, 5-NN vote, P@5 normal, P@5 pneumonia
+FLOORS = [
     ("cosine", "test", "test", True, (88.8, 84.6, 83.1, 68.9, 64.0, 92.9, 90.2, 77.9, 88.7)),
     ("l2", "test", "test", True, (87.8, 84.5, 83.0, 65.9, 59.9, 92.2, 89.6, 73.9, 90.8)),
     ("l2", "test", "test", False, (100, 87.9, 84.9, 66.2, 60.1, 100, 92.0, 80.2, 92.5)),
