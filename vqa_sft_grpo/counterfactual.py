@@ -2,9 +2,8 @@
 Edits that take a region out of an image, and random regions to compare with: does an answer depend on the place it
 should?
 
-    plan = plan_regions(image, boxes, k=5, seed=0)          # boxes: [[x0, y0, x1, y1], ...] in pixels: the region of
-    interest
-    if not plan.why:                                        # else why there is no fair comparison
+    plan = plan_regions(image, boxes, k=5, seed=0)  # boxes: [[x0, y0, x1, y1], ...] in pixels: the region of interest
+    if not plan.why:                                # else why there is no fair comparison
         without = fill_region(image, plan.roi, "inpaint")
         others = [fill_region(image, boxes, "inpaint") for boxes in plan.random]
 
@@ -29,10 +28,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.linalg import cg
 
 FILLS = ("inpaint", "mean", "blur", "noise")
-SMALLEST, LARGEST = (
-    0.005,
-    0.5,
-)  # share of the image: below, hardly anything goes; above, there is no room for random regions
+SMALLEST, LARGEST = 0.005, 0.5  # share of the image: below, hardly anything goes; above, random regions have no room
 OVERLAP = 0.1  # a random region covers the region of interest by at most this IoU
 FOREGROUND = 0.15  # their shares of foreground differ by at most this
 BACKGROUND = 10  # grey value: air outside the body and the black frame of CT and MR images are not brighter
@@ -66,14 +62,10 @@ def whole_boxes(boxes, height, width):
     """
     whole = []
     for x0, y0, x1, y1 in boxes or ():
-        box = [
-            max(0, int(np.floor(x0))),
-            max(0, int(np.floor(y0))),
-            min(width, int(np.ceil(x1))),
-            min(height, int(np.ceil(y1))),
-        ]
-        if box[2] > box[0] and box[3] > box[1]:
-            whole.append(box)
+        left, top = max(0, int(np.floor(x0))), max(0, int(np.floor(y0)))
+        right, bottom = min(width, int(np.ceil(x1))), min(height, int(np.ceil(y1)))
+        if right > left and bottom > top:
+            whole.append([left, top, right, bottom])
     return whole
 
 
@@ -155,14 +147,14 @@ def iou(a, b):
 
 def clusters_of(boxes):
     """Boxes -> lists of boxes that overlap or touch, directly or through others."""
+
+    def touch(a, b):
+        return a[0] <= b[2] and b[0] <= a[2] and a[1] <= b[3] and b[1] <= a[3]
+
     clusters = []
     for box in boxes:
-        touching = [
-            c
-            for c in clusters
-            if any(box[0] <= b[2] and b[0] <= box[2] and box[1] <= b[3] and b[1] <= box[3] for b in c)
-        ]
-        clusters = [c for c in clusters if c not in touching] + [[box, *(b for c in touching for b in c)]]
+        near = [c for c in clusters if any(touch(box, b) for b in c)]
+        clusters = [c for c in clusters if c not in near] + [[box, *(b for c in near for b in c)]]
     return clusters
 
 
