@@ -63,6 +63,12 @@ def package(monkeypatch):
     return module.score
 
 
+def test_odd_texts_are_scored(encoder):
+    odd = ["", "\ud800 effusion \x00", "no " * 9999, "\u200b"]
+    scores = bert_score([*odd, "no effusion ."], ["no effusion ."] * 5, encoder, 2, per_report=True)
+    assert all(np.isfinite(scores[name]).all() for name in NAMES) and scores["bertscore_f1"][4] == pytest.approx(1)
+
+
 def compare(package, hypotheses, references, model, layer, **options):
     ours = bert_score(
         hypotheses,

@@ -13,6 +13,11 @@ Source of names and orders: Irvin et al. 2019, CheXpert (arXiv 1901.07031), and 
 2004.09167). The rules follow what these papers describe (mentions; uncertainty, negation, uncertainty again; positive
 beats uncertain beats negative); wordings (shared/metrics/phrases.py) and code are our own. Labels say what a text
 states, not what a film shows.
+
+Where rules end: which predicates deny is a closed list ("is not seen", but "is not calcified" denies no nodule), so a
+new one ("is nowhere to be found") is not read; nor are comparatives ("bigger than before"), findings with two letters
+wrong, statements parted by a tab alone, and references back ("it has resolved"). "No A and B is seen" denies both, "no
+A, B is seen" states B.
 """
 
 import re
