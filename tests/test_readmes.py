@@ -5,7 +5,6 @@ import functools
 import importlib
 import re
 import shlex
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -13,14 +12,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def tracked(*patterns):
-    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "--", *patterns]
-    names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
-    return sorted(name for name in names if name and (ROOT / name).is_file())
+def names_of(*patterns):
+    return [str(path.relative_to(ROOT)) for pattern in patterns for path in sorted(ROOT.glob(pattern))]
 
 
-READMES = tracked("README.md", "*/README.md")
-DOCUMENTS = READMES + tracked("docs/results/*.md")
+READMES = names_of("README.md", "*/README.md")
+DOCUMENTS = READMES + names_of("docs/results/*.md")
 MOST_LINES = {"README.md": 100}  # every other: 150
 
 
@@ -33,6 +30,16 @@ def test_there_is_a_readme_of_the_whole_of_shared_and_of_each_task():
 def test_readmes_are_short(name):
     lines = (ROOT / name).read_text(encoding="utf-8").count("\n")
     assert lines <= MOST_LINES.get(name, 150), f"{name} has {lines} lines: move what was measured to docs/results/"
+
+
+def test_the_readme_of_shared_names_every_module_and_no_readme_names_one_that_is_gone():
+    modules = [name for name in names_of("shared/**/*.py") if not name.endswith("__.py") and "phantom" not in name]
+    text = (ROOT / "shared/README.md").read_text(encoding="utf-8")
+    assert len(modules) > 20 and not [name for name in modules if f"{Path(name).name}`" not in text]
+    known = {Path(name).name for name in names_of("*/*.py", "shared/*/*.py")}
+    for name in READMES:
+        named = re.findall(r"`[\w/.]*?(\w+\.py)`", (ROOT / name).read_text(encoding="utf-8"))
+        assert not set(named) - known, f"{name}: {set(named) - known}"
 
 
 # ---------------------------------------------------------------------------------------------------------------- links
