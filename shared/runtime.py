@@ -656,9 +656,8 @@ def resume_dir(path):
     if not path.exists():
         raise InputError(f"--resume: there is nothing at {path}")
     run_dir = path if path.is_dir() else path.parent
-    return (
-        run_dir.parent if run_dir.name.startswith("seed") and (run_dir.parent / "settings.json").exists() else run_dir
-    )
+    part = re.match("seed|phase", run_dir.name) and (run_dir.parent / "settings.json").exists()
+    return run_dir.parent if part else run_dir
 
 
 def newest_run(task, name, holding):

@@ -1,0 +1,315 @@
+"""
+The studies that CheXQuery trains on and is measured on: rows made of IU X-ray or the phantom, their labels, their films.
+
+A row is a dict:
+    uid, patient, split, dataset
+    films          {"frontal": path or None, "lateral": path or None}; of the phantom {"seed", "index"} to draw it from
+    report         what the model learns to write: the section(s), sentences with removed words (XXXX) left out
+    reference      the same text untouched, which scores are computed against
+    labels         the 14 conditions by name: 1, 0, -1 (suspected) or None (not mentioned)
+    truth          phantom only: the 14 conditions as 1 or 0, what the film shows
+    regions        the 6 regions by name: 1 a sentence says something abnormal of it, 0 only normal things, None nothing
+"""
+
+import functools
+import re
+
+import numpy as np
+from PIL import Image
+
+from shared.data.audit import RowSet, repeats, seen, shared_between_splits
+from shared.data.images import read_image
+from shared.data.iu_xray import load_iu_xray
+from shared.metrics.labels import CONDITIONS, PARENTS, label_report
+from shared.phantom import phantom_settings, phantom_study
+from shared.runtime import DataNotFound, InputError, read_json, write_json
+
+REGIONS = {  # words that tell which region a sentence speaks of; a mirror pair, then the unpaired ones
+    "cardiac": r"heart|cardiac|cardiomegaly|cardiomediastin\w*|pericard\w*",
+    "left_lung": r"left|bilateral(?:ly)?|both|lungs|bibasilar|pulmonary",
+    "right_lung": r"right|bilateral(?:ly)?|both|lungs|bibasilar|pulmonary",
+    "mediastinum": r"mediastin\w*|cardiomediastin\w*|hil(?:a|ar|um)|aort\w*",
+    "diaphragm": r"diaphragm\w*|hemidiaphragm\w*|costophrenic",
+    "spine": r"spine|spinal|vertebra\w*|thoracic|scoliosis|degenerative",
+}
+VIEWS = ("frontal", "lateral")
+LABELS = ("labeller", "mesh", "chexbert", "truth")
+PHANTOM_START = {"train": 0, "val": 8_000_000, "test": 16_000_000}  # studies of the splits are never the same patients
+MESH = {
+    "No Finding": r"normal", "Cardiomegaly": r"cardiomegaly", "Edema": r"pulmonary edema", "Pneumonia": r"pneumonia",
+    "Consolidation": r"consolidation", "Atelectasis": r"(pulmonary )?atelectasis", "Pneumothorax": r"pneumothorax",
+    "Pleural Effusion": r"pleural effusion", "Lung Opacity": r"opacity|infiltrate|airspace disease",
+    "Lung Lesion": r"nodule|mass|density|cavitation", "Fracture": r"fractures?,? ?(bone)?",
+    "Support Devices": r"catheters, indwelling|medical device|implanted medical device|tube, inserted",
+    "Pleural Other": r"thickening|pleural diseases", "Enlarged Cardiomediastinum": r"mediastinum",
+}  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------------------- texts
+
+
+def target_text(findings, impression, section, filled=True):
+    """The text of one section, or both in one line. filled: without sentences in which words were removed."""
+    findings, impression = ((drop_removed(t) if filled else t) or "" for t in (findings, impression))
+    if section == "findings+impression":
+        if not (findings or impression):
+            return ""
+        findings, impression = findings or "No detailed findings documented.", impression or (
+            "No specific impression documented."
+        )
+        return f"Findings: {findings} | Impression: {impression}"
+    return findings if section == "findings" else impression
+
+
+def drop_removed(text):
+    parts = re.split(r"(?<=[.!?])\s+", text or "")
+    return " ".join(part for part in parts if not re.search(r"x{3,}", part, re.IGNORECASE)).strip()
+
+
+def sentences_of(text):
+    return [part.strip() for part in re.split(r"(?<=[.!?])\s+|\s\|\s", text) if part.strip()]
+
+
+@functools.lru_cache(maxsize=100_000)
+def sentence_labels(sentence):
+    return label_report(sentence)
+
+
+def region_labels(text):
+    """Weak targets from words: does a sentence that names the region state or suspect something abnormal?"""
+    found = dict.fromkeys(REGIONS)
+    for sentence in sentences_of(text):
+        labels = sentence_labels(sentence)
+        abnormal = any(v in (1, -1) for k, v in labels.items() if k not in ("No Finding", "Support Devices"))
+        for name, words in REGIONS.items():
+            if re.search(rf"\b(?:{words})\b", sentence, re.IGNORECASE):
+                found[name] = max(found[name] or 0, int(abnormal))
+    return found
+
+
+def mesh_labels(terms):
+    """Index terms such as "Cardiomegaly/mild" -> labels 1 or 0: what was not indexed counts as absent."""
+    heads = [term.split("/")[0].strip().lower() for term in terms]
+    return {name: int(any(re.fullmatch(MESH[name], head) for head in heads)) for name in CONDITIONS}
+
+
+# ---------------------------------------------------------------------------------------------------------------- rows
+
+
+def hospital(conditions=None, prevalence=None, severe=False):
+    """The phantom's settings; severe: severe findings only."""
+    return phantom_settings(conditions, prevalence, (0, 0, 1) if severe else None)
+
+
+def phantom_rows(films, seed=0, section="findings", labels="labeller", **drawn):
+    """films: studies of train; val gets a tenth, test three tenths. drawn: of `hospital`. -> RowSet"""
+    settings, rows = hospital(**drawn), []
+    for split, n in {"train": films, "val": max(8, films // 10), "test": max(8, 3 * films // 10)}.items():
+        for index in range(PHANTOM_START[split], PHANTOM_START[split] + n):
+            study = phantom_study(seed, index, 64, settings)
+            text = target_text(study.report.findings, study.report.impression, section)
+            row = {"uid": f"{seed}-{index}", "patient": study.patient_id, "split": split, "dataset": "phantom"}
+            row |= {"films": {"seed": seed, "index": index}, "report": text, "reference": text, "truth": study.labels}
+            row |= {"labels": study.labels if labels == "truth" else label_report(text), "regions": region_labels(text)}
+            rows.append(row)
+    notes = {"drawn": drawn, "phantom": True, "section": section, "labels": labels}
+    return RowSet("phantom", "shared/phantom", rows, version=f"{films} films, seed {seed}", notes=notes)
+
+
+def iu_rows(data_dir, section="findings", split="r2gen", reports="auto", labels="labeller", labeller=None, seed=0):
+    """split: r2gen or patient (70/15/15 of the uids). labeller: texts -> label dicts, for labels="chexbert". -> RowSet"""
+    either = section == "findings+impression"  # a filler stands for the section that a report lacks
+    studies = load_iu_xray(
+        data_dir, "findings" if either else section, split, ("frontal",), reports,
+        shares={"train": 0.7, "val": 0.15, "test": 0.15}, seed=seed,
+    )  # fmt: skip
+    rows = []
+    for study in studies.rows:
+        texts = study["findings"], study["impression"], section
+        films = {"frontal": study["image_path"], "lateral": study["lateral_path"]}
+        row = {"uid": study["uid"], "patient": study["patient"], "split": study["split"], "dataset": "iu_xray"}
+        row |= {"films": {view: str(path) if path else None for view, path in films.items()}}
+        row |= {"report": target_text(*texts), "reference": target_text(*texts, filled=False), "mesh": study["mesh"]}
+        rows.append(row)
+    studies.rows = rows
+    studies.keep(lambda row: row["report"], "no sentence without removed words")
+    found = labeller([row["report"] for row in rows]) if labels == "chexbert" else None
+    for i, row in enumerate(studies.rows):
+        row["regions"] = region_labels(row["report"])
+        row["labels"] = (
+            found[i] if found else mesh_labels(row["mesh"]) if labels == "mesh" else label_report(row["report"])
+        )
+    studies.notes |= {"phantom": False, "section": section, "labels": labels}
+    return studies
+
+
+def audit(rows):
+    """What the splits share, and how many reports of val and test stand in train word for word."""
+    by_split = {name: [row for row in rows if row["split"] == name] for name in ("train", "val", "test")}
+    return {
+        "patients in two splits": shared_between_splits(rows, "patient"),
+        "reports": {name: repeats(part, ("report",)) for name, part in by_split.items()},
+        "reports that occur in train": {n: seen(by_split[n], by_split["train"], ("report",)) for n in ("val", "test")},
+    }
+
+
+def write_splits(path, studies, **more):
+    facts = studies.facts() | {"audit": audit(studies.rows)} | more
+    write_json(path, {"facts": facts, "rows": studies.rows})
+
+
+def read_splits(path):
+    """-> RowSet. InputError for a file that is not of prepare.py, for splits that overlap, for reports without text."""
+    found = read_json(path)
+    if not isinstance(found, dict) or not {"facts", "rows"} <= set(found) or not found["rows"]:
+        raise InputError(f"{path} was not written by chexquery/prepare.py: it lacks facts or rows; make it again")
+    rows, facts = found["rows"], found["facts"]
+    needed = ("uid", "patient", "split", "films", "report", "reference", "labels", "regions")
+    for row in rows:
+        lacking = [name for name in needed if name not in row]
+        if lacking:
+            raise InputError(f"{path}: a row lacks {lacking[0]}; make the file again with chexquery/prepare.py")
+        if not str(row["report"]).strip():
+            raise InputError(f"{path}: the report of study {row['uid']} has no text; leave that study out")
+    for pair, shared in shared_between_splits(rows, "patient").items():
+        if shared["shared"]:
+            raise InputError(
+                f"{path}: {shared['shared']} patients are both in {pair.replace(', ', ' and in ')}, the first is"
+                f" {shared['ids'][0]}; make the file again with chexquery/prepare.py"
+            )
+    return RowSet(facts["name"], facts.get("source", str(path)), rows, facts.get("version", ""), notes=facts["notes"])
+
+
+def load_studies(args):
+    """
+    The rows of train.py, evaluate.py, visualize.py: of --splits-file where it is given or there; else --data phantom
+    (auto: IU X-ray where it is at hand, else the phantom) made on the spot as prepare.py would. -> RowSet
+    """
+    name = args.data.lower()
+    if args.splits_file and name in ("auto", "file"):
+        studies = read_splits(args.splits_file)
+    elif name in ("auto", "iu_xray"):
+        try:
+            studies = iu_rows(args.data_dir, args.section, labels=args.labels)
+        except DataNotFound:
+            if name != "auto":
+                raise
+            print(f"no IU X-ray in {args.data_dir}: taking the phantom")
+            name = "phantom"
+    elif name != "phantom":
+        raise InputError(f"--data {args.data}: there are auto, iu_xray and phantom, and --splits-file FILE of prepare.py")
+    if name == "phantom":
+        studies = phantom_rows(
+            args.films, args.phantom_seed, args.section, args.labels, conditions=args.conditions,
+            prevalence=args.prevalence, severe=args.severe,
+        )  # fmt: skip
+    if args.limit:
+        studies.limit(args.limit)
+    return studies
+
+
+def add_data_options(group):
+    # fmt: off
+    group.add_argument("--splits-file", metavar="FILE", help="rows written by prepare.py; without it they are made here")
+    group.add_argument("--section", default="findings", choices=["findings", "impression", "findings+impression"],
+        help="what the reports hold; both: 'Findings: ... | Impression: ...' (%(default)s)")
+    group.add_argument("--labels", default="labeller", choices=LABELS,
+        help="label targets: rules on the text, MeSH terms, CheXbert (prepare.py), or what was drawn (%(default)s)")
+    group.add_argument("--films", type=int, default=4000, help="phantom: studies to train on (%(default)s)")
+    group.add_argument("--phantom-seed", type=int, default=0, help="phantom: which hospital (%(default)s)")
+    group.add_argument("--conditions", nargs="+", metavar="NAME", help="phantom: draw these only (default: all 13)")
+    group.add_argument("--prevalence", type=float, metavar="SHARE", help="phantom: chance of each of them")
+    group.add_argument("--severe", action="store_true", help="phantom: severe findings only")
+    # fmt: on
+
+
+# --------------------------------------------------------------------------------------------------------------- films
+
+
+def study_of(row, drawn, size):
+    """The phantom study of a row; drawn: notes["drawn"] of its RowSet."""
+    return phantom_study(row["films"]["seed"], row["films"]["index"], size, hospital(**drawn))
+
+
+def square(pixels, size):
+    """float (H, W) or (H, W, 3) in 0..1 -> uint8 (size, size): the whole film, squeezed into a square as SigLIP is fed."""
+    if pixels.ndim == 3:
+        pixels = pixels @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
+    image = Image.fromarray(np.ascontiguousarray(pixels, dtype=np.float32)).resize((size, size), Image.BICUBIC)
+    return np.clip(np.asarray(image) * 255, 0, 255).round().astype(np.uint8)
+
+
+class Films:
+    """The films of rows as uint8 (N, 2, size, size), read or drawn when first asked for, kept while they fit `gib`."""
+
+    def __init__(self, rows, size, drawn=None, views=VIEWS, gib=4.0):
+        self.rows, self.size, self.views, self.drawn = rows, size, views, drawn or {}
+        shape = (len(rows), len(VIEWS), size, size)
+        self.kept = np.zeros(shape, np.uint8) if np.prod(shape) < gib * 2**30 else None
+        self.known, self.present = np.zeros(len(rows), bool), np.zeros((len(rows), len(VIEWS)), bool)
+
+    def __len__(self):
+        return len(self.rows)
+
+    def read(self, row):
+        """-> uint8 (2, size, size), bool (2,)"""
+        images, present = np.zeros((len(VIEWS), self.size, self.size), np.uint8), np.zeros(len(VIEWS), bool)
+        for i, view in enumerate(VIEWS):
+            if view not in self.views:
+                continue
+            if "index" in row["films"]:
+                study = study_of(row, self.drawn, self.size)
+                images[i], present[i] = (study.image if view == "frontal" else study.lateral), True
+            elif row["films"].get(view):
+                try:
+                    images[i], present[i] = square(read_image(row["films"][view]), self.size), True
+                except InputError as error:
+                    raise InputError(f"study {row['uid']}: {row['films'][view]}: {error}") from error
+        if not present.any():
+            raise InputError(f"study {row['uid']} has no film of the views {', '.join(self.views)}: leave it out")
+        return images, present
+
+    def get(self, indices):
+        """-> uint8 (n, 2, size, size), bool (n, 2)"""
+        if self.kept is None:
+            found = [self.read(self.rows[i]) for i in indices]
+            return np.stack([f[0] for f in found]), np.stack([f[1] for f in found])
+        for i in indices:
+            if not self.known[i]:
+                self.kept[i], self.present[i] = self.read(self.rows[i])
+                self.known[i] = True
+        return self.kept[indices], self.present[indices]
+
+
+# ------------------------------------------------------------------------------------------------------------- targets
+
+
+def label_targets(rows, uncertain="positive"):
+    """
+    -> float32 (N, 14) in the order of CONDITIONS and its mask. In a report that says anything at all, what is not
+    mentioned counts as absent; a report without any label is masked whole. uncertain: positive, negative or ignore.
+    """
+    values = np.array([[row["labels"][name] if row["labels"][name] is not None else np.nan for name in CONDITIONS]
+                       for row in rows], dtype=np.float32).reshape(-1, len(CONDITIONS))  # fmt: skip
+    mask = np.repeat(~np.isnan(values).all(1, keepdims=True), len(CONDITIONS), 1)
+    doubtful = values == -1
+    targets = np.nan_to_num((values == 1).astype(np.float32))
+    if uncertain == "positive":
+        targets[doubtful] = 1
+    return targets, (mask & ~doubtful if uncertain == "ignore" else mask).astype(np.float32)
+
+
+def region_targets(rows):
+    values = np.array([[row["regions"][r] if row["regions"][r] is not None else np.nan for r in REGIONS]
+                       for row in rows], dtype=np.float32).reshape(-1, len(REGIONS))  # fmt: skip
+    return np.nan_to_num(values), (~np.isnan(values)).astype(np.float32)
+
+
+def closed_upwards(labels):
+    """Labels of a text as labels of a film: a stated child makes its parents true (1 or 0, by name)."""
+    true = {name for name in CONDITIONS if labels[name] in (1, -1)}
+    for name in list(true):
+        while name in PARENTS:
+            name = PARENTS[name]
+            true.add(name)
+    return {name: int(name in true) for name in CONDITIONS}
