@@ -52,8 +52,8 @@ def make_report(data, args, facts, files, measured, runs, spread, figures, warni
     rows, n, validation = measured["rows"], len(data.images[args.split]), facts["validation"]
     report = Report(f"{data.name}: classification report", data.phantom, warnings)
     chosen = f", epoch {validation['epoch']}, validation AUC {number(validation['val_auc'], 4)}" if validation else ""
-    official = facts["dataset"].get("official")
-    origin = {True: "MedMNIST's official file", False: "not MedMNIST's official file"}.get(official, "drawn here")
+    origin = {True: "MedMNIST's official file", False: "not MedMNIST's official file", None: "drawn here"}
+    origin = origin[facts["dataset"]["official"]] if data.path or data.phantom else "a folder of one's own"
     report.text(
         f"{facts['architecture']} (stem {facts['stem']}), {data.size} pixels, trained on {data.name} ({origin}):"
         f" {facts['cases']['train']} training and {facts['cases']['val']} validation images; checkpoint"

@@ -365,6 +365,7 @@ def test_the_report_and_its_pictures(name, evaluated, trained):
     assert all((folder / "figures" / f"{f}.png").read_bytes().startswith(b"\x89PNG") for f in files)
     assert (PHANTOM in text) == (name == "phantom") and "trained with --limit" in text
     assert "on 96 images" in text and "96 training and" in text  # not the 2,400 of the whole set
+    assert not re.search(r"[\s`(]/\w", text)  # no path of this machine
     metrics = read(folder / "metrics.json")
     for row, values in metrics["rows"].items():
         shown = values["accuracy" if name != "chestmnist" else "mean_label_accuracy"]

@@ -562,7 +562,7 @@ def test_terminated_and_then_killed_in_the_middle_of_an_epoch(real_run, own_fold
     process.send_signal(signal.SIGTERM)
     assert process.wait(PATIENCE) == 128 + signal.SIGTERM
     state = torch.load("run/last.pt", weights_only=True)["values"]
-    assert (state["epoch"], state["step"] > 0) == (1, True) and "go on with --resume run" in Path(
+    assert (state["epoch"], state["step"] > 0) == (1, True) and "train.py --resume run" in Path(
         "output.txt"
     ).read_text()
     process = start_script([*command, "--resume", "run"], own_folder)

@@ -73,7 +73,7 @@ def load_images(name, data_dir, size=28, auto="pneumoniamnist"):
     and says so; a set asked for by its own name is never replaced by another. A path is a folder of one's own.
     """
     name = set_name(name)
-    if name not in ("auto", "phantom", *INFO) and Path(name).is_dir():
+    if name not in ("auto", "phantom", "", *INFO) and Path(name).is_dir():
         return load_folder(name, size)
     if name == "phantom":
         return load_phantom(size)
@@ -93,7 +93,7 @@ def load_images(name, data_dir, size=28, auto="pneumoniamnist"):
 def set_name(name):
     """--data as ImageSet.name has it: names in lower case, folders as a path without a slash at its end."""
     lower = name.lower()
-    return Path(name).as_posix() if lower not in ("auto", "phantom", *INFO) and Path(name).is_dir() else lower
+    return Path(name).as_posix() if lower not in ("auto", "phantom", "", *INFO) and Path(name).is_dir() else lower
 
 
 def labels_by_folder(root, paths):
