@@ -53,7 +53,7 @@ def make_report(data, args, facts, files, measured, runs, spread, figures, warni
     report = Report(f"{data.name}: classification report", data.phantom, warnings)
     chosen = f", epoch {validation['epoch']}, validation AUC {number(validation['val_auc'], 4)}" if validation else ""
     origin = {True: "MedMNIST's official file", False: "not MedMNIST's official file", None: "drawn here"}
-    origin = origin[facts["dataset"]["official"]] if data.path or data.phantom else "a folder of one's own"
+    origin = origin.get(facts["dataset"].get("official")) if data.path or data.phantom else "a folder of one's own"
     report.text(
         f"{facts['architecture']} (stem {facts['stem']}), {data.size} pixels, trained on {data.name} ({origin}):"
         f" {facts['cases']['train']} training and {facts['cases']['val']} validation images; checkpoint"
