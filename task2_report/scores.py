@@ -22,6 +22,7 @@ from shared.metrics.statistics import bootstrap_interval
 from shared.metrics.text import score_reports
 from task2_report.cases import sections_of
 
+FEW = 30  # patients; below, an interval says less than it seems to
 ERRORS = ("missed", "invented", "wrong side")
 
 
@@ -142,7 +143,7 @@ def measure_reports(texts, cases, conditions=CONDITIONS[1:], intervals=True):
     w, t = (np.array([[row[c] for c in conditions] for row in rows]) for rows in (says, [t for t, _ in truths]))
     sums = (w & t).sum(1), w.sum(1) + t.sum(1)
     f1 = {"value": f1_of([(a, b) for a, (b, _) in zip(says, truths, strict=True)]), "low": None, "high": None}
-    if intervals and f1["value"] is not None:
+    if intervals and f1["value"] is not None and len(set(groups)) >= FEW:
         f1 = bootstrap_interval(lambda tp, n: 2 * tp / n, *sums, groups=groups, of_sums=True)
     h, r = (positive_matrix([labels_of(text) for text in some]) for some in (texts, [c.report for c in cases]))
     compared = sum(row["sides compared"] for row in counted)

@@ -1,0 +1,80 @@
+"""
+A small CNN that reads the labels of films: the upper line beside written reports, since it only has to see and not to
+write, and the features by which the nearest training film is found.
+
+    net = LabelCNN(films, labels, seed=0)              # films: arrays or paths; labels: bool (N, L)
+    net.probabilities(films), net.features(films)      # (N, L) and (N, 512)
+
+The network is task 1's ResNet-18 on 64 px. Thresholds per label are chosen for F1 on validation.
+"""
+
+import time
+
+import shared  # noqa: F401, isort: skip  # before torchvision
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.metrics import precision_recall_curve
+
+from shared.data.images import read_image, to_square
+from shared.training import learning_rate
+from task1_classification.model import build_model, normalise
+
+SIZE = 64
+
+
+def small_films(films):
+    """Paths or uint8 arrays -> uint8 tensor (N, 1, SIZE, SIZE); each file is read once."""
+    return torch.from_numpy(
+        np.stack([to_square(f if isinstance(f, np.ndarray) else read_image(f), SIZE, 1) for f in films])
+    )
+
+
+class LabelCNN:
+    def __init__(self, films, labels, steps=600, batch_size=64, lr=2e-3, seed=0, device="cpu"):
+        torch.manual_seed(seed)
+        images, targets = small_films(films), torch.from_numpy(np.asarray(labels)).float()
+        scaled = images.float() / 255
+        self.normalisation = {"mean": [float(scaled.mean())], "std": [float(scaled.std()) or 1.0]}
+        self.model = build_model("resnet18", targets.shape[1], 1, SIZE, stem="7x7").to(device)
+        self.device, generator = device, torch.Generator().manual_seed(seed)
+        optimizer = torch.optim.AdamW(self.model.parameters(), lr=lr, weight_decay=0.05)
+        started = time.time()
+        for step in range(steps):
+            rows = torch.randint(len(images), (batch_size,), generator=generator)
+            shift = torch.randint(-3, 4, (2,), generator=generator).tolist()  # no flips: left and right matter
+            batch = torch.roll(images[rows], shift, (2, 3)).to(device)
+            loss = F.binary_cross_entropy_with_logits(
+                self.model(normalise(batch, self.normalisation)), targets[rows].to(device)
+            )
+            loss.backward()
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, steps, steps // 20, lr)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.model.eval()
+        self.seconds = time.time() - started
+
+    @torch.inference_mode()
+    def run(self, films):
+        """-> probabilities (N, L), features (N, 512) of the last layer but one, as float32 arrays."""
+        kept, hook = [], self.model.fc.register_forward_pre_hook(lambda m, inputs: kept.append(inputs[0].float().cpu()))
+        images, out = small_films(films), []
+        for batch in images.split(256):
+            out.append(self.model(normalise(batch.to(self.device), self.normalisation)).sigmoid().float().cpu())
+        hook.remove()
+        return torch.cat(out).numpy(), torch.cat(kept).numpy()
+
+
+def best_thresholds(labels, probabilities):
+    """bool (N, L), (N, L) of validation -> (L,): highest F1 of each label; 0.5 where a label never occurs."""
+    cuts = []
+    for y, p in zip(labels.T, probabilities.T, strict=True):
+        precision, recall, at = precision_recall_curve(y, p) if y.any() else ([], [], [])
+        f1 = (
+            2 * np.multiply(precision, recall)[:-1] / np.maximum(np.add(precision, recall)[:-1], 1e-9)
+            if len(at)
+            else []
+        )
+        cuts.append(at[int(np.argmax(f1))] if len(at) else 0.5)
+    return np.array(cuts)
