@@ -1,0 +1,253 @@
+"""
+Measure a trained CheXQuery on test studies: reports beside reports written without looking, and what its queries do.
+
+Usage:
+    python chexquery/evaluate.py --checkpoint outputs/chexquery/train/001/phase3/best.pt
+    python chexquery/evaluate.py --checkpoint RUN --splits-file outputs/splits/data_splits.json --export-rexrank FILE
+    python chexquery/evaluate.py --dry-run                                   # an untrained model, seconds
+
+Expected of these: see chexquery/README.md, where each number stands beside its command.
+Writes to the run folder: metrics.json, report.md, report.html, predictions.jsonl (every line's text of every study).
+
+Lines of the table: the model; the same with the film of another patient, and with grey films; one constant report
+chosen on validation; the most frequent and a random training report; that of the training film with the most similar
+global vector; the best training report with the true labels. Scores are of texts cleaned as R2Gen does, unless
+--tokenizer says otherwise. An empty report counts. Phantom: also against what was drawn, and the test of erasing.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1] if "__file__" in globals() else Path.cwd()
+sys.path.insert(0, str(ROOT))  # finds shared/ from any folder; in a notebook, cd to the project first
+
+import shared  # noqa: F401, isort: skip  # before transformers
+import numpy as np
+import torch
+
+from chexquery.cases import Films, add_data_options, load_studies
+from chexquery.faithfulness import faithfulness, faithfulness_tables
+from chexquery.model import load_model
+from chexquery.scoring import COLUMNS, consistency, image_use, score_lines
+from shared.metrics.bertscore import bert_score
+from shared.metrics.chexbert import load_chexbert
+from shared.metrics.clinical import clinical_efficacy, positive_matrix
+from shared.metrics.labels import CONDITIONS, label_report
+from shared.metrics.report_baselines import baseline_reports
+from shared.report import PHANTOM, Report, number, percent, with_interval
+from shared.runtime import InputError, open_run_dir, pick_device, positive_int, newest_run, run_facts, script
+from shared.runtime import script_parser, seed_everything, write_json, write_jsonl
+from shared.training import settings_of
+
+TASK = "chexquery"
+SUBJECTS = ("section", "views", "drawn", "name")  # what a checkpoint says of the data it was trained on
+
+
+def parse_args(argv=None):
+    parser = script_parser(__doc__, task=TASK, data="IU X-ray")
+    # fmt: off
+    g = parser.add_argument_group("what is measured")
+    g.add_argument("--checkpoint", metavar="PATH", help="best.pt, or a run folder (default: the newest run)")
+    add_data_options(g)
+    g.add_argument("--split", default="test", choices=["val", "test"], help="studies that are measured (%(default)s)")
+    g.add_argument("--tokenizer", default="r2gen", choices=["r2gen", "whitespace"], help="how texts are cleaned (%(default)s)")
+    g.add_argument("--faithfulness", type=int, default=100, metavar="N", help="studies for the tests of queries; 0: none")
+    g = parser.add_argument_group("writing")
+    g.add_argument("--batch-size", type=positive_int, default=50, help="reports at once (%(default)s)")
+    g.add_argument("--beams", type=positive_int, help="1 is greedy (default: as trained)")
+    g.add_argument("--min-tokens", type=int, help="shortest report, in tokens (default: as trained)")
+    g.add_argument("--length-penalty", type=float, default=1.1, help="above 1: longer reports, with beams (%(default)s)")
+    g = parser.add_argument_group("metrics")
+    g.add_argument("--num-samples", type=positive_int, default=1000, help="bootstrap samples (%(default)s)")
+    g.add_argument("--bertscore-model", metavar="DIR", help="folder of an encoder; without it the column stays empty")
+    g.add_argument("--bertscore-layer", type=positive_int, default=17, help="its layer (%(default)s)")
+    g.add_argument("--chexbert", nargs=2, metavar=("FILE", "DIR"), help="chexbert.pth and a bert-base-uncased folder")
+    g.add_argument("--export-rexrank", metavar="FILE", help="predictions in ReXrank's JSON layout")
+    # fmt: on
+    args = parser.parse_args(argv)
+    if args.dry_run:
+        args.data, args.device, args.films, args.faithfulness, args.num_samples = "phantom", "cpu", 32, 4, 50
+    return args
+
+
+def write_reports(model, films, device, batch_size, source=None, blank=False, **decoding):
+    """
+    Reports on all films -> (texts, Seen parts {"logits", "whole"} as arrays). source: of whose film each report is
+    written, indices; blank: grey in place of every film.
+    """
+    source, texts, logits, whole = range(len(films)) if source is None else source, [], [], []
+    with torch.inference_mode():
+        for start in range(0, len(films), batch_size):
+            images, present = films.get(list(source[start : start + batch_size]))
+            images = np.where(present[..., None, None], 128, 0).astype(np.uint8) if blank else images
+            seen = model(torch.from_numpy(images).to(device), torch.from_numpy(present).to(device))
+            texts += model.write(seen.tokens, **decoding)[0] if decoding is not None else []
+            whole.append(seen.whole.float().cpu().numpy())
+            logits += [] if seen.logits is None else [seen.logits.float().cpu().numpy()]
+    return texts, {"logits": np.concatenate(logits) if logits else None, "whole": np.concatenate(whole)}
+
+
+def vectors_of(model, films, device, batch_size):
+    """Global vectors (N, D), without writing."""
+    found = []
+    with torch.inference_mode():
+        for start in range(0, len(films), batch_size):
+            images, present = films.get(list(range(start, min(start + batch_size, len(films)))))
+            found.append(model.look(torch.from_numpy(images).to(device), torch.from_numpy(present).to(device))[1])
+    return torch.cat(found).float().cpu().numpy()
+
+
+def another_patient(rows):
+    """For each row the index of a row of another patient, the same film for no two rows."""
+    n = len(rows)
+    for shift in range(max(1, n // 2), n):
+        if all(rows[i]["patient"] != rows[(i + shift) % n]["patient"] for i in range(n)):
+            return [(i + shift) % n for i in range(n)]
+    return [(i + n // 2) % n for i in range(n)]
+
+
+def make_lines(model, studies, test, args, device, decoding):
+    """-> ({line: texts}, parts of the model's own pass)."""
+    notes, size = studies.notes, model.image_size
+    films = Films(test, size, notes.get("drawn"), args.views)
+    run = (model, films, device, args.batch_size)
+    texts, seen = write_reports(*run, **decoding)
+    lines = {"model": texts, "shuffled images": write_reports(*run, source=another_patient(test), **decoding)[0]}
+    lines["blank images"] = write_reports(*run, blank=True, **decoding)[0]
+    train, val = studies.split("train"), studies.split("val")
+    train_films = Films(train, size, notes.get("drawn"), args.views)
+    of = {"train_vectors": vectors_of(model, train_films, device, args.batch_size), "vectors": seen["whole"]}
+    of |= {name: positive_matrix([r["labels"] for r in rows]).astype(int).tolist()
+           for name, rows in (("train_labels", train), ("labels", test))}  # fmt: skip
+    lines |= baseline_reports(
+        [r["reference"] for r in train], [r["reference"] for r in val], len(test), args.seed, tokenizer=args.tokenizer, **of
+    )
+    return lines, seen
+
+
+def load_for(args):
+    """-> (model, what its checkpoint says, studies), the data settings of the checkpoint in place of those not given."""
+    path = args.checkpoint or newest_run(TASK, "train", "phase1/best.pt")
+    if path is None and not args.dry_run:
+        raise InputError("there is no trained model: train one with chexquery/train.py, or give --checkpoint PATH")
+    device, _ = pick_device(args.device)
+    if path is None:
+        from chexquery.train import build_model_for_dry_run
+
+        return build_model_for_dry_run()
+    model, told = load_model(path, device)
+    told["device"] = device
+    data = told.get("data", {})
+    if data.get("phantom") and args.data == "auto" and not args.splits_file:
+        args.data = "phantom"
+    args.views, args.section = data.get("views", ["frontal", "lateral"]), data.get("section") or args.section
+    drawn = data.get("drawn") or {}
+    if args.conditions is None and args.prevalence is None and not args.severe:
+        args.conditions, args.prevalence, args.severe = drawn.get("conditions"), drawn.get("prevalence"), bool(drawn.get("severe"))
+    return model, told, load_studies(args)
+
+
+def make_report(studies, told, n, table, sentence, gains, abnormal, agreement, extra, drawn):
+    report = Report(f"{studies.name}: reports of CheXQuery", phantom=bool(studies.notes.get("phantom")))
+    report.text(f"{n} {studies.version} test studies; checkpoint `{told['path']}` (phase {told['phase']}); intervals of 95 %, patients drawn.")
+    columns = {name: key for name, key in COLUMNS.items() if key != "f1_micro_drawn" or drawn}
+    groups = [list(columns.items())[:8], list(columns.items())[8:]]
+    for group in groups:
+        report.table(["", *(name for name, _ in group)],
+                     [[line, *(with_interval(found.get(key), number) for _, key in group)] for line, found in table.items()])  # fmt: skip
+    keys = ("distinct_reports", "distinct_sentences", "share_most_frequent", "self_bleu", "words", "length_ratio")
+    report.heading("Diversity")
+    report.table(["", *keys], [[line, *(number(found["diversity"][k]) for k in keys)] for line, found in table.items()])
+    report.text(f"References: {table['model']['diversity']['reference_distinct_reports']} distinct of {n}.")
+    report.heading("Does it use the films?")
+    report.table(["micro-F1-13 of the model, minus", "difference"], [[k, with_interval(v, number)] for k, v in gains.items()])
+    report.text(f"**{sentence}**")
+    report.heading(f"Abnormal studies only ({abnormal['n']})")
+    names = {k: v for k, v in COLUMNS.items() if v in ("bleu_4", "rouge_l", "cider", "f1_micro_13", "f1_macro_13")}
+    report.table(["", *names], [[line, *(with_interval(found.get(k), number) for k in names.values())]
+                                for line, found in abnormal.get("table", {}).items()])  # fmt: skip
+    if agreement:
+        report.heading("Does the label head say what the text says?")
+        kinds = ("both", "head only", "text only", "neither")
+        report.table(["", *kinds, "agreement"], [[name, *(row[k] for k in kinds), percent(row["agreement"])]
+                                                 for name, row in agreement.items()])  # fmt: skip
+    for title, text, header, rows in extra:
+        report.heading(title)
+        report.text(text)
+        report.table(header, rows)
+    return report
+
+
+@script
+def main(argv=None):
+    args = parse_args(argv)
+    started = time.time()
+    seed_everything(args.seed)
+    model, told, studies = load_for(args)
+    device, notes = told["device"], studies.notes
+    phantom, test = bool(notes.get("phantom")), studies.split(args.split)
+    if phantom:
+        print(f"*** {PHANTOM} ***")
+    print(studies)
+    if not test or not studies.split("train") or not studies.split("val"):
+        raise InputError("train, val and test studies are all needed: the lines beside the model come from train and val")
+    labeller = load_chexbert(*args.chexbert, device) if args.chexbert else None
+    run_dir = open_run_dir(args, TASK, "evaluate")
+    beams, shortest = told.get("decoding", [1, 0])
+    decoding = {"beams": args.beams or beams, "min_tokens": shortest if args.min_tokens is None else args.min_tokens}
+    decoding["length_penalty"] = args.length_penalty
+    lines, seen = make_lines(model, studies, test, args, device, decoding)
+
+    references, groups = [row["reference"] for row in test], [row["patient"] for row in test]
+    read = labeller.label if labeller else lambda texts: [label_report(text) for text in texts]
+    written, true = {name: read(texts) for name, texts in lines.items()}, read(references)
+    names = (notes.get("drawn") or {}).get("conditions") or list(CONDITIONS[1:])
+    drawn = (names, np.array([[row["truth"][c] == 1 for c in names] for row in test])) if phantom else None
+    bert = None
+    if args.bertscore_model:
+        bert = lambda a, b: bert_score(a, b, args.bertscore_model, args.bertscore_layer, per_report=True, device=device)["bertscore_f1"]  # noqa: E731
+    options = {"bert": bert, "tokenizer": args.tokenizer, "num_samples": args.num_samples}
+    table, draws = score_lines(lines, references, written, true, groups, drawn, **options)
+    gains, sentence = image_use(draws)
+    ill = [i for i, labels in enumerate(true) if labels["No Finding"] != 1]
+    abnormal = {"n": len(ill)}
+    if ill:
+        some = [{k: [v[i] for i in ill] for k, v in of.items()} for of in (lines, written)]
+        abnormal["table"] = score_lines(some[0], [references[i] for i in ill], some[1], [true[i] for i in ill],
+                                        [groups[i] for i in ill], **options)[0]  # fmt: skip
+    agreement = consistency(seen["logits"], told["thresholds"], written["model"]) if told.get("thresholds") else None
+    found = faithfulness(model, test[: args.faithfulness], notes, args, told, device, decoding) if args.faithfulness else None
+
+    write_json(run_dir / "metrics.json", {
+        "dataset": studies.facts() | {"phantom": phantom}, "split": args.split, "n": len(test), "checkpoint": told["path"],
+        "phase": told["phase"], "decoding": decoding, "labels_read_by": "CheXbert" if labeller else "rules",
+        "lines": table, "image_use": {"gains": gains, "sentence": sentence}, "abnormal": abnormal, "consistency": agreement,
+        "clinical": clinical_efficacy(written["model"], true), "faithfulness": found, "seed": args.seed,
+        "settings": settings_of(args), **run_facts(started, device),
+    })  # fmt: skip
+    write_jsonl(run_dir / "predictions.jsonl", [
+        {"uid": row["uid"], "patient": row["patient"], "reference": row["reference"], **{k: v[i] for k, v in lines.items()}}
+        for i, row in enumerate(test)])  # fmt: skip
+    extra = faithfulness_tables(found) if found else []
+    make_report(studies, told, len(test), table, sentence, gains, abnormal, agreement, extra, drawn).write(run_dir, page=True)
+    if args.export_rexrank:
+        export_rexrank(args.export_rexrank, test, lines["model"])
+    for line, row in table.items():
+        print(f"{line:32s} BLEU-4 {with_interval(row['bleu_4'], number)}  ROUGE-L {number(row['rouge_l']['value'])}"
+              f"  micro-F1-13 {with_interval(row['f1_micro_13'], number)}  distinct {row['diversity']['distinct_reports']}")  # fmt: skip
+    if drawn:
+        print(f"micro-F1 against what was drawn ({', '.join(names)}): {with_interval(table['model']['f1_micro_drawn'], number)}")
+    print(f"{sentence}\nresults in {run_dir} ({time.time() - started:.0f} s)")
+
+
+def export_rexrank(path, rows, texts):
+    """ReXrank scores a JSON of studies with the report and `model_prediction`; on IU X-ray its test set is R2Gen's."""
+    write_json(path, {
+        str(row["uid"]): {"image_path": [f for f in row["films"].values() if f], "report": row["reference"], "model_prediction": text}
+        for row, text in zip(rows, texts, strict=True)
+    })  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
