@@ -23,6 +23,8 @@ def model_of(model, adapter, default=BASE_MODEL):
     """
     if adapter is None:
         return model or default, None
+    if model is None and not Path(adapter).is_dir():
+        raise InputError(f"there is no folder {adapter}: train one first, or check --sft-ckpt")
     if (Path(adapter) / "config.json").is_file():
         if model is not None:
             raise InputError(f"{adapter} holds a whole model, not an adapter: leave --model out")

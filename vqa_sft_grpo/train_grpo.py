@@ -71,11 +71,11 @@ from shared.models.tiny import is_tiny
 from shared.phantom import phantom_settings
 from shared.report import PHANTOM
 from shared.runtime import InputError, add_resume, fraction, not_negative, open_run_dir, peak_memory, pick_device
-from shared.runtime import positive_float, positive_int, read_json, run_facts, script, script_parser, seed_everything
-from shared.runtime import write_json, write_jsonl
+from shared.runtime import positive_float, positive_int, read_json, record, run_facts, script, script_parser
+from shared.runtime import seed_everything, write_json, write_jsonl
 from shared.training import GuardedStep, StopSignal, Weights, learning_rate, load_state, save_state, settings_of
 from vqa_sft_grpo.alarms import alarms
-from vqa_sft_grpo.asking import BASE_MODEL, how_to_measure, limit_pixels, model_of
+from vqa_sft_grpo.asking import BASE_MODEL, how_to_measure, limit_pixels, model_of, training_of
 from vqa_sft_grpo.counterfactual import FILLS, region_iou
 from vqa_sft_grpo.grpo import SCALES, check_first_step, group_advantages
 from vqa_sft_grpo.grpo_log import HISTORY, cut_rollouts, describe, draw_curves, draw_edits, log_rollouts, mean
@@ -429,6 +429,7 @@ def save_adapter(vlm, run_dir, facts):
     # the file that makes it an adapter comes last
     for path in sorted(building.iterdir(), key=lambda p: p.name == "adapter_config.json"):
         os.replace(path, run_dir / path.name)
+        record(run_dir / path.name)
     building.rmdir()
 
 
@@ -469,6 +470,8 @@ def main(argv=None):
     RewardSettings(args.composition, args.weights, args.max_new_tokens, args.style)  # a mistake shows before loading
     device, _ = pick_device(args.device)
     train_rows, val_rows, facts = load_rows(args)
+    told = (training_of(args.sft_ckpt) if args.sft_ckpt else None) or {}  # fine-tuning's file may have test rows
+    facts["test_file"] = told.get("test_file") if told.get("name") == facts["name"] else None
     if facts["phantom"]:
         print(f"*** {PHANTOM} ***")
     seed_everything(args.seed)
