@@ -1,0 +1,217 @@
+"""
+Which questions are asked of which images: rows of a CSV, or the phantom's paraphrase set. One Asked is one question
+about one study in all its wordings, variant 0 the original; on the phantom also with the boxes of the finding and the
+film drawn anew without it, and without another one.
+
+The CSV: study_id, image_path (from the folder of the CSV), finding, variant_id (0 the original), question, answer_gt
+(yes or no, of this wording); and where they are known patient_id, strategy, region (a JSON list of pixel boxes).
+"""
+
+import csv
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from shared.data.images import read_pixels
+from shared.metrics.labels import CONDITIONS
+from shared.phantom import DEFAULT, PhantomSettings, phantom_study
+from shared.runtime import InputError, atomic_file, write_csv
+
+COLUMNS = "study_id image_path finding variant_id question answer_gt".split()
+MORE = "patient_id strategy region".split()
+STRATEGIES = "original synonym clause_order register voice negation other".split()
+TEST_START = 700_000  # index of the phantom's first study here; training takes those from 0 on
+YES_NO = {"yes": "yes", "no": "no", "1": "yes", "0": "no", "true": "yes", "false": "no", "y": "yes", "n": "no"}
+
+
+@dataclass
+class Asked:
+    """One question about one study. wordings: dicts variant_id, question, answer_gt, strategy; the original first."""
+
+    study_id: str
+    patient_id: str
+    finding: str
+    image: object  # path, or uint8 array
+    wordings: list
+    boxes: list = field(default_factory=list)  # where the finding asked about is, in pixels of the image; [] unknown
+    without: np.ndarray | None = None  # phantom: the film without the finding asked about
+    without_other: np.ndarray | None = None  # phantom: the film without another finding
+
+    @property
+    def key(self):
+        return f"{self.study_id}|{self.finding}"
+
+    def pixels(self):
+        return self.image if isinstance(self.image, np.ndarray) else read_pixels(self.image)
+
+
+# ------------------------------------------------------------------------------------------------------------- phantom
+
+
+def phantom_settings(conditions=None, severe=False, guessable=0.0):
+    """What the made-up hospital sees: everything, or these conditions alone, each in a quarter of those not well."""
+    more = dict(guessable=guessable, severities=(0, 0, 1) if severe else DEFAULT.severities)
+    if not conditions:
+        return PhantomSettings(**more)
+    wrong = [name for name in conditions if name not in CONDITIONS[1:]]
+    if wrong:
+        raise InputError(f"no condition {wrong[0]!r} to draw; there are {', '.join(CONDITIONS[1:])}")
+    return PhantomSettings(prevalence=dict.fromkeys(conditions, 0.35), together={}, normal=0.2, **more)
+
+
+def wordings_of(question, number, most):
+    """A closed question of the phantom -> its original and up to most - 1 paraphrases, one of each kind in turn."""
+    kinds = {}
+    for p in question.paraphrases:
+        kinds.setdefault(p.strategy, []).append(p)
+    first = {kind: found[number % len(found)] for kind, found in kinds.items()}
+    order = [first[k] for k in ("negation", "synonym", "clause order", "register", "voice") if k in first]
+    order += [p for p in question.paraphrases if p not in order]
+    found = [(question.text, question.answer, "original")]
+    found += [(p.text, p.answer, p.strategy.replace(" ", "_")) for p in order[: most - 1]]
+    names = ("question", "answer_gt", "strategy")
+    return [{"variant_id": i, **dict(zip(names, words, strict=True))} for i, words in enumerate(found)]
+
+
+def phantom_cases(count, seed=0, settings=DEFAULT, size=224, variants=6, start=TEST_START):
+    """One yes/no question about each of `count` studies that have one, yes and no in turn where both are there."""
+    cases, index = [], start
+    while len(cases) < count:
+        study = phantom_study(seed, index, size, settings)
+        index += 1
+        if study.visit:
+            continue  # one study of each patient
+        asked = [q for q in study.questions if q.content == "presence" and settings.prevalence.get(q.condition)]
+        if not asked:
+            if index - start > 50 * (count + 20):
+                raise InputError("these phantom settings leave nothing to ask about: name other --conditions")
+            continue
+        wanted = "no" if len(cases) % 2 else "yes"
+        q = next((q for q in asked if q.answer == wanted), asked[0])
+        case = Asked(study.study_id, study.patient_id, q.condition, study.image, wordings_of(q, index, variants))
+        if q.answer == "yes":
+            names = {
+                f.name for f in study.drawn if study.boxes[f.name] and all(b in q.region for b in study.boxes[f.name])
+            }
+            others = [f.name for f in study.drawn if f.name not in names]
+            case.boxes, case.without = q.region, study.without(*names).image
+            case.without_other = study.without(others[0]).image if others else None
+        cases.append(case)
+    return cases
+
+
+def export_csv(cases, folder):
+    """Cases as a user would give them: questions.csv and images/ -> path of the CSV."""
+    folder, rows = Path(folder), []
+    for case in cases:
+        path = f"images/{case.study_id}.png"
+        with atomic_file(folder / path) as file:
+            Image.fromarray(case.pixels()).save(file, "PNG")
+        fixed = dict(study_id=case.study_id, image_path=path, finding=case.finding, patient_id=case.patient_id)
+        rows += [fixed | w | {"region": json.dumps(case.boxes)} for w in case.wordings]
+    write_csv(folder / "questions.csv", [{name: row[name] for name in (*COLUMNS, *MORE)} for row in rows])
+    return folder / "questions.csv"
+
+
+# ----------------------------------------------------------------------------------------------------------------- CSV
+
+
+def read_cases(path, n_studies=None):
+    """
+    A CSV -> (cases, rows of errors.csv, sentences about what is not known). Rows that cannot be used are left out and
+    counted. InputError: no such file, a column that is not there, nothing left, or fewer than two patients.
+    """
+    path = Path(path)
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            rows = list(reader)
+    except (OSError, ValueError, csv.Error) as error:
+        raise InputError(f"--csv {path} cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
+    if missing:
+        raise InputError(f"--csv {path} lacks the column {', '.join(missing)}; it needs {', '.join(COLUMNS)}")
+    notes = []
+    if "patient_id" not in reader.fieldnames:
+        notes.append("The CSV has no patient_id: each study counts as a patient, so intervals may be too short.")
+    studies = list(dict.fromkeys(row["study_id"] for row in rows))[:n_studies]
+    groups, errors, seen = {}, [], set()
+    for number, row in enumerate(rows, 2):
+        if row["study_id"] not in studies:
+            continue
+        row = {k: (v or "").strip() for k, v in row.items() if isinstance(k, str)}
+        problem = check_row(row, path.parent, seen)
+        if problem:
+            errors.append({"line": number, "study_id": row["study_id"], "error": problem})
+        else:
+            groups.setdefault((row["study_id"], row["finding"]), []).append((number, row))
+    cases = []
+    for found in groups.values():
+        numbers, found = zip(*found, strict=True)
+        original = next((row for row in found if int(row["variant_id"]) == 0), None)
+        images = {row["image_path"] for row in found}
+        if original is None or len(images) > 1:
+            why = (
+                "this question has no variant 0 to compare with" if original is None else "its wordings differ in image"
+            )
+            errors += [
+                {"line": n, "study_id": r["study_id"], "error": why} for n, r in zip(numbers, found, strict=True)
+            ]
+            continue
+        cases.append(case_of(original, found, path.parent))
+    if not cases:
+        first = f"; line {errors[0]['line']}: {errors[0]['error']}" if errors else ""
+        raise InputError(f"no row of {path} can be used{first}")
+    if len({case.patient_id for case in cases}) < 2:
+        raise InputError(f"{path} has one patient: nothing can be compared between patients; give at least two")
+    return cases, errors, notes
+
+
+def check_row(row, folder, seen):
+    """-> what is wrong with a row, or None."""
+    if not row["question"] or not row["study_id"]:
+        return "question or study_id is empty"
+    if not row["variant_id"].isdecimal():
+        return f"variant_id is {row['variant_id']!r}, not a whole number"
+    if row["answer_gt"].lower() not in YES_NO:
+        return f"answer_gt is {row['answer_gt']!r}, not yes or no"
+    if not (folder / row["image_path"]).is_file():
+        return f"there is no image {row['image_path']}"
+    key = row["study_id"], row["finding"], int(row["variant_id"])
+    if key in seen:
+        return "this study, finding and variant_id stood in the file before"
+    seen.add(key)
+    return None
+
+
+def case_of(original, rows, folder):
+    wordings = []
+    for row in sorted(rows, key=lambda row: int(row["variant_id"])):
+        answer, known = YES_NO[row["answer_gt"].lower()], strategy_of(row.get("strategy", ""))
+        turned = answer != YES_NO[original["answer_gt"].lower()]
+        strategy = "original" if row is original else "negation" if turned else known
+        variant, question = int(row["variant_id"]), row["question"]
+        words = dict(variant_id=variant, question=question, answer_gt=answer, strategy=strategy)
+        wordings.append(words)
+    try:
+        boxes = json.loads(original.get("region") or "[]")
+        boxes = [[float(v) for v in box] for box in boxes if len(box) == 4]
+    except (ValueError, TypeError):
+        boxes = []
+    if YES_NO[original["answer_gt"].lower()] == "no":
+        boxes = []  # nothing is there to be pointed at
+    patient = original.get("patient_id") or original["study_id"]
+    path = folder / original["image_path"]
+    return Asked(original["study_id"], patient, original["finding"], path, wordings, boxes)
+
+
+def strategy_of(text):
+    """Free words -> one of STRATEGIES; public files spell them in a hundred ways."""
+    text = text.lower().replace("_", " ")
+    table = {"negat": "negation", "synonym": "synonym", "lexical": "synonym", "order": "clause_order",
+             "syntact": "clause_order", "passive": "voice", "voice": "voice", "register": "register",
+             "formal": "register", "colloquial": "register", "clinical": "register"}  # fmt: skip
+    return next((kind for word, kind in table.items() if word in text), "other")

@@ -1,0 +1,402 @@
+"""
+From the records of evaluate.py to stats.json, tables, figures and a report whose sentences follow from the numbers.
+"""
+
+import csv
+import io
+import warnings
+from collections import Counter
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from attention_viz import measures
+from attention_viz.maps import METHODS, OF_ROWS, Map, overlay, shares_in_boxes
+from shared.report import Report, number, p_value, percent, save_figure, with_interval
+from shared.runtime import InputError, atomic_file, write_csv
+
+NULLS = ("null: intensity", "null: cells shuffled")
+BEHAVIOUR = """
+accuracy: accuracy, all wordings
+accuracy_original: accuracy, original wording
+accuracy_text_only: the same without an image
+accuracy_blank: with a blank image
+accuracy_other: with another patient's image
+says_yes: says yes
+truth_yes: truth is yes
+changes_text_only: answer changes without an image
+changes_blank: with a blank image
+changes_other: with another patient's image
+flip_rate: answer flips with the wording
+"""
+FEW = 5  # evidence-using calibration cases below which the best map is chosen on all cases with boxes
+
+
+# ------------------------------------------------------------------------------------------------------------- numbers
+
+
+def summarise(models, cases, args):
+    """models: {name: run_model's} -> the contents of stats.json; all numbers are of patients not in calibration."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # few patients: said once, by `clusters`
+        found = {name: summary_of(model, {c.key: c for c in cases}, args) for name, model in models.items()}
+        tests = {name: [r for r in model["records"] if not r["calibration"]] for name, model in models.items()}
+        differences = measures.compare_models(tests, args.bootstrap)
+    family = []
+    for name, one in found.items():
+        group = "evidence-using" if "evidence-using" in one["localisation"] else "all yes cases"
+        located = one["localisation"].get(group, {}).get(one["best_map"])
+        family.append((f"{name}: best map above its mean map, {group}", located and located["against_mean_map"]))
+        moved = one["attention"]["paraphrase_minus_other_image"]
+        family.append((f"{name}: maps move less by wording than by image", moved))
+    family += [(f"{d['what']}: {d['models'][0]} minus {d['models'][1]}", d) for d in differences]
+    some = next(iter(tests.values()))
+    who = [r["patient_id"] for r in some]
+    return {
+        "n_cases": len(some),
+        "n_wordings": sum(len(r["wordings"]) for r in some),
+        "clusters": measures.clusters(who) if who else None,
+        "models": found,
+        "tests": measures.with_holm(family),
+        "bootstrap": args.bootstrap,
+    }
+
+
+def summary_of(model, cases, args):
+    records, draws = model["records"], args.bootstrap
+    locate_mean_maps(records, cases, model["maps"])
+    tested, chosen_on = ([r for r in records if r["calibration"] is part] for part in (False, True))
+    methods = [m for m in dict.fromkeys(m for r in records for m in r["located"]) if not m.startswith("other: ")]
+    behaviour = measures.behaviour(tested, draws)
+    says, because = measures.verdict(behaviour)
+    rows = [m for m in methods if m in OF_ROWS or m == "mean_without_sinks"]
+    evidence = [r for r in chosen_on if r["evidence_using"] and r["has_boxes"]]
+    some = evidence if len(evidence) >= FEW else [r for r in chosen_on if r["has_boxes"]]
+    best = best_map(some, [m for m in methods if m not in NULLS])
+    kind = "mean_without_sinks" if "mean_without_sinks" in rows else "mean" if "mean" in rows else None
+    sinks = None if model["sinks"] is None else int(model["sinks"].sum())
+    return {
+        **model["facts"],
+        "status": dict(Counter(r["status"] for r in records)),
+        "statuses_by_map": statuses(tested),
+        "heads": model["heads"],
+        "sinks": sinks,
+        "sink_mass": measures.mean_of(*column(tested, "mean", "sink_mass"), draws),
+        "behaviour": behaviour,
+        "verdict": {"says": says, "because": because},
+        "best_map": best,
+        "best_map_chosen_on": f"{len(some)} calibration cases" if best else "nothing: no boxes are known",
+        "localisation": measures.localisation_tables(tested, methods, draws),
+        "similarity": measures.similarity_table(tested, rows, draws),
+        "attention_of": kind,
+        "attention": measures.attention_tests(tested, kind, draws),
+        "shape": {
+            m: {
+                k: measures.mean_of(*column(tested, m, k), draws) for k in ("entropy", "gini", "top_mass", "image_mass")
+            }
+            for m in methods
+            if not m.startswith("null")
+        },
+        "faithfulness": model["faithfulness"],
+    }
+
+
+def column(records, method, name):
+    """Of the original wordings -> (values, patients)."""
+    pairs = [(r["wordings"][0]["maps"].get(method, {}).get(name), r["patient_id"]) for r in records]
+    return [v for v, _ in pairs], [p for _, p in pairs]
+
+
+def statuses(records):
+    found = {}
+    for r in records:
+        for method, told in r["wordings"][0]["maps"].items():
+            found.setdefault(method, Counter())[told["status"]] += 1
+    return {m: dict(c) for m, c in found.items()}
+
+
+def locate_mean_maps(records, cases, maps):
+    """Into each record: how well the mean map over calibration images (no look at this one) hits, per kind of map."""
+    total = {}
+    for r in records:
+        if r["calibration"]:
+            for name, grid in maps[r["key"]].items():
+                total.setdefault(name, []).append(grid.astype(np.float32))
+    for r in records:
+        image = cases[r["key"]].pixels()
+        shares = shares_in_boxes(cases[r["key"]].boxes, maps_shape(maps), (0, 0, *image.shape[1::-1]))
+        for name, told in r["located"].items():
+            if name in total:
+                told["null_hit"] = measures.localisation(np.mean(total[name], 0), shares, np.ones_like(shares))["hit"]
+            else:
+                told["null_hit"] = None
+
+
+def maps_shape(maps):
+    return next(grid.shape for grids in maps.values() for grid in grids.values())
+
+
+def best_map(records, methods):
+    """Highest hit rate over chance on calibration cases -> its name, None without any."""
+    ratios = {}
+    for method in methods:
+        rows = [r["located"][method] for r in records if method in r["located"]]
+        chance = sum(x["chance"] for x in rows)
+        if chance > 0:
+            ratios[method] = sum(x["hit"] for x in rows) / chance
+    return max(ratios, key=ratios.get, default=None)
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+def write_results(run_dir, stats, models, cases, errors, args):
+    phantom = stats["phantom"]
+    write_tables(run_dir, models, errors)
+    figures = [
+        (draw_panels(run_dir, stats, models, cases, args), "Original wording: the film with its boxes, then its maps."),
+        (draw_moves(run_dir, stats, models), "How far maps move: by wording, and by what should move them."),
+        (draw_forest(run_dir, stats), "Hit rate over chance on test cases with boxes; 1 is chance."),
+    ]
+    report = write_report(stats, [f for f in figures if f[0]], phantom)
+    report.write(run_dir, page=True)
+
+
+def write_tables(run_dir, models, errors):
+    fixed = "study_id patient_id finding".split()
+    answers, rows = [], []
+    for name, model in models.items():
+        for r in model["records"]:
+            for w in r["wordings"]:
+                told = {k: v for k, v in w.items() if k != "maps"}
+                head = {"model": name} | {k: r[k] for k in fixed} | {"calibration": r["calibration"]}
+                answers.append(head | told | {"evidence_using": r["evidence_using"]})
+                for method, m in w["maps"].items():
+                    place = r["located"].get(method, {}) if not w["variant_id"] and r["has_boxes"] else {}
+                    rows.append(head | {"variant_id": w["variant_id"], "method": method, **m, **place})
+    names = dict.fromkeys(k for row in rows for k in row)
+    write_csv(run_dir / "answers.csv", answers)
+    with atomic_file(run_dir / "maps.csv", "w") as file:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, names, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+        file.write(text.getvalue())
+    if errors:
+        write_csv(run_dir / "errors.csv", errors)
+
+
+# -------------------------------------------------------------------------------------------------------------- report
+
+
+def write_report(stats, figures, phantom):
+    few = stats["clusters"] and stats["clusters"]["warning"]
+    warned = [f"{name} is an untrained tiny model: its rows mean nothing." for name, m in stats["models"].items()
+              if m["tiny"]]  # fmt: skip
+    report = Report("Attention under paraphrase", phantom, warned)
+    lines = [f"{stats['n_cases']} questions in {stats['n_wordings']} wordings, of patients that nothing was chosen on.",
+             f"Intervals of 95 % draw patients, {stats['bootstrap']} times.", *stats["notes"]]  # fmt: skip
+    lines += [f"{stats['errors']} rows were left out (errors.csv)."] if stats["errors"] else []
+    report.text(" ".join([*lines, f"**{few}**" if few else ""]))
+    report.heading("Does the answer need the image?")
+    names = list(stats["models"])
+    for name, m in stats["models"].items():
+        report.text(f"**{name}: {m['verdict']['says']}** ({m['verdict']['because']}).")
+        yes = m["behaviour"]["says_yes"]
+        if yes and not 0.1 <= yes["value"] <= 0.9:
+            report.text(f"**{name} says yes to {percent(yes['value'])} % of the questions: consistency means little.**")
+    lines = [line.split(": ") for line in BEHAVIOUR.strip().split("\n")]
+    rows = [[label, *(with_interval(stats["models"][n]["behaviour"][key]) for n in names)] for key, label in lines]
+    for kind in dict.fromkeys(k for n in names for k in stats["models"][n]["behaviour"]["flip_by_kind"]):
+        flips = [stats["models"][n]["behaviour"]["flip_by_kind"].get(kind) for n in names]
+        rows.append([f"flips: {kind}", *map(with_interval, flips)])
+    rows += [[f"cases: {q}", *(stats["models"][n]["behaviour"]["quadrants"][q] for n in names)]
+             for q in stats["models"][names[0]]["behaviour"]["quadrants"]]  # fmt: skip
+    causal = [stats["models"][n]["behaviour"]["causal"] for n in names]
+    rows.append(["right yes: flips when the finding is drawn away",
+                 *(with_interval(c["flips_without_finding"]) for c in causal)])  # fmt: skip
+    rows.append(["right yes: flips when another is", *(with_interval(c["flips_without_other"]) for c in causal)])
+    rows.append(["evidence-using cases", *(f"{c['evidence_using']} of {c['yes_cases']}" for c in causal)])
+    report.table(["%", *names], rows)
+    for name, m in stats["models"].items():
+        model_section(report, name, m)
+    report.heading("The declared family of tests")
+    tested = [
+        [name, *(["–"] * 3 if t is None else [with_interval(t, number), p_value(t["p"]), p_value(t["p_holm"])])]
+        for name, t in stats["tests"].items()
+    ]
+    report.table(["", "difference", "sign flips", "Holm"], tested)
+    for path, caption in figures:
+        report.figure(path, caption)
+    return report
+
+
+def model_section(report, name, m):
+    report.heading(name)
+    wrong = {k: v for k, v in m["status"].items() if k != "ok"}
+    if wrong:
+        told = ", ".join(f"{k}: {v}" for k, v in wrong.items())
+        report.text(f"**No attention for {sum(wrong.values())} cases ({told}): they have answers and no maps.**")
+    if m["sinks"]:
+        report.text(f"{m['sinks']} cell(s) of the mean map are sinks, which hold {with_interval(m['sink_mass'])} % of it"
+                    " whatever the image. `mean_without_sinks` leaves them out.")  # fmt: skip
+    elif m["sinks"] == 0:
+        report.text("No sink: no cell stands out in most calibration images.")
+    for group, table in m["localisation"].items():
+        if not table:
+            continue
+        n = max(row["n"] for row in table.values())
+        report.text(f"Where the boxes are known, {group} (n = {n}). Best on calibration: `{m['best_map']}`.")
+        order = sorted(table, key=lambda k: -(table[k]["hit_over_chance"] or {"value": 0})["value"])
+        rows = []
+        for k in order:
+            of, above = table[k], table[k]["against_mean_map"]
+            cells = [with_interval(of["hit"]), percent(of["chance"]), with_interval(of["hit_over_chance"], number)]
+            rows.append([k, *cells, with_interval(of["mass_ratio"], number), with_interval(above)])
+        head = ["map", "hit %", "chance %", "hit / chance", "mass in boxes / chance", "hit above its mean map, %"]
+        report.table(head, rows)
+    report.text(best_sentence(m))
+    if m["similarity"]:
+        kinds = list(dict.fromkeys(k for t in m["similarity"].values() for k in t))
+        rows = []
+        for k in kinds:
+            moved = [t.get(k, {}).get("js") for t in m["similarity"].values()]
+            rows.append([k, *(with_interval(js, number) for js in moved)])
+        report.text("How far maps move from the original wording's (Jensen-Shannon, base 2, 0 to 1):")
+        report.table(["against", *m["similarity"]], rows)
+    report.text(attention_sentence(m))
+    rows = [[k, with_interval(v, number)] for k, v in m["attention"]["flip_auroc"].items()]
+    report.text("Does it foretell that a paraphrase flips the answer? AUROC, 0.5 is chance:")
+    report.table(["", "AUROC"], rows)
+    if m["faithfulness"]:
+        faithful_tables(report, m["faithfulness"])
+
+
+def best_sentence(m):
+    group = next(iter(m["localisation"]), None)
+    row = m["localisation"].get(group, {}).get(m["best_map"])
+    if row is None:
+        return "No boxes are known, so no map can be called better than another."
+    above, ratio = row["against_mean_map"], row["hit_over_chance"]
+    if ratio is None or above is None or above["low"] is None:
+        return f"`{m['best_map']}`: too few patients for an interval."
+    times = f"{number(ratio['value'], 1)} times"
+    if above["low"] > 0 and ratio["low"] > 1:
+        return (f"`{m['best_map']}` finds the place: {times} as often as chance on {group} cases, and more often than the "
+                "mean map over other images.")  # fmt: skip
+    return (f"`{m['best_map']}`, the best on calibration, is not shown to find the place on {group} cases: {times} chance,"
+            f" above the mean map by {with_interval(above)} %.")  # fmt: skip
+
+
+def attention_sentence(m):
+    found = m["attention"]
+    moved, ratio = found["paraphrase_minus_other_image"], found["paraphrase_over_other_image_90"]
+    if moved is None or ratio is None:
+        return "How maps move cannot be said: too few of them."
+    share = f"{number(ratio['value'])} [{number(ratio['low'])}, {number(ratio['high'])}]"
+    start = f"`{m['attention_of']}`: a paraphrase moves the map {share} times as far as another image (90 % interval)"
+    if found["equivalent"]:
+        return f"{start}: attention does not change by more than {measures.SAME:g} of that, so it counts as unchanged."
+    if moved["p"] < 0.05 and moved["value"] < 0:
+        return f"{start}: less than an image does, but not shown to be unchanged."
+    return f"{start}: the map follows the wording as much as the image, and says little about the image."
+
+
+def faithful_tables(report, found):
+    sides = [(what, side) for what in ("deletion", "insertion") for side in ("right", "wrong")]
+    rows = [
+        [k, *(with_interval(t.get(what, {}).get(side), number) for what, side in sides)]
+        for k, t in found["methods"].items()
+    ]
+    report.text(
+        f"Faithfulness on {found['n']} cases: gap to random orders in shares of the margin; above 0 is faithful."
+    )
+    report.table(["map", "deletion, right", "deletion, wrong", "insertion, right", "insertion, wrong"], rows)
+    if found["randomisation"]:
+        names = list(dict.fromkeys(k for t in found["randomisation"].values() for k in t))
+        rows = [[m, *(number(t.get(k)) for k in names)] for m, t in found["randomisation"].items()]
+        report.text("Correlation with the map of the trained weights when the weights of the last layers are shuffled;"
+                    " a sane map falls below that of other images:")  # fmt: skip
+        report.table(["map", *names], rows)
+
+
+# ------------------------------------------------------------------------------------------------------------- figures
+
+
+def draw_panels(run_dir, stats, models, cases, args, most=3):
+    """A line per model and case: up to `most` test cases, those with boxes first."""
+    by_key, lines = {c.key: c for c in cases}, []
+    for name, model in models.items():
+        some = [r for r in model["records"] if not r["calibration"] and model["maps"][r["key"]]]
+        some = sorted(some, key=lambda r: (not r["evidence_using"], not r["has_boxes"]))[:most]
+        lines += [(name, r, model["maps"][r["key"]]) for r in some]
+    if not lines:
+        return None
+    methods = [m for m in (*METHODS, "mean_without_sinks") if any(m in maps for *_, maps in lines)][:7]
+    size = (1.9 * (len(methods) + 1), 2.1 * len(lines) + 0.5)
+    figure, axes = plt.subplots(len(lines), len(methods) + 1, figsize=size, layout="constrained", squeeze=False)
+    for line, (name, r, maps) in zip(axes, lines, strict=True):
+        image, w = by_key[r["key"]].pixels(), r["wordings"][0]
+        line[0].imshow(image, cmap="gray")
+        for x0, y0, x1, y1 in by_key[r["key"]].boxes:
+            line[0].add_patch(plt.Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor="cyan", linewidth=1))
+        line[0].set_title(f"{name[-22:]}\n{r['finding']}: {w['answer']} (truth {w['answer_gt']})", fontsize=6)
+        for axis, method in zip(line[1:], methods, strict=True):
+            if method in maps:
+                grid = maps[method].astype(np.float32)
+                whole = Map(grid, "ok", (0, 0, *image.shape[1::-1]), image.shape[:2])
+                axis.imshow(overlay(image, whole, args.colormap))
+            axis.set_title(method, fontsize=6)
+        for axis in line:
+            axis.set_xticks([])
+            axis.set_yticks([])
+    return save_figure(figure, run_dir / "figures" / "panels.png", "Where models looked", stats["phantom"])
+
+
+def draw_moves(run_dir, stats, models):
+    """Box plots of the Jensen-Shannon divergence, one panel per model."""
+    figure, axes = plt.subplots(1, len(models), figsize=(5.5 * len(models), 3.6), layout="constrained", squeeze=False)
+    for axis, (name, model) in zip(axes[0], models.items(), strict=True):
+        method, groups = stats["models"][name]["attention_of"], {}
+        for r in model["records"]:
+            for kind, m, js, _ in r["moved"] if not r["calibration"] else ():
+                if m == method and js is not None:
+                    groups.setdefault("paraphrase" if kind.startswith("paraphrase") else kind, []).append(js)
+        if groups:
+            axis.boxplot(list(groups.values()), orientation="horizontal", showfliers=False)
+            axis.set_yticks(range(1, len(groups) + 1), [f"{k} (n = {len(v)})" for k, v in groups.items()], fontsize=7)
+        axis.set_title(f"{name[-40:]}: {method}", fontsize=8)
+        axis.set_xlabel("Jensen-Shannon divergence to the original's map", fontsize=8)
+    return save_figure(figure, run_dir / "figures" / "moves.png", "How far maps move", stats["phantom"])
+
+
+def draw_forest(run_dir, stats):
+    """Hit rate over chance with intervals, per model and map; evidence-using cases where there are any."""
+    lines = []
+    for name, m in stats["models"].items():
+        group = next(iter(m["localisation"]), None)
+        for method, row in m["localisation"].get(group, {}).items():
+            if row["hit_over_chance"]:
+                lines.append((f"{name[-24:]}: {method}", row["hit_over_chance"]))
+    if not lines:
+        return None
+    figure, axis = plt.subplots(figsize=(7, 0.24 * len(lines) + 1.2), layout="constrained")
+    for place, (_, found) in enumerate(reversed(lines)):
+        axis.plot([found["low"], found["high"]], [place, place], color="C0")
+        axis.plot(found["value"], place, "o", color="C0", markersize=4)
+    axis.set_yticks(range(len(lines)), [label for label, _ in reversed(lines)], fontsize=7)
+    axis.axvline(1, color="grey", linestyle=":")
+    axis.set_xlabel("hit rate over chance")
+    return save_figure(figure, run_dir / "figures" / "forest.png", "Which maps find the place", stats["phantom"])
+
+
+def read_maps(run_dir, records):
+    """{key: {name: (16, 16)}} of the original wordings; InputError where a file of the run is gone."""
+    found = {}
+    for r in records:
+        try:
+            with np.load(run_dir / r["maps_file"]) as data:
+                found[r["key"]] = {name: data[name] for name in data.files}
+        except (OSError, ValueError) as error:
+            raise InputError(f"{run_dir / r['maps_file']} cannot be read; start a new run") from error
+    return found
