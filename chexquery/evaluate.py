@@ -28,7 +28,7 @@ import torch
 
 from chexquery.cases import Films, add_data_options, load_studies
 from chexquery.faithfulness import faithfulness, faithfulness_tables
-from chexquery.model import load_model
+from chexquery.model import load_model, untrained
 from chexquery.scoring import COLUMNS, consistency, image_use, score_lines
 from shared.metrics.bertscore import bert_score
 from shared.metrics.chexbert import load_chexbert
@@ -41,7 +41,6 @@ from shared.runtime import script_parser, seed_everything, write_json, write_jso
 from shared.training import settings_of
 
 TASK = "chexquery"
-SUBJECTS = ("section", "views", "drawn", "name")  # what a checkpoint says of the data it was trained on
 
 
 def parse_args(argv=None):
@@ -80,9 +79,9 @@ def write_reports(model, films, device, batch_size, source=None, blank=False, **
     with torch.inference_mode():
         for start in range(0, len(films), batch_size):
             images, present = films.get(list(source[start : start + batch_size]))
-            images = np.where(present[..., None, None], 128, 0).astype(np.uint8) if blank else images
+            images = np.full_like(images, 128) if blank else images
             seen = model(torch.from_numpy(images).to(device), torch.from_numpy(present).to(device))
-            texts += model.write(seen.tokens, **decoding)[0] if decoding is not None else []
+            texts += model.write(seen.tokens, **decoding)[0]
             whole.append(seen.whole.float().cpu().numpy())
             logits += [] if seen.logits is None else [seen.logits.float().cpu().numpy()]
     return texts, {"logits": np.concatenate(logits) if logits else None, "whole": np.concatenate(whole)}
@@ -129,16 +128,14 @@ def make_lines(model, studies, test, args, device, decoding):
 def load_for(args):
     """-> (model, what its checkpoint says, studies), the data settings of the checkpoint in place of those not given."""
     path = args.checkpoint or newest_run(TASK, "train", "phase1/best.pt")
-    if path is None and not args.dry_run:
+    if args.dry_run and not args.checkpoint:
+        path = None
+    elif path is None:
         raise InputError("there is no trained model: train one with chexquery/train.py, or give --checkpoint PATH")
     device, _ = pick_device(args.device)
-    if path is None:
-        from chexquery.train import build_model_for_dry_run
-
-        return build_model_for_dry_run()
-    model, told = load_model(path, device)
+    model, told = load_model(path, device) if path is not None else untrained()
     told["device"] = device
-    data = told.get("data", {})
+    data = told["data"]
     if data.get("phantom") and args.data == "auto" and not args.splits_file:
         args.data = "phantom"
     args.views, args.section = data.get("views", ["frontal", "lateral"]), data.get("section") or args.section

@@ -32,7 +32,6 @@ from shared.runtime import InputError, load_checkpoint, save_checkpoint
 
 REGIONS = ("cardiac", "left_lung", "right_lung", "mediastinum", "diaphragm", "spine")
 VIEWS = ("frontal", "lateral")
-NO_PARTS = ("nothing", "vision", "text")
 # What shapes the model; train.py has each of them as a flag, checkpoints hold them all.
 SHAPE = (
     "vision_model text_model condition_model image_size patch_size width vision_layers text_layers vocabulary"
@@ -423,6 +422,21 @@ def load_model(path, device="cpu"):
     model.load_own_state(state["weights"], path)
     more = {k: v for k, v in state.items() if k not in ("weights", "chexquery")}
     return model.to(device).eval(), more | {"path": str(path)}
+
+
+UNTRAINED = dict(
+    vision_model="tiny:siglip", text_model="tiny:t5", condition_model="tiny:bert", image_size=56, patch_size=14, width=64,
+    vision_layers=1, text_layers=1, vocabulary=256, num_layers=1, num_heads=2, num_pool_queries=3, dropout=0.0,
+    aux_dropout=0.0, gate=True, gate_hidden=32, regions=True, conditions=True, query_attention=True, query_init="random",
+    lora_rank=4, lora_alpha=8.0, lora_dropout=0.0, prompt="", max_tokens=12, seed=0,
+)  # fmt: skip
+
+
+def untrained(**changes):
+    """The smallest model, of random weights, for dry runs and tests -> (model, what a checkpoint would say)."""
+    model = build_model(UNTRAINED | changes, ["The heart is enlarged. No effusion or pneumothorax is seen."])
+    data = {"name": "phantom", "phantom": True, "section": "findings", "views": list(VIEWS), "drawn": {}}
+    return model.eval(), {"path": "untrained", "phase": 0, "thresholds": [0.5] * len(CONDITIONS), "data": data}
 
 
 def find_checkpoint(path):
