@@ -22,7 +22,8 @@ from torch import nn
 from shared.data import image_sets
 from shared.phantom import phantom_classification
 
-torch.set_num_threads(max(1, min(2, torch.get_num_threads(), os.cpu_count() or 1)))
+# Side by side (pytest -n 2) each process has one core.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
 
 
 @pytest.fixture(autouse=True)
