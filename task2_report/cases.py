@@ -142,3 +142,8 @@ def phantom_reports(films, seed, image_size, chosen, splits, limit=None):
 def load_again(facts, data_dir, splits=None, limit=None):
     """The data that a model was trained on, from the facts in its training.json."""
     return load_reports(facts["name"], data_dir, limit=limit, splits=splits, **facts.get("again", {}))
+
+
+def as_films(images):
+    """uint8 (N, C, H, W) -> arrays (H, W) or (H, W, 3)."""
+    return [image[0].numpy() if image.shape[0] == 1 else image.permute(1, 2, 0).numpy() for image in images]

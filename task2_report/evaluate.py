@@ -37,7 +37,7 @@ from shared.runtime import positive_int, run_facts, script, script_parser, seed_
 from shared.training import settings_of
 from task1_classification.model import untrained_classifier
 from task2_report import measures
-from task2_report.cases import load_again, load_reports
+from task2_report.cases import as_films, load_again, load_reports
 from task2_report.opinion import find_cnn
 from task2_report.pages import classify_page, report_page
 from task2_report.prompts import CONTEXTS, PARAPHRASES, STRATEGIES, ask, yes_no_question
@@ -99,11 +99,6 @@ def stratified(labels, n, seed):
         rows = np.flatnonzero(labels == c)
         chosen += rng.choice(rows, min(len(rows), max(1, count)), replace=False).tolist()
     return sorted(chosen)
-
-
-def as_films(images):
-    """uint8 (N, C, H, W) -> arrays (H, W) or (H, W, 3)."""
-    return [image[0].numpy() if image.shape[0] == 1 else image.permute(1, 2, 0).numpy() for image in images]
 
 
 def blind_films(films, seed):

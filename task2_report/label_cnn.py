@@ -25,9 +25,7 @@ SIZE = 64
 
 def small_films(films):
     """Paths or uint8 arrays -> uint8 tensor (N, 1, SIZE, SIZE); each file is read once."""
-    return torch.from_numpy(
-        np.stack([to_square(f if isinstance(f, np.ndarray) else read_image(f), SIZE, 1) for f in films])
-    )
+    return torch.from_numpy(np.stack([to_square(read_image(f), SIZE, 1) for f in films]))
 
 
 class LabelCNN:

@@ -11,7 +11,7 @@ import shared  # noqa: F401, isort: skip  # before torchvision
 import numpy as np
 import torch
 
-from shared.data.images import to_square
+from shared.data.images import read_image, to_square
 from shared.runtime import InputError, command
 from task1_classification.explain import GradCAM, overlay
 from task1_classification.model import find_classifier, load_classifier, normalise, predict_logits, to_probabilities
@@ -48,7 +48,7 @@ class CNN:
 
     def inputs(self, films):
         size, channels = self.facts["image_size"], self.facts["channels"]
-        return torch.from_numpy(np.stack([to_square(film, size, channels) for film in films]))
+        return torch.from_numpy(np.stack([to_square(read_image(film), size, channels) for film in films]))
 
     def opinions(self, films, heat_maps=False):
         """

@@ -112,10 +112,11 @@ def verdict(numbers):
         return "No AUC: the films are of one class."
     best = max(known, key=lambda name: known[name]["value"])
     auc = known[best]
-    where = "lies above" if pixels > auc["high"] else "lies below" if pixels < auc["low"] else "lies within"
+    high, low = (auc["value"] if auc[k] is None else auc[k] for k in ("high", "low"))
+    where = "lies above" if pixels > high else "lies below" if pixels < low else "lies within"
     return (
-        f"Without a hint the highest AUC is that of {best}: {with_interval(auc, number)}. It is the best of"
-        f" {len(known)}, so a little too good. Logistic regression on the pixels has {number(pixels)}, which {where} this interval."
+        f"Without a hint the highest AUC is that of {best}: {with_interval(auc, number)}, the best of {len(known)}"
+        f" and so a little too good. Logistic regression on the pixels has {number(pixels)}, which {where} this interval."
     )
 
 
@@ -239,8 +240,8 @@ def report_page(run_dir, numbers, rows, test):
     of_film = "what is drawn on the film" if data["phantom"] else "what the reference report states or doubts"
     report.text(
         f"{numbers['n']} {numbers['split']} films of patients who are not in training. Labels are read from the texts"
-        f" by `shared/metrics/labels.py`; the truth over {len(numbers['conditions'])} conditions is {of_film}; words are"
-        " compared in the findings, cleaned as R2Gen does. Intervals of 95 % draw patients."
+        f" by `shared/metrics/labels.py`; the truth over {len(numbers['conditions'])} conditions is {of_film}; words"
+        " are compared in the findings, cleaned as R2Gen does. Intervals of 95 % draw patients."
     )
     report.heading("Results")
     head = [
@@ -300,13 +301,11 @@ def report_page(run_dir, numbers, rows, test):
 
 
 def report_cells(name, row):
-    words = row["words"]
-    return [
-        name, with_interval(row["conditions"], number), number(row["clinical"]["f1_micro_13"]),
-        number(row["clinical"]["f1_macro_14"]),
-        f"{percent(row['sides']['right'])} ({row['sides']['compared']})", 
-        *(number(words[k]) for k in ("bleu_4", "rouge_l", "cider", "meteor_15")), f"{row['diversity']['distinct_reports']} of {row['n']}",
-    ]  # fmt: skip
+    cells = [name, with_interval(row["conditions"], number)]
+    cells += [number(row["clinical"][key]) for key in ("f1_micro_13", "f1_macro_14")]
+    cells.append(f"{percent(row['sides']['right'])} ({row['sides']['compared']})")
+    cells += [number(row["words"][key]) for key in ("bleu_4", "rouge_l", "cider", "meteor_15")]
+    return [*cells, f"{row['diversity']['distinct_reports']} of {row['n']}"]
 
 
 def image_sentence(found):

@@ -42,11 +42,12 @@ from shared.models.passes import PartSize, features_of, in_parts
 from shared.models.tiny import is_tiny
 from shared.models.tuning import BatchOrder, Example, backward, batch_loss
 from shared.report import PHANTOM, draw_history
-from shared.runtime import InputError, add_resume, atomic_folder, command, fraction, not_negative, open_run_dir
+from shared.runtime import InputError, add_resume, atomic_folder, bounded, command, fraction, not_negative, open_run_dir
 from shared.runtime import pick_device, positive_float, positive_int, run_facts, script, script_parser
 from shared.runtime import seed_everything, start_distributed, write_json, write_jsonl
 from shared.training import GuardedStep, StopSignal, Weights, learning_rate, load_state, save_state, settings_of
 from task2_report.cases import SEVERE, load_reports
+from task2_report.label_stage import learn_labels
 from task2_report.prompts import REPORT, ask
 from task2_report.scores import f1_of, stated, truth_of
 from task2_report.writer import Writer, add_model_options, film_for, load_model
@@ -86,6 +87,9 @@ def parse_args(argv=None):
     g.add_argument("--lora-dropout", type=bounded_dropout, default=0.05,
         help="dropout in front of the adapters (%(default)s)")
     g = parser.add_argument_group("optimisation")
+    g.add_argument("--label-steps", type=bounded(int, 0, 10**9), metavar="STEPS",
+        help="--train full: steps of 64 films in which tower and projector first learn the labels of the reports; see"
+        " label_stage.py (default: 2000; 0: without)")
     g.add_argument("--epochs", type=positive_int, default=3, help="passes over the examples (%(default)s)")
     g.add_argument("--steps", type=positive_int, help="optimiser steps, in place of --epochs")
     g.add_argument("--batch-size", type=positive_int, default=16,
@@ -120,9 +124,12 @@ def parse_args(argv=None):
     if args.train == "full" and args.quant not in ("none", "auto"):
         parser.error(f"--train full cannot change weights held in --quant {args.quant}: use --train lora")
     if args.train == "full":
-        args.quant = "none"
+        args.quant, usual = "none", 2 if args.dry_run else 2000
+        args.label_steps = usual if args.label_steps is None else args.label_steps
         if args.cache_features:
             parser.error("--cache-features needs a frozen vision tower, and --train full trains it")
+    elif args.label_steps:
+        parser.error("--label-steps trains the vision tower, which --train lora keeps frozen")
     args.lr = args.lr or (1e-3 if args.train == "full" else 1e-4)
     args.micro_batch = min(args.batch_size, args.micro_batch or (args.batch_size if args.train == "full" else 1))
     return args
@@ -252,6 +259,12 @@ def train(args, vlm, data, run_dir, rank, world_size):
         """Random numbers and the order of the batches follow from seed and step."""
         save_state(last_path, *saved, step=step, history=history, best=best, micro_batch=size.now, totals=totals)
 
+    if args.label_steps and step == 0:
+        told = learn_labels(
+            vlm, store, store.number_of[: len(cases)], [c.report for c in cases], args.label_steps, seed=args.seed,
+            hidden=rank > 0,
+        )  # fmt: skip
+        say("labels: loss {loss:.3f} (shares alone {loss_of_shares:.3f}), {seconds:.0f} s".format(**told), flush=True)
     bar = tqdm(initial=step, total=order.num_steps, desc="training", leave=False, disable=None if rank == 0 else True)
     with StopSignal() as stop:
         while step < order.num_steps:

@@ -1,0 +1,64 @@
+"""
+What a small model from random weights needs before it can learn to write: eyes. Vision tower and projector learn the
+labels and sides of the training reports, through one linear layer that is thrown away afterwards.
+
+The loss of a report is mostly that of its wording, and the few tokens that depend on the film teach a random tower
+very slowly; this stage takes the tower's share of the work out of the loop, at a hundredth of the cost per film. The
+labels come from the texts alone (shared/metrics/labels.py): nothing is used that report writing would not use.
+"""
+
+import time
+
+import shared  # noqa: F401, isort: skip  # before torch
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from shared.metrics.labels import CONDITIONS
+from shared.models.passes import features_of
+from shared.training import learning_rate
+from task2_report.scores import SIDED, sides_of, stated
+
+
+def targets_of(reports):
+    """Texts -> float32 (N, L): conditions that are stated, and those with a side once more for left and right."""
+    rows = []
+    for text in reports:
+        says, sides = stated(text), sides_of(text)
+        row = [says[name] for name in CONDITIONS[1:]]
+        rows.append(row + [side in sides.get(name, ()) for name in SIDED for side in ("left", "right")])
+    return np.array(rows, np.float32)
+
+
+def learn_labels(vlm, store, numbers, reports, steps, batch_size=64, lr=1e-3, seed=0, hidden=False):
+    """
+    numbers: of the films in the ImageStore; reports: their texts. Trains tower and projector in place -> mean loss of
+    the last tenth of the steps, beside that of the label shares alone.
+    """
+    targets = torch.from_numpy(targets_of(reports))
+    learned = targets.sum(0).nonzero()[:, 0]
+    targets, started = targets[:, learned].to(vlm.device), time.time()
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    width = features_of(vlm, store.get(numbers[:1]))[0].numel()
+    head = torch.nn.Linear(width, targets.shape[1]).to(vlm.device)
+    parts = [vlm.base.get_submodule(name) for name in (vlm.spec.tower, *vlm.spec.projector)]
+    parameters = list({id(p): p for part in [*parts, head] for p in part.parameters()}.values())
+    optimizer, losses = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.05), []
+    vlm.model.train()
+    for step in tqdm(range(steps), desc="labels", leave=False, disable=True if hidden else None):
+        rows = torch.randint(len(numbers), (batch_size,), generator=generator).tolist()
+        seen = torch.stack([f.flatten() for f in features_of(vlm, store.get([numbers[r] for r in rows]))])
+        loss = F.binary_cross_entropy_with_logits(head(seen.float()), targets[rows])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, steps // 20, lr)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+    shares = targets.mean(0).clamp(1e-6, 1 - 1e-6)
+    chance = F.binary_cross_entropy(shares.expand_as(targets), targets).item()
+    last = losses[-max(1, steps // 10) :]
+    return {"steps": steps, "loss": float(np.mean(last)), "loss_of_shares": chance, "seconds": time.time() - started}
