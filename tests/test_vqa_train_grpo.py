@@ -26,8 +26,8 @@ from vqa_sft_grpo.prepare_data import main as prepare
 from vqa_sft_grpo.prompting import build_prompt
 from vqa_sft_grpo.rewards import AnswerFrequencies, EditPlan, RewardSettings, answer_alone, compose, images_of_v
 from vqa_sft_grpo.rewards import plan_edits, rollout_terms, slope
-from vqa_sft_grpo.rollouts import Batch, Policy, as_reference, image_of, score_answers
-from vqa_sft_grpo.train_grpo import load_policy, load_rows, main, parse_args, row_at
+from vqa_sft_grpo.rollouts import Batch, Policy, as_reference, image_of, row_at, score_answers
+from vqa_sft_grpo.train_grpo import load_policy, load_rows, main, parse_args
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -615,6 +615,16 @@ def test_mistakes_get_one_sentence(more, words, rows_file, tmp_path, capsys):
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert words in error and "Traceback" not in error and not (tmp_path / "run").exists()
+
+
+def test_a_damaged_image_is_named_before_the_first_step(rows_file, tmp_path):
+    rows = [json.loads(line) for line in rows_file.read_text().splitlines()]
+    whole = rows_file.parent / rows[0]["image_path"]
+    (tmp_path / "cut.png").write_bytes(whole.read_bytes()[:200])
+    path = rows_file.with_name("cut.jsonl")
+    path.write_text("\n".join(map(json.dumps, [rows[0] | {"image_path": str(tmp_path / "cut.png")}, *rows[1:]])))
+    with pytest.raises(InputError, match="1 of .* images cannot be read; .*cut.png"):
+        load_rows(parse_args(options(path)))
 
 
 def test_rows_without_an_answer_are_refused(tmp_path):

@@ -5,6 +5,7 @@ A record is one answer to one row: the response, what was read from it, and how 
 """
 
 import functools
+import time
 import zlib
 from collections import Counter, defaultdict
 
@@ -180,6 +181,7 @@ def run_counterfactual(answerer, rows, records, images, cases, style, fills, see
     number): {"answer", "flipped", "unparsed", "wrong_now", "drop", "drop_response"}}. drop: mean log-probability per
     token of the original answer (of the whole original response), original minus edited image.
     """
+    begin = time.time()
     for start in range(0, len(cases), CHUNK):
         some = cases[start : start + CHUNK]
         jobs = []
@@ -207,8 +209,10 @@ def run_counterfactual(answerer, rows, records, images, cases, style, fills, see
                     for key, part in (("drop", "answer"), ("drop_response", "response"))
                 },
             }
+        done = start + len(some)
         if len(cases) > CHUNK:
-            print(f"  counterfactual cases: {start + len(some)} of {len(cases)}", flush=True)
+            left = (time.time() - begin) / done * (len(cases) - done)
+            print(f"  counterfactual cases: {done} of {len(cases)}, about {left / 60:.0f} minutes left", flush=True)
     return cases
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import shared  # noqa: F401, isort: skip  # before transformers
 import torch
+from tqdm import tqdm
 
 from shared.models.loading import QUANTS, count_parameters, load_vlm
 from shared.models.passes import PartSize, in_parts, make_prompts, score, write
@@ -133,7 +134,14 @@ class Answerer:
     def longest_first(self, work, rows, lengths):
         """work(some rows) -> results in the order of rows; a batch too large for the memory fails at once."""
         order = sorted(range(len(rows)), key=lambda k: -lengths[k])
-        done = in_parts(work, [rows[k] for k in order], self.size)
+        with tqdm(total=len(rows), leave=False, disable=None, unit="row") as bar:  # shown in a terminal only
+
+            def watched(part):
+                found = work(part)
+                bar.update(len(part))
+                return found
+
+            done = in_parts(watched, [rows[k] for k in order], self.size)
         results = dict(zip(order, done, strict=True))
         return [results[k] for k in range(len(rows))]
 

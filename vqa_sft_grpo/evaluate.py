@@ -191,7 +191,8 @@ def evaluate(answerer, rows, images, train_rows, args, encoder=None):
     if args.counterfactual_cases:
         cases, refused = pick_cases(rows, records, images, args.counterfactual_cases, k, args.seed)
         run_counterfactual(answerer, rows, records, images, cases, style, args.fills, args.seed, scores)
-        print(f"counterfactual test: {len(cases)} cases; not taken: {refused}", flush=True)
+        reasons = [f"{n} {reason} ({source} region)" for source, some in refused.items() for reason, n in some.items()]
+        print(f"counterfactual test: {len(cases)} cases; not taken: {', '.join(reasons) or 'none'}", flush=True)
     summaries = {case["row"]: case_summary(case, args.fills, k) for case in cases}
     redrawn = ask_redrawn(answerer, rows, style)
     similarity = caption_similarity(rows, records, encoder) if encoder else None

@@ -15,11 +15,14 @@ import functools
 import time
 
 import shared  # noqa: F401, isort: skip  # before transformers
+import numpy as np
 import torch
+from tqdm import tqdm
 
 from shared.data.images import read_pixels
 from shared.models.loading import count_parameters
 from shared.models.passes import PartSize, in_parts, logprobs, make_prompts, never_drawn, sample, score, text_of
+from shared.runtime import InputError
 from vqa_sft_grpo.grpo import combine_metrics, policy_loss
 from vqa_sft_grpo.prompting import build_prompt
 from vqa_sft_grpo.rewards import NATS, answer_alone, answer_to_score, images_of_v, measure_drops, plan_edits
@@ -57,6 +60,31 @@ def image_of(row):
 def with_size(row, image):
     """Rows of older files do not say how large their image is; boxes need it."""
     return row | {"height": image.shape[0], "width": image.shape[1]}
+
+
+def check_images(rows):
+    """An image that cannot be read is named before the first step, not at the step that draws it. InputError."""
+    paths = sorted({str(r.get("image_path") or r["image"]) for r in rows})
+    broken = []
+    for path in tqdm(paths, desc="looking at the images", leave=False, disable=None):
+        try:
+            read_pixels(path)
+        except InputError as error:
+            broken.append(f"{path}: {error}")
+    if broken:
+        raise InputError(f"{len(broken)} of {len(paths)} images cannot be read; {broken[0]}; take their rows out")
+
+
+def row_at(place, count, seed):
+    """
+    The row of a place in the endless stream of questions: every row once per epoch, each epoch in an order of its own.
+    """
+    return int(order_of(count, seed, place // count)[place % count])
+
+
+@functools.lru_cache(maxsize=2)
+def order_of(count, seed, epoch):
+    return np.random.default_rng([seed, epoch]).permutation(count)
 
 
 @contextlib.contextmanager

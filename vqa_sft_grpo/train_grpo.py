@@ -45,7 +45,6 @@ How this differs from the textbook (GRPO in DeepSeekMath, arXiv 2402.03300; trl 
                log-probabilities with the sampler's own, and checks ratios, clipping and KL: a mistake stops the run
 """
 
-import functools
 import json
 import math
 import os
@@ -60,7 +59,6 @@ ROOT = Path(__file__).resolve().parents[1] if "__file__" in globals() else Path.
 sys.path.insert(0, str(ROOT))  # finds shared/ from any folder; in a notebook, cd to the project first
 
 import shared  # noqa: F401, isort: skip  # before transformers
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -83,7 +81,7 @@ from vqa_sft_grpo.grpo_log import write_completions
 from vqa_sft_grpo.prompting import STYLES, boxes_from_model, parse_response
 from vqa_sft_grpo.rewards import COMPOSITIONS, MEANINGS, AnswerFrequencies, RewardSettings, explain, gold_of
 from vqa_sft_grpo.rewards import ignored_fields, lend_regions, plan_edits
-from vqa_sft_grpo.rollouts import TOLERANCE, Policy, as_reference, image_of, with_size
+from vqa_sft_grpo.rollouts import TOLERANCE, Policy, as_reference, check_images, image_of, row_at, with_size
 from vqa_sft_grpo.rows import GRPO_FIELDS, make_rows, read_rows
 
 TASK = "vqa_sft_grpo"
@@ -222,6 +220,7 @@ def load_rows(args):
             f"{args.data_jsonl} has {len(train)} rows to train on and {len(held_out)} for validation, and both are"
             " needed: make it with prepare_data.py --split train --grpo_output FILE"
         )
+    check_images(train + held_out)
     lend_regions(train + held_out, train)
     chosen = sorted(random.Random(args.seed).sample(range(len(held_out)), min(args.eval_rows, len(held_out))))
     facts |= {"phantom": any(r.get("dataset") == "phantom" for r in rows), "limit": args.limit}
@@ -235,18 +234,6 @@ def load_rows(args):
 
 def group_of(row):
     return str(row.get("group") or row.get("image_path") or row["image"])
-
-
-def row_at(place, count, seed):
-    """
-    The row of a place in the endless stream of questions: every row once per epoch, each epoch in an order of its own.
-    """
-    return int(order_of(count, seed, place // count)[place % count])
-
-
-@functools.lru_cache(maxsize=2)
-def order_of(count, seed, epoch):
-    return np.random.default_rng([seed, epoch]).permutation(count)
 
 
 # --------------------------------------------------------------------------------------------------------------- policy

@@ -80,9 +80,13 @@ class BatchOrder:
     def __init__(self, examples, batch_size, per_image=1, seed=0, epochs=1, steps=None):
         """steps: how many, in place of epochs."""
         self.examples, self.arguments, self.starts, self.epoch = examples, (batch_size, per_image, seed), [0], None
-        while (self.starts[-1] < steps) if steps else (len(self.starts) <= epochs):
+        self.num_steps = steps or self.count(lambda: len(self.starts) > epochs)
+
+    def count(self, enough):
+        """Go on to the epochs that follow, until it is enough -> steps up to there."""
+        while not enough():
             self.starts.append(self.starts[-1] + len(self.load(len(self.starts) - 1)))
-        self.num_steps = steps or self.starts[-1]
+        return self.starts[-1]
 
     def load(self, epoch):
         if epoch != self.epoch:
@@ -91,6 +95,7 @@ class BatchOrder:
 
     def at(self, step):
         """-> (epoch, examples)."""
+        self.count(lambda: self.starts[-1] > step)
         epoch = next(e for e in range(len(self.starts) - 1) if step < self.starts[e + 1])
         return epoch, [self.examples[i] for i in self.load(epoch)[step - self.starts[epoch]]]
 
