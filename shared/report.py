@@ -227,7 +227,10 @@ def draw_history(path, histories, panels, x="step", title="", phantom=False, smo
                 marker = "." if len(values) < 12 else None
                 axis.plot(steps, values, color=f"C{color}", marker=marker, alpha=0.8, label=None if nth else label)
         axis.set(xlabel=x, ylabel=ylabel)
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(frameon=False, fontsize=8)
+        else:
+            axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", color="grey")
     return save_figure(figure, path, title, phantom)
