@@ -1,0 +1,353 @@
+"""
+Films with several labels each, for the vlm_ scripts: IU X-ray with labels from its index, the phantom, MedMNIST sets,
+or a table of one's own, in one form.
+
+    films = load_films("films.csv")                                   # as vlm_prepare.py writes it
+    films = load_films("iu_xray", "data", split="patient", labels="mesh14")
+    films.truth[films.rows_of("train")]                               # float32 (n, L): 1, 0, NaN for unknown
+
+A table has a row per film and the columns id, patient, split (train, val, test), image (a path, from the table's folder
+where it is relative) and, if there is one, report; every other column is a label: 1, 0, or empty for unknown.
+
+Labels of IU X-ray. The indexers wrote terms such as "Opacity/lung/base"; a label is positive where an item has the head
+and all the qualifiers named in MESH14 or MESH9. Items are compared whole, never as substrings. They list what they saw:
+an indexed report without a term is negative, one marked "No Indexing" is unknown. Labels are not closed upwards (an
+oedema does not count as an opacity).
+"""
+
+import csv
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from shared.data.image_sets import INFO, SPLITS, load_images
+from shared.data.iu_xray import add_image_paths, find_iu_xray, r2gen_split, read_reports
+from shared.metrics.labels import CONDITIONS, label_report
+from shared.phantom import phantom_settings, phantom_study
+from shared.report import PHANTOM
+from shared.runtime import DataNotFound, InputError
+
+LABEL_SOURCES = ("mesh14", "mesh9", "reports")
+SPLIT_KINDS = ("patient", "r2gen", "small")
+SHARES = {"train": 0.70, "val": 0.15, "test": 0.15}
+SMALL_TEST = 100  # studies; only to compare with work that used so few
+COLUMNS = ("id", "patient", "split", "image")
+NOT_LABELS = (*COLUMNS, "report", "study")
+# Far apart and multiples of eight, the phantom's groups of patients: no patient is in two splits.
+PHANTOM_START = {"train": 0, "val": 8_000_000, "test": 16_000_000}
+
+# label -> items, any of which makes it positive: a head, and qualifiers that must be there as well
+MESH14 = {
+    "No Finding": "normal",
+    "Enlarged Cardiomediastinum": "Mediastinum/enlarged; Mediastinum/prominent",
+    "Cardiomegaly": "Cardiomegaly; Cardiac Shadow/enlarged; Heart/enlarged",
+    "Lung Opacity": "Opacity/lung; Density/lung; Infiltrate; Airspace Disease",
+    "Lung Lesion": "Nodule; Mass; Cavitation; Opacity/lung/round; Density/lung/round",
+    "Edema": "Pulmonary Edema",
+    "Consolidation": "Consolidation",
+    "Pneumonia": "Pneumonia",
+    "Atelectasis": "Pulmonary Atelectasis",
+    "Pneumothorax": "Pneumothorax; Hydropneumothorax; Hemopneumothorax",
+    "Pleural Effusion": "Pleural Effusion; Hydropneumothorax; Hemopneumothorax; Hemothorax",
+    "Pleural Other": "Thickening/pleura; Cicatrix/pleura; Pleura/abnormal",
+    "Fracture": "Fractures, Bone",
+    "Support Devices": "Catheters, Indwelling; Implanted Medical Device; Medical Device; Tube, Inserted; Stents;"
+    " Surgical Instruments",
+}
+MESH9 = {  # the nine of earlier work, a blunted angle counted as an effusion
+    "Atelectasis": "Pulmonary Atelectasis",
+    "Cardiomegaly": "Cardiomegaly",
+    "Consolidation": "Consolidation; Infiltrate; Airspace Disease",
+    "Edema": "Pulmonary Edema; Pulmonary Congestion",
+    "Pleural Effusion": "Pleural Effusion; Costophrenic Angle/blunted",
+    "Pneumonia": "Pneumonia",
+    "Granuloma": "Calcified Granuloma; Granulomatous Disease",
+    "Emphysema": "Emphysema; Pulmonary Emphysema",
+    "No Finding": "normal",
+}
+MAPPINGS = {"mesh14": MESH14, "mesh9": MESH9}
+
+
+@dataclass
+class Films:
+    """rows: dicts with id, patient, split, image (path, or uint8 array), report; truth (N, L): 1, 0, NaN unknown."""
+
+    name: str
+    labels: tuple
+    rows: list
+    truth: np.ndarray
+    again: dict  # arguments of load_films that give the same films
+    phantom: bool = False
+    notes: dict = field(default_factory=dict)
+
+    def rows_of(self, *splits):
+        return np.array([i for i, row in enumerate(self.rows) if row["split"] in splits], int)
+
+    def column(self, name, rows=None):
+        return [self.rows[i][name] for i in (range(len(self.rows)) if rows is None else rows)]
+
+    def only(self, names):
+        """Keep these labels, in this order. InputError for one that is not there."""
+        for name in names:
+            if name not in self.labels:
+                raise InputError(f"there is no label {name!r} in {self.name}; there are {', '.join(self.labels)}")
+        self.truth = self.truth[:, [self.labels.index(name) for name in names]]
+        self.labels, self.again = tuple(names), self.again | {"only": list(names)}
+        return self
+
+    def limit(self, n):
+        """Keep the first n films of every split."""
+        keep = sorted(i for split in SPLITS for i in self.rows_of(split)[:n])
+        self.rows, self.truth, self.again = [self.rows[i] for i in keep], self.truth[keep], self.again | {"limit": n}
+        return self
+
+    def usable(self, *splits):
+        """Labels (L,) bool with films of both kinds in each of these splits; the others can be neither learned nor
+        measured."""
+        parts = [self.truth[self.rows_of(split)] for split in splits]
+        return np.array([all({0.0, 1.0} <= set(part[:, j]) for part in parts) for j in range(len(self.labels))])
+
+    def fingerprint(self):
+        """Films, splits and labels as one number; the pictures themselves are not read."""
+        text = repr([self.labels, [(row["id"], row["patient"], row["split"]) for row in self.rows]])
+        return hashlib.sha256(text.encode() + np.nan_to_num(self.truth, nan=-1).astype("<f4").tobytes()).hexdigest()
+
+    def facts(self):
+        splits = {s: {"films": len(r), "patients": len({self.rows[i]["patient"] for i in r})}
+                  for s in SPLITS if len(r := self.rows_of(s))}  # fmt: skip
+        told = {"name": self.name, "phantom": self.phantom, "labels": list(self.labels), "splits": splits}
+        return told | {"again": self.again, "fingerprint": self.fingerprint(), **self.notes}
+
+    def __str__(self):
+        counts = ", ".join(f"{s} {len(self.rows_of(s))}" for s in SPLITS)
+        return f"{self.name}: films {counts}; labels {', '.join(self.labels)}"
+
+
+# -------------------------------------------------------------------------------------------------------------- loading
+
+
+def load_films(name, data_dir="data", only=None, limit=None, **options):
+    """
+    -> Films. name: a CSV file, iu_xray (options split, labels, seed, shares), phantom (films, image_size, seed,
+    conditions, severe, exactly_one), a 2-D MedMNIST set (image_size), or auto: iu_xray where it is there, else the
+    phantom, said aloud; options of other sets are ignored. only: names of the labels to keep. InputError for all that
+    cannot be used.
+    """
+    name, kind = str(name), str(name).lower()
+
+    def own(*names):
+        return {key: options[key] for key in names if options.get(key) is not None}
+
+    if kind in ("auto", "iu_xray"):
+        try:
+            films = iu_films(data_dir, **own("split", "labels", "seed", "shares"))
+        except DataNotFound as error:
+            if kind != "auto":
+                raise
+            print(f"{'*' * 100}\n{error}\n{PHANTOM}\n{'*' * 100}")
+            kind = "phantom"
+    if kind == "phantom":
+        films = phantom_films(**own("films", "image_size", "seed", "conditions", "severe", "exactly_one"))
+    elif kind in INFO:
+        films = medmnist_films(kind, data_dir, **own("image_size"))
+    elif kind not in ("auto", "iu_xray"):
+        films = table_films(Path(name))
+    films = films.only(only) if only else films
+    return films.limit(limit) if limit else films
+
+
+def load_again(facts, data_dir):
+    """The films of a run, from the facts that it wrote down. InputError when they have changed since."""
+    films = load_films(**({"data_dir": data_dir} | facts["again"]))
+    if films.fingerprint() != facts["fingerprint"]:
+        raise InputError(f"{films.name} has changed since the run: films, splits or labels differ; train again")
+    return films
+
+
+def table_films(path):
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            lines = list(csv.DictReader(file, restval=""))
+    except FileNotFoundError as error:
+        raise InputError(
+            f"there is no table {path}; python task1_classification/vlm_prepare.py writes one, and --data phantom"
+            " needs none"
+        ) from error
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path} cannot be read as CSV ({error})") from error
+    names = [name for name in lines[0] if name] if lines else []
+    missing = [name for name in COLUMNS if name not in names]
+    labels = tuple(name for name in names if name not in NOT_LABELS)
+    if missing or not labels:
+        lacking = f"the columns {', '.join(missing)}" if missing else "columns with labels (1, 0 or empty)"
+        raise InputError(f"{path} lacks {lacking}: a row is a film with {', '.join(COLUMNS)} and its labels")
+    values = {"1": 1, "1.0": 1, "0": 0, "0.0": 0, "": np.nan}
+    truth, rows, seen = np.empty((len(lines), len(labels)), np.float32), [], {}
+    for i, line in enumerate(lines):
+        for j, label in enumerate(labels):
+            if line[label].strip() not in values:
+                raise InputError(f"{path}, line {i + 2}: {label} is {line[label]!r}, not 1, 0 or empty for unknown")
+            truth[i, j] = values[line[label].strip()]
+        if line["split"] not in SPLITS:
+            raise InputError(f"{path}, line {i + 2}: the split is {line['split']!r}, not train, val or test")
+        if seen.setdefault(line["patient"], line["split"]) != line["split"]:
+            raise InputError(f"{path}: patient {line['patient']} is in {seen[line['patient']]} and in {line['split']}")
+        row = {name: line.get(name, "") for name in (*COLUMNS, "report")}
+        rows.append(row | {"image": path.parent / line["image"]})
+    absent = [row["image"] for row in rows if not row["image"].is_file()]
+    if absent:
+        raise InputError(f"{len(absent)} of {len(rows)} images of {path} are missing, such as {absent[0]}: put them"
+                         " there, or take their lines out")  # fmt: skip
+    name = lines[0].get("study") or path.stem
+    return Films(name, labels, rows, truth, {"name": str(path.absolute())}, phantom=name == "phantom")
+
+
+def medmnist_films(name, data_dir, image_size=28):
+    data = load_images(name, data_dir, image_size)
+    rows, truth = [], []
+    for split in SPLITS:
+        labels = data.labels[split].numpy()
+        if data.task == "binary-class":
+            labels = labels[:, None]
+        elif not data.multi_label:
+            labels = np.eye(len(data.label_names))[labels]
+        truth.append(labels.astype(np.float32))
+        for i, image in enumerate(data.images[split].numpy()):
+            pixels = np.ascontiguousarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0))
+            case = f"{split}-{i}"  # MedMNIST tells no patients: each image counts as one
+            rows.append({"id": case, "patient": case, "split": split, "image": pixels, "report": ""})
+    labels = tuple(data.label_names[1:] if data.task == "binary-class" else data.label_names)
+    return Films(name, labels, rows, np.concatenate(truth), {"name": name, "image_size": image_size})
+
+
+def phantom_films(films=2000, image_size=112, seed=0, conditions=None, severe=False, exactly_one=False, splits=SPLITS):
+    """
+    films: to train on; a quarter each for validation and test. severe: all findings severe, each with a chance of .25.
+    exactly_one: one label more, "Exactly One": true where just one of the first two conditions is there, each drawn
+    with a chance of .5: no sum of what tells the two alone tells it (an exclusive or).
+    """
+    again = dict(name="phantom", films=films, image_size=image_size, seed=seed, conditions=conditions, severe=severe)
+    if exactly_one and len(conditions or ()) != 2:
+        raise InputError("--exactly-one takes two --conditions")
+    prevalence = 0.5 if exactly_one else 0.25 if severe else None
+    settings = phantom_settings(conditions, prevalence, (0, 0, 1) if severe else None)
+    labels = tuple(conditions or CONDITIONS)
+    rows, truth = [], []
+    for split in splits:
+        for number in range(films if split == "train" else max(2, films // 4)):
+            study = phantom_study(seed, PHANTOM_START[split] + number, image_size, settings)
+            row = {"id": study.study_id, "patient": f"{split}-{study.patient_id}", "split": split}
+            rows.append(row | {"image": study.image, "report": study.report.text})
+            found = [study.labels[name] for name in labels]
+            truth.append(found + [int(sum(found) == 1)] * exactly_one)
+    labels += ("Exactly One",) * exactly_one
+    truth = np.array(truth, np.float32)
+    return Films("phantom", labels, rows, truth, again | {"exactly_one": exactly_one}, phantom=True)
+
+
+# ------------------------------------------------------------------------------------------------------------- IU X-ray
+
+
+def item_matches(item, wanted):
+    """ "Opacity/lung/base" has "Opacity" and "Opacity/lung", not "Opacity/base/round" and not "Opac"."""
+    head, *qualifiers = (" ".join(part.lower().split()) for part in item.split("/"))
+    wanted_head, *needed = (" ".join(part.lower().split()) for part in wanted.split("/"))
+    return head == wanted_head and set(needed) <= set(qualifiers)
+
+
+def mesh_labels(items, mapping):
+    """Index terms of one report -> {label: 1 or 0}, or all None where the report was not indexed."""
+    if not items or any(item_matches(item, "No Indexing") for item in items):
+        return dict.fromkeys(mapping)
+    return {
+        label: int(any(item_matches(item, want) for item in items for want in wanted.split("; ")))
+        for label, wanted in mapping.items()
+    }
+
+
+def text_labels(text):
+    """Report -> {condition: 1, 0 or None}: what is not mentioned is absent, what is only suspected unknown."""
+    if not text.strip():
+        return dict.fromkeys(CONDITIONS)
+    return {name: {1: 1, 0: 0, -1: None, None: 0}[value] for name, value in label_report(text).items()}
+
+
+def report_of(row):
+    return " ".join(row[name] for name in ("findings", "impression") if row[name])
+
+
+def iu_films(data_dir, split="patient", labels="mesh14", seed=0, shares=None):
+    """Every frontal film on disk with the labels of its study; a uid is a patient, and never in two splits."""
+    if split not in SPLIT_KINDS or labels not in LABEL_SOURCES:
+        raise InputError(f"IU X-ray has the splits {', '.join(SPLIT_KINDS)}, and labels {', '.join(LABEL_SOURCES)}")
+    folder = find_iu_xray(data_dir)
+    studies, _ = read_reports(folder)
+    where = add_image_paths(studies, folder)
+    rows, values = [], []
+    names = tuple(MAPPINGS.get(labels, dict.fromkeys(CONDITIONS)))
+    left_out = {"no frontal film on disk": 0, "not in the R2Gen split": 0}
+    places = r2gen_split(folder) if split == "r2gen" else {}
+    for study in studies:
+        films = [image for image in study["images"] if image["projection"] == "Frontal" and image["path"]]
+        left_out["no frontal film on disk"] += not films
+        if split == "r2gen" and study["uid"] not in places:
+            left_out["not in the R2Gen split"] += bool(films)
+            continue
+        text = report_of(study)
+        found = text_labels(text) if labels == "reports" else mesh_labels(study["mesh"], MAPPINGS[labels])
+        for film in films:
+            rows.append({"id": film["name"], "patient": study["patient"], "split": places.get(study["uid"]),
+                         "image": film["path"], "report": text, "mesh": study["mesh"]})  # fmt: skip
+            values.append([found[name] for name in names])
+    if not rows:
+        raise InputError(f"no frontal film of {folder} is on disk ({where}): put the films there")
+    truth = np.array(values, np.float32)
+    if split != "r2gen":
+        split_by_patient(rows, truth, shares or SHARES, seed, SMALL_TEST if split == "small" else None)
+    again = dict(name="iu_xray", split=split, labels=labels, seed=seed, shares=shares)
+    notes = {"label_source": labels, "mapping": MAPPINGS.get(labels), "split": split, "left_out": left_out}
+    return Films("iu_xray", names, rows, truth, again, notes=notes | {"images": where})
+
+
+def split_by_patient(rows, truth, shares, seed, test_patients=None):
+    """Fill in row["split"], each label shared out alike; test_patients: so many in test, the rest as usual."""
+    patients = list(dict.fromkeys(row["patient"] for row in rows))
+    number = {patient: i for i, patient in enumerate(patients)}
+    has = np.zeros((len(patients), truth.shape[1]), bool)
+    for row, labels in zip(rows, truth, strict=True):
+        has[number[row["patient"]]] |= labels == 1
+    if test_patients:
+        test = test_patients / len(patients)
+        rest = (1 - test) / (shares["train"] + shares["val"])
+        shares = {"train": shares["train"] * rest, "val": shares["val"] * rest, "test": test}
+    places = iterative_stratification(has, [shares[split] for split in SPLITS], seed)
+    for row in rows:
+        row["split"] = SPLITS[places[number[row["patient"]]]]
+
+
+def iterative_stratification(has, shares, seed=0):
+    """
+    has bool (G, L), shares (K,) that add up to 1 -> (G,) numbers of subsets. Sechidis, Tsoumakas & Vlahavas 2011 (ECML
+    PKDD): the rarest label that is left is dealt out first, each case to the subset that lacks it most, then the cases
+    without a label to the subset that lacks most cases; ties are drawn.
+    """
+    shares, draw = np.asarray(shares, float), np.random.default_rng(seed)
+    lacks, lacks_label = shares * len(has), np.outer(shares, has.sum(0))
+    place = np.full(len(has), -1)
+
+    def put(case, wanted):
+        best = np.flatnonzero(wanted >= wanted.max() - 1e-9)
+        best = best[lacks[best] >= lacks[best].max() - 1e-9]
+        k = place[case] = draw.choice(best)
+        lacks[k] -= 1
+        lacks_label[k] -= has[case]
+
+    while (left := (has & (place < 0)[:, None]).sum(0)).any():
+        rarest = np.argmin(np.where(left > 0, left, len(has) + 1))
+        for case in draw.permutation(np.flatnonzero(has[:, rarest] & (place < 0))):
+            put(case, lacks_label[:, rarest])
+    for case in draw.permutation(np.flatnonzero(place < 0)):
+        put(case, lacks)
+    return place
