@@ -34,7 +34,7 @@ def labels_of(text):
 
 # -------------------------------------------------------------------------------------------------------------- sides
 
-PIECE = re.compile(r",|;|\band\b|\bwith\b")
+PIECE = re.compile(r",|;|(?<!left )(?<!right )\band\b|\bwith\b", re.IGNORECASE)
 SIDE_WORDS = {"left": {"left"}, "right": {"right"}, "bilateral": {"left", "right"}, "both": {"left", "right"}}
 SIDE_WORDS |= {
     "bilaterally": {"left", "right"},

@@ -1,0 +1,132 @@
+"""Task 2: training a model to write reports."""
+
+import json
+
+import pytest
+import torch
+
+from shared.data.iu_xray import load_iu_xray
+from task2_report.cases import load_again, load_reports
+from task2_report.train import main as train
+from task2_report.train import parse_args, rank_of
+from task2_report.writer import training_of
+
+TINY = "--model tiny --data phantom --films 12 --batch-size 4 --eval-cases 2 --max-new-tokens 6 --device cpu".split()
+
+
+def history(folder):
+    return [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+
+
+def test_a_dry_run_writes_a_model_that_can_be_read(own_folder):
+    train(["--dry-run"])
+    folder = own_folder / "outputs/task2_report/train/dry-run"
+    told = json.loads((folder / "metrics.json").read_text())
+    assert told["dataset"]["phantom"] and told["best"]["step"] in (2, 3) and told["train"] == "full"
+    assert (folder / "figures/curves.png").stat().st_size > 5000
+    training = training_of(folder / "best")
+    assert training["conditions"] and training["dataset"]["name"] == "phantom"
+    again = load_again(training["dataset"], "data", ("train",))
+    assert [case.id for case in again.cases] == [
+        case.id for case in load_reports("phantom", "data", 16, splits=("train",)).cases
+    ]
+
+
+def test_stopped_and_resumed(own_folder, monkeypatch):
+    """Stopped after two steps of four by a signal, then --resume: the run goes on exactly."""
+    from task2_report import train as module
+
+    same = [*TINY, "--eval-every", "2", "--steps", "4", "--label-steps", "2"]
+    train([*same, "--out-dir", "whole"])
+    calls = []
+
+    class Stop(module.StopSignal):
+        def requested(self):
+            calls.append(1)
+            self.signal = 15 if len(calls) == 3 else None
+            return self.signal is not None
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "StopSignal", Stop)
+        with pytest.raises(SystemExit) as stopped:
+            train([*same, "--out-dir", "parts"])
+    assert stopped.value.code == 128 + 15
+    train(["--resume", "parts"])
+    whole, parts = (torch.load(own_folder / name / "last.pt", weights_only=True) for name in ("whole", "parts"))
+    assert (
+        parts["values"]["step"] == 4
+        and history(own_folder / "whole")[-1]["val_loss"] == history(own_folder / "parts")[-1]["val_loss"]
+    )
+    assert all(torch.equal(v, parts["parts"]["weights"][k]) for k, v in whole["parts"]["weights"].items())
+
+
+def test_lora_trains_adapters_alone(own_folder):
+    train([*TINY, "--train", "lora", "--steps", "2", "--out-dir", "run"])
+    told = json.loads((own_folder / "run/metrics.json").read_text())
+    assert told["train"] == "lora" and told["trainable_parameters"] < told["parameters"] / 5
+    assert (own_folder / "run/best/adapter_config.json").is_file()
+
+
+def test_the_best_is_chosen_by_labels_then_by_variety():
+    row = {"val_f1": 0.5, "val_distinct": 0.2, "val_loss": 1.0}
+    assert rank_of(row | {"val_f1": 0.6}) > rank_of(row | {"val_distinct": 0.9})
+    assert rank_of(row | {"val_distinct": 0.3, "val_loss": 2.0}) > rank_of(row)
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (["--train", "full", "--quant", "nf4"], "--train full cannot"),
+        (["--train", "lora", "--label-steps", "5"], "keeps frozen"),
+        (["--train", "full", "--cache-features"], "needs a frozen vision tower"),
+        (["--adapter", "x"], "training starts from --model"),
+    ],
+)
+def test_arguments_that_conflict(more, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_args(["--model", "tiny", *more])
+    assert stop.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_bad_input(refused, own_folder):
+    assert "iu_xray, phantom, auto" in refused(train, ["--model", "tiny", "--data", "slake"])
+    assert "draws" in refused(train, [*TINY, "--conditions", "Gout"])
+    assert "raise it" in refused(train, [*TINY, "--max-length", "20", "--steps", "1"])
+    folder = own_folder / "data/iu_xray"
+    folder.mkdir(parents=True)
+    (folder / "indiana_reports.csv").write_text("uid,MeSH,Problems,indication,comparison,impression\n1,normal,,,,x\n")
+    (folder / "indiana_projections.csv").write_text("uid,filename,projection\n1,a.png,Frontal\n")
+    (folder / "r2gen_split_uids.json").write_text('{"train": [1], "val": [], "test": []}')
+    said = refused(train, ["--model", "tiny", "--data", "iu_xray", "--data-dir", own_folder / "data"])
+    assert "lacks the column findings" in said
+
+
+def test_iu_xray_in_r2gens_split(real_data):
+    folder = real_data("iu_xray/indiana_reports.csv").parent.parent
+    data = load_reports("iu_xray", folder)
+    studies = load_iu_xray(folder, section="findings", split="r2gen")
+    assert len(data.cases) == len(studies.rows) and not data.facts["phantom"]
+    assert all(case.findings for case in data.cases) and {case.split for case in data.cases} == {"train", "val", "test"}
+    splits = {name: {case.patient for case in data.split(name)} for name in ("train", "val", "test")}
+    assert not splits["train"] & splits["test"] and not splits["train"] & splits["val"]
+
+
+def test_one_step_on_iu_xray(real_data, own_folder):
+    folder = real_data("iu_xray/indiana_reports.csv").parent.parent
+    same = [
+        "--model",
+        "tiny",
+        "--data",
+        "iu_xray",
+        "--data-dir",
+        folder,
+        "--limit",
+        6,
+        "--steps",
+        1,
+        "--label-steps",
+        1,
+    ]
+    train([str(a) for a in [*same, "--eval-cases", 2, "--max-new-tokens", 6, "--indication", "--out-dir", "run"]])
+    told = json.loads((own_folder / "run/metrics.json").read_text())
+    assert told["dataset"]["name"] == "iu_xray" and training_of(own_folder / "run/best")["indication"]
