@@ -77,9 +77,15 @@ def find_sinks(maps):
 
 
 def without_sinks(values, sinks):
-    """The map without these cells, sum 1 again; None where nothing is left."""
-    left = np.where(sinks, 0, values)
-    return left / left.sum() if left.sum() > 1e-9 else None
+    """
+    The map with these cells as high as the mean of the others, sum 1 again: zeros in the same place of all maps would
+    make them alike. None where nothing is left.
+    """
+    rest = values[~sinks]
+    if not len(rest) or rest.sum() <= 1e-9:
+        return None
+    left = np.where(sinks, rest.mean(), values)
+    return left / left.sum()
 
 
 def auroc(labels, scores):

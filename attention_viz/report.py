@@ -238,8 +238,9 @@ def model_section(report, name, m):
         told = ", ".join(f"{k}: {v}" for k, v in wrong.items())
         report.text(f"**No attention for {sum(wrong.values())} cases ({told}): they have answers and no maps.**")
     if m["sinks"]:
-        report.text(f"{m['sinks']} cell(s) of the mean map are sinks, which hold {with_interval(m['sink_mass'])} % of it"
-                    " whatever the image. `mean_without_sinks` leaves them out.")  # fmt: skip
+        held = with_interval(m["sink_mass"])
+        report.text(f"{m['sinks']} cell(s) of the mean map are sinks, which hold {held} % of it whatever the image."
+                    " `mean_without_sinks` leaves them out.")  # fmt: skip
     elif m["sinks"] == 0:
         report.text("No sink: no cell stands out in most calibration images.")
     for group, table in m["localisation"].items():
@@ -280,12 +281,10 @@ def best_sentence(m):
     above, ratio = row["against_mean_map"], row["hit_over_chance"]
     if ratio is None or above is None or above["low"] is None:
         return f"`{m['best_map']}`: too few patients for an interval."
-    times = f"{number(ratio['value'], 1)} times"
+    times = f"{number(ratio['value'], 1)} times chance on {group} cases"
     if above["low"] > 0 and ratio["low"] > 1:
-        return (f"`{m['best_map']}` finds the place: {times} as often as chance on {group} cases, and more often than the "
-                "mean map over other images.")  # fmt: skip
-    return (f"`{m['best_map']}`, the best on calibration, is not shown to find the place on {group} cases: {times} chance,"
-            f" above the mean map by {with_interval(above)} %.")  # fmt: skip
+        return f"`{m['best_map']}` finds the place: {times}, and more often than the mean map over other images."
+    return f"`{m['best_map']}` is not shown to find the place: {times}, above the mean map by {with_interval(above)} %."
 
 
 def attention_sentence(m):

@@ -18,7 +18,8 @@ both are right and only the report can tell them apart. Writes --out-dir/metrics
 """
 
 import argparse
-import random
+import ctypes
+import gc
 import statistics
 import sys
 import time
@@ -30,10 +31,10 @@ sys.path.insert(0, str(ROOT))
 import shared  # noqa: F401, isort: skip  # before transformers
 import numpy as np
 import torch
+from PIL import Image
 
 from attention_viz.cases import phantom_settings, wordings_of
 from attention_viz.evaluate import main as evaluate
-from attention_viz.maps import NEUTRAL
 from shared.models.capture import AttentionCapture
 from shared.models.inputs import ImageStore, continuation, prompt_ids
 from shared.models.loading import load_vlm, save_vlm
@@ -41,12 +42,14 @@ from shared.models.passes import PartSize, image_columns, make_prompts, margin, 
 from shared.models.tiny import tiny_folder
 from shared.models.tuning import BatchOrder, Example, backward
 from shared.phantom import phantom_study
+from shared.report import number, with_interval
 from shared.runtime import atomic_folder, pick_device, positive_float, positive_int, read_json, run_facts, script
 from shared.runtime import seed_everything, write_json
 from shared.training import GuardedStep, learning_rate
 
 CONDITIONS = ["Pleural Effusion", "Pneumothorax", "Consolidation"]
 TRAINED = {"gemma3": dict(image_tokens=64), "llava": {}}
+WIDE = dict(hidden=512, layers=12, heads=8, mlp=1024, image_size=224)  # cost: wide enough that all else is not nothing
 FAMILIES = ("gemma3", "qwen2vl", "qwen25vl", "qwen3vl", "llava")
 SIZE = 112
 FRESH = 400_000  # index of the first film that training watches itself on
@@ -84,19 +87,20 @@ def parse_args(argv=None):
 
 def questions(films, settings, seed, start=0, variants=9):
     """
-    -> films uint8 (N, 112, 112), and (film, text, answer) of their yes/no questions about CONDITIONS in many wordings,
-    with a description of each film: where each finding is. Answers of one token alone are learned too late.
+    -> films uint8 (N, 112, 112), and (film, question, answer) about CONDITIONS in many wordings. For training the
+    answer goes on with what is on the film and where (tenths of its sides): one word alone is learned too late.
     """
     pixels, cases = [], []
-    for number in range(films):
-        study = phantom_study(seed, start + number, SIZE, settings)
+    for film in range(films):
+        study = phantom_study(seed, start + film, SIZE, settings)
         pixels.append(study.image)
+        boxes = [(f.kind, box) for f in study.drawn for box in study.boxes[f.name]]
+        seen = [f"{kind} {5 * (x0 + x1) // SIZE} {5 * (y0 + y1) // SIZE}" for kind, (x0, y0, x1, y1) in boxes]
+        told = ". " + ("; ".join(seen) or "nothing") if variants > 1 else ""
         for q in study.questions:
             if q.content == "presence" and q.condition in CONDITIONS:
-                cases += [(number, w["question"], w["answer_gt"]) for w in wordings_of(q, number, variants)]
-                cases += [(number, q.text, q.answer)] * (variants > 1)  # the original twice
-        seen = "; ".join(f"{f.kind}, {f.side} {f.zone}".strip() for f in study.drawn) or "nothing"
-        cases += [(number, NEUTRAL, seen)] * (4 if variants > 1 else 0)
+                words = wordings_of(q, film, variants)
+                cases += [(film, w["question"], w["answer_gt"] + told) for w in [*words, words[0]][: variants + 1]]
     return pixels, cases
 
 
@@ -119,11 +123,11 @@ def train(family, blind, args):
     vlm = load_vlm(str(tiny_folder(f"tiny:{family}", **TRAINED[family])))
     with torch.no_grad():  # deviations of 0.02, made for thousands of numbers, hardly let 128 through
         for p in vlm.model.parameters():
-            p.mul_(WIDER if p.ndim > 1 else 1)
+            p.mul_(WIDER if p.ndim > 1 and 0.01 < float(p.std()) < 0.03 else 1)
     settings = phantom_settings(CONDITIONS, severe=True, guessable=float(blind))
     films, cases = questions(args.films, settings, args.seed)
-    fresh_films, fresh = questions(100, settings, args.seed, start=FRESH, variants=1)
-    cases = [case for case in cases if not (blind and case[1] == NEUTRAL)]
+    fresh_films, fresh = questions(150, settings, args.seed, start=FRESH, variants=1)
+    cases = [(film, q, a.partition(".")[0] if blind else a) for film, q, a in cases]
     steps, grey = args.blind_steps if blind else args.steps, np.full((SIZE, SIZE), 90, np.uint8)
     films, fresh_films = ([grey] * len(some) if blind else some for some in (films, fresh_films))
     store = ImageStore(vlm.processor, films, budget_gib=1.0)
@@ -159,3 +163,137 @@ def train(family, blind, args):
     facts |= dict(conditions=CONDITIONS, seed=args.seed, loss=statistics.mean(losses[-50:]), fresh_accuracy=right)
     write_json(folder.with_suffix(".json"), facts | run_facts(begin, "cpu"))
     return folder
+
+
+# --------------------------------------------------------------------------------------------------------------- proof
+
+
+def prove(args):
+    """evaluate.py on what `train` left -> a row per model and set of questions."""
+    rows = []
+    for family in args.models:
+        for guessable in (0, 1):
+            out = args.out_dir / f"{family}-{'guessable' if guessable else 'report'}"
+            models = [str(args.out_dir / f"{family}-{kind}") for kind in ("sees", "blind")]
+            begin = time.time()
+            more = ["--bootstrap", 200] if args.small else [] if guessable else ["--faithfulness", 20]
+            evaluate(["--models", *models, "--conditions", *CONDITIONS, "--severe", "--guessable", guessable,
+                      "--image-size", SIZE, "--n-studies", args.studies, "--seed", args.seed, "--device", "cpu",
+                      "--out-dir", out, "--overwrite", *more])  # fmt: skip
+            stats = read_json(out / "stats.json")
+            for name, m in stats["models"].items():
+                group = next(iter(m["localisation"]), None)
+                best = m["localisation"].get(group, {}).get(m["best_map"]) or {}
+                rows.append({
+                    "model": Path(name).name, "questions": "guessable" if guessable else "not guessable",
+                    "accuracy": m["behaviour"]["accuracy"], "verdict": m["verdict"]["says"], "best_map": m["best_map"],
+                    "group": group, "n": best.get("n"), "hit_over_chance": best.get("hit_over_chance"),
+                    "above_mean_map": best.get("against_mean_map"), "seconds_of_both": time.time() - begin,
+                })  # fmt: skip
+    print("\n| model | questions | accuracy | verdict | best map | cases | hit / chance | above its mean map, % |")
+    print("|---" * 8 + "|")
+    for r in rows:
+        shown = [r["model"], r["questions"], with_interval(r["accuracy"]), r["verdict"], r["best_map"],
+                 f"{r['n']} {r['group']}", with_interval(r["hit_over_chance"], number),
+                 with_interval(r["above_mean_map"])]  # fmt: skip
+        print(f"| {' | '.join(map(str, shown))} |")
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------- cost
+
+
+def memory(name):
+    """VmRSS (now) or VmHWM (peak) of this process, MiB."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name + ":"))
+    return int(line.split()[1]) / 1024
+
+
+def grown(work):
+    """work() -> (what it returns, MiB by which the peak of this process rose meanwhile)."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed before goes back to the system
+    Path("/proc/self/clear_refs").write_text("5")
+    before = memory("VmRSS")
+    result = work()
+    return result, max(0.0, memory("VmHWM") - before)
+
+
+def cost(family, args):
+    """-> a row: seconds and memory of generation, plain and captured, and the bytes either way of keeping attention."""
+    sizes = {} if args.small else WIDE | (dict(image_tokens=256) if family == "gemma3" else {})
+    vlm = load_vlm(str(tiny_folder(f"tiny:{family}", **sizes)))
+    image = phantom_study(0, 0, 224).image
+    question = "Is there a pleural effusion? "
+    one = len(make_prompts(vlm, [question], [image])[0])
+    each = (len(make_prompts(vlm, [question * 11], [image])[0]) - one) / 10
+    question *= 1 + max(0, round((args.prompt_tokens - one) / each))
+    prompts = make_prompts(vlm, [question], [image])
+    keys = image_columns(vlm, prompts)
+
+    def plain():
+        return sample(vlm, prompts, 1, args.new_tokens)[0]
+
+    def captured():
+        with AttentionCapture(vlm.model, keys=keys) as capture:
+            written = sample(vlm, prompts, 1, args.new_tokens)[0]
+        return written, sum(step.weights.nbytes for step in capture.steps)
+
+    assert plain() == captured()[0]
+    seconds = {plain: [], captured: []}
+    for _ in range(args.rounds):
+        for work in seconds:
+            begin = time.perf_counter()
+            work()
+            seconds[work].append(time.perf_counter() - begin)
+    (_, plain_mib), ((_, kept), captured_mib) = grown(plain), grown(captured)
+    (whole, steps), eager_mib = grown(lambda: all_attentions(vlm.source, question, image, args.new_tokens))
+    times = [statistics.median(seconds[work]) for work in (plain, captured)]
+    return {
+        "family": family, "prompt_tokens": len(prompts[0]), "image_tokens": int((keys >= 0).sum()),
+        "new_tokens": len(plain()[0][0]), "seconds_plain": times[0], "seconds_captured": times[1],
+        "overhead": times[1] / times[0] - 1, "bytes_rows": kept, "bytes_all": whole, "fewer": whole / kept,
+        "steps_of_eager": steps, "mib_plain": plain_mib, "mib_captured": captured_mib, "mib_eager": eager_mib,
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def all_attentions(source, question, image, new_tokens):
+    """The same by generate(output_attentions=True) -> bytes of all matrices it returns, and how many steps."""
+    vlm = load_vlm(source, attention="eager")
+    content = [{"type": "image", "image": Image.fromarray(image).convert("RGB")}, {"type": "text", "text": question}]
+    inputs = vlm.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True,
+                                               tokenize=True, return_dict=True, return_tensors="pt")  # fmt: skip
+    found = vlm.model.generate(**inputs, do_sample=False, max_new_tokens=new_tokens, output_attentions=True,
+                               return_dict_in_generate=True)  # fmt: skip
+    return sum(layer.nbytes for step in found.attentions for layer in step), len(found.attentions)
+
+
+@script
+def main(argv=None):
+    args = parse_args(argv)
+    started = time.time()
+    device, _ = pick_device("cpu")
+    path = args.out_dir / "metrics.json"
+    found = read_json(path) if path.exists() else {}
+    if "cost" in args.parts:
+        found["cost"] = [cost(family, args) for family in FAMILIES]
+        print("\n| family | prompt | plain s | captured s | more | bytes all / rows | MiB plain, captured, all |")
+        print("|---" * 7 + "|")
+        for r in found["cost"]:
+            print(f"| {r['family']} | {r['prompt_tokens']} | {r['seconds_plain']:.3f} | {r['seconds_captured']:.3f} | "
+                  f"{100 * r['overhead']:+.1f} % | {r['fewer']:.0f} | {r['mib_plain']:.0f}, {r['mib_captured']:.0f}, "
+                  f"{r['mib_eager']:.0f} |")  # fmt: skip
+    if "train" in args.parts:
+        for family in args.models:
+            for blind in (False, True):
+                train(family, blind, args)
+    if "proof" in args.parts:
+        found["proof"] = prove(args)
+    write_json(path, found | {"small": args.small, "phantom": True} | run_facts(started, device))
+    print(f"results in {args.out_dir}")
+    return found
+
+
+if __name__ == "__main__":
+    main()

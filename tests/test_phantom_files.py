@@ -8,9 +8,8 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 from PIL import Image
 
-from phantom_files import MASK_VALUES, SLAKE_ORGANS, export_attention, export_iu_xray, export_medmnist, export_slake
-from phantom_files import export_vqa_rad, phantom_splits
-from shared.metrics.labels import CONDITIONS
+from phantom_files import MASK_VALUES, SLAKE_ORGANS, export_iu_xray, export_medmnist, export_slake, export_vqa_rad
+from phantom_files import phantom_splits
 from shared.phantom import patient_of, phantom_classification, phantom_study
 
 
@@ -123,23 +122,3 @@ def test_slake_boxes_masks_and_splits(tmp_path):
         assert [x, y, x + w, y + h] == study.organ_boxes[name]
     lung = mask == MASK_VALUES["left lung"]
     assert (lung & study.organ_masks["left lung"]).sum() >= 0.98 * lung.sum()
-
-
-def test_attention_csv_turns_answers_of_negated_wordings(tmp_path):
-    export_attention(tmp_path, seed=0, count=10, size=64)
-    rows = read_csv(tmp_path / "questions.csv")
-    assert list(rows[0])[:7] == [
-        *("study_id", "image_path", "finding", "variant_id", "question", "answer_gt"),
-        "patient_id",
-    ]
-    groups = {}
-    for row in rows:
-        groups.setdefault((row["study_id"], row["finding"]), []).append(row)
-        assert (tmp_path / row["image_path"]).exists() and row["answer_gt"] in ("yes", "no")
-        assert row["finding"] in CONDITIONS and row["study_id"].startswith(row["patient_id"])
-        for x0, y0, x1, y1 in json.loads(row["region"]):
-            assert 0 <= x0 < x1 <= 64 and 0 <= y0 < y1 <= 64
-    for group in groups.values():
-        assert [r["variant_id"] for r in group] == [str(i) for i in range(len(group))] and len(group) >= 7
-        turned = [r["answer_gt"] != group[0]["answer_gt"] for r in group]
-        assert turned == [r["strategy"] == "negation" for r in group]
