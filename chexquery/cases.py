@@ -1,5 +1,5 @@
 """
-The studies that CheXQuery trains on and is measured on: rows made of IU X-ray or the phantom, their labels, their films.
+The studies that CheXQuery trains on and is measured on: rows of IU X-ray or the phantom, their labels, their films.
 
 A row is a dict:
     uid, patient, split, dataset
@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from shared.data.audit import RowSet, repeats, seen, shared_between_splits
-from shared.data.images import read_image
+from shared.data.images import find_images, read_image
 from shared.data.iu_xray import load_iu_xray
 from shared.metrics.labels import CONDITIONS, PARENTS, label_report
 from shared.phantom import phantom_settings, phantom_study
@@ -54,8 +54,9 @@ def target_text(findings, impression, section, filled=True):
     if section == "findings+impression":
         if not (findings or impression):
             return ""
-        findings, impression = findings or "No detailed findings documented.", impression or (
-            "No specific impression documented."
+        findings, impression = (
+            findings or "No detailed findings documented.",
+            impression or ("No specific impression documented."),
         )
         return f"Findings: {findings} | Impression: {impression}"
     return findings if section == "findings" else impression
@@ -117,7 +118,7 @@ def phantom_rows(films, seed=0, section="findings", labels="labeller", **drawn):
 
 
 def iu_rows(data_dir, section="findings", split="r2gen", reports="auto", labels="labeller", labeller=None, seed=0):
-    """split: r2gen or patient (70/15/15 of the uids). labeller: texts -> label dicts, for labels="chexbert". -> RowSet"""
+    """split: r2gen or patient (70/15/15 of the uids). labeller: texts -> label dicts, for labels chexbert. -> RowSet"""
     either = section == "findings+impression"  # a filler stands for the section that a report lacks
     studies = load_iu_xray(
         data_dir, "findings" if either else section, split, ("frontal",), reports,
@@ -197,7 +198,9 @@ def load_studies(args):
             print(f"no IU X-ray in {args.data_dir}: taking the phantom")
             name = "phantom"
     elif name != "phantom":
-        raise InputError(f"--data {args.data}: there are auto, iu_xray and phantom, and --splits-file FILE of prepare.py")
+        raise InputError(
+            f"--data {args.data}: there are auto, iu_xray and phantom, and --splits-file FILE of prepare.py"
+        )
     if name == "phantom":
         studies = phantom_rows(
             args.films, args.phantom_seed, args.section, args.labels, conditions=args.conditions,
@@ -210,7 +213,7 @@ def load_studies(args):
 
 def add_data_options(group):
     # fmt: off
-    group.add_argument("--splits-file", metavar="FILE", help="rows written by prepare.py; without it they are made here")
+    group.add_argument("--splits-file", metavar="FILE", help="rows of prepare.py; without it they are made here")
     group.add_argument("--section", default="findings", choices=["findings", "impression", "findings+impression"],
         help="what the reports hold; both: 'Findings: ... | Impression: ...' (%(default)s)")
     group.add_argument("--labels", default="labeller", choices=LABELS,
@@ -232,7 +235,7 @@ def study_of(row, drawn, size):
 
 
 def square(pixels, size):
-    """float (H, W) or (H, W, 3) in 0..1 -> uint8 (size, size): the whole film, squeezed into a square as SigLIP is fed."""
+    """float (H, W) or (H, W, 3) in 0..1 -> uint8 (size, size): the whole film, squeezed to a square as for SigLIP."""
     if pixels.ndim == 3:
         pixels = pixels @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
     image = Image.fromarray(np.ascontiguousarray(pixels, dtype=np.float32)).resize((size, size), Image.BICUBIC)
@@ -279,6 +282,39 @@ class Films:
                 self.kept[i], self.present[i] = self.read(self.rows[i])
                 self.known[i] = True
         return self.kept[indices], self.present[indices]
+
+
+def add_file_options(group):
+    # fmt: off
+    group.add_argument("--images", nargs="+", metavar="FILE", help="frontal films: files, folders, patterns")
+    group.add_argument("--lateral", nargs="+", metavar="FILE", help="their lateral films, as many, in the same order")
+    # fmt: on
+
+
+def read_files(args, size):
+    """
+    --images and --lateral -> (rows {"uid", "patient", "films"}, uint8 (N, 2, size, size), bool (N, 2), errors
+    [{"image", "error"}]). A study with a film that cannot be read is an error. InputError when none is left.
+    """
+    frontal = find_images(args.images)[: args.limit]
+    lateral = find_images(args.lateral)[: args.limit] if args.lateral else [None] * len(frontal)
+    if len(lateral) != len(frontal):
+        raise InputError(f"{len(frontal)} frontal and {len(lateral)} lateral films: give one lateral film for each")
+    rows, images, errors = [], [], []
+    for pair in zip(frontal, lateral, strict=True):
+        both = np.zeros((len(VIEWS), size, size), np.uint8)
+        try:
+            for i, file in enumerate(file for file in pair if file is not None):
+                both[i] = square(read_image(file), size)
+        except InputError as error:
+            errors.append({"image": str(file), "error": str(error)})
+            continue
+        films = {view: None if file is None else str(file) for view, file in zip(VIEWS, pair, strict=True)}
+        rows.append({"uid": pair[0].name, "patient": pair[0].name, "films": films})
+        images.append(both)
+    if not rows:
+        raise InputError(f"none of the films can be used; the first: {errors[0]['image']}: {errors[0]['error']}")
+    return rows, np.stack(images), np.array([[f is not None for f in r["films"].values()] for r in rows]), errors
 
 
 # ------------------------------------------------------------------------------------------------------------- targets

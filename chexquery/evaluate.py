@@ -28,7 +28,7 @@ import torch
 
 from chexquery.cases import Films, add_data_options, load_studies
 from chexquery.faithfulness import faithfulness, faithfulness_tables
-from chexquery.model import load_model, untrained
+from chexquery.checkpoints import add_writing_options, open_model
 from chexquery.scoring import COLUMNS, consistency, image_use, score_lines
 from shared.metrics.bertscore import bert_score
 from shared.metrics.chexbert import load_chexbert
@@ -36,8 +36,8 @@ from shared.metrics.clinical import clinical_efficacy, positive_matrix
 from shared.metrics.labels import CONDITIONS, label_report
 from shared.metrics.report_baselines import baseline_reports
 from shared.report import PHANTOM, Report, number, percent, with_interval
-from shared.runtime import InputError, open_run_dir, pick_device, positive_int, newest_run, run_facts, script
-from shared.runtime import script_parser, seed_everything, write_json, write_jsonl
+from shared.runtime import InputError, open_run_dir, positive_int, run_facts, script, script_parser, seed_everything
+from shared.runtime import write_json, write_jsonl
 from shared.training import settings_of
 
 TASK = "chexquery"
@@ -45,18 +45,15 @@ TASK = "chexquery"
 
 def parse_args(argv=None):
     parser = script_parser(__doc__, task=TASK, data="IU X-ray")
-    # fmt: off
     g = parser.add_argument_group("what is measured")
-    g.add_argument("--checkpoint", metavar="PATH", help="best.pt, or a run folder (default: the newest run)")
     add_data_options(g)
+    # fmt: off
     g.add_argument("--split", default="test", choices=["val", "test"], help="studies that are measured (%(default)s)")
-    g.add_argument("--tokenizer", default="r2gen", choices=["r2gen", "whitespace"], help="how texts are cleaned (%(default)s)")
-    g.add_argument("--faithfulness", type=int, default=100, metavar="N", help="studies for the tests of queries; 0: none")
-    g = parser.add_argument_group("writing")
-    g.add_argument("--batch-size", type=positive_int, default=50, help="reports at once (%(default)s)")
-    g.add_argument("--beams", type=positive_int, help="1 is greedy (default: as trained)")
-    g.add_argument("--min-tokens", type=int, help="shortest report, in tokens (default: as trained)")
-    g.add_argument("--length-penalty", type=float, default=1.1, help="above 1: longer reports, with beams (%(default)s)")
+    g.add_argument("--tokenizer", default="r2gen", choices=["r2gen", "whitespace"],
+        help="how texts are cleaned (%(default)s)")
+    g.add_argument("--faithfulness", type=int, default=100, metavar="N",
+        help="studies for the tests of queries; 0: none (%(default)s)")
+    add_writing_options(parser.add_argument_group("writing"))
     g = parser.add_argument_group("metrics")
     g.add_argument("--num-samples", type=positive_int, default=1000, help="bootstrap samples (%(default)s)")
     g.add_argument("--bertscore-model", metavar="DIR", help="folder of an encoder; without it the column stays empty")
@@ -120,45 +117,53 @@ def make_lines(model, studies, test, args, device, decoding):
     of |= {name: positive_matrix([r["labels"] for r in rows]).astype(int).tolist()
            for name, rows in (("train_labels", train), ("labels", test))}  # fmt: skip
     lines |= baseline_reports(
-        [r["reference"] for r in train], [r["reference"] for r in val], len(test), args.seed, tokenizer=args.tokenizer, **of
+        [r["reference"] for r in train],
+        [r["reference"] for r in val],
+        len(test),
+        args.seed,
+        tokenizer=args.tokenizer,
+        **of,
     )
     return lines, seen
 
 
-def load_for(args):
-    """-> (model, what its checkpoint says, studies), the data settings of the checkpoint in place of those not given."""
-    path = args.checkpoint or newest_run(TASK, "train", "phase1/best.pt")
-    if args.dry_run and not args.checkpoint:
-        path = None
-    elif path is None:
-        raise InputError("there is no trained model: train one with chexquery/train.py, or give --checkpoint PATH")
-    device, _ = pick_device(args.device)
-    model, told = load_model(path, device) if path is not None else untrained()
-    told["device"] = device
+def studies_for(args, told):
+    """The studies to measure on: what the checkpoint says of its data stands in for options not given. -> RowSet"""
     data = told["data"]
-    if data.get("phantom") and args.data == "auto" and not args.splits_file:
-        args.data = "phantom"
-    args.views, args.section = data.get("views", ["frontal", "lateral"]), data.get("section") or args.section
     drawn = data.get("drawn") or {}
+    if data["phantom"] and args.data == "auto" and not args.splits_file:
+        args.data = "phantom"
+    args.views, args.section = data["views"], data["section"] or args.section
     if args.conditions is None and args.prevalence is None and not args.severe:
-        args.conditions, args.prevalence, args.severe = drawn.get("conditions"), drawn.get("prevalence"), bool(drawn.get("severe"))
-    return model, told, load_studies(args)
+        names = ("conditions", "prevalence", "severe")
+        args.conditions, args.prevalence, args.severe = (drawn.get(name) for name in names)
+    return load_studies(args)
+
+
+def conditions_drawn(notes):
+    return (notes.get("drawn") or {}).get("conditions") or list(CONDITIONS[1:])
 
 
 def make_report(studies, told, n, table, sentence, gains, abnormal, agreement, extra, drawn):
     report = Report(f"{studies.name}: reports of CheXQuery", phantom=bool(studies.notes.get("phantom")))
-    report.text(f"{n} {studies.version} test studies; checkpoint `{told['path']}` (phase {told['phase']}); intervals of 95 %, patients drawn.")
+    report.text(
+        f"{n} test studies ({studies.version}); checkpoint `{told['path']}` (phase {told['phase']}); intervals of"
+        " 95 %, patients drawn."
+    )
     columns = {name: key for name, key in COLUMNS.items() if key != "f1_micro_drawn" or drawn}
     groups = [list(columns.items())[:8], list(columns.items())[8:]]
     for group in groups:
         report.table(["", *(name for name, _ in group)],
-                     [[line, *(with_interval(found.get(key), number) for _, key in group)] for line, found in table.items()])  # fmt: skip
+                     [[line, *(with_interval(found.get(key), number) for _, key in group)]
+                      for line, found in table.items()])  # fmt: skip
     keys = ("distinct_reports", "distinct_sentences", "share_most_frequent", "self_bleu", "words", "length_ratio")
     report.heading("Diversity")
     report.table(["", *keys], [[line, *(number(found["diversity"][k]) for k in keys)] for line, found in table.items()])
     report.text(f"References: {table['model']['diversity']['reference_distinct_reports']} distinct of {n}.")
     report.heading("Does it use the films?")
-    report.table(["micro-F1-13 of the model, minus", "difference"], [[k, with_interval(v, number)] for k, v in gains.items()])
+    report.table(
+        ["micro-F1-13 of the model, minus", "difference"], [[k, with_interval(v, number)] for k, v in gains.items()]
+    )
     report.text(f"**{sentence}**")
     report.heading(f"Abnormal studies only ({abnormal['n']})")
     names = {k: v for k, v in COLUMNS.items() if v in ("bleu_4", "rouge_l", "cider", "f1_micro_13", "f1_macro_13")}
@@ -181,29 +186,31 @@ def main(argv=None):
     args = parse_args(argv)
     started = time.time()
     seed_everything(args.seed)
-    model, told, studies = load_for(args)
+    model, told, decoding = open_model(args)
+    studies = studies_for(args, told)
     device, notes = told["device"], studies.notes
     phantom, test = bool(notes.get("phantom")), studies.split(args.split)
     if phantom:
         print(f"*** {PHANTOM} ***")
     print(studies)
     if not test or not studies.split("train") or not studies.split("val"):
-        raise InputError("train, val and test studies are all needed: the lines beside the model come from train and val")
+        raise InputError(
+            "train, val and test studies are all needed: the lines beside the model come from train and val"
+        )
     labeller = load_chexbert(*args.chexbert, device) if args.chexbert else None
     run_dir = open_run_dir(args, TASK, "evaluate")
-    beams, shortest = told.get("decoding", [1, 0])
-    decoding = {"beams": args.beams or beams, "min_tokens": shortest if args.min_tokens is None else args.min_tokens}
-    decoding["length_penalty"] = args.length_penalty
     lines, seen = make_lines(model, studies, test, args, device, decoding)
 
     references, groups = [row["reference"] for row in test], [row["patient"] for row in test]
     read = labeller.label if labeller else lambda texts: [label_report(text) for text in texts]
     written, true = {name: read(texts) for name, texts in lines.items()}, read(references)
-    names = (notes.get("drawn") or {}).get("conditions") or list(CONDITIONS[1:])
+    names = conditions_drawn(notes)
     drawn = (names, np.array([[row["truth"][c] == 1 for c in names] for row in test])) if phantom else None
     bert = None
     if args.bertscore_model:
-        bert = lambda a, b: bert_score(a, b, args.bertscore_model, args.bertscore_layer, per_report=True, device=device)["bertscore_f1"]  # noqa: E731
+        bert = lambda a, b: bert_score(
+            a, b, args.bertscore_model, args.bertscore_layer, per_report=True, device=device
+        )["bertscore_f1"]  # noqa: E731
     options = {"bert": bert, "tokenizer": args.tokenizer, "num_samples": args.num_samples}
     table, draws = score_lines(lines, references, written, true, groups, drawn, **options)
     gains, sentence = image_use(draws)
@@ -214,34 +221,46 @@ def main(argv=None):
         abnormal["table"] = score_lines(some[0], [references[i] for i in ill], some[1], [true[i] for i in ill],
                                         [groups[i] for i in ill], **options)[0]  # fmt: skip
     agreement = consistency(seen["logits"], told["thresholds"], written["model"]) if told.get("thresholds") else None
-    found = faithfulness(model, test[: args.faithfulness], notes, args, told, device, decoding) if args.faithfulness else None
+    found = (
+        faithfulness(model, test[: args.faithfulness], notes, args, told, device, decoding)
+        if args.faithfulness
+        else None
+    )
 
     write_json(run_dir / "metrics.json", {
-        "dataset": studies.facts() | {"phantom": phantom}, "split": args.split, "n": len(test), "checkpoint": told["path"],
+        "dataset": studies.facts() | {"phantom": phantom}, "split": args.split, "n": len(test),
+        "checkpoint": told["path"],
         "phase": told["phase"], "decoding": decoding, "labels_read_by": "CheXbert" if labeller else "rules",
-        "lines": table, "image_use": {"gains": gains, "sentence": sentence}, "abnormal": abnormal, "consistency": agreement,
+        "lines": table, "image_use": {"gains": gains, "sentence": sentence}, "abnormal": abnormal,
+        "consistency": agreement,
         "clinical": clinical_efficacy(written["model"], true), "faithfulness": found, "seed": args.seed,
         "settings": settings_of(args), **run_facts(started, device),
     })  # fmt: skip
     write_jsonl(run_dir / "predictions.jsonl", [
-        {"uid": row["uid"], "patient": row["patient"], "reference": row["reference"], **{k: v[i] for k, v in lines.items()}}
+        {"uid": row["uid"], "reference": row["reference"], **{k: v[i] for k, v in lines.items()}}
         for i, row in enumerate(test)])  # fmt: skip
     extra = faithfulness_tables(found) if found else []
-    make_report(studies, told, len(test), table, sentence, gains, abnormal, agreement, extra, drawn).write(run_dir, page=True)
+    make_report(studies, told, len(test), table, sentence, gains, abnormal, agreement, extra, drawn).write(
+        run_dir, page=True
+    )
     if args.export_rexrank:
         export_rexrank(args.export_rexrank, test, lines["model"])
     for line, row in table.items():
         print(f"{line:32s} BLEU-4 {with_interval(row['bleu_4'], number)}  ROUGE-L {number(row['rouge_l']['value'])}"
-              f"  micro-F1-13 {with_interval(row['f1_micro_13'], number)}  distinct {row['diversity']['distinct_reports']}")  # fmt: skip
+              f"  micro-F1-13 {with_interval(row['f1_micro_13'], number)}"
+              f"  distinct {row['diversity']['distinct_reports']}")  # fmt: skip
     if drawn:
-        print(f"micro-F1 against what was drawn ({', '.join(names)}): {with_interval(table['model']['f1_micro_drawn'], number)}")
+        print(
+            f"micro-F1 against what was drawn ({', '.join(names)}):"
+            f" {with_interval(table['model']['f1_micro_drawn'], number)}"
+        )
     print(f"{sentence}\nresults in {run_dir} ({time.time() - started:.0f} s)")
 
 
 def export_rexrank(path, rows, texts):
     """ReXrank scores a JSON of studies with the report and `model_prediction`; on IU X-ray its test set is R2Gen's."""
     write_json(path, {
-        str(row["uid"]): {"image_path": [f for f in row["films"].values() if f], "report": row["reference"], "model_prediction": text}
+        str(row["uid"]): {"report": row["reference"], "model_prediction": text}
         for row, text in zip(rows, texts, strict=True)
     })  # fmt: skip
 

@@ -1,5 +1,5 @@
 """
-What a CheXQuery's queries do, in numbers: where their maps lie, and what goes when a query, its pixels or the lesion goes.
+What CheXQuery's queries do, in numbers: where their maps lie; what goes when a query, its pixels or the lesion goes.
 
     found = faithfulness(model, rows, notes, ...)     # phantom: all tests; real films: those that need no drawn truth
 
@@ -7,6 +7,8 @@ Maps come in two kinds: "attention", the mean over the heads of the last layer, 
 positive gradient of the query's own logit, over all layers. Every number stands beside a control: the map or the vector
 of a random other query, random patches, the share of the film that the true boxes cover.
 """
+
+import warnings
 
 import numpy as np
 import torch
@@ -67,17 +69,15 @@ def mean_of(rows, key):
         return None
     v, groups = zip(*values, strict=True)
     codes = {g: i for i, g in enumerate(dict.fromkeys(groups))}
-    import warnings
-
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore")  # few patients: the number of cases stands beside the interval
         found = bootstrap_interval(lambda a, n: a / n, np.array(v), np.ones(len(v)), of_sums=True, num_samples=1000,
                                    groups=np.array([codes[g] for g in groups]))  # fmt: skip
     return {k: found[k] for k in ("value", "low", "high")} | {"n": len(v)}
 
 
 def pointing(model, rows, looked, present, drawn, rng):
-    """Phantom: do condition maps lie on the drawn lesions, and region maps on their organs? -> rows, one a (study, query)."""
+    """Phantom: do condition maps lie on the lesions, region maps on their organs? -> rows, one a (study, query)."""
     found = []
     size = model.image_size
     for kind in KINDS:
@@ -95,8 +95,10 @@ def pointing(model, rows, looked, present, drawn, rng):
                 same = [j for j, n in enumerate(model.names) if j != q and (n in CONDITIONS) == (what == "condition")]
                 hit, mass = inside(maps[i, q], mask)
                 other_hit, other_mass = inside(maps[i, rng.choice(same)], mask)
-                found.append({"patient": row["patient"], "kind": kind, "what": what, "name": name, "hit": hit, "mass": mass,
-                              "other_hit": other_hit, "other_mass": other_mass, "area": float(mask.mean())})  # fmt: skip
+                found.append({
+                    "patient": row["patient"], "kind": kind, "what": what, "name": name, "hit": hit, "mass": mass,
+                    "other_hit": other_hit, "other_mass": other_mass, "area": float(mask.mean()),
+                })  # fmt: skip
     return found
 
 
@@ -183,7 +185,9 @@ def erased(images, patches, grid):
     """images uint8 (B, V, S, S), patches bool (B, V, g, g): these squares take the mean of their film."""
     size = images.shape[-1]
     edges = torch.linspace(0, size, grid + 1).round().long()
-    where = patches.repeat_interleave(edges.diff().to(patches.device), -1).repeat_interleave(edges.diff().to(patches.device), -2)
+    where = patches.repeat_interleave(edges.diff().to(patches.device), -1).repeat_interleave(
+        edges.diff().to(patches.device), -2
+    )
     means = images.float().mean((-1, -2), keepdim=True).round().to(images.dtype)
     return torch.where(where, means, images)
 
@@ -202,7 +206,11 @@ def deletion(model, images, looked, present, rows, thresholds, rng):
         other = int(rng.choice([j for j in range(1, len(CONDITIONS)) if j != k]))
         chance = torch.from_numpy(rng.random((len(chosen), there.shape[1]))).to(maps)
         drops = {}
-        for name, rank in (("own", maps[chosen, k].flatten(1)), ("other", maps[chosen, other].flatten(1)), ("random", chance)):
+        for name, rank in (
+            ("own", maps[chosen, k].flatten(1)),
+            ("other", maps[chosen, other].flatten(1)),
+            ("random", chance),
+        ):
             rank = rank.masked_fill(~there[chosen], -1)
             count = (there[chosen].sum(1) * ERASED).round().long()
             order = rank.argsort(1, descending=True).argsort(1)
@@ -211,7 +219,9 @@ def deletion(model, images, looked, present, rows, thresholds, rng):
                 logits = model(erased(images[chosen], gone, grid), present[chosen]).logits[:, k]
             drops[name] = (seen.logits[chosen, k] - logits).tolist()
         for n, i in enumerate(chosen.tolist()):
-            found.append({"patient": rows[i]["patient"], "condition": condition, **{f"{k}_drop": v[n] for k, v in drops.items()}})
+            found.append(
+                {"patient": rows[i]["patient"], "condition": condition, **{f"{k}_drop": v[n] for k, v in drops.items()}}
+            )
     return found
 
 
@@ -230,13 +240,16 @@ def swapping(model, looked, present, rng, pairs=5):
     return worst
 
 
-def sides(model, looked, present, texts):
-    """Region maps of the lungs where the text names one side only: share of the weight in that half of the frontal film."""
+def sides(model, looked, present):
+    """Region maps of the lungs: share of their weight in the frontal film that lies in that half of it."""
     if not set(REGIONS) <= set(model.names):
         return None
     maps = maps_of(model, looked, present)[1][:, :, 0]
     left = maps[..., maps.shape[-1] // 2 :].sum((-1, -2)) / maps.sum((-1, -2)).clamp(min=1e-9)  # the image's right half
-    shares = {"left_lung": left[:, model.names.index("left_lung")], "right_lung": 1 - left[:, model.names.index("right_lung")]}
+    shares = {
+        "left_lung": left[:, model.names.index("left_lung")],
+        "right_lung": 1 - left[:, model.names.index("right_lung")],
+    }
     return {name: float(share.mean()) for name, share in shares.items()}
 
 
@@ -250,7 +263,7 @@ def faithfulness(model, rows, notes, args, told, device, decoding):
         parts = [model.look(images[i : i + 50], present[i : i + 50]) for i in range(0, len(rows), 50)]
         looked = [torch.cat(part) for part in zip(*parts, strict=True)]
         texts = model.write(model(looked=looked, present=present).tokens, **decoding)[0]
-    found = {"n": len(rows), "lung maps in their half": sides(model, looked, present, texts)}
+    found = {"n": len(rows), "lung maps in their half": sides(model, looked, present)}
     if model.num_conditions:
         thresholds = told.get("thresholds") or [0.5] * len(CONDITIONS)
         cases = removal(model, texts, looked, present, rows, thresholds, decoding, rng)
@@ -262,7 +275,9 @@ def faithfulness(model, rows, notes, args, told, device, decoding):
     if notes.get("phantom"):
         found["pointing"] = pointing_summary(pointing(model, rows, looked, present, notes["drawn"], rng))
         cases = redrawing(model, rows, texts, notes["drawn"], device, decoding)
-        found["redrawn"] = {what: mean_of([c for c in cases if c["what"] == what], "gone") for what in ("lesion", "other finding")}
+        found["redrawn"] = {
+            what: mean_of([c for c in cases if c["what"] == what], "gone") for what in ("lesion", "other finding")
+        }
     return found
 
 
@@ -270,23 +285,36 @@ def faithfulness_tables(found):
     """-> [(heading, sentence, header, rows)] for the report."""
     tables = []
     if "redrawn" in found:
-        rows = [[f"without the {what}", with_interval(v, percent), v["n"] if v else 0] for what, v in found["redrawn"].items()]
-        tables.append(("Film drawn anew", "Share of named conditions whose sentence goes.", ["", "gone, %", "cases"], rows))
+        rows = [
+            [f"without the {w}", with_interval(v, percent), v["n"] if v else 0] for w, v in found["redrawn"].items()
+        ]
+        tables.append(
+            ("Film drawn anew", "Share of named conditions whose sentence goes.", ["", "gone, %", "cases"], rows)
+        )
     if "removal" in found:
-        rows = [[{"own": "its own query", "other": "a random other query"}[who],
-                 *(with_interval(found["removal"][f"{who}_{key}"], show) for key, show in
-                   (("drop", number), ("label_gone", percent), ("gone", percent)))] for who in ("own", "other")]  # fmt: skip
-        tables.append(("Query k replaced by its mean over studies without k", "Cases: head and text both say k.",
-                       ["", "fall of logit k", "label k gone, %", "sentence gone, %"], rows))  # fmt: skip
+        columns = ("drop", number), ("label_gone", percent), ("gone", percent)
+        rows = [[name, *(with_interval(found["removal"][f"{who}_{key}"], show) for key, show in columns)]
+                for who, name in (("own", "its own query"), ("other", "a random other query"))]  # fmt: skip
+        text, header = (
+            "Cases: head and text both say k.",
+            ["", "fall of logit k", "label k gone, %", "sentence gone, %"],
+        )
+        tables.append(("Query k replaced by its mean over studies without k", text, header, rows))
         rows = [[who, with_interval(found["deletion"][f"{who}_drop"], number)] for who in ("own", "other", "random")]
-        tables.append((f"{ERASED:.0%} of the patches erased, ranked by a query's map", "Fall of logit k; random: any patches.",
-                       ["ranked by", "fall of logit k"], rows))  # fmt: skip
-        tables.append(("Two condition queries swapped", "Their logits swap, and nothing else changes, up to this difference.",
-                       ["largest difference"], [[f"{found['swap']:.1e}"]]))  # fmt: skip
-    rows = [[kind, what, name, row["hit"]["n"], percent(row["hit"]["value"]), percent(row["area"]["value"]),
-             number(row["times_chance"], 2), percent(row["other_hit"]["value"]), number(row["mass_times_chance"], 2)]
-            for kind, parts in found.get("pointing", {}).items() for what, names in parts.items() for name, row in names.items()]  # fmt: skip
+        text, header = "Ranked by the map of query k, of a random other query, or at random.", ["", "fall of logit k"]
+        tables.append((f"{ERASED:.0%} of the patches erased", text, header, rows))
+        text = "Their logits swap and no other changes, up to this difference; the text cannot change: pooling has no order."
+        tables.append(("Two condition queries swapped", text, ["largest difference"], [[f"{found['swap']:.1e}"]]))
+    rows = [
+        [kind, what, name, row["hit"]["n"], with_interval(row["hit"], percent), percent(row["area"]["value"]),
+         number(row["times_chance"], 2), percent(row["other_hit"]["value"]), number(row["mass_times_chance"], 2)]
+        for kind, parts in found.get("pointing", {}).items() for what, names in parts.items()
+        for name, row in names.items()
+    ]  # fmt: skip
     if rows:
-        header = ["map", "queries", "", "cases", "hits, %", "chance, %", "times chance", "hits of another query, %", "weight, times chance"]
-        tables.append(("Do the maps lie on what was drawn?", "Hit: the highest patch lies in the true box (conditions) or organ.", header, rows))
+        header = "map|queries||cases|hits, %|chance, %|times chance|another query's hits, %|weight, times chance".split(
+            "|"
+        )
+        text = "Hit: the highest patch lies in the true box (conditions) or in the organ (regions)."
+        tables.append(("Do the maps lie on what was drawn?", text, header, rows))
     return tables

@@ -1,5 +1,5 @@
 """
-Prepare the studies that CheXQuery trains on: IU X-ray or the phantom, split by patient, with label targets and an audit.
+Prepare the studies that CheXQuery trains on: IU X-ray or the phantom, split by patient, with labels and an audit.
 
 Usage:
     python chexquery/prepare.py --splits-file outputs/splits/data_splits.json                  # IU X-ray, R2Gen's split
@@ -34,7 +34,8 @@ def parse_args(argv=None):
     add_data_options(g)
     g.add_argument("--split", default="r2gen", choices=["r2gen", "patient"],
         help="IU X-ray: R2Gen's 2,069 / 296 / 590 studies, or 70/15/15 of all patients (%(default)s)")
-    g.add_argument("--reports", default="auto", choices=["auto", "csv", "xml"], help="IU X-ray: which files (%(default)s)")
+    g.add_argument("--reports", default="auto", choices=["auto", "csv", "xml"],
+        help="IU X-ray: which files (%(default)s)")
     g.add_argument("--chexbert", nargs=2, metavar=("FILE", "DIR"),
         help="chexbert.pth and a bert-base-uncased folder, for --labels chexbert")
     # fmt: on

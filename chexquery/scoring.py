@@ -2,7 +2,7 @@
 Numbers of a set of written reports, each with a bootstrap interval, and whether they show that the films were used.
 
     scores = score_lines({"model": texts, "blank images": others}, references, labels)     # {line: {metric: interval}}
-    used(scores_of_pairs...)                                                                # see image_use
+    image_use(draws)                                                                        # -> a sentence
 
 The unit that is drawn is the patient. All lines are resampled alike, so differences are paired.
 """
@@ -88,11 +88,13 @@ def line_draws(texts, references, written, true, resamples, tokenizer="r2gen", d
     return found
 
 
-def score_lines(lines, references, written, true, groups=None, drawn=None, bert=None, tokenizer="r2gen", num_samples=1000):
+def score_lines(
+    lines, references, written, true, groups=None, drawn=None, bert=None, tokenizer="r2gen", num_samples=1000
+):
     """
-    lines {name: N texts}, references N texts; written {name: N label dicts}, true N label dicts -> (table {name: {metric:
-    {"value", "low", "high"}}}, draws {name: {metric: (M + 1,)}} for differences between lines). CIDEr's word weights are
-    those of these references in every resample.
+    lines {name: N texts}, references N texts; written {name: N label dicts}, true N label dicts -> (table {name:
+    {metric: {"value", "low", "high"}}}, draws {name: {metric: (M + 1,)}} for differences between lines). CIDEr's word
+    weights are those of these references in every resample.
     """
     resamples = Resamples(len(references), groups, num_samples)
     draws = {name: line_draws(texts, references, written[name], true, resamples, tokenizer, drawn, bert)
@@ -108,9 +110,13 @@ def image_use(draws, key="f1_micro_13", line="model", others=("shuffled images",
     gains = {name: interval(draws[line][key] - draws[name][key]) for name in others if name in draws}
     lost = [name for name, gain in gains.items() if gain["low"] is None or gain["low"] <= 0]
     if not lost:
-        return gains, f"The model uses the films: its {key} lies above that with {', '.join(gains)}, each interval above 0."
+        return (
+            gains,
+            f"The model uses the films: its {key} lies above that with {', '.join(gains)}, each interval above 0.",
+        )
     return gains, (
-        f"These numbers do not show that the model uses the films: its {key} is not clearly above that of {', '.join(lost)}."
+        f"These numbers do not show that the model uses the films: its {key} is not clearly above that of"
+        f" {', '.join(lost)}."
     )
 
 

@@ -10,8 +10,8 @@ Usage:
     torchrun --nproc-per-node 2 chexquery/train.py --all-phases --model tiny --data phantom
 
 Expected of these: see chexquery/README.md, where each number stands beside its command.
-Writes to the run folder: phase1/, phase2/, phase3/, each with best.pt (for evaluate.py, infer.py, visualize.py), last.pt
-(to resume), history.jsonl, val_reports.jsonl; metrics.json, figures/curves.png.
+Writes to the run folder: phase1/, phase2/, phase3/, each with best.pt (for evaluate.py, infer.py, visualize.py),
+last.pt (to resume), history.jsonl, val_reports.jsonl; metrics.json, figures/curves.png.
 
 Phase 1 aligns the queries: a pretrained vision tower and text model are frozen, and the tower's features are computed
 once (--cache-features). Phase 2 trains all of it, with LoRA in both, on report and labels together. Phase 3 trains the
@@ -37,7 +37,8 @@ import yaml
 from tqdm import tqdm
 
 from chexquery.cases import Films, add_data_options, label_targets, load_studies, region_targets
-from chexquery.model import SHAPE, build_model, load_model, save_model
+from chexquery.checkpoints import save_model
+from chexquery.model import SHAPE, build_model
 from shared.data.augment import affine
 from shared.metrics.classification import choose_threshold
 from shared.metrics.clinical import averages, positive_matrix
@@ -84,7 +85,7 @@ def build_parser():
     g.add_argument("--shuffle-regions", action="store_true",
         help="control: region targets of another study, so that region queries learn nothing of their region")
     g = parser.add_argument_group("model")
-    g.add_argument("--vision-model", default="tiny:siglip", help="SigLIP: hub name, folder or tiny:siglip (%(default)s)")
+    g.add_argument("--vision-model", default="tiny:siglip", help="hub name, folder or tiny:siglip (%(default)s)")
     g.add_argument("--text-model", default="tiny:t5", help="Flan-T5: hub name, folder or tiny:t5 (%(default)s)")
     g.add_argument("--condition-model", default="tiny:bert", help="BERT that gives the query starts (%(default)s)")
     g.add_argument("--query-init", default="text", choices=["text", "random"], help="start of the condition queries")
@@ -93,7 +94,7 @@ def build_parser():
     g.add_argument("--width", type=positive_int, default=192, help="tiny models: numbers per token (%(default)s)")
     g.add_argument("--vision-layers", type=positive_int, default=4, help="tiny tower (%(default)s)")
     g.add_argument("--text-layers", type=positive_int, default=4, help="tiny decoder (%(default)s)")
-    g.add_argument("--vocabulary", type=positive_int, default=1024, help="tiny: pieces, of training reports (%(default)s)")
+    g.add_argument("--vocabulary", type=positive_int, default=1024, help="tiny: pieces, of the reports (%(default)s)")
     g.add_argument("--num-layers", type=positive_int, default=2, help="layers of the queries (%(default)s)")
     g.add_argument("--num-heads", type=positive_int, default=8, help="attention heads of the queries (%(default)s)")
     g.add_argument("--num-pool-queries", type=int, default=10, help="visual tokens beside the global one (%(default)s)")
@@ -133,7 +134,7 @@ def build_parser():
         help="phase 1 with a frozen tower: its features once, without --augment")
     g.add_argument("--cache-gib", type=positive_float, default=4.0, help="GiB for kept films or features (%(default)s)")
     g = parser.add_argument_group("validation")
-    g.add_argument("--eval-studies", type=positive_int, default=200, help="validation studies written about (%(default)s)")
+    g.add_argument("--eval-studies", type=positive_int, default=200, help="validation studies (%(default)s)")
     g.add_argument("--eval-batch", type=positive_int, default=50, help="reports written at once (%(default)s)")
     g.add_argument("--beams", type=positive_int, default=1, help="of evaluate.py and infer.py; validation is greedy")
     g.add_argument("--min-tokens", type=int, default=0, help="shortest report, in tokens (%(default)s)")
@@ -158,7 +159,14 @@ def parse_args(argv=None):
             parser.error(f"--{name.replace('_', '-')} takes one value or three, one for each phase")
         setattr(args, name, values * 3 if len(values) == 1 else values)
     if args.dry_run:
-        args.model, args.data, args.device, args.films, args.epochs, args.eval_studies = "tiny", "phantom", "cpu", 32, [1] * 3, 8
+        args.model, args.data, args.device, args.films, args.epochs, args.eval_studies = (
+            "tiny",
+            "phantom",
+            "cpu",
+            32,
+            [1] * 3,
+            8,
+        )
         args.splits_file, args.width, args.vision_layers, args.text_layers, args.gate_hidden = None, 64, 1, 1, 32
     if args.num_pool_queries < 0 or args.num_pool_queries > 256:
         parser.error("--num-pool-queries must be between 0 and 256")
@@ -250,7 +258,9 @@ def losses(model, split, indices, args, phase, device, dtype, augmenting=False):
     ):
         if logits is not None:
             mask = mask[indices].to(device)
-            each = F.binary_cross_entropy_with_logits(logits.float(), target[indices].to(device), weight, reduction="none")
+            each = F.binary_cross_entropy_with_logits(
+                logits.float(), target[indices].to(device), weight, reduction="none"
+            )
             found[name] = (each * mask).sum() / mask.sum().clamp(min=1)
     aux = args.aux_weight[phase - 1]
     total = report + aux * (found.get("labels", 0) + args.region_weight * found.get("regions", 0))
@@ -283,8 +293,10 @@ def validate(model, split, args, phase, device, dtype):
     thresholds = None
     if logits:
         scores = torch.cat(logits).sigmoid().numpy().astype(float)
-        thresholds = [choose_threshold(true[:, j].astype(int), scores[:, j]) if 0 < true[:, j].sum() < len(true) else 0.5
-                      for j in range(len(CONDITIONS))]  # fmt: skip
+        both = [0 < true[:, j].sum() < len(true) for j in range(len(CONDITIONS))]
+        thresholds = [
+            choose_threshold(true[:, j].astype(int), scores[:, j]) if both[j] else 0.5 for j in range(len(both))
+        ]
     rows = [{"uid": r["uid"], "reference": r["reference"], "text": t} for r, t in zip(split.rows, texts, strict=True)]
     return {
         "val_loss": report_loss / len(texts), "score": score, "f1_macro": macro, "f1_micro_13": numbers["f1_micro_13"],
@@ -369,11 +381,14 @@ def train_phase(args, phase, model, train, val, facts, run_dir, work):
                 values["totals"][name] = values["totals"].get(name, 0) + value
             bar.update()
             if step % per_epoch == 0:
-                finish_epoch(args, phase, model, val, facts, folder, work, values, {"step": step, "epoch": epoch + 1, "lr": lr})
+                finish_epoch(
+                    args, phase, model, val, facts, folder, work, values, {"step": step, "epoch": epoch + 1, "lr": lr}
+                )
             values |= {"step": step, "done": step == num_steps or values["done"]}
-            if step % per_epoch == 0 or stop.requested():
+            stopping = stop.requested()
+            if step % per_epoch == 0 or stopping:
                 save_state(last_path, *saved, **values)
-            if stop.requested():
+            if stopping:
                 stop.exit(run_dir)
     bar.close()
     return values["history"], values["best"]
@@ -389,7 +404,9 @@ def finish_epoch(args, phase, model, val, facts, folder, work, values, row):
         numbers = box[0]
     totals, thresholds = values["totals"], numbers.pop("thresholds")
     row |= {"phase": phase, "train_loss": totals["loss"] / totals["steps"], **numbers}
-    row |= {f"train_{name}": totals[name] / totals["steps"] for name in ("report", "labels", "regions") if name in totals}
+    row |= {
+        f"train_{name}": totals[name] / totals["steps"] for name in ("report", "labels", "regions") if name in totals
+    }
     row |= {"seconds": totals["seconds"], "studies_per_second": totals["studies"] / totals["seconds"]}
     values["history"].append(row)
     best = values["best"]
@@ -400,9 +417,12 @@ def finish_epoch(args, phase, model, val, facts, folder, work, values, row):
     values["done"] = values["since_best"] >= args.patience
     if rank > 0:
         return
-    print(f"phase {phase} epoch {row['epoch']:3d}  loss {row['train_loss']:.3f}  val loss {row['val_loss']:.3f}  F1 micro"
-          f" {row['f1_micro_13']:.3f} macro {row['f1_macro']:.3f}  distinct {row['distinct']:.2f}"
-          f"  {row['studies_per_second']:.1f} studies/s{'  *' if better else ''}", flush=True)  # fmt: skip
+    print(
+        f"phase {phase} epoch {row['epoch']:3d}  loss {row['train_loss']:.3f}  val loss {row['val_loss']:.3f}"
+        f"  F1 micro {row['f1_micro_13']:.3f} macro {row['f1_macro']:.3f}  distinct {row['distinct']:.2f}"
+        f"  {row['studies_per_second']:.1f} studies/s{'  *' if better else ''}",
+        flush=True,
+    )
     if row["collapsed"]:
         print(f"*** collapse: {row['share_most_frequent']:.0%} of the validation reports are one and the same ***")
     if values["done"]:
@@ -415,7 +435,7 @@ def finish_epoch(args, phase, model, val, facts, folder, work, values, row):
 
 
 def start_of(args, phase, run_dir, rank):
-    """The checkpoint that a phase starts from, None for phase 1. InputError where there is none, or of another phase."""
+    """What a phase starts from, None for phase 1. InputError where there is no checkpoint, or one of another phase."""
     path = Path(args.start_from) if args.start_from else run_dir / f"phase{phase - 1}" / "best.pt"
     if phase == 1:
         return None
@@ -446,9 +466,9 @@ def main(argv=None):
         raise InputError(f"{len(train_rows)} studies to train on and {len(val_rows)} for validation: both are needed")
     seed_everything(args.seed)
     model = build_model(shape_of(args), [row["report"] for row in train_rows]).to(device)
-    drawn_facts = {"name": studies.name, "version": studies.version, "notes": {k: studies.notes.get(k) for k in ("section", "labels")}}
-    facts = {"name": studies.name, "phantom": phantom, "section": studies.notes.get("section"), "views": args.views,
-             "drawn": drawn, "of": f"{studies.name}, {studies.version}, {len(train_rows)} + {len(val_rows)}, {drawn_facts['notes']}"}  # fmt: skip
+    of = f"{studies.name}, {studies.version}, {len(train_rows)} + {len(val_rows)} studies, labels {studies.notes['labels']}"
+    facts = {"name": studies.name, "phantom": phantom, "section": studies.notes["section"], "views": args.views}
+    facts |= {"drawn": drawn, "of": of}
     run_dir = open_run_dir(args, TASK, "train")
     train = Split(train_rows, model, args, drawn, args.shuffle_regions)
     val = Split(val_rows, model, args, drawn)

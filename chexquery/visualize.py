@@ -25,29 +25,27 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from chexquery.cases import VIEWS, Films, phantom_rows, square, study_of
+from chexquery.cases import VIEWS, Films, add_file_options, phantom_rows, read_files, study_of
+from chexquery.checkpoints import add_writing_options, open_model
 from chexquery.faithfulness import deletion, maps_of, pointing, pointing_summary
-from chexquery.model import REGIONS, load_model, untrained
-from shared.data.images import find_images, read_image
+from chexquery.model import REGIONS
 from shared.metrics.labels import CONDITIONS
 from shared.report import Report, number, percent, save_figure
-from shared.runtime import InputError, atomic_file, newest_run, open_run_dir, pick_device, positive_int, run_facts, script
-from shared.runtime import script_parser, seed_everything, write_json
+from shared.runtime import atomic_file, open_run_dir, positive_int, run_facts, script, script_parser, seed_everything
+from shared.runtime import write_json
 
 TASK = "chexquery"
 
 
 def parse_args(argv=None):
     parser = script_parser(__doc__, task=TASK)
-    # fmt: off
     g = parser.add_argument_group("what is shown")
-    g.add_argument("--checkpoint", metavar="PATH", help="best.pt, or a run folder (default: the newest run)")
-    g.add_argument("--images", nargs="+", metavar="FILE", help="frontal films: files, folders, patterns")
-    g.add_argument("--lateral", nargs="+", metavar="FILE", help="their lateral films, as many, in the same order")
+    add_writing_options(g)
+    add_file_options(g)
+    # fmt: off
     g.add_argument("--data", choices=["phantom"], help="phantom: test films like those it was trained on")
     g.add_argument("--studies", type=positive_int, default=3, help="phantom: how many (%(default)s)")
     g.add_argument("--kind", default="attention", choices=["attention", "gradient"], help="of maps (%(default)s)")
-    g.add_argument("--beams", type=positive_int, help="1 is greedy (default: as trained)")
     # fmt: on
     args = parser.parse_args(argv)
     if args.dry_run:
@@ -59,32 +57,19 @@ def parse_args(argv=None):
 
 def films_of(args, model, told):
     """-> (rows, images uint8 (N, 2, S, S), present bool (N, 2), drawn settings or None)."""
-    if args.data:
-        drawn, views = told["data"].get("drawn") or {}, told["data"]["views"]
-        rows = phantom_rows(4 * args.studies, **drawn).split("test")
-        rows = [row for row in rows if row["labels"]["No Finding"] != 1][: args.studies] or rows[: args.studies]
-        images, present = Films(rows, model.image_size, drawn, views).get(list(range(len(rows))))
-        return rows, images, present, drawn
-    frontal = find_images(args.images)[: args.limit]
-    lateral = find_images(args.lateral)[: args.limit] if args.lateral else [None] * len(frontal)
-    if len(frontal) != len(lateral):
-        raise InputError(f"{len(frontal)} frontal and {len(lateral)} lateral films: give one lateral film for each")
-    images = np.zeros((len(frontal), 2, model.image_size, model.image_size), np.uint8)
-    for i, files in enumerate(zip(frontal, lateral, strict=True)):
-        for j, file in enumerate(files):
-            if file is not None:
-                try:
-                    images[i, j] = square(read_image(file), model.image_size)
-                except InputError as error:
-                    raise InputError(f"{file}: {error}") from error
-    rows = [{"uid": path.name, "patient": path.name} for path in frontal]
-    return rows, images, np.array([[True, file is not None] for file in lateral]), None
+    if not args.data:
+        return *read_files(args, model.image_size)[:3], None
+    drawn, views = told["data"].get("drawn") or {}, told["data"]["views"]
+    rows = phantom_rows(8 * args.studies, **drawn).split("test")
+    rows = [row for row in rows if row["labels"]["No Finding"] != 1][: args.studies] or rows[: args.studies]
+    images, present = Films(rows, model.image_size, drawn, views).get(list(range(len(rows))))
+    return rows, images, present, drawn
 
 
 def word_maps(model, seen, ids, maps):
     """
-    ids (L,) of one written report, seen and maps of its study alone -> (words, maps (W, V, g, g), share of attention on the
-    global token (W,)). A word's map is the mean over its pieces, all layers and heads of the decoder.
+    ids (L,) of one written report, seen and maps of its study alone -> (words, maps (W, V, g, g), share of attention on
+    the global token (W,)). A word's map is the mean over its pieces, all layers and heads of the decoder.
     """
     ids = ids[(ids != model.tokenizer.pad_token_id) & (ids != model.tokenizer.eos_token_id)]
     full = torch.tensor([*model.prompt_ids, *ids.tolist()], device=ids.device)[None]
@@ -92,7 +77,9 @@ def word_maps(model, seen, ids, maps):
         attention = model.decoder_logits(seen.tokens, full, attention=True)[1]
     attention = torch.stack(attention).mean((0, 2))[0, len(model.prompt_ids) :].float()  # (L, T)
     pooled = attention[:, 1:] @ seen.pooling[0].float() if seen.pooling is not None else None
-    places = torch.einsum("lq,qvgh->lvgh", pooled, maps[0]) if pooled is not None else torch.zeros(len(ids), *maps.shape[2:])
+    places = (
+        torch.einsum("lq,qvgh->lvgh", pooled, maps[0]) if pooled is not None else torch.zeros(len(ids), *maps.shape[2:])
+    )
     words, spans = [], []
     for i, piece in enumerate(model.tokenizer.convert_ids_to_tokens(ids.tolist())):
         if piece.startswith("▁") or not words:
@@ -109,7 +96,9 @@ def overlay(axis, image, map_, boxes=(), title=""):
     size = image.shape[0]
     axis.imshow(image, cmap="gray", vmin=0, vmax=255)
     heat = map_ / max(map_.max(), 1e-12)
-    axis.imshow(heat, cmap="inferno", alpha=0.5 * heat / max(heat.max(), 1e-12), extent=(0, size, size, 0), vmin=0, vmax=1)
+    axis.imshow(
+        heat, cmap="inferno", alpha=0.5 * heat / max(heat.max(), 1e-12), extent=(0, size, size, 0), vmin=0, vmax=1
+    )
     for x0, y0, x1, y1 in boxes:
         axis.add_patch(plt.Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, color="cyan", linewidth=1))
     axis.set_title(title, fontsize=8)
@@ -119,7 +108,9 @@ def overlay(axis, image, map_, boxes=(), title=""):
 def grid_figure(panels, columns, image_of):
     """panels: (view, map, boxes, title) -> a figure with as many rows as it takes."""
     lines = -(-len(panels) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(1.75 * columns, 1.95 * lines + 0.5), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(1.75 * columns, 1.95 * lines + 0.5), squeeze=False, layout="constrained"
+    )
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
     for axis, (view, map_, boxes, title) in zip(axes.flat, panels, strict=False):
@@ -134,7 +125,10 @@ def show_study(n, row, images, present, model, seen, maps, text, ids, drawn, run
     boxes = {}
     if drawn is not None:
         study = study_of(row, drawn, model.image_size)
-        boxes = {c: [b for f in study.drawn if f.condition == c for b in study.boxes[f.name]] for c in {f.condition for f in study.drawn}}
+        boxes = {
+            c: [b for f in study.drawn if f.condition == c for b in study.boxes[f.name]]
+            for c in {f.condition for f in study.drawn}
+        }
         report.text(f"What was drawn: {', '.join(f.name for f in study.drawn) or 'nothing'}.")
     numbers = maps[0].cpu().numpy()
     views = [v for v in range(len(VIEWS)) if present[v]]
@@ -142,11 +136,13 @@ def show_study(n, row, images, present, model, seen, maps, text, ids, drawn, run
         chances = seen.logits[0].sigmoid().tolist()
         ranked = sorted(range(len(CONDITIONS)), key=lambda k: -chances[k])
         for view in views:
-            panels = [(view, numbers[k, view], boxes.get(CONDITIONS[k], ()) if view == 0 else (), f"{CONDITIONS[k]}\np = {chances[k]:.2f}")
-                      for k in ranked]  # fmt: skip
+            panels = [(view, numbers[k, view], () if view else boxes.get(CONDITIONS[k], ()),
+                       f"{CONDITIONS[k]}\np = {chances[k]:.2f}") for k in ranked]  # fmt: skip
             path = run_dir / "figures" / f"study{n}_conditions_{VIEWS[view]}.png"
             save_figure(grid_figure(panels, 7, lambda v: images[v]), path, f"Condition queries, {VIEWS[view]}", phantom)
-            report.figure(path, f"Condition queries on the {VIEWS[view]} film, most probable first; box: what was drawn.")
+            report.figure(
+                path, f"Condition queries on the {VIEWS[view]} film, most probable first; box: what was drawn."
+            )
     regions = [q for q, name in enumerate(model.names) if name in REGIONS]
     if regions:
         panels = [(v, numbers[q, v], (), f"{model.names[q]}\n{VIEWS[v]}") for v in views for q in regions]
@@ -158,8 +154,16 @@ def show_study(n, row, images, present, model, seen, maps, text, ids, drawn, run
         places = places.cpu().numpy()
         panels = [(0, places[i, 0], (), words[i]) for i in range(min(len(words), 40))]
         path = run_dir / "figures" / f"study{n}_words.png"
-        save_figure(grid_figure(panels, 10, lambda v: images[v]), path, "The decoder, word by word, frontal", phantom)
-        report.figure(path, f"The decoder's cross-attention for each word; {float(whole.mean()):.0%} of it went to the global token.")
+        save_figure(
+            grid_figure(panels, min(10, len(panels)), lambda v: images[v]),
+            path,
+            "The decoder, word by word, frontal",
+            phantom,
+        )
+        report.figure(
+            path,
+            f"The decoder's cross-attention for each word; {float(whole.mean()):.0%} of it went to the global token.",
+        )
     return {f"study{n}_queries": numbers, f"study{n}_words": places if len(words) else np.zeros(0)}
 
 
@@ -168,17 +172,13 @@ def main(argv=None):
     args = parse_args(argv)
     started = time.time()
     seed_everything(args.seed)
-    path = args.checkpoint or newest_run(TASK, "train", "phase1/best.pt")
-    if path is None and not args.dry_run:
-        raise InputError("there is no trained model: train one with chexquery/train.py, or give --checkpoint PATH")
-    device, _ = pick_device(args.device)
-    model, told = load_model(path, device) if args.checkpoint or not args.dry_run else untrained()
+    model, told, decoding = open_model(args)
+    device = told["device"]
     rows, images, present, drawn = films_of(args, model, told)
     run_dir = open_run_dir(args, TASK, "visualize")
     phantom = drawn is not None
     report = Report("CheXQuery: where the queries looked", phantom=phantom)
     report.text(f"Checkpoint `{told['path']}`; maps: {args.kind}.")
-    decoding = {"beams": args.beams or told.get("decoding", [1])[0]}
     arrays, x, there = {}, torch.from_numpy(images).to(device), torch.from_numpy(present).to(device)
     with torch.no_grad():
         looked = model.look(x, there)
@@ -188,7 +188,9 @@ def main(argv=None):
         with torch.no_grad():
             seen = model(looked=part, present=one, maps=True)
             texts, ids = model.write(seen.tokens, **decoding)
-        arrays |= show_study(n + 1, row, images[n], present[n], model, seen, maps, texts[0], ids[0], drawn, run_dir, report, phantom)
+        arrays |= show_study(
+            n + 1, row, images[n], present[n], model, seen, maps, texts[0], ids[0], drawn, run_dir, report, phantom
+        )
         print(f"{row['uid']}: {texts[0]}")
     scores = {}
     if model.num_conditions:
@@ -197,9 +199,13 @@ def main(argv=None):
         scores["deletion"] = cases
         report.heading("Deletion: a tenth of the patches erased, fall of the condition's logit")
         header = ["condition", "ranked by its own map", "by another query's", "random patches"]
-        report.table(header, [[c["condition"], *(number(c[f"{k}_drop"], 2) for k in ("own", "other", "random"))] for c in cases])
+        report.table(
+            header, [[c["condition"], *(number(c[f"{k}_drop"], 2) for k in ("own", "other", "random"))] for c in cases]
+        )
     if phantom:
-        scores["pointing"] = pointing_summary(pointing(model, rows, looked, there, drawn, np.random.default_rng(args.seed)))
+        scores["pointing"] = pointing_summary(
+            pointing(model, rows, looked, there, drawn, np.random.default_rng(args.seed))
+        )
         report.heading("Pointing")
         lines = [[what, name, row["hit"]["n"], percent(row["hit"]["value"]), percent(row["area"]["value"])]
                  for what, names in scores["pointing"][args.kind].items() for name, row in names.items()]  # fmt: skip
@@ -207,8 +213,8 @@ def main(argv=None):
     report.write(run_dir, page=True)
     with atomic_file(run_dir / "maps.npz") as file:
         np.savez_compressed(file, **arrays)
-    write_json(run_dir / "metrics.json", {"phantom": phantom, "n": len(rows), "checkpoint": told["path"], "kind": args.kind, **scores,
-                                          **run_facts(started, device)})  # fmt: skip
+    facts = {"phantom": phantom, "n": len(rows), "checkpoint": told["path"], "kind": args.kind}
+    write_json(run_dir / "metrics.json", facts | scores | run_facts(started, device))
     print(f"results in {run_dir} ({time.time() - started:.0f} s)")
 
 
