@@ -1,0 +1,162 @@
+"""Task 2: evaluation of prompts and of written reports."""
+
+import json
+
+import numpy as np
+import pytest
+
+from shared.data.image_sets import load_phantom
+from task2_report.cases import load_reports
+from task2_report.evaluate import blind_films, main, plan, sizes_there, stratified
+from task2_report.report_task import GREY, MODEL, SHUFFLED, make_baselines, measure_redrawn, rexrank_rows
+from task2_report.scores import measure_reports
+from task2_report.train import main as train
+
+
+def test_stratified_keeps_the_shares_and_the_order():
+    labels = [1] * 60 + [0] * 40
+    chosen = stratified(labels, 20, 0)
+    assert len(set(chosen)) == 20 and chosen == sorted(chosen) and sum(labels[i] for i in chosen) == 12
+    assert stratified(labels, 20, 0) == chosen != stratified(labels, 20, 1)
+
+
+def test_blind_films_and_sizes():
+    films = [np.full((4, 4), i, np.uint8) for i in range(3)]
+    blind = blind_films(films, 0)
+    assert [f[0, 0] for f in blind["another image"]] == [1, 2, 0] and blind["text only"] == [None] * 3
+    assert max(f.max() for f in blind["black image"]) == 0 and blind["noise"][0].std() > 0
+    data = load_phantom(28)
+    found = sizes_there(data, "data", [0, 5], "test")
+    assert list(found) == [28, 64, 128, 224] and found[224][1].shape == (224, 224)
+    small = found[224][1].reshape(28, 8, 28, 8).mean((1, 3))  # the same person, drawn larger
+    assert np.corrcoef(small.ravel(), found[28][1].astype(float).ravel())[0, 1] > 0.9
+
+
+def test_classify_end_to_end(own_folder, capsys):
+    main(["--dry-run", "--strategies", "zero_shot", "yes_no", "--contexts", "none", "swapped"])
+    said, run = capsys.readouterr().out, own_folder / "outputs/task2_report/evaluate/dry-run"
+    assert "planned: 6 films, 2 strategies, contexts none, swapped: 48 texts and 102 yes/no questions" in said
+    told = json.loads((run / "metrics.json").read_text())
+    assert set(told["pairs"]) == {f"{s} / {c}" for s in ("zero_shot", "yes_no") for c in ("none", "swapped")}
+    assert told["untrained"] and set(told["controls"]["blind"]) == {
+        "black image",
+        "noise",
+        "another image",
+        "text only",
+    }
+    assert set(told["ladder"]) == {"28", "64", "128", "224"} and "cnn" in told["baselines"]
+    # the same words without any image: an AUC of exactly one half
+    assert told["controls"]["blind"]["text only"]["margin"]["auc"]["value"] == 0.5
+    rows = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
+    assert len(rows) == 6 * 4
+    for row in rows:
+        swapped = row["context"] == "swapped"
+        assert row["told_probability"] == (pytest.approx(1 - row["cnn"]["probability"]) if swapped else None)
+        assert set(row) >= {"prompt_sha", "raw_text", "claims", "unsupported_claims", "flags", "seconds", "tokens"}
+    page = (own_folder / "reports/task2_report_generation.md").read_text()
+    assert "Not a result to hand in" in page and "PHANTOM" in page and "means nothing" not in page
+    assert (own_folder / "reports/figures/task2_auc.png").is_file()
+
+
+def test_the_plan_counts_every_pass():
+    class Args:
+        strategies = ["a", "b"]
+
+    assert plan(Args, 10, ["none"], 4) == (10 * (2 + 4), 10 * (2 + 4 + 6 + 3))
+
+
+@pytest.fixture
+def trained(own_folder):
+    train("--dry-run --films 20".split())
+    return own_folder / "outputs/task2_report/train/dry-run/best"
+
+
+def test_reports_end_to_end(own_folder, trained):
+    main(["--task", "report", "--adapter", str(trained), "--dry-run", "--out-dir", "run"])
+    told = json.loads((own_folder / "run/metrics.json").read_text())
+    lines = {
+        MODEL,
+        SHUFFLED,
+        GREY,
+        "constant",
+        "most frequent",
+        "random",
+        "nearest neighbour",
+        "oracle labels, canned report",
+    }
+    assert set(told["rows"]) == lines and told["cnn"]["steps"] == 2 and set(told["grey"]) == set(told["conditions"])
+    oracle, constant = (
+        told["rows"][name]["conditions"]["value"] or 0 for name in ("oracle labels, canned report", "constant")
+    )
+    assert oracle >= constant
+    rows = [json.loads(line) for line in (own_folder / "run/reports.jsonl").read_text().splitlines()]
+    assert len(rows) == told["n"] and {"text", "shuffled", "grey", "reference", "nearest"} <= set(rows[0])
+    assert "Errors per report" in (own_folder / "run/report.md").read_text()
+
+
+def test_redrawn_films_are_asked_about_what_was_taken_out():
+    """A writer that sees: it reads the film's brightness against the original and answers as a perfect model would."""
+    data = load_reports("phantom", "data", 40, seed=1, splits=("test", "train"))
+    conditions = tuple(data.facts["again"]["chosen"]["conditions"])
+    cases = [c for c in data.split("train") if len({f.condition for f in c.study.drawn}) >= 2][:4]
+    truth = {}
+    for case in cases:
+        for names in [(), *[(f.condition,) for f in case.study.drawn]]:
+            study = case.study.without(*names) if names else case.study
+            said = [f.condition for f in study.drawn]
+            truth[study.image.tobytes()] = "FINDINGS: " + " ".join(f"There is {name.lower()}." for name in said)
+
+    class Sees:
+        def write(self, turns, films, system=None):
+            return [{"text": truth[film.tobytes()]} for film in films]
+
+    texts = [truth[case.study.image.tobytes()] for case in cases]
+    found = measure_redrawn(Sees(), cases, texts, conditions, False, 100)
+    assert found["gone"]["value"] == 1 and found["other"]["value"] == 0 and found["gone"]["n"] >= 4
+
+    class Blind:
+        def write(self, turns, films, system=None):
+            return [{"text": texts[0]}] * len(films)
+
+    same = [cases[0]] * 2
+    assert measure_redrawn(Blind(), same, [texts[0]] * 2, conditions, False, 100)["gone"]["value"] == 0
+
+
+def test_rexranks_layout(real_data):
+    folder = real_data("iu_xray/annotation.json").parent.parent
+    cases = load_reports("iu_xray", folder, splits=("test",)).cases[:3]
+    found = rexrank_rows(cases, ["FINDINGS: a.\nIMPRESSION: b."] * 3, folder)
+    assert len(found) == 3 and all(name.startswith("CXR") and "_IM-" in name for name in found)
+    entry = next(iter(found.values()))
+    assert entry["model_prediction"] == "Findings: a. Impression: b." and entry["section_findings"] == cases[0].findings
+
+
+def test_bad_input(refused, own_folder, write_medmnist):
+    assert "no trained model" in refused(main, ["--task", "report"])
+    write_medmnist(own_folder / "data", "bloodmnist", {"train": 16, "val": 8, "test": 8})
+    said = refused(main, ["--model", "tiny", "--data", "bloodmnist", "--data-dir", "data", "--device", "cpu"])
+    assert "the prompts ask for pneumonia" in said
+
+
+def test_oracle_and_constant_lines_on_the_phantom():
+    """The true labels in words, read again, are the true labels; one report for everybody states nothing."""
+    data = load_reports("phantom", "data", 300, splits=("train", "val", "test"))
+    conditions = tuple(data.facts["again"]["chosen"]["conditions"])
+    train_cases, val, test = (data.split(name) for name in ("train", "val", "test"))
+    texts, cnn = make_baselines(train_cases, val, test, conditions, 0, 0, "cpu")
+    assert cnn is None and "nearest neighbour" not in texts
+    found = {name: measure_reports(some, test, conditions, intervals=False) for name, some in texts.items()}
+    assert found["oracle labels, canned report"]["conditions"]["value"] > 0.9
+    assert found["constant"]["conditions"]["value"] < 0.5
+    assert found["constant"]["diversity"]["distinct_reports"] == 1
+
+
+@pytest.mark.slow
+def test_a_small_model_learns_to_see_and_to_write(own_folder):
+    """Short form of the phantom aim: two minutes on a quiet core; the full one is in the README."""
+    train([
+        "--model", "tiny", "--data", "phantom", "--conditions", "Pneumothorax", "Pleural Effusion", "--films", "1500",
+        "--label-steps", "300", "--steps", "250", "--eval-cases", "100", "--max-new-tokens", "90", "--out-dir", "run",
+    ])  # fmt: skip
+    best = json.loads((own_folder / "run/metrics.json").read_text())["best"]
+    assert best["val_f1"] > 0.5  # without the film: the share of stated findings, 0.25 each, cannot give this
