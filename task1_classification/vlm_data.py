@@ -25,7 +25,7 @@ import numpy as np
 from shared.data.image_sets import INFO, SPLITS, load_images
 from shared.data.iu_xray import add_image_paths, find_iu_xray, r2gen_split, read_reports
 from shared.metrics.labels import CONDITIONS, label_report
-from shared.phantom import phantom_settings, phantom_study
+from shared.phantom import PhantomSettings, phantom_settings, phantom_study
 from shared.report import PHANTOM
 from shared.runtime import DataNotFound, InputError
 
@@ -131,7 +131,7 @@ class Films:
 def load_films(name, data_dir="data", only=None, limit=None, **options):
     """
     -> Films. name: a CSV file, iu_xray (options split, labels, seed, shares), phantom (films, image_size, seed,
-    conditions, severe, exactly_one), a 2-D MedMNIST set (image_size), or auto: iu_xray where it is there, else the
+    conditions, severe, odd), a 2-D MedMNIST set (image_size), or auto: iu_xray where it is there, else the
     phantom, said aloud; options of other sets are ignored. only: names of the labels to keep. InputError for all that
     cannot be used.
     """
@@ -149,7 +149,7 @@ def load_films(name, data_dir="data", only=None, limit=None, **options):
             print(f"{'*' * 100}\n{error}\n{PHANTOM}\n{'*' * 100}")
             kind = "phantom"
     if kind == "phantom":
-        films = phantom_films(**own("films", "image_size", "seed", "conditions", "severe", "exactly_one"))
+        films = phantom_films(**own("films", "image_size", "seed", "conditions", "severe", "odd"))
     elif kind in INFO:
         films = medmnist_films(kind, data_dir, **own("image_size"))
     elif kind not in ("auto", "iu_xray"):
@@ -222,17 +222,22 @@ def medmnist_films(name, data_dir, image_size=28):
     return Films(name, labels, rows, np.concatenate(truth), {"name": name, "image_size": image_size})
 
 
-def phantom_films(films=2000, image_size=112, seed=0, conditions=None, severe=False, exactly_one=False, splits=SPLITS):
+def phantom_films(films=2000, image_size=112, seed=0, conditions=None, severe=False, odd=False, splits=SPLITS):
     """
     films: to train on; a quarter each for validation and test. severe: all findings severe, each with a chance of .25.
-    exactly_one: one label more, "Exactly One": true where just one of the first two conditions is there, each drawn
-    with a chance of .5: no sum of what tells the two alone tells it (an exclusive or).
+    odd: each of the (two or more) conditions severe and with a chance of .5, on its own, and one label more, "Odd
+    Number": true where an odd number of them is there. It is independent of each of them and of every sum of what tells
+    them apart, so that no linear head reads it from features that hold the conditions alone.
     """
     again = dict(name="phantom", films=films, image_size=image_size, seed=seed, conditions=conditions, severe=severe)
-    if exactly_one and len(conditions or ()) != 2:
-        raise InputError("--exactly-one takes two --conditions")
-    prevalence = 0.5 if exactly_one else 0.25 if severe else None
-    settings = phantom_settings(conditions, prevalence, (0, 0, 1) if severe else None)
+    if odd:
+        if len(conditions or ()) < 2:
+            raise InputError("--odd takes two or more --conditions")
+        phantom_settings(conditions)  # its refusals
+        half = dict.fromkeys(conditions, 0.5)
+        settings = PhantomSettings(prevalence=half, together={}, normal=0.0, severities=(0, 0, 1))
+    else:
+        settings = phantom_settings(conditions, 0.25 if severe else None, (0, 0, 1) if severe else None)
     labels = tuple(conditions or CONDITIONS)
     rows, truth = [], []
     for split in splits:
@@ -241,10 +246,10 @@ def phantom_films(films=2000, image_size=112, seed=0, conditions=None, severe=Fa
             row = {"id": study.study_id, "patient": f"{split}-{study.patient_id}", "split": split}
             rows.append(row | {"image": study.image, "report": study.report.text})
             found = [study.labels[name] for name in labels]
-            truth.append(found + [int(sum(found) == 1)] * exactly_one)
-    labels += ("Exactly One",) * exactly_one
+            truth.append(found + [sum(found) % 2] * odd)
+    labels += ("Odd Number",) * odd
     truth = np.array(truth, np.float32)
-    return Films("phantom", labels, rows, truth, again | {"exactly_one": exactly_one}, phantom=True)
+    return Films("phantom", labels, rows, truth, again | {"odd": odd}, phantom=True)
 
 
 # ------------------------------------------------------------------------------------------------------------- IU X-ray

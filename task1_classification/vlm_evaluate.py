@@ -9,7 +9,7 @@ Usage:
 Per label and as a mean over labels: AUC, average precision, balanced accuracy and F1 at thresholds chosen on
 validation, share of yes, unparsed answers, calibration (ECE of the raw probabilities, and after Platt scaling on
 validation). Intervals: 95 %, patients resampled, and the seeds with them where a method has several; differences are
-paired: both methods see the same patients and seeds. A label with one kind of film in val or test is left out and named.
+paired: both methods see the same patients and seeds. A label with one kind of film in val or test is left out.
 
 Beside the methods: what is usual (majority), and a text oracle, the report labeller on the report itself: it sees no
 film, and is no competitor but what the labels agree with words.
@@ -38,7 +38,7 @@ from shared.report import Report, number, percent, save_figure, with_interval
 from shared.runtime import InputError, newest_run, open_run_dir, pick_device, positive_float, positive_int, read_json
 from shared.runtime import run_facts, script, script_parser, write_csv, write_json
 from task1_classification.vlm_data import load_again, text_labels
-from task1_classification.vlm_model import Bank, load_encoder, load_probe, make_store, predict, restore_probe
+from task1_classification.vlm_model import Bank, Encoder, load_encoder, load_probe, make_store, predict, restore_probe
 
 TASK = "task1_classification"
 MODE_ORDER = "head projector-head random-projector projector lora cnn zero-shot".split()
@@ -97,10 +97,9 @@ def of_training(run, films, rows, args, device):
             raise InputError(f"{path} was trained on other films or labels than {run}: train again")
     name = str(run / "model") if (run / "model" / "config.json").is_file() else metrics["model"]
     asked = {state["family"] for _, state in states if state["mode"] != "cnn"}
-    encoder = load_encoder(name, metrics["quant"], metrics["dtype"], device)
-    if asked - {encoder.family}:
-        raise InputError(f"{run} holds checkpoints of the family {min(asked)}, and {name} is {encoder.family}")
-    bank = None
+    encoder, bank = Encoder(device=device), None
+    if asked:
+        encoder = load_encoder(name, metrics["quant"], metrics["dtype"], device)
     if asked:
         some = films_at(films, rows)
         needs = any(state["mode"] in ("random-projector", "projector") for _, state in states)
@@ -108,6 +107,8 @@ def of_training(run, films, rows, args, device):
     found = {}
     for path, state in states:
         probe, take_off = restore_probe(state, encoder, path)
+        if state["mode"] == "random-projector":
+            bank.look_through(probe)
         logits = predict(state["mode"], probe, bank, films_at(films, rows), np.arange(len(rows)), encoder).numpy()
         take_off()
         told = state["told"]

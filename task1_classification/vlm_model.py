@@ -47,6 +47,7 @@ KEYS = tuple("format mode family model quant dtype labels weights lora_rank vali
 DUAL = ("siglip", "siglip2", "clip")  # model_type of dual encoders
 MODES = ("head", "projector-head", "random-projector", "projector", "lora", "cnn")
 NEED_PROJECTOR = MODES[1:5]
+MEANS = {"head": "before", "projector-head": "behind", "random-projector": "random"}  # below the head, computed once
 CNN_SIZE = 64
 LORA_LAYERS = r".*(vision_tower|visual)\..*\.(q_proj|v_proj|qkv)"
 
@@ -58,9 +59,15 @@ class Encoder:
     """Vision tower and, of a vision-language model, projector (frozen, as it came)."""
 
     def __init__(self, vlm=None, dual=None, processor=None, name="", family="", device="cpu", dtype=torch.float32):
-        self.vlm, self.dual, self.processor = vlm, dual, processor or vlm.processor
+        self.vlm, self.dual, self.processor = vlm, dual, processor or (vlm and vlm.processor)
         self.name, self.family, self.device, self.dtype = name, family, torch.device(device), dtype
-        (vlm.base if vlm else dual).requires_grad_(False)
+        if self.model is not None:
+            self.model.requires_grad_(False)
+
+    @property
+    def model(self):
+        """The whole model; None where there is a CNN alone."""
+        return self.vlm.base if self.vlm else self.dual
 
     @property
     def projector(self):
@@ -95,12 +102,12 @@ class Encoder:
 
     @property
     def parameters(self):
-        return count_parameters(self.vlm.base if self.vlm else self.dual)
+        return count_parameters(self.model) if self.model is not None else None
 
     @property
     def small(self):
         """Too small to be pretrained anywhere but here: its projector takes larger steps."""
-        return self.parameters < 100e6
+        return self.model is not None and self.parameters < 100e6
 
     def facts(self):
         known = {"model": self.name, "family": self.family, "quant": self.vlm.quant if self.vlm else "none"}
@@ -171,9 +178,16 @@ class Bank:
         numbers = [self.store.number_of[int(r)] for r in rows]
         return [self.store.features[n] for n in numbers] if self.keeps else self.look(numbers)
 
-    def means(self, rows, behind=True):
-        numbers = [self.store.number_of[int(r)] for r in rows]
-        return (self.behind if behind else self.before)[numbers]
+    def means(self, rows, of="behind"):
+        """of: before, behind, or random, see look_through."""
+        return getattr(self, of)[[self.store.number_of[int(r)] for r in rows]]
+
+    @torch.no_grad()
+    def look_through(self, probe):
+        """Means behind the frozen projector of a probe, computed once -> self.random."""
+        rows = [self.store.number_of.index(n) for n in range(len(self.store))]
+        parts = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
+        self.random = torch.cat([probe.pooled(self.tokens(part)).cpu() for part in parts])
 
 
 # --------------------------------------------------------------------------------------------------------------- probes
@@ -280,7 +294,7 @@ def check_gradients(mode, probe, encoder):
         grads = [p.grad for name, p in lora_weights(encoder).items() if "lora_B" in name]
         if not any(g is not None and g.abs().max() > 0 for g in grads):
             raise RuntimeError("--mode lora: no gradient reaches the adapters")
-    frozen = [] if mode == "cnn" else list((encoder.vlm.base if encoder.vlm else encoder.dual).named_parameters())
+    frozen = [] if mode == "cnn" else list(encoder.model.named_parameters())
     if mode in ("head", "projector-head", "random-projector", "lora") and getattr(probe, "projector", None) is not None:
         frozen += list(probe.projector.named_parameters())
     for name, p in frozen:
@@ -292,8 +306,8 @@ def inputs_of(mode, bank, films, rows, encoder):
     """What a probe of this mode is given for these films."""
     if mode == "cnn":
         return small_films(films)[rows]
-    if mode in ("head", "projector-head"):
-        return bank.means(rows, behind=mode != "head")
+    if mode in MEANS:
+        return bank.means(rows, MEANS[mode])
     if mode == "lora":
         return encoder.tower(bank.store.get([bank.store.number_of[int(r)] for r in rows]))
     return bank.tokens(rows)

@@ -45,14 +45,22 @@ from shared.runtime import seed_everything, write_json, write_jsonl
 from shared.training import GuardedStep, StopSignal, Weights, learning_rate, load_state, refuse_other_settings
 from shared.training import save_state, settings_of
 from task1_classification.vlm_data import load_films, phantom_films
-from task1_classification.vlm_model import FORMAT, MODES, NEED_PROJECTOR, Bank, check_gradients, class_weights
+from task1_classification.vlm_model import (
+    FORMAT,
+    MEANS,
+    MODES,
+    NEED_PROJECTOR,
+    Bank,
+    Encoder,
+    check_gradients,
+    class_weights,
+)
 from task1_classification.vlm_model import inputs_of, load_encoder, load_probe, lora_weights, make_probe, make_store
 from task1_classification.vlm_model import masked_loss, matching_rank, predict, put_lora, small_films
 
 TASK = "task1_classification"
 DEFAULT = "google/medgemma-4b-it"
 ASIDE = ("cache_gib", "mode", "seeds")  # a resumed run may change these: more modes or seeds can be added
-CHEAP = ("head", "projector-head", "random-projector")
 BEGIN_AS_B = ("projector", "lora")
 
 
@@ -67,8 +75,8 @@ def parse_args(argv=None):
     g.add_argument("--image-size", type=positive_int, help="phantom and MedMNIST: pixels per side (112; 28)")
     g.add_argument("--conditions", nargs="+", metavar="NAME", help="phantom: draw these only")
     g.add_argument("--severe", action="store_true", help="phantom: all findings severe, each with a chance of .25")
-    g.add_argument("--exactly-one", action="store_true",
-        help="phantom with two --conditions: also the label that just one is there, which no sum tells")
+    g.add_argument("--odd", action="store_true",
+        help="phantom: --conditions with a chance of .5, and a label that tells an odd number of them, which no sum does")
     g = parser.add_argument_group("model")
     g.add_argument("--model", default=DEFAULT, help="hub name, folder, tiny:gemma3, tiny:llava, ... (%(default)s)")
     g.add_argument("--quant", default="none", choices=QUANTS, help="how the weights are held (%(default)s)")
@@ -112,15 +120,11 @@ def train_tower(encoder, args, folder):
     """
     started = time.time()
     films = phantom_films(
-        args.tower_films,
-        args.image_size or 112,
-        args.seed + 100_000,
-        args.conditions,
-        args.severe,
-        splits=("train", "val"),
-    )
+        args.tower_films, args.image_size or 112, args.seed + 100_000, args.conditions, args.severe, args.odd,
+        ("train", "val"),
+    )  # fmt: skip
+    films = films.only([name for name in films.labels if name != "Odd Number"])
     store, rows = make_store(encoder, films, args.cache_gib), films.rows_of("train")
-    model = encoder.vlm.base if encoder.vlm else encoder.dual
     if encoder.vlm:
         parameters = [*unfreeze(encoder.vlm, "tower"), *unfreeze(encoder.vlm, "projector")]
     else:
@@ -150,7 +154,7 @@ def train_tower(encoder, args, folder):
     val = films.rows_of("val")
     with torch.no_grad():
         logits = torch.cat([head(look(val[i : i + 64])).mean(1).cpu() for i in range(0, len(val), 64)])
-    model.requires_grad_(False)
+    encoder.model.requires_grad_(False)
     facts = {"films": len(rows), "steps": args.tower_steps, "seconds": round(time.time() - started, 1)}
     facts |= {"val_auc_by_label": auc_by_label(films.truth[val], logits.numpy(), films.labels)}
     facts["val_auc"] = mean_of(facts["val_auc_by_label"].values())
@@ -193,7 +197,7 @@ def validate(mode, probe, bank, films, encoder, truth, weight):
 
 def train(mode, probe, bank, films, encoder, args, seed, folder, settings, stop, run_dir):
     """Train one probe -> (history, best row, seconds per epoch); the best weights are put into it."""
-    epochs = args.head_epochs if mode in CHEAP else args.epochs
+    epochs = args.head_epochs if mode in MEANS else args.epochs
     usable = films.usable("train", "val")
     truth = torch.from_numpy(np.where(usable, films.truth, np.nan)).to(encoder.device)
     rows, weight = films.rows_of("train"), class_weights(truth[films.rows_of("train")])
@@ -262,8 +266,8 @@ def job(mode, seed, bank, films, encoder, args, run_dir, stop):
         refuse_other_settings(settings, state["settings"], folder / "best.pt")
         return state["told"], state["history"]
     started = time.time()
-    features = None if mode == "cnn" else bank.before if mode == "head" else bank.behind
-    probe = make_probe(encoder, mode, len(films.labels), 0 if features is None else features.shape[1], seed)
+    width = 0 if mode == "cnn" else (bank.before if mode == "head" else bank.behind).shape[1]
+    probe = make_probe(encoder, mode, len(films.labels), width, seed)
     rows, rank, take_off = films.rows_of("train"), None, lambda: None
     if mode == "cnn":
         pixels = small_films(films)[rows].float() / 255
@@ -277,11 +281,8 @@ def job(mode, seed, bank, films, encoder, args, run_dir, stop):
             take_off = put_lora(encoder, rank, seed)
     else:
         if mode == "random-projector":
-            parts = [rows[i : i + 64] for i in range(0, len(rows), 64)]
-            with torch.no_grad():
-                probe.standardise(torch.cat([probe.pooled(bank.tokens(part)) for part in parts]))
-        else:
-            probe.standardise(bank.means(rows, behind=mode != "head"))
+            bank.look_through(probe)
+        probe.standardise(bank.means(rows, MEANS[mode]))
     torch.manual_seed(seed)
     history, best, seconds = train(mode, probe, bank, films, encoder, args, seed, folder, settings, stop, run_dir)
     trained = [*Weights(probe).values(), *(lora_weights(encoder).values() if mode == "lora" else ())]
@@ -312,7 +313,7 @@ def choose_data(args):
     if args.data == "auto" and not args.resume:
         run = newest_run(TASK, "vlm_prepare", "films.csv")
         args.data = str(run / "films.csv") if run else "auto"
-    names = ("labels", "split", "films", "image_size", "conditions", "severe", "exactly_one")
+    names = ("labels", "split", "films", "image_size", "conditions", "severe", "odd")
     return load_films(
         args.data, args.data_dir, args.only, args.limit, seed=args.seed, **{n: vars(args)[n] for n in names}
     )
@@ -343,11 +344,12 @@ def main(argv=None):
         raise InputError(
             f"no label of {films.name} has both kinds of films in train and in val: there is nothing to learn"
         )
-    encoder = load_encoder(args.model, args.quant, args.dtype, device)
+    alone = args.mode == ["cnn"]
+    encoder = Encoder(device=device) if alone else load_encoder(args.model, args.quant, args.dtype, device)
     modes = [] if args.mode == ["tower"] else modes_of(args, encoder)
     run_dir = open_run_dir(args, TASK, "vlm_train")
     tower = None
-    if is_tiny(args.model):
+    if is_tiny(args.model) and not alone:
         trained = run_dir / "model"
         told = trained / "training.json"
         tower = read_json(told) if args.resume and told.is_file() else train_tower(encoder, args, trained)

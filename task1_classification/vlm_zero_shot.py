@@ -139,6 +139,7 @@ def statements(label):
 
 POSITIVE, NEGATIVE = ("1", "yes", "present", "true"), ("0", "no", "absent", "false")
 DENIED = re.compile(r"\bthere (?:is|are) no (?!way\b|doubt\b|image\b|answer\b|information\b)")
+MIDDLE = POSITIVE[1:] + NEGATIVE[2:]  # words that answer wherever they stand; a "no" may deny anything
 
 
 def parse_answer(text):
@@ -155,7 +156,8 @@ def parse_answer(text):
         return int(found[0] in POSITIVE)
     if DENIED.search(plain):
         return 0
-    sides = {word in POSITIVE for word in found if word in POSITIVE + NEGATIVE}
+    last = [word for word in found[-1:] if word in POSITIVE + NEGATIVE]  # "I would say no"
+    sides = {word in POSITIVE for word in [*(word for word in found if word in MIDDLE), *last]}
     if sides == {True} and "not" in found:
         return None
     return int(sides.pop()) if len(sides) == 1 else None
