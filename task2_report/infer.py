@@ -233,7 +233,7 @@ def main(argv=None):
     for error in errors:
         print(f"  skipped {error['path']}: {error['error']}", file=sys.stderr)
     print(
-        f"{len(records)} reports, {len(errors)} films skipped, {seconds:.1f} s a report; peak memory {peak_memory(device)};"
+        f"{len(records)} reports, {len(errors)} films skipped, {seconds:.1f} s a report; peak {peak_memory(device)};"
         f" results in {run_dir}, {run_dir / 'report.html'}"
     )
 

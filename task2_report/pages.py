@@ -116,7 +116,7 @@ def verdict(numbers):
     where = "lies above" if pixels > high else "lies below" if pixels < low else "lies within"
     return (
         f"Without a hint the highest AUC is that of {best}: {with_interval(auc, number)}, the best of {len(known)}"
-        f" and so a little too good. Logistic regression on the pixels has {number(pixels)}, which {where} this interval."
+        f" and so a little too good. Logistic regression on the pixels: {number(pixels)}, which {where} this interval."
     )
 
 

@@ -177,6 +177,29 @@ def with_blanks(cases, share, seed):
     return blanks, reports
 
 
+def prepare(args, vlm, data, say):
+    """-> cases, their ImageStore (grey films behind them) and Examples; the same three of validation."""
+    cases, val_cases = data.split("train"), data.split("val")[: args.eval_cases]
+    if not cases or not val_cases:
+        raise InputError(f"{data.name} has {len(cases)} cases to train on and {len(val_cases)} for validation")
+    blanks, reports = with_blanks(cases, args.blank_share, args.seed)
+    films, val_films = ([film_for(vlm, case.film) for case in some] for some in (cases, val_cases))
+    store = ImageStore(vlm.processor, films + [film for _, film in blanks], args.cache_gib)
+    val_store = ImageStore(vlm.processor, val_films, args.cache_gib)
+    rows = cases + [case for case, _ in blanks]
+    examples = make_examples(vlm, rows, store, args, reports)
+    val_examples = make_examples(vlm, val_cases, val_store, args)
+    if args.cache_features:
+        gib = sum(s.cache_features(lambda images: features_of(vlm, images), args.cache_gib) for s in (store, val_store))
+        say(f"features of {len(store) + len(val_store)} films computed once, {gib:.2f} GiB")
+    lengths = [example.length for example in examples]
+    say(
+        f"training: {store}; {len(examples)} examples of {np.mean(lengths):.0f} tokens (longest {max(lengths)}),"
+        f" {len(rows) - len(examples)} longer than --max-length left out, {len(blanks)} with a grey film"
+    )
+    return cases, store, examples, val_cases, val_store, val_examples
+
+
 # ---------------------------------------------------------------------------------------------------------- validation
 
 
@@ -213,27 +236,10 @@ def rank_of(row):
 def train(args, vlm, data, run_dir, rank, world_size):
     """Train into run_dir -> (history, best row)."""
     say = print if rank == 0 else lambda *a, **k: None
-    cases, val_cases = data.split("train"), data.split("val")[: args.eval_cases]
-    if not cases or not val_cases:
-        raise InputError(f"{data.name} has {len(cases)} cases to train on and {len(val_cases)} for validation")
-    blanks, reports = with_blanks(cases, args.blank_share, args.seed)
     conditions = tuple(args.conditions) if data.facts["phantom"] else CONDITIONS[1:]
-    films, val_films = ([film_for(vlm, case.film) for case in some] for some in (cases, val_cases))
-    store = ImageStore(vlm.processor, films + [film for _, film in blanks], args.cache_gib)
-    val_store = ImageStore(vlm.processor, val_films, args.cache_gib)
-    rows = cases + [case for case, _ in blanks]
-    examples = make_examples(vlm, rows, store, args, reports)
-    val_examples = make_examples(vlm, val_cases, val_store, args)
-    if args.cache_features:
-        gib = sum(s.cache_features(lambda images: features_of(vlm, images), args.cache_gib) for s in (store, val_store))
-        say(f"features of {len(store) + len(val_store)} films computed once, {gib:.2f} GiB")
+    cases, store, examples, val_cases, val_store, val_examples = prepare(args, vlm, data, say)
     order = BatchOrder(examples, args.batch_size, 1, args.seed, args.epochs, args.steps)
     eval_every = args.eval_every or max(1, order.num_steps // 8)
-    lengths = [example.length for example in examples]
-    say(
-        f"training: {store}; {len(examples)} examples of {np.mean(lengths):.0f} tokens (longest {max(lengths)}),"
-        f" {len(rows) - len(examples)} longer than --max-length left out, {len(blanks)} with a grey film"
-    )
     weights = Weights(vlm.model)
     matrices, vectors = ([p for p in weights.values() if (p.ndim > 1) == many] for many in (True, False))
     groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
