@@ -71,8 +71,8 @@ def parse_args(argv=None):
         parser.error("give one --image and a --question (or --dry-run)")
     if args.colormap not in matplotlib.colormaps:
         parser.error(f"matplotlib has no colour map {args.colormap!r}; try hot, inferno or viridis")
-    if args.query == "finding" and args.finding.lower() not in args.question.lower() or args.finding.isspace():
-        parser.error("--finding must be words of the --question")
+    if args.query == "finding" and not (args.finding.strip() and args.finding.lower() in args.question.lower()):
+        parser.error("--query finding needs --finding: words of the --question")
     args.models = TINY_PAIR if args.models == ["tiny"] else args.models
     if args.head_mode == "max" and "mean" in args.methods:
         args.methods = ["max" if m == "mean" else m for m in args.methods]

@@ -64,6 +64,7 @@ class Case:
     columns: np.ndarray  # of the image tokens in the prompt; empty without status "ok"
     status: str  # ok, span_mismatch, no_attn or nan
     margin: float = float("nan")  # log-odds of yes against no, nats
+    finding: str = ""  # words of the question that name what is asked about
     rows: dict = field(default_factory=dict)  # query -> float32 (layers, heads, cells), shares of all attention
     neutral: "Case | None" = None
 
@@ -188,7 +189,7 @@ def ask_all(vlm, images, questions, start="", findings=None):
         cases.append(Case(vlm, np.asarray(image), question, prompt, start, columns, status))
     queries = [{"last": [len(p) + len(before) - 1]} for p in prompts]
     for case, query, finding in zip(cases, queries, findings or [""] * len(cases), strict=True):
-        query["finding"] = tokens_of(case, finding)
+        case.finding, query["finding"] = finding, tokens_of(case, finding)
     run = lambda: margin(vlm, prompts, start=start, share=False).tolist()  # noqa: E731
     for case, value in zip(cases, record_rows(cases, queries, run), strict=True):
         case.margin = value
@@ -320,7 +321,9 @@ def through_layers(case, method, query):
         return "unsupported"
     before = answer_sides(case.vlm, start=case.start)[0]
     row = [len(begun([case.prompt], before)[0]) - 1]
-    row = tokens_of(case, case.question) if query == "finding" else row
+    row = tokens_of(case, case.finding) if query == "finding" else row
+    if not row:
+        return "no_query"
     with torch.set_grad_enabled(method == "gradient_weighted"), WholeAttention(case.vlm.model) as whole:
         target = toward_answer(case, [case.prompt])
         gradients = torch.autograd.grad(target.sum(), whole.layers) if method == "gradient_weighted" else None

@@ -239,13 +239,13 @@ def verdict(found):
 
 def localisation_tables(records, methods, draws=DRAWS):
     """
-    -> {"evidence-using" | "other yes cases" | "all yes cases": {method: hit, chance, hit_over_chance, mass_ratio,
+    -> {"evidence-using cases" | "other yes cases" | "all yes cases": {method: hit, chance, hit_over_chance, mass_ratio,
     against_mean_map: hit above that of the method's own mean map over calibration images, paired}}.
     """
     with_boxes = [r for r in records if r["has_boxes"]]
     groups = {"all yes cases": with_boxes}
     if any(r["evidence_using"] for r in records):
-        groups = {"evidence-using": [r for r in with_boxes if r["evidence_using"]],
+        groups = {"evidence-using cases": [r for r in with_boxes if r["evidence_using"]],
                   "other yes cases": [r for r in with_boxes if not r["evidence_using"]]} | groups  # fmt: skip
     tables = {}
     for group, some in groups.items():

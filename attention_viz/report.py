@@ -15,7 +15,7 @@ from attention_viz.maps import METHODS, OF_ROWS, Map, overlay, shares_in_boxes
 from shared.report import Report, number, p_value, percent, save_figure, with_interval
 from shared.runtime import InputError, atomic_file, write_csv
 
-NULLS = ("null: intensity", "null: cells shuffled")
+NULLS = ("null: intensity",)
 BEHAVIOUR = """
 accuracy: accuracy, all wordings
 accuracy_original: accuracy, original wording
@@ -44,7 +44,7 @@ def summarise(models, cases, args):
         differences = measures.compare_models(tests, args.bootstrap)
     family = []
     for name, one in found.items():
-        group = "evidence-using" if "evidence-using" in one["localisation"] else "all yes cases"
+        group = "evidence-using cases" if "evidence-using cases" in one["localisation"] else "all yes cases"
         located = one["localisation"].get(group, {}).get(one["best_map"])
         family.append((f"{name}: best map above its mean map, {group}", located and located["against_mean_map"]))
         moved = one["attention"]["paraphrase_minus_other_image"]
@@ -262,7 +262,7 @@ def model_section(report, name, m):
         rows = []
         for k in kinds:
             moved = [t.get(k, {}).get("js") for t in m["similarity"].values()]
-            rows.append([k, *(with_interval(js, number) for js in moved)])
+            rows.append([k, *(with_interval(js, lambda v: number(v, 4)) for js in moved)])
         report.text("How far maps move from the original wording's (Jensen-Shannon, base 2, 0 to 1):")
         report.table(["against", *m["similarity"]], rows)
     report.text(attention_sentence(m))
@@ -281,7 +281,7 @@ def best_sentence(m):
     above, ratio = row["against_mean_map"], row["hit_over_chance"]
     if ratio is None or above is None or above["low"] is None:
         return f"`{m['best_map']}`: too few patients for an interval."
-    times = f"{number(ratio['value'], 1)} times chance on {group} cases"
+    times = f"{number(ratio['value'], 1)} times chance, {group}"
     if above["low"] > 0 and ratio["low"] > 1:
         return f"`{m['best_map']}` finds the place: {times}, and more often than the mean map over other images."
     return f"`{m['best_map']}` is not shown to find the place: {times}, above the mean map by {with_interval(above)} %."

@@ -62,10 +62,10 @@ def parse_args(argv=None):
     parser.add_argument("parts", nargs="+", choices=["cost", "train", "proof"], help="what to do, in this order")
     parser.add_argument("--models", nargs="+", default=list(TRAINED), choices=list(TRAINED),
         help="train, proof: which (%(default)s)")
-    parser.add_argument("--films", type=positive_int, default=5000, help="train: phantom films (%(default)s)")
-    parser.add_argument("--steps", type=positive_int, default=1800, help="train: optimiser steps (%(default)s)")
+    parser.add_argument("--films", type=positive_int, default=6000, help="train: phantom films (%(default)s)")
+    parser.add_argument("--steps", type=positive_int, default=2400, help="train: optimiser steps (%(default)s)")
     parser.add_argument("--blind-steps", type=positive_int, default=300, help="train: of the blind ones (%(default)s)")
-    parser.add_argument("--batch-size", type=positive_int, default=32, help="train: questions per step (%(default)s)")
+    parser.add_argument("--batch-size", type=positive_int, default=16, help="train: questions per step (%(default)s)")
     parser.add_argument("--lr", type=positive_float, default=1e-3, help="train: highest learning rate (%(default)s)")
     parser.add_argument("--studies", type=positive_int, default=100, help="proof: studies of each set (%(default)s)")
     parser.add_argument("--prompt-tokens", type=positive_int, default=1000, help="cost: of the prompt (%(default)s)")
@@ -140,7 +140,7 @@ def train(family, blind, args):
         )
         for i, (film, question, answer) in enumerate(cases)
     ]
-    order = BatchOrder(examples, args.batch_size, 4, args.seed, steps=steps)
+    order = BatchOrder(examples, args.batch_size, 1, args.seed, steps=steps)  # many films a step
     optimizer = torch.optim.AdamW(vlm.model.parameters(), lr=args.lr, weight_decay=0.01, betas=(0.9, 0.95))
     scaler, size = torch.amp.GradScaler("cpu", enabled=False), PartSize(args.batch_size)
     guard = GuardedStep(optimizer, scaler, vlm.model.parameters(), grad_clip=1.0)

@@ -58,7 +58,7 @@ def test_a_whole_run(run):
     for m in stats["models"].values():
         assert m["status"] == {"ok": 10} and m["tiny"] and len(m["heads"]) == 3
         table = m["localisation"]["all yes cases"]
-        assert table.keys() >= {"mean", "null: intensity", "null: cells shuffled"}
+        assert table.keys() >= {"mean", "occlusion", "null: intensity"}
         for row in table.values():
             assert 0 <= row["hit"]["value"] <= 1 and 0 < row["chance"] < 0.6
         moves = m["similarity"]["mean"]
@@ -113,7 +113,8 @@ def test_refusals(refused, tmp_path, capsys):
     assert "matplotlib has no colour map" in refused(infer, ["--image", "x.png", "--colormap", "hott"])
     assert "give one --image" in refused(infer, ["--question", "Normal?"])
     assert "the file does not exist" in refused(infer, ["--image", "x.png", "--models", "tiny"])
-    assert "words of the --question" in refused(infer, ["--dry-run", "--query", "finding", "--finding", "nodule"])
+    for more in ([], ["--finding", "nodule"]):
+        assert "words of the --question" in refused(infer, ["--dry-run", "--query", "finding", *more])
     assert "evaluate.py for that map" in refused(infer, ["--dry-run", "--methods", "heads"])
     assert not Path("outputs").exists()
 

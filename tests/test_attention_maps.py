@@ -214,7 +214,9 @@ def test_occlusion_finds_the_cell_that_matters(vlm, film, case, monkeypatch):
 
 def test_failures_have_a_status_and_no_map(vlm, film, case, monkeypatch):
     assert attention_map(case, "heads").status == "no_heads"
-    assert attention_map(ask_all(vlm, [film], [QUESTION])[0], "mean", "finding").status == "no_query"
+    for method in ("mean", "rollout"):
+        assert attention_map(ask_all(vlm, [film], [QUESTION])[0], method, "finding").status == "no_query"
+    assert attention_map(case, "rollout", "answer").status == "unsupported"
     assert attention_map(ask_all(vlm, [film], [QUESTION])[0], "relative").status == "no_query"
     short = Prompt(np.delete(case.prompt.ids, case.columns[3]), case.prompt.grids, case.prompt.features)
     assert image_span(vlm, short)[1] == "span_mismatch"
