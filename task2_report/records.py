@@ -15,10 +15,12 @@ import time
 
 import shared  # noqa: F401, isort: skip  # before transformers
 
+from shared.metrics.labels import NEGATIVE, POSITIVE, UNCERTAIN
 from shared.models.inputs import token_grid
 from task2_report.measures import claims_of, unsupported
 from task2_report.prompts import STRATEGIES, ask, cnn_sentence, context_probability, pixel_box, read_response
 from task2_report.prompts import yes_no_question
+from task2_report.scores import labels_of
 from task2_report.writer import is_medgemma15, untrained
 
 CLAIM = ("structure", "polarity", "tier", "span")
@@ -48,6 +50,8 @@ def judge(writer, names, films, strategy, context="none", opinions=None, labels=
 
 def make_record(vlm, strategy, context, seconds, name, film, turn, written, odds, told, opinion, label):
     response = read_response(written["text"], strategy)
+    if strategy == "report":
+        response.classification = class_of_report(written["text"])
     weights = "untrained, random weights" if untrained(vlm) else vlm.adapter or vlm.source or vlm.name
     squared = is_medgemma15(vlm)
     size = None if film is None else film.shape[:2]
@@ -68,6 +72,17 @@ def make_record(vlm, strategy, context, seconds, name, film, turn, written, odds
         "seconds": seconds,
     }  # fmt: skip
     return record | {"flags": flags_of(vlm, record, written)}
+
+
+def class_of_report(text):
+    """
+    A report without a CLASSIFICATION line, by its labels: pneumonia where it is stated, uncertain where it is doubted,
+    normal where nothing is wrong; else None: another finding says nothing of pneumonia.
+    """
+    labels = labels_of(text)
+    if labels["Pneumonia"] in (POSITIVE, UNCERTAIN):
+        return "pneumonia" if labels["Pneumonia"] == POSITIVE else "uncertain"
+    return "normal" if labels["No Finding"] == POSITIVE or labels["Pneumonia"] == NEGATIVE else None
 
 
 def resize_of(vlm, size, squared):

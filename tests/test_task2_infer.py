@@ -14,7 +14,7 @@ from task1_classification.model import untrained_classifier
 from task2_report.infer import main as infer
 from task2_report.infer import parse_args
 from task2_report.opinion import CNN
-from task2_report.records import UNTRAINED, flags_of
+from task2_report.records import UNTRAINED, class_of_report, flags_of
 
 QUICK = "--model tiny --max-new-tokens 6 --device cpu".split()
 
@@ -134,3 +134,9 @@ def test_the_cnn_sees_the_pixels_it_was_trained_on():
     cnn = CNN(untrained_classifier())
     film = np.arange(28 * 28, dtype=np.uint32).reshape(28, 28).astype(np.uint8)
     assert (cnn.inputs([film])[0, 0].numpy() == film).all()
+
+
+def test_a_report_is_classified_by_its_labels():
+    texts = "There is pneumonia.|Pneumonia cannot be excluded.|Normal chest.|Large effusion.|Effusion. No pneumonia.|"
+    found = [class_of_report(text) for text in texts.split("|")]
+    assert found == ["pneumonia", "uncertain", "normal", None, "normal", None]
