@@ -15,6 +15,7 @@ global vector; the best training report with the true labels. Scores are of text
 --tokenizer says otherwise. An empty report counts. Phantom: also against what was drawn, and the test of erasing.
 """
 
+import functools
 import sys
 import time
 from pathlib import Path
@@ -208,9 +209,8 @@ def main(argv=None):
     drawn = (names, np.array([[row["truth"][c] == 1 for c in names] for row in test])) if phantom else None
     bert = None
     if args.bertscore_model:
-        bert = lambda a, b: bert_score(
-            a, b, args.bertscore_model, args.bertscore_layer, per_report=True, device=device
-        )["bertscore_f1"]  # noqa: E731
+        score = functools.partial(bert_score, model=args.bertscore_model, layer=args.bertscore_layer, device=device)
+        bert = lambda ours, theirs: score(ours, theirs, per_report=True)["bertscore_f1"]  # noqa: E731
     options = {"bert": bert, "tokenizer": args.tokenizer, "num_samples": args.num_samples}
     table, draws = score_lines(lines, references, written, true, groups, drawn, **options)
     gains, sentence = image_use(draws)

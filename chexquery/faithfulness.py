@@ -303,7 +303,7 @@ def faithfulness_tables(found):
         rows = [[who, with_interval(found["deletion"][f"{who}_drop"], number)] for who in ("own", "other", "random")]
         text, header = "Ranked by the map of query k, of a random other query, or at random.", ["", "fall of logit k"]
         tables.append((f"{ERASED:.0%} of the patches erased", text, header, rows))
-        text = "Their logits swap and no other changes, up to this difference; the text cannot change: pooling has no order."
+        text = "Their logits swap, up to this difference; the text cannot change: pooling has no order."
         tables.append(("Two condition queries swapped", text, ["largest difference"], [[f"{found['swap']:.1e}"]]))
     rows = [
         [kind, what, name, row["hit"]["n"], with_interval(row["hit"], percent), percent(row["area"]["value"]),

@@ -9,6 +9,7 @@ The unit that is drawn is the patient. All lines are resampled alike, so differe
 
 import numpy as np
 
+from chexquery.cases import closed_upwards
 from shared.metrics.clinical import SUBSETS, positive_matrix
 from shared.metrics.labels import CONDITIONS
 from shared.metrics.meteor import meteor_from_statistics
@@ -83,7 +84,8 @@ def line_draws(texts, references, written, true, resamples, tokenizer="r2gen", d
             found[f"f1_{kind}_{subset}"] = draws
     if drawn is not None:
         names, shown = drawn
-        told = h[:, [CONDITIONS.index(name) for name in names]]
+        told = positive_matrix([closed_upwards(labels) for labels in written])  # a film with edema shows an opacity
+        told = told[:, [CONDITIONS.index(name) for name in names]]
         found["f1_micro_drawn"] = f1_draws(told, shown, resamples, list(range(len(names))))["micro"]
     return found
 

@@ -466,7 +466,7 @@ def main(argv=None):
         raise InputError(f"{len(train_rows)} studies to train on and {len(val_rows)} for validation: both are needed")
     seed_everything(args.seed)
     model = build_model(shape_of(args), [row["report"] for row in train_rows]).to(device)
-    of = f"{studies.name}, {studies.version}, {len(train_rows)} + {len(val_rows)} studies, labels {studies.notes['labels']}"
+    of = f"{studies.name}, {studies.version}, {len(train_rows)} + {len(val_rows)}, labels {studies.notes['labels']}"
     facts = {"name": studies.name, "phantom": phantom, "section": studies.notes["section"], "views": args.views}
     facts |= {"drawn": drawn, "of": of}
     run_dir = open_run_dir(args, TASK, "train")

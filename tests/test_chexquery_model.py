@@ -39,7 +39,9 @@ def test_shapes_and_order(model):
     seen = model(images, present, maps=True)
     assert seen.tokens.shape == (3, 1 + 3, 64) and seen.logits.shape == (3, 14) and seen.region_logits.shape == (3, 6)
     assert model.names == [*CONDITIONS, *REGIONS]
-    assert [m.shape for m in seen.maps] == [(3, 2, 20, 2 * 16)]  # 56 / 14 = 4: 16 patches a view, none taken for a class token
+    assert [m.shape for m in seen.maps] == [
+        (3, 2, 20, 2 * 16)
+    ]  # 56 / 14 = 4: 16 patches a view, none taken for a class token
     torch.testing.assert_close(seen.maps[0].sum(-1), torch.ones(3, 2, 20))
     assert seen.gate.shape == (3, 1) and ((seen.gate > 0) & (seen.gate < 1)).all()
     torch.testing.assert_close(model(images, present).tokens, seen.tokens)  # with and without maps alike
@@ -80,8 +82,8 @@ def test_every_part_can_be_switched_off(off, names):
     assert len(model.names) == names and seen.queries.shape[1] == names
     assert (seen.gate is None) == (off == "gate") and (seen.logits is None) == (off == "conditions")
     assert (seen.region_logits is None) == (off == "regions")
-    assert not any(f"{part}." in name for name, _ in model.named_parameters() for part in
-                   {"gate": ["fusion.gate"], "conditions": ["aux"], "regions": ["region_head"], "query_attention": ["among"]}[off])  # fmt: skip
+    parts = {"gate": "fusion.gate", "conditions": "aux", "regions": "region_head", "query_attention": "among"}
+    assert not any(f"{parts[off]}." in name for name, _ in model.named_parameters())
 
 
 def test_no_queries_at_all_are_refused():
@@ -193,7 +195,14 @@ def part_of(name):
 
 
 def test_what_each_phase_trains_of_pretrained_models(pretrained):
-    assert {part_of(n) for n in gradients(pretrained, 1)} == {"views", "queries", "layers", "fusion", "aux", "region_head"}
+    assert {part_of(n) for n in gradients(pretrained, 1)} == {
+        "views",
+        "queries",
+        "layers",
+        "fusion",
+        "aux",
+        "region_head",
+    }
     two = gradients(pretrained, 2)
     assert {part_of(n) for n in two} == {"views", "queries", "layers", "fusion", "aux", "region_head", "lora"}
     lora = {n for n in two if "lora_" in n}
@@ -244,7 +253,10 @@ def test_checkpoint_round_trip_and_refusals(model, pretrained, tmp_path):
         again, told = load_model(tmp_path / f"run{n}")
         images, present = films(2, kind.image_size)
         torch.testing.assert_close(again(images, present).tokens, kind(images, present).tokens)
-        assert told["phase"] == 2 and again.write(again(images, present).tokens)[0] == kind.write(kind(images, present).tokens)[0]
+        assert (
+            told["phase"] == 2
+            and again.write(again(images, present).tokens)[0] == kind.write(kind(images, present).tokens)[0]
+        )
         assert again.names == kind.names
     assert not any("lora" not in n and n.startswith("vision") for n in pretrained.own_state())  # not the base again
     with pytest.raises(InputError, match="another size"):

@@ -41,13 +41,24 @@ def test_text_of_a_section():
     assert cases.target_text(findings, impression, "findings", filled=False) == findings
     both = cases.target_text(findings, "", "findings+impression")
     assert both == "Findings: The heart is large. No effusion. | Impression: No specific impression documented."
-    assert cases.target_text("", impression, "findings+impression").startswith("Findings: No detailed findings documented.")
+    assert cases.target_text("", impression, "findings+impression").startswith(
+        "Findings: No detailed findings documented."
+    )
     assert cases.target_text("", "XXXX.", "impression") == ""
 
 
 def test_region_labels_of_sentences():
-    found = cases.region_labels("The heart is enlarged. There is a large left pleural effusion. The mediastinum is normal.")
-    assert found == {"cardiac": 1, "left_lung": 1, "right_lung": None, "mediastinum": 0, "diaphragm": None, "spine": None}
+    found = cases.region_labels(
+        "The heart is enlarged. There is a large left pleural effusion. The mediastinum is normal."
+    )
+    assert found == {
+        "cardiac": 1,
+        "left_lung": 1,
+        "right_lung": None,
+        "mediastinum": 0,
+        "diaphragm": None,
+        "spine": None,
+    }
     assert cases.region_labels("Both lungs are clear.")["right_lung"] == 0
 
 
@@ -78,7 +89,9 @@ def test_closed_upwards():
 def test_phantom_rows():
     studies = cases.phantom_rows(16, conditions=["Edema"], prevalence=0.5, severe=True)
     assert studies.counts() == {"train": 16, "val": 8, "test": 8}
-    assert len({row["patient"] for row in studies.split("val")} & {row["patient"] for row in studies.split("train")}) == 0
+    assert (
+        len({row["patient"] for row in studies.split("val")} & {row["patient"] for row in studies.split("train")}) == 0
+    )
     shown = {name for row in studies.rows for name, value in row["truth"].items() if value}
     assert shown == {"Edema", "Lung Opacity", "No Finding"}
     films = cases.Films(studies.rows, 56, studies.notes["drawn"])
@@ -106,14 +119,16 @@ def test_prepare_and_its_refusals(refused, tmp_path, capsys):
         write_json(path, found | change)
         assert sentence in refused(train.main, ["--model", "tiny", "--splits-file", path])
     assert "needs --chexbert" in refused(prepare, ["--labels", "chexbert"])
-    assert "no MeSH" in refused(prepare, ["--data", "phantom", "--labels", "mesh", "--splits-file", tmp_path / "x.json"])
+    assert "no MeSH" in refused(
+        prepare, ["--data", "phantom", "--labels", "mesh", "--splits-file", tmp_path / "x.json"]
+    )
 
 
 def test_prepared_rows_train_a_model(tmp_path):
     path = tmp_path / "splits.json"
     prepare(["--data", "phantom", "--films", "16", "--splits-file", str(path), "--section", "findings+impression"])
-    run("--model", "tiny", "--splits-file", path, "--width", 64, "--vision-layers", 1, "--text-layers", 1, "--epochs", 1,
-        "--eval-studies", 8, "--phase", 1, "--device", "cpu", "--out-dir", tmp_path / "run")  # fmt: skip
+    small = "--model tiny --width 64 --vision-layers 1 --text-layers 1 --epochs 1 --eval-studies 8 --phase 1".split()
+    run(*small, "--splits-file", path, "--device", "cpu", "--out-dir", tmp_path / "run")
     metrics = read_json(tmp_path / "run" / "metrics.json")
     assert metrics["dataset"]["section"] == "findings+impression" and metrics["n"] == 8
     references = [json.loads(line)["reference"] for line in open(tmp_path / "run" / "phase1" / "val_reports.jsonl")]
@@ -181,9 +196,10 @@ def test_stopped_and_resumed_equals_uninterrupted(tmp_path, monkeypatch):
     for phase in a:
         for name in a[phase]:
             assert torch.equal(a[phase][name], b[phase][name]), (phase, name)
-    assert read_json(tmp_path / "whole" / "metrics.json")["best"]["3"]["score"] == read_json(
-        tmp_path / "parts" / "metrics.json"
-    )["best"]["3"]["score"]
+    assert (
+        read_json(tmp_path / "whole" / "metrics.json")["best"]["3"]["score"]
+        == read_json(tmp_path / "parts" / "metrics.json")["best"]["3"]["score"]
+    )
 
 
 def test_phase_by_phase_and_refusals(trained, refused, tmp_path, capsys):
@@ -211,8 +227,12 @@ def test_configs_name_real_options(name):
 def test_settings_reach_the_model(tmp_path):
     """Flags and --config alike; read back from the modules, not from the arguments."""
     config = tmp_path / "own.yaml"
-    config.write_text("num-layers: 3\nnum-pool-queries: 7\nnum-heads: 4\ndropout: 0.25\naux-dropout: 0.35\ngate: false\n")
-    args = train.parse_args(["--dry-run", "--config", str(config), "--no-query-attention", "--no-regions", "--prompt", "The"])
+    config.write_text(
+        "num-layers: 3\nnum-pool-queries: 7\nnum-heads: 4\ndropout: 0.25\naux-dropout: 0.35\ngate: false\n"
+    )
+    args = train.parse_args(
+        ["--dry-run", "--config", str(config), "--no-query-attention", "--no-regions", "--prompt", "The"]
+    )
     model = train.build_model(train.shape_of(args), ["The heart."])
     assert len(model.layers) == 3 and model.fusion.pool_queries.shape[0] == 7 and model.layers[0].cross.heads == 4
     assert model.layers[0].drop.p == 0.25 and model.layers[0].feed[2].p == 0.25 and model.aux[2].p == 0.35
@@ -260,8 +280,10 @@ def test_augmentation_never_mirrors():
 
 def small_split():
     model = untrained()[0]
-    args = SimpleNamespace(views=["frontal"], cache_gib=1.0, uncertain="positive", seed=0, eval_batch=5, label_smoothing=[0.0] * 3,
-                           aux_weight=[0.7, 0.3, 0.0], region_weight=0.2)  # fmt: skip
+    args = SimpleNamespace(
+        views=["frontal"], cache_gib=1.0, uncertain="positive", seed=0, eval_batch=5, label_smoothing=[0.0] * 3,
+        aux_weight=[0.7, 0.3, 0.0], region_weight=0.2,
+    )  # fmt: skip
     studies = cases.phantom_rows(8, conditions=list(TOP_FIVE), prevalence=0.4, severe=True)
     return model, args, train.Split(studies.split("val"), model, args, studies.notes["drawn"]), studies
 
