@@ -76,7 +76,7 @@ def parse_args(argv=None):
     g.add_argument("--conditions", nargs="+", metavar="NAME", help="phantom: draw these only")
     g.add_argument("--severe", action="store_true", help="phantom: all findings severe, each with a chance of .25")
     g.add_argument("--odd", action="store_true",
-        help="phantom: --conditions with a chance of .5, and a label that tells an odd number of them, which no sum does")
+        help="phantom: --conditions with a chance of .5, and a label for an odd number of them, which no sum tells")
     g = parser.add_argument_group("model")
     g.add_argument("--model", default=DEFAULT, help="hub name, folder, tiny:gemma3, tiny:llava, ... (%(default)s)")
     g.add_argument("--quant", default="none", choices=QUANTS, help="how the weights are held (%(default)s)")

@@ -17,7 +17,7 @@ from task1_classification.vlm_zero_shot import question, statements
 
 ANSWERS = {
     1: "1|**1**|Answer: 1|Yes.|yes, a small one on the left|The answer is yes|It is present|'1'|1.|Final answer: 1|YES",
-    0: "0|**0**|Answer: 0|No.|no, there is no effusion|There is no effusion.|It is absent|[0]|false|There are no nodules",
+    0: "0|**0**|Answer: 0|No.|no, there is no effusion|There is no effusion.|It is absent|[0]|false|I see no",
     None: "|10|1 or 0|yes or no|I am not sure|0.5|the heart|yes/no|2|There is no way to tell|it is not present?|01|???",
 }
 
