@@ -38,8 +38,8 @@ from tqdm import tqdm
 from attention_viz import measures
 from attention_viz.cases import export_csv, phantom_cases, phantom_settings, read_cases
 from attention_viz.faithful import faithfulness, randomisation
-from attention_viz.maps import METHODS, NEUTRAL, OF_ROWS, Map, ask_all, attention_map, choose_heads, on_common_grid
-from attention_viz.maps import shares_in_boxes
+from attention_viz.maps import METHODS, NEUTRAL, OF_ROWS, PAIR, TINY_PAIR, Map, ask_all, attention_map, choose_heads
+from attention_viz.maps import SIDE, on_common_grid, shares_in_boxes
 from attention_viz.report import read_maps, summarise, write_results
 from shared.models.loading import QUANTS, load_vlm
 from shared.models.passes import PartSize, in_parts, make_prompts, margin
@@ -58,10 +58,7 @@ from shared.runtime import (
 from shared.training import StopSignal, refuse_other_settings, settings_of
 
 TASK = "attention_viz"
-PAIR = ["google/medgemma-4b-it", "microsoft/llava-med-v1.5-mistral-7b"]
-TINY_PAIR = ["tiny:gemma3", "tiny:llava"]
 UNRELATED = "Is this a photograph of a dog?"
-SIDE = 16  # all maps are measured on one grid
 DEFAULT_METHODS = [m for m in METHODS if m not in ("max", "own_box")]
 
 
@@ -130,6 +127,7 @@ def main(argv=None):
     if args.export:
         print(f"{len(cases)} questions in {export_csv(cases, args.export)}")
         return
+    cases, pixels = read_images(cases, errors)
     calibration = split_patients(cases, args.calibration, args.seed)
     device, _ = pick_device(args.device)
     resumed = bool(args.resume)
@@ -148,26 +146,39 @@ def main(argv=None):
         for name in args.models:
             vlm = load_vlm(name, quant=args.quant, device=device)
             label = name if name not in models else f"{name} ({len(models) + 1})"
-            models[label] = {"facts": vlm.facts()} | run_model(
-                vlm, len(models), cases, calibration, args, run_dir, stop
-            )
-            errors += models[label].pop("errors")
+            found = run_model(vlm, len(models), cases, pixels, calibration, args, run_dir, stop)
+            models[label] = {"facts": vlm.facts()} | found
             del vlm
             free_gpu()
-    stats = summarise(models, cases, args) | {"phantom": phantom, "notes": notes, "errors": len(errors)}
+    stats = summarise(models, cases, pixels, args) | {"phantom": phantom, "notes": notes, "errors": len(errors)}
     stats |= {"settings": settings_of(args), **run_facts(started, device)}
     write_json(run_dir / "stats.json", stats)
-    write_results(run_dir, stats, models, cases, errors, args)
+    write_results(run_dir, stats, models, cases, pixels, errors, args)
     for name, found in stats["models"].items():
         print(f"{name}: {found['verdict']['says']} ({found['verdict']['because']})")
     print(f"results in {run_dir}")
 
 
+def read_images(cases, errors):
+    """-> (cases whose image can be read, {key: uint8 image}); the others get a row in errors."""
+    pixels = {}
+    for case in cases:
+        try:
+            pixels[case.key] = case.pixels()
+        except InputError as error:
+            errors.append({"line": "", "study_id": case.study_id, "error": f"{case.image}: {error}"})
+    cases = [case for case in cases if case.key in pixels]
+    if len({case.patient_id for case in cases}) < 2:
+        raise InputError(
+            f"there are images of {len({c.patient_id for c in cases})} patients that can be read, and two are needed to"
+            " compare" + (f"; {errors[-1]['error']}" if errors else "")
+        )
+    return cases, pixels
+
+
 def split_patients(cases, share, seed):
     """-> patients for calibration: a random share, at least one, and never all."""
     patients = sorted({case.patient_id for case in cases})
-    if len(patients) < 2:
-        raise InputError("there is one patient: nothing can be compared between patients; give at least two")
     random.Random(seed).shuffle(patients)
     return set(patients[: min(len(patients) - 1, max(1, round(share * len(patients))))])
 
@@ -175,21 +186,12 @@ def split_patients(cases, share, seed):
 # ----------------------------------------------------------------------------------------------------------- one model
 
 
-def run_model(vlm, number, cases, calibration, args, run_dir, stop):
-    """-> dict(records, heads, sinks, errors, faithfulness); what a resumed run has already is read."""
+def run_model(vlm, number, cases, pixels, calibration, args, run_dir, stop):
+    """-> dict(records, maps, heads, sinks, faithfulness); what a resumed run has already is read."""
     path, folder = run_dir / "records" / f"{number}.jsonl", run_dir / "maps" / str(number)
     path.parent.mkdir(parents=True, exist_ok=True)
-    done, size, errors = read_records(path), PartSize(args.batch_size), []
+    done, size = read_records(path), PartSize(args.batch_size)
     chosen_path = run_dir / "records" / f"{number}-chosen.json"
-    pixels = {}
-    for case in cases:
-        try:
-            pixels[case.key] = case.pixels()
-        except InputError as error:
-            errors.append({"line": "", "study_id": case.study_id, "error": str(error)})
-    cases = [case for case in cases if case.key in pixels]
-    if len({c.patient_id for c in cases}) < 2:
-        raise InputError(f"only {len(cases)} images can be read, of fewer than two patients; the first: {errors[0]}")
     if chosen_path.exists():
         chosen = read_json(chosen_path)
     else:
@@ -220,8 +222,7 @@ def run_model(vlm, number, cases, calibration, args, run_dir, stop):
         some = [c for c in cases if c.patient_id not in calibration][: args.faithfulness]
         faith = faithfulness(vlm, some, pixels, chosen["heads"], args)
         faith["randomisation"] = randomisation(vlm, some, pixels, args)
-    found = {"records": records, "maps": maps, "heads": chosen["heads"], "sinks": sinks}
-    return found | {"errors": errors, "faithfulness": faith}
+    return {"records": records, "maps": maps, "heads": chosen["heads"], "sinks": sinks, "faithfulness": faith}
 
 
 def read_records(path):

@@ -27,7 +27,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 from PIL import Image
 
-from attention_viz.maps import METHODS, OF_ROWS, ask, attention_map, overlay
+from attention_viz.maps import METHODS, OF_ROWS, PAIR, TINY_PAIR, ask, attention_map, overlay
 from shared.data.images import read_pixels
 from shared.models.loading import QUANTS, load_vlm
 from shared.models.passes import make_prompts, write
@@ -36,8 +36,6 @@ from shared.runtime import InputError, atomic_file, free_gpu, open_run_dir, pick
 from shared.runtime import script_parser, seed_everything, write_json
 
 TASK = "attention_viz"
-PAIR = ["google/medgemma-4b-it", "microsoft/llava-med-v1.5-mistral-7b"]
-TINY_PAIR = ["tiny:gemma3", "tiny:llava"]
 
 
 def parse_args(argv=None):

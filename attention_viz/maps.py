@@ -45,9 +45,12 @@ METHODS = {
     "occlusion": "how far the answer falls when a part of the image is grey",
     "own_box": "the box that the model itself writes, where it writes one",
 }
+PAIR = ["google/medgemma-4b-it", "microsoft/llava-med-v1.5-mistral-7b"]  # what is compared unless models are named
+TINY_PAIR = ["tiny:gemma3", "tiny:llava"]  # "tiny"
 OF_ROWS = ("mean", "max", "last_quarter", "heads", "relative")  # read off one pass that runs as always
 NEUTRAL = "Describe this image."
 BOX_REQUEST = "{} Give the box [x0, y0, x1, y1] of the place that settles it, from 0 to 1000."
+SIDE = 16  # of the common grid on which maps are measured and compared
 WINDOWS = 8  # occlusion greys at most so many parts along a side
 PARTS = 16  # images that go through the model at a time
 
@@ -125,7 +128,7 @@ def shares_in_boxes(boxes, grid, view, fine=16):
     return inside.reshape(grid[0], fine, grid[1], fine).mean((1, 3))
 
 
-def on_common_grid(found, side=16, fine=16):
+def on_common_grid(found, side=SIDE, fine=16):
     """A Map -> float32 (side, side) over the whole image, sum 1: by area, so that grids of any kind can be compared."""
     height, width = found.size
     points = (np.arange(side * fine) + 0.5) / (side * fine)
@@ -190,8 +193,8 @@ def ask_all(vlm, images, questions, start="", findings=None):
     queries = [{"last": [len(p) + len(before) - 1]} for p in prompts]
     for case, query, finding in zip(cases, queries, findings or [""] * len(cases), strict=True):
         case.finding, query["finding"] = finding, tokens_of(case, finding)
-    run = lambda: margin(vlm, prompts, start=start, share=False).tolist()  # noqa: E731
-    for case, value in zip(cases, record_rows(cases, queries, run), strict=True):
+    found = record_rows(cases, queries, lambda: margin(vlm, prompts, start=start, share=False).tolist())
+    for case, value in zip(cases, found, strict=True):
         case.margin = value
     return cases
 

@@ -7,7 +7,7 @@ Maps are compared on one grid (maps.on_common_grid); p, q: arrays of one shape, 
 import numpy as np
 from scipy.stats import rankdata
 
-from shared.metrics.statistics import bootstrap_interval, effective_clusters, holm, none_if_nan, sign_flip_test
+from shared.metrics.statistics import bootstrap_interval, effective_clusters, holm, sign_flip_test
 
 TOP = 0.1  # share of the cells whose mass is top_mass
 SINK = 0.1  # a cell with more than this share of the mass, in most images, is a sink
@@ -249,21 +249,20 @@ def localisation_tables(records, methods, draws=DRAWS):
                   "other yes cases": [r for r in with_boxes if not r["evidence_using"]]} | groups  # fmt: skip
     tables = {}
     for group, some in groups.items():
-        who = [r["patient_id"] for r in some]
         tables[group] = {}
         for method in methods:
-            rows = [r["located"].get(method) for r in some]
-            known = sum(x is not None for x in rows)
-            if not known:
+            rows = [(r["located"][method], r["patient_id"]) for r in some if method in r["located"]]
+            if not rows:
                 continue
-            column = lambda name, rows=rows: [None if x is None else x[name] for x in rows]  # noqa: E731
+            of = {k: [found[k] for found, _ in rows] for k in ("hit", "chance", "mass_ratio", "null_hit")}
+            who = [patient for _, patient in rows]
             tables[group][method] = {
-                "n": known,
-                "hit": mean_of(column("hit"), who, draws),
-                "chance": none_if_nan(np.mean([x["chance"] for x in rows if x is not None])),
-                "hit_over_chance": ratio_of(column("hit"), column("chance"), who, draws),
-                "mass_ratio": mean_of(column("mass_ratio"), who, draws),
-                "against_mean_map": paired(column("hit"), column("null_hit"), who, draws),
+                "n": len(rows),
+                "hit": mean_of(of["hit"], who, draws),
+                "chance": float(np.mean(of["chance"])),
+                "hit_over_chance": ratio_of(of["hit"], of["chance"], who, draws),
+                "mass_ratio": mean_of(of["mass_ratio"], who, draws),
+                "against_mean_map": paired(of["hit"], of["null_hit"], who, draws),
             }
     return tables
 

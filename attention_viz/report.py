@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from attention_viz import measures
-from attention_viz.maps import METHODS, OF_ROWS, Map, overlay, shares_in_boxes
+from attention_viz.maps import METHODS, OF_ROWS, SIDE, Map, overlay, shares_in_boxes
 from shared.report import Report, number, p_value, percent, save_figure, with_interval
 from shared.runtime import InputError, atomic_file, write_csv
 
@@ -35,11 +35,12 @@ FEW = 5  # evidence-using calibration cases below which the best map is chosen o
 # ------------------------------------------------------------------------------------------------------------- numbers
 
 
-def summarise(models, cases, args):
+def summarise(models, cases, pixels, args):
     """models: {name: run_model's} -> the contents of stats.json; all numbers are of patients not in calibration."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # few patients: said once, by `clusters`
-        found = {name: summary_of(model, {c.key: c for c in cases}, args) for name, model in models.items()}
+        boxes = {c.key: shares_in_boxes(c.boxes, (SIDE, SIDE), (0, 0, *pixels[c.key].shape[1::-1])) for c in cases}
+        found = {name: summary_of(model, boxes, args) for name, model in models.items()}
         tests = {name: [r for r in model["records"] if not r["calibration"]] for name, model in models.items()}
         differences = measures.compare_models(tests, args.bootstrap)
     family = []
@@ -62,9 +63,9 @@ def summarise(models, cases, args):
     }
 
 
-def summary_of(model, cases, args):
+def summary_of(model, boxes, args):
     records, draws = model["records"], args.bootstrap
-    locate_mean_maps(records, cases, model["maps"])
+    locate_mean_maps(records, boxes, model["maps"])
     tested, chosen_on = ([r for r in records if r["calibration"] is part] for part in (False, True))
     methods = [m for m in dict.fromkeys(m for r in records for m in r["located"]) if not m.startswith("other: ")]
     behaviour = measures.behaviour(tested, draws)
@@ -115,7 +116,7 @@ def statuses(records):
     return {m: dict(c) for m, c in found.items()}
 
 
-def locate_mean_maps(records, cases, maps):
+def locate_mean_maps(records, boxes, maps):
     """Into each record: how well the mean map over calibration images (no look at this one) hits, per kind of map."""
     total = {}
     for r in records:
@@ -123,17 +124,12 @@ def locate_mean_maps(records, cases, maps):
             for name, grid in maps[r["key"]].items():
                 total.setdefault(name, []).append(grid.astype(np.float32))
     for r in records:
-        image = cases[r["key"]].pixels()
-        shares = shares_in_boxes(cases[r["key"]].boxes, maps_shape(maps), (0, 0, *image.shape[1::-1]))
+        shares = boxes[r["key"]]
         for name, told in r["located"].items():
             if name in total:
                 told["null_hit"] = measures.localisation(np.mean(total[name], 0), shares, np.ones_like(shares))["hit"]
             else:
                 told["null_hit"] = None
-
-
-def maps_shape(maps):
-    return next(grid.shape for grids in maps.values() for grid in grids.values())
 
 
 def best_map(records, methods):
@@ -150,11 +146,14 @@ def best_map(records, methods):
 # --------------------------------------------------------------------------------------------------------------- files
 
 
-def write_results(run_dir, stats, models, cases, errors, args):
+def write_results(run_dir, stats, models, cases, pixels, errors, args):
     phantom = stats["phantom"]
     write_tables(run_dir, models, errors)
     figures = [
-        (draw_panels(run_dir, stats, models, cases, args), "Original wording: the film with its boxes, then its maps."),
+        (
+            draw_panels(run_dir, stats, models, cases, pixels, args),
+            "Original wording: the film with its boxes, then its maps.",
+        ),
         (draw_moves(run_dir, stats, models), "How far maps move: by wording, and by what should move them."),
         (draw_forest(run_dir, stats), "Hit rate over chance on test cases with boxes; 1 is chance."),
     ]
@@ -322,7 +321,7 @@ def faithful_tables(report, found):
 # ------------------------------------------------------------------------------------------------------------- figures
 
 
-def draw_panels(run_dir, stats, models, cases, args, most=3):
+def draw_panels(run_dir, stats, models, cases, pixels, args, most=3):
     """A line per model and case: up to `most` test cases, those with boxes first."""
     by_key, lines = {c.key: c for c in cases}, []
     for name, model in models.items():
@@ -335,7 +334,7 @@ def draw_panels(run_dir, stats, models, cases, args, most=3):
     size = (1.9 * (len(methods) + 1), 2.1 * len(lines) + 0.5)
     figure, axes = plt.subplots(len(lines), len(methods) + 1, figsize=size, layout="constrained", squeeze=False)
     for line, (name, r, maps) in zip(axes, lines, strict=True):
-        image, w = by_key[r["key"]].pixels(), r["wordings"][0]
+        image, w = pixels[r["key"]], r["wordings"][0]
         line[0].imshow(image, cmap="gray")
         for x0, y0, x1, y1 in by_key[r["key"]].boxes:
             line[0].add_patch(plt.Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor="cyan", linewidth=1))

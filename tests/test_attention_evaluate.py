@@ -35,7 +35,7 @@ def cache(tmp_path_factory):
 def run(tmp_path_factory, cache):
     """One run with both families, shared by the tests that only read it."""
     folder = tmp_path_factory.mktemp("attention") / "run"
-    evaluate(["--models", "tiny", "--n-studies", "10", "--faithfulness", "2", *SMALL, "--out-dir", str(folder)])
+    evaluate(["--models", "tiny", "--n-studies", "8", "--faithfulness", "1", *SMALL, "--out-dir", str(folder)])
     return folder
 
 
@@ -47,16 +47,16 @@ def read_csv(path):
 def test_a_whole_run(run):
     stats, report = read_json(run / "stats.json"), (run / "report.md").read_text()
     assert stats["phantom"] and "PHANTOM" in report and set(stats["models"]) == {"tiny:gemma3", "tiny:llava"}
-    assert stats["n_cases"] == 7 and stats["n_wordings"] == 42 and stats["bootstrap"] == 200
+    assert stats["n_cases"] == 6 and stats["n_wordings"] == 36 and stats["bootstrap"] == 200
     assert {p.name for p in (run / "figures").glob("*.png")} == {"panels.png", "moves.png", "forest.png"}
     assert (run / "report.html").is_file() and not (run / "errors.csv").exists()
     answers = read_csv(run / "answers.csv")
-    assert len(answers) == 2 * 60 and {r["strategy"] for r in answers} >= {"original", "negation", "synonym"}
+    assert len(answers) == 2 * 48 and {r["strategy"] for r in answers} >= {"original", "negation", "synonym"}
     rows = read_csv(run / "maps.csv")
     tables = {r["method"] for r in rows}
     assert tables >= {"mean", "heads", "rollout", "occlusion", "grad_cam", "integrated_gradients"}
     for m in stats["models"].values():
-        assert m["status"] == {"ok": 10} and m["tiny"] and len(m["heads"]) == 3
+        assert m["status"] == {"ok": 8} and m["tiny"] and len(m["heads"]) == 3
         table = m["localisation"]["all yes cases"]
         assert table.keys() >= {"mean", "occlusion", "null: intensity"}
         for row in table.values():
@@ -64,7 +64,7 @@ def test_a_whole_run(run):
         moves = m["similarity"]["mean"]
         assert moves.keys() >= {"other patient's image", "blank image", "unrelated question", "cells shuffled",
                                 "brightness of the film", "paraphrase: negation"}  # fmt: skip
-        assert m["faithfulness"]["n"] == 2 and m["faithfulness"]["randomisation"]["mean"].keys() >= {
+        assert m["faithfulness"]["n"] == 1 and m["faithfulness"]["randomisation"]["mean"].keys() >= {
             "1.00",
             "other images",
         }
@@ -89,7 +89,18 @@ def test_numbers_agree_with_the_rows(run):
 
 def test_an_interrupted_run_goes_on(run, tmp_path, monkeypatch):
     """Killed in the middle of a line of the third study: what is resumed equals what ran through."""
-    arguments = ["--models", "tiny:llava", "--n-studies", "6", "--methods", "mean", "occlusion", *SMALL]
+    arguments = [
+        "--models",
+        "tiny:llava",
+        "--n-studies",
+        "5",
+        "--methods",
+        "mean",
+        "occlusion",
+        "--variants",
+        "3",
+        *SMALL,
+    ]
     evaluate([*arguments, "--out-dir", "whole"])
     evaluate([*arguments, "--out-dir", "cut"])
     path = Path("cut/records/0.jsonl")
@@ -98,7 +109,7 @@ def test_an_interrupted_run_goes_on(run, tmp_path, monkeypatch):
     asked, counted = script.study_record, []
     monkeypatch.setattr(script, "study_record", lambda *a: counted.append(1) or asked(*a))
     evaluate(["--resume", "cut"])
-    assert len(counted) == 4
+    assert len(counted) == 3
     one, two = (read_json(Path(name) / "stats.json") for name in ("whole", "cut"))
     for key in ("models", "tests", "clusters"):
         assert one[key] == two[key]
