@@ -70,8 +70,8 @@ except RuntimeError as error:
     alone = str(error)
 shared = fresh("fake")
 import torchvision, torchvision.ops
-print(json.dumps({"alone": alone, "state": shared.TORCHVISION, "again": shared.make_torchvision_importable(), "count": torchvision.count,
-                  "declared": [hasattr(torch.ops.torchvision, name) for name in ("nms", "qnms", "roi_align")]}))
+print(json.dumps({"alone": alone, "state": shared.TORCHVISION, "again": shared.make_torchvision_importable(),
+                  "count": torchvision.count, "declared": [hasattr(torch.ops.torchvision, name) for name in ("nms", "qnms", "roi_align")]}))
 """)
     assert "operator torchvision::nms does not exist" in found["alone"]  # the fake fails as the real one does
     assert found == {
@@ -112,10 +112,12 @@ shared = fresh("fake1")
 import torch
 found["plain"] = [shared.TORCHVISION, shared._library is None, hasattr(torch.ops.torchvision, "nms")]
 shared = fresh("fake2")
-found["with operators"] = [shared.TORCHVISION, shared._library is None, hasattr(torch.ops.torchvision, "nms"), hasattr(torch.ops.torchvision, "qnms")]
+there = [hasattr(torch.ops.torchvision, name) for name in ("nms", "qnms")]
+found["with operators"] = [shared.TORCHVISION, shared._library is None, *there]
 
 # the allocator: what was set when torch was imported, and what happens to the user's own values
-for own in ({}, {"PYTORCH_ALLOC_CONF": "a:1"}, {"PYTORCH_CUDA_ALLOC_CONF": "b:2"}, {"PYTORCH_ALLOC_CONF": "c:3", "PYTORCH_CUDA_ALLOC_CONF": "d:4"}, {"PYTORCH_CUDA_ALLOC_CONF": ""}):
+new, old = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
+for own in ({}, {new: "a:1"}, {old: "b:2"}, {new: "c:3", old: "d:4"}, {old: ""}):
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         os.environ.pop(name, None)
     os.environ.update(own)
