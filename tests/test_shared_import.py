@@ -71,7 +71,8 @@ except RuntimeError as error:
 shared = fresh("fake")
 import torchvision, torchvision.ops
 print(json.dumps({"alone": alone, "state": shared.TORCHVISION, "again": shared.make_torchvision_importable(),
-                  "count": torchvision.count, "declared": [hasattr(torch.ops.torchvision, name) for name in ("nms", "qnms", "roi_align")]}))
+                  "count": torchvision.count,
+                  "declared": [hasattr(torch.ops.torchvision, name) for name in ("nms", "qnms", "roi_align")]}))
 """)
     assert "operator torchvision::nms does not exist" in found["alone"]  # the fake fails as the real one does
     assert found == {
