@@ -33,7 +33,16 @@ from shared.metrics.labels import CONDITIONS
 from shared.phantom import phantom_classification
 from shared.report import PHANTOM
 from shared.runtime import InputError, bounded, newest_run, open_run_dir, peak_memory, pick_device
-from shared.runtime import positive_int, run_facts, script, script_parser, seed_everything, write_json, write_jsonl
+from shared.runtime import (
+    positive_int,
+    run_facts,
+    script,
+    script_parser,
+    seed_everything,
+    write_csv,
+    write_json,
+    write_jsonl,
+)
 from shared.training import settings_of
 from task1_classification.model import untrained_classifier
 from task2_report import measures
@@ -272,15 +281,18 @@ def run_report(args, device, started):
     writer = Writer(vlm, args.batch_size, args.max_new_tokens)
     print(f"planned: {3 * len(test):,} reports of {len(test)} films (own, another's, grey), then the baselines")
     run_dir = open_run_dir(args, TASK, "evaluate")
-    numbers, rows = run_report_task(
+    numbers, rows, test, errors = run_report_task(
         writer, data, test, conditions, told.get("indication", False), args.cnn_steps, args.redrawn, args.seed, device
     )
     write_jsonl(run_dir / "reports.jsonl", rows)
+    if errors:
+        write_csv(run_dir / "errors.csv", errors)
+        print(f"{len(errors)} films cannot be read and are left out; the first: {errors[0]['error']}", file=sys.stderr)
     if data.name == "iu_xray" and args.split == "test":
         write_json(run_dir / "rexrank.json", rexrank_rows(test, [row["text"] for row in rows], args.data_dir))
     numbers |= {
-        "task": "report", "n": len(test), "conditions": list(conditions), "dataset": data.facts, "split": args.split,
-        "trained_on": told.get("dataset"), "untrained": untrained(vlm), **vlm.facts(), "seed": args.seed,
+        "task": "report", "n": len(test), "n_errors": len(errors), "conditions": list(conditions),
+        "dataset": data.facts, "split": args.split, "trained_on": told.get("dataset"), "untrained": untrained(vlm), **vlm.facts(), "seed": args.seed,
         "settings": settings_of(args), **run_facts(started, device),
     }  # fmt: skip
     write_json(run_dir / "metrics.json", numbers)

@@ -2,8 +2,9 @@
 A small CNN that reads the labels of films: the upper line beside written reports, since it only has to see and not to
 write, and the features by which the nearest training film is found.
 
-    net = LabelCNN(films, labels, seed=0)              # films: arrays or paths; labels: bool (N, L)
-    net.probabilities(films), net.features(films)      # (N, L) and (N, 512)
+    images, cases, errors = small_films(cases)             # those that can be read
+    net = LabelCNN(images, labels, seed=0)                 # labels: bool (N, L)
+    probabilities, features = net.run(images)              # (N, L) and (N, 512)
 
 The network is task 1's ResNet-18 on 64 px. Thresholds per label are chosen for F1 on validation.
 """
@@ -17,21 +18,31 @@ import torch.nn.functional as F
 from sklearn.metrics import precision_recall_curve
 
 from shared.data.images import read_image, to_square
+from shared.runtime import InputError
 from shared.training import learning_rate
 from task1_classification.model import build_model, normalise
 
 SIZE = 64
 
 
-def small_films(films):
-    """Paths or uint8 arrays -> uint8 tensor (N, 1, SIZE, SIZE); each file is read once."""
-    return torch.from_numpy(np.stack([to_square(read_image(f), SIZE, 1) for f in films]))
+def small_films(cases):
+    """-> (uint8 tensor (N, 1, SIZE, SIZE), cases whose film can be read, rows of errors.csv for the others)."""
+    small, kept, errors = [], [], []
+    for case in cases:
+        try:
+            small.append(to_square(read_image(case.film), SIZE, 1))
+            kept.append(case)
+        except InputError as error:
+            errors.append({"path": str(case.film), "error": str(error)})
+    if not kept:
+        raise InputError(f"none of the {len(cases)} films can be read; {errors[0]['path']}: {errors[0]['error']}")
+    return torch.from_numpy(np.stack(small)), kept, errors
 
 
 class LabelCNN:
-    def __init__(self, films, labels, steps=600, batch_size=64, lr=2e-3, seed=0, device="cpu"):
+    def __init__(self, images, labels, steps=600, batch_size=64, lr=2e-3, seed=0, device="cpu"):
         torch.manual_seed(seed)
-        images, targets = small_films(films), torch.from_numpy(np.asarray(labels)).float()
+        targets = torch.from_numpy(np.asarray(labels)).float()
         scaled = images.float() / 255
         self.normalisation = {"mean": [float(scaled.mean())], "std": [float(scaled.std()) or 1.0]}
         self.model = build_model("resnet18", targets.shape[1], 1, SIZE, stem="7x7").to(device)
@@ -54,10 +65,10 @@ class LabelCNN:
         self.seconds = time.time() - started
 
     @torch.inference_mode()
-    def run(self, films):
+    def run(self, images):
         """-> probabilities (N, L), features (N, 512) of the last layer but one, as float32 arrays."""
         kept, hook = [], self.model.fc.register_forward_pre_hook(lambda m, inputs: kept.append(inputs[0].float().cpu()))
-        images, out = small_films(films), []
+        out = []
         for batch in images.split(256):
             out.append(self.model(normalise(batch.to(self.device), self.normalisation)).sigmoid().float().cpu())
         hook.remove()

@@ -3,7 +3,9 @@ What a small model from random weights needs before it can learn to write: eyes.
 labels and sides of the training reports, through one linear layer that is thrown away afterwards.
 
 The loss of a report is mostly that of its wording, and the few tokens that depend on the film teach a random tower
-very slowly; this stage takes the tower's share of the work out of the loop, at a hundredth of the cost per film. The
+very slowly. This stage takes the tower's share of the work out of the loop, at a hundredth of the cost per film. The
+linear layer reads the mean of the image tokens, so that a finding looks alike in every token and the language model can
+find it with any attention (read token by token, it is coded in each place another way, and writing starts later). The
 labels come from the texts alone (shared/metrics/labels.py): nothing is used that report writing would not use.
 """
 
@@ -41,7 +43,7 @@ def learn_labels(vlm, store, numbers, reports, steps, batch_size=64, lr=1e-3, se
     targets, started = targets[:, learned].to(vlm.device), time.time()
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    width = features_of(vlm, store.get(numbers[:1]))[0].numel()
+    width = features_of(vlm, store.get(numbers[:1]))[0].shape[-1]
     head = torch.nn.Linear(width, targets.shape[1]).to(vlm.device)
     parts = [vlm.base.get_submodule(name) for name in (vlm.spec.tower, *vlm.spec.projector)]
     parameters = list({id(p): p for part in [*parts, head] for p in part.parameters()}.values())
@@ -49,7 +51,7 @@ def learn_labels(vlm, store, numbers, reports, steps, batch_size=64, lr=1e-3, se
     vlm.model.train()
     for step in tqdm(range(steps), desc="labels", leave=False, disable=True if hidden else None):
         rows = torch.randint(len(numbers), (batch_size,), generator=generator).tolist()
-        seen = torch.stack([f.flatten() for f in features_of(vlm, store.get([numbers[r] for r in rows]))])
+        seen = torch.stack([f.mean(0) for f in features_of(vlm, store.get([numbers[r] for r in rows]))])
         loss = F.binary_cross_entropy_with_logits(head(seen.float()), targets[rows])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)

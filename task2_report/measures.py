@@ -18,7 +18,6 @@ from shared.metrics.classification import binary_metrics
 from shared.metrics.labels import CONDITIONS, NEGATIVE, UNKNOWN, label_report
 from shared.metrics.statistics import delong_auc, mcnemar_exact, wilson_interval
 
-CALLS = ("normal", "pneumonia", "uncertain", None)
 
 # ----------------------------------------------------------------------------------- claims that pixels cannot bear
 

@@ -62,7 +62,6 @@ STRATEGIES = {
     ),
     "report": Strategy(REPORT, wants=("findings",)),
 }
-DESIGN = ("zero_shot", "clinical_role", "context_aware")
 CONTEXTS = ("none", "cnn", "swapped", "constant")
 
 # Other words for the same question; no answer should change. The last two turn it round.

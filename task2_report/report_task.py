@@ -11,12 +11,11 @@ import shared  # noqa: F401, isort: skip  # before torch
 import numpy as np
 
 from shared.data.iu_xray import find_iu_xray
-from shared.metrics.labels import CONDITIONS
 from shared.metrics.report_baselines import baseline_reports
 from shared.metrics.statistics import wilson_interval
 from shared.runtime import read_json
 from task2_report.cases import sections_of
-from task2_report.label_cnn import LabelCNN, best_thresholds
+from task2_report.label_cnn import LabelCNN, best_thresholds, small_films
 from task2_report.prompts import REPORT, ask
 from task2_report.scores import f1_of, measure_reports, stated, truth_of
 
@@ -37,15 +36,15 @@ def other_films(cases):
     return films
 
 
-def make_baselines(train, val, test, conditions, steps, seed, device):
-    """-> {name: texts of the test cases}, numbers of the label CNN on the test cases."""
+def make_baselines(train, val, test, images, conditions, steps, seed, device):
+    """images: their films as small_films gives them -> {name: texts of the test cases}, numbers of the label CNN."""
     truth = [np.array([list(truth_of(c, conditions)[0].values()) for c in some]) for some in (train, val, test)]
     reports = [case.report for case in train]
     options = dict(seed=seed, tokenizer="r2gen")
     cnn = None
     if steps:
-        net = LabelCNN([case.film for case in train], truth[0], steps=steps, seed=seed, device=device)
-        (_, known), (p_val, _), (p_test, asked) = (net.run([c.film for c in some]) for some in (train, val, test))
+        net = LabelCNN(images[0], truth[0], steps=steps, seed=seed, device=device)
+        (_, known), (p_val, _), (p_test, asked) = (net.run(some) for some in images)
         called = p_test > best_thresholds(truth[1], p_val)
         pairs = [
             (dict(zip(conditions, a, strict=True)), dict(zip(conditions, b, strict=True)))
@@ -90,14 +89,15 @@ def prior_of(cases, conditions):
 
 
 def run_report_task(writer, data, test, conditions, indication=False, cnn_steps=600, redrawn=400, seed=0, device="cpu"):
-    """-> (numbers for metrics.json, rows for reports.jsonl)."""
-    train, val = data.split("train"), data.split("val")
+    """-> (numbers for metrics.json, rows for reports.jsonl, test cases that can be read, rows of errors.csv)."""
+    found = [small_films(some) for some in (data.split("train"), data.split("val"), test)]
+    images, (train, val, test), errors = zip(*found, strict=True)
     films, grey = [case.film for case in test], np.full((112, 112), 128, np.uint8)
     written = {MODEL: write_all(writer, test, films, indication)}
     written[SHUFFLED] = write_all(writer, test, other_films(test), indication)
     written[GREY] = write_all(writer, test, [grey] * len(test), indication)
     texts = {name: [row["text"] for row in rows] for name, rows in written.items()}
-    baselines, cnn = make_baselines(train, val, test, conditions, cnn_steps, seed, device)
+    baselines, cnn = make_baselines(train, val, test, images, conditions, cnn_steps, seed, device)
     texts |= baselines
     ill = [i for i, case in enumerate(test) if any(truth_of(case, conditions)[0].values())]
     numbers = {
@@ -121,7 +121,7 @@ def run_report_task(writer, data, test, conditions, indication=False, cnn_steps=
         {"id": case.id, "reference": case.report, **{k: texts[n][i] for k, n in keys.items() if n in texts}}
         for i, case in enumerate(test)
     ]
-    return numbers, rows
+    return numbers, rows, test, sum(errors, [])
 
 
 # ------------------------------------------------------------------------------------------------- ReXrank's layout
@@ -148,6 +148,3 @@ def rexrank_rows(cases, texts, data_dir):
             "model_prediction": " ".join(said),
         }
     return entries
-
-
-ALL_CONDITIONS = CONDITIONS[1:]

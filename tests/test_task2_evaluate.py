@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from shared.data.image_sets import load_phantom
-from task2_report.cases import load_reports
+from shared.runtime import InputError
+from task2_report.cases import Case, load_reports
 from task2_report.evaluate import blind_films, main, plan, sizes_there, stratified
+from task2_report.label_cnn import small_films
 from task2_report.report_task import GREY, MODEL, SHUFFLED, make_baselines, measure_redrawn, rexrank_rows
 from task2_report.scores import measure_reports
 from task2_report.train import main as train
@@ -94,6 +96,15 @@ def test_reports_end_to_end(own_folder, trained):
     assert "Errors per report" in (own_folder / "run/report.md").read_text()
 
 
+def test_one_bad_film_is_left_out_and_named(tmp_path):
+    (tmp_path / "bad.png").write_bytes(b"no film")
+    good = Case("a", "p", "test", np.zeros((80, 80), np.uint8), "x", "")
+    images, kept, errors = small_films([good, Case("b", "q", "test", tmp_path / "bad.png", "x", "")])
+    assert kept == [good] and images.shape == (1, 1, 64, 64) and errors[0]["path"].endswith("bad.png")
+    with pytest.raises(InputError, match="none of the 1 films can be read"):
+        small_films([Case("b", "q", "test", tmp_path / "bad.png", "x", "")])
+
+
 def test_redrawn_films_are_asked_about_what_was_taken_out():
     """A writer that sees: it reads the film's brightness against the original and answers as a perfect model would."""
     data = load_reports("phantom", "data", 40, seed=1, splits=("test", "train"))
@@ -143,7 +154,7 @@ def test_oracle_and_constant_lines_on_the_phantom():
     data = load_reports("phantom", "data", 300, splits=("train", "val", "test"))
     conditions = tuple(data.facts["again"]["chosen"]["conditions"])
     train_cases, val, test = (data.split(name) for name in ("train", "val", "test"))
-    texts, cnn = make_baselines(train_cases, val, test, conditions, 0, 0, "cpu")
+    texts, cnn = make_baselines(train_cases, val, test, None, conditions, 0, 0, "cpu")
     assert cnn is None and "nearest neighbour" not in texts
     found = {name: measure_reports(some, test, conditions, intervals=False) for name, some in texts.items()}
     assert found["oracle labels, canned report"]["conditions"]["value"] > 0.9

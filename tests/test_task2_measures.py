@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from shared.phantom import phantom_settings, phantom_study
 from task2_report import measures
@@ -137,8 +138,9 @@ def test_the_label_cnn_learns_what_is_there_to_see():
     films = rng.integers(0, 60, (96, 64, 64)).astype(np.uint8)
     films[labels[:, 0], 10:30, 10:30] += 150
     films[labels[:, 1], 40:60, 30:50] += 150
-    net = LabelCNN(list(films), labels, steps=15, batch_size=16)
-    p, features = net.run(list(films))
+    images = torch.from_numpy(films)[:, None]
+    net = LabelCNN(images, labels, steps=15, batch_size=16)
+    p, features = net.run(images)
     cuts = best_thresholds(labels, p)
     assert ((p >= cuts) == labels).mean() > 0.9 and features.shape == (96, 512)
     assert best_thresholds(np.zeros((3, 1), bool), np.ones((3, 1)))[0] == 0.5
