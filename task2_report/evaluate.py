@@ -292,8 +292,8 @@ def run_report(args, device, started):
         write_json(run_dir / "rexrank.json", rexrank_rows(test, [row["text"] for row in rows], args.data_dir))
     numbers |= {
         "task": "report", "n": len(test), "n_errors": len(errors), "conditions": list(conditions),
-        "dataset": data.facts, "split": args.split, "trained_on": told.get("dataset"), "untrained": untrained(vlm), **vlm.facts(), "seed": args.seed,
-        "settings": settings_of(args), **run_facts(started, device),
+        "dataset": data.facts, "split": args.split, "trained_on": told.get("dataset"),
+        "untrained": untrained(vlm), **vlm.facts(), "seed": args.seed, "settings": settings_of(args), **run_facts(started, device),
     }  # fmt: skip
     write_json(run_dir / "metrics.json", numbers)
     found = numbers["rows"][MODEL]
