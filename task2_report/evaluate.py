@@ -31,7 +31,7 @@ import numpy as np
 from shared.data.image_sets import PHANTOM_SEED, SIZES, load_images, load_medmnist
 from shared.metrics.labels import CONDITIONS
 from shared.phantom import phantom_classification
-from shared.report import PHANTOM
+from shared.report import PHANTOM, number, percent, with_interval
 from shared.runtime import InputError, bounded, newest_run, open_run_dir, peak_memory, pick_device
 from shared.runtime import (
     positive_int,
@@ -51,7 +51,7 @@ from task2_report.opinion import find_cnn
 from task2_report.pages import classify_page, report_page
 from task2_report.prompts import CONTEXTS, PARAPHRASES, STRATEGIES, ask, yes_no_question
 from task2_report.records import judge
-from task2_report.report_task import MODEL, rexrank_rows, run_report_task
+from task2_report.report_task import MODEL, SHUFFLED, rexrank_rows, run_report_task
 from task2_report.writer import Writer, add_model_options, load_model, training_of, untrained
 
 TASK = "task2_report"
@@ -293,16 +293,34 @@ def run_report(args, device, started):
     numbers |= {
         "task": "report", "n": len(test), "n_errors": len(errors), "conditions": list(conditions),
         "dataset": data.facts, "split": args.split, "trained_on": told.get("dataset"),
-        "untrained": untrained(vlm), **vlm.facts(), "seed": args.seed, "settings": settings_of(args), **run_facts(started, device),
+        "untrained": untrained(vlm), **vlm.facts(), "seed": args.seed, "settings": settings_of(args),
+        **run_facts(started, device),
     }  # fmt: skip
     write_json(run_dir / "metrics.json", numbers)
-    found = numbers["rows"][MODEL]
-    print(
-        f"micro-F1 over {len(conditions)} conditions {found['conditions']['value'] or 0:.3f}, sides right"
-        f" {found['sides']['right'] or 0:.3f} of {found['sides']['compared']}, BLEU-4 {found['words']['bleu_4']:.3f}"
-    )
+    print("\n".join(headlines(numbers)))
     print(report_page(run_dir, numbers, rows, test))
     return run_dir
+
+
+def headlines(numbers):
+    """The lines that a reader of the console wants."""
+    found, redrawn, cnn = numbers["rows"][MODEL], numbers.get("redrawn"), numbers["cnn"]
+    other, constant = numbers["rows"][SHUFFLED]["conditions"], numbers["rows"]["constant"]
+    upper = number(cnn["f1"]) if cnn else "not trained"
+    beyond = max(numbers["grey"][name] - numbers["prior"][name] for name in numbers["conditions"])
+    lines = [
+        f"micro-F1 over {len(numbers['conditions'])} conditions: {with_interval(found['conditions'], number)}; with"
+        f" another patient's film {number(other['value'])}; CNN that reads labels {upper}",
+        f"sides right: {percent(found['sides']['right'])} % of {found['sides']['compared']}; BLEU-4"
+        f" {number(found['words']['bleu_4'])}, constant report {number(constant['words']['bleu_4'])}",
+        f"grey film: at most {percent(beyond)} points beyond the share of a condition in training",
+    ]
+    if redrawn:
+        lines.append(
+            f"drawn anew: the sentence goes in {with_interval(redrawn['gone'])} % without its finding, in"
+            f" {with_interval(redrawn['other'])} % without another"
+        )
+    return lines
 
 
 @script

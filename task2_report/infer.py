@@ -52,13 +52,11 @@ CNN_BYTES = 2**29  # a ResNet-18, its activations and what CUDA needs for it
 
 
 def parse_args(argv=None):
-    parser = script_parser(__doc__, task=TASK)
+    parser = script_parser(__doc__, task=TASK, data="pneumoniamnist")
+    parser.set_defaults(data=None)  # files are the rule; --data takes rows of an image set in their place
     g = parser.add_argument_group("films")
     # fmt: off
     g.add_argument("images", nargs="*", metavar="PATH", help="image files, folders (searched through) or patterns")
-    g.add_argument("--data", metavar="NAME", help="rows of an image set, no files: pneumoniamnist, phantom")
-    g.add_argument("--data-dir", metavar="DIR", default=default_data_dir(),
-        help="folder with the data files (%(default)s)")
     g.add_argument("--split", default="test", choices=SPLITS, help="of --data (%(default)s)")
     g.add_argument("--image-size", type=int, default=28, choices=SIZES, help="of --data, pixels (%(default)s)")
     g.add_argument("--indication", default="", metavar="TEXT", help="the clinical question, put into every prompt")
@@ -84,10 +82,6 @@ def parse_args(argv=None):
     args.strategy = args.strategy or ("report" if training_of(args.adapter) else "context_aware")
     args.context = args.context or ("none" if args.strategy == "report" else "cnn")
     return args
-
-
-def default_data_dir():
-    return script_parser("", TASK, data="x").get_default("data_dir")
 
 
 def read_films(args):
