@@ -27,7 +27,7 @@ from shared.data.iu_xray import add_image_paths, find_iu_xray, r2gen_split, read
 from shared.metrics.labels import CONDITIONS, label_report
 from shared.phantom import PhantomSettings, phantom_settings, phantom_study
 from shared.report import PHANTOM
-from shared.runtime import DataNotFound, InputError
+from shared.runtime import DataNotFound, InputError, newest_run, positive_int
 
 LABEL_SOURCES = ("mesh14", "mesh9", "reports")
 SPLIT_KINDS = ("patient", "r2gen", "small")
@@ -81,6 +81,13 @@ class Films:
     again: dict  # arguments of load_films that give the same films
     phantom: bool = False
     notes: dict = field(default_factory=dict)
+    whole: dict | None = None  # facts of the set that this is a part of
+
+    def part(self, *splits):
+        """The films of these splits, which still says of itself what the whole set does."""
+        rows = self.rows_of(*splits)
+        some, facts = [self.rows[i] for i in rows], self.facts()
+        return Films(self.name, self.labels, some, self.truth[rows], self.again, self.phantom, self.notes, facts)
 
     def rows_of(self, *splits):
         return np.array([i for i, row in enumerate(self.rows) if row["split"] in splits], int)
@@ -111,10 +118,14 @@ class Films:
 
     def fingerprint(self):
         """Films, splits and labels as one number; the pictures themselves are not read."""
+        if self.whole is not None:
+            return self.whole["fingerprint"]
         text = repr([self.labels, [(row["id"], row["patient"], row["split"]) for row in self.rows]])
         return hashlib.sha256(text.encode() + np.nan_to_num(self.truth, nan=-1).astype("<f4").tobytes()).hexdigest()
 
     def facts(self):
+        if self.whole is not None:
+            return self.whole
         splits = {s: {"films": len(r), "patients": len({self.rows[i]["patient"] for i in r})}
                   for s in SPLITS if len(r := self.rows_of(s))}  # fmt: skip
         told = {"name": self.name, "phantom": self.phantom, "labels": list(self.labels), "splits": splits}
@@ -156,6 +167,36 @@ def load_films(name, data_dir="data", only=None, limit=None, **options):
         films = table_films(Path(name))
     films = films.only(only) if only else films
     return films.limit(limit) if limit else films
+
+
+def add_film_options(parser):
+    """What vlm_train.py and vlm_zero_shot.py ask alike; a table of vlm_prepare.py as --data fixes all but --only."""
+    g = parser.add_argument_group("films and labels", "a table of vlm_prepare.py as --data fixes all but --only")
+    # fmt: off
+    g.add_argument("--only", nargs="+", metavar="LABEL", help="these labels only")
+    g.add_argument("--labels", help=f"IU X-ray: {', '.join(LABEL_SOURCES)} (mesh14)")
+    g.add_argument("--split", help=f"IU X-ray: {', '.join(SPLIT_KINDS)} (patient)")
+    g.add_argument("--films", type=positive_int, help="phantom: films to train on; a quarter each for val, test (2000)")
+    g.add_argument("--image-size", type=positive_int, help="phantom and MedMNIST: pixels per side (112; 28)")
+    g.add_argument("--conditions", nargs="+", metavar="NAME", help="phantom: draw these only")
+    g.add_argument("--severe", action="store_true", help="phantom: all findings severe, each with a chance of .25")
+    g.add_argument("--odd", action="store_true",
+        help="phantom: --conditions with a chance of .5, and a label for an odd number of them, which no sum tells")
+    # fmt: on
+
+
+def films_of(args, task):
+    """The films that the options name, printed; --data auto: the newest table of vlm_prepare.py, where there is one."""
+    if args.data == "auto" and not getattr(args, "resume", None):
+        run = newest_run(task, "vlm_prepare", "films.csv")
+        args.data = str(run / "films.csv") if run else "auto"
+    names = ("labels", "split", "films", "image_size", "conditions", "severe", "odd")
+    own = {name: vars(args)[name] for name in names}
+    films = load_films(args.data, args.data_dir, args.only, args.limit, seed=args.seed, **own)
+    print(films, flush=True)
+    if films.phantom:
+        print(f"*** {PHANTOM} ***")
+    return films
 
 
 def load_again(facts, data_dir):

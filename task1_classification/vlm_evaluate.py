@@ -87,7 +87,7 @@ class Method:
         self.trainable, self.note, self.seconds, self.seeds = trainable, note, seconds, list(range(len(self.scores)))
 
 
-def of_training(run, films, rows, args, device):
+def of_training(run, films, args, device):
     """-> the Methods of a run of vlm_train.py."""
     metrics = read_json(run / "metrics.json")
     paths = sorted(run.glob("seed*-*/best.pt"), key=lambda p: (int(re.match(r"seed(\d+)", p.parent.name)[1]), p))
@@ -101,15 +101,14 @@ def of_training(run, films, rows, args, device):
     if asked:
         encoder = load_encoder(name, metrics["quant"], metrics["dtype"], device)
     if asked:
-        some = films_at(films, rows)
         needs = any(state["mode"] in ("random-projector", "projector") for _, state in states)
-        bank = Bank(encoder, make_store(encoder, some, args.cache_gib), args.cache_gib, tokens=needs)
+        bank = Bank(encoder, make_store(encoder, films, args.cache_gib), args.cache_gib, tokens=needs)
     found = {}
     for path, state in states:
         probe, take_off = restore_probe(state, encoder, path)
         if state["mode"] == "random-projector":
             bank.look_through(probe)
-        logits = predict(state["mode"], probe, bank, films_at(films, rows), np.arange(len(rows)), encoder).numpy()
+        logits = predict(state["mode"], probe, bank, films, np.arange(len(films.rows)), encoder).numpy()
         take_off()
         told = state["told"]
         new = Method(state["mode"], state["mode"], metrics["model"], trainable=state["trainable"])
@@ -124,21 +123,12 @@ def of_training(run, films, rows, args, device):
     return list(found.values())
 
 
-def films_at(films, rows):
-    """The same films, those of these rows alone; kept, since the CNN's small films hang on them."""
-    if getattr(films, "part", None) is None or len(films.part.rows) != len(rows):
-        films.part = type(films)(
-            films.name, films.labels, [films.rows[i] for i in rows], films.truth[rows], films.again
-        )
-    return films.part
-
-
-def of_zero_shot(run, films, rows):
+def of_zero_shot(run, films):
     """-> the Method of a run of vlm_zero_shot.py, read from its predictions."""
     metrics = read_json(run / "metrics.json")
-    place = {films.rows[i]["id"]: n for n, i in enumerate(rows)}
+    place = {row["id"]: n for n, row in enumerate(films.rows)}
     column = {label: j for j, label in enumerate(films.labels)}
-    scores = np.full((len(rows), len(films.labels)), np.nan)
+    scores = np.full(films.truth.shape, np.nan)
     answers = scores.copy()
     with open(run / "predictions.csv", encoding="utf-8", newline="") as file:
         lines = list(csv.DictReader(file))
@@ -158,12 +148,12 @@ def of_zero_shot(run, films, rows):
     return Method("zero-shot", "zero-shot", metrics["model"], [scores], answers, 0, note, metrics["seconds"])
 
 
-def baselines(films, rows):
+def baselines(films, train):
     """Majority, and the report labeller on the report where there are reports."""
-    share = np.nan_to_num(np.nanmean(films.truth[films.rows_of("train")], 0), nan=0.5)
-    usual = np.tile(np.log(np.clip(share, 1e-3, 1 - 1e-3) / np.clip(1 - share, 1e-3, 1)), (len(rows), 1))
+    share = np.nan_to_num(np.nanmean(train, 0), nan=0.5)
+    usual = np.tile(np.log(np.clip(share, 1e-3, 1 - 1e-3) / np.clip(1 - share, 1e-3, 1)), (len(films.rows), 1))
     found = [Method("majority", "majority", scores=[usual], note="the same for every film")]
-    reports = films.column("report", rows)
+    reports = films.column("report")
     if any(reports):
         said = [text_labels(text) for text in reports]
         if set(films.labels) & set(said[0]):
@@ -221,13 +211,13 @@ def sigmoid(x):
     return 1 / (1 + np.exp(-np.clip(x, -500, 500)))
 
 
-def measure(method, films, rows, usable, weights):
+def measure(method, films, usable, weights):
     """
     Numbers of a method, averaged over its seeds, into method.labels {label: row} and method.draws (2, seeds, L, M + 1):
     AUC and average precision of every resample, the last being the films as they are.
     """
-    split = np.array(films.column("split", rows))
-    truth, val, test = films.truth[rows], split == "val", split == "test"
+    split = np.array(films.column("split"))
+    truth, val, test = films.truth, split == "val", split == "test"
     each, method.draws = [], np.full((2, len(method.scores), len(films.labels), len(weights)), np.nan)
     for s, scores in enumerate(method.scores):
         found = {}
@@ -310,7 +300,7 @@ def forest(path, rows, title, phantom):
     return save_figure(figure, path, title, phantom)
 
 
-def write_report(run_dir, films, methods, usable, often, differences, rows):
+def write_report(run_dir, films, methods, usable, often, differences):
     test = films.rows_of("test")
     patients = len({films.rows[i]["patient"] for i in test})
     warnings = []
@@ -363,12 +353,12 @@ def write_report(run_dir, films, methods, usable, often, differences, rows):
     report.write(run_dir, page=True)
 
 
-def write_predictions(run_dir, films, rows, method):
+def write_predictions(run_dir, films, method):
     for seed, scores in zip(method.seeds, method.scores, strict=True):
         lines = [
-            {"id": films.rows[i]["id"], "patient": films.rows[i]["patient"], "split": films.rows[i]["split"]}
+            {name: row[name] for name in ("id", "patient", "split")}
             | {label: round(float(v), 5) for label, v in zip(films.labels, values, strict=True)}
-            for i, values in zip(rows, scores, strict=True)
+            for row, values in zip(films.rows, scores, strict=True)
         ]
         name = re.sub(r"[^\w-]+", "-", method.name)
         write_csv(run_dir / "predictions" / f"{name}-seed{seed}.csv", lines)
@@ -407,7 +397,7 @@ def main(argv=None):
             )
     films.notes |= {"mapping": told[0].get("mapping")} if told[0].get("mapping") else {}
     print(films, flush=True)
-    rows, methods = films.rows_of("val", "test"), []
+    train, films, methods = films.truth[films.rows_of("train")], films.part("val", "test"), []
     usable = films.usable("val", "test")
     if not usable.any():
         raise InputError(
@@ -415,22 +405,22 @@ def main(argv=None):
         )
     for run in runs:
         zero_shot = (run / "predictions.csv").is_file()
-        methods += [of_zero_shot(run, films, rows)] if zero_shot else of_training(run, films, rows, args, device)
+        methods += [of_zero_shot(run, films)] if zero_shot else of_training(run, films, args, device)
     methods.sort(key=lambda m: MODE_ORDER.index(m.mode))
     for method in methods:  # two models, or two questionings: their names tell them apart
         if sum(m.mode == method.mode for m in methods) > 1:
             method.name = f"{method.mode} {Path(method.model).name}"
-    methods += baselines(films, rows)
+    methods += baselines(films, train)
     run_dir = open_run_dir(args, TASK, "vlm_evaluate")
     test = films.rows_of("test")
     draws = list(resample_counts(len(test), args.samples, args.seed, films.column("patient", test)))
     weights = np.array([*draws, np.ones(len(test), int)])
     often = usable & (np.nansum(films.truth[test], 0) >= args.min_positives)
     for method in methods:
-        measure(method, films, rows, usable, weights)
+        measure(method, films, usable, weights)
         auc, ap = (over_seeds(d, args.seed) for d in method.draws)
         method.macro = {"auc": interval(auc, usable), "auc_often": interval(auc, often), "pr_auc": interval(ap, usable)}
-        write_predictions(run_dir, films, rows, method)
+        write_predictions(run_dir, films, method)
         print(f"  {method.name:28} AUC {with_interval(method.macro['auc'], number)}", flush=True)
     differences = compare(methods, usable, often, films.labels, args.seed)
     for d in differences:
@@ -445,7 +435,7 @@ def main(argv=None):
                              "macro": m.macro, "labels": m.labels} for m in methods},
         "differences": differences, "seed": args.seed, "samples": args.samples, **run_facts(started, device),
     })  # fmt: skip
-    write_report(run_dir, films, methods, usable, often, differences, rows)
+    write_report(run_dir, films, methods, usable, often, differences)
     print(f"results in {run_dir} ({time.time() - started:.0f} s)")
 
 

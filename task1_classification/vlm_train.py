@@ -38,13 +38,13 @@ from torch import nn
 from shared.models.hub import QUANTS
 from shared.models.loading import save_vlm, unfreeze
 from shared.models.tiny import is_tiny, quietly
-from shared.report import PHANTOM, draw_history
-from shared.runtime import InputError, add_resume, command, newest_run, not_negative, open_run_dir, pick_device
+from shared.report import draw_history
+from shared.runtime import InputError, add_resume, command, not_negative, open_run_dir, pick_device
 from shared.runtime import positive_float, positive_int, read_json, run_facts, save_checkpoint, script, script_parser
 from shared.runtime import seed_everything, write_json, write_jsonl
 from shared.training import GuardedStep, StopSignal, Weights, learning_rate, load_state, refuse_other_settings
 from shared.training import save_state, settings_of
-from task1_classification.vlm_data import load_films, phantom_films
+from task1_classification.vlm_data import add_film_options, films_of, phantom_films
 from task1_classification.vlm_model import (
     FORMAT,
     MEANS,
@@ -66,17 +66,8 @@ BEGIN_AS_B = ("projector", "lora")
 
 def parse_args(argv=None):
     parser = script_parser(__doc__, task=TASK, data="a table of vlm_prepare.py or iu_xray")
+    add_film_options(parser)
     # fmt: off
-    g = parser.add_argument_group("films and labels", "a table of vlm_prepare.py as --data fixes all of these")
-    g.add_argument("--only", nargs="+", metavar="LABEL", help="train these labels only")
-    g.add_argument("--labels", help="IU X-ray: mesh14, mesh9 or reports (mesh14)")
-    g.add_argument("--split", help="IU X-ray: patient, r2gen or small (patient)")
-    g.add_argument("--films", type=positive_int, help="phantom: films to train on (2000)")
-    g.add_argument("--image-size", type=positive_int, help="phantom and MedMNIST: pixels per side (112; 28)")
-    g.add_argument("--conditions", nargs="+", metavar="NAME", help="phantom: draw these only")
-    g.add_argument("--severe", action="store_true", help="phantom: all findings severe, each with a chance of .25")
-    g.add_argument("--odd", action="store_true",
-        help="phantom: --conditions with a chance of .5, and a label for an odd number of them, which no sum tells")
     g = parser.add_argument_group("model")
     g.add_argument("--model", default=DEFAULT, help="hub name, folder, tiny:gemma3, tiny:llava, ... (%(default)s)")
     g.add_argument("--quant", default="none", choices=QUANTS, help="how the weights are held (%(default)s)")
@@ -308,17 +299,6 @@ def job(mode, seed, bank, films, encoder, args, run_dir, stop):
 # ----------------------------------------------------------------------------------------------------------------- main
 
 
-def choose_data(args):
-    """--data auto: the newest table of vlm_prepare.py, else what vlm_data.py makes of auto."""
-    if args.data == "auto" and not args.resume:
-        run = newest_run(TASK, "vlm_prepare", "films.csv")
-        args.data = str(run / "films.csv") if run else "auto"
-    names = ("labels", "split", "films", "image_size", "conditions", "severe", "odd")
-    return load_films(
-        args.data, args.data_dir, args.only, args.limit, seed=args.seed, **{n: vars(args)[n] for n in names}
-    )
-
-
 def modes_of(args, encoder):
     """The modes in the order of training; C and D need B."""
     wanted = set(args.mode) | ({"projector-head"} if set(args.mode) & set(BEGIN_AS_B) else set())
@@ -333,10 +313,7 @@ def main(argv=None):
     started = time.time()
     seed_everything(args.seed)
     device, _ = pick_device(args.device)
-    films = choose_data(args)
-    print(films, flush=True)
-    if films.phantom:
-        print(f"*** {PHANTOM} ***")
+    films = films_of(args, TASK).part("train", "val")
     unusable = [n for n, fine in zip(films.labels, films.usable("train", "val"), strict=True) if not fine]
     if unusable:
         print(f"left out, one kind only in train or val: {', '.join(unusable)}")
@@ -360,7 +337,7 @@ def main(argv=None):
         store = make_store(encoder, films, args.cache_gib)
         bank = Bank(encoder, store, args.cache_gib, tokens=bool(set(modes) - {"head", "projector-head", "cnn"}))
         clock = time.time() - clock
-        print(f"{store}; tower run once over all films, {clock:.1f} s; tokens {bank.gib:.2f} GiB,"
+        print(f"{store}; tower run once, {clock:.1f} s; tokens {bank.gib:.2f} GiB,"
               f" {'kept' if bank.keeps else 'not kept'}", flush=True)  # fmt: skip
     with StopSignal() as stop:
         for seed in range(args.seed, args.seed + args.seeds):
@@ -370,7 +347,7 @@ def main(argv=None):
                 histories[f"seed {seed}, {mode}"] = history
     write_jsonl(run_dir / "history.jsonl", [{"run": name, **row} for name, rows in histories.items() for row in rows])
     share = len(films.rows_of("train")) / len(films.rows)
-    tower_seconds = {"all_films": clock, "train_films": clock * share} if bank is not None else None
+    tower_seconds = {"train_and_val": clock, "train": clock * share} if bank is not None else None
     write_json(run_dir / "metrics.json", {
         "dataset": films.facts(), "split": "val", **encoder.facts(), "tower_trained_here": tower,
         "left_out_labels": unusable, "trainings": results, "features_seconds": tower_seconds, "seed": args.seed,

@@ -39,11 +39,10 @@ from shared.models.hub import QUANTS
 from shared.models.inputs import as_pixels, preprocess_images
 from shared.models.passes import PartSize, in_parts, make_prompts, margin, write
 from shared.models.tiny import is_tiny
-from shared.report import PHANTOM
-from shared.runtime import InputError, command, newest_run, open_run_dir, pick_device, positive_int, run_facts, script
+from shared.runtime import InputError, command, open_run_dir, pick_device, positive_int, run_facts, script
 from shared.runtime import script_parser, seed_everything, write_csv, write_json
 from shared.training import settings_of
-from task1_classification.vlm_data import load_films
+from task1_classification.vlm_data import add_film_options, films_of
 from task1_classification.vlm_model import load_encoder
 
 TASK = "task1_classification"
@@ -92,15 +91,8 @@ WORDS = {  # what a label is called in a question
 
 def parse_args(argv=None):
     parser = script_parser(__doc__, task=TASK, data="a table of vlm_prepare.py or iu_xray")
+    add_film_options(parser)
     # fmt: off
-    g = parser.add_argument_group("films and labels", "a table of vlm_prepare.py as --data fixes all of these")
-    g.add_argument("--only", nargs="+", metavar="LABEL", help="ask for these labels only")
-    g.add_argument("--labels", help="IU X-ray: mesh14, mesh9 or reports (mesh14)")
-    g.add_argument("--split", help="IU X-ray: patient, r2gen or small (patient)")
-    g.add_argument("--films", type=positive_int, help="phantom: as vlm_train.py has it (2000)")
-    g.add_argument("--image-size", type=positive_int, help="phantom and MedMNIST: pixels per side (112; 28)")
-    g.add_argument("--conditions", nargs="+", metavar="NAME", help="phantom: draw these only")
-    g.add_argument("--severe", action="store_true", help="phantom: all findings severe, each with a chance of .25")
     g = parser.add_argument_group("model")
     g.add_argument("--model", default=DEFAULT, help="hub name, folder, tiny:gemma3, tiny:siglip, ... (%(default)s)")
     g.add_argument("--quant", default="none", choices=QUANTS, help="how the weights are held (%(default)s)")
@@ -267,16 +259,7 @@ def main(argv=None):
     started = time.time()
     seed_everything(args.seed)
     device, _ = pick_device(args.device)
-    if args.data == "auto":
-        run = newest_run(TASK, "vlm_prepare", "films.csv")
-        args.data = str(run / "films.csv") if run else "auto"
-    names = ("labels", "split", "films", "image_size", "conditions", "severe")
-    films = load_films(
-        args.data, args.data_dir, args.only, args.limit, seed=args.seed, **{n: vars(args)[n] for n in names}
-    )
-    print(films, flush=True)
-    if films.phantom:
-        print(f"*** {PHANTOM} ***")
+    films = films_of(args, TASK)
     rows = films.rows_of("val", "test")
     if not len(rows):
         raise InputError(f"{films.name} has no film in val or test: there is nothing to ask about")

@@ -12,13 +12,16 @@ import torchvision
 from conftest import SmallNet
 from matplotlib.figure import Figure
 
+import task1_classification.vlm_train as script
 from shared.runtime import InputError
 from shared.training import StopSignal
 from task1_classification.vlm_data import phantom_films
 from task1_classification.vlm_evaluate import main as evaluate
+from task1_classification.vlm_evaluate import parse_args as parse_evaluate
 from task1_classification.vlm_model import MODES, load_encoder, load_probe, restore_probe
 from task1_classification.vlm_train import auc_by_label, main
 from task1_classification.vlm_zero_shot import main as ask
+from task1_classification.vlm_zero_shot import parse_args as parse_zero_shot
 
 CHEAP = ["head", "projector-head", "random-projector", "projector"]
 
@@ -61,7 +64,7 @@ def test_a_run_says_what_was_trained(trained):
     assert numbers["projector"] == numbers["head"] + 2 * (128 * 128 + 128)
     assert abs(numbers["lora"] - numbers["projector"]) < numbers["projector"] / 4
     assert metrics["dataset"]["phantom"] and metrics["tower_trained_here"]["seconds"] > 0
-    assert metrics["features_seconds"]["train_films"] < metrics["features_seconds"]["all_films"]
+    assert metrics["features_seconds"]["train"] < metrics["features_seconds"]["train_and_val"]
     assert (trained / "run/figures/curves.png").is_file() and not list((trained / "run").glob("seed*/last.pt"))
 
 
@@ -128,6 +131,15 @@ def test_everything_stands_in_one_table(trained, own_folder):
     other = np.array([[float(line[label]) for label in films.labels] for line in lines])[-len(test) :]
     others = auc_by_label(films.truth[test], other, films.labels)
     assert told == pytest.approx({label: (aucs[label] + others[label]) / 2 for label in told})
+
+
+def test_configurations_name_options_that_there_are():
+    for name in ("vlm_head", "vlm_projector"):
+        args = script.parse_args(["--config", f"configs/{name}.yaml"])
+        assert args.model == "google/medgemma-4b-it" and args.seeds == 5
+    assert "projector" in args.mode and args.cache_gib == 40
+    assert parse_zero_shot(["--config", "configs/vlm_zero_shot.yaml"]).text
+    assert parse_evaluate(["--config", "configs/vlm_test.yaml"]).samples == 2000
 
 
 def test_refusals_of_training(own_folder, refused):
