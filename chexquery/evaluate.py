@@ -91,7 +91,7 @@ def vectors_of(model, films, device, batch_size):
     with torch.inference_mode():
         for start in range(0, len(films), batch_size):
             images, present = films.get(list(range(start, min(start + batch_size, len(films)))))
-            found.append(model.look(torch.from_numpy(images).to(device), torch.from_numpy(present).to(device))[1])
+            found.append(model(torch.from_numpy(images).to(device), torch.from_numpy(present).to(device)).whole)
     return torch.cat(found).float().cpu().numpy()
 
 

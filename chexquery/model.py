@@ -173,19 +173,18 @@ class CheXQuery(nn.Module):
 
     def look(self, images, present):
         """
-        images uint8 (B, V, S, S), present bool (B, V) -> patches (B, V * P, D) with their view embedding, zeros where a
-        view is absent, and the global vector (B, D), the mean over the views that are there.
+        images uint8 (B, V, S, S), present bool (B, V) -> what the tower alone makes of them: patches (B, V * P, D) and
+        the pooled vector of each view (B, V, D), zeros where a view is absent.
         """
         pixels = images[present][:, None].float().div(255).expand(-1, 3, -1, -1)
-        size = None if pixels.shape[-1] == self.image_size else True
-        out = self.vision(pixel_values=(pixels - self.mean) / self.std, interpolate_pos_encoding=bool(size))
+        other_size = pixels.shape[-1] != self.image_size
+        out = self.vision(pixel_values=(pixels - self.mean) / self.std, interpolate_pos_encoding=other_size)
         pooled = out.pooler_output if out.pooler_output is not None else out.last_hidden_state.mean(1)
-        view = self.views.expand(len(images), -1, -1)[present]
         patches = out.last_hidden_state.new_zeros(*present.shape, *out.last_hidden_state.shape[1:])
-        patches[present] = out.last_hidden_state + view[:, None].to(patches.dtype)
+        patches[present] = out.last_hidden_state
         whole = pooled.new_zeros(*present.shape, pooled.shape[-1])
-        whole[present] = pooled + view.to(pooled.dtype)
-        return patches.flatten(1, 2), whole.sum(1) / present.sum(1, keepdim=True)
+        whole[present] = pooled
+        return patches.flatten(1, 2), whole
 
     def forward(self, images=None, present=None, looked=None, maps=False, starts=None, put=None):
         """
@@ -193,7 +192,10 @@ class CheXQuery(nn.Module):
         (B, D)} that takes the place of a query's own after the last layer, to see what depends on it. -> Seen
         """
         patches, whole = self.look(images, present) if looked is None else looked
-        mask = present.repeat_interleave(patches.shape[1] // len(VIEWS), 1)[:, None]
+        per_view = patches.shape[1] // len(VIEWS)
+        mask = present.repeat_interleave(per_view, 1)[:, None]  # an absent view gets no attention
+        patches = patches + self.views.repeat_interleave(per_view, 0)
+        whole = ((whole + self.views) * present[..., None]).sum(1) / present.sum(1, keepdim=True)
         queries = (self.queries if starts is None else starts).expand(len(patches), -1, -1)
         weights = []
         for layer in self.layers:

@@ -375,9 +375,10 @@ def train_phase(args, phase, model, train, val, facts, run_dir, work):
             batch = order[place * effective : (place + 1) * effective]
             found = take_step(model, train, batch, args, phase, work, augmenting)
             lr = learning_rate(step, num_steps, args.warmup[phase - 1], args.lr[phase - 1])
-            guard.step(found["loss"], lr)
+            taken = guard.step(found["loss"], lr)
             step += 1
-            for name, value in (found | {"steps": 1, "studies": len(batch), "seconds": time.time() - begin}).items():
+            done = {"steps": 1, "studies": len(batch), "seconds": time.time() - begin}
+            for name, value in (found | done if taken else {"skipped": 1}).items():
                 values["totals"][name] = values["totals"].get(name, 0) + value
             bar.update()
             if step % per_epoch == 0:
@@ -403,10 +404,11 @@ def finish_epoch(args, phase, model, val, facts, folder, work, values, row):
         dist.broadcast_object_list(box, src=0)
         numbers = box[0]
     totals, thresholds = values["totals"], numbers.pop("thresholds")
-    row |= {"phase": phase, "train_loss": totals["loss"] / totals["steps"], **numbers}
-    row |= {
-        f"train_{name}": totals[name] / totals["steps"] for name in ("report", "labels", "regions") if name in totals
-    }
+    if "steps" not in totals:
+        raise InputError(f"no step of epoch {row['epoch']} was finite: lower --lr; {folder} keeps the best before")
+    row |= {"phase": phase, "skipped_steps": totals.get("skipped", 0), **numbers}
+    row |= {f"train_{name}": totals[name] / totals["steps"] for name in ("loss", "report", "labels", "regions")
+            if name in totals}  # fmt: skip
     row |= {"seconds": totals["seconds"], "studies_per_second": totals["studies"] / totals["seconds"]}
     values["history"].append(row)
     best = values["best"]

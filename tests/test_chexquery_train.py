@@ -12,11 +12,13 @@ import pytest
 import shared  # noqa: F401, isort: skip  # before transformers
 import torch
 import yaml
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from chexquery import cases, train
 from chexquery.checkpoints import load_model, untrained
 from chexquery.prepare import main as prepare
 from shared.metrics.labels import CONDITIONS, TOP_FIVE
+from shared.models import hub
 from shared.runtime import InputError, load_checkpoint, read_json, write_json
 from shared.training import StopSignal, learning_rate
 
@@ -146,10 +148,10 @@ def test_a_study_without_its_film(tmp_path):
 def test_iu_rows(real_data):
     folder = real_data("iu_xray").parent
     studies = cases.iu_rows(folder)
-    counts = studies.counts()  # 2,069, 296 and 590 studies, without those whose frontal film is not in the folder
+    counts = studies.counts()  # 2,069, 296 and 590 studies, without those whose films are not in the folder
     assert counts["test"] > 580 and counts["val"] > 285 and counts["train"] > 2040
-    assert not any("xxxx" in row["report"].lower() for row in studies.rows)
-    assert any("xxxx" in row["reference"].lower() for row in studies.rows)
+    assert not any("xxxx" in row["report"].lower() for row in studies.split("train"))
+    assert any("xxxx" in row["reference"].lower() for row in studies.split("test"))
     again = cases.audit(studies.rows)
     assert again["patients in two splits"]["train, test"]["shared"] == 0
     assert again["reports that occur in train"]["test"]["rows"] > 150  # half of the test reports stand in train
@@ -245,7 +247,7 @@ def test_settings_reach_the_model(tmp_path):
     (["--phase", "1", "--start-from", "x.pt"], "needs --phase 2 or 3"),
     (["--num-pool-queries", "-1"], "between 0 and 256"),
     (["--dry-run", "--no-use-conditions", "--no-regions"], "leave no queries"),
-    (["--dry-run", "--condition-model", "no-such/biobert"], "no-such/biobert"),
+    (["--dry-run", "--condition-model", "./no-such/biobert"], "there is no model folder ./no-such/biobert"),
     (["--model", "tiny", "--data", "mimic"], "there are auto, iu_xray and phantom"),
 ])  # fmt: skip
 def test_bad_input(refused, arguments, sentence):
@@ -253,7 +255,10 @@ def test_bad_input(refused, arguments, sentence):
 
 
 def test_the_real_model_that_cannot_be_had(refused, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    def download(*args, **options):
+        raise LocalEntryNotFoundError("offline")
+
+    monkeypatch.setattr(hub, "hf_hub_download", download)
     sentence = refused(train.main, ["--data", "phantom", "--films", 8])
     assert "google/siglip-base-patch16-384" in sentence and "--model tiny" in sentence
 
