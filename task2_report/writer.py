@@ -11,7 +11,7 @@ from pathlib import Path
 import shared  # noqa: F401, isort: skip  # before transformers
 import numpy as np
 
-from shared.data.images import read_image
+from shared.data.images import read_pixels
 from shared.models.hub import find_model
 from shared.models.loading import QUANTS, count_parameters, load_vlm
 from shared.models.memory import read_layout
@@ -83,10 +83,10 @@ def to_square_with_zeros(film):
 
 
 def film_for(vlm, film):
-    """A path or an array, as this model was trained to see it: MedGemma 1.5 padded to a square, others as it is."""
+    """A path or a uint8 array -> the same, or for MedGemma 1.5, which was trained so, an array padded to a square."""
     if not is_medgemma15(vlm):
         return film
-    return to_square_with_zeros(film if isinstance(film, np.ndarray) else read_image(film))
+    return to_square_with_zeros(film if isinstance(film, np.ndarray) else read_pixels(film))
 
 
 def without_thoughts(ids, begin, end):
@@ -105,7 +105,7 @@ def without_thoughts(ids, begin, end):
 
 
 class Writer:
-    """films: uint8 arrays, or None for a turn without image; the order of what is given is kept."""
+    """films: paths or uint8 arrays, or None for a turn without image; the order of what is given is kept."""
 
     def __init__(self, vlm, batch_size=None, max_new_tokens=256):
         self.vlm, self.max_new_tokens = vlm, max_new_tokens
@@ -114,7 +114,8 @@ class Writer:
         self.marks = [vocabulary.get(mark) for mark in THOUGHTS]
 
     def prompts(self, turns, films, system=None):
-        ready = {id(f): film_for(self.vlm, f) if isinstance(f, np.ndarray) else f for f in films}  # each looked at once
+        pixels = {id(f): read_pixels(f) if isinstance(f, (str, Path)) else f for f in films}  # each looked at once
+        ready = {k: film_for(self.vlm, f) if isinstance(f, np.ndarray) else f for k, f in pixels.items()}
         return make_prompts(self.vlm, turns, [ready[id(film)] for film in films], system)
 
     def write(self, turns, films, system=None):

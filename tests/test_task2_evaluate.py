@@ -142,6 +142,16 @@ def test_rexranks_layout(real_data):
     assert entry["model_prediction"] == "Findings: a. Impression: b." and entry["section_findings"] == cases[0].findings
 
 
+def test_reports_of_iu_xray(own_folder, real_data):
+    folder = str(real_data("iu_xray/indiana_reports.csv").parent.parent)
+    same = ["--model", "tiny", "--data", "iu_xray", "--data-dir", folder, "--max-new-tokens", "6", "--device", "cpu"]
+    main(["--task", "report", *same, "--limit", "5", "--cnn-steps", "1", "--out-dir", "run"])
+    told = json.loads((own_folder / "run/metrics.json").read_text())
+    assert told["n"] == 5 and told["n_errors"] == 0 and "redrawn" not in told
+    assert len(json.loads((own_folder / "run/rexrank.json").read_text())) == 5
+    assert "No use of the film is shown" in (own_folder / "run/report.md").read_text() or told["untrained"]
+
+
 def test_bad_input(refused, own_folder, write_medmnist):
     assert "no trained model" in refused(main, ["--task", "report"])
     write_medmnist(own_folder / "data", "bloodmnist", {"train": 16, "val": 8, "test": 8})
