@@ -25,7 +25,7 @@ import numpy as np
 from shared.data.image_sets import INFO, SPLITS, load_images
 from shared.data.iu_xray import add_image_paths, find_iu_xray, r2gen_split, read_reports
 from shared.metrics.labels import CONDITIONS, label_report
-from shared.phantom import PhantomSettings, phantom_settings, phantom_study
+from shared.phantom import phantom_settings, phantom_study
 from shared.report import PHANTOM
 from shared.runtime import DataNotFound, InputError, newest_run, positive_int
 
@@ -142,7 +142,7 @@ class Films:
 def load_films(name, data_dir="data", only=None, limit=None, **options):
     """
     -> Films. name: a CSV file, iu_xray (options split, labels, seed, shares), phantom (films, image_size, seed,
-    conditions, severe, odd), a 2-D MedMNIST set (image_size), or auto: iu_xray where it is there, else the
+    conditions, severe), a 2-D MedMNIST set (image_size), or auto: iu_xray where it is there, else the
     phantom, said aloud; options of other sets are ignored. only: names of the labels to keep. InputError for all that
     cannot be used.
     """
@@ -160,7 +160,7 @@ def load_films(name, data_dir="data", only=None, limit=None, **options):
             print(f"{'*' * 100}\n{error}\n{PHANTOM}\n{'*' * 100}")
             kind = "phantom"
     if kind == "phantom":
-        films = phantom_films(**own("films", "image_size", "seed", "conditions", "severe", "odd"))
+        films = phantom_films(**own("films", "image_size", "seed", "conditions", "severe"))
     elif kind in INFO:
         films = medmnist_films(kind, data_dir, **own("image_size"))
     elif kind not in ("auto", "iu_xray"):
@@ -180,8 +180,6 @@ def add_film_options(parser):
     g.add_argument("--image-size", type=positive_int, help="phantom and MedMNIST: pixels per side (112; 28)")
     g.add_argument("--conditions", nargs="+", metavar="NAME", help="phantom: draw these only")
     g.add_argument("--severe", action="store_true", help="phantom: all findings severe, each with a chance of .25")
-    g.add_argument("--odd", action="store_true",
-        help="phantom: --conditions with a chance of .5, and a label for an odd number of them, which no sum tells")
     # fmt: on
 
 
@@ -190,7 +188,7 @@ def films_of(args, task):
     if args.data == "auto" and not getattr(args, "resume", None):
         run = newest_run(task, "vlm_prepare", "films.csv")
         args.data = str(run / "films.csv") if run else "auto"
-    names = ("labels", "split", "films", "image_size", "conditions", "severe", "odd")
+    names = ("labels", "split", "films", "image_size", "conditions", "severe")
     own = {name: vars(args)[name] for name in names}
     films = load_films(args.data, args.data_dir, args.only, args.limit, seed=args.seed, **own)
     print(films, flush=True)
@@ -263,22 +261,10 @@ def medmnist_films(name, data_dir, image_size=28):
     return Films(name, labels, rows, np.concatenate(truth), {"name": name, "image_size": image_size})
 
 
-def phantom_films(films=2000, image_size=112, seed=0, conditions=None, severe=False, odd=False, splits=SPLITS):
-    """
-    films: to train on; a quarter each for validation and test. severe: all findings severe, each with a chance of .25.
-    odd: each of the (two or more) conditions severe and with a chance of .5, on its own, and one label more, "Odd
-    Number": true where an odd number of them is there. It is independent of each of them and of every sum of what tells
-    them apart, so that no linear head reads it from features that hold the conditions alone.
-    """
+def phantom_films(films=2000, image_size=112, seed=0, conditions=None, severe=False, splits=SPLITS):
+    """films: to train on; a quarter each for val and test. severe: all findings severe, each with a chance of .25."""
     again = dict(name="phantom", films=films, image_size=image_size, seed=seed, conditions=conditions, severe=severe)
-    if odd:
-        if len(conditions or ()) < 2:
-            raise InputError("--odd takes two or more --conditions")
-        phantom_settings(conditions)  # its refusals
-        half = dict.fromkeys(conditions, 0.5)
-        settings = PhantomSettings(prevalence=half, together={}, normal=0.0, severities=(0, 0, 1))
-    else:
-        settings = phantom_settings(conditions, 0.25 if severe else None, (0, 0, 1) if severe else None)
+    settings = phantom_settings(conditions, 0.25 if severe else None, (0, 0, 1) if severe else None)
     labels = tuple(conditions or CONDITIONS)
     rows, truth = [], []
     for split in splits:
@@ -286,11 +272,8 @@ def phantom_films(films=2000, image_size=112, seed=0, conditions=None, severe=Fa
             study = phantom_study(seed, PHANTOM_START[split] + number, image_size, settings)
             row = {"id": study.study_id, "patient": f"{split}-{study.patient_id}", "split": split}
             rows.append(row | {"image": study.image, "report": study.report.text})
-            found = [study.labels[name] for name in labels]
-            truth.append(found + [sum(found) % 2] * odd)
-    labels += ("Odd Number",) * odd
-    truth = np.array(truth, np.float32)
-    return Films("phantom", labels, rows, truth, again | {"odd": odd}, phantom=True)
+            truth.append([study.labels[name] for name in labels])
+    return Films("phantom", labels, rows, np.array(truth, np.float32), again, phantom=True)
 
 
 # ------------------------------------------------------------------------------------------------------------- IU X-ray
