@@ -3,8 +3,10 @@ What CheXQuery's queries do, in numbers: where their maps lie; what goes when a 
 
     found = faithfulness(model, rows, notes, ...)     # phantom: all tests; real films: those that need no drawn truth
 
-Maps come in two kinds: "attention", the mean over the heads of the last layer, and "gradient", attention times the
-positive gradient of the query's own logit, over all layers. Every number stands beside a control: the map or the vector
+Maps come in three kinds: "attention", the mean over the heads of the last layer; "gradient", attention times the
+positive gradient of the query's own logit, over all layers; "occlusion", how far the query's logit falls when a place
+of the film is erased. Attention of a transformer need not lie where the evidence is: its tower may carry what it saw to
+any patch. Every number stands beside a control: the map or the vector
 of a random other query, random patches, the share of the film that the true boxes cover.
 """
 
@@ -19,17 +21,19 @@ from shared.metrics.labels import CONDITIONS, label_report
 from shared.metrics.statistics import bootstrap_interval
 from shared.report import number, percent, with_interval
 
-KINDS = ("attention", "gradient")
+KINDS = ("attention", "gradient", "occlusion")
 ORGANS = dict(zip(REGIONS, ("heart", "left lung", "right lung", "mediastinum", "diaphragm", "spine"), strict=True))
 ERASED = 0.1  # share of the patches that are erased
 
 
-def maps_of(model, looked, present, kind="attention"):
-    """-> (Seen, maps float (B, Q, V, g, g), each adding up to 1 over the views that are there)."""
+def maps_of(model, looked, present, kind="attention", images=None):
+    """-> (Seen, maps float (B, Q, V, g, g), each adding up to 1 over the views there are); occlusion needs images."""
     if kind == "attention":
         with torch.no_grad():
             seen = model(looked=looked, present=present, maps=True)
         maps = seen.maps[-1].mean(1)
+    elif kind == "occlusion":
+        seen, maps = occlusion(model, looked, images, present)
     else:
         with torch.enable_grad():
             seen = model(looked=[part.detach() for part in looked], present=present, maps=True)
@@ -43,6 +47,31 @@ def maps_of(model, looked, present, kind="attention"):
     maps = maps / maps.sum(-1, keepdim=True).clamp(min=1e-12)
     side = round((maps.shape[-1] // len(VIEWS)) ** 0.5)
     return seen, maps.detach().float().unflatten(-1, (len(VIEWS), side, side))
+
+
+def occlusion(model, looked, images, present):
+    """
+    Fall of each query's logit when the two by two patches around a place take the mean of the film, 0 where it does not
+    fall -> (Seen, (B, Q, V * P)). A pass of the model for every patch: slow, and about the film itself.
+    """
+    with torch.no_grad():
+        seen = model(looked=looked, present=present)
+        side = round((looked[0].shape[1] // len(VIEWS)) ** 0.5)
+        plain = torch.cat([part for part in (seen.logits, seen.region_logits) if part is not None], 1)
+        maps = plain.new_zeros(*plain.shape, len(VIEWS), side, side)
+        for view in [v for v in range(len(VIEWS)) if present[:, v].any()]:
+            for row in range(side):
+                for column in range(side):
+                    gone = torch.zeros(len(images), len(VIEWS), side, side, dtype=torch.bool, device=images.device)
+                    gone[:, view, max(0, row - 1) : row + 1, max(0, column - 1) : column + 1] = True
+                    new = model(erased(images, gone, side), present)
+                    logits = torch.cat([part for part in (new.logits, new.region_logits) if part is not None], 1)
+                    fall = (plain - logits).clamp(min=0) * present[:, view, None]
+                    # Each patch of the square carries its share of the fall.
+                    maps[:, :, view, max(0, row - 1) : row + 1, max(0, column - 1) : column + 1] += fall[
+                        ..., None, None
+                    ]
+    return seen, maps.flatten(2)
 
 
 def inside(map_, mask):
@@ -76,12 +105,12 @@ def mean_of(rows, key):
     return {k: found[k] for k in ("value", "low", "high")} | {"n": len(v)}
 
 
-def pointing(model, rows, looked, present, drawn, rng):
+def pointing(model, rows, images, looked, present, drawn, rng):
     """Phantom: do condition maps lie on the lesions, region maps on their organs? -> rows, one a (study, query)."""
     found = []
     size = model.image_size
     for kind in KINDS:
-        maps = maps_of(model, looked, present, kind)[1][:, :, 0].cpu().numpy()
+        maps = maps_of(model, looked, present, kind, images)[1][:, :, 0].cpu().numpy()
         for i, row in enumerate(rows):
             study = study_of(row, drawn, size)
             targets = []
@@ -273,7 +302,7 @@ def faithfulness(model, rows, notes, args, told, device, decoding):
         found["deletion"] = {key: mean_of(cases, key) for key in ("own_drop", "other_drop", "random_drop")}
         found["swap"] = swapping(model, looked, present, rng)
     if notes.get("phantom"):
-        found["pointing"] = pointing_summary(pointing(model, rows, looked, present, notes["drawn"], rng))
+        found["pointing"] = pointing_summary(pointing(model, rows, images, looked, present, notes["drawn"], rng))
         cases = redrawing(model, rows, texts, notes["drawn"], device, decoding)
         found["redrawn"] = {
             what: mean_of([c for c in cases if c["what"] == what], "gone") for what in ("lesion", "other finding")

@@ -27,7 +27,7 @@ import torch
 
 from chexquery.cases import VIEWS, Films, add_file_options, phantom_rows, read_files, study_of
 from chexquery.checkpoints import add_writing_options, open_model
-from chexquery.faithfulness import deletion, maps_of, pointing, pointing_summary
+from chexquery.faithfulness import KINDS, deletion, maps_of, pointing, pointing_summary
 from chexquery.model import REGIONS
 from shared.metrics.labels import CONDITIONS
 from shared.report import Report, number, percent, save_figure
@@ -45,7 +45,7 @@ def parse_args(argv=None):
     # fmt: off
     g.add_argument("--data", choices=["phantom"], help="phantom: test films like those it was trained on")
     g.add_argument("--studies", type=positive_int, default=3, help="phantom: how many (%(default)s)")
-    g.add_argument("--kind", default="attention", choices=["attention", "gradient"], help="of maps (%(default)s)")
+    g.add_argument("--kind", default="attention", choices=KINDS, help="of maps (%(default)s)")
     # fmt: on
     args = parser.parse_args(argv)
     if args.dry_run:
@@ -184,7 +184,7 @@ def main(argv=None):
         looked = model.look(x, there)
     for n, row in enumerate(rows):
         part, one = [p[n : n + 1] for p in looked], there[n : n + 1]
-        seen, maps = maps_of(model, part, one, args.kind)
+        seen, maps = maps_of(model, part, one, args.kind, x[n : n + 1])
         with torch.no_grad():
             seen = model(looked=part, present=one, maps=True)
             texts, ids = model.write(seen.tokens, **decoding)
@@ -204,7 +204,7 @@ def main(argv=None):
         )
     if phantom:
         scores["pointing"] = pointing_summary(
-            pointing(model, rows, looked, there, drawn, np.random.default_rng(args.seed))
+            pointing(model, rows, x, looked, there, drawn, np.random.default_rng(args.seed))
         )
         report.heading("Pointing")
         lines = [[what, name, row["hit"]["n"], percent(row["hit"]["value"]), percent(row["area"]["value"])]
