@@ -370,6 +370,11 @@ def load_text(settings, reports, vocabulary):
     if pieces:
         with quietly():
             text.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        for module in text.modules():  # T5's own 0.1 keeps a small decoder from learning what the tokens say
+            if isinstance(module, nn.Dropout):
+                module.p = settings["dropout"]
+            elif isinstance(getattr(module, "dropout", None), float):
+                module.dropout = settings["dropout"]
         nn.init.normal_(text.shared.weight)
         nn.init.normal_(text.lm_head.weight, std=text.config.d_model**-0.5)  # the library's 1.0 begins at a loss of 50
     text.encoder.block, text.encoder.final_layer_norm = nn.ModuleList(), nn.Identity()  # the visual tokens replace it

@@ -98,7 +98,7 @@ def build_parser():
     g.add_argument("--num-layers", type=positive_int, default=2, help="layers of the queries (%(default)s)")
     g.add_argument("--num-heads", type=positive_int, default=8, help="attention heads of the queries (%(default)s)")
     g.add_argument("--num-pool-queries", type=int, default=10, help="visual tokens beside the global one (%(default)s)")
-    g.add_argument("--dropout", type=fraction, default=0.1, help="in the query layers (%(default)s)")
+    g.add_argument("--dropout", type=fraction, default=0.1, help="in the query layers and a tiny decoder (%(default)s)")
     g.add_argument("--aux-dropout", type=fraction, default=0.2, help="in the label heads (%(default)s)")
     g.add_argument("--gate", action=argparse.BooleanOptionalAction, default=True, help="weigh film against queries")
     g.add_argument("--gate-hidden", type=positive_int, default=512, help="width inside the gate (%(default)s)")

@@ -237,7 +237,13 @@ def test_settings_reach_the_model(tmp_path):
     )
     model = train.build_model(train.shape_of(args), ["The heart."])
     assert len(model.layers) == 3 and model.fusion.pool_queries.shape[0] == 7 and model.layers[0].cross.heads == 4
-    assert model.layers[0].drop.p == 0.25 and model.layers[0].feed[2].p == 0.25 and model.aux[2].p == 0.35
+    decoder = {m.p for m in model.text.modules() if isinstance(m, torch.nn.Dropout)}
+    assert (
+        decoder == {0.25}
+        and model.layers[0].drop.p == 0.25
+        and model.layers[0].feed[2].p == 0.25
+        and model.aux[2].p == 0.35
+    )
     assert model.fusion.gate is None and model.layers[0].among is None and model.region_head is None
     assert model.prompt_ids and model.names == list(CONDITIONS)
 
