@@ -70,7 +70,7 @@ def test_a_run_says_what_was_trained(trained):
 
 def test_c_and_d_count_b_as_their_epoch_0(trained):
     rows = [json.loads(line) for line in (trained / "run/history.jsonl").read_text().splitlines()]
-    b = max((r for r in rows if r["run"] == "seed 0, projector-head" and r["epoch"]), key=lambda r: r["val_auc"])
+    b = min((r for r in rows if r["run"] == "seed 0, projector-head" and r["epoch"]), key=lambda r: r["val_loss"])
     for mode in ("projector", "lora"):
         first = next(r for r in rows if r["run"] == f"seed 0, {mode}")
         assert first["epoch"] == 0 and first["val_auc"] == pytest.approx(b["val_auc"])
@@ -99,7 +99,7 @@ def test_more_seeds_and_modes_can_be_added_but_nothing_else_changed(own_folder, 
     main(["--resume", "run", "--seeds", "2", "--mode", "head", "projector-head"])
     after = weights("run")
     assert len(after) == 4 and torch.equal(after["seed0-head"]["head.weight"], before["head.weight"])
-    assert "--lr 0.001 (now 0.01)" in refused(main, ["--resume", "run", "--lr", "0.01"])
+    assert "--lr 0.01 (now 0.02)" in refused(main, ["--resume", "run", "--lr", "0.02"])
 
 
 def test_everything_stands_in_one_table(trained, own_folder):
