@@ -104,6 +104,10 @@ def hospital(conditions=None, prevalence=None, severe=False):
 
 def phantom_rows(films, seed=0, section="findings", labels="labeller", **drawn):
     """films: studies of train; val gets a tenth, test three tenths. drawn: of `hospital`. -> RowSet"""
+    if labels not in ("labeller", "truth"):
+        raise InputError(
+            f"--labels {labels}: the phantom has labeller, and truth, what was drawn; it has no MeSH terms"
+        )
     settings, rows = hospital(**drawn), []
     for split, n in {"train": films, "val": max(8, films // 10), "test": max(8, 3 * films // 10)}.items():
         for index in range(PHANTOM_START[split], PHANTOM_START[split] + n):
@@ -119,6 +123,11 @@ def phantom_rows(films, seed=0, section="findings", labels="labeller", **drawn):
 
 def iu_rows(data_dir, section="findings", split="r2gen", reports="auto", labels="labeller", labeller=None, seed=0):
     """split: r2gen or patient (70/15/15 of the uids). labeller: texts -> label dicts, for labels chexbert. -> RowSet"""
+    if labels == "truth" or (labels == "chexbert" and labeller is None):
+        more = (
+            "make the rows with prepare.py --chexbert FILE DIR" if labels == "chexbert" else "only the phantom has it"
+        )
+        raise InputError(f"--labels {labels}: {more}")
     either = section == "findings+impression"  # a filler stands for the section that a report lacks
     shares = {"train": 0.7, "val": 0.15, "test": 0.15}
     studies = load_iu_xray(data_dir, "findings" if either else section, split, (), reports, shares=shares, seed=seed)

@@ -255,6 +255,7 @@ def test_settings_reach_the_model(tmp_path):
     (["--dry-run", "--no-use-conditions", "--no-regions"], "leave no queries"),
     (["--dry-run", "--condition-model", "./no-such/biobert"], "there is no model folder ./no-such/biobert"),
     (["--model", "tiny", "--data", "mimic"], "there are auto, iu_xray and phantom"),
+    (["--model", "tiny", "--data", "phantom", "--labels", "chexbert"], "the phantom has labeller, and truth"),
 ])  # fmt: skip
 def test_bad_input(refused, arguments, sentence):
     assert sentence in refused(train.main, arguments)
