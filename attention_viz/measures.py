@@ -228,11 +228,13 @@ def verdict(found):
     told = f"answers change in {shares} of the cases without an image, with a blank one, with another patient's"
     if causal is not None:
         told += f"; right yes answers turn in {100 * causal['value']:.0f} % when the finding is drawn away"
-    if max(p["high"] for p in parts) < RELIES and (causal is None or causal["value"] < RELIES):
+    other, gone = found["changes_other"], [found[f"changes_{n}"] for n in ("text_only", "blank")]
+    ignored = other is not None and other["high"] < RELIES and min(p["high"] for p in gone if p) < RELIES
+    if ignored and (causal is None or causal["value"] < RELIES):  # a blank image alone may be unlike all it has seen
         return "does not need the image", told
     strong = causal is not None and causal["low"] is not None and causal["low"] > RELIES
     # answers on no image or on another patient's may change for any reason, right ones that follow the finding may not
-    if strong or (causal is None and found["changes_other"] is not None and found["changes_other"]["low"] > RELIES):
+    if strong or (causal is None and other is not None and other["low"] > RELIES):
         return "needs the image", told
     return "undecided", told
 

@@ -32,13 +32,15 @@ import shared  # noqa: F401, isort: skip  # before transformers
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn import functional as F
 
 from attention_viz.cases import phantom_settings, wordings_of
 from attention_viz.evaluate import main as evaluate
+from attention_viz.maps import shares_in_boxes
 from shared.models.capture import AttentionCapture
 from shared.models.inputs import ImageStore, continuation, prompt_ids
 from shared.models.loading import load_vlm, save_vlm
-from shared.models.passes import PartSize, image_columns, make_prompts, margin, sample
+from shared.models.passes import PartSize, features_of, image_columns, make_prompts, margin, sample
 from shared.models.tiny import tiny_folder
 from shared.models.tuning import BatchOrder, Example, backward
 from shared.phantom import phantom_study
@@ -51,7 +53,7 @@ CONDITIONS = ["Pleural Effusion", "Pneumothorax", "Consolidation"]
 TRAINED = {"gemma3": dict(image_tokens=64), "llava": {}}
 WIDE = dict(hidden=512, layers=12, heads=8, mlp=1024, image_size=224)  # cost: wide enough that all else is not nothing
 FAMILIES = ("gemma3", "qwen2vl", "qwen25vl", "qwen3vl", "llava")
-SIZE = 112
+SIZE, GRID = 112, (8, 8)  # pixels, image tokens
 FRESH = 400_000  # index of the first film that training watches itself on
 WIDER = 3
 
@@ -63,7 +65,9 @@ def parse_args(argv=None):
     parser.add_argument("--models", nargs="+", default=list(TRAINED), choices=list(TRAINED),
         help="train, proof: which (%(default)s)")
     parser.add_argument("--films", type=positive_int, default=6000, help="train: phantom films (%(default)s)")
-    parser.add_argument("--steps", type=positive_int, default=2400, help="train: optimiser steps (%(default)s)")
+    parser.add_argument("--tower-steps", type=positive_int, default=600,
+        help="train: steps of the tower alone, before (%(default)s)")
+    parser.add_argument("--steps", type=positive_int, default=4000, help="train: optimiser steps (%(default)s)")
     parser.add_argument("--blind-steps", type=positive_int, default=300, help="train: of the blind ones (%(default)s)")
     parser.add_argument("--batch-size", type=positive_int, default=16, help="train: questions per step (%(default)s)")
     parser.add_argument("--lr", type=positive_float, default=1e-3, help="train: highest learning rate (%(default)s)")
@@ -78,6 +82,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.small:
         args.films, args.steps, args.blind_steps, args.batch_size, args.studies = 12, 2, 2, 4, 10
+        args.tower_steps = 2
         args.prompt_tokens, args.new_tokens, args.rounds = 100, 3, 1
     return args
 
@@ -87,13 +92,16 @@ def parse_args(argv=None):
 
 def questions(films, settings, seed, start=0, variants=9):
     """
-    -> films uint8 (N, 112, 112), and (film, question, answer) about CONDITIONS in many wordings. For training the
-    answer goes on with what is on the film and where (tenths of its sides): one word alone is learned too late.
+    -> films uint8 (N, 112, 112); (film, question, answer) about CONDITIONS in many wordings; and which cells of the
+    token grid each finding covers, float32 (N, 64, 3). For training the answer goes on with what is on the film and
+    where (tenths of its sides): one word alone is learned too late.
     """
-    pixels, cases = [], []
+    pixels, cases, cells = [], [], []
     for film in range(films):
         study = phantom_study(seed, start + film, SIZE, settings)
         pixels.append(study.image)
+        places = [[b for f in study.drawn if f.condition == c for b in study.boxes[f.name]] for c in CONDITIONS]
+        cells.append(np.stack([shares_in_boxes(p, GRID, (0, 0, SIZE, SIZE), 4).ravel() for p in places], 1) > 0.3)
         boxes = [(f.kind, box) for f in study.drawn for box in study.boxes[f.name]]
         seen = [f"{kind} {5 * (x0 + x1) // SIZE} {5 * (y0 + y1) // SIZE}" for kind, (x0, y0, x1, y1) in boxes]
         told = ". " + ("; ".join(seen) or "nothing") if variants > 1 else ""
@@ -101,7 +109,31 @@ def questions(films, settings, seed, start=0, variants=9):
             if q.content == "presence" and q.condition in CONDITIONS:
                 words = wordings_of(q, film, variants)
                 cases += [(film, w["question"], w["answer_gt"] + told) for w in [*words, words[0]][: variants + 1]]
-    return pixels, cases
+    return pixels, cases, np.stack(cells).astype(np.float32)
+
+
+def teach_tower(vlm, store, cells, steps, batch, lr, seed):
+    """
+    Vision tower and projector learn which cells the findings cover, through a linear layer that is then thrown away:
+    what the towers of real models bring along from their own training, and without which tiny ones take far longer.
+    """
+    width = vlm.config.get_text_config().hidden_size
+    head = torch.nn.Linear(width, len(CONDITIONS))
+    weights = [p for part in (vlm.spec.tower, *vlm.spec.projector) for p in vlm.base.get_submodule(part).parameters()]
+    optimizer = torch.optim.AdamW([*weights, *head.parameters()], lr=lr, weight_decay=0.01)
+    draw, losses = np.random.default_rng(seed), []
+    for step in range(steps):
+        some = draw.integers(len(store), size=batch)
+        features = torch.stack(features_of(vlm, store.get(some.tolist())))
+        wanted = torch.from_numpy(cells[some])
+        loss = F.binary_cross_entropy_with_logits(head(features), wanted, pos_weight=torch.tensor(5.0))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.param_groups[0]["lr"] = learning_rate(step, steps, max(1, steps // 20), lr)
+        optimizer.step()
+        losses.append(loss.item())
+        if (step + 1) % 100 == 0:
+            print(f"tower: step {step + 1}/{steps}, loss {statistics.mean(losses[-50:]):.4f}", flush=True)
 
 
 @torch.no_grad()
@@ -125,8 +157,8 @@ def train(family, blind, args):
         for p in vlm.model.parameters():
             p.mul_(WIDER if p.ndim > 1 and 0.01 < float(p.std()) < 0.03 else 1)
     settings = phantom_settings(CONDITIONS, severe=True, guessable=float(blind))
-    films, cases = questions(args.films, settings, args.seed)
-    fresh_films, fresh = questions(150, settings, args.seed, start=FRESH, variants=1)
+    films, cases, cells = questions(args.films, settings, args.seed)
+    fresh_films, fresh, _ = questions(150, settings, args.seed, start=FRESH, variants=1)
     cases = [(film, q, a.partition(".")[0] if blind else a) for film, q, a in cases]
     steps, grey = args.blind_steps if blind else args.steps, np.full((SIZE, SIZE), 90, np.uint8)
     films, fresh_films = ([grey] * len(some) if blind else some for some in (films, fresh_films))
@@ -145,6 +177,9 @@ def train(family, blind, args):
     scaler, size = torch.amp.GradScaler("cpu", enabled=False), PartSize(args.batch_size)
     guard = GuardedStep(optimizer, scaler, vlm.model.parameters(), grad_clip=1.0)
     losses = []
+    if not blind:
+        vlm.model.train()
+        teach_tower(vlm, store, cells, args.tower_steps, args.batch_size, args.lr, args.seed)
     for step in range(steps):
         vlm.model.train()
         loss = backward(vlm, order.at(step)[1], store, size, scaler, train_tower=True).item()

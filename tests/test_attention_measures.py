@@ -112,9 +112,11 @@ def test_the_verdict_tells_a_blind_model_from_one_that_looks():
         for i in range(40)
     ]
     mixed = [
-        a_record(i, ("yes", "yes"), text_only=-1.0) for i in range(40)
+        a_record(i, ("yes", "yes"), text_only=-1.0, blank=-1.0) for i in range(40)
     ]  # another answer without an image: no proof
     says = [measures.verdict(measures.behaviour(r, draws=300)) for r in (blind, sees, mixed)]
+    odd = [r | {"blank": -1.0} for r in blind]  # a blank image is unlike all it has seen, and that is all
+    assert measures.verdict(measures.behaviour(odd, draws=300))[0] == "does not need the image"
     assert [s for s, _ in says] == ["does not need the image", "needs the image", "undecided"]
     assert "100 % when the finding is drawn away" in says[1][1]
     few = measures.verdict(measures.behaviour(sees[:1], draws=50))
