@@ -3,9 +3,8 @@ What a small model from random weights needs before it can learn to write: eyes.
 labels and sides of the training reports, through one linear layer that is thrown away afterwards.
 
 The loss of a report is mostly that of its wording, and the few tokens that depend on the film teach a random tower
-very slowly. This stage takes the tower's share of the work out of the loop, at a hundredth of the cost per film. The
-linear layer reads the mean of the image tokens, so that a finding looks alike in every token and the language model can
-find it with any attention. The
+very slowly. This stage does the tower's share of the work at about a third of the cost per film. The linear layer
+reads the mean of the image tokens, so that a finding looks alike in every token and any attention can find it. The
 labels come from the texts alone (shared/metrics/labels.py): nothing is used that report writing would not use.
 """
 
