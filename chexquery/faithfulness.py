@@ -6,8 +6,8 @@ What CheXQuery's queries do, in numbers: where their maps lie; what goes when a 
 Maps come in three kinds: "attention", the mean over the heads of the last layer; "gradient", attention times the
 positive gradient of the query's own logit, over all layers; "occlusion", how far the query's logit falls when a place
 of the film is erased. Attention of a transformer need not lie where the evidence is: its tower may carry what it saw to
-any patch. Every number stands beside a control: the map or the vector of a random other query, random patches, the share
-of the film that the true boxes cover.
+any patch. Every number stands beside a control: the map or the vector of a random other query, random patches, the
+share of the film that the true boxes cover.
 """
 
 import warnings

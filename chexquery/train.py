@@ -36,10 +36,9 @@ import torch.nn.functional as F
 import yaml
 from tqdm import tqdm
 
-from chexquery.cases import Films, add_data_options, label_targets, load_studies, region_targets
+from chexquery.cases import Films, add_data_options, changed, epoch_order, label_targets, load_studies, region_targets
 from chexquery.checkpoints import save_model
 from chexquery.model import SHAPE, build_model
-from shared.data.augment import affine
 from shared.metrics.classification import choose_threshold
 from shared.metrics.clinical import averages, positive_matrix
 from shared.metrics.labels import CONDITIONS, label_report
@@ -220,26 +219,6 @@ class Split:
             return {"looked": looked, "present": present}
         images = torch.from_numpy(images).to(device)
         return {"images": changed(images) if augmenting else images, "present": present}
-
-
-def changed(images):
-    """uint8 (B, V, S, S) -> float 0..255: turned up to 5 degrees, moved 3 %, zoomed 3 %, 5 % brighter and harder."""
-    n = images.shape[0] * images.shape[1]
-    draw = (torch.rand(6, n, 1, 1, 1) * 2 - 1).to(images.device)
-    x = affine(images.reshape(n, 1, *images.shape[2:]).float() / 255, 5 * draw[0], 0.03 * draw[1], 0.03 * draw[2],
-               1 + 0.03 * draw[3])  # fmt: skip
-    x = ((x - 0.5) * (1 + 0.05 * draw[4]) + 0.5 + 0.05 * draw[5]).clamp(0, 1)
-    return x.view(images.shape) * 255
-
-
-def epoch_order(rows, seed, balanced):
-    """Indices of one epoch; balanced: with repetition, abnormal and normal studies alike often."""
-    generator = torch.Generator().manual_seed(seed)
-    abnormal = torch.tensor([row["labels"]["No Finding"] != 1 for row in rows])
-    if not balanced or abnormal.all() or not abnormal.any():
-        return torch.randperm(len(rows), generator=generator).tolist()
-    weights = torch.where(abnormal, 1 / abnormal.sum(), 1 / (~abnormal).sum())
-    return torch.multinomial(weights, len(rows), replacement=True, generator=generator).tolist()
 
 
 # ---------------------------------------------------------------------------------------------------------------- loss
