@@ -91,7 +91,6 @@ def parse_args(argv=None):
     g.add_argument("--weight-decay", type=not_negative, default=0.01, help="of AdamW (%(default)s)")
     g = parser.add_argument_group("tower", "of a bare tiny model, trained here first")
     g.add_argument("--tower-films", type=positive_int, default=4000, help="drawn for it (%(default)s)")
-    g.add_argument("--tower-labels", nargs="+", metavar="NAME", help="what it learns (default: all that is drawn)")
     g.add_argument("--tower-steps", type=positive_int, default=1500, help="of 32 films (%(default)s)")
     # fmt: on
     add_resume(g)
@@ -118,7 +117,6 @@ def train_tower(encoder, args, folder):
         args.tower_films, args.image_size or 112, args.seed + 100_000, args.conditions, args.severe,
         ("train", "val"),
     )  # fmt: skip
-    films = films.only(args.tower_labels) if args.tower_labels else films
     store, rows = make_store(encoder, films, args.cache_gib), films.rows_of("train")
     if encoder.vlm:
         parameters = [*unfreeze(encoder.vlm, "tower"), *unfreeze(encoder.vlm, "projector")]

@@ -146,7 +146,6 @@ def test_refusals_of_training(own_folder, refused):
     dry = ["--dry-run", "--out-dir", "run"]
     assert "has no projector" in refused(main, [*dry, "--model", "tiny:siglip", "--mode", "projector"])
     assert "stands alone" in refused(main, [*dry, "--mode", "tower", "head"])
-    assert "there is no label 'Flu'" in refused(main, [*dry, "--tower-labels", "Flu"])
     assert "both kinds of films" in refused(main, [*dry, "--limit", "1"])
     assert "no label 'Flu'" in refused(main, [*dry, "--only", "Flu"])
     assert "no model folder" in refused(main, ["--data", "phantom", "--films", "8", "--model", "nothing/here/at/all"])
