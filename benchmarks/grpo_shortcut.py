@@ -46,6 +46,7 @@ from shared.models.tuning import BatchOrder, backward
 from shared.report import plt, save_figure
 from shared.runtime import InputError, fraction, load_checkpoint, positive_int, run_facts, script
 from shared.runtime import seed_everything, write_json
+from shared.training import Weights
 from vqa_sft_grpo import train_grpo, train_sft
 from vqa_sft_grpo.examples import make_examples
 from vqa_sft_grpo.prompting import build_prompt, parse_response
@@ -370,10 +371,7 @@ def last_policy(weak, run):
     vlm = train_grpo.load_policy(
         train_grpo.parse_args(["--sft-ckpt", str(weak), "--lora-rank", "32"]), torch.device("cpu")
     )
-    state = load_checkpoint(run / "last.pt", ("weights",))
-    with torch.no_grad():
-        for name, p in train_grpo.trained_parameters(vlm).items():
-            p.copy_(state["weights"][name])
+    Weights(vlm.model).load_state_dict(load_checkpoint(run / "last.pt", ("parts",))["parts"]["weights"])
     return vlm
 
 
