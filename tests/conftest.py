@@ -180,6 +180,15 @@ def small_network(monkeypatch):
 
 
 @pytest.fixture(scope="session")
+def train_cnn():
+    """train_cnn(folder, *more): one short epoch on the PneumoniaMNIST-like set in data/, for tests of what reads it."""
+    from task1_classification.train import main as train
+
+    options = "--data pneumoniamnist --data-dir data --device cpu --batch-size 16 --epochs 1 --limit 64".split()
+    return lambda folder, *more: train([*options, *more, "--out-dir", folder])
+
+
+@pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory, small_phantom):
     """One real training run on phantom images, shared by all tests that read a classifier: do not write into it."""
     from task1_classification.train import main as train  # here, so that other tests run when this script is broken

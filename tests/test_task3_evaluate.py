@@ -18,7 +18,6 @@ import task3_retrieval.evaluate as evaluate_script
 from conftest import SmallNet
 from shared.data import image_sets
 from task3_retrieval.metrics import content_codes
-from task1_classification.train import main as train_classifier
 from task3_retrieval.embed import load_embedder
 from task3_retrieval.checks import explanation_checks, failures, foreign_images, prepare, search, similarities
 from task3_retrieval.evaluate import main
@@ -58,32 +57,13 @@ def predictions(run_dir):
         return list(csv.DictReader(file))
 
 
-def make_start(write_medmnist):
+def make_start(write_medmnist, train_cnn):
     """A small data set in data/ with one copied test film, and a classifier of it in task1/."""
     path = write_medmnist("data")
     arrays = dict(np.load(path))
     arrays["test_images"][7], arrays["test_labels"][7] = arrays["test_images"][3], arrays["test_labels"][3]
     np.savez_compressed(path, **arrays)
-    train_classifier(
-        [
-            "--data",
-            "pneumoniamnist",
-            "--data-dir",
-            "data",
-            "--device",
-            "cpu",
-            "--batch-size",
-            "16",
-            "--epochs",
-            "1",
-            "--limit",
-            "64",
-            "--lr",
-            "0.01",
-            "--out-dir",
-            "task1",
-        ]
-    )
+    train_cnn("task1", "--lr", "0.01")
     return path
 
 
@@ -105,18 +85,18 @@ def evaluate(*more):
 
 
 @pytest.fixture
-def start(small_network, write_medmnist):
-    return make_start(write_medmnist)
+def start(small_network, write_medmnist, train_cnn):
+    return make_start(write_medmnist, train_cnn)
 
 
 @pytest.fixture(scope="module")
-def evaluated(tmp_path_factory, write_medmnist):
+def evaluated(tmp_path_factory, write_medmnist, train_cnn):
     """One evaluation with the small network, for all tests that only read it."""
     folder = tmp_path_factory.mktemp("evaluated")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(torchvision.models, "get_model", lambda name, weights=None: SmallNet())
-        make_start(write_medmnist)
+        make_start(write_medmnist, train_cnn)
         metrics = evaluate()
     return SimpleNamespace(folder=folder, metrics=metrics, rows=predictions(folder / "run"))
 

@@ -73,29 +73,10 @@ def assert_same_run(a, b):
 
 
 @pytest.fixture
-def start(small_network, write_medmnist):
+def start(small_network, train_cnn, write_medmnist):
     """A small data set in data/ and a classifier of it in task1/."""
     path = write_medmnist("data")
-    train_classifier(
-        [
-            "--data",
-            "pneumoniamnist",
-            "--data-dir",
-            "data",
-            "--device",
-            "cpu",
-            "--batch-size",
-            "16",
-            "--epochs",
-            "1",
-            "--limit",
-            "64",
-            "--lr",
-            "0.01",
-            "--out-dir",
-            "task1",
-        ]
-    )
+    train_cnn("task1", "--lr", "0.01")
     return path
 
 
@@ -432,28 +413,9 @@ def test_a_stopped_run_goes_on_exactly(start, monkeypatch, step):
         (["--cnn-weights", "other"], "started from another classifier"),
     ],
 )
-def test_resuming_another_run_is_refused(start, refused, change, sentence):
+def test_resuming_another_run_is_refused(start, train_cnn, refused, change, sentence):
     main([*FAST, "--out-dir", "run"])
-    train_classifier(
-        [
-            "--data",
-            "pneumoniamnist",
-            "--data-dir",
-            "data",
-            "--device",
-            "cpu",
-            "--batch-size",
-            "16",
-            "--epochs",
-            "1",
-            "--limit",
-            "64",
-            "--seed",
-            "5",
-            "--out-dir",
-            "other",
-        ]
-    )
+    train_cnn("other", "--seed", "5")
     before = Path("run/last.pt").read_bytes()
     assert sentence in refused(main, [*FAST, "--resume", "run", *change])
     assert Path("run/last.pt").read_bytes() == before
