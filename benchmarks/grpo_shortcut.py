@@ -50,7 +50,7 @@ from shared.training import Weights
 from vqa_sft_grpo import train_grpo, train_sft
 from vqa_sft_grpo.examples import make_examples
 from vqa_sft_grpo.prompting import build_prompt, parse_response
-from vqa_sft_grpo.rewards import plan_edits
+from vqa_sft_grpo.looking import plan_edits
 from vqa_sft_grpo.rollouts import score_answers
 from vqa_sft_grpo.rows import make_rows, write_rows
 from vqa_sft_grpo.scoring import score_answer

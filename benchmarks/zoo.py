@@ -49,7 +49,8 @@ from shared.report import markdown_table
 from shared.runtime import atomic_file, open_run_dir, positive_int, run_facts, script, script_parser, write_json
 from vqa_sft_grpo.counterfactual import region_mask, whole_boxes
 from vqa_sft_grpo.prompting import boxes_from_model, boxes_to_model, build_prompt, instruction, parse_response
-from vqa_sft_grpo.rewards import AnswerFrequencies, RewardSettings, answer_class, compose, is_no, rollout_terms
+from vqa_sft_grpo.looking import is_no
+from vqa_sft_grpo.rewards import AnswerFrequencies, RewardSettings, answer_class, compose, rollout_terms
 from vqa_sft_grpo.rows import phantom_study_rows
 from vqa_sft_grpo.scoring import normalise, options_of, overlap
 

@@ -11,7 +11,8 @@ import pytest
 from benchmarks import zoo
 from vqa_sft_grpo import rewards
 from vqa_sft_grpo.prompting import parse_response
-from vqa_sft_grpo.rewards import RewardSettings, is_no, rollout_terms
+from vqa_sft_grpo.looking import is_no
+from vqa_sft_grpo.rewards import RewardSettings, rollout_terms
 
 KINDS = ("all", "yes_no", "choice", "open")
 # What the honest policy is ahead by, at least, overall and for each kind of question that needs the image

@@ -17,8 +17,10 @@ from vqa_sft_grpo import rewards
 from vqa_sft_grpo.counterfactual import FILLS
 from vqa_sft_grpo.rows import grpo_row, make_rows, phantom_study_rows
 from vqa_sft_grpo.prompting import boxes_to_model, build_prompt, build_target, instruction, parse_response
-from vqa_sft_grpo.rewards import AnswerFrequencies, EditPlan, RewardSettings, answer_alone, answer_to_score, explain
-from vqa_sft_grpo.rewards import ignored_fields, lend_regions, measure_drops, parse_weights, plan_edits, rollout_terms
+from vqa_sft_grpo.looking import EditPlan, answer_alone
+from vqa_sft_grpo.rewards import AnswerFrequencies, RewardSettings, answer_to_score, explain
+from vqa_sft_grpo.looking import lend_regions, measure_drops, plan_edits
+from vqa_sft_grpo.rewards import ignored_fields, parse_weights, rollout_terms
 from vqa_sft_grpo.rewards import score_rollouts
 
 YES_NO = {

@@ -24,8 +24,10 @@ from vqa_sft_grpo import rollouts
 from vqa_sft_grpo.asking import model_of
 from vqa_sft_grpo.prepare_data import main as prepare
 from vqa_sft_grpo.prompting import build_prompt
-from vqa_sft_grpo.rewards import AnswerFrequencies, EditPlan, RewardSettings, answer_alone, compose, images_of_v
-from vqa_sft_grpo.rewards import plan_edits, rollout_terms, slope
+from vqa_sft_grpo.looking import EditPlan, answer_alone, images_of_v
+from vqa_sft_grpo.rewards import AnswerFrequencies, RewardSettings, compose
+from vqa_sft_grpo.looking import plan_edits
+from vqa_sft_grpo.rewards import rollout_terms, slope
 from vqa_sft_grpo.rollouts import Batch, Policy, as_reference, image_of, row_at, score_answers
 from vqa_sft_grpo.train_grpo import load_policy, load_rows, main, parse_args
 

@@ -13,7 +13,7 @@ import numpy as np
 from shared.report import draw_history, markdown_table, number
 from shared.runtime import atomic_file, plain
 from vqa_sft_grpo.report import draw_strip
-from vqa_sft_grpo.rewards import gold_of
+from vqa_sft_grpo.looking import gold_of
 from vqa_sft_grpo.scoring import normalise
 
 HISTORY = {

@@ -25,7 +25,8 @@ from shared.models.passes import PartSize, in_parts, logprobs, make_prompts, nev
 from shared.runtime import InputError
 from vqa_sft_grpo.grpo import combine_metrics, policy_loss
 from vqa_sft_grpo.prompting import build_prompt
-from vqa_sft_grpo.rewards import NATS, answer_alone, answer_to_score, images_of_v, measure_drops, plan_edits
+from vqa_sft_grpo.looking import NATS, answer_alone, images_of_v, measure_drops, plan_edits
+from vqa_sft_grpo.rewards import answer_to_score
 from vqa_sft_grpo.rewards import score_rollouts, slope
 
 # mean distance in nats of log-probabilities computed token by token and all at once

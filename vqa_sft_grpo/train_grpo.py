@@ -79,8 +79,10 @@ from vqa_sft_grpo.grpo import SCALES, check_first_step, group_advantages
 from vqa_sft_grpo.grpo_log import HISTORY, cut_rollouts, describe, draw_curves, draw_edits, log_rollouts, mean
 from vqa_sft_grpo.grpo_log import write_completions
 from vqa_sft_grpo.prompting import STYLES, boxes_from_model, parse_response
-from vqa_sft_grpo.rewards import COMPOSITIONS, MEANINGS, AnswerFrequencies, RewardSettings, explain, gold_of
-from vqa_sft_grpo.rewards import ignored_fields, lend_regions, plan_edits
+from vqa_sft_grpo.looking import gold_of
+from vqa_sft_grpo.rewards import COMPOSITIONS, MEANINGS, AnswerFrequencies, RewardSettings, explain
+from vqa_sft_grpo.looking import lend_regions, plan_edits
+from vqa_sft_grpo.rewards import ignored_fields
 from vqa_sft_grpo.rollouts import TOLERANCE, Policy, as_reference, check_images, image_of, row_at, with_size
 from vqa_sft_grpo.rows import GRPO_FIELDS, make_rows, read_rows
 
