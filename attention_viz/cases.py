@@ -7,6 +7,9 @@ The CSV: study_id, image_path (from the folder of the CSV), finding, variant_id 
 (yes or no, of this wording); and where they are known patient_id, strategy, region (a JSON list of pixel boxes).
 """
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 import csv
 import json
 from dataclasses import dataclass, field

@@ -3,6 +3,9 @@ Is a map faithful to the answer? Deletion and insertion on the margin against ra
 randomisation: a map that stays as it is when the weights are shuffled says nothing about the model.
 """
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 import contextlib
 import zlib
 

@@ -15,6 +15,9 @@ A query is a row of the attention: "last", the token that predicts the answer; "
 name what is asked about; "answer", the rows that predict what the model writes (row p - 1 for token p).
 """
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 import re
 from dataclasses import dataclass, field
 

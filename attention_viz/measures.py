@@ -4,6 +4,9 @@ Numbers of maps, and what a set of answers and maps shows: tables with intervals
 Maps are compared on one grid (maps.on_common_grid); p, q: arrays of one shape, not below 0, sum 1. Undefined is None.
 """
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 import numpy as np
 from scipy.stats import rankdata
 

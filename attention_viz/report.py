@@ -2,6 +2,9 @@
 From the records of evaluate.py to stats.json, tables, figures and a report whose sentences follow from the numbers.
 """
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 import csv
 import io
 import warnings

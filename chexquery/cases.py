@@ -11,6 +11,9 @@ A row is a dict:
     regions        the 6 regions by name: 1 a sentence says something abnormal of it, 0 only normal things, None nothing
 """
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 import functools
 import re
 

@@ -5,6 +5,9 @@ Checkpoints of CheXQuery (best.pt), and the options of every script that writes 
     model, told = load_model("outputs/chexquery/train/001")
 """
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 from pathlib import Path
 
 from chexquery.model import SHAPE, VIEWS, build_model

@@ -10,6 +10,9 @@ any patch. Every number stands beside a control: the map or the vector of a rand
 share of the film that the true boxes cover.
 """
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 import warnings
 
 import numpy as np

@@ -12,6 +12,9 @@ pooling head gives; the two views stay two sets of tokens, told apart by a view 
 queries, head and targets share the order of CONDITIONS; the maps of every layer and head are kept.
 """
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 import functools
 from collections import Counter
 from dataclasses import dataclass, field

@@ -7,6 +7,9 @@ Numbers of a set of written reports, each with a bootstrap interval, and whether
 The unit that is drawn is the patient. All lines are resampled alike, so differences are paired.
 """
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 import numpy as np
 
 from chexquery.cases import closed_upwards

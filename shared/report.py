@@ -10,6 +10,9 @@ What every script tells, and must tell alike: numbers with intervals, tables, fi
 An undefined number is "–". Whatever was measured on made-up films says PHANTOM: in the report, and above every figure.
 """
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 import base64
 import contextlib
 import html

@@ -15,6 +15,9 @@ A script reads:
         write_json(run_dir / "metrics.json", {...} | run_facts(started, device))
 """
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 import argparse
 import contextlib
 import csv

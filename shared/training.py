@@ -15,6 +15,9 @@ a step that is not finite. The loops themselves stay in the scripts.
                 stop.exit(run_dir)
 """
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 import contextlib
 import math
 import os

@@ -9,6 +9,9 @@ A map has the size of its layer: 7x7 at 28 pixels means that every cell covers 4
 suggests. A stock ResNet-18 ends in a 1x1 map at 28 pixels, where Grad-CAM is a constant.
 """
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 import matplotlib
 import numpy as np
 import torch

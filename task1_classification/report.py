@@ -1,5 +1,8 @@
 """The report of evaluate.py: its table, its text, and its pictures."""
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 from pathlib import Path
 
 import matplotlib

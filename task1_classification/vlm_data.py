@@ -15,6 +15,9 @@ an indexed report without a term is negative, one marked "No Indexing" is unknow
 oedema does not count as an opacity).
 """
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 import csv
 import hashlib
 from dataclasses import dataclass, field

@@ -21,6 +21,9 @@ A linear head on a mean sees no more behind a projector that is linear than befo
 matrix (B and C differ from A in scaling and in the course of training alone), LLaVA's and Qwen's have a hidden layer.
 """
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 import copy
 import math
 import re

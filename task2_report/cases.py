@@ -9,6 +9,9 @@ A report is written with its sections named, so that both can be read again from
     FINDINGS: The heart is large. IMPRESSION: Cardiomegaly.                 (each on a line of its own)
 """
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 import re
 from dataclasses import dataclass, field
 

@@ -8,6 +8,9 @@ reads the mean of the image tokens, so that a finding looks alike in every token
 labels come from the texts alone (shared/metrics/labels.py): nothing is used that report writing would not use.
 """
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 import time
 
 import shared  # noqa: F401, isort: skip  # before torch

@@ -5,6 +5,9 @@ labels, 1 for pneumonia. A classification is "normal", "pneumonia", "uncertain" 
 None are never right, and are counted on their own.
 """
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 import re
 from difflib import SequenceMatcher
 from functools import lru_cache

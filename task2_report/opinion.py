@@ -5,6 +5,9 @@ Task 1's CNN beside the VLM: its probability, its heat map, and proof that its f
     opinions = cnn.opinions(films)                        # [{"probability", "call", "feature_norm", "map_shape", ...}]
 """
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 from pathlib import Path
 
 import shared  # noqa: F401, isort: skip  # before torchvision

@@ -1,5 +1,8 @@
 """The reports of evaluate.py: tables, sentences that follow from the numbers, and figures."""
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 from pathlib import Path
 
 import matplotlib

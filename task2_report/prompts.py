@@ -8,6 +8,9 @@ A strategy is the instruction of a free answer. `yes_no_question` puts the same 
 whose first token answers it, so that every strategy also has a margin (log-odds of yes against no) and an AUC.
 """
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 import re
 from dataclasses import dataclass, field
 

@@ -10,6 +10,9 @@ no), verbal_confidence, boxes (pixels), cnn (probability, call, feature_norm, ma
 told_probability (what the prompt said of it), claims, unsupported_claims, flags, tokens, thought_tokens, seconds.
 """
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 import hashlib
 import time
 

@@ -7,6 +7,9 @@ labels in canned words (oracle). Beside them the F1 of the CNN's labels, which i
 Phantom: each film drawn anew without one finding, and without another one: its sentence must go, or stay.
 """
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 import shared  # noqa: F401, isort: skip  # before torch
 import numpy as np
 

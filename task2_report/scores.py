@@ -9,6 +9,9 @@ cleaning, as the papers on IU X-ray do. A side is right when the sides that a te
 those of the reference (of the phantom: of the film); conditions without a stated side on either part do not count.
 """
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 import re
 from collections import Counter
 from functools import lru_cache

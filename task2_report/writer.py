@@ -6,6 +6,9 @@ A model that writes about films: which one, how many films at a time, what it wr
     writer.margins(questions, films)  # log-odds of yes against no, one number each
 """
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 from pathlib import Path
 
 import shared  # noqa: F401, isort: skip  # before transformers

@@ -4,6 +4,9 @@ What goes into an index and what is asked of it: images of a data set, or files 
 Labels of files come from a CSV (columns file, label and perhaps split), or from the folders they lie in.
 """
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 import csv
 import os
 import time

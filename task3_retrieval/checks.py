@@ -6,6 +6,9 @@ A system is an Embedder with a metric, and what its vectors found: {"embed", "me
 returns them.
 """
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 from dataclasses import dataclass
 
 import numpy as np

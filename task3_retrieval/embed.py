@@ -15,6 +15,9 @@ Images -> vectors, for retrieval. One function for every backbone, one object th
 Vectors are not normalised here: the index does that, and writes down whether it did.
 """
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 import hashlib
 import json
 from dataclasses import dataclass, field

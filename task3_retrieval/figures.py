@@ -1,5 +1,8 @@
 """The pictures of evaluate.py and infer.py: queries beside their neighbours, precision by rank, map, distances."""
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 import textwrap
 
 import matplotlib.pyplot as plt

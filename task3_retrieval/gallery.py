@@ -5,6 +5,9 @@ An index does not copy images. Those of a data set are read from --data-dir (and
 from), others from where they were when the index was built.
 """
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 import re
 from pathlib import Path
 

@@ -22,6 +22,9 @@ cases-*.csv and index-*.faiss, named by what is in them. The manifest is written
 save leaves the index before it untouched.
 """
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 import csv
 import hashlib
 import io

@@ -17,6 +17,9 @@ Relevant = same label. Definitions, with R = relevant items of the gallery after
 A query without any relevant item (R = 0) has no R-prec, AP, RR and nDCG: NaN, left out of the means.
 """
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 import numpy as np
 from scipy.stats import hypergeom
 

@@ -1,5 +1,8 @@
 """The report of evaluate.py: one function per section, from the numbers in metrics.json."""
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 from pathlib import Path
 
 from shared.report import Report, number, p_value, percent, short_path, with_interval

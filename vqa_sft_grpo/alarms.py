@@ -9,6 +9,9 @@ nothing. The levels come from what was seen to collapse in published runs; they 
 stop nothing.
 """
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 import statistics
 
 WINDOW = 20  # steps

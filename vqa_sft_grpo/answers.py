@@ -4,6 +4,9 @@ The answers that evaluate.py measures: of the prompts and controls, on edited im
 A record is one answer to one row: the response, what was read from it, and how it scores.
 """
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 import functools
 import time
 import zlib

@@ -3,6 +3,9 @@ A model that is asked about images, as evaluate.py, infer.py and the trainers' v
 time, what it writes, and how likely it finds what it wrote.
 """
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 from pathlib import Path
 
 import shared  # noqa: F401, isort: skip  # before transformers

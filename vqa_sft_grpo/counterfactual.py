@@ -19,6 +19,9 @@ in its own way (a flat patch is like no film), so there are several, and an effe
 Images are uint8 (H, W) or (H, W, 3). All choices come from the seed.
 """
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 import io
 from dataclasses import dataclass
 

@@ -3,6 +3,9 @@ From prepared rows to what shared/models/tuning.py trains on: one Example per ro
 the boxes with weights of their own.
 """
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 import functools
 import re
 

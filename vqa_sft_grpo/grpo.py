@@ -33,6 +33,9 @@ too), a group of equal rewards has advantages of exactly 0, and log-probabilitie
 draws.
 """
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 import numpy as np
 import torch
 

@@ -5,6 +5,9 @@ behind a reward.
 Used by train_grpo.py; nothing here changes the training.
 """
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 import json
 from collections import Counter
 

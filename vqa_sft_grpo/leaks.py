@@ -2,6 +2,9 @@
 What the splits of VQA-RAD and SLAKE share: `python -m shared.data audit vqa_rad` prints it, prepare_data.py notes it.
 """
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 from collections import defaultdict
 
 from shared.data.audit import id_of, plain_text, repeats, seen, shared_between_splits, shared_values

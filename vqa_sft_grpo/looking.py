@@ -7,6 +7,9 @@ V, the counterfactual term of the reward: does an answer hang on the region that
 What V means, and what it can do, stands in rewards.py; the fills stand in counterfactual.py.
 """
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 import json
 import math
 import zlib

@@ -5,6 +5,9 @@ regions.
 Every rate is over all rows it speaks of, and its interval draws whole image groups.
 """
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 import warnings
 from collections import Counter
 from pathlib import Path

@@ -1,5 +1,8 @@
 """Boxes drawn on films, and lines of text below them."""
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 import textwrap
 
 from PIL import Image, ImageDraw

@@ -14,6 +14,9 @@ writes them) in everything that a model reads or writes; boxes_to_model and boxe
 parse_response takes the new tokens only: with the prompt in front, the schema in the prompt would be read as an answer.
 """
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 import json
 import math
 import re

@@ -1,5 +1,8 @@
 """The report of evaluate.py, as Markdown and as one HTML file, and its pictures."""
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 import textwrap
 
 import matplotlib

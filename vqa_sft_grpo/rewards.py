@@ -51,6 +51,9 @@ not, but never one right answer from another. What teaches a policy to look is t
 itself: slope(), images_of_v() and train_grpo.py.
 """
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 import functools
 import itertools
 import math

@@ -10,6 +10,9 @@ All passes are those of shared/models/passes.py. The vision tower is not trained
 policy, reference and scoring share, and all samples of a question share one pass over it.
 """
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 import contextlib
 import functools
 import time

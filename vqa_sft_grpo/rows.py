@@ -28,6 +28,9 @@ A row:
     policy, overlap              the split policy, and whether it lets images of the test set into training
 """
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 import json
 import os
 from collections import Counter

@@ -36,6 +36,9 @@ llava_med_scores and medevalkit_scores do what those scripts do, their faults in
 numbers only.
 """
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 import functools
 import re
 import unicodedata

@@ -31,6 +31,9 @@ Files, in <data-dir>/vqa_rad and <data-dir>/slake, or <data-dir> itself:
     SLAKE     train.json, validate.json, test.json; imgs/xmlabN/source.jpg, mask.png, detection.json
 """
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 import math
 import re
 from pathlib import Path

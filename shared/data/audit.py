@@ -7,6 +7,9 @@ Audits take lists of rows and return plain numbers and lists of ids. Texts are c
 = "yes".
 """
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 import hashlib
 import itertools
 import re

@@ -5,6 +5,9 @@ The 28-pixel films of the training split are all framed alike, those of the test
 changes the network learns the framing (docs/results/task1_classification.md).
 """
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 import math
 
 import torch

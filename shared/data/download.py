@@ -3,6 +3,9 @@ Files of a public data set: found on disk, fetched, checked and renamed into pla
 letting a member out of the folder. `python -m shared.data download NAME` uses all of it.
 """
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 import hashlib
 import http.client
 import os

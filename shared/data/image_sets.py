@@ -4,6 +4,9 @@ phantom and folders of one's own in the same form. A file that is present is use
 downloaded, through the medmnist package.
 """
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 import hashlib
 import sys
 from collections import Counter

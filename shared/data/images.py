@@ -4,6 +4,9 @@ proper viewer of the format shows is what comes out, or InputError says why not.
 pydicom DICOM where it is installed; what a file is shows in its first bytes, not in its name.
 """
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 import glob
 import os
 import re

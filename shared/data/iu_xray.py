@@ -29,6 +29,9 @@ Files, in <data-dir>/iu_xray or <data-dir> itself:
 Licence CC BY-NC-ND 4.0: images and texts may not be passed on changed. Split by uid: one patient each, 3,851 of them.
 """
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 import csv
 import re
 import tarfile

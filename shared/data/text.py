@@ -1,5 +1,8 @@
 """What a value of a JSON or CSV file says: its text, or that it says nothing."""
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 import math
 import re
 

@@ -11,6 +11,9 @@ with b the score of unrelated sentences, needs `baseline`: the file of the packa
 b_R, b_F).
 """
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 import math
 from collections import Counter
 from pathlib import Path

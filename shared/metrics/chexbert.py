@@ -11,6 +11,9 @@ chexbert.pth holds model_state_dict with the keys module.bert.* and module.linea
 four classes (blank, positive, negative, uncertain) in CHEXBERT_ORDER and, last, No Finding with two (blank, positive).
 """
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 from pathlib import Path
 
 import torch

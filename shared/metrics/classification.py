@@ -5,6 +5,9 @@ Scores above the threshold are positive (score > threshold, as in MedMNIST). Wro
 scikit-learn computes what it defines the same way; the rest says where it comes from.
 """
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.special import logsumexp

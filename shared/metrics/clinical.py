@@ -13,6 +13,9 @@ Negative and not mentioned are both "not positive". As in scikit-learn with zero
 counts as 0 in the averages; `num_without_positive_*` says how many conditions have no positive reference.
 """
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 import numpy as np
 
 from shared.metrics.labels import CONDITIONS, NEGATIVE, POSITIVE, TOP_FIVE, UNCERTAIN, UNKNOWN

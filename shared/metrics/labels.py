@@ -20,6 +20,9 @@ wrong, statements parted by a tab alone, and references back ("it has resolved")
 A, B is seen" states B.
 """
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 import re
 from functools import lru_cache
 

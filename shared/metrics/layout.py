@@ -6,6 +6,9 @@ marks is in phrases.py).
     flatten("No PTX\nSmall effu-\nsion - (?) pneumonia")[0] == "no pneumothorax ¶ small effusion ¦ ¿ pneumonia"
 """
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 import re
 from functools import lru_cache
 

@@ -16,6 +16,9 @@ be replaced by an exact search without changing scores. Here the beams of all pa
 arrays.
 """
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 import re
 
 import numpy as np

@@ -8,6 +8,9 @@ earlier table (order: TABLES), or earlier in its table, is read. " / " stands be
 Wordings are our own, after what the papers named in labels.py describe.
 """
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 
 def phrases(text):
     return " ".join(text.split()).split(" / ")

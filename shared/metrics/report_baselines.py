@@ -16,6 +16,9 @@ collapsed, whatever its BLEU. The texts come from training reports; the constant
 none sees test reports.
 """
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 import re
 from collections import Counter
 

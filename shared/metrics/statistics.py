@@ -17,6 +17,9 @@ Which one to use:
 benchmarks/coverage.py simulates how often each interval holds the truth.
 """
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 import math
 import warnings
 

@@ -8,6 +8,9 @@ Source: snowballstem.org/algorithms/english/stemmer.html. Tests compare it with 
 METEOR tool over every word of the IU X-ray reports.
 """
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 import functools
 import re
 

@@ -22,6 +22,9 @@ Tokens are what stands between whitespace, as in all of these packages: "clear."
 counts except for METEOR. So pass texts that are cleaned alike, or name a tokenizer.
 """
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 import functools
 import re
 from collections import Counter

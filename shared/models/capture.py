@@ -26,6 +26,9 @@ layers keep only the last keys: a column that has left the window has weight 0 t
 (padding) is all 0.
 """
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 from dataclasses import dataclass
 
 import shared  # noqa: F401, isort: skip  # before transformers

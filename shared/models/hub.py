@@ -10,6 +10,9 @@ used, weights are safetensors or weights_only=True, and attention kernels are no
 A new family is one entry in FAMILIES and one tiny model (shared/models/tiny.py).
 """
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 import contextlib
 import os
 import shlex

@@ -14,6 +14,9 @@ Images go through the model's own processor, many in one call: in a loop it take
 step of a small model (benchmarks/loading.py).
 """
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 import functools
 import math
 from dataclasses import dataclass

@@ -23,6 +23,9 @@ Nothing falls back in silence: what cannot be had ends in one sentence (InputErr
 Gated models read HF_TOKEN or the stored login through huggingface_hub; the token is neither printed nor stored here.
 """
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 import hashlib
 import logging
 import warnings

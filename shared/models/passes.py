@@ -21,6 +21,9 @@ Layout of a pass: [shared beginning, padded on the left][the rest and its contin
 stands between tokens of one text, so that a sliding window sees what it sees in the whole text.
 """
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 import contextlib
 import functools
 from dataclasses import dataclass

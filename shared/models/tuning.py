@@ -12,6 +12,9 @@ The loss is a weighted log-probability of the target's tokens; prompt and image 
 image have in common is computed once (passes.py).
 """
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 import itertools
 import random
 from dataclasses import dataclass

@@ -9,6 +9,9 @@ air* from the lung, so a consolidation hides the heart border it touches (the si
 so.
 """
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 import math
 from dataclasses import dataclass, field, fields
 from functools import lru_cache

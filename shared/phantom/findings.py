@@ -7,6 +7,9 @@ finding may change the film only inside the box of its outline: the tests hold i
 pixels.
 """
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 import math
 from dataclasses import dataclass, field
 

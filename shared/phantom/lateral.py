@@ -6,6 +6,9 @@ appear at their own height and at the depth that was drawn for them; what a late
 pneumothorax, a rib fracture, a widened mediastinum) is left out of it, as it is in practice.
 """
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 import math
 
 import numpy as np

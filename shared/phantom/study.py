@@ -6,6 +6,9 @@ text and boxes never look at a pixel: they are the same for every image size. On
 since those are the same on every platform.
 """
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache

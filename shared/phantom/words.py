@@ -12,6 +12,9 @@ Wordings are our own. We keep away from phrases whose label is a matter of taste
 "cardiomediastinal silhouette", "costophrenic angles are sharp"), so a labeller can be held to all of them.
 """
 
+if __name__ == "__main__":
+    raise SystemExit(__doc__)
+
 from dataclasses import dataclass, field
 
 from shared.metrics.labels import CONDITIONS, NEGATIVE, PARENTS, POSITIVE, UNCERTAIN
