@@ -515,6 +515,29 @@ def test_slake_masks(slake_dir):
         read_mask(load_slake(slake_dir).split("test")[0])
 
 
+def test_slake_masks_give_the_boxes_of_their_organs(slake_dir):
+    """Two lungs are two boxes; what the mask does not name stays as detection.json has it; without names, all of it."""
+    place = slake_dir / "slake" / "imgs" / "xmlab1"
+    mask = np.zeros((80, 100), np.uint8)
+    mask[10:60, 5:40] = mask[12:58, 60:95] = 2
+    mask[30:50, 42:58] = 3
+    mask[0, 0] = 2  # a stray pixel
+    Image.fromarray(mask).save(place / "mask.png")
+    detection(slake_dir, 1, [{"lung": [0, 0, 99, 79]}, {"Pneumonia": [10, 20, 5, 5]}])
+    only = load_slake(slake_dir)
+    assert [b["organ"] for b in only.rows[0]["boxes"]] == ["lung", "Pneumonia"] and "masks" not in only.notes
+    (slake_dir / "slake" / "mask.txt").write_text("1:Liver\n2:Lung\nHeart:3\n\n")
+    Image.fromarray(mask[:40]).save(slake_dir / "slake" / "imgs" / "xmlab2" / "mask.png")
+    english = load_slake(slake_dir)
+    assert english.rows[0]["boxes"] == [
+        {"organ": "Lung", "box": [5, 10, 40, 60]},
+        {"organ": "Lung", "box": [60, 12, 95, 58]},
+        {"organ": "Heart", "box": [42, 30, 58, 50]},
+        {"organ": "Pneumonia", "box": [10, 20, 15, 25]},
+    ]
+    assert english.notes["masks"] == 1 and english.notes["unusable masks"] == ["xmlab2/source.jpg"]
+
+
 def test_slake_audit(slake_dir, capsys):
     found = audit_slake(slake_dir, hash_images=True)
     assert found["English test images in Chinese train"] == {"a": 1, "b": 1, "shared": 1, "ids": ["xmlab3/source.jpg"]}

@@ -20,6 +20,7 @@ A row of either set is a dict with these keys; None where the set does not say:
                                    or "zh"
     needs_image                    SLAKE: False for base_type kvqa, which asks for knowledge; VQA-RAD: None
     boxes                          SLAKE: [{"organ", "box": [x0, y0, x1, y1] in pixels of the image}], None without
+                                   mask and detection.json: of the parts of an organ's mask where there is one, else of
                                    detection.json
     mask_path                      SLAKE: Path of mask.png, see read_mask
     triple                         SLAKE: [head, relation, tail] of the knowledge graph
@@ -28,7 +29,8 @@ A row of either set is a dict with these keys; None where the set does not say:
 Files, in <data-dir>/vqa_rad and <data-dir>/slake, or <data-dir> itself:
     VQA-RAD   "VQA_RAD Dataset Public.json"; trainset.json and testset.json (of MEVF, used by most papers); images/ or
               "VQA_RAD Image Folder/"
-    SLAKE     train.json, validate.json, test.json; imgs/xmlabN/source.jpg, mask.png, detection.json
+    SLAKE     train.json, validate.json, test.json; imgs/xmlabN/source.jpg, mask.png, detection.json; mask.txt (the
+              organs' grey levels in the masks, "3:Heart" a line)
 """
 
 if __name__ == "__main__":
@@ -40,6 +42,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from scipy import ndimage
 
 from shared.data import download as downloads
 from shared.data.audit import RowSet, similar_images, split_groups, values_of
@@ -54,6 +57,7 @@ PUBLIC = "VQA_RAD Dataset Public.json"
 RAD_IMAGES = ("images", "VQA_RAD Image Folder", "VQA_RAD_Image_Folder", "")
 RAD_POLICIES = ("official", "no_test_frames", "no_frames", "clean_train", "image_disjoint")
 SHARES = {"train": 0.7, "val": 0.1, "test": 0.2}
+SMALLEST_PART = 0.001  # of the image: a part of a mask below that is a stray pixel, and no place
 TYPOS = {"ATRIB": "ATTRIB", "PRSE": "PRES"}
 # sha256 of the files for which the counts in tests/test_vqa_sources.py were made
 KNOWN = {
@@ -303,6 +307,8 @@ def load_slake(data_dir, language="en", allow_missing_images=False):
     usable(found, paths.values(), allow_missing_images, images)
     used = {row["image_id"] for row in found.rows}
     boxes, found.notes = read_boxes({name: place for name, place in places.items() if name in used})
+    masks = add_masks(boxes, {row["image_id"]: row for row in found.rows}, mask_names(folder / "mask.txt"))
+    found.notes |= masks if masks["masks"] else {}
     for row in found.rows:
         row["boxes"] = boxes.get(row["image_id"])
     return found
@@ -376,6 +382,54 @@ def boxes_in(value):
                     raise InputError(f"the box of {organ} must be four numbers")
                 boxes.append((organ, [float(n) for n in box]))
     return boxes
+
+
+def mask_names(path):
+    """mask.txt -> {grey level: organ}, {} where there is none. A line is "3:Heart" (or "Heart:3")."""
+    if not path.is_file():
+        return {}
+    names = {}
+    for line in path.read_text(encoding="utf-8-sig", errors="replace").splitlines():
+        first, _, second = (part.strip() for part in line.partition(":"))
+        level, name = (first, second) if first.isdigit() else (second, first)
+        if level.isdigit() and name:
+            names[int(level)] = name
+    return names
+
+
+def add_masks(boxes, row_of, names):
+    """
+    The organs of mask.png take the place of those of the same name in boxes {image: [{"organ", "box"}]}, which is
+    changed: one box around each connected part of SMALLEST_PART of the image or more, so that "Lung" is two lungs and
+    not what lies between them. What only detection.json has (findings) stays. row_of: {image: a row of it}; names: of
+    mask_names -> notes. Masks that cannot be used are counted.
+    """
+    used, unusable = 0, []
+    for image, row in row_of.items() if names else ():
+        if row["mask_path"] is None or row["image_path"] is None:
+            continue
+        try:
+            mask = read_mask(row)
+        except InputError:
+            unusable.append(image)
+            continue
+        parts = [
+            {"organ": names[level], "box": [float(x.start), float(y.start), float(x.stop), float(y.stop)]}
+            for level in np.unique(mask).tolist()
+            if level in names
+            for y, x in parts_of(mask == level)
+        ]
+        drawn = {part["organ"].lower() for part in parts}
+        boxes[image] = parts + [box for box in boxes.get(image) or () if box["organ"].lower() not in drawn]
+        used += 1
+    return {"masks": used, "unusable masks": unusable}
+
+
+def parts_of(mask):
+    """bool (H, W) -> slices (rows, columns) of its connected parts, those below SMALLEST_PART of the image left out."""
+    labels, _ = ndimage.label(mask)
+    sizes = np.bincount(labels.ravel())
+    return [s for n, s in enumerate(ndimage.find_objects(labels), 1) if sizes[n] >= SMALLEST_PART * mask.size]
 
 
 def read_mask(row):
