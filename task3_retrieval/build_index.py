@@ -28,8 +28,8 @@ import numpy as np
 import torch.distributed as dist
 
 from shared.data.image_sets import SPLITS
-from shared.runtime import InputError, bounded, command, open_run_dir, pick_device, run_facts, script, script_parser
-from shared.runtime import seed_everything, start_distributed, write_csv, write_json
+from shared.runtime import InputError, bounded, command, lock_run, open_run_dir, pick_device, run_facts, script
+from shared.runtime import script_parser, seed_everything, start_distributed, write_csv, write_json
 from task3_retrieval.cases import add_embedding_options, dataset_cases, embedder_and_data, file_cases, index_of
 from task3_retrieval.cases import load_data, read_files
 from task3_retrieval.embed import embedder_like
@@ -145,6 +145,8 @@ def main(argv=None):
 def update(args, device, rank, world_size):
     """--update: remove, then add, then save in place; nothing is written when one of them fails."""
     folder = find_index(args.update)
+    if rank == 0:
+        lock_run(folder.parent)
     index = CaseIndex.load(folder)
     before, errors, known = len(index), [], index.metadata["datasets"]
     if args.remove:

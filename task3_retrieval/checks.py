@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from sklearn.metrics import cohen_kappa_score, roc_auc_score
+from tqdm import tqdm
 
 from shared.data.augment import shifted_copies  # the same changes that validation is judged under, see train.py
 from shared.data.image_sets import ImageSet
@@ -97,9 +98,15 @@ def search(queries, gallery, metric, query_labels, gallery_labels, num_classes, 
     return {"values": joined, **found}
 
 
+def each(systems, doing):
+    """The items of a dict one by one: a line that says what is done, and in a terminal a bar with the time left."""
+    print(f"  {doing}", flush=True)
+    return tqdm(systems.items(), desc=f"  {doing}", leave=False, disable=None)
+
+
 def evaluate_system(embed, metric, study):
     """Vectors of one system -> the system with its three searches."""
-    print(f"  {embed.name}, {metric}: {embed.dim} numbers per image", flush=True)
+    tqdm.write(f"  {embed.name}, {metric}: {embed.dim} numbers per image")
     queries, images = study.queries, study.data.images
     vectors = {split: embed(channels_last(images[split])) for split in {"train", "val", queries}}
     system = {"embed": embed, "metric": metric, "vectors": vectors}
@@ -115,7 +122,7 @@ def compare_all(systems, study):
     tables = {}
     for protocol, gallery in (("across", "train"), ("within", study.queries)):
         draws = {}
-        for name, system in systems.items():
+        for name, system in each(systems, f"intervals, {protocol}"):
             if protocol == "within" and len(y) <= MOST_LOO:
                 v = prepare(system["vectors"][study.queries], system["metric"])
                 similarity, copies = similarities(v, v, system["metric"]), codes[:, None] == codes

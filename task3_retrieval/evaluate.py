@@ -32,7 +32,7 @@ from shared.report import markdown_table
 from shared.runtime import InputError, bounded, free_gpu, open_run_dir, pick_device, positive_int, run_facts, script
 from shared.runtime import script_parser, seed_everything, write_csv, write_json
 from task3_retrieval.cases import add_embedding_options, choose_classifier, classifier_answers, embedder_and_data
-from task3_retrieval.checks import MOST_LOO, Study, agreement, as_distance, compare_all, copies_matter
+from task3_retrieval.checks import MOST_LOO, Study, agreement, as_distance, compare_all, copies_matter, each
 from task3_retrieval.checks import evaluate_system, explanation_checks, failures, foreign_detection, paired_difference
 from task3_retrieval.checks import precision_curve, prepare, view_recall
 from task3_retrieval.embed import channels_last, load_embedder
@@ -112,7 +112,8 @@ def measure(study, systems, title):
     found, (y, gallery, k) = systems[title]["across"], (study.y, study.gallery, study.k)
     loo = max(1, study.resamples // 4) if len(y) <= MOST_LOO else study.resamples
     unit = "images as queries and gallery at once" if len(y) <= MOST_LOO else "queries, gallery fixed"
-    detected = {name: foreign_detection(s, study) for name, s in systems.items() if name != "untrained ResNet-18"}
+    trusted = {name: s for name, s in systems.items() if name != "untrained ResNet-18"}
+    detected = {name: foreign_detection(s, study) for name, s in each(trusted, "foreign images")}
     trained = title == "trained embedding" and "task 1 features" in systems
     protocols = {"across": gallery, "within": y}
     measured = {
@@ -131,7 +132,7 @@ def measure(study, systems, title):
             if len(study.names) == 2
             else None
         ),
-        "view_recall": {name: view_recall(s, study) for name, s in systems.items()},
+        "view_recall": {name: view_recall(s, study) for name, s in each(systems, "changed copies")},
         "explanation": explanation_checks(found, y, gallery, len(study.names), k, study.seed),
         "hubness": {
             name: {p: hubness(s[p]["first"], s[p]["left"], len(labels)) for p, labels in protocols.items()}
@@ -228,10 +229,9 @@ def main(argv=None):
     plan = systems_to_compare(args, embed, facts and facts["path"], data, device)
     run_dir = open_run_dir(args, TASK, "evaluate")
 
-    print("searching:")
     title = embed.title
-    systems = {name: evaluate_system(e, metric, study) for name, (e, metric) in plan.items()}
-    print("measuring: intervals, changed copies, foreign images (the longer half)", flush=True)
+    systems = {name: evaluate_system(*pair, study) for name, pair in each(plan, "searching:")}
+    print("measuring (the longer half):", flush=True)
     measured, distances = measure(study, systems, title)
     found, limit = systems[title]["across"], measured["foreign"][title]["limit"]
     answers = probabilities = measured["agreement"] = None

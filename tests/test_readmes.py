@@ -1,10 +1,13 @@
 """What the READMEs promise: short, links that lead somewhere, commands that exist with the flags that are given."""
 
 import argparse
+import ast
 import functools
 import importlib
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,6 +43,18 @@ def test_the_readme_of_shared_names_every_module_and_no_readme_names_one_that_is
     for name in READMES:
         named = re.findall(r"`[\w/.]*?(\w+\.py)`", (ROOT / name).read_text(encoding="utf-8"))
         assert not set(named) - known, f"{name}: {set(named) - known}"
+
+
+def test_a_helper_module_run_as_a_script_says_what_it_is():
+    folders = ("shared/**", "task*", "vqa_sft_grpo", "attention_viz", "chexquery")
+    modules = names_of(*(f"{folder}/*.py" for folder in folders))
+    texts = {name: (ROOT / name).read_text(encoding="utf-8") for name in modules if not name.endswith("__init__.py")}
+    silent = [name for name, text in texts.items() if "if __name__ ==" not in text]
+    assert len(texts) > 80 and not silent
+    for name in ("shared/data/images.py", "vqa_sft_grpo/alarms.py"):
+        done = subprocess.run([sys.executable, name], cwd=ROOT, capture_output=True, text=True)
+        doc = ast.get_docstring(ast.parse(texts[name]), clean=False)
+        assert done.returncode == 1 and done.stderr.strip() == doc.strip()
 
 
 # ---------------------------------------------------------------------------------------------------------------- links
@@ -133,7 +148,8 @@ def module_of(name):
         path = path.with_suffix("") / "__main__.py"
     if not name.endswith(".py") and not (ROOT / name.partition(".")[0]).is_dir():
         return None
-    starts = path.is_file() and '__name__ == "__main__"' in path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    starts = '__name__ == "__main__"' in text and "raise SystemExit(__doc__)" not in text
     assert starts, f"{name} is nothing that can be started"
     return ".".join(path.relative_to(ROOT).with_suffix("").parts)
 

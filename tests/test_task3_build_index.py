@@ -4,6 +4,7 @@ form.
 """
 
 import csv
+import fcntl
 import json
 import os
 from pathlib import Path
@@ -136,6 +137,10 @@ def test_add_and_remove_in_place(kind, tiny_run, refused, capsys):
     )
     whole, _ = build("--data", "phantom", "--split", "test", *weights, folder="whole")
     np.testing.assert_allclose(index.vectors[30:38], whole.vectors[:8], atol=1e-5)
+    holder = os.open("built", os.O_RDONLY)  # as another process would
+    fcntl.flock(holder, fcntl.LOCK_EX)
+    assert "another process is writing into built" in refused(main, ["--update", "built", "--remove", "1"])
+    os.close(holder)
     assert "are in the index already" in refused(main, ["--update", "built", "--add", "--split", "test"])
     assert "no image with the id 999" in refused(main, ["--update", "built", "--remove", "999", "1"])
     assert "would be empty" in refused(main, ["--update", "whole", "--remove", *range(48)])
