@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from phantom_files import export_slake, export_vqa_rad
+from phantom_files import MASK_VALUES, export_slake, export_vqa_rad
 from shared.phantom import phantom_settings, phantom_study
 from shared.runtime import InputError
 from vqa_sft_grpo.counterfactual import region_mask
 from vqa_sft_grpo.prepare_data import main
-from vqa_sft_grpo.rows import GRPO_FIELDS, PHANTOM_START, ROW_FIELDS, ancestors, grpo_row, make_rows
+from vqa_sft_grpo.rows import PHANTOM_START, ROW_FIELDS, ancestors, grpo_row, make_rows
 from vqa_sft_grpo.rows import read_rows, slake_region, write_rows
 from vqa_sft_grpo.prompting import FIELDS, build_target, parse_response
 from vqa_sft_grpo.scoring import score_answer
@@ -90,7 +90,7 @@ def test_documented_command(made_up, monkeypatch, capsys):
         "images in both train and test: 0" in printed
         and f"{len(rows)} rows in data/train.json, data/grpo_data.jsonl" in printed
     )
-    assert len(read_rows("data/train.json")) == len(rows) == len(read_rows("data/grpo_data.jsonl", fields=GRPO_FIELDS))
+    assert len(read_rows("data/train.json")) == len(rows) == len(read_rows("data/grpo_data.jsonl"))
 
 
 @pytest.mark.slow
@@ -291,9 +291,8 @@ def test_slake_targets_hold_annotated_boxes(made_up):
         if row["content_type"] in ("Modality", "Plane", "KG"):
             assert row["region"] is None
     heart = next(row for row in rows if row["question"] == "Is the heart larger than normal?")
-    source = json.loads((Path(heart["image"]).parent / "detection.json").read_text())
-    x, y, width, height = next(entry["Heart"] for entry in source if "Heart" in entry)
-    assert heart["region"] == [[x, y, x + width, y + height]]
+    y, x = np.nonzero(np.asarray(Image.open(Path(heart["image"]).parent / "mask.png")) == MASK_VALUES["heart"])
+    assert heart["region"] == [[x.min(), y.min(), x.max() + 1, y.max() + 1]]
     assert all(row["needs_image"] == (row["question_type"] == "vqa") for row in rows) and any(
         row["question_type"] == "kvqa" for row in rows
     )
@@ -455,8 +454,10 @@ GOOD = {
         ({"output": '{"caption": "x"}'}, "'output' must be a JSON object"),
         ({"image": "gone.png"}, "1 of the 1 images of"),
         ({"split": "test"}, "has no rows of train"),
-        ({"answer": ...}, "lacks answer"),
-        ({"overlap": ...}, "lacks overlap"),
+        ({"answer": ...}, "lacks answer or gold"),
+        ({"image": ...}, "lacks image or image_path"),
+        ({"output": '{"answer": "yes", "boxes": [[5, 0, 0, 5]]}'}, "the boxes of 'output'"),
+        ({"width": None, "region": [[0, 0, 9, 5]]}, "lies outside of the image, 8 x 8"),
         ({"split": "training"}, "'split' is 'training'; it must be train, val or test"),
         ({"split": None}, "'split' is None"),
         ({"width": 80, "height": 80}, "the image is 8 x 8 and not 80 x 80"),
@@ -518,12 +519,41 @@ def test_bad_files(tmp_path, content, message):
         read_rows(path)
 
 
-def test_older_grpo_rows_are_read(tmp_path):
+def test_rows_made_elsewhere_are_read_as_they_are(tmp_path, capsys):
+    """The two documented forms, each with fewer fields than prepare_data.py writes; their images are held out alike."""
+    (tmp_path / "images").mkdir()
+    told, older = [], []
+    for i in range(12):
+        Image.new("L", (8, 6), i).save(tmp_path / "images" / f"{i}.png")
+        question, answer = ("Is it dark?", "Yes") if i % 2 else ("What is it?", "a film")
+        target = {"caption": "A film.", "reasoning": ["It is grey.", "It is flat."], "boxes": [], "answer": answer}
+        told.append({"instruction": "Look.", "input": question, "output": json.dumps(target), "question": question})
+        told[-1] |= {"image": f"images/{i}.png", "answer": answer}
+        older.append({"image_path": f"images/{i}.png", "question": question, "gold": answer, "valid_json": True})
+    (tmp_path / "told.json").write_text(json.dumps(told))
+    (tmp_path / "older.jsonl").write_text("\n".join(map(json.dumps, older)))
+    rows, others = read_rows(tmp_path / "told.json"), read_rows(tmp_path / "older.jsonl")
+    assert "split (12), group (12), answer_type (12)" in capsys.readouterr().out
+    held = [{r["group"] for r in some if r["split"] == "val"} for some in (rows, others)]
+    assert held[0] == held[1] and len(held[0]) == 1
+    for row, other in zip(rows, others, strict=True):
+        assert set(ROW_FIELDS) <= row.keys() & other.keys() and (row["width"], row["height"]) == (8, 6)
+        assert row["answer"] == other["answer"] == other["gold"] and row["image"] == other["image"]
+        assert row["answer_type"] == other["answer_type"] == ("closed" if row["answer"] == "Yes" else "open")
+        assert json.loads(other["output"]) == {"answer": row["answer"]}
+        assert json.loads(row["output"])["reasoning"] == "It is grey. It is flat." and row["instruction"] == "Look."
+        assert build_target(row, "think") == (
+            f"<think>A film. It is grey. It is flat.</think><answer>{row['answer']}</answer>"
+        )
+    assert len({row["id"] for row in rows}) == 12
+
+
+def test_images_may_lie_in_the_working_folder(tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
     Image.new("L", (8, 8)).save(tmp_path / "x.png")
-    (tmp_path / "grpo.jsonl").write_text(
-        '{"image_path": "x.png", "question": "?", "gold": "yes", "valid_json": true}\n'
-    )
-    assert read_rows(tmp_path / "grpo.jsonl", fields=GRPO_FIELDS)[0]["gold"] == "yes"
+    (tmp_path / "data" / "rows.json").write_text(json.dumps(GOOD))
+    monkeypatch.chdir(tmp_path)
+    assert read_rows("data/rows.json")[0]["image"] == str(tmp_path / "x.png")
 
 
 def test_documented_files_are_not_taken_for_slake(capsys):

@@ -26,6 +26,8 @@ A row:
                                  film drawn without what the question asks about, and without another finding (where
                                  there is one): the same patient, position and noise, and no trace of an edit
     policy, overlap              the split policy, and whether it lets images of the test set into training
+
+Rows made elsewhere need an image, a question and an answer (or image_path and gold); read_rows fills in the rest.
 """
 
 if __name__ == "__main__":
@@ -33,6 +35,7 @@ if __name__ == "__main__":
 
 import json
 import os
+import random
 from collections import Counter
 from pathlib import Path
 
@@ -49,6 +52,7 @@ from shared.runtime import InputError, atomic_file, write_jsonl
 from vqa_sft_grpo import sources as vqa
 from vqa_sft_grpo.leaks import conflicts, frames_in, reworded
 from vqa_sft_grpo.prompting import FIELDS, check_question, instruction
+from vqa_sft_grpo.rewards import answer_type_of
 from vqa_sft_grpo.scoring import normalise
 
 NAMES = ("vqa_rad", "slake", "both", "phantom", "auto")
@@ -68,7 +72,7 @@ ROW_FIELDS = (
     *SHARED_FIELDS,
     *"instruction input output image answer question_type content_type region width height policy overlap".split(),
 )
-GRPO_FIELDS = ("image_path", "question", "gold")
+TOLD = ("split", "group", "answer_type", "region")  # what a row made elsewhere lacks and its reader should know
 REDRAWN = ("redrawn", "redrawn_other")
 FILMS = ("image", *REDRAWN)  # fields with a path
 
@@ -493,42 +497,103 @@ def grpo_row(row, folder):
 MAKE = "make the file again with vqa_sft_grpo/prepare_data.py"
 
 
-def read_rows(path, splits=None, fields=ROW_FIELDS):
+def read_rows(path, splits=None):
     """
-    The rows of a file of this script -> list of dicts with absolute image paths. splits: keep only these ("train",
-    ("train", "val"), ...). fields: what a row must have; GRPO_FIELDS for the other file, whose older versions had
-    nothing more. Lines of JSON, or one JSON list. InputError, one sentence, for: no file, no JSON, a data set's own
-    file, a row that check_row refuses, an id twice, an image that is not there or not of the size that its rows say, no
-    row left.
+    The rows of a file -> list of dicts with absolute image paths and all of ROW_FIELDS. splits: keep only these
+    ("train", ("train", "val"), ...). Lines of JSON, or one JSON list: of prepare_data.py, or rows made elsewhere, which
+    complete() fills in and says so. Where a file has neither validation nor test rows, a tenth of its images, always
+    the same ones, are held out as "val". InputError, one sentence, for: no file, no JSON, a data set's own file, a row
+    that check_row refuses, an id twice, an image that is not there or not of the size that its rows say, no row left.
     """
     path = Path(path)
     wanted = (splits,) if isinstance(splits, str) else splits
-    rows, images, ids, number = [], {}, {}, 0
+    rows, images, ids, absent, number = [], {}, {}, Counter(), 0
     for number, row in numbered_rows(path):
         where = f"{path}, row {number}"
-        check_row(row, fields, where)
-        if row.get("id") is not None and (first := ids.setdefault(row["id"], number)) != number:
+        check_row(row, where)
+        row = dict(row)
+        absent.update(field for field in TOLD if field not in row)
+        for key in {"image_path", *FILMS} & row.keys():
+            row[key] = located(row[key], path.resolve().parent)
+        complete(row, f"{path.stem}-{number}", where)
+        if (first := ids.setdefault(row["id"], number)) != number:
             raise InputError(f"{where} has the id of row {first}, {row['id']!r}; {MAKE}")
-        if wanted is None or row.get("split") in wanted:
-            row = dict(row)
-            for key in {"image_path", *FILMS} & row.keys():
-                row[key] = os.path.normpath(path.resolve().parent / row[key])
-                images.setdefault(row[key], (where, row) if key in ("image", "image_path") else None)
-            rows.append(row)
+        for key in set(FILMS) & row.keys():
+            images.setdefault(row[key], []).append((where, row) if key == "image" else None)
+        rows.append(row)
+    if absent:
+        named = ", ".join(f"{field} ({n})" for field, n in absent.items())
+        print(f"note: of the {number} rows of {path} so many lack a field, which is filled in: {named}")
+    if rows and all(row["split"] == "train" for row in rows):
+        hold_out(rows, path)
+    rows = [row for row in rows if wanted is None or row["split"] in wanted]
     if not rows:
         what = f"no rows of {' or '.join(wanted)}" if wanted and number else "no rows"
         raise InputError(f"{path} has {what}; make them with vqa_sft_grpo/prepare_data.py")
-    absent = [image for image in images if not os.path.isfile(image)]
-    if absent:
+    used = {row[key] for row in rows for key in FILMS if key in row}
+    missing = [image for image in images if image in used and not os.path.isfile(image)]
+    if missing:
         raise InputError(
-            f"{len(absent)} of the {len(images)} images of {path} are not there, the first is {absent[0]}; put them"
+            f"{len(missing)} of the {len(used)} images of {path} are not there, the first is {missing[0]}; put them"
             " back, or make the rows again with vqa_sft_grpo/prepare_data.py"
         )
-    for image, (where, row) in ((image, of) for image, of in images.items() if of):
-        said, found = [row.get("width"), row.get("height")], size_of(image)
-        if None not in said and found and sorted(said) != sorted(found):  # an image may be stored turned by its EXIF
-            raise InputError(f"{where}: the image is {found[0]} x {found[1]} and not {said[0]} x {said[1]}; {MAKE}")
+    for image in used:
+        if of := list(filter(None, images[image])):
+            check_size(of, size_of(image))
     return rows
+
+
+def located(image, folder):
+    """The path of an image: from the folder of its rows, or where only that is there, from the working folder."""
+    found = os.path.normpath(folder / image)
+    return os.path.abspath(image) if not os.path.isfile(found) and os.path.isfile(image) else found
+
+
+def check_size(of, found):
+    """of: [(where, row)] of one image, found: its (width, height) or None. Rows that give no size get it."""
+    for where, row in of if found else ():
+        said = [row["width"], row["height"]]
+        if None in said:
+            row["width"], row["height"] = found
+            check_region(row, where)
+        elif sorted(said) != sorted(found):  # an image may be stored turned by its EXIF
+            raise InputError(f"{where}: the image is {found[0]} x {found[1]} and not {said[0]} x {said[1]}; {MAKE}")
+
+
+def complete(row, name, where):
+    """
+    Gives a checked row what it lacks of ROW_FIELDS: image and answer from image_path and gold, an output that holds the
+    answer alone, answer_type from answer and question (rewards.answer_type_of), the image as group, and "unknown" or
+    None for the rest. Reasoning in a list of sentences becomes one text.
+    """
+    row.setdefault("image", row.get("image_path"))
+    row.setdefault("answer", row.get("gold"))
+    target = json.loads(row["output"]) if "output" in row else {"answer": row["answer"]}
+    for field in ("caption", "reasoning"):
+        if isinstance(target.get(field), list) and all(isinstance(part, str) for part in target[field]):
+            target[field] = " ".join(target[field])
+    if "boxes" in target and not target["boxes"]:
+        del target["boxes"]
+    if not all(map(is_pixel_box, target.get("boxes", ()))):
+        raise InputError(f"{where}: the boxes of 'output' must be [[x0, y0, x1, y1]] in pixels; leave them out if not")
+    given = {"id": name, "dataset": "unknown", "split": "train", "group": row["image"], "policy": "unknown"}
+    given |= {"instruction": instruction("json", units="pixels"), "input": row["question"], "overlap": False}
+    for field in ROW_FIELDS:
+        row.setdefault(field, given.get(field))
+    row["id"], row["answer_type"] = row["id"] or name, answer_type_of(row)
+    row["output"] = json.dumps(target, ensure_ascii=False)
+
+
+def hold_out(rows, path):
+    """A tenth of the image groups, at least one of two, become "val": which ones does not depend on any seed."""
+    groups = sorted({row["group"] for row in rows})
+    if len(groups) < 2:
+        return
+    chosen = set(random.Random(0).sample(groups, max(1, len(groups) // 10)))
+    for row in rows:
+        row["split"] = "val" if row["group"] in chosen else "train"
+    number = sum(row["split"] == "val" for row in rows)
+    print(f"note: {path} has no validation rows; {number} of its {len(rows)}, on a tenth of the images, are held out")
 
 
 def numbered_rows(path):
@@ -552,9 +617,10 @@ def numbered_rows(path):
 
 OWN_FILES = {"slake": {"q_lang", "img_name"}, "vqa_rad": {"phrase_type", "image_name"}}  # fields that tell a data set
 FULL_TEXTS = {"image_path", *FILMS, "question", "answer", "gold", "output", "dataset", "policy", "group"}
+NEEDED = (("image", "image_path"), ("question",), ("answer", "gold"))  # one of each must be there
 
 
-def check_row(row, fields, where):
+def check_row(row, where):
     """
     InputError, one sentence, where the row lacks a field, has one of the wrong kind, or says what cannot be: another
     split, a region outside of the image, an output with another answer.
@@ -567,7 +633,7 @@ def check_row(row, fields, where):
                 f"{where} is a row of {name}'s own files: give --data {name} --data-dir FOLDER, or make rows of it with"
                 " vqa_sft_grpo/prepare_data.py"
             )
-    missing = [field for field in fields if field not in row]
+    missing = [" or ".join(names) for names in NEEDED if not row.keys() & set(names)]
     if missing:
         raise InputError(f"{where} lacks {', '.join(missing)}; {MAKE}")
     for key, value in row.items():
@@ -589,8 +655,8 @@ def check_row(row, fields, where):
             raise InputError(
                 f"{where}: 'region' must be null or boxes [[x0, y0, x1, y1]] in pixels with x0 < x1 and y0 < y1"
             )
-        if None not in size and any(b[0] < 0 or b[1] < 0 or b[2] > size[0] or b[3] > size[1] for b in region):
-            raise InputError(f"{where}: 'region' {region} lies outside of the image, {size[0]} x {size[1]}")
+        if None not in size:
+            check_region(row, where)
     if "output" in row:
         try:
             target = json.loads(row["output"])
@@ -598,8 +664,14 @@ def check_row(row, fields, where):
             target = None
         if not isinstance(target, dict) or not isinstance(target.get("answer"), str):
             raise InputError(f"{where}: 'output' must be a JSON object with an answer")
-        if target["answer"] != row.get("answer", target["answer"]):
+        if target["answer"] != row.get("answer", row.get("gold", target["answer"])):
             raise InputError(f"{where}: 'output' answers {target['answer'][:60]!r}, 'answer' says otherwise; {MAKE}")
+
+
+def check_region(row, where):
+    width, height = row["width"], row["height"]
+    if any(b[0] < 0 or b[1] < 0 or b[2] > width or b[3] > height for b in row.get("region") or ()):
+        raise InputError(f"{where}: 'region' {row['region']} lies outside of the image, {width} x {height}")
 
 
 def is_pixel_box(box):

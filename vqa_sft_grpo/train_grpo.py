@@ -84,7 +84,7 @@ from vqa_sft_grpo.rewards import COMPOSITIONS, MEANINGS, AnswerFrequencies, Rewa
 from vqa_sft_grpo.looking import lend_regions, plan_edits
 from vqa_sft_grpo.rewards import ignored_fields
 from vqa_sft_grpo.rollouts import TOLERANCE, Policy, as_reference, check_images, image_of, row_at, with_size
-from vqa_sft_grpo.rows import GRPO_FIELDS, make_rows, read_rows
+from vqa_sft_grpo.rows import make_rows, read_rows
 
 TASK = "vqa_sft_grpo"
 ASIDE = ("data_jsonl", "micro_batch", "save_every", "explain")  # settings that a resumed run may change
@@ -194,29 +194,17 @@ def load_rows(args):
         drawn = f"drawn: {audit['settings_of_phantom']}, {args.films} films, seed {args.seed}"
         facts = {"name": "phantom", "policy": audit["policy"], "sha256": drawn}
     else:
-        rows = read_rows(args.data_jsonl, fields=("question",))
-        for number, row in enumerate(rows, 1):
-            if not {"image", "image_path"} & row.keys() or not {"answer", "gold"} & row.keys():
-                raise InputError(
-                    f"{args.data_jsonl}, row {number} lacks {' or '.join(GRPO_FIELDS)}; make the file again with"
-                    " vqa_sft_grpo/prepare_data.py"
-                )
-        names = "+".join(sorted({r.get("dataset", "unknown") for r in rows}))
+        rows = read_rows(args.data_jsonl)
+        names, policies = ("+".join(sorted({r[key] for r in rows})) for key in ("dataset", "policy"))
         facts = {
             "name": names,
-            "policy": "+".join(sorted({r.get("policy", "unknown") for r in rows})),
+            "policy": policies,
             "source": args.data_jsonl,
             "sha256": sha256_of(Path(args.data_jsonl)),
         }
         if note := ignored_fields(rows):
             print(f"note: {note}")
-    train = [r for r in rows if r.get("split", "train") == "train"]
-    held_out = [r for r in rows if r.get("split") == "val"]
-    if train and not held_out:  # files of before, without splits: a tenth of the images
-        groups = sorted({group_of(r) for r in train})
-        chosen = set(random.Random(args.seed).sample(groups, len(groups) // 10))
-        train, held_out = ([r for r in train if (group_of(r) in chosen) == taken] for taken in (False, True))
-    train, held_out = train[: args.limit], held_out[: args.limit]
+    train, held_out = ([r for r in rows if r["split"] == split][: args.limit] for split in ("train", "val"))
     if not train or not held_out:
         raise InputError(
             f"{args.data_jsonl} has {len(train)} rows to train on and {len(held_out)} for validation, and both are"
@@ -232,10 +220,6 @@ def load_rows(args):
         "with_region": sum(bool(r.get("region")) for r in train),
     }
     return train, [held_out[i] for i in chosen], facts
-
-
-def group_of(row):
-    return str(row.get("group") or row.get("image_path") or row["image"])
 
 
 # --------------------------------------------------------------------------------------------------------------- policy
