@@ -15,6 +15,7 @@ HEALTHY = {
     "reward_std": 0.5,
     "clip_region": 0.01,
     "kl": 0.02,
+    "lr": 1e-5,
     "gap": 0.3,
     "correct": 0.6,
     "v_clipped": 0.1,
@@ -33,6 +34,7 @@ LAST = {  # rule: what the last steps are like
     "reward_variance": {"reward_std": 0.01},
     "clipping": {"clip_region": 0.4},
     "kl": {"kl": 0.5},
+    "not_moving": {"kl": 1e-6},
     "not_looking": {"gap": 0.05, "correct": 0.8},
     "v_at_clip": {"v_clipped": 0.9},
     "contradictions": {"contradiction": 0.3},
@@ -57,6 +59,14 @@ def test_silence():
     assert alarms(run_of({"gap": 0.05})) == {}  # accuracy did not rise
     assert alarms(run_of({"correct": 0.9, "gap": 0.6})) == {}
     assert alarms(run_of({"most_frequent_answer": 0.9, "most_frequent_gold": 0.85})) == {}  # so are the gold answers
+
+
+def test_a_policy_that_does_not_move_is_named_after_the_warm_up():
+    rows = [HEALTHY | {"kl": 1e-8, "lr": 1e-6 * min(1.0, step / 50)} for step in range(1, 120)]
+    assert alarms(rows[:60]) == {}  # the learning rate still rose in the last 20 steps
+    assert set(alarms(rows[:71])) == {"not_moving"}
+    assert "does not move" in alarms(rows)["not_moving"] and "--lr" in alarms(rows)["not_moving"]
+    assert alarms([row | {"kl": None} for row in rows]) == {}  # without a reference nothing is known
 
 
 def test_numbers_that_are_undefined_ring_nothing():

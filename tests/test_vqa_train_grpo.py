@@ -17,18 +17,17 @@ import torch
 from PIL import Image
 
 from shared.models.loading import add_lora, load_vlm
-from shared.models.passes import PartSize, logprobs, make_prompts, never_drawn, score
+from shared.models.passes import PartSize, logprobs, make_prompts, never_drawn
 from shared.runtime import InputError
 from shared.training import Weights
 from vqa_sft_grpo import rollouts
 from vqa_sft_grpo.asking import model_of
 from vqa_sft_grpo.prepare_data import main as prepare
 from vqa_sft_grpo.prompting import build_prompt
-from vqa_sft_grpo.looking import EditPlan, answer_alone, images_of_v
+from vqa_sft_grpo.looking import EditPlan, Statement, images_of_v, plan_edits
 from vqa_sft_grpo.rewards import AnswerFrequencies, RewardSettings, compose
-from vqa_sft_grpo.looking import plan_edits
 from vqa_sft_grpo.rewards import rollout_terms, slope
-from vqa_sft_grpo.rollouts import Batch, Policy, as_reference, image_of, row_at, score_answers
+from vqa_sft_grpo.rollouts import Batch, Policy, as_reference, image_of, row_at, score_statements
 from vqa_sft_grpo.train_grpo import load_policy, load_rows, main, parse_args
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -160,13 +159,17 @@ def test_rollouts_are_scored_on_what_the_policy_wrote(step):
     assert by_text[0, WRITTEN[0]]["correct"] and by_text[0, WRITTEN[0]]["counterfactual"] is not None
     # a gold no: random regions alone
     assert any(t["counterfactual"] is not None and t["d_roi"] is None for t in batch.terms[9:])
-    prompt, (text, span) = build_prompt(batch.rows[0]["question"], "json"), answer_alone("yes", "json")
-    with torch.no_grad():  # d_roi of the log, from scratch
-        edited = [make_prompts(policy.vlm, [prompt], [image]) for image in batch.plans[0].images[:2]]
-        whole, without = (
-            score(policy.vlm, p, [[text]], [[[span]]], suppress=never_drawn(policy.vlm)).item() for p in edited
-        )
-    assert by_text[0, WRITTEN[0]]["d_roi"] == pytest.approx(whole - without, abs=1e-3)
+    vlm, ids = policy.vlm, batch.flat[5]  # d_roi of the log, from scratch: the answer after the rollout's own caption
+    assert batch.texts[5] == '{"caption": "a film", "answer": "no"}'
+    before = len(vlm.tokenizer('{"caption": "a film", "answer": "')["input_ids"])
+    assert vlm.tokenizer.decode(ids[before - 1 : before + 1]).endswith("no")
+    prompt, found = build_prompt(batch.rows[1]["question"], "json"), []
+    for image in batch.plans[1].images[:2]:
+        with torch.no_grad():
+            logp = logprobs(vlm, make_prompts(vlm, [prompt], [image]), [[ids]], False, suppress=never_drawn(vlm))[0][0]
+        found.append(sum(x.item() for x, said in zip(logp, batch.statements[5].said, strict=True) if said))
+    assert sum(batch.statements[5].said) == 1 and batch.statements[5].said[before - 1 : before + 1].count(True) == 1
+    assert by_text[1, batch.texts[5]]["d_roi"] == pytest.approx(found[0] - found[1], abs=1e-3)
 
 
 def test_gradient_does_not_depend_on_how_a_step_is_cut(step):
@@ -204,7 +207,7 @@ def test_out_of_memory_changes_nothing_but_the_size_of_a_pass(step, monkeypatch)
         return plain.size.now
 
     wanted = gradient(policy.vlm, run)
-    real, calls = rollouts.score, []
+    real, calls = rollouts.score_statements, []
 
     def tight(vlm, prompts, *rest):
         calls.append(len(prompts))
@@ -225,7 +228,7 @@ def test_out_of_memory_changes_nothing_but_the_size_of_a_pass(step, monkeypatch)
     assert wanted[0] == 12 and found[0] == 3 and losses == [12, 6, 3, 3, 3, 3]
     assert_same(wanted[1], found[1])
     monkeypatch.undo()
-    monkeypatch.setattr(rollouts, "score", tight)
+    monkeypatch.setattr(rollouts, "score_statements", tight)
     found = gradient(policy.vlm, run)  # the policy's gradient is there before: it stays, the other part is done again
     assert calls[0] > calls[1]
     assert_same(wanted[1], found[1])
@@ -241,14 +244,14 @@ def test_reward_gradient_is_that_of_the_mean_reward_through_v(step):
     vlm.model.double()  # in float32 the differences would be mostly rounding
     vlm.dtype = torch.float64
     policy.size = PartSize(8)
-    _, edited = policy.drops_of(batch.rows, batch.texts, batch.plans)
+    _, edited = policy.drops_of(batch.rows, batch.statements, batch.plans)
     terms = [dict(t) for t in batch.terms]
     limited = next(n for n, t in enumerate(terms) if slope(t, settings))
     # at its limit: the random region against the film as it is
     terms[limited] |= {"d_roi": 2.0, "d_rand_each": [0.7, 0.5], "counterfactual": 0.3}
     of_no = next(n for n, t in enumerate(terms) if t["correct"] and n // 3 == 3)
     terms[of_no] |= {"d_rand_each": [-0.1, 0.2], "counterfactual": -0.2}  # a gold no: the same
-    batch = Batch(rows=batch.rows, plans=batch.plans, texts=batch.texts, terms=terms, edited=edited)
+    batch = Batch(**batch.__dict__ | {"terms": terms, "edited": edited})
     counted = [n for n, t in enumerate(terms) if slope(t, settings)]
     assert len(counted) > 2 and batch.plans[3].images and not batch.plans[3].roi
 
@@ -258,7 +261,7 @@ def test_reward_gradient_is_that_of_the_mean_reward_through_v(step):
         found = []
         for n in counted:
             images = edited[n // 3]
-            logp, *others = score_answers(vlm, images, [[terms[n]["said"]]] * len(images), "json").tolist()
+            logp, *others = score_statements(vlm, images, [[batch.statements[n]]] * len(images))[:, 0].tolist()
             found.append((None if n == of_no else logp - others[0], [logp - other for other in others[-2:]]))
         return found
 
@@ -272,7 +275,7 @@ def test_reward_gradient_is_that_of_the_mean_reward_through_v(step):
             d_rand = max(d + now - then for d, now, then in changes)
             best = 0.0 if n == of_no else min(1.0, terms[n]["d_roi"] + roi - roi_then)
             total += compose(terms[n] | {"counterfactual": best - d_rand}, settings)
-        return total / len(terms)
+        return total / sum(map(len, batch.flat))  # in the unit of the policy's loss
 
     policy.size = PartSize(7)
     _, grads = gradient(vlm, lambda: policy.reward_gradient(batch, SCALER))
@@ -290,6 +293,49 @@ def test_reward_gradient_is_that_of_the_mean_reward_through_v(step):
     assert abs(wanted) > 1e-4 and got == pytest.approx(wanted, rel=0.01)
     vlm.model.float()
     vlm.dtype = torch.float32
+
+
+def lengthened(batch, tokens):
+    """Every rollout with this many more tokens in front of its answer."""
+    more = [(5,) * tokens + s.ids if s else None for s in batch.statements]
+    statements = [
+        s and Statement(ids, (False,) * tokens + s.said, s.explained)
+        for s, ids in zip(batch.statements, more, strict=True)
+    ]
+    flat = [ids or (5,) * tokens + tuple(old) for ids, old in zip(more, batch.flat, strict=True)]
+    groups = [flat[i : i + 3] for i in range(0, len(flat), 3)]
+    return Batch(**batch.__dict__ | {"statements": statements, "groups": groups})
+
+
+def test_v_weighs_the_same_against_the_policy_at_any_length(step, monkeypatch):
+    """
+    How much the last token of a response weighs in each part of the loss: a model whose log-probabilities are one
+    parameter there. More tokens in front of the answer change both weights alike, as a table of the results shows.
+    """
+    policy, batch = step
+    advantages, table = torch.tensor([1.0, -0.5, -0.5]).repeat(4), {}
+
+    for tokens in (0, 8, 30, 113):
+        longer = lengthened(batch, tokens)
+        weight = torch.nn.Parameter(torch.zeros(()))
+
+        def logp(vlm, prompts, groups, *rest, weight=weight, **options):
+            flat = [ids for group in groups for ids in group]
+            mask = torch.arange(max(map(len, flat))) < torch.tensor([len(ids) for ids in flat])[:, None]
+            last = torch.tensor([[n == len(ids) - 1 for n in range(mask.shape[1])] for ids in flat])
+            return weight * last, torch.zeros(mask.shape), mask
+
+        def statement(vlm, prompts, statements, share, weight=weight):  # one image of the two that V looks at
+            sign = torch.tensor([1.0, 0.0]).repeat(len(prompts) // 2)
+            return torch.stack([weight * sign, weight * sign], 1)
+
+        monkeypatch.setattr(rollouts, "logprobs", logp)
+        monkeypatch.setattr(rollouts, "score_statements", statement)
+        with_options(policy, "--beta", "0").loss_and_gradient(longer, advantages.abs(), None, None, SCALER)
+        of_policy, weight.grad = weight.grad.item(), None
+        with_options(policy).reward_gradient(longer, SCALER)
+        table[tokens] = weight.grad.item() / of_policy
+    assert abs(table[0]) > 1e-3 and list(table.values()) == pytest.approx([table[0]] * 4, rel=1e-5)
 
 
 @pytest.mark.parametrize("composition", ["gated", "additive"])

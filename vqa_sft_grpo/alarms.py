@@ -15,6 +15,7 @@ if __name__ == "__main__":
 import statistics
 
 WINDOW = 20  # steps
+STILL = 1e-4  # nats per token of KL; a policy that learned something is further from its reference
 
 
 def alarms(history, window=WINDOW):
@@ -23,6 +24,8 @@ def alarms(history, window=WINDOW):
         return {}
     now, then = (Means(rows) for rows in (history[-window:], history[:window]))
     past = Means(history[-2 * window : -window] or history[:window])
+    # the learning rate was as high before these steps as in them: the warm-up is over
+    before, here = (max((row.get("lr") or 0 for row in rows), default=0) for rows in (history[:-window], now.rows))
     rules = {
         "truncated": now.truncated > 0.5,
         "zero_variance": now.frac_reward_zero_std > 0.8,
@@ -34,6 +37,7 @@ def alarms(history, window=WINDOW):
         "reward_variance": now.reward_std < 0.1 * then.reward_std,
         "clipping": now.clip_region > 0.2,
         "kl": now.kl > 0.1 and now.kl > 4 * past.kl,
+        "not_moving": now.kl < STILL and before >= here > 0,
         "not_looking": now.gap < then.gap - 0.05 and now.correct > then.correct + 0.05,
         "v_at_clip": now.v_clipped > 0.5,
         "contradictions": now.contradiction > then.contradiction + 0.1,
@@ -61,6 +65,8 @@ SENTENCES = {
     "reward_variance": "the spread of the rewards has fallen from {then.reward_std:.3f} to {now.reward_std:.3f}",
     "clipping": "{now.clip_region:.0%} of the ratios are clipped: fewer --inner-steps or a smaller --lr",
     "kl": "KL from the reference has risen from {past.kl:.3f} to {now.kl:.3f} nats per token within {window} steps",
+    "not_moving": "KL from the reference is {now.kl:.0e} nats per token after the warm-up: the policy does not move,"
+    " and what is saved will be what came in; raise --lr (an adapter bears about 1e-5)",
     "not_looking": "accuracy rose from {then.correct:.0%} to {now.correct:.0%} while taking the region out came to"
     " matter less ({then.gap:.3f} to {now.gap:.3f} nats): a shortcut?",
     "v_at_clip": "V is at its limit in {now.v_clipped:.0%} of the rollouts that have one",

@@ -32,8 +32,11 @@ HISTORY = {
     "v": "mean V of the rollouts that have one",
     "v_clipped": "share at -1 or 1 of those with a region to take out",
     "gap": (
-        "mean over these of drop without the region minus mean drop without a random one, nats per token, not clipped"
+        "mean over these of the statement's drop without the region minus its mean drop without a random one, nats, not"
+        " clipped"
     ),
+    "explained": "share of the rollouts that V reads whose text before the answer names what is asked about",
+    "gap_response": "of these, where a region is taken out: as gap, of the whole response",
     "most_frequent_answer": "share of the rollouts with the most frequent answer",
     "most_frequent_gold": "share of the most frequent gold answer",
     "length": "mean tokens of a rollout",
@@ -94,6 +97,8 @@ def describe(batch, advantages, stats):
         "v": mean(v),
         "v_clipped": mean(abs(t["counterfactual"]) >= 1 for t in terms if t["d_roi"] is not None),
         "gap": mean(t["d_roi"] - t["d_rand"] for t in terms if t["d_roi"] is not None),
+        "explained": mean(t["explained"] for t in terms),
+        "gap_response": mean(t["gap_response"] for t in terms),
         "most_frequent_answer": said.most_common(1)[0][1] / len(terms),
         "most_frequent_gold": gold.most_common(1)[0][1] / len(batch.rows),
         "length": mean(lengths),
@@ -179,8 +184,8 @@ def draw_curves(path, history, title, phantom=False):
 
 def draw_edits(path, plan, drops):
     """
-    The images of a plan side by side, each with its box and what its edit did to the log-probability of the answer
-    (nats per token, None: not measured).
+    The images of a plan side by side, each with its box and what its edit did to the log-probability of what the
+    rollout says (nats, None: not measured).
     """
     panels = []
     taken_out = [plan.roi] * bool(plan.roi) + plan.random
@@ -189,4 +194,4 @@ def draw_edits(path, plan, drops):
         colour = "tab:blue" if "random" in name else "red"
         panel = {"image": image, "name": name, "below": "" if drop is None else f"{drop:+.3f} nats", "changed": False}
         panels.append(panel | {"boxes": [(box, colour) for box in boxes]})
-    draw_strip(path, [{"text": "", "panels": panels}], f"What the answer loses without a region (fill: {plan.fill})")
+    draw_strip(path, [{"text": "", "panels": panels}], f"What the statement loses without a region (fill: {plan.fill})")

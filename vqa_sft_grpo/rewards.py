@@ -17,13 +17,14 @@ Terms of a rollout; None where a row does not define one (no region, no reasonin
     C contra-   -1 when the reasoning contradicts the answer (yes or no, side, zone, organ, negation), else 0; None
       diction   without reasoning
     V counter-  clip(min(d_roi, 1) - max_k d_rand, -1, 1), in nats: how much less likely the policy finds its OWN answer
-      factual   when the gold region is taken out of the image, minus the same for random regions of equal area. Of
-                these the one that matters most counts, not their mean: an answer that also hangs on something else,
-                which one of four regions happens to cover, must not pass. d_roi is limited by itself, so that a large
-                one cannot hide that. Where the gold answer is no there is nothing to take out, and V = clip(-max_k
-                d_rand, -1, 0): regions filled in at random must not turn it into a yes (without this a policy may take
-                any filled region for a yes). None without gold region; a gold no is lent that of another row, for the
-                size
+      factual   (the sum over its tokens, read after its own caption and reasoning, and with what these say of the
+                matter: looking.py) when the gold region is taken out of the image, minus the same for random regions
+                of equal area. Of these the one that matters most counts, not their mean: an answer that also hangs on
+                something else, which one of four regions happens to cover, must not pass. d_roi is limited by itself,
+                so that a large one cannot hide that. Where the gold answer is no there is nothing to take out, and V =
+                clip(-max_k d_rand, -1, 0): regions filled in at random must not turn it into a yes (without this a
+                policy may take any filled region for a yes). None without gold region; a gold no is lent that of
+                another row, for the size
     P penalty   too long + repetition + question or instruction copied, each 0 to 1, together at most 1
 
 composition="gated", the default; f, a, s, v are the four weights divided by their defaults 0.2, 0.4, 0.2, 0.2:
@@ -44,11 +45,13 @@ place earns nothing without being right, and being right for another reason cost
 model chooses its own box so as to look good) and on this rollout (what is read from a file is the same for all rollouts
 of a prompt, so that the group's mean takes it away: the fields IGNORED of older files).
 
-What V can do. The answer is scored as a response of its own, without the rollout's reasoning: after "Seen: left
-effusion" the word "left" hardly depends on the image. So rollouts of one prompt with equal answers have equal V: as a
-number it sets right answers further apart from wrong ones where the model looks at the region, and nearer where it does
-not, but never one right answer from another. What teaches a policy to look is the other half of the gradient, through V
-itself: slope(), images_of_v() and train_grpo.py.
+What V is: a counterfactual regulariser that gold regions supervise. It knows more than the answers do (where the
+evidence lies), so what it is worth is seen beside other uses of the same regions: docs/results/vqa_sft_grpo.md.
+
+What V can do. Rollouts of one prompt with the same answer after texts that do not name the finding have nearly the same
+V: as a number it sets right answers further apart from wrong ones where the model looks at the region, and nearer where
+it does not, but hardly one right answer from another. What teaches a policy to look is the other half of the gradient,
+through V itself: slope(), images_of_v() and Policy.reward_gradient().
 """
 
 if __name__ == "__main__":
@@ -64,7 +67,7 @@ from dataclasses import dataclass
 
 from shared.runtime import InputError
 from vqa_sft_grpo.counterfactual import nearest, region_iou, region_mask, whole_boxes
-from vqa_sft_grpo.looking import counterfactual_term, gold_of, is_no
+from vqa_sft_grpo.looking import counterfactual_term, gold_of, nothing_to_take_out
 from vqa_sft_grpo.prompting import FIELDS, boxes_from_model, check_style, instruction, is_box, parse_response
 from vqa_sft_grpo.scoring import COMMON, NEGATORS, OPPOSITES, choice, negated, normalise, options_of, polarity
 from vqa_sft_grpo.scoring import score_answer, words_and_marks
@@ -115,9 +118,11 @@ MEANINGS = {  # of what a rollout's dict holds, for the head of a log
     "repetition": "share of repeated words, 0 to 1",
     "copying": "1: a sentence is the question or the instruction",
     "penalty": "P: their sum, at most 1",
-    "d_roi": "drop of the answer's log-probability without the gold region, nats per token; None: nothing is taken out",
+    "d_roi": "drop of the statement's log-probability without the gold region, nats; None: nothing is taken out",
     "d_rand": "mean of the same over random regions",
     "d_rand_each": "for each of them",
+    "explained": "the text before the answer names what is asked about; what it says of it is then part of V",
+    "gap_response": "explained ones: drop of the whole response without the region minus mean without random ones",
     "counterfactual_why": "why V is undefined",
 }
 
@@ -407,16 +412,18 @@ def length_term(tokens, max_tokens):
 
 
 def rollout_terms(
-    row, text, settings=DEFAULT_SETTINGS, frequencies=None, d_roi=None, d_rand=None, tokens=None, counterfactual_why=""
-):
+    row, text, settings=DEFAULT_SETTINGS, frequencies=None, d_roi=None, d_rand=None, tokens=None, counterfactual_why="",
+    explained=None, gap_response=None,
+):  # fmt: skip
     """
     Everything about one rollout -> a dict of plain values with the keys of MEANINGS.
 
     row: question, gold (or answer), and where known answer_type, region, width, height. text: the new tokens, decoded
     without the token that ends them but with all other special tokens, so that these are seen. frequencies:
-    AnswerFrequencies, None: no weighting. d_roi: drop of the answer's log-probability without the gold region (not read
-    where the gold answer is no); d_rand: of the random ones, a list; None: not measured, V is undefined. tokens: number
-    of new tokens; None: words and punctuation marks are counted instead.
+    AnswerFrequencies, None: no weighting. d_roi: drop of the statement's log-probability without the gold region (not
+    read where the gold answer is no); d_rand: of the random ones, a list; None: not measured, V is undefined. tokens:
+    number of new tokens; None: words and punctuation marks are counted instead. explained, gap_response: of
+    measure_drops, for the log.
     """
     style, question = settings.style, row["question"]
     found = parse_response(text, style)
@@ -431,7 +438,7 @@ def rollout_terms(
     tokens = len(re.findall(r"\w+|[^\w\s]", text)) if tokens is None else tokens
     length, repetition = length_term(tokens, settings.max_tokens), repetition_term(written)
     copying = copying_term(written, question, style)
-    value, d_roi, d_rand, cf_why = counterfactual_term(is_no(row), d_roi, d_rand, counterfactual_why)
+    value, d_roi, d_rand, cf_why = counterfactual_term(nothing_to_take_out(row), d_roi, d_rand, counterfactual_why)
     known = [part for part in (box, contradiction) if part is not None]
     terms = {
         "reward": None,
@@ -461,6 +468,8 @@ def rollout_terms(
         "d_roi": d_roi,
         "d_rand": None if value is None else sum(d_rand) / len(d_rand),
         "d_rand_each": list(d_rand) if d_rand else None,
+        "explained": explained,
+        "gap_response": gap_response,
         "counterfactual_why": cf_why,
     }
     return terms | {"reward": compose(terms, settings)}
@@ -497,7 +506,9 @@ def slope(terms, settings):
     it stays.
 
     V is a function of the policy's own weights, so the gradient of the expected reward has two parts: E[R grad log p],
-    which GRPO estimates, and E[dR/dV grad V]. The first alone cannot set apart two policies that give the same answers.
+    p being the probability of the whole rollout, which GRPO estimates, and E[dR/dV grad V]. Both are sums over a
+    rollout, and are divided alike (Policy.reward_gradient). The first alone cannot set apart two policies that give the
+    same answers.
     Wrong answers are left out of the second: it makes the answer likelier on films with a random region filled in, and
     there it is wrong too.
     """
@@ -518,7 +529,8 @@ def score_rollouts(rows, texts, settings=DEFAULT_SETTINGS, frequencies=None, dro
     n = len(texts)
     terms = []
     for row, text, drop, count in zip(rows, texts, drops or [{}] * n, tokens or [None] * n, strict=True):
-        measured = (drop.get("d_roi"), drop.get("d_rand_each"), count, drop.get("counterfactual_why", ""))
+        measured = [drop.get("d_roi"), drop.get("d_rand_each"), count, drop.get("counterfactual_why", "")]
+        measured += [drop.get("explained"), drop.get("gap_response")]
         terms.append(rollout_terms(row, text, settings, frequencies, *measured))
     return terms
 
@@ -576,12 +588,11 @@ def looks(t):
     if v is None:
         return f"V undefined: {t['counterfactual_why']}", ""
     elsewhere, most = "a random region matters" if v < 0 else "no", max(t["d_rand_each"])
+    what = "the answer, with what the text before it says of the matter," if t["explained"] else "the answer"
     if t["d_roi"] is None:
         return (
-            f"without a random region the answer loses at most {most:+.3f} nats per token: V {v:+.2f}; there is no"
-            " finding to take out"
+            f"without a random region {what} loses at most {most:+.3f} nats: V {v:+.2f}; there is nothing to take out"
         ), elsewhere
     return (
-        f"without the region the answer loses {t['d_roi']:+.3f} nats per token, without a random one at most"
-        f" {most:+.3f}: V {v:+.2f}"
+        f"without the region {what} loses {t['d_roi']:+.3f} nats, without a random one at most {most:+.3f}: V {v:+.2f}"
     ), elsewhere

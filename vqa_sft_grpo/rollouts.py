@@ -24,11 +24,11 @@ from tqdm import tqdm
 
 from shared.data.images import read_pixels
 from shared.models.loading import count_parameters
-from shared.models.passes import PartSize, in_parts, logprobs, make_prompts, never_drawn, sample, score, text_of
+from shared.models.passes import PartSize, in_parts, logprobs, make_prompts, never_drawn, places_of, sample, text_of
 from shared.runtime import InputError
 from vqa_sft_grpo.grpo import combine_metrics, policy_loss
 from vqa_sft_grpo.prompting import build_prompt
-from vqa_sft_grpo.looking import NATS, answer_alone, images_of_v, measure_drops, plan_edits
+from vqa_sft_grpo.looking import NATS, images_of_v, measure_drops, plan_edits, read_statement
 from vqa_sft_grpo.rewards import answer_to_score
 from vqa_sft_grpo.rewards import score_rollouts, slope
 
@@ -40,7 +40,7 @@ class Batch:
     """
     The questions of a step with their rollouts. Lists by question: rows, places, prompts, plans, edited (Prompts of the
     plan's images, None where nothing was measured), groups and logps (by rollout, see passes.sample); by rollout:
-    texts, terms (of the reward).
+    texts, statements (of looking.py, None where the gate is closed or V is not asked for), terms (of the reward).
     """
 
     def __init__(self, **fields):
@@ -105,11 +105,17 @@ def as_reference(vlm):
         vlm.model.set_adapter("default")
 
 
-def score_answers(vlm, prompts, answers, style, share=True):
-    """answers[i]: answers (texts) to prompts[i] -> float32 (N,): mean log-probability in nats of the tokens of each."""
-    alone = [[answer_alone(answer, style) for answer in some] for some in answers]
-    texts, spans = [[text for text, _ in some] for some in alone], [[[span] for _, span in some] for some in alone]
-    return score(vlm, prompts, texts, spans, share, never_drawn(vlm))[:, 0]
+def score_statements(vlm, prompts, statements, share=True):
+    """
+    statements[i]: some that may follow prompts[i] -> float32 (N, 2): log-probability in nats of what each says, and of
+    the whole response, sums over its tokens. Differentiable.
+    """
+    groups = [[statement.ids for statement in some] for some in statements]
+    logp, _, _ = logprobs(vlm, prompts, groups, share, suppress=never_drawn(vlm))
+    said = torch.zeros(logp.shape)
+    for line, statement in zip(said, (statement for some in statements for statement in some), strict=True):
+        line[: len(statement.said)] = torch.tensor(statement.said)
+    return torch.stack([(logp * said.to(logp)).sum(1), logp.sum(1)], 1)
 
 
 class Policy:
@@ -136,51 +142,63 @@ class Policy:
 
         groups, logps = zip(*in_parts(some, prompts, self.size, each), strict=True)
         sampled = time.time()
+        batch = self.score(rows, images, places, prompts, list(groups))
+        batch.logps, batch.seconds = list(logps), {"seconds_sample": sampled - begin}
+        batch.seconds["seconds_score"] = time.time() - sampled
+        return batch
+
+    def score(self, rows, images, places, prompts, groups):
+        """Responses to rows (token ids, those to one row a group), wherever they come from -> Batch without logps."""
+        args, of_rollout = self.args, [row for row, group in zip(rows, groups, strict=True) for _ in group]
+        flat = [ids for group in groups for ids in group]
         # without the token that ends it, but with any other special token, which the reward must see
-        texts = [text_of(vlm, ids, skip_special_tokens=False) for group in groups for ids in group]
-        plans, edited, drops = [None] * len(rows), [None] * len(rows), None
+        texts = [text_of(self.vlm, ids, skip_special_tokens=False) for ids in flat]
+        plans, edited, drops, statements = [None] * len(rows), [None] * len(rows), None, [None] * len(texts)
         if self.settings.weights[3] > 0:
             cases = zip(rows, images, places, strict=True)
-            plans = [plan_edits(r, i, args.cf_regions, args.cf_fill, [args.seed, place]) for r, i, place in cases]
-            drops, edited = self.drops_of(rows, texts, plans)
-        lengths = [len(ids) for group in groups for ids in group]
-        of_rollout = [row for row in rows for _ in range(each)]
-        terms = score_rollouts(of_rollout, texts, self.settings, self.frequencies, drops, lengths)
-        seconds = {"seconds_sample": sampled - begin, "seconds_score": time.time() - sampled}
+            how = args.cf_regions, args.cf_fill
+            plans = [plan_edits(r, i, *how, [args.seed, place], args.max_pixels) for r, i, place in cases]
+            statements = list(map(self.statement_of, flat, texts, of_rollout))
+            drops, edited = self.drops_of(rows, statements, plans)
+        terms = score_rollouts(of_rollout, texts, self.settings, self.frequencies, drops, list(map(len, flat)))
         return Batch(
-            rows=rows, places=places, prompts=prompts, plans=plans, edited=edited, groups=list(groups),
-            logps=list(logps), texts=texts, terms=terms, seconds=seconds,
+            rows=rows, places=places, prompts=prompts, plans=plans, edited=edited, groups=groups, texts=texts,
+            statements=statements, terms=terms,
         )  # fmt: skip
+
+    def statement_of(self, ids, text, row):
+        """-> Statement of a rollout, None behind a closed gate, where V cannot matter."""
+        if answer_to_score(text, self.settings) is None:
+            return None
+        return read_statement(ids, places_of(self.vlm, ids), text, row["question"], self.settings.style)
 
     def prompts_of(self, questions, images):
         texts = [build_prompt(question, self.settings.style) for question in questions]
         return make_prompts(self.vlm, texts, images, batch_size=max(32, self.size.now))
 
     @torch.no_grad()
-    def drops_of(self, rows, texts, plans):
+    def drops_of(self, rows, statements, plans):
         """-> what measure_drops gives for the rollouts, and per row the Prompts of its edited images."""
-        each = len(texts) // len(rows)
-        answers = [answer_to_score(text, self.settings) for text in texts]
-        said = [answers[i * each : (i + 1) * each] for i in range(len(rows))]
-        needed = [bool(plan.images) and any(a is not None for a in s) for plan, s in zip(plans, said, strict=True)]
+        each = len(statements) // len(rows)
+        said = [statements[i * each : (i + 1) * each] for i in range(len(rows))]
+        needed = [bool(plan.images) and any(s) for plan, s in zip(plans, said, strict=True)]
         pairs = [(rows[i]["question"], image) for i, plan in enumerate(plans) if needed[i] for image in plan.images]
         prompts = self.prompts_of(*zip(*pairs, strict=True)) if pairs else []
         prompt_of = {id(image): prompt for (_, image), prompt in zip(pairs, prompts, strict=True)}
 
-        def measure(images, questions, said):
-            jobs = {}  # by image: its answers share one pass over the prompt
-            for n, (image, answer) in enumerate(zip(images, said, strict=True)):
-                jobs.setdefault(id(image), []).append((n, answer))
+        def measure(images, statements):
+            jobs = {}  # by image: its responses share one pass over the prompt
+            for n, (image, statement) in enumerate(zip(images, statements, strict=True)):
+                jobs.setdefault(id(image), []).append((n, statement))
 
             def some(part):
-                of_image = [[answer for _, answer in jobs[key]] for key in part]
-                found = score_answers(self.vlm, [prompt_of[key] for key in part], of_image, self.settings.style)
+                of_image = [[statement for _, statement in jobs[key]] for key in part]
+                found = score_statements(self.vlm, [prompt_of[key] for key in part], of_image)
                 return list(zip([n for key in part for n, _ in jobs[key]], found.tolist(), strict=True))
 
             return [value for _, value in sorted(in_parts(some, list(jobs), self.size))]
 
-        of_rollout = [row["question"] for row in rows for _ in range(each)]
-        drops = measure_drops(measure, of_rollout, answers, [plan for plan in plans for _ in range(each)])
+        drops = measure_drops(measure, statements, [plan for plan in plans for _ in range(each)])
         edited = [[prompt_of[id(i)] for i in p.images] if n else None for p, n in zip(plans, needed, strict=True)]
         return drops, edited
 
@@ -249,16 +267,25 @@ class Policy:
 
     def reward_gradient(self, batch, scaler):
         """
-        Adds the gradient of -mean reward through V -> its loss: right answers become less likely without their gold
-        region (where that is at its limit, or there is none, on the image as it is) and likelier without the random
-        region that they depend on most.
+        Adds the gradient of the reward through V -> its loss: what right answers state becomes less likely without
+        their gold region (where that is at its limit, or there is none, on the image as it is) and likelier without the
+        random region that they depend on most.
+
+        Its unit is the policy's. The gradient of the mean reward of N rollouts is
+            1/N sum_i (A_i sum_t grad log p_it + dR_i/dV_i grad V_i),
+        t running over the tokens of a rollout. The dapo loss divides the first part by the tokens of the step, M, where
+        the mean divides by N: it is N / M of that gradient, one over the mean length. So V's part is divided by M as
+        well, and --cf-gradient 1 is the gradient of the mean reward itself: a nat of V weighs dR/dV against an
+        advantage of A on a nat of the rollout, whether this has 7 tokens or 120. (Divided by N, V would weigh 7 times
+        as much as the policy's part at 7 tokens, and 120 times at 120.)
         """
-        n, each, jobs = len(batch.texts), self.args.num_generations, {}
-        for i, terms in enumerate(batch.terms):
-            if batch.edited[i // each] and (by_v := slope(terms, self.settings)):
-                # equal answers to a question share a pass
-                key = (i // each, terms["said"], *images_of_v(terms, batch.plans[i // each]))
-                jobs[key] = jobs.get(key, 0.0) + self.args.cf_gradient * by_v / NATS / n
+        total_tokens, jobs = sum(map(len, batch.flat)), {}
+        for row, (statement, terms) in enumerate(zip(batch.statements, batch.terms, strict=True)):
+            i = row // (len(batch.texts) // len(batch.rows))
+            if batch.edited[i] and (by_v := slope(terms, self.settings)):
+                # equal responses to a question share a pass
+                key = (i, statement, *images_of_v(terms, batch.plans[i]))
+                jobs[key] = jobs.get(key, 0.0) + self.args.cf_gradient * by_v / NATS / total_tokens
         parameters = [p for p in self.vlm.model.parameters() if p.requires_grad]
         before = [None if p.grad is None else p.grad.clone() for p in parameters]
 
@@ -268,8 +295,8 @@ class Policy:
 
         def some(part):
             prompts = [batch.edited[q][image] for (q, _, less, more), _ in part for image in (less, more)]
-            said = [[said] for (_, said, _, _), _ in part for _ in range(2)]
-            found = score_answers(self.vlm, prompts, said, self.settings.style, share=not self.args.checkpointing)
+            said = [[statement] for (_, statement, _, _), _ in part for _ in range(2)]
+            found = score_statements(self.vlm, prompts, said, not self.args.checkpointing)[:, 0]
             less, more = found.view(-1, 2).T
             loss = (torch.tensor([weight for _, weight in part]).to(less) * (less - more)).sum()
             scaler.scale(loss).backward()

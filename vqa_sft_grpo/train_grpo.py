@@ -21,8 +21,8 @@ history.jsonl and meanings.json (what its names mean), figures/curves.png, last.
 One step
     1  --batch-size questions; the vision tower sees each image once, the prompt goes through the model once, and
        --num-generations answers are sampled from it
-    2  rewards.py scores each answer. For V, the answer's log-probability is measured again without the gold region and
-       without --cf-regions random ones of the same size
+    2  rewards.py scores each answer. For V, the log-probability of what the response says, after its own caption and
+       reasoning, is measured again without the gold region and without --cf-regions random ones of the same size
     3  advantages: better or worse than the other answers to the same question
     4  one gradient step (--inner-steps: several) on grpo.policy_loss, image included, --micro-batch rollouts at a time
 
@@ -35,8 +35,8 @@ How this differs from the textbook (GRPO in DeepSeekMath, arXiv 2402.03300; trl 
     KL         0.02 of the corrected k3 estimate from the model as it was given: the adapter switched off, or where
                training goes on with an SFT adapter, a frozen copy of it. trl's default is none
     V          is part of the reward, and depends on the weights by itself, so the gradient of the expected reward has a
-               second part, E[dR/dV grad V]: --cf-gradient 1 adds it, 0 leaves it out as usual. An answer counts once in
-               it, whatever its length, where most losses divide the first part by the number of tokens
+               second part, E[dR/dV grad V]: --cf-gradient 1 adds it, 0 leaves it out as usual. Both parts are divided
+               by the tokens of the step, so that neither gains on the other as responses grow (rollouts.py)
     sampling   from the model's own distribution: no top-k or top-p, with which log-probabilities would not be those of
                what was drawn
     vision     the tower is frozen: its features are computed once per step and serve sampling, scoring, policy and
@@ -85,6 +85,7 @@ from vqa_sft_grpo.looking import lend_regions, plan_edits
 from vqa_sft_grpo.rewards import ignored_fields
 from vqa_sft_grpo.rollouts import TOLERANCE, Policy, as_reference, check_images, image_of, row_at, with_size
 from vqa_sft_grpo.rows import make_rows, read_rows
+from vqa_sft_grpo.terms import add_regions, settle_terms
 
 TASK = "vqa_sft_grpo"
 ASIDE = ("data_jsonl", "micro_batch", "save_every", "explain")  # settings that a resumed run may change
@@ -101,6 +102,9 @@ def parse_args(argv=None):
         help="phantom: films to draw, and a tenth more for validation (%(default)s)")
     g.add_argument("--conditions", nargs="+", metavar="NAME",
         help="phantom: draw and ask about these only (default: all)")
+    g.add_argument("--regions", metavar="FILE",
+        help="gold regions of your own, a CSV: image (or id), x0, y0, x1, y1 in pixels of the stored image, and "
+        "question where a box is for that question only")
     g.add_argument("--style", default="json", choices=STYLES, help="prompt style (%(default)s)")
     g.add_argument("--max-pixels", type=positive_int, default=262_144,
         help="Qwen2-VL: images are scaled down to this area; 784 pixels are one token (%(default)s)")
@@ -185,7 +189,7 @@ def parse_args(argv=None):
 def load_rows(args):
     """
     -> (training rows, validation rows, facts for metrics.json). Rows of a test split are left out, whatever the file
-    holds.
+    holds. A term of the reward that no row defines is refused, or dropped from args.weights (terms.py).
     """
     if args.data_jsonl.lower() == "phantom":
         pictures, settings = Path("outputs") / TASK / "phantom_images", phantom_settings(args.conditions)
@@ -204,6 +208,9 @@ def load_rows(args):
         }
         if note := ignored_fields(rows):
             print(f"note: {note}")
+    if args.regions:
+        facts["with_given_region"] = add_regions(rows, args.regions)
+        facts["sha256"] += f", regions {sha256_of(Path(args.regions))}"
     train, held_out = ([r for r in rows if r["split"] == split][: args.limit] for split in ("train", "val"))
     if not train or not held_out:
         raise InputError(
@@ -212,6 +219,10 @@ def load_rows(args):
         )
     check_images(train + held_out)
     lend_regions(train + held_out, train)
+    settings = RewardSettings(args.composition, args.weights, args.max_new_tokens, args.style)
+    weights, lines, facts["terms"] = settle_terms(train, settings)
+    print("\n".join(lines), flush=True)
+    args.weights = ",".join(f"{w:g}" for w in weights)
     chosen = sorted(random.Random(args.seed).sample(range(len(held_out)), min(args.eval_rows, len(held_out))))
     facts |= {"phantom": any(r.get("dataset") == "phantom" for r in rows), "limit": args.limit}
     facts |= {
@@ -425,7 +436,8 @@ def explain_rollout(args):
     print("\n".join(explain(row, found["text"], found, settings)))
     print(f"  advantage {found['advantage']:+.3f}: against the other answers to this question")
     image = image_of(row)
-    plan = plan_edits(with_size(row, image), image, was["cf_regions"], was["cf_fill"], [was["seed"], found["place"]])
+    how = was["cf_regions"], was["cf_fill"], [was["seed"], found["place"]], was["max_pixels"]
+    plan = plan_edits(with_size(row, image), image, *how)
     if settings.weights[3] == 0 or not plan.images:
         return print(f"no edited images: {plan.why or 'the weight of the counterfactual term is 0'}")
     target = run_dir / "figures" / f"explain_{args.explain}.png"

@@ -109,6 +109,19 @@ def text_of(vlm, ids, skip_special_tokens=True):
     return text.strip() if skip_special_tokens else text
 
 
+def places_of(vlm, ids):
+    """
+    Where each written token stands in text_of(vlm, ids, skip_special_tokens=False) -> (first, one past the last)
+    character of each; several tokens of one character (bytes of a letter) all stand at it.
+    """
+    ids, places, before = list(ids), [], ""
+    for end in range(1, len(ids) + 1):
+        text = vlm.tokenizer.decode(ids[:end])
+        places.append((len(before.rstrip("\ufffd")), len(text)))
+        before = text
+    return places
+
+
 # ------------------------------------------------------------------------------------------------------- what fits
 
 
