@@ -593,7 +593,8 @@ def hold_out(rows, path):
     for row in rows:
         row["split"] = "val" if row["group"] in chosen else "train"
     number = sum(row["split"] == "val" for row in rows)
-    print(f"note: {path} has no validation rows; {number} of its {len(rows)}, on a tenth of the images, are held out")
+    images = f"{len(chosen)} of the {len(groups)} images"
+    print(f"note: {path} has no validation rows; {images} ({number} of the {len(rows)} rows) are held out for that")
 
 
 def numbered_rows(path):
