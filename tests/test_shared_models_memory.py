@@ -2,6 +2,7 @@
 
 import shared  # noqa: F401, isort: skip  # before transformers
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from shared.models.loading import add_lora, count_parameters, load_vlm
 from shared.models.hub import FAMILIES
 from shared.models.memory import CARDS, GIB, Setting, main, nearest_that_fits, nf4_bytes, predict, read_layout
 from shared.models.memory import weight_bytes
+from shared.models.passes import logprobs, make_prompts
 from shared.models.tiny import tiny_folder
 from shared.phantom import phantom_study
 from shared.runtime import InputError
@@ -147,8 +149,8 @@ def test_cache_of_a_generation(family):
     assert predict(layout, setting)["cache"] == pytest.approx(found, rel=0.03)
 
 
-def saved_bytes(vlm, tensors):
-    """What autograd keeps for the backward pass, parameters not counted, each storage once."""
+def saved_bytes(vlm, work):
+    """What autograd keeps of work() for the backward pass, parameters not counted, each storage once."""
     own, seen, alive = {p.untyped_storage().data_ptr() for p in vlm.model.parameters()}, {}, []
 
     def pack(t):
@@ -158,29 +160,69 @@ def saved_bytes(vlm, tensors):
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        vlm.model(**tensors, use_cache=False)
+        work()
     return sum(seen.values())
+
+
+def trained(family, layers, dtype="float32"):
+    """Sizes that the constants were not fitted to -> (model with an adapter, its folder)."""
+    sizes = dict(layers=layers, vision_layers=2, hidden=192, mlp=512, heads=6, kv_heads=3)
+    folder = tiny_folder("tiny:" + family, **sizes)
+    vlm = add_lora(load_vlm(str(folder), dtype=dtype), rank=1, dropout=0.0, checkpointing=False)
+    vlm.model.train()
+    return vlm, folder
 
 
 @pytest.mark.parametrize("family", VLMS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_activations_of_a_layer(family, dtype):
-    """Sizes that the constants were not fitted to. Two more layers save that much more."""
+    """Two more layers save that much more."""
     found = []
     for layers in (1, 3):
-        vlm = load_vlm(
-            str(
-                tiny_folder("tiny:" + family, layers=layers, vision_layers=2, hidden=192, mlp=512, heads=6, kv_heads=3)
-            ),
-            dtype=dtype,
-        )
-        add_lora(vlm, rank=1, dropout=0.0, checkpointing=False)
-        vlm.model.train()
+        vlm, _ = trained(family, layers, dtype)
         tensors = batch(vlm, ["yes", "no"])
-        found.append(saved_bytes(vlm, tensors))
+        found.append(saved_bytes(vlm, lambda: vlm.model(**tensors, use_cache=False)))  # noqa: B023, called at once
     size = 4 if dtype == "float32" else 2
     expected = 2 * tensors["input_ids"].numel() * memory.saved_per_token(family, size, 192, 512, 192, 192)
     assert found[1] - found[0] == pytest.approx(expected, rel=0.15)
+
+
+@pytest.mark.parametrize("family", VLMS)
+@pytest.mark.parametrize("counterfactual", [False, True])
+def test_passes_of_grpo(family, counterfactual):
+    """
+    The update, where three answers share their prompt, and V's gradient, where each stands behind a film of its own:
+    two more layers save as much more as the tool says. Answers count: they are longer than the prompt here.
+    """
+    found, told = [], []
+    for layers in (1, 3):
+        vlm, folder = trained(family, layers)
+        films = [phantom_study(0, i, 112).image for i in range(3 if counterfactual else 1)]
+        prompts = make_prompts(vlm, ["Is there a nodule?"] * len(films), films)
+        word = vlm.tokenizer(" lung", add_special_tokens=False)["input_ids"][-1]
+        groups = [[[word] * 70]] * 3 if counterfactual else [[[word] * 70] * 3]
+        found.append(saved_bytes(vlm, lambda: logprobs(vlm, prompts, groups)))  # noqa: B023, called at once
+        layout = read_layout(folder)
+        setting = Setting(
+            dtype=torch.float32, tokens=len(prompts[0]) - memory.image_counts(layout, 112)[0], new_tokens=70,
+            image_size=112, train="grpo", rank=1, checkpointing=False, generations=3, counterfactual=counterfactual,
+        )  # fmt: skip
+        told.append(predict(layout, setting)["activations"])
+    assert told[1] - told[0] == pytest.approx(found[1] - found[0], rel=0.15)
+
+
+def test_grpo_needs_what_its_largest_pass_needs():
+    """V's gradient shares no prompt, so it is the largest; answers twice as long, or twice as many, need more."""
+    layout, base = read_layout(QWEN), Setting(train="grpo", checkpointing=False)
+    need = predict(layout, base)
+    without = predict(layout, replace(base, counterfactual=False))
+    assert need["activations"] > 1.5 * without["activations"] and need["gradients"] == 2 * without["gradients"]
+    for change in (dict(new_tokens=512), dict(generations=8)):
+        for setting in (base, replace(base, counterfactual=False)):
+            assert predict(layout, replace(setting, **change))["total"] > predict(layout, setting)["total"] + GIB
+    assert nearest_that_fits(layout, base, CARDS["T4 (16 GB)"] * GIB) == "gradient checkpointing"
+    lora = Setting(train="lora", checkpointing=False)
+    assert predict(layout, replace(lora, new_tokens=512))["activations"] > 1.3 * predict(layout, lora)["activations"]
 
 
 @pytest.mark.parametrize("family", VLMS)

@@ -4,12 +4,18 @@ How much memory a model will need, from its configuration alone; nothing is down
 Usage:
     python -m shared.models.memory --model google/medgemma-4b-it --quant nf4
     python -m shared.models.memory --model Qwen/Qwen2-VL-2B-Instruct --train lora --batch-size 2 --image-size 448
+    python -m shared.models.memory --model Qwen/Qwen2-VL-2B-Instruct --train grpo --num-generations 4 --no-checkpointing
 
 The model is built on torch's meta device (shapes without numbers), so parameters are counted exactly and weights follow
 to the byte. Cache, adapters and optimiser state are exact too, given the batch. Activations are an estimate: the peak
 of the vision tower, of the prompt pass and of the output; for training what autograd saves, fitted to tiny models on a
 CPU (compared again in tests/test_shared_models_memory.py). They have not been compared with a GPU. `other` is the CUDA
 context and 5 % for fragmentation.
+
+Training counts prompt and answer (--new-tokens) alike. --train grpo takes the largest of its passes: sampling, with its
+cache; the update, where the answers to a question share one pass over its prompt (not with checkpointing); and V, the
+counterfactual term, where each answer stands behind an edited image of its own, so that nothing is shared
+(vqa_sft_grpo/looking.py). It has two adapters, the second one frozen, and V keeps a copy of the gradients.
 
 Known without a network: those of KNOWN. Other names need their config.json: a folder, or the hub.
 """
@@ -28,6 +34,7 @@ from transformers import MistralConfig, Qwen2_5_VLConfig, Qwen2VLConfig, Qwen3VL
 
 from shared.models import llava_med
 from shared.models.hub import FAMILIES, LORA_LAYERS, QUANTS, explained, family_of, find_model, kept_whole
+from shared.models.passes import CHUNK_NUMBERS
 from shared.models.tiny import NAMES, quietly
 from shared.runtime import ScriptParser, positive_int, script
 
@@ -143,8 +150,9 @@ def read_config(source, raw=None):
 @dataclass(frozen=True)
 class Setting:
     """
-    What decides the memory besides the model. tokens: of text in the prompt; image_size: pixels per side (Qwen2-VL
-    only).
+    What decides the memory besides the model. batch: cases (for grpo: questions) in one pass; tokens: of text in the
+    prompt; new_tokens: of an answer, generated or learned; image_size: pixels per side (Qwen2-VL only); generations,
+    counterfactual: of grpo, answers to a question, and whether V has a gradient.
     """
 
     quant: str = "none"
@@ -155,6 +163,8 @@ class Setting:
     images: int = 1
     image_size: int = 448
     train: str = "none"
+    generations: int = 4
+    counterfactual: bool = True
     rank: int = 8
     checkpointing: bool = True
 
@@ -196,8 +206,9 @@ def predict(layout, setting):
     kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
     total_length = length + s.new_tokens
     cached = sum(min(total_length, text.sliding_window) if k == "sliding_attention" else total_length for k in kinds)
-    out = {"weights": weight_bytes(layout, s.quant, s.dtype)}
-    out["cache"] = 2 * s.batch * cached * text.num_key_value_heads * head_dim * size if s.train == "none" else 0
+    answers = s.batch * (s.generations if s.train == "grpo" else 1)
+    cache = 2 * answers * cached * text.num_key_value_heads * head_dim * size
+    out = {"weights": weight_bytes(layout, s.quant, s.dtype), "cache": cache if s.train == "none" else 0}
 
     v_hidden = getattr(vision, "embed_dim", None) or vision.hidden_size
     v_mlp = getattr(vision, "intermediate_size", None) or int(v_hidden * vision.mlp_ratio)
@@ -209,22 +220,39 @@ def predict(layout, setting):
     forward = max(tower, decoder) * size
     # One quantised weight at a time is unpacked for its product.
     unpacked = max((i * o for n, i, o in layout.linears if is_quantised(n, s.quant, layout.family)), default=0) * size
-    trainable = {"none": 0, "lora": lora_parameters(layout, s.rank), "full": layout.parameters}[s.train]
+    lora = lora_parameters(layout, s.rank)
+    trainable = {"none": 0, "lora": lora, "grpo": lora, "full": layout.parameters}[s.train]
+    generating = forward + answers * text.vocab_size * 4
     if s.train == "none":
-        out["activations"] = forward + unpacked + s.batch * text.vocab_size * 4
+        out["activations"] = generating + unpacked
     else:
-        layer = rows * saved_per_token(layout.family, size, text.hidden_size, text.intermediate_size, queries, keys)
-        parts = [(text.num_hidden_layers, rows * text.hidden_size * size, layer)]
+        layers, row = text.num_hidden_layers, text.hidden_size * size
+        layer = saved_per_token(layout.family, size, text.hidden_size, text.intermediate_size, queries, keys)
+
+        def saved(tokens, shared=0):
+            """By autograd for so many tokens; shared: columns of a prompt whose keys and values answers attend to."""
+            copies = layers * shared * (keys + 2 * queries) * size  # gathered, and repeated for the heads of queries
+            return copies + tokens * (layers * row + layer if s.checkpointing else layers * layer)
+
+        learned = answers * s.new_tokens
+        whole = saved(answers * total_length)  # nothing is shared
+        passes = [whole]
+        if s.train == "grpo":
+            update = whole if s.checkpointing else saved(rows + learned, answers * length)
+            passes = [update, whole if s.counterfactual else 0]
         if s.train == "full":  # a frozen tower saves nothing; two matrices in its MLP, not three
-            layer = seen * saved_per_token("", size, v_hidden, v_mlp / 2, v_hidden, 2 * v_hidden)
-            layers = getattr(vision, "depth", None) or vision.num_hidden_layers
-            parts.append((layers, seen * v_hidden * size, layer))
-        saved = sum(n * row + layer if s.checkpointing else n * layer for n, row, layer in parts)
-        logits = rows * text.vocab_size * (size + 4 + 4)  # as computed, as float32 in the loss, and their gradient
-        out["activations"] = int(max(forward, saved + logits) + unpacked)
-    out["adapter"] = trainable * 4 if s.train == "lora" else 0
-    out["gradients"] = trainable * (4 if s.train == "lora" else size)
-    out["optimizer"] = 2 * out["gradients"]  # Adam: two numbers for each weight
+            of_tower = saved_per_token("", size, v_hidden, v_mlp / 2, v_hidden, 2 * v_hidden)
+            depth = getattr(vision, "depth", None) or vision.num_hidden_layers
+            passes[0] += seen * (depth * v_hidden * size + of_tower if s.checkpointing else depth * of_tower)
+        # of so many rows as are computed at once: as computed, as float32, and their gradient (passes.py)
+        logits = min(learned * text.vocab_size, CHUNK_NUMBERS) * (size + 4 + 4)
+        sampling = generating + cache if s.train == "grpo" else 0
+        out["activations"] = int(max(forward, sampling, max(passes) + logits) + unpacked)
+    copies = 2 if s.train == "grpo" else 1  # adapters; gradients, where V may have to take its own back
+    out["adapter"] = copies * trainable * 4 if s.train in ("lora", "grpo") else 0
+    gradients = trainable * (size if s.train == "full" else 4)
+    out["gradients"] = gradients * (2 if s.train == "grpo" and s.counterfactual else 1)
+    out["optimizer"] = 2 * gradients  # Adam: two numbers for each weight
     out["other"] = int(0.5 * GIB + 0.05 * sum(out.values()))
     return out | {"total": sum(out.values())}
 
@@ -255,7 +283,10 @@ def nearest_that_fits(layout, setting, limit):
     smaller = {"none": ["int8", "nf4-text", "nf4"], "nf4": []}.get(setting.quant, ["nf4"])
     steps = [lora, {"checkpointing": True}, *(lora | {"quant": quant} for quant in smaller)]
     steps.append(steps[-1] | lora | {"batch": 1, "checkpointing": True})
+    if setting.train == "grpo":
+        steps.append(steps[-1] | {"generations": 2})
     words = {"quant": "--quant", "train": "--train", "batch": "--batch-size", "checkpointing": "gradient checkpointing"}
+    words["generations"] = "--num-generations"
     for step in steps:
         changed = replace(setting, **step)
         if changed != setting and predict(layout, changed)["total"] <= limit:
@@ -305,14 +336,20 @@ def parse_args(argv=None):
     g.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
         help="of the computation; auto: what load_vlm takes on each card (%(default)s)")
     g = parser.add_argument_group("use")
-    g.add_argument("--batch-size", type=positive_int, default=1, help="cases at once (%(default)s)")
+    g.add_argument("--batch-size", type=positive_int, default=1,
+        help="cases at once; grpo: questions, with all their answers, in one pass (%(default)s)")
     g.add_argument("--tokens", type=positive_int, default=128,
         help="text tokens of one prompt, image tokens not counted (%(default)s)")
-    g.add_argument("--new-tokens", type=positive_int, default=256, help="tokens generated per case (%(default)s)")
+    g.add_argument("--new-tokens", type=positive_int, default=256,
+        help="tokens of an answer, generated or learned (%(default)s)")
     g.add_argument("--image-size", type=positive_int, default=448,
         help="pixels per side, where the family keeps the image's own size: Qwen (%(default)s)")
-    g.add_argument("--train", default="none", choices=["none", "lora", "full"],
+    g.add_argument("--train", default="none", choices=["none", "lora", "full", "grpo"],
         help="none: only generate (%(default)s)")
+    g.add_argument("--num-generations", dest="generations", type=positive_int, default=4, metavar="G",
+        help="grpo: answers to a question (%(default)s)")
+    g.add_argument("--counterfactual", action=argparse.BooleanOptionalAction, default=True,
+        help="grpo: V has a gradient (train_grpo.py --cf-gradient)")
     g.add_argument("--rank", type=positive_int, default=8, help="of the LoRA adapters (%(default)s)")
     g.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=True,
         help="recompute activations in the backward pass")
