@@ -58,10 +58,11 @@ def test_the_table_counts_by_hand(rows_file):
         "answer, open": 4,
         "box": 1,
         "V": 1 + lent,
-        "reasoning against the answer": 12,
+        "text against the answer": 12,
+        "text against the truth": 0,
     }
     assert "| box | 0.2 | 1 | 8% |" in lines[0] and sum(facts["reward"].values()) == 12
-    assert facts["reward"]["answer + box + V + reasoning against the answer"] == 1
+    assert facts["reward"]["answer + box + V + text against the answer"] == 1
     assert "on 1 (8%)" in lines[-1]
 
 
@@ -71,11 +72,13 @@ def test_a_term_without_rows_is_dropped_by_name_or_refused(rows_file):
     assert weights == (0.2, 0.4, 0.2, 0) and facts["dropped"] == ["counterfactual"]
     assert any("counterfactual is dropped" in line for line in lines)
     assert any("box is no part of consistency" in line for line in lines)
-    assert facts["reward"] == {"answer + reasoning against the answer": 12}
+    assert facts["reward"] == {"answer + text against the answer": 12}
     with pytest.raises(InputError, match="asks for 0.5 of counterfactual, which is defined on none of the 12 rows"):
         settled(rows, "0.2,0.4,0.2,0.5")
     assert settled(rows, "0.2,0.4,0.2,0")[2]["dropped"] == []  # nobody asked
-    assert settled(rows, style="think")[2]["dropped"] == ["consistency", "counterfactual"]
+    weights, lines, _ = settled([row | {"region": BOX, "findings": []} for row in rows], style="think")
+    assert weights[3] == 0.2 and any("box is no part of consistency" in line for line in lines)  # it has no boxes
+    assert not any("truth is no part" in line for line in lines)
 
 
 def test_the_trainer_says_it_before_the_model_is_loaded(rows_file, capsys, refused):

@@ -48,7 +48,8 @@ def parts_of(row, style):
         "answer, open": not closed,
         "box": style == "json" and box_term(row, nothing)[0] is not None,
         "V": v_is_defined(row),
-        "reasoning against the answer": style == "json",
+        "text against the answer": True,
+        "text against the truth": row.get("findings") is not None,
     }
 
 
@@ -57,12 +58,13 @@ TERM_OF = {  # part -> the term of --weights that it belongs to
     "answer, open": "answer",
     "box": "consistency",
     "V": "counterfactual",
-    "reasoning against the answer": "consistency",
+    "text against the answer": "consistency",
+    "text against the truth": "consistency",
 }
 WHY = {
-    "box": "no row has a gold region that is less than most of its image",
+    "box": "no row has a gold region that is less than most of its image, or the prompt asks for none",
     "V": "no row has a gold region of a size that can be taken out",
-    "reasoning against the answer": "the think prompt has no reasoning field",
+    "text against the truth": "no row says what its image shows, so nobody knows whether a caption is true",
 }
 
 
