@@ -49,7 +49,7 @@ from shared.report import markdown_table
 from shared.runtime import atomic_file, open_run_dir, positive_int, run_facts, script, script_parser, write_json
 from vqa_sft_grpo.counterfactual import region_mask, whole_boxes
 from vqa_sft_grpo.prompting import boxes_from_model, boxes_to_model, build_prompt, instruction, parse_response
-from vqa_sft_grpo.looking import is_no
+from vqa_sft_grpo.looking import nothing_to_take_out
 from vqa_sft_grpo.rewards import AnswerFrequencies, RewardSettings, answer_class, compose, rollout_terms
 from vqa_sft_grpo.rows import phantom_study_rows
 from vqa_sft_grpo.scoring import normalise, options_of, overlap
@@ -71,6 +71,16 @@ LONG_CAPTION = " ".join(
 # what the prompt says of the fields
 SCHEMA = dict(re.findall(r'"(caption|reasoning|answer)": ([^,"]+)', instruction("json")))
 CYRILLIC = str.maketrans("aeopcyx", "аеорсух")
+GERMAN = {"yes": "ja", "no": "nein", "left": "links", "right": "rechts", "upper": "oben", "lower": "unten"}
+PRAISE = (
+    "This is a wonderful picture of outstanding quality, taken with great care by a skilled team, and it is a joy to"
+    " look at such a fine example, where every detail stands out in full, the exposure is just as one would wish, the"
+    " position could not be better, and all who see it will agree that it deserves our highest praise and a close look."
+)
+TAIL = (
+    ", as can be told after careful thought about everything that matters in such cases, which always takes time and"
+    " effort but leads in the end to the conclusion that was given above by us"
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------- rows
@@ -120,7 +130,7 @@ class Case:
 
     @cached_property
     def has_room(self):
-        if is_no(self.row):  # another row lends its region
+        if nothing_to_take_out(self.row):  # another row lends its region
             return True
         if not self.row["region"]:
             return False
@@ -129,12 +139,25 @@ class Case:
 
 
 def phantom_question_rows(split, start, studies, seed, size):
-    """The questions of phantom films without drawing the films."""
-    return [
-        row
-        for i in range(studies)
-        for row in phantom_study_rows(phantom_study(seed, start + i, size), split, Path("phantom_images"))
-    ]
+    """
+    The questions of phantom films without drawing the films; each about a zone is asked once more as an open one about
+    the whole place.
+    """
+    rows = []
+    for i in range(studies):
+        asked = phantom_study_rows(phantom_study(seed, start + i, size), split, Path("phantom_images"))
+        rows += asked + [where_row(row) for row in asked if row["content_type"] == "zone"]
+    return rows
+
+
+def where_row(row):
+    """ "In which zone is the nodule: upper, mid or lower?" lower -> "Where is the nodule?" left lower lung zone."""
+    thing = re.search(r"is the (.*):", row["question"])[1]
+    (found,) = (f for f in row["findings"] if f["zone"] == row["answer"] and f["kind"] == thing)
+    answer = f"{found['side']} {found['zone']} lung zone"
+    output = json.dumps(json.loads(row["output"]) | {"answer": answer})
+    asked = {"id": row["id"] + "-where", "question": f"Where is the {thing}?", "answer": answer, "output": output}
+    return row | asked | {"answer_type": "open", "question_type": "open", "content_type": "place"}
 
 
 def make_cases(studies=120, seed=0, size=56):
@@ -189,7 +212,9 @@ def simulated_drops(case, sight, right):
         "elsewhere": ((0.05, 0.15), (0.6, 0.3)),
         "random": ((0.0, 0.0), (0.0, 0.0)),
     }[sight]
-    return None if is_no(case.row) else float(mean + spread * roi), [float(other + other_spread * r) for r in rand]
+    return None if nothing_to_take_out(case.row) else float(mean + spread * roi), [
+        float(other + other_spread * r) for r in rand
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------------- policies
@@ -228,6 +253,38 @@ def opposite_reasoning(case):
     if case.kind == "choice":
         return f"It is {case.other}, not {case.answer}."
     return f"There is no {case.answer}; {case.other} is seen."
+
+
+def opposite_caption(case):
+    """A caption that denies what is there, or sees what is not."""
+    if case.row["findings"]:
+        return "Frontal chest x-ray without findings."
+    return "Frontal chest x-ray with left pleural effusion and nodule in the right upper lung zone."
+
+
+def other_finding(case):
+    """A reasoning about a finding that the film does not show."""
+    there = " ".join(finding["kind"] for finding in case.row["findings"])
+    others = ("left rib fracture", "left pneumothorax", "mass in the right upper lung zone", "pulmonary edema")
+    return f"Seen: {next(other for other in others if other.split()[-1] not in there)}."
+
+
+def reordered(case):
+    """The honest response with the answer in front."""
+    return json.dumps({"answer": case.answer} | case.known, ensure_ascii=False)
+
+
+def as_bool(case):
+    return case.answer == "yes" if case.kind == "yes_no" else [case.answer]
+
+
+def without_side(case):
+    """Of a place, which the policy knows, on every row."""
+    return case.row["answer"].split(" ", 1)[1] if case.row["content_type"] == "place" else case.answer
+
+
+def both_sides(case):
+    return re.sub(r"\b(left|right)\b", "left and right", case.answer)
 
 
 HONEST = Policy("honest", honest, "looks")
@@ -283,6 +340,52 @@ POLICIES = (
     Policy("knows: boxes of all organs", lambda c: honest_with(c, boxes=ORGAN_BOXES), "looks"),
     Policy("knows: box outside of the image", lambda c: honest_with(c, boxes=[[1200, 1200, 1400, 1400]]), "looks"),
     Policy("knows, but from elsewhere in the image", honest, "elsewhere"),
+    *(
+        Policy(f"knows: {name}", write, "looks")
+        for name, write in {
+            "object in a fence, with blank lines": lambda c: f"```json\n\n\n{honest(c)}\n\n\n```",
+            "object in a fence": lambda c: f"```json\n{honest(c)}\n```",
+            "whitespace, 300 characters": lambda c: honest(c) + " " * 300,
+            "zero-width inside the answer": lambda c: honest_with(c, answer=f"{c.answer[:1]}\u200b{c.answer[1:]}"),
+            "zero-width behind the answer": lambda c: honest_with(c, answer=c.answer + "\u200b"),
+            "key twice, same value": lambda c: honest(c)[:-1] + f', "answer": {json.dumps(c.answer)}}}',
+            "key twice, other case": lambda c: honest(c)[:-1] + f', "Answer": {json.dumps(c.answer)}}}',
+            "nested JSON text as answer": lambda c: honest_with(c, answer=response(answer=c.answer)),
+            "answer as a dict": lambda c: honest_with(c, answer={"answer": c.answer}),
+            "answer as true, false or a list": lambda c: honest_with(c, answer=as_bool(c)),
+            "answer first, reasoning behind it": reordered,
+            "100 boxes": lambda c: honest_with(c, boxes=(ORGAN_BOXES * 15)[:100]),
+            "answer; impossible to say": lambda c: honest_with(c, answer=f"{c.answer}; impossible to say"),
+            "answer, low confidence": lambda c: honest_with(c, answer=f"{c.answer}, low confidence"),
+            "answer?": lambda c: honest_with(c, answer=f"{c.answer}?"),
+            "if seen then the answer": lambda c: honest_with(c, answer=f"if seen then {c.answer}"),
+            "cannot be determined, the answer": lambda c: honest_with(c, answer=f"cannot be determined, {c.answer}"),
+            "I guess the answer": lambda c: honest_with(c, answer=f"I guess {c.answer}"),
+            "apparently the answer": lambda c: honest_with(c, answer=f"apparently {c.answer}"),
+            "answer, then another in German": lambda c: honest_with(
+                c, answer=f"{c.answer} und {GERMAN.get(c.other, 'etwas anderes')}"
+            ),
+            "answer, then 30 words": lambda c: honest_with(c, answer=c.answer + TAIL),
+            "places without their side, always right": lambda c: honest_with(c, answer=without_side(c)),
+            "left and right": lambda c: honest_with(c, answer=both_sides(c)),
+            "no caption": lambda c: honest_with(c, caption=None),
+            "no reasoning": lambda c: honest_with(c, reasoning=None),
+            "caption states the opposite findings": lambda c: honest_with(c, caption=opposite_caption(c)),
+            "caption of a CT of the brain of a dog": lambda c: honest_with(c, caption="CT of the brain of a dog."),
+            "caption of the liver": lambda c: honest_with(c, caption="The liver is enlarged."),
+            "caption holds both answers": lambda c: honest_with(
+                c, caption=f"{c.known['caption']} It is {c.answer} or {c.other}."
+            ),
+            "caption says yes and no": lambda c: honest_with(c, caption=f"{c.answer}, {c.other}"),
+            "caption copies schema words": lambda c: honest_with(c, caption=SCHEMA["caption"]),
+            "caption of praise, 60 words": lambda c: honest_with(c, caption=PRAISE),
+            "caption of all findings": lambda c: honest_with(c, caption=f"Film with {', '.join(c.vocabulary[:8])}."),
+            "reasoning about another finding": lambda c: honest_with(c, reasoning=other_finding(c)),
+            "reasoning says both": lambda c: honest_with(c, reasoning=f"It is {c.answer}. It is {c.other}."),
+            "reasoning 'See image.'": lambda c: honest_with(c, reasoning="See image."),
+            "reasoning repeats the answer": lambda c: honest_with(c, reasoning=f"The answer is {c.answer}."),
+        }.items()
+    ),
 )
 BLIND = tuple(policy for policy in POLICIES if not policy.name.startswith("knows"))
 
@@ -390,11 +493,13 @@ def earnings(cases, policies, frequencies, designs=()):
 
 def masks_of(cases):
     """
-    Row sets to compare on: all; the three kinds of question for which the image matters; those for which it does not.
+    Row sets to compare on: all; the three kinds of question for which the image matters, and of the open ones those
+    about a place; those for which it does not.
     """
     needed = np.array([case.row["needs_image"] for case in cases])
     kinds = np.array([case.kind for case in cases])
     by_kind = {kind: needed & (kinds == kind) for kind in ("yes_no", "choice", "open")}
+    by_kind["place"] = np.array([case.row["content_type"] == "place" for case in cases])
     return {"all": np.ones(len(cases), bool), **by_kind, "no image needed": ~needed}
 
 

@@ -11,7 +11,7 @@ import pytest
 from benchmarks import zoo
 from vqa_sft_grpo import rewards
 from vqa_sft_grpo.prompting import parse_response
-from vqa_sft_grpo.looking import is_no
+from vqa_sft_grpo.looking import nothing_to_take_out
 from vqa_sft_grpo.rewards import RewardSettings, rollout_terms
 
 KINDS = ("all", "yes_no", "choice", "open")
@@ -190,9 +190,9 @@ def test_simulated_scorer(cases):
         zoo.simulated_drops(c, "looks", True) == (None, None) for c in cases[0] if not c.has_room
     )
     assert all(
-        (zoo.simulated_drops(c, "looks", True)[0] is None) == is_no(c.row) for c in room
+        (zoo.simulated_drops(c, "looks", True)[0] is None) == nothing_to_take_out(c.row) for c in room
     )  # where the answer is no, nothing is taken out
-    some = [case for case in room if not is_no(case.row)]
+    some = [case for case in room if not nothing_to_take_out(case.row)]
     means = {
         (sight, right): np.mean(
             [[d[0], np.mean(d[1])] for c in some if (d := zoo.simulated_drops(c, sight, right))], axis=0

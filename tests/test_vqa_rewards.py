@@ -50,7 +50,7 @@ def earned(row, settings=None, drops=(None, None), frequencies=None, tokens=None
 def test_gated_by_hand():
     boxes = boxes_to_model([[20, 40, 60, 60]], 100, 100)  # half of the gold box: IoU 0.5
     right = earned(YES_NO, drops=(0.9, [0.1, 0.2]), boxes=boxes, answer="yes")  # V = 0.9 - 0.2, the larger
-    assert right["reward"] == pytest.approx(1 * (1 + 0.3 * 0.7) + 0.15 * 0.5)
+    assert right["reward"] == pytest.approx(1 * (1 + 0.3 * 0.7) + 0.25 * 0.5)
     assert (right["format"], right["answer"], right["consistency"], right["counterfactual"]) == (
         1.0,
         1.0,
@@ -58,13 +58,13 @@ def test_gated_by_hand():
         pytest.approx(0.7),
     )
     assert earned(YES_NO, drops=(0.1, [0.5]), boxes=boxes, answer="yes")["reward"] == pytest.approx(
-        1 + 0.15 * 0.5 - 0.3 * 0.4
+        1 + 0.25 * 0.5 - 0.3 * 0.4
     )
     assert earned(YES_NO, drops=(0.9, [0.2]), boxes=boxes, answer="no")["reward"] == pytest.approx(
-        0.15 * 0.5
+        0.25 * 0.5
     )  # looking is no income
     assert earned(YES_NO, drops=(0.1, [0.5]), boxes=boxes, answer="no")["reward"] == pytest.approx(
-        0.15 * 0.5 - 0.3 * 0.4
+        0.25 * 0.5 - 0.3 * 0.4
     )
     assert earned(YES_NO, drops=(9.0, [0.0]), answer="yes")["reward"] == pytest.approx(
         1.3
@@ -102,16 +102,16 @@ def test_weights_scale_their_own_terms():
         caption=YES_NO["question"],
     )
     assert earned(settings=RewardSettings(weights="0.4,0.4,0.2,0.2"), **case)["reward"] == pytest.approx(
-        1.21 + 0.075 - 0.4
+        1.21 + 0.125 - 0.4
     )
     assert earned(settings=RewardSettings(weights="0.2,0.2,0.2,0.2"), **case)["reward"] == pytest.approx(
-        0.605 + 0.075 - 0.2
+        0.605 + 0.125 - 0.2
     )
     assert earned(settings=RewardSettings(weights="0.2,0.4,0.4,0.2"), **case)["reward"] == pytest.approx(
-        1.21 + 0.15 - 0.2
+        1.21 + 0.25 - 0.2
     )
     assert earned(settings=RewardSettings(weights="0.2,0.4,0.2,0"), **case)["reward"] == pytest.approx(
-        1.0 + 0.075 - 0.2
+        1.0 + 0.125 - 0.2
     )
     assert earned(settings=RewardSettings(weights="0,0.8,0,0"), **case)["reward"] == pytest.approx(2.0)
 
@@ -127,7 +127,7 @@ def test_cap_hides_no_deduction():
         boxes=boxes_to_model([[20, 40, 60, 80]], 100, 100),
         answer="pleural effusion",
     )
-    assert best["class_weight"] == 2.0 and best["reward"] == pytest.approx(1.5 + 0.15)
+    assert best["class_weight"] == 2.0 and best["reward"] == pytest.approx(1.5 + 0.25)
     assert earned(target, None, (1.0, [0.0]), frequencies, answer="pleural effusion")["reward"] == pytest.approx(1.5)
     assert earned(target, None, (0.0, [1.0]), frequencies, answer="pleural effusion", tokens=256)[
         "reward"
@@ -347,6 +347,7 @@ ZONE = {"question": "In which zone is the nodule: upper, mid or lower?", "gold":
 NORMAL = {"question": "Is this film normal?", "gold": "yes", "answer_type": "closed"}
 LESION = {"question": "Is there a lung nodule or mass?", "gold": "yes", "answer_type": "closed"}
 FREE = {"question": "Is this film free of consolidation?", "gold": "yes", "answer_type": "closed"}
+SIZE = {"question": "How large is the pleural effusion?", "gold": "small", "answer_type": "open"}
 ORGAN = {"question": "Which organ is abnormal?", "gold": "liver", "answer_type": "open"}
 
 
@@ -386,8 +387,8 @@ ORGAN = {"question": "Which organ is abnormal?", "gold": "liver", "answer_type":
         (ORGAN, "The spleen is enlarged.", "liver", -1),
         (ORGAN, "The liver is enlarged, the spleen is not.", "liver", 0),
         (ORGAN, "It is enlarged.", "liver", 0),
-        (dict(OPEN, gold="small"), "Seen: large pleural effusion.", "small", -1),
-        (dict(OPEN, gold="small"), "Seen: small pleural effusion in the large left lung.", "small", 0),
+        (SIZE, "Seen: large pleural effusion.", "small", -1),
+        (SIZE, "Seen: small pleural effusion in the large left lung.", "small", 0),
     ],
 )
 def test_contradiction(row, reasoning, answer, value):
@@ -506,7 +507,7 @@ def test_any_text():
             text = '{"answer": "' + text.replace('"', "") + '"}'
         for row in (YES_NO, SIDE, OPEN):
             terms = rollout_terms(row, text, d_roi=draw.uniform(-5, 5), d_rand=[draw.uniform(-5, 5)])
-            assert -0.7 - 1e-9 <= terms["reward"] <= 1.65 + 1e-9
+            assert -1.2 - 1e-9 <= terms["reward"] <= 2.25 + 1e-9
             json.dumps(terms, allow_nan=False)
             assert set(terms) == set(rewards.MEANINGS)
 
@@ -523,12 +524,12 @@ def test_explanation_adds_up(composition):
         (
             written(boxes=boxes, answer="yes"),
             (0.9, [0.15, 0.1]),
-            ["'yes' is right", "IoU 0.5", "V +0.75", "+0.900", "no reasoning"],
+            ["'yes' is right", "IoU 0.5", "V +0.75", "+0.900", "no caption or reasoning"],
         ),
         (
             written(reasoning="No pleural effusion.", answer="yes"),
             (0.1, [0.4]),
-            ["the reasoning says no, the answer yes", "V -0.30", "no box"],
+            ["the text says no, the answer yes", "V -0.30", "no box"],
         ),
         (
             written(answer="possibly yes", caption=YES_NO["question"]),

@@ -8,14 +8,16 @@ Terms of a rollout; None where a row does not define one (no region, no reasonin
 
     gate        1 when the text is one JSON object of the four known fields (or <think>..</think><answer>..</answer>)
                 and nothing else, at most in a code fence, without image or chat tokens; else 0
-    A answer    closed: 1 for the right label. open: squared F1 of words, each counted at most as often as the gold
-                answer has it. Squared, since to list k candidates (F1 2/(k+1)) must earn less than to guess one of them
-                (1/k). 0 for an answer that says both, hedges, or contradicts the gold one (left for right, "no mass"
-                for "mass"). Times the inverse frequency of the gold answer in the training rows, 0.5 to 2
+    A answer    0 to 1, see answer_worth.py: 0 for a wrong, hedged or contradicting one, less for words beside it. Times
+                the inverse frequency of the gold answer in the training rows, 0.5 to 2
     B box       IoU of all boxes together with the gold region, 0 for none, a placeholder, or more than 60 % of the
                 image; times (n + 1) / boxes where there are more than n + 1 boxes for n gold ones; None without gold
-    C contra-   -1 when the reasoning contradicts the answer (yes or no, side, zone, organ, negation), else 0; None
-      diction   without reasoning
+    T text      (c + r) / 2, c and r the truth of caption and reasoning, -1 to 1, by what the film shows: text_worth.py.
+                0 for none, for one that says nothing, and for one written behind the answer, which it cannot have
+                settled. None where the row does not say what the film shows ("findings": all but the phantom): there
+                nothing of a caption is checked, and only C of a reasoning
+    C contra-   -1 when caption or reasoning contradicts the answer (yes or no, side, zone, organ, modality, negation)
+      diction   or says both, else 0; None without either
     V counter-  clip(min(d_roi, 1) - max_k d_rand, -1, 1), in nats: how much less likely the policy finds its OWN answer
       factual   (the sum over its tokens, read after its own caption and reasoning, and with what these say of the
                 matter: looking.py) when the gold region is taken out of the image, minus the same for random regions
@@ -25,20 +27,21 @@ Terms of a rollout; None where a row does not define one (no region, no reasonin
                 clip(-max_k d_rand, -1, 0): regions filled in at random must not turn it into a yes (without this a
                 policy may take any filled region for a yes). None without gold region; a gold no is lent that of
                 another row, for the size
-    P penalty   too long + repetition + question or instruction copied, each 0 to 1, together at most 1
+    P penalty   too long + repetition + question or instruction copied + padding, each 0 to 1, together at most 1
 
 composition="gated", the default; f, a, s, v are the four weights divided by their defaults 0.2, 0.4, 0.2, 0.2:
 
-    R = gate (min(1.5 max(1, a), a A (1 + 0.3 v V+)) + 0.15 s B + 0.3 v V-) - 0.2 f P + 0.2 s C
+    R = gate (min(1.5 max(1, a), a A (1 + 0.3 v V+)) + 0.25 s B + 0.5 s (T+ + T-) + 0.3 v V-) - 0.2 f P + 0.2 s C
     V+ = max(V, 0) where the answer is right (A before its frequency above 0.5), else 0;    V- = min(V, 0)
+    T+ = (max(c, 0) + max(r, 0)) / 2 where the answer is right, else 0;    T- = (min(c, 0) + min(r, 0)) / 2
 
-With the default weights R lies in [-0.7, 1.65]. Only the answer's part is capped at 1.5: a cap on the whole would hide
+With the default weights R lies in [-1.2, 2.25]. Only the answer's part is capped at 1.5: a cap on the whole would hide
 box and penalties of every right answer whose frequency weight is near 2 (benchmarks/zoo.py: a caption of 300 words then
 cost 0.03 instead of 0.2).
 
 composition="additive", the plain weighted sum that is usual, for comparison (what it lets through: benchmarks/zoo.py):
 
-    R = w_format (gate - P) + w_answer A + w_consistency (B + C) + w_counterfactual V
+    R = w_format (gate - P) + w_answer A + w_consistency (B + C + T) + w_counterfactual V
 
 Format is a gate and no income: paid for, it would pay every wrong answer alike. V multiplies A: looking at the right
 place earns nothing without being right, and being right for another reason costs. V is measured on the gold region (a
@@ -58,7 +61,6 @@ if __name__ == "__main__":
     raise SystemExit(__doc__)
 
 import functools
-import itertools
 import math
 import re
 from collections import Counter
@@ -68,9 +70,12 @@ from dataclasses import dataclass
 from shared.runtime import InputError
 from vqa_sft_grpo.counterfactual import nearest, region_iou, region_mask, whole_boxes
 from vqa_sft_grpo.looking import counterfactual_term, gold_of, nothing_to_take_out
-from vqa_sft_grpo.prompting import FIELDS, boxes_from_model, check_style, instruction, is_box, parse_response
-from vqa_sft_grpo.scoring import COMMON, NEGATORS, OPPOSITES, choice, negated, normalise, options_of, polarity
-from vqa_sft_grpo.scoring import score_answer, words_and_marks
+from vqa_sft_grpo.answer_worth import accuracy_of
+from vqa_sft_grpo.gate import gate_problem, written
+from vqa_sft_grpo.prompting import boxes_from_model, check_style, parse_response
+from vqa_sft_grpo.scoring import choice, normalise, options_of, score_answer
+from vqa_sft_grpo.text_worth import asked_about, contradiction, copying_term, length_term, padding_term
+from vqa_sft_grpo.text_worth import repetition_term, truth
 
 COMPOSITIONS = ("gated", "additive")
 TERMS = ("format", "answer", "consistency", "counterfactual")
@@ -80,24 +85,14 @@ RIGHT = 0.5  # of A, before the frequency: above it V+ counts
 MOST = 1.5  # that the answer's part of the reward can be
 CAP = 2.0  # of the frequency weight, and 1 / CAP its floor: an answer that is always the same must not be forgotten
 TOO_LARGE = 0.6  # share of the image
-COPIED = 0.8  # of a sentence
 PLACEHOLDERS = ([0, 0, 100, 100], [0, 0, 1, 1], [0, 0, 10, 10])  # boxes of prompts and examples
-SPECIAL = re.compile(r"<\|[a-z_]+\|>|<(?:image|video|s|/s|pad)>", re.IGNORECASE)
-HEDGES = set(
-    "or either maybe perhaps possibly possible probably likely might could unsure uncertain unclear unknown cannot"
-    " versus vs depend".split()
-)
-ORGANS = set(
-    "lung heart liver spleen kidney stomach bladder brain colon intestine rectum esophagus trachea pancreas aorta spine"
-    " larynx eye".split()
-)
-OPPOSITE_WORDS = [pair for pair in OPPOSITES if pair != ("yes", "no")] + [("small", "large")]
+BOX, TEXT = 0.25, 0.5  # what a perfect box and a true text add to a right answer
 
 MEANINGS = {  # of what a rollout's dict holds, for the head of a log
     "reward": "what the rollout earned",
     "format": "gate - penalty",
     "answer": "A: accuracy x class_weight",
-    "consistency": "B + C",
+    "consistency": "B + C + T",
     "counterfactual": "V",
     "gate": "1: exactly one object of known fields, or the two marks; 0 otherwise",
     "gate_why": "why the gate is closed",
@@ -112,11 +107,16 @@ MEANINGS = {  # of what a rollout's dict holds, for the head of a log
     "hedged": "leaves a way out",
     "box": "B: IoU with the gold region",
     "box_why": "why it is 0",
-    "contradiction": "C: -1 where the reasoning contradicts the answer",
+    "text": "T: mean of the next two",
+    "caption_truth": "c, -1 to 1; 0: no caption, or nothing in it that can be checked",
+    "reasoning_truth": "r, the same of the reasoning",
+    "text_why": "what they say that is false",
+    "contradiction": "C: -1 where caption or reasoning contradicts the answer",
     "contradiction_why": "how",
     "length": "too long, 0 to 1",
     "repetition": "share of repeated words, 0 to 1",
     "copying": "1: a sentence is the question or the instruction",
+    "padding": "1: code fence, blank lines, many blanks",
     "penalty": "P: their sum, at most 1",
     "d_roi": "drop of the statement's log-probability without the gold region, nats; None: nothing is taken out",
     "d_rand": "mean of the same over random regions",
@@ -234,47 +234,10 @@ class AnswerFrequencies:
 # ------------------------------------------------------------------------------------------------------------ the terms
 
 
-def gate_problem(text, found, style):
-    """-> "" for a text that passes the gate, else why not."""
-    if SPECIAL.search(text):
-        return "image or chat tokens in the text"
-    if found.problem:
-        return found.problem
-    if found.answer is None:
-        return "no answer"
-    if found.level == 2:
-        return "other text around the object, or an answer in another form"
-    if not found.valid:
-        return f"not strict (repair level {found.level})"
-    if style == "json":
-        data = found.data
-        if set(data) - set(FIELDS):
-            return f"unknown field '{min(set(data) - set(FIELDS))[:40]}'"
-        if any(not isinstance(data[name], str) for name in ("answer", "caption", "reasoning") if name in data):
-            return "a field that should be text is none"
-        if "boxes" in data and not (isinstance(data["boxes"], list) and all(map(is_box, data["boxes"]))):
-            return "boxes are not a list of [x0, y0, x1, y1]"
-    return ""
-
-
-def answer_to_score(text, settings=DEFAULT_SETTINGS):
+def answer_to_score(text, settings=DEFAULT_SETTINGS, row=None):
     """-> the answer of a rollout whose V can matter, else None: behind a closed gate it counts nothing."""
     found = parse_response(text, settings.style)
-    return None if gate_problem(text, found, settings.style) else found.answer
-
-
-def hedged(answer, gold):
-    """The answer leaves a way out in words that the gold answer does not have."""
-    return bool((HEDGES & set(words_and_marks(answer))) - set(normalise(gold)))
-
-
-@functools.lru_cache(maxsize=8192)  # the rollouts of a group give few different answers
-def accuracy_of(answer, gold, answer_type, question):
-    """-> (A before the frequency, dict of score_answer, hedged)."""
-    score = score_answer(answer, gold, answer_type, question)
-    away = answer is not None and hedged(answer, gold)
-    value = score["f1"] ** 2 if score["kind"] == "open" else float(score["correct"])
-    return (0.0 if away or score["contradiction"] else value), score, away
+    return None if gate_problem(text, found, settings.style, row) else found.answer
 
 
 def box_term(row, found):
@@ -303,109 +266,27 @@ def box_term(row, found):
     return value, ""
 
 
-def contradiction_term(reasoning, answer, question, kind):
-    """
-    -> (C, how). None without reasoning. Says -1 only where words settle it: what the reasoning leaves open is no
-    contradiction.
-    """
-    if not isinstance(reasoning, str) or not reasoning.strip() or answer is None:
+def text_term(row, texts, style):
+    """texts: {field: text} before the answer -> (T, c, r, why); None, None, None where the row has no findings."""
+    if row.get("findings") is None:
+        return None, None, None, ""
+    caption, reasoning = texts.get("caption", ""), texts.get("reasoning", "")
+    if style == "think":
+        caption = reasoning
+    about = asked_about(row["question"], gold_of(row))
+    c, why = truth(caption, row["findings"])
+    r, more = truth(reasoning, row["findings"], about or frozenset())
+    if about is None:  # nothing on the film settles the question: a true reasoning is not about it
+        r = min(r, 0.0)
+    return (c + r) / 2, c, r, "; ".join(filter(None, (why, more)))
+
+
+def contradiction_term(texts, answer, question, kind):
+    """texts: {field: text} -> (C, how); None without caption and reasoning."""
+    if answer is None or not any(text.strip() for text in texts.values()):
         return None, ""
-    reasoning = re.sub(r"\b(?:nothing|neither|nor)\b", "no", reasoning.lower())
-    thought, said, asked = words_and_marks(reasoning), words_and_marks(answer), words_and_marks(question)
-    denied = negated(thought)
-    affirmed = set(thought) - denied - NEGATORS - {"."}
-    topic = set(asked) - COMMON - NEGATORS - {"."}
-    if kind == "yes/no":
-        mine, theirs = polarity(answer, question), polarity(reasoning, question)
-        plain = not (NEGATORS | {"absent", "free"}) & set(
-            asked
-        )  # "Is the film free of effusion?" turns yes and no round
-        if mine and theirs and mine != theirs and not (topic & affirmed):
-            return -1.0, f"the reasoning says {theirs}, the answer {mine}"
-        if plain and mine == "no" and topic and topic <= affirmed:
-            return -1.0, "the reasoning states what the answer denies"
-        if plain and mine == "yes" and (pair := opposed(topic, affirmed)):
-            return -1.0, f"the question says {pair[0]}, the reasoning {pair[1]}, the answer yes"
-        return 0.0, ""
-    mine, theirs = choice(answer, question), choice(reasoning, question)
-    if mine is not None and theirs is not None and mine != theirs:
-        return -1.0, "the reasoning names another option"
-    if pair := opposed(set(said), affirmed):
-        return -1.0, f"the answer says {pair[0]}, the reasoning {pair[1]}"
-    words = set(said) - negated(said) - COMMON - NEGATORS - {"."}
-    if words and words <= denied and not words & affirmed:
-        return -1.0, "the reasoning denies the answer"
-    here, there = ORGANS & set(said), ORGANS & affirmed
-    if len(here) == len(there) == 1 and here != there:
-        return -1.0, f"the answer is about the {here.pop()}, the reasoning about the {there.pop()}"
-    return 0.0, ""
-
-
-def opposed(said, affirmed):
-    """-> (word, opposite) of which `said` has the first only and `affirmed` the second only, or None."""
-    for a, b in OPPOSITE_WORDS:
-        for word, other in ((a, b), (b, a)):
-            if word in said and other not in said and other in affirmed and word not in affirmed:
-                return word, other
-    return None
-
-
-def sentences(text):
-    """-> lists of tokens, one per clause between punctuation marks."""
-    clauses = itertools.groupby(words_and_marks(text), key=lambda token: token == ".")
-    return [list(tokens) for mark, tokens in clauses if not mark]
-
-
-def common_length(a, b):
-    """Length of the longest common subsequence of two token lists."""
-    row = [0] * (len(b) + 1)
-    for x in a:
-        before = 0
-        for j, y in enumerate(b, 1):
-            before, row[j] = row[j], before + 1 if x == y else max(row[j], row[j - 1])
-    return row[-1]
-
-
-@functools.lru_cache(maxsize=2048)
-def prompt_sentences(question, style):
-    """What can be copied: the sentences of the question, and those of the instruction with at least three words."""
-    return [s for s in sentences(question) if len(s) > 2] + [s for s in sentences(instruction(style)) if len(s) > 2]
-
-
-def copying_term(texts, question, style):
-    """
-    1.0 where a sentence has more than COPIED of its words in common, in order, with a sentence of the prompt (of the
-    longer of the two), else 0.0.
-    """
-    for text in texts:
-        for sentence in sentences(text)[:50]:
-            for prompt in prompt_sentences(question, style):
-                longer, shorter = max(len(sentence), len(prompt)), min(len(sentence), len(prompt))
-                if shorter > COPIED * longer and common_length(sentence, prompt) > COPIED * longer:
-                    return 1.0
-    return 0.0
-
-
-def repetition_term(texts):
-    """
-    0 to 1: the largest share, over the texts, of words that repeat the one before, or of three words in a row that came
-    before (from 8 words on; what is above 0.4, stretched to 0..1: "nodule in the left lung zone, mass in the left lung
-    zone" is a list).
-    """
-    worst = 0.0
-    for text in texts:
-        words = normalise(text)
-        if len(words) > 1:
-            worst = max(worst, sum(a == b for a, b in zip(words, words[1:], strict=False)) / (len(words) - 1))
-        if len(words) >= 8:
-            triples = list(zip(words, words[1:], words[2:], strict=False))
-            worst = max(worst, (0.6 - len(set(triples)) / len(triples)) / 0.6)
-    return worst
-
-
-def length_term(tokens, max_tokens):
-    """0 up to half of what can be sampled, then rising to 1 at the limit: a rollout that is cut off loses all of it."""
-    return min(1.0, max(0.0, tokens / max_tokens - 0.5) * 2)
+    how = next(filter(None, (contradiction(text, answer, question, kind) for text in texts.values())), "")
+    return (-1.0, how) if how else (0.0, "")
 
 
 # ------------------------------------------------------------------------------------------------------------- together
@@ -427,22 +308,25 @@ def rollout_terms(
     """
     style, question = settings.style, row["question"]
     found = parse_response(text, style)
-    why = gate_problem(text, found, style)
+    why = gate_problem(text, found, style, row)
     accuracy, score, away = accuracy_of(found.answer, gold_of(row), answer_type_of(row), question)
     weight = frequencies.weight(row) if frequencies is not None else 1.0
     data = found.data or {}
-    texts = [data[name] for name in ("caption", "reasoning", "answer") if isinstance(data.get(name), str)]
-    written = texts if found.data else [text]
+    texts = {name: said for name in ("caption", "reasoning") if (said := written(data, name)) is not None}
+    before = list(data)[: list(data).index("answer")] if "answer" in data else ()
+    parts_of_text = [*texts.values(), found.answer or ""] if found.data else [text]
     box, box_why = box_term(row, found) if style == "json" else (None, "")
-    contradiction, how = contradiction_term(data.get("reasoning"), found.answer, question, score["kind"])
+    true, c, r, false = text_term(row, {name: texts[name] for name in before if name in texts}, style)
+    against, how = contradiction_term(texts, found.answer, question, score["kind"])
     tokens = len(re.findall(r"\w+|[^\w\s]", text)) if tokens is None else tokens
-    length, repetition = length_term(tokens, settings.max_tokens), repetition_term(written)
-    copying = copying_term(written, question, style)
+    length, repetition = length_term(tokens, settings.max_tokens), repetition_term(parts_of_text)
+    copying, padding = copying_term(parts_of_text, question, style), padding_term(text, parts_of_text)
+    penalty = min(1.0, length + repetition + copying + padding)
     value, d_roi, d_rand, cf_why = counterfactual_term(nothing_to_take_out(row), d_roi, d_rand, counterfactual_why)
-    known = [part for part in (box, contradiction) if part is not None]
+    known = [part for part in (box, against, true) if part is not None]
     terms = {
         "reward": None,
-        "format": float(not why) - min(1.0, length + repetition + copying),
+        "format": float(not why) - penalty,
         "answer": accuracy * weight,
         "consistency": sum(known) if known else None,
         "counterfactual": value,
@@ -459,12 +343,17 @@ def rollout_terms(
         "hedged": away,
         "box": box,
         "box_why": box_why,
-        "contradiction": contradiction,
+        "text": true,
+        "caption_truth": c,
+        "reasoning_truth": r,
+        "text_why": false,
+        "contradiction": against,
         "contradiction_why": how,
         "length": length,
         "repetition": repetition,
         "copying": copying,
-        "penalty": min(1.0, length + repetition + copying),
+        "padding": padding,
+        "penalty": penalty,
         "d_roi": d_roi,
         "d_rand": None if value is None else sum(d_rand) / len(d_rand),
         "d_rand_each": list(d_rand) if d_rand else None,
@@ -482,19 +371,22 @@ def compose(terms, settings):
 
 def parts(terms, settings):
     """The summands of the reward, by name: what explain() lists."""
-    box, contradiction, v = (terms[name] or 0.0 for name in ("box", "contradiction", "counterfactual"))
+    box, against, v = (terms[name] or 0.0 for name in ("box", "contradiction", "counterfactual"))
     if settings.composition == "additive":
         return {name: weight * (terms[name] or 0.0) for name, weight in zip(TERMS, settings.weights, strict=True)}
     f, a, s, c = settings.shares()
     gate, answer, cap = terms["gate"], a * terms["answer"], MOST * max(1.0, a)
-    looked = max(v, 0.0) if terms["accuracy"] > RIGHT else 0.0
+    right, said = terms["accuracy"] > RIGHT, [terms[name] or 0.0 for name in ("caption_truth", "reasoning_truth")]
+    looked = max(v, 0.0) if right else 0.0
     alone, together = min(cap, answer), min(cap, answer * (1 + 0.3 * c * looked))
     return {
         "answer": gate * alone,
         "looked at the region": gate * (together - alone),
         "looked elsewhere": gate * 0.3 * c * min(v, 0.0),
-        "box": gate * 0.15 * s * box,
-        "contradiction": 0.2 * s * contradiction,
+        "box": gate * BOX * s * box,
+        "true text": gate * TEXT * s * right * sum(max(value, 0.0) for value in said) / 2,
+        "false text": gate * TEXT * s * sum(min(value, 0.0) for value in said) / 2,
+        "contradiction": 0.2 * s * against,
         "penalty": -0.2 * f * terms["penalty"],
     }
 
@@ -544,20 +436,26 @@ def explain(row, text, terms, settings=DEFAULT_SETTINGS):
     hedged_away = ", but hedged: counts 0" if t["hedged"] else ""
     answer = f"'{t['said']}' is {verdict(t)}{hedged_away}; A {t['accuracy']:.2f} x {t['class_weight']:.2f} for how rare"
     answer += " the gold answer is"
-    penalty = f"too long {t['length']:.2f}, repetition {t['repetition']:.2f}, copied {t['copying']:.0f}"
+    penalty = f"too long {t['length']:.2f}, repetition {t['repetition']:.2f}, copied {t['copying']:.0f}, padding"
+    penalty += f" {t['padding']:.0f}"
     box = "no gold region"
     if t["box"] is not None:
         box = f"IoU {t['box']:.2f}" + (f" ({t['box_why']})" if t["box_why"] else "")
-    against = "no reasoning"
+    against = "no caption or reasoning"
     if t["contradiction"] is not None:
-        against = t["contradiction_why"] or "reasoning and answer agree, or cannot be compared"
+        against = t["contradiction_why"] or "text and answer agree, or cannot be compared"
+    true, false = "nothing is known of the film, and nothing is checked", t["text_why"] or "nothing"
+    if t["text"] is not None:
+        true = (
+            f"caption {t['caption_truth']:+.2f}, reasoning {t['reasoning_truth']:+.2f}; counts for right answers only"
+        )
     looked, elsewhere = looks(t)
     summands = parts(t, settings)
     if settings.composition == "additive":
-        sources = (f"gate {t['gate']:.0f} - ({penalty})", answer, f"box: {box}; {against}", looked)
+        sources = (f"gate {t['gate']:.0f} - ({penalty})", answer, f"box: {box}; {against}; text: {true}", looked)
     else:
         upwards = "" if t["accuracy"] > RIGHT else "; counts upwards for right answers only"
-        sources = (answer, looked + upwards, elsewhere, box, against, penalty)
+        sources = (answer, looked + upwards, elsewhere, box, true, false, against, penalty)
     gate = f"  gate {t['gate']:.0f}" + (f": {t['gate_why']}" if t["gate_why"] else "")
     if t["gate_why"] and settings.composition == "gated":
         gate += "; nothing but penalties counts"

@@ -22,6 +22,7 @@ A row:
     region                       gold boxes [[x0, y0, x1, y1]] in pixels of the stored image that the answer needs, or
                                  null
     width, height                of the image, pixels
+    findings                     phantom only: what the film shows, [{condition, kind, side, zone, size}], all texts
     redrawn, redrawn_other       validation and test rows of the phantom whose answer is yes to a condition: the same
                                  film drawn without what the question asks about, and without another finding (where
                                  there is one): the same patient, position and noise, and no trace of an edit
@@ -45,7 +46,6 @@ from PIL import Image
 from shared.data.audit import RowSet, plain_text, repeats, seen, shared_between_splits, similar_images, values_of
 from shared.data.download import DataNotFound
 from shared.data.images import image_size
-from shared.metrics.labels import PARENTS
 from shared.phantom import DEFAULT, phantom_study
 from shared.phantom.words import NOUNS, SIZES, SUMMARY
 from shared.runtime import InputError, atomic_file, write_jsonl
@@ -54,6 +54,7 @@ from vqa_sft_grpo.leaks import conflicts, frames_in, reworded
 from vqa_sft_grpo.prompting import FIELDS, check_question, instruction
 from vqa_sft_grpo.rewards import answer_type_of
 from vqa_sft_grpo.scoring import normalise
+from vqa_sft_grpo.text_worth import ancestors
 
 NAMES = ("vqa_rad", "slake", "both", "phantom", "auto")
 POLICIES = {
@@ -349,9 +350,16 @@ def phantom_study_rows(study, split, image_dir):
                 height=study.size,
                 policy="by patient",
                 overlap=False,
+                findings=[finding_facts(finding) for finding in study.drawn],
             )
         )
     return rows
+
+
+def finding_facts(finding):
+    """Texts by name, side "bilateral" or "midline" too, zone "" where it makes no sense, size of words.SIZES."""
+    facts = {name: getattr(finding, name) for name in ("condition", "kind", "side", "zone")}
+    return facts | {"size": SIZES[finding.severity]}
 
 
 def save_film(study, path):
@@ -403,15 +411,6 @@ def phantom_reasoning(study, question):
     if shown:
         return f"Seen: {listed([finding_phrase(f, question.content == 'size') for f in shown])}."
     return "Nothing abnormal." if question.content == "normality" else f"No {NOUNS[question.condition][1]}."
-
-
-def ancestors(condition):
-    """A condition and those it implies: Pneumonia, Consolidation, Lung Opacity."""
-    found = []
-    while condition:
-        found.append(condition)
-        condition = PARENTS.get(condition)
-    return found
 
 
 # --------------------------------------------------------------------------------------------------------------- audit
@@ -489,7 +488,7 @@ def write_rows(path, rows):
 
 def grpo_row(row, folder):
     """What train_grpo.py reads of a row; folder: of the file that it will stand in."""
-    kept = "region width height question_type content_type needs_image policy overlap".split()
+    kept = "region width height question_type content_type needs_image policy overlap findings".split()
     first = {"image_path": portable(row["image"], folder), "question": row["question"], "gold": row["answer"]}
     return first | {key: row.get(key) for key in (*SHARED_FIELDS, *kept)}
 

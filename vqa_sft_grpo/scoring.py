@@ -367,6 +367,25 @@ def polarity(text, question=""):
     return plainly(tokens, asked) or stated(text, tokens, asked_tokens, asked)
 
 
+NORMALITY = set("normal normally healthy clear unremarkable sharp patent intact symmetric symmetrical symmetry".split())
+ABSENCE = NEGATORS | {"absent", "absence", "lack"}
+
+
+def asks_for_absence(question):
+    """
+    Does yes to this question say that nothing is wrong or nothing is there? True for "Is this film normal?", "Are the
+    lungs clear?", "Is it free of effusion?", "Is there no mass?"; not for "Is there a mass?", "Is this film not
+    normal?", "Is the heart larger than normal?". Each denial turns it round; several words for normal count once.
+    """
+    plain = re.sub(r"\byes\s*(?:/|or)\s*no\b", "", question.lower())  # "Is the mass cystic? -yes/no"
+    tokens = ["", *words_and_marks(plain), ""]
+    denials = normal = 0
+    for before, token, after in zip(tokens, tokens[1:], tokens[2:], strict=False):
+        denials += token in ABSENCE or token == "free" and after in ("of", "from")
+        normal |= token in NORMALITY and before != "than"
+    return (denials + normal) % 2 == 1
+
+
 def denied_denial(token, scope, stop):
     """Does the negation deny nothing but the next negation? "no evidence of no effusion", "not without effusion"."""
     if DENIERS & set(scope) - {"neither", "nor"}:
