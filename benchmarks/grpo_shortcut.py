@@ -1,24 +1,31 @@
 """
-Does the reward keep a model from learning a shortcut? GRPO on made-up films where a black mark gives the answer away.
+Does the reward keep a model from learning a shortcut? Training on made-up films where a black mark gives the answer
+away, of a model that writes a caption before it answers.
 
 Usage:
-    python benchmarks/grpo_shortcut.py                     # three seeds; the README says how long
-    python benchmarks/grpo_shortcut.py --agreement 0.5     # GRPO's mark says nothing: does it learn to see?
+    python benchmarks/grpo_shortcut.py                     # three seeds; docs/results/vqa_sft_grpo.md says how long
+    python benchmarks/grpo_shortcut.py --captions naming   # captions that name the finding
+    python benchmarks/grpo_shortcut.py --agreement 0.5     # the mark says nothing: what is learned then?
     python benchmarks/grpo_shortcut.py --small --seeds 96 --arms answer default   # the short form for tests
 
-"Is there a pleural effusion?" on films with a severe effusion or none, half and half. A weak model is fine-tuned until
-the effusion and the mark begin to mean something to it, equally much. GRPO then trains it on films where the mark is
-there exactly when the effusion is:
+"Is there a pleural effusion?" on films with a severe effusion or none, half and half, answered as {"caption": ...,
+"answer": ...}. A weak model is fine-tuned until the effusion and the mark begin to mean something to it, equally much.
+Then it is trained on other films, where the mark is there exactly when the effusion is, in one of these ways, each as
+many steps of 8 films and with a LoRA adapter of the same size:
 
-    answer      the reward is the answer alone (weights 0,1,0,0 of the additive composition)
-    default     the reward as it comes: gated, with V, and its own gradient
-    no gradient the default without the reward's own gradient (--cf-gradient 0)
+    fine-tuning      cross entropy on the right responses
+    edited films     the same, and each film twice more: without its effusion, which makes the answer no, and without a
+                     random region of that size, which leaves it as it is (for a "no" the latter alone)
+    fine-tuning + V  cross entropy on the right responses, and V's gradient on them; nothing is sampled
+    answer           GRPO, the reward is the answer alone (weights 0,1,0,0 of the additive composition)
+    default          GRPO, the reward as it comes: gated, with V, and its own gradient
 
-Measured on films of other patients, greedy: accuracy with the mark as in training, without any mark, and with the mark
-turned round; and on films with an effusion how many answers change when its region is filled in, minus the same for
-random regions. Beside the greedy accuracy without mark stands the sampled one, the mean probability of the right one of
-yes and no, which is what GRPO raises: a weak start that leans by a hair to the right side is right on many films when
-greedy, and on half of them when sampled. Intervals draw patients. Writes metrics.json and shortcut.png to --out-dir.
+All but the first and the fourth know the gold regions. Measured is what a user gets: the adapter with the best
+validation (on marked films, as in training), loaded as evaluate.py loads it, greedy, on films of other patients:
+accuracy with the mark as in training, without any mark, and with the mark turned round; without any mark the share of
+the films with an effusion that are answered yes, and no when drawn anew without it; and the gap, on the films as in
+training: by how much more the log-probability of what the response says falls without the effusion's region than
+without random ones. Intervals draw patients. Writes metrics.json and shortcut.png to --out-dir.
 """
 
 import argparse
@@ -27,6 +34,7 @@ import random
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parents[1] if "__file__" in globals() else Path.cwd()
 sys.path.insert(0, str(ROOT))
@@ -36,59 +44,71 @@ import numpy as np
 import torch
 from PIL import Image
 
-from shared.metrics.statistics import bootstrap_interval
 from shared.data.images import read_pixels
 from shared.models.inputs import ImageStore
 from shared.models.loading import load_vlm
-from shared.models.passes import PartSize, make_prompts, write
-from shared.phantom import PhantomSettings
+from shared.models.passes import PartSize, make_prompts, stop_tokens
 from shared.models.tuning import BatchOrder, backward
+from shared.phantom import PhantomSettings
 from shared.report import plt, save_figure
-from shared.runtime import InputError, fraction, load_checkpoint, positive_int, run_facts, script
-from shared.runtime import seed_everything, write_json
-from shared.training import Weights
+from shared.runtime import InputError, fraction, not_negative, positive_int, run_facts, script, seed_everything
+from shared.runtime import write_json
+from shared.training import GuardedStep, Weights, learning_rate
 from vqa_sft_grpo import train_grpo, train_sft
+from vqa_sft_grpo.answers import ask, load_images
+from vqa_sft_grpo.asking import Answerer, load_model
 from vqa_sft_grpo.examples import make_examples
-from vqa_sft_grpo.prompting import build_prompt, parse_response
-from vqa_sft_grpo.looking import plan_edits
-from vqa_sft_grpo.rollouts import score_answers
+from vqa_sft_grpo.looking import Statement, plan_edits
+from vqa_sft_grpo.measures import rate
+from vqa_sft_grpo.prompting import build_prompt, build_target
+from vqa_sft_grpo.rewards import AnswerFrequencies, RewardSettings
+from vqa_sft_grpo.rollouts import Batch, Policy, image_of, row_at, score_statements, with_size
 from vqa_sft_grpo.rows import make_rows, write_rows
-from vqa_sft_grpo.scoring import score_answer
 
 CONDITION = "Pleural Effusion"
-ARMS = {
-    "answer": ["--composition", "additive", "--weights", "0,1,0,0"],
-    "default": [],
-    "no gradient": ["--cf-gradient", "0"],
+# in front of the answer; "plain" says nothing of the matter, "naming" says it all
+CAPTIONS = {
+    "plain": dict.fromkeys(
+        ("yes", "no"), ("Frontal film of the chest.", "Frontal film.", "Heart and lungs are shown.")
+    ),
+    "naming": {"yes": ("Film with an effusion.",), "no": ("Film without effusion.",)},
 }
+TAUGHT = ("fine-tuning", "edited films", "fine-tuning + V")
+SAMPLED = {"answer": ["--composition", "additive", "--weights", "0,1,0,0"], "default": []}
+ARMS = (*TAUGHT, *SAMPLED)
 # x0, y0, x1, y1 in pixels, of 112: a black square between the lungs of a marked film; effusions lie lower
 MARK = (46, 26, 66, 46)
 # share of fine-tuning's films whose mark says what is true: while the mark means more to the model than the effusion,
 # or less
 HINTS = (0.5, 1.0)
-# its steps on shuffled answers; nats by which effusion and mark move the log-odds of yes when it stops
+# its steps on shuffled responses; nats by which effusion and mark move the log-odds of yes when it stops
 WRITING, SEEING = 50, 0.05
 FINE_TUNING = 600  # most steps of it
+BATCH = 8  # films per step of every arm
+ANSWER_WEIGHT = 5.0  # of the answer in its loss: one token of a dozen that say nothing
 MARKS = {"mark says it": 1.0, "no mark": None, "mark turned round": 0.0}  # agreement of the mark with the effusion
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(%(default)s)")
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS, help="(%(default)s)")
     # fmt: off
+    parser.add_argument("--seeds", type=int, nargs="+", default=[11, 12, 13], help="(%(default)s)")
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS, help="(all)")
+    parser.add_argument("--captions", default="plain", choices=CAPTIONS,
+        help="what stands before the answer (%(default)s)")
     parser.add_argument("--agreement", type=fraction, default=1.0,
-        help="share of GRPO's films whose mark says what is true (%(default)s)")
-    parser.add_argument("--films", type=positive_int, default=2000, help="training films (%(default)s)")
-    parser.add_argument("--test-films", type=positive_int, default=600, help="(%(default)s)")
+        help="share of the films trained on whose mark says what is true (%(default)s)")
+    parser.add_argument("--films", type=positive_int, default=1500, help="training films (%(default)s)")
+    parser.add_argument("--test-films", type=positive_int, default=400, help="(%(default)s)")
     parser.add_argument("--sft-batch-size", type=positive_int, default=32,
-        help="films per step of fine-tuning (%(default)s)")
-    parser.add_argument("--steps", type=positive_int, default=300,
-        help="of GRPO, 16 films x 8 answers each (%(default)s)")
-    # fmt: on
-    parser.add_argument("--lr", type=float, default=5e-4, help="of GRPO (%(default)s)")
+        help="films per step of the weak model's fine-tuning (%(default)s)")
+    parser.add_argument("--steps", type=positive_int, default=200,
+        help="of every arm, 8 films each; GRPO writes 8 responses to each (%(default)s)")
+    parser.add_argument("--lr", type=float, default=5e-4, help="of every arm (%(default)s)")
+    parser.add_argument("--cf-gradient", type=not_negative, default=1.0, help="of the arms with V (%(default)s)")
     parser.add_argument("--small", action="store_true", help="fewer films and steps, smaller batches")
     parser.add_argument("--out-dir", type=Path, default=Path("outputs/benchmarks/grpo_shortcut"))
+    # fmt: on
     args = parser.parse_args(argv)
     if args.small:
         args.films, args.test_films, args.sft_batch_size, args.steps = 600, 80, 16, 60
@@ -98,14 +118,19 @@ def parse_args(argv=None):
 # ---------------------------------------------------------------------------------------------------------------- films
 
 
-def film_rows(split, films, seed, folder):
-    """One question about the effusion per film, answered with the answer alone -> rows of prepare_data.py."""
+def film_rows(split, films, seed, args):
+    """One question about the effusion per film, answered with a caption and the answer -> rows of prepare_data.py."""
     settings = PhantomSettings(prevalence={CONDITION: 0.75}, together={}, severities=(0, 0, 1))
-    rows, _ = make_rows("phantom", split, seed=seed, image_dir=folder / "films", studies=films, settings=settings)
+    pictures = args.out_dir / "films"
+    rows, _ = make_rows("phantom", split, seed=seed, image_dir=pictures, studies=films, settings=settings)
     asked = {
         r["image"]: r for r in reversed(rows) if r["content_type"] == "presence" and "effusion" in r["question"].lower()
     }
-    return [r | {"output": json.dumps({"answer": r["answer"]})} for r in asked.values()]
+    draw = random.Random(seed)
+    for row in asked.values():
+        caption = draw.choice(CAPTIONS[args.captions][row["answer"]])
+        row["output"] = json.dumps({"caption": caption, "answer": row["answer"]})
+    return list(asked.values())
 
 
 def marked(rows, agreement, seed, folder):
@@ -139,7 +164,7 @@ def fine_tune_weakly(args, folder, seed):
     whichever keeps its effect beside the effusion's, until both have reached SEEING. Its answers are still a matter of
     chance. (Accuracy cannot tell that moment: the model says now yes, now no, to everything.)
     """
-    rows = film_rows("train", args.films, 10 * seed, folder)
+    rows = film_rows("train", args.films, 10 * seed, args)
     train_rows, val_rows = ([r for r in rows if r["split"] == split] for split in ("train", "val"))
     well, ill = ([r for r in val_rows if r["answer"] == answer][:50] for answer in ("no", "yes"))
     ill_and_marked = marked(ill, 1.0, 10 * seed, folder)
@@ -150,7 +175,7 @@ def fine_tune_weakly(args, folder, seed):
     seed_everything(seed)
     vlm = load_vlm("tiny:qwen2vl")
     store = ImageStore(vlm.processor, [r["image"] for some in hinted for r in some])
-    examples = make_examples(vlm, sum(hinted, []), store, ("json",))
+    examples = make_examples(vlm, sum(hinted, []), store, ("json",), answer_weight=ANSWER_WEIGHT)
     chance, tells, scrambled = (
         BatchOrder(examples[k : k + len(train_rows)], args.sft_batch_size, 1, seed, steps=FINE_TUNING)
         for k in range(0, len(examples), len(train_rows))
@@ -171,7 +196,7 @@ def fine_tune_weakly(args, folder, seed):
         if step >= WRITING and step % 4 == 3:
             vlm.model.eval()
             effusion, mark = np.diff(
-                [float(log_odds(vlm, some).mean()) for some in (well, ill, ill_and_marked)]
+                [float(log_odds(vlm, some, args.captions).mean()) for some in (well, ill, ill_and_marked)]
             ).tolist()
             if min(effusion, mark) >= SEEING:
                 break
@@ -189,117 +214,171 @@ def fine_tune_weakly(args, folder, seed):
     return folder / f"sft_{seed}", {"effusion": effusion, "mark": mark}
 
 
+def response(vlm, caption, answer):
+    """-> Statement of a whole response, with the token that ends it."""
+    ids = vlm.tokenizer(json.dumps({"caption": caption, "answer": answer}))["input_ids"] + stop_tokens(vlm)[:1]
+    return Statement(tuple(ids), (True,) * len(ids), False)
+
+
 @torch.no_grad()
-def log_odds(vlm, rows):
-    """Log-odds of yes against no, of the answers as whole responses -> float32 (N,)."""
+def log_odds(vlm, rows, captions="plain"):
+    """Log-odds of a response that says yes against one that says no, nats -> float32 (N,)."""
+    pair = [response(vlm, CAPTIONS[captions][answer][0], answer) for answer in ("yes", "no")]
     found = []
     for start in range(0, len(rows), 64):
         some = rows[start : start + 64]
         asked = [build_prompt(r["question"], "json") for r in some]
         prompts = make_prompts(vlm, asked, [read_pixels(r["image"]) for r in some])
-        yes, no = score_answers(vlm, prompts, [["yes", "no"]] * len(some), "json").view(-1, 2).T
+        yes, no = score_statements(vlm, prompts, [pair] * len(some))[:, 1].view(-1, 2).T
         found.append((yes - no).numpy())
     return np.concatenate(found)
+
+
+# ----------------------------------------------------------------------------------------------------------------- arms
+
+
+def options(args, weak, seed, arm, run):
+    """The command line of train_grpo.py for an arm; the taught ones take their settings from it too."""
+    # fmt: off
+    return [
+        "--sft-ckpt", str(weak), "--data-jsonl", str(args.out_dir / "train.json"), "--out-dir", str(run), "--overwrite",
+        "--batch-size", str(BATCH), "--num-generations", "8", "--lora-rank", "32", "--max-new-tokens", "24",
+        "--steps", str(args.steps), "--eval-every", str(max(1, args.steps // 5)), "--lr", str(args.lr),
+        "--cf-gradient", str(args.cf_gradient), "--seed", str(seed), "--device", "cpu", *SAMPLED.get(arm, []),
+    ]
+    # fmt: on
+
+
+def teach(arm, settings, run):
+    """
+    The arms without sampling: cross entropy on the right responses, in the same loop and with the same validation as
+    GRPO's. The policy's loss with an advantage of 1 for every response, on policy and without KL, is their cross
+    entropy, and V's gradient the same as there. settings: of options() -> the folder with the best adapter.
+    """
+    args = train_grpo.parse_args(settings)
+    rows, val_rows, facts = train_grpo.load_rows(args)
+    seed_everything(args.seed)
+    vlm = train_grpo.load_policy(args, torch.device("cpu"))
+    reward = RewardSettings(args.composition, args.weights, args.max_new_tokens, args.style)
+    judge = Policy(vlm, args, reward)
+    plain = SimpleNamespace(**vars(args) | {"beta": 0.0, "num_generations": 1, "micro_batch": 128})
+    policy = Policy(vlm, plain, reward, AnswerFrequencies(rows))
+    weights = Weights(vlm.model)
+    optimizer = torch.optim.AdamW(list(weights.values()), lr=args.lr, weight_decay=0.0)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    guard, best = GuardedStep(optimizer, scaler, weights.values(), args.grad_clip), None
+    for step in range(args.steps + 1):
+        if step % args.eval_every == 0 or step == args.steps:
+            found = train_grpo.validate(judge, val_rows)
+            if best is None or train_grpo.rank_of(found) > train_grpo.rank_of(best):
+                best = found
+                train_grpo.save_adapter(vlm, run, facts)
+            print(
+                f"{arm}, step {step}: val accuracy {found['val_accuracy']:.3f}  gap {found['val_gap']:.3f}", flush=True
+            )
+        if step == args.steps:
+            break
+        places = list(range(step * args.batch_size, (step + 1) * args.batch_size))
+        shown = [rows[row_at(p, len(rows), args.seed)] for p in places]
+        images = [image_of(row) for row in shown]
+        shown = [with_size(row, image) for row, image in zip(shown, images, strict=True)]
+        if arm == "edited films":
+            shown, images = with_edits(shown, images, places, args)
+        prompts = policy.prompts_of([row["question"] for row in shown], images)
+        groups = [[vlm.tokenizer(build_target(row))["input_ids"] + stop_tokens(vlm)[:1]] for row in shown]
+        if arm == "fine-tuning + V":
+            batch = policy.score(shown, images, places, prompts, groups)
+        else:
+            batch = Batch(rows=shown, prompts=prompts, groups=groups, texts=[""] * len(shown))
+        loss, _ = policy.loss_and_gradient(batch, torch.ones(len(shown)), None, None, scaler)
+        if arm == "fine-tuning + V":
+            policy.reward_gradient(batch, scaler)
+        guard.step(loss, learning_rate(step, args.steps, round(args.warmup * args.steps), args.lr))
+    return run
+
+
+def with_edits(rows, images, places, args):
+    """Each film, and where it has them, without its effusion (the answer is no then) and without a random region."""
+    more, edited = list(rows), list(images)
+    for row, image, place in zip(rows, images, places, strict=True):
+        plan = plan_edits(row, image, 1, args.cf_fill, [args.seed, place])
+        for n, film in enumerate(plan.images[1:]):
+            gone = bool(plan.roi) and n == 0
+            output = json.loads(row["output"])
+            if gone:
+                output |= {"answer": "no", "caption": output["caption"].replace("with an", "without")}
+            more.append(row | {"output": json.dumps(output)})
+            edited.append(film)
+    return more, edited
 
 
 # --------------------------------------------------------------------------------------------------------------- tests
 
 
-def answers_to(vlm, rows, regions=0, seed=0):
-    """
-    Greedy answers to rows -> (right (N,), flips (M, 2), groups of those M): for films with an effusion, whether the
-    answer changes when its region is filled in, and the share of `regions` random regions whose filling changes it.
-    """
-    images = [read_pixels(r["image"]) for r in rows]
-    said = write_answers(vlm, [r["question"] for r in rows], images)
-    right = np.array(
-        [
-            bool(score_answer(a, r["answer"], r["answer_type"], r["question"])["correct"])
-            for a, r in zip(said, rows, strict=True)
-        ]
-    )
-    flips, groups = [], []
-    if regions:
-        for row, image, answer in zip(rows, images, said, strict=True):
-            plan = plan_edits(row, image, regions, "mixed", seed) if row["answer"] == "yes" else None
-            if plan is not None and plan.images:
-                edited = write_answers(vlm, [row["question"]] * (1 + regions), plan.images[1:])
-                flips.append((edited[0] != answer, np.mean([e != answer for e in edited[1:]])))
-                groups.append(row["group"])
-    return right, np.array(flips, float).reshape(-1, 2), groups
-
-
-@torch.no_grad()
-def write_answers(vlm, questions, images):
-    texts = []
-    for start in range(0, len(questions), 64):
-        asked = [build_prompt(question, "json") for question in questions[start : start + 64]]
-        texts += write(vlm, make_prompts(vlm, asked, images[start : start + 64]), 16)
-    return [parse_response(text).answer for text in texts]
-
-
-def interval(values, groups):
-    """Mean with its interval over patients -> {value, low, high, n}."""
-    values = np.asarray(values, float)
-    found = bootstrap_interval(np.mean, values, groups=np.array(groups))
-    return {name: found[name] for name in ("value", "low", "high")} | {"n": len(values)}
-
-
-def measure(vlm, films):
-    """-> accuracy per kind of mark, sampled without mark, and flips on the films marked as in training."""
-    numbers = {}
+def measure(adapter, films):
+    """The model that evaluate.py would load from a folder -> its numbers on {kind of mark: rows}."""
+    vlm = load_model(SimpleNamespace(model=None, adapter=str(adapter), quant="none"), torch.device("cpu"))
+    answerer, numbers = Answerer(vlm, max_new_tokens=24), {}
     for name, rows in films.items():
-        right, flips, groups = answers_to(vlm, rows, regions=5 if name == "mark says it" else 0)
-        numbers[name] = interval(right, [r["group"] for r in rows])
-        if len(flips):
-            numbers["flips"] = {
-                "region": float(flips[:, 0].mean()),
-                "random": float(flips[:, 1].mean()),
-                "difference": interval(flips[:, 0] - flips[:, 1], groups),
-            }
-    rows = films["no mark"]
-    towards = log_odds(vlm, rows) * [1 if r["answer"] == "yes" else -1 for r in rows]
-    numbers["no mark, sampled"] = interval(1 / (1 + np.exp(-towards)), [r["group"] for r in rows])
+        records = ask(answerer, rows, load_images(rows)[0], "json")
+        numbers[name] = rate([r["correct"] for r in records], [r["group"] for r in rows])
+        if name == "no mark":
+            ill = [i for i, row in enumerate(rows) if row.get("redrawn")]
+            gone = [rows[i] | {"image": rows[i]["redrawn"]} for i in ill]
+            without = ask(answerer, gone, load_images(gone)[0], "json")
+            both = [bool(records[i]["correct"]) and r["key"] == "no" for i, r in zip(ill, without, strict=True)]
+            numbers["redrawn"] = rate(both, [rows[i]["group"] for i in ill])
+        if name == "mark says it":
+            numbers["gap"] = gap(vlm, [row for row in rows if row["answer"] == "yes"])
     return numbers
+
+
+def gap(vlm, rows):
+    """nats, on the greedy responses to films with an effusion; one that cannot be read is left out and counted."""
+    args = train_grpo.parse_args(["--max-new-tokens", "24"])
+    policy, found = Policy(vlm, args, RewardSettings(max_tokens=24)), []
+    for start in range(0, len(rows), 64):
+        some = rows[start : start + 64]
+        found += policy.roll_out(some, list(range(start, start + len(some))), None).terms
+    known = [i for i, t in enumerate(found) if t["d_roi"] is not None]
+    values = [found[i]["d_roi"] - found[i]["d_rand"] for i in known]
+    return rate(values, [rows[i]["group"] for i in known]) | {"not_measured": len(rows) - len(known)}
 
 
 # ---------------------------------------------------------------------------------------------------------------- main
 
 
+COLUMNS = {"mark says it": "share right", "no mark": "", "mark turned round": "", "redrawn": "", "gap": "nats"}
+
+
 def draw(path, results):
-    """Accuracy per kind of mark and flip difference: one dot per seed, a bar at their mean."""
-    figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.6), layout="constrained", width_ratios=(3, 1))
-    arms = list(next(iter(results.values())))
-    for axis, columns in ((axes[0], list(MARKS)), (axes[1], ["flips"])):
+    """One dot per seed with its interval, a bar at their mean; accuracies on the left, the gap on the right."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained", width_ratios=(5, 1.4))
+    arms = [arm for arm in ("before", *ARMS) if any(arm in r for r in results.values())]
+    for axis, columns in ((axes[0], [c for c in COLUMNS if c != "gap"]), (axes[1], ["gap"])):
         for a, arm in enumerate(arms):
             for c, column in enumerate(columns):
-                numbers = [
-                    r[arm][column]["difference"] if column == "flips" else r[arm][column]
-                    for r in results.values()
-                    if arm in r
-                ]
-                values = [n["value"] for n in numbers]
-                x = c + (a - (len(arms) - 1) / 2) * 0.8 / len(arms)
-                axis.bar(x, np.mean(values), 0.7 / len(arms), color=f"C{a}", alpha=0.45, label=arm if c == 0 else None)
+                numbers = [r[arm][column] for r in results.values() if arm in r]
+                x = c + (a - (len(arms) - 1) / 2) * 0.85 / len(arms)
+                mean = np.mean([n["value"] for n in numbers])
+                axis.bar(x, mean, 0.75 / len(arms), color=f"C{a}", alpha=0.45, label=arm if c == 0 else None)
                 for k, n in enumerate(numbers):
-                    at = x + (k - (len(numbers) - 1) / 2) * 0.12 / len(arms)
-                    axis.errorbar(
-                        at,
-                        n["value"],
-                        [[n["value"] - n["low"]], [n["high"] - n["value"]]],
-                        fmt="o",
-                        ms=3,
-                        lw=1,
-                        color=f"C{a}",
-                    )
-        axis.set_xticks(range(len(columns)), columns if columns != ["flips"] else ["region - random"])
+                    at = x + (k - (len(numbers) - 1) / 2) * 0.15 / len(arms)
+                    span = [[n["value"] - n["low"]], [n["high"] - n["value"]]]
+                    axis.errorbar(at, n["value"], span, fmt="o", ms=2.5, lw=0.8, color=f"C{a}")
+        axis.set_xticks(range(len(columns)), columns)
         axis.grid(axis="y", alpha=0.3)
     axes[0].axhline(0.5, color="grey", lw=0.8)
-    axes[0].set(ylim=(0, 1.02), ylabel="share right", title="accuracy, by mark on the test films")
+    axes[0].set(
+        ylim=(0, 1.25),
+        yticks=np.linspace(0, 1, 6),
+        ylabel="share of films",
+        title="right, by mark; right with the effusion and without it (redrawn)",
+    )
     axes[1].axhline(0, color="grey", lw=0.8)
-    axes[1].set(ylabel="share of answers that change", title="flips")
+    axes[1].set(ylabel="nats", title="region - random")
     axes[0].legend(frameon=False, fontsize=8, ncols=len(arms), loc="upper right")
-    save_figure(figure, path, "what GRPO learns when a mark gives the answer away", phantom=True)
+    save_figure(figure, path, "what is learned where a mark gives the answer away", phantom=True)
 
 
 @script
@@ -309,85 +388,41 @@ def main(argv=None):
     folder.mkdir(parents=True, exist_ok=True)
     results = {}
     for seed in args.seeds:
-        test_rows = film_rows("test", args.test_films, 10 * seed + 2, folder)
+        test_rows = film_rows("test", args.test_films, 10 * seed + 2, args)
         films = {name: marked(test_rows, agreement, 10 * seed + 2, folder) for name, agreement in MARKS.items()}
-        write_rows(
-            folder / "grpo.json",
-            marked(film_rows("train", args.films, 10 * seed + 1, folder), args.agreement, 10 * seed + 1, folder),
-        )
+        rows = marked(film_rows("train", args.films, 10 * seed + 1, args), args.agreement, 10 * seed + 1, folder)
+        write_rows(folder / "train.json", rows)
         weak, nats = fine_tune_weakly(args, folder, seed)
-        results[seed] = {"before": measure(load_vlm(weak), films) | {"nats": nats}}
+        results[seed] = {"before": measure(weak, films) | {"nats": nats}}
         for arm in args.arms:
-            run = folder / f"{arm.replace(' ', '_')}_{seed}"
-            train_grpo.main(
-                [
-                    "--sft-ckpt",
-                    str(weak),
-                    "--data-jsonl",
-                    str(folder / "grpo.json"),
-                    "--out-dir",
-                    str(run),
-                    "--overwrite",
-                    "--batch-size",
-                    "16",
-                    "--num-generations",
-                    "8",
-                    "--lora-rank",
-                    "32",
-                    "--max-new-tokens",
-                    "16",
-                    "--steps",
-                    str(args.steps),
-                    "--eval-every",
-                    str(args.steps),
-                    "--lr",
-                    str(args.lr),
-                    "--seed",
-                    str(seed),
-                    "--device",
-                    "cpu",
-                    *ARMS[arm],
-                ]
-            )
-            results[seed][arm] = measure(last_policy(weak, run), films)
+            run, begin = folder / f"{arm.replace(' ', '_')}_{seed}", time.process_time()
+            settings = options(args, weak, seed, arm, run)
+            if arm in SAMPLED:
+                train_grpo.main(settings)
+            else:
+                run.mkdir(parents=True, exist_ok=True)
+                teach(arm, settings, run)
+            seconds = time.process_time() - begin
+            results[seed][arm] = measure(run, films) | {"seconds": seconds}
             show(seed, results[seed])
-            write_json(
-                folder / "metrics.json",
-                {
-                    "dataset": "phantom",
-                    "condition": CONDITION,
-                    "results": results,
-                    "settings": vars(args) | {"out_dir": str(folder)},
-                    **run_facts(started, "cpu"),
-                },
-            )
+            write_json(folder / "metrics.json", {
+                "dataset": "phantom", "condition": CONDITION, "results": results,
+                "settings": vars(args) | {"out_dir": str(folder)}, **run_facts(started, "cpu"),
+            })  # fmt: skip
             draw(folder / "shortcut.png", results)
     print(f"results in {folder} ({time.time() - started:.0f} s)")
     return results
 
 
-def last_policy(weak, run):
-    """The policy after the last step: the one that validation would choose looks best where the mark is."""
-    vlm = train_grpo.load_policy(
-        train_grpo.parse_args(["--sft-ckpt", str(weak), "--lora-rank", "32"]), torch.device("cpu")
-    )
-    Weights(vlm.model).load_state_dict(load_checkpoint(run / "last.pt", ("parts",))["parts"]["weights"])
-    return vlm
-
-
 def show(seed, of_seed):
-    columns = list(MARKS)
-    columns.insert(columns.index("no mark") + 1, "no mark, sampled")
-    print(
-        f"| seed {seed} | {' | '.join(columns)} | flips: region | random | difference |\n|{'---|' * (len(columns) + 4)}"
-    )
+    print(f"| seed | training | {' | '.join(COLUMNS)} | seconds |\n|{'---|' * (len(COLUMNS) + 3)}")
     for arm, numbers in of_seed.items():
-        shares, flips = [numbers[name] for name in columns] + [numbers["flips"]["difference"]], numbers["flips"]
-        *shares, difference = [f"{n['value']:.1%} [{100 * n['low']:.1f}, {100 * n['high']:.1f}]" for n in shares]
-        print(
-            f"| {arm} | {' | '.join(shares)} | {flips['region']:.1%} | {flips['random']:.1%} | {difference} |",
-            flush=True,
-        )
+        cells = []
+        for name in COLUMNS:
+            n, times, digits = numbers[name], *((1, 2) if name == "gap" else (100, 0))
+            value, low, high = (f"{times * n[k]:.{digits or 1}f}" for k in ("value", "low", "high"))
+            cells.append(f"{value} [{low}, {high}]")
+        print(f"| {seed} | {arm} | {' | '.join(cells)} | {numbers.get('seconds', 0):.0f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -480,7 +480,7 @@ def test_a_run_leaves_what_it_says(finished, capsys):
     assert [r["step"] for r in history] == [0, 1, 2, 3, 4] and len(rollouts) == 4 * 2 * 3
     meanings = json.loads((finished / "meanings.json").read_text())
     assert {k for r in history for k in r} <= set(meanings["history.jsonl"])
-    assert set(rollouts[0]) - {"id", "step", "place", "row", "image", "question", "gold", "text", "advantage"} == set(
+    assert set(rollouts[0]) - {"id", "step", "place", "row", "image", "question", "gold", "response", "advantage"} == set(
         meanings["rollouts.jsonl"]
     )
     assert history[1]["ratio_min"] == pytest.approx(1, abs=1e-4) and history[1]["kl"] == pytest.approx(0, abs=1e-6)

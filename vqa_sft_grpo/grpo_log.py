@@ -110,7 +110,7 @@ def describe(batch, advantages, stats):
 
 def log_rollouts(path, batch, advantages, step, size):
     """
-    One line per rollout: id, question, text, every term and the advantage; and how to make its edited images again.
+    One line per rollout: id, question, response, every term and the advantage; and how to make its edited images again.
     """
     with path.open("a", encoding="utf-8") as file:
         for n, (text, terms) in enumerate(zip(batch.texts, batch.terms, strict=True)):
@@ -123,7 +123,7 @@ def log_rollouts(path, batch, advantages, step, size):
                 "image": row.get("image_path") or row["image"],
                 "question": row["question"],
                 "gold": gold_of(row),
-                "text": text,
+                "response": text,
             }
             file.write(
                 json.dumps(plain({**head, "advantage": round(advantages[n].item(), 6), **terms}), ensure_ascii=False)

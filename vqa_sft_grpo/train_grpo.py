@@ -433,7 +433,7 @@ def explain_rollout(args):
     row = rows[row_at(found["place"], len(rows), was["seed"])]
     if row["question"] != found["question"] or gold_of(row) != found["gold"]:
         raise InputError(f"{was['data_jsonl']} is not the file that {run_dir} was trained on")
-    print("\n".join(explain(row, found["text"], found, settings)))
+    print("\n".join(explain(row, found["response"], found, settings)))
     print(f"  advantage {found['advantage']:+.3f}: against the other answers to this question")
     image = image_of(row)
     how = was["cf_regions"], was["cf_fill"], [was["seed"], found["place"]], was["max_pixels"]
