@@ -4,6 +4,7 @@ evaluate.py: measured on scripted answerers whose flip rates are known, and once
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,10 +17,12 @@ from plain_forward import plain_logprobs
 from shared.metrics.statistics import cases_needed
 from shared.models.inputs import continuation
 from shared.models.loading import load_vlm
+from shared.runtime import InputError
 from vqa_sft_grpo import evaluate as script
 from vqa_sft_grpo.answers import load_images, majority_answers, record_of, scores_of, shuffled_images
 from vqa_sft_grpo.asking import Answerer, answer_span, pixel_boxes
 from vqa_sft_grpo.evaluate import evaluate
+from vqa_sft_grpo.glance import glance_table
 from vqa_sft_grpo.measures import aurc_row, best_constant_box, risk_coverage, summarise
 from vqa_sft_grpo.prompting import boxes_to_model, build_prompt, parse_response
 
@@ -71,28 +74,25 @@ def films(tmp_path):
     return rows
 
 
-def options(**changes):
-    return SimpleNamespace(
-        prompts=["json", "think"],
-        counterfactual_cases=100,
-        random_regions=5,
-        fills=["inpaint", "mean", "noise"],
-        seed=0,
-        **changes,
-    )
+OPTIONS = {
+    "prompts": ["json"], "counterfactual_cases": 100, "random_regions": 5, "seed": 0,
+    "fills": ["inpaint", "mean", "noise"],
+}  # fmt: skip
+
+
+def measure(respond, rows, train=(), encoder=None, **changes):
+    """evaluate() with a scripted model, and all that it returns."""
+    images, _ = load_images(rows)
+    return evaluate(Scripted(respond), rows, images, list(train), SimpleNamespace(**OPTIONS | changes), encoder)
 
 
 def boxes_of(bright):
+    """bool (H, W) -> the box around what is true, in thousandths, in a list; [] where nothing is."""
     rows, columns = np.nonzero(bright)
-    return (
-        []
-        if not len(rows)
-        else boxes_to_model(
-            [[int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1]],
-            bright.shape[1],
-            bright.shape[0],
-        )
-    )
+    if not len(rows):
+        return []
+    box = [int(n) for n in (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)]
+    return boxes_to_model([box], *bright.shape[::-1])
 
 
 class Scripted:
@@ -152,83 +152,112 @@ class AnyEdit:
 
 
 def test_who_looks_at_the_region_has_a_delta_of_one(films):
-    images, _ = load_images(films)
-    metrics, predictions, cases, _, _ = evaluate(Scripted(looks), films, images, [], options())
+    metrics, predictions, cases, _, _ = measure(looks, films)
     test = metrics["counterfactual"]["gold"]
-    assert 8 <= test["all_fills"]["n"] <= 12 and len(cases) == test["all_fills"]["n"]
-    assert test["all_fills"]["flip_roi"] == 1 and test["all_fills"]["flip_random"] == 0
-    assert test["all_fills"]["delta"]["value"] == test["all_fills"]["delta"]["low"] == 1
-    assert test["all_fills"]["delta"]["p"] == pytest.approx(2 / 2 ** len({films[c["row"]]["group"] for c in cases}))
-    assert test["all_fills"]["necessity"]["value"] == pytest.approx(2.9)  # from -0.1 to -3.0
-    assert test["all_fills"]["necessity_response"]["value"] == pytest.approx(1.45) and test["all_fills"][
-        "necessity_response"
-    ]["n"] == len(cases)
-    assert test["all_fills"]["correct_to_wrong"]["value"] == 1
-    assert (
-        test["fills_agree_in_sign"] and test["identity"]["jpeg"]["flipped"] == test["identity"]["shift"]["flipped"] == 0
-    )
+    every = test["all_fills"]
+    assert 8 <= every["n"] <= 12 and len(cases) == every["n"] == every["necessity_response"]["n"]
+    assert (every["flip_roi"], every["flip_random"]) == (1, 0) and every["delta"]["value"] == every["delta"]["low"] == 1
+    assert every["delta"]["p"] == pytest.approx(2 / 2 ** len({films[c["row"]]["group"] for c in cases}))
+    assert every["necessity"]["value"] == pytest.approx(2.9)  # from -0.1 to -3.0
+    assert every["necessity_response"]["value"] == pytest.approx(1.45) and every["correct_to_wrong"]["value"] == 1
+    assert test["fills_agree_in_sign"] and {edit["flipped"] for edit in test["identity"].values()} == {0}
     for one in test["by_fill"].values():
         assert one["mcnemar"]["only_a"] == one["n"] and one["mcnemar"]["only_b"] == 0
         assert one["cases_needed"] == cases_needed(1.0, 1.0)
     assert "self" not in metrics["counterfactual"]  # who says no has no box
-    told = [p["counterfactual"] for p in predictions if p["counterfactual"]]
-    assert all(
-        t["delta_cf_roi"] == pytest.approx(2.9) and t["delta_cf_rand"] == pytest.approx(0) and t["stability"] == 1
-        for t in told
-    )
+    told = [t for p in predictions if (t := p["json prompt"]["counterfactual"])]
+    assert all(t["delta_cf_roi"] == pytest.approx(2.9) and t["delta_cf_rand"] == pytest.approx(0) for t in told)
+    assert {t["stability"] for t in told} == {1}
 
 
 def test_who_does_not_look_has_a_delta_of_zero(films):
-    images, _ = load_images(films)
-    metrics = evaluate(Scripted(blind), films, images, [], options())[0]
-    every = metrics["counterfactual"]["gold"]["all_fills"]
+    metrics = measure(blind, films)[0]
+    test = metrics["counterfactual"]["gold"]
+    every = test["all_fills"]
     assert every["flip_roi"] == every["flip_random"] == every["delta"]["value"] == every["necessity"]["value"] == 0
-    assert (
-        every["delta"]["p"] == 1
-        and every["cases_needed"] is None
-        and not metrics["counterfactual"]["gold"]["fills_agree_in_sign"]
-    )
+    assert every["delta"]["p"] == 1 and every["cases_needed"] is None and not test["fills_agree_in_sign"]
     assert metrics["rows"]["json prompt"]["closed"]["value"] == 0.5
     assert metrics["needs_image"]["blank image"]["value"] == metrics["needs_image"]["question only"]["value"] == 0
 
 
 def test_who_changes_with_every_edit_has_a_delta_of_zero_and_a_high_floor(films):
-    images, _ = load_images(films)
-    test = evaluate(Scripted(AnyEdit(images)), films, images, [], options())[0]["counterfactual"]["gold"]
+    test = measure(AnyEdit(load_images(films)[0]), films)[0]["counterfactual"]["gold"]
     assert test["all_fills"]["flip_roi"] == test["all_fills"]["flip_random"] == 1
-    assert (
-        test["all_fills"]["delta"]["value"] == 0
-        and test["identity"]["jpeg"]["flipped"] == test["identity"]["shift"]["flipped"] == 1
-    )
+    assert test["all_fills"]["delta"]["value"] == 0 and {edit["flipped"] for edit in test["identity"].values()} == {1}
 
 
 def test_silence_after_an_edit_is_unparsed_and_no_flip(films):
-    images, _ = load_images(films)
-    known = {image.tobytes() for image in images}
+    known = {image.tobytes() for image in load_images(films)[0]}
 
     def falls_silent(image):
         return ("yes" if image is None or image.tobytes() in known else None), 0.1, []
 
-    every = evaluate(Scripted(falls_silent), films, images, [], options())[0]["counterfactual"]["gold"]["all_fills"]
+    every = measure(falls_silent, films)[0]["counterfactual"]["gold"]["all_fills"]
     assert every["unparsed_roi"] == every["unparsed_random"] == 1 and every["flip_roi"] == every["delta"]["value"] == 0
 
 
 def test_own_boxes_are_used_where_gold_is_unknown_and_marked(films):
-    images, _ = load_images(films)
-    unknown = [row | {"region": None} for row in films]
-    metrics = evaluate(Scripted(looks), unknown, images, [], options())[0]["counterfactual"]
-    assert "gold" not in metrics and metrics["self"]["all_fills"]["delta"]["value"] == 1
-    assert metrics["not_taken"]["self"]["no box of its own"] == 12
+    metrics = measure(looks, [row | {"region": None} for row in films])[0]
+    found = metrics["counterfactual"]
+    assert "gold" not in found and found["self"]["all_fills"]["delta"]["value"] == 1
+    assert found["not_taken"]["self"]["no box of its own"] == 12
+    glance = metrics["glance"]["json"]
+    assert (glance["own minus random"]["value"], glance["own minus random"]["n"]) == (1, found["cases"])
+    assert "gold minus random" not in glance
 
 
 def test_cases_are_drawn_by_the_seed_and_capped(films):
+    drawn = [[c["row"] for c in measure(looks, films, counterfactual_cases=4, seed=seed)[2]] for seed in (0, 0, 5)]
+    assert drawn[0] == drawn[1] != drawn[2] and len(drawn[2]) == 4
+
+
+# --- at a glance ---
+
+
+def encode(texts):
+    """A sentence encoder that knows one caption and one question; their cosine is 0.45."""
+    vectors = {"a film": [1.0, 0.0], QUESTION: [0.45, np.sqrt(1 - 0.45**2)]}
+    return np.array([vectors[text] for text in texts])
+
+
+def test_the_table_holds_both_prompts(films):
+    """
+    This model looks with the json prompt, where it draws its box beside the patch, and says yes with the other. Its own
+    box, taken out, changes nothing; the gold region does.
+    """
+
+    class Split(Scripted):
+        def text(self, prompt, image):
+            return super().text(prompt, image) if "JSON" in prompt else "<think>I guess.</think><answer>yes</answer>"
+
+    def looks_elsewhere(image):
+        answer, sure, boxes = looks(image)
+        x, y = (0, 0) if boxes and boxes[0][0] > 500 else (700, 700)  # thousandths, far from the patch
+        return answer, sure, [[x, y, x + 250, y + 250]] if boxes else []
+
     images, _ = load_images(films)
-    few = options()
-    few.counterfactual_cases = 4
-    drawn = [[c["row"] for c in evaluate(Scripted(looks), films, images, [], few)[2]] for _ in range(2)]
-    few.seed = 5
-    other = [c["row"] for c in evaluate(Scripted(looks), films, images, [], few)[2]]
-    assert drawn[0] == drawn[1] != other and len(other) == 4
+    asked = SimpleNamespace(**OPTIONS | {"prompts": ["json", "think"]})
+    metrics, predictions, *_ = evaluate(Split(looks_elsewhere), films, images, [], asked, encode)
+    found, think = ({k: v["value"] for k, v in metrics["glance"][style].items()} for style in ("json", "think"))
+    assert (found["right"], think["right"]) == (1, 0.5)
+    assert found["valid form (JSON success)"] == think["valid form (JSON success)"] == 1
+    assert (found["response has a box"], think["response has a box"]) == (0.5, 0)
+    assert found["box IoU with the gold region"] < 0.01
+    assert found["caption-question similarity"] == pytest.approx(0.45)
+    assert [found[f"coverage at similarity {t}"] for t in (0.3, 0.4, 0.5, 0.6)] == [1, 1, 0, 0]
+    assert found["right at similarity 0.4"] == 1 and "right at similarity 0.5" not in found
+    assert think["coverage at similarity 0.3"] == 0  # no caption
+    assert found["answer changes without the gold region"] == 1
+    assert found["answer changes without its own boxes, same rows"] == 0
+    assert found["answer changes without random regions as large as gold"] == 0
+    assert found["right, more than with a grey picture"] == 0.5
+    assert think["gold minus random"] == 0 and "right, more than with a grey picture" not in think
+    header, lines = glance_table(metrics["glance"])
+    assert header == ["", "json prompt", "think prompt"]
+    cells = {line[0]: line[1:] for line in lines}
+    assert cells["right"] == ["100.0 [100.0, 100.0]", "50.0 [50.0, 50.0]"]  # a film with a patch in each group
+    assert cells["right at similarity 0.4"][1] == "–" and cells["gold minus random"][0].endswith("n = 12")
+    assert predictions[0]["json prompt"]["iou"] < 0.1 and predictions[0]["think prompt"]["iou"] is None
 
 
 # --- films drawn anew ---
@@ -260,74 +289,45 @@ def with_redrawn(films, folder):
 )
 def test_films_drawn_anew_tell_who_sees_the_finding(films, tmp_path, respond, without, other, both):
     rows = with_redrawn(films, tmp_path)
-    images, _ = load_images(rows)
-    metrics, predictions, *_ = evaluate(
-        Scripted(AnyEdit(images) if respond is AnyEdit else respond), rows, images, [], options()
-    )
+    respond = AnyEdit(load_images(rows)[0]) if respond is AnyEdit else respond
+    metrics, predictions, *_ = measure(respond, rows)
     test = metrics["redrawn"]
     assert (test["without"]["value"], test["other"]["value"], test["both_right"]["value"]) == (without, other, both)
     assert test["without"]["n"] == test["both_right"]["n"] == 12 and test["other"]["n"] == test["difference"]["n"] == 11
-    assert (test["only_finding"]["n"], test["others_left"]["n"]) == (1, 11) and test["only_finding"]["value"] == test[
-        "others_left"
-    ]["value"] == both
+    assert (test["only_finding"]["n"], test["others_left"]["n"]) == (1, 11)
+    assert test["only_finding"]["value"] == test["others_left"]["value"] == both
     assert test["difference"]["value"] == without - other and test["unparsed"] == {"redrawn": 0, "redrawn_other": 0}
-    assert (
-        predictions[0]["redrawn"]["answer"]
-        and "redrawn_other" not in predictions[0]
-        and "redrawn" not in predictions[1]
-    )
+    assert predictions[0]["redrawn"]["answer"] and "redrawn_other" not in predictions[0]
+    assert "redrawn" not in predictions[1]
 
 
 def test_no_answer_about_a_film_drawn_anew_is_no_change(films, tmp_path):
     rows = with_redrawn(films, tmp_path)
     Path(rows[0]["redrawn"]).write_bytes(b"no picture")
-    images, _ = load_images(rows)
-    test = evaluate(Scripted(looks), rows, images, [], options())[0]["redrawn"]
-    assert (
-        test["without"]["value"] == test["both_right"]["value"] == pytest.approx(11 / 12)
-        and test["unparsed"]["redrawn"] == 1
-    )
-    assert evaluate(Scripted(looks), films, images, [], options())[0]["redrawn"] is None
+    test = measure(looks, rows)[0]["redrawn"]
+    assert test["without"]["value"] == test["both_right"]["value"] == pytest.approx(11 / 12)
+    assert test["unparsed"]["redrawn"] == 1
+    assert measure(looks, films)[0]["redrawn"] is None
 
 
 # --- controls, denominators ---
 
 
 def test_controls_show_what_the_image_adds(films):
-    images, _ = load_images(films)
-    train = [make_row(100 + i, "no", question=QUESTION) for i in range(3)] + [
-        make_row(110, "blue", question=ALSO, answer_type="open")
-    ]
-    metrics, predictions, *_ = evaluate(Scripted(looks), films, images, train, options())
-    rows = metrics["rows"]
-    assert list(rows) == [
-        "json prompt",
-        "think prompt",
-        "question only",
-        "blank image",
-        "shuffled image",
-        "majority answer",
-    ]
-    assert rows["json prompt"]["accuracy"]["value"] == rows["think prompt"]["accuracy"]["value"] == 1
-    assert (
-        rows["question only"]["accuracy"]["value"]
-        == rows["blank image"]["accuracy"]["value"]
-        == rows["majority answer"]["accuracy"]["value"]
-        == 0.5
-    )
+    train = [make_row(100 + i, "no") for i in range(3)] + [make_row(110, "blue", question=ALSO, answer_type="open")]
+    metrics, predictions, *_ = measure(looks, films, train, prompts=["json", "think"], counterfactual_cases=0)
+    rows = {name: found["accuracy"]["value"] for name, found in metrics["rows"].items()}
+    assert rows == {
+        "json prompt": 1, "think prompt": 1, "question only": 0.5, "blank image": 0.5,
+        "shuffled image": rows["shuffled image"], "majority answer": 0.5,
+    }  # fmt: skip
     assert metrics["needs_image"]["blank image"]["value"] == 0.5 and metrics["needs_image"]["blank image"]["low"] > 0
     assert metrics["json"]["json"]["valid"] == metrics["json"]["think"]["valid"] == 1
-    assert (
-        metrics["boxes"]["box_rate"]["value"] == 0.5
-        and metrics["boxes"]["iou"]["n"] == 12
-        and metrics["boxes"]["iou"]["value"] > 0.9
-    )
-    assert metrics["boxes"]["constant_box"] is None
-    assert (
-        predictions[0]["json prompt"]["correct"]
-        and predictions[0]["gold"] == "yes"
-        and predictions[0]["majority answer"]["answer"] == "no"
-    )
+    boxes = metrics["boxes"]
+    assert boxes["box_rate"]["value"] == 0.5 and boxes["iou"]["n"] == 12 and boxes["iou"]["value"] > 0.9
+    assert boxes["constant_box"] is None
+    assert predictions[0]["json prompt"]["correct"] and predictions[0]["gold"] == "yes"
+    assert predictions[0]["majority answer"]["answer"] == "no"
 
 
 def test_unreadable_images_and_silence_stay_in_the_denominator(films, tmp_path):
@@ -336,15 +336,12 @@ def test_unreadable_images_and_silence_stay_in_the_denominator(films, tmp_path):
     rows = films + [make_row(99, "yes", [[1, 1, 30, 30]], bad, group="g99")]
     images, errors = load_images(rows)
     assert images[-1] is None and [e["path"] for e in errors] == [str(bad)]
-    metrics, predictions, *_ = evaluate(Scripted(looks), rows, images, [], options())
+    metrics, predictions, *_ = measure(looks, rows)
     for name, row in metrics["rows"].items():
         assert row["n"] == row["accuracy"]["n"] == 25, name
-    assert (
-        metrics["rows"]["json prompt"]["accuracy"]["value"] == pytest.approx(24 / 25)
-        and not predictions[-1]["json prompt"]["parsed"]
-    )
-    assert metrics["boxes"]["iou"]["n"] == 13
-    silent = evaluate(Scripted(lambda image: (None, 0.0, [])), films, images[:-1], [], options())[0]
+    assert metrics["rows"]["json prompt"]["accuracy"]["value"] == pytest.approx(24 / 25)
+    assert not predictions[-1]["json prompt"]["parsed"] and metrics["boxes"]["iou"]["n"] == 13
+    silent = measure(lambda image: (None, 0.0, []), films)[0]
     assert silent["rows"]["json prompt"]["accuracy"]["value"] == 0 and silent["counterfactual"]["cases"] == 0
     assert silent["confidence"]["all rows"]["answer log-probability"]["n_without_value"] == 24
 
@@ -390,19 +387,13 @@ def test_summary_by_hand():
         record_of(row, json.dumps({"answer": text}), "json", image) for row, text in zip(rows, texts, strict=True)
     ]
     table = summarise(rows, records)
-    assert table["closed"] | {"low": None, "high": None} == {
-        "value": 0.5,
-        "low": None,
-        "high": None,
-        "n": 2,
-    }  # both yes and no is wrong
-    assert table["open_exact"]["value"] == 0.5 and table["open_recall"]["value"] == pytest.approx((0.5 + 1) / 2)
-    assert table["open_precision"]["value"] == pytest.approx((0.25 + 1) / 2) and table["accuracy"]["value"] == 0.5
-    assert table["parsed"]["value"] == 0.75
-    assert table["llava_med"]["closed"] == 1 and table["llava_med"]["recall"] == pytest.approx(
-        (0.8 + 1) / 2
-    )  # their rules, their numbers
-    assert table["medevalkit"]["closed"] == 0.5
+    value = {name: found["value"] for name, found in table.items() if isinstance(found, dict) and "value" in found}
+    assert (value["closed"], table["closed"]["n"]) == (0.5, 2)  # both yes and no is wrong
+    assert value["open_exact"] == value["accuracy"] == 0.5 and value["parsed"] == 0.75
+    assert value["open_recall"] == pytest.approx((0.5 + 1) / 2)
+    assert value["open_precision"] == pytest.approx((0.25 + 1) / 2)
+    assert table["llava_med"]["closed"] == 1 and table["medevalkit"]["closed"] == 0.5  # their rules, their numbers
+    assert table["llava_med"]["recall"] == pytest.approx((0.8 + 1) / 2)
 
 
 def test_intervals_draw_whole_groups():
@@ -455,24 +446,13 @@ def test_aurc_lies_between_perfect_and_no_order():
 
 
 def test_similarity_thresholds_use_all_rows_as_coverage(films):
-    images, _ = load_images(films)
-    encoder = {"a film": [1.0, 0.0], QUESTION: [0.45, np.sqrt(1 - 0.45**2)]}
-    metrics = evaluate(
-        Scripted(looks), films, images, [], options(), encoder=lambda texts: np.array([encoder[t] for t in texts])
-    )[0]
-    table = metrics["confidence"]["thresholds"]
-    assert [(r["threshold"], r["n"], r["coverage"], r["accuracy"]) for r in table] == [
-        (0.3, 24, 1, 1),
-        (0.4, 24, 1, 1),
-        (0.5, 0, 0, None),
-        (0.6, 0, 0, None),
-    ]
-    assert set(metrics["confidence"]["counterfactual cases"]) == {
-        "answer log-probability",
-        "response log-probability",
-        "caption-question similarity",
+    found = measure(looks, films, encoder=encode)[0]["confidence"]
+    kept = [(r["threshold"], r["n"], r["coverage"], r["accuracy"]) for r in found["thresholds"]]
+    assert kept == [(0.3, 24, 1, 1), (0.4, 24, 1, 1), (0.5, 0, 0, None), (0.6, 0, 0, None)]
+    assert set(found["counterfactual cases"]) == {
+        "answer log-probability", "response log-probability", "caption-question similarity",
         "stability under random edits",
-    }
+    }  # fmt: skip
 
 
 # --- the model's own log-probabilities ---
@@ -557,43 +537,33 @@ def scripted_model(monkeypatch, tiny):
     monkeypatch.setattr(script, "load_model", lambda args, device: tiny)
 
 
-def test_script_on_a_file_of_rows(rows_file, scripted_model, tmp_path, capsys):
+def run(rows_file, *more, out="run", cases=0, model=("--model", "tiny")):
+    """The script with a scripted model -> (metrics, report)."""
     script.main(
-        [
-            "--data",
-            str(rows_file),
-            "--model",
-            "tiny",
-            "--out-dir",
-            "run",
-            "--counterfactual-cases",
-            "6",
-            "--device",
-            "cpu",
-            "--seed",
-            "3",
-        ]
+        ["--data", str(rows_file), *model, "--out-dir", out, "--device", "cpu", "--counterfactual-cases", str(cases)]
+        + [str(a) for a in more]
     )
-    metrics = json.loads(Path("run/metrics.json").read_text())
-    assert (
-        metrics["n"] == 24
-        and metrics["counterfactual"]["cases"] == 6
-        and metrics["seed"] == 3
-        and metrics["dataset"]["train_rows"] == 6
-    )
+    return json.loads(Path(out, "metrics.json").read_text()), Path(out, "report.md").read_text()
+
+
+def test_script_on_a_file_of_rows(rows_file, scripted_model, capsys):
+    metrics, report = run(rows_file, "--seed", 3, cases=6)
+    assert (metrics["n"], metrics["counterfactual"]["cases"], metrics["seed"]) == (24, 6, 3)
+    assert metrics["dataset"]["train_rows"] == 6 and metrics["overlap"] is False
     assert metrics["boxes"]["constant_box"] and metrics["boxes"]["iou_over_constant_box"]["value"] > 0
-    assert metrics["sentence_encoder"] == "tiny:bert" and metrics["overlap"] is False
+    assert metrics["sentence_encoder"] == "tiny:bert"
     lines = [json.loads(line) for line in Path("run/predictions.jsonl").read_text().splitlines()]
-    assert len(lines) == 24 and sum(line["counterfactual"] is not None for line in lines) == 6
-    report, page = Path("run/report.md").read_text(), Path("run/report.html").read_text()
+    assert len(lines) == 24 and sum(line["json prompt"]["counterfactual"] is not None for line in lines) == 6
+    page = Path("run/report.html").read_text()
     assert (
         "Answers change more often without the gold region than without random regions of its size, with every fill."
         in report
     )
     assert "random weights" in report and "PHANTOM" in report and "figures/strip.png" in report
-    assert page.count("data:image/png;base64,") == 2 and not re.search(
-        r"(src|href)=.(?!data:)", page
-    )  # nothing is loaded from elsewhere
+    assert "| gold minus random | 100.0 [100.0, 100.0], n = 6 | 100.0 [100.0, 100.0], n = 6 |" in report
+    assert "| response has a box | 50.0" in capsys.readouterr().out
+    assert page.count("data:image/png;base64,") == 2
+    assert not re.search(r"(src|href)=.(?!data:)", page)  # nothing is loaded from elsewhere
     with Image.open("run/figures/strip.png") as picture:
         assert picture.width > 600
 
@@ -601,27 +571,9 @@ def test_script_on_a_file_of_rows(rows_file, scripted_model, tmp_path, capsys):
 def test_films_drawn_anew_are_in_the_report(films, rows_file, scripted_model, tmp_path):
     lines = rows_file.read_text().splitlines()
     rows_file.write_text("\n".join([*map(json.dumps, with_redrawn(films, tmp_path)), *lines[24:]]))
-    script.main(
-        [
-            "--data",
-            str(rows_file),
-            "--model",
-            "tiny",
-            "--out-dir",
-            "run",
-            "--counterfactual-cases",
-            "0",
-            "--device",
-            "cpu",
-            "--prompts",
-            "json",
-        ]
-    )
-    report = Path("run/report.md").read_text()
-    assert (
-        "| right about both films: yes with it, no without it | 100.0 [100.0, 100.0] | 12 |" in report
-        and "figures/redrawn.png" in report
-    )
+    _, report = run(rows_file, "--prompts", "json")
+    assert "| right about both films: yes with it, no without it | 100.0 [100.0, 100.0] | 12 |" in report
+    assert "figures/redrawn.png" in report
     with Image.open("run/figures/redrawn.png") as picture:
         assert picture.width > 400 and picture.height > 400  # two films, three pictures each
 
@@ -630,113 +582,94 @@ def test_a_model_taught_on_grey_pictures_is_marked(rows_file, scripted_model):
     Path("model").mkdir()
     for rows, marked in ((0, False), (7, True)):
         Path("model/training.json").write_text(json.dumps({"dataset": {"policy": "by patient", "blank_rows": rows}}))
-        script.main(
-            [
-                "--data",
-                str(rows_file),
-                "--sft-ckpt",
-                "model",
-                "--out-dir",
-                f"run{rows}",
-                "--counterfactual-cases",
-                "0",
-                "--device",
-                "cpu",
-                "--prompts",
-                "json",
-            ]
-        )
-        assert (
-            "This model was shown 7 grey pictures in training" in Path(f"run{rows}/report.md").read_text()
-        ) == marked
+        _, report = run(rows_file, "--prompts", "json", out=f"run{rows}", model=("--sft-ckpt", "model"))
+        assert ("This model was shown 7 grey pictures in training" in report) == marked
 
 
 def test_the_think_prompt_alone_has_no_boxes(rows_file, scripted_model):
-    script.main(
-        [
-            "--data",
-            str(rows_file),
-            "--model",
-            "tiny",
-            "--out-dir",
-            "run",
-            "--counterfactual-cases",
-            "2",
-            "--device",
-            "cpu",
-            "--prompts",
-            "think",
-            "--limit",
-            "10",
-        ]
-    )
-    metrics = json.loads(Path("run/metrics.json").read_text())
-    assert (
-        metrics["boxes"] is None
-        and metrics["main_prompt"] == "think"
-        and metrics["n"] == 10
-        and metrics["rows"]["think prompt"]["accuracy"]["value"] == 1
-    )
-    assert metrics["confidence"]["rows_with_caption"] == 0 and "## Boxes" not in Path("run/report.md").read_text()
+    metrics, report = run(rows_file, "--prompts", "think", "--limit", 10, cases=2)
+    assert metrics["boxes"] is None and metrics["main_prompt"] == "think" and metrics["n"] == 10
+    assert metrics["rows"]["think prompt"]["accuracy"]["value"] == 1
+    assert metrics["confidence"]["rows_with_caption"] == 0 and "## Boxes" not in report
 
 
 def test_export_for_grpo(rows_file, scripted_model, refused, capsys):
     out = refused(script.main, ["--data", rows_file, "--model", "tiny", "--export-grpo", "g.jsonl", "--out-dir", "x"])
     assert "--split train or val" in out
-    script.main(
-        [
-            "--data",
-            str(rows_file),
-            "--model",
-            "tiny",
-            "--split",
-            "train",
-            "--out-dir",
-            "run",
-            "--export-grpo",
-            "made/g.jsonl",
-            "--device",
-            "cpu",
-        ]
-    )
+    run(rows_file, "--split", "train", "--export-grpo", "made/g.jsonl", cases=100)
     rows = [json.loads(line) for line in Path("made/g.jsonl").read_text().splitlines()]
-    assert len(rows) == 6 and all(
-        row["valid_json"] and row["answer_correct"] and row["caption"] == "a film" for row in rows
-    )
+    assert len(rows) == 6 and {(r["valid_json"], r["answer_correct"], r["caption"]) for r in rows} == {
+        (True, True, "a film")
+    }
     assert {"image_path", "question", "gold", "region", "group"} <= rows[0].keys()
     tested = [row for row in rows if row["delta_cf_roi"] is not None]
-    assert tested and all(
-        row["delta_cf_roi"] == pytest.approx(2.9) and row["delta_cf_rand"] == pytest.approx(0) for row in tested
-    )
-    assert all(row["delta_cf_roi"] is None for row in rows if row["gold"] == "no")
+    assert tested and {row["gold"] for row in tested} == {"yes"}
+    assert [row["delta_cf_roi"] for row in tested] == pytest.approx([2.9] * len(tested))
+    assert [row["delta_cf_rand"] for row in tested] == pytest.approx([0] * len(tested))
 
 
-def test_overlap_is_stamped(films, rows_file, scripted_model, capsys):
+def test_overlap_is_stamped(films, rows_file, scripted_model):
     rows_file.write_text("\n".join(json.dumps(row | {"policy": "official", "overlap": True}) for row in films))
-    script.main(
-        [
-            "--data",
-            str(rows_file),
-            "--model",
-            "tiny",
-            "--out-dir",
-            "run",
-            "--counterfactual-cases",
-            "0",
-            "--device",
-            "cpu",
-        ]
+    metrics, report = run(rows_file)
+    assert metrics["overlap"] is True and metrics["policy"] == "official"
+    assert any("OVERLAP" in w for w in metrics["warnings"]) and "**OVERLAP" in report
+    assert "No case could be tested." in report
+
+
+def test_given_regions_are_tested(films, rows_file, scripted_model):
+    """Rows without regions of their own: the user's boxes on two films are what the test takes out."""
+    rows_file.write_text("\n".join(json.dumps(row | {"region": None}) for row in films))
+    lines = [f"{row['image']},{','.join(map(str, row['region'][0]))}\n" for row in films[:4] if row["region"]]
+    Path("mine.csv").write_text("image,x0,y0,x1,y1\n" + "".join(lines))
+    metrics, _ = run(rows_file, "--regions", "mine.csv", cases=100)
+    assert metrics["dataset"]["with_given_region"] == metrics["counterfactual"]["gold"]["all_fills"]["n"] == 2
+
+
+def test_the_default_encoder_may_be_out_of_reach(rows_file, monkeypatch, tiny, refused, capsys):
+    def absent(name, device):
+        raise InputError(f"{name} cannot be had")
+
+    monkeypatch.setattr(script, "Answerer", lambda *a: Scripted(looks))
+    monkeypatch.setattr(script, "load_model", lambda args, device: replace(tiny, tiny=False))
+    monkeypatch.setattr(script, "SentenceEncoder", absent)
+    metrics, report = run(rows_file)
+    said = "sentence-transformers/all-MiniLM-L6-v2 cannot be had); give --sentence-encoder FOLDER"
+    assert metrics["sentence_encoder"] is None and said in metrics["no_sentence_encoder"] and said in report
+    assert said in capsys.readouterr().out and "coverage at similarity 0.3" not in report
+    assert "mine cannot be had" in refused(
+        script.main, ["--data", rows_file, "--model", "tiny", "--sentence-encoder", "mine", "--out-dir", "x"]
     )
-    metrics = json.loads(Path("run/metrics.json").read_text())
-    assert (
-        metrics["overlap"] is True
-        and metrics["policy"] == "official"
-        and any("OVERLAP" in w for w in metrics["warnings"])
-    )
-    assert (
-        "**OVERLAP" in Path("run/report.md").read_text()
-        and "No case could be tested." in Path("run/report.md").read_text()
-    )
+
+
+# --- two runs ---
+
+
+def test_two_runs_side_by_side(rows_file, monkeypatch, tiny, refused, capsys):
+    """The base model says yes to everything, the trained one looks: paired differences by hand, and bad pairs."""
+    monkeypatch.setattr(script, "load_model", lambda args, device: tiny)
+    for name, respond in (("base", blind), ("trained", looks)):
+        monkeypatch.setattr(script, "Answerer", lambda *a: Scripted(respond))  # noqa: B023, called at once
+        run(rows_file, "--prompts", "json", out=name, cases=6)
+    capsys.readouterr()
+    script.main(["--compare", "base", "trained", "--out-dir", "both"])
+    printed, report = capsys.readouterr().out, Path("both/report.md").read_text()
+    found = json.loads(Path("both/metrics.json").read_text())["compared"]["json"]
+    right = found["right"]
+    assert (right["a"]["value"], right["b"]["value"], right["difference"]["value"]) == (0.5, 1, 0.5)
+    assert right["difference"]["n"] == 24 and right["difference"]["low"] > 0
+    assert right["difference"]["p"] == pytest.approx(2 / 2**12)  # twelve groups, all in one direction
+    assert found["gold minus random"]["difference"]["value"] == 1
+    assert found["right, more than with a grey picture"]["difference"]["value"] == 0.5
+    assert "| right | 50.0" in printed and "More in B: right, right, closed" in report and "PHANTOM" in report
+    assert "Less in B: nothing" in report
+    script.main(["--compare", "trained", "trained", "--out-dir", "same"])
+    same = json.loads(Path("same/metrics.json").read_text())["compared"]["json"]
+    assert {f["difference"]["value"] for f in same.values()} <= {0, None}
+    run(rows_file, "--prompts", "json", "--limit", 10, out="few")
+    assert "about different rows (24 and 10)" in refused(script.main, ["--compare", "base", "few"])
+    assert "is no run folder of evaluate.py" in refused(script.main, ["--compare", "base", "nowhere"])
+    run(rows_file, "--prompts", "think", out="other")
+    assert "no prompt in common" in refused(script.main, ["--compare", "base", "other"])
 
 
 def test_bad_arguments_and_files_are_refused(refused, tmp_path):
@@ -753,10 +686,7 @@ def test_dry_run_of_everything(capsys):
     script.main(["--dry-run", "--studies", "2", "--limit", "4", "--out-dir", "run"])
     metrics = json.loads(Path("run/metrics.json").read_text())
     assert (
-        metrics["n"] == 4
-        and metrics["rows"]["json prompt"]["n"] == 4
-        and metrics["tiny"]
-        and metrics["dataset"]["phantom"]
+        metrics["n"] == metrics["rows"]["json prompt"]["n"] == 4 and metrics["tiny"] and metrics["dataset"]["phantom"]
     )
     assert sum(metrics["json"]["json"]["levels"].values()) == 4 and Path("run/report.html").stat().st_size > 10_000
     assert "The tiny model is untrained" in Path("run/report.md").read_text()
@@ -766,13 +696,10 @@ def test_dry_run_of_everything(capsys):
 def test_real_vqa_rad_rows_and_their_question_only_baseline(real_data):
     """The most frequent answer per question, from the training rows of the official split, is a known number."""
     folder = real_data("vqa_rad").parent
-    args = SimpleNamespace(
-        data="vqa_rad", split="test", policy="official", seed=0, data_dir=str(folder), studies=None, limit=None
-    )
+    asked = {"data": "vqa_rad", "split": "test", "policy": "official", "seed": 0, "data_dir": str(folder)}
+    args = SimpleNamespace(**asked, studies=None, limit=None, regions=None)
     rows, train_rows, facts = script.load_rows(args)
-    assert (
-        len(rows) == 451 and len(train_rows) > 2500 and facts["overlap"] and all(row["region"] is None for row in rows)
-    )
+    assert len(rows) == 451 and len(train_rows) > 2500 and facts["overlap"] and not any(row["region"] for row in rows)
     majority = majority_answers(rows, train_rows)
     right = [scores_of(row, answer)["correct"] for row, answer in zip(rows, majority, strict=True)]
     closed = np.mean([r for r, row in zip(right, rows, strict=True) if row["answer_type"] == "closed"])

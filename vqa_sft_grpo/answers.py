@@ -17,7 +17,8 @@ import numpy as np
 from shared.data.images import read_pixels
 from shared.runtime import InputError
 from vqa_sft_grpo.asking import pixel_boxes
-from vqa_sft_grpo.counterfactual import fill_region, identity_edits, plan_regions
+from vqa_sft_grpo.counterfactual import LARGEST, SMALLEST, fill_region, identity_edits, plan_regions, region_mask
+from vqa_sft_grpo.counterfactual import whole_boxes
 from vqa_sft_grpo.measures import case_summary
 from vqa_sft_grpo.prompting import build_prompt, parse_response
 from vqa_sft_grpo.rows import REDRAWN
@@ -141,7 +142,8 @@ def edit_seed(row, seed):
 def pick_cases(rows, records, images, limit, k, seed):
     """
     Rows for the counterfactual test, drawn by the seed among those with a parsed answer and a region: gold ones first,
-    then the model's own boxes. -> (cases, {source: {reason: how many were looked at and not taken}}).
+    then the model's own boxes. "own" of a gold case: the boxes of the response, where they can be taken out as well.
+    -> (cases, {source: {reason: how many were looked at and not taken}}).
     """
     cases, refused = [], {"gold": Counter(), "self": Counter()}
     usable = [i for i, r in enumerate(records) if r["key"] is not None and images[i] is not None]
@@ -158,13 +160,22 @@ def pick_cases(rows, records, images, limit, k, seed):
             if plan.why:
                 refused[source][plan.why if source == "gold" or boxes else "no box of its own"] += 1
             else:
-                cases.append({"row": i, "source": source, "plan": plan, "was_correct": bool(records[i]["correct"])})
+                own = own_region(records[i]["boxes"], images[i].shape[:2]) if source == "gold" else []
+                of_case = {"plan": plan, "own": own, "was_correct": bool(records[i]["correct"])}
+                cases.append({"row": i, "source": source, **of_case})
     return cases, {source: dict(counts) for source, counts in refused.items()}
 
 
-def edits_of(image, plan, fills, seed):
+def own_region(boxes, shape):
+    """The boxes of a response in whole pixels; none where they are too small or too large to be taken out."""
+    whole = whole_boxes(boxes, *shape)
+    return whole if whole and SMALLEST <= region_mask(whole, *shape).mean() <= LARGEST else []
+
+
+def edits_of(image, plan, fills, seed, own=()):
     """
-    All edited images of a case -> [((what, fill, number), image)]: identity edits, the region, the random regions.
+    All edited images of a case -> [((what, fill, number), image)]: identity edits, the region, the random regions, and
+    the model's own boxes.
     """
     edits = [(("identity", name, 0), edited) for name, edited in identity_edits(image).items()]
     for fill in fills:
@@ -175,6 +186,7 @@ def edits_of(image, plan, fills, seed):
                     fill_region(image, boxes, fill, seed=[*seed, number]),
                 )
             )
+        edits += [(("own", fill, 0), fill_region(image, own, fill, seed=[*seed, 0]))] if own else []
     return edits
 
 
@@ -192,7 +204,7 @@ def run_counterfactual(answerer, rows, records, images, cases, style, fills, see
             i = case["row"]
             jobs += [
                 (case, name, image)
-                for name, image in edits_of(images[i], case["plan"], fills, edit_seed(rows[i], seed))
+                for name, image in edits_of(images[i], case["plan"], fills, edit_seed(rows[i], seed), case["own"])
             ]
         prompts = [build_prompt(rows[case["row"]]["question"], style) for case, _, _ in jobs]
         pictures = [image for _, _, image in jobs]

@@ -3,13 +3,17 @@ Measure a model on medical questions: is it right, does it need the image, and d
 
 Usage:
     python vqa_sft_grpo/evaluate.py --model tiny --data phantom --limit 40  # offline, a minute; untrained
+    python vqa_sft_grpo/evaluate.py --compare outputs/vqa_sft_grpo/evaluate/001 outputs/vqa_sft_grpo/evaluate/002
     python vqa_sft_grpo/evaluate.py --dataset slake --sft_ckpt checkpoints/qwen2vl_sft
     python vqa_sft_grpo/evaluate.py --dataset vqa_rad --sft_ckpt checkpoints/qwen2vl_sft --sentence-encoder FOLDER
     python vqa_sft_grpo/evaluate.py --dataset phantom --split train --sft_ckpt ... --export-grpo data/grpo_scored.jsonl
 
 Every row counts: what cannot be read, parsed or loaded is wrong. Intervals draw whole images (95 %). The first prompt
-of --prompts is the main one: the controls, the confidence and the counterfactual test are made with it.
+of --prompts is the main one: the controls and the confidence are measured with it, the rest with each of them.
 
+At a glance     one table, a column per prompt: right answers, valid JSON, boxes, coverage and accuracy by the
+                similarity of caption and question, answers that change without gold, own and random regions
+Compare         --compare A B: that table for two runs (base and trained model) side by side, with paired differences
 Answers         scoring.py: closed strict, open exact, clipped recall, precision, F1; a synonym list and two published
                 scripts' ways of counting in columns of their own
 Controls        question without image, grey image, image of another group, the most frequent answer of the training
@@ -21,8 +25,9 @@ Confidence      risk-coverage and AURC for the answer's log-probability, caption
 Counterfactual  region removed against K random regions of its size and share of foreground, several fills
                 (counterfactual.py): how often the answer changes, and how much less likely the model finds its own
                 answer and its whole response. Where a response reasons before it answers, the answer follows from the
-                reasoning, and only the response's drop can show that the region mattered. The region is the gold one;
-                where none is known the model's own, counted apart ("self"): a model can choose it to look good.
+                reasoning, and only the response's drop can show that the region mattered. The region is the gold one,
+                with the model's own beside it; where no gold one is known the model's own alone, counted apart
+                ("self"): a model can choose it to look good.
 Redrawn         phantom only: the same film drawn anew without the finding asked about, and without another one
                 (prepare_data.py). No fill can leave a trace there, and the right answer is known, so it needs no random
                 regions beside it
@@ -34,27 +39,30 @@ errors.csv. For research and teaching only; nothing here is medical advice.
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parents[1] if "__file__" in globals() else Path.cwd()
 sys.path.insert(0, str(ROOT))  # finds shared/ from any folder; in a notebook, cd to the project first
 
 from shared.data.download import sha256_of
 from shared.metrics.statistics import effective_clusters
-from shared.report import PHANTOM
-from shared.runtime import InputError, not_negative, open_run_dir, pick_device, positive_int, run_facts, script
-from shared.runtime import script_parser, seed_everything, write_csv, write_json, write_jsonl
+from shared.report import PHANTOM, markdown_table
+from shared.runtime import InputError, not_negative, open_run_dir, pick_device, positive_int, run_facts
+from shared.runtime import script, script_parser, seed_everything, write_csv, write_json, write_jsonl
 from vqa_sft_grpo.answers import ask, ask_redrawn, load_images, majority_answers, pick_cases, redrawn_strips
 from vqa_sft_grpo.answers import run_counterfactual, scores_of, shuffled_images, telling_cases
 from vqa_sft_grpo.asking import Answerer, add_model_options, load_model, training_of
-from vqa_sft_grpo.counterfactual import FILLS, blank
-from vqa_sft_grpo.measures import SentenceEncoder, at_thresholds, aurc_row, caption_similarity, case_summary
-from vqa_sft_grpo.measures import json_success, measure_boxes, measure_counterfactual, measure_redrawn
+from vqa_sft_grpo.counterfactual import FILLS, blank, region_iou
+from vqa_sft_grpo.glance import at_a_glance, compare, glance_table
+from vqa_sft_grpo.measures import SMALL_ENCODER, SentenceEncoder, at_thresholds, aurc_row, caption_similarity
+from vqa_sft_grpo.measures import case_summary, json_success, measure_boxes, measure_counterfactual, measure_redrawn
 from vqa_sft_grpo.measures import paired_difference, risk_coverage, strata, summarise
 from vqa_sft_grpo.prompting import STYLES, build_prompt
 from vqa_sft_grpo.report import draw_risk_coverage, draw_strip, write_report
 from vqa_sft_grpo.rows import NAMES, POLICIES, grpo_row, make_rows, read_rows
 from vqa_sft_grpo.scoring import SYNONYMS_NAME
 from vqa_sft_grpo.sources import load_slake
+from vqa_sft_grpo.terms import add_regions
 
 TASK = "vqa_sft_grpo"
 CONTROLS = ("question only", "blank image", "shuffled image", "majority answer")
@@ -63,6 +71,7 @@ OF_ANSWER = (
     "response",
     "answer",
     "level",
+    "valid",
     "boxes",
     "caption",
     "parsed",
@@ -84,6 +93,7 @@ def parse_args(argv=None):
         help="split policy, see prepare_data.py (%(default)s)")
     g.add_argument("--allow-overlap", action="store_true",
         help="accept --policy official, where images of the test set are in training; every result is then marked")
+    g.add_argument("--regions", metavar="FILE", help="gold regions of your own, a CSV as train_grpo.py takes it")
     g.add_argument("--studies", type=positive_int, metavar="N", help="phantom: films to ask about (300 for test, 100 "
         "for val, 1000 for train); for other settings make a file with prepare_data.py and give it as --data")
     add_model_options(parser)
@@ -91,17 +101,19 @@ def parse_args(argv=None):
     g.add_argument("--prompts", nargs="+", default=["json", "think"], choices=STYLES,
         help="prompt styles; controls and tests use the first (json think)")
     g.add_argument("--counterfactual-cases", type=not_negative, default=100, metavar="N",
-        help="rows for the counterfactual test, drawn by the seed; each takes (1 + K) x fills + 2 answers; 0: leave "
-        "it out (%(default)s)")
+        help="rows for the counterfactual test, drawn by the seed; each takes (2 + K) x fills + 2 answers, with each "
+        "of --prompts; 0: leave it out (%(default)s)")
     g.add_argument("--random-regions", type=positive_int, default=5, metavar="K",
         help="random regions per case, at least 5 (%(default)s)")
     g.add_argument("--fills", nargs="+", default=list(FILLS), choices=FILLS,
         help="ways to take a region out; at least two (all)")
     g.add_argument("--sentence-encoder", metavar="FOLDER", help="a BERT-like encoder (folder or hub name) for "
-        "caption-question similarity, mean pooling; default: tiny:bert for a tiny model, else the similarity is left "
-        "out")
+        "caption-question similarity, mean pooling (tiny:bert for a tiny model, else "
+        f"{SMALL_ENCODER}; where that cannot be had the similarity is left out)")
     g.add_argument("--export-grpo", metavar="FILE",
         help="write the rows for train_grpo.py with what was measured; not for test rows")
+    g.add_argument("--compare", nargs=2, metavar=("A", "B"),
+        help="no model: compare two run folders of this script, about the same rows")
     # fmt: on
     args = parser.parse_args(argv)
     args.prompts, args.fills = list(dict.fromkeys(args.prompts)), list(dict.fromkeys(args.fills))
@@ -163,6 +175,7 @@ def load_rows(args):
         if "slake" in facts["name"] and not any(row["dataset"] == "slake" for row in train_rows):
             # its training images are not there, and the majority answer needs none
             train_rows += load_slake(args.data_dir, allow_missing_images=True).split("train")
+    facts["with_given_region"] = add_regions(every, args.regions) if args.regions else 0
     if not rows:
         raise InputError(
             f"{args.data} has no {args.split} rows with their images; make them with prepare_data.py, or take another"
@@ -185,28 +198,25 @@ def evaluate(answerer, rows, images, train_rows, args, encoder=None):
     """
     style, k = args.prompts[0], args.random_regions
     answers = ask_with_controls(answerer, rows, images, train_rows, args)
-    records = answers[f"{style} prompt"]
-    scores = score_responses(answerer, rows, images, records, style)
-    cases, refused = [], {}
-    if args.counterfactual_cases:
-        cases, refused = pick_cases(rows, records, images, args.counterfactual_cases, k, args.seed)
-        run_counterfactual(answerer, rows, records, images, cases, style, args.fills, args.seed, scores)
-        reasons = [f"{n} {reason} ({source} region)" for source, some in refused.items() for reason, n in some.items()]
-        print(f"counterfactual test: {len(cases)} cases; not taken: {', '.join(reasons) or 'none'}", flush=True)
-    summaries = {case["row"]: case_summary(case, args.fills, k) for case in cases}
+    measured = {
+        name: measure_prompt(answerer, rows, images, answers[f"{name} prompt"], name, args, encoder)
+        for name in args.prompts
+    }
+    records, main = answers[f"{style} prompt"], measured[style]
     redrawn = ask_redrawn(answerer, rows, style)
-    similarity = caption_similarity(rows, records, encoder) if encoder else None
-    confidence, curves = measure_confidence(rows, records, scores, similarity, summaries)
+    confidence, curves = measure_confidence(rows, records, main.scores, main.similarity, main.summaries)
 
     groups, correct = [row["group"] for row in rows], [bool(r["correct"]) for r in records]
     controls = {name: [r["correct"] for r in answers[name]] for name in CONTROLS if name in answers}
-    tested = measure_counterfactual(cases, rows, args.fills, k)
-    counted = {"cases": len(cases), "asked_for": args.counterfactual_cases, "random_regions": k, "fills": args.fills}
+    tested = measure_counterfactual(main.cases, rows, args.fills, k)
+    counted = {"cases": len(main.cases), "asked_for": args.counterfactual_cases, "random_regions": k}
+    predictions = predictions_of(rows, images, answers, measured, redrawn)
     metrics = {
         "n": len(rows),
         "clusters": effective_clusters(groups),
         "main_prompt": style,
         "synonyms": SYNONYMS_NAME,
+        "glance": {name: at_a_glance(predictions, name, name == style) for name in args.prompts},
         "rows": {name: summarise(rows, some) for name, some in answers.items()},
         "strata": strata(rows, records),
         "json": {name: json_success(answers[f"{name} prompt"]) for name in args.prompts},
@@ -214,8 +224,31 @@ def evaluate(answerer, rows, images, train_rows, args, encoder=None):
         "needs_image": {name: paired_difference(correct, other, groups) for name, other in controls.items()},
         "confidence": confidence,
         "redrawn": measure_redrawn(rows, records, redrawn),
-        "counterfactual": {**counted, "not_taken": refused, **tested},
+        "counterfactual": {**counted, "fills": args.fills, "not_taken": main.refused, **tested},
     }
+    return metrics, predictions, main.cases, records, curves
+
+
+def measure_prompt(answerer, rows, images, records, style, args, encoder):
+    """
+    What the answers to one prompt are followed by -> scores (log-probabilities per row), cases of the counterfactual
+    test and their summaries by row, how many were refused why, similarity of caption and question per row (or None).
+    """
+    scores, cases, refused = score_responses(answerer, rows, images, records, style), [], {}
+    if args.counterfactual_cases:
+        limit, k = args.counterfactual_cases, args.random_regions
+        cases, refused = pick_cases(rows, records, images, limit, k, args.seed)
+        run_counterfactual(answerer, rows, records, images, cases, style, args.fills, args.seed, scores)
+        reasons = [f"{n} {reason} ({source} region)" for source, some in refused.items() for reason, n in some.items()]
+        told = f"{len(cases)} cases; not taken: {', '.join(reasons) or 'none'}"
+        print(f"counterfactual test, {style} prompt: {told}", flush=True)
+    summaries = {case["row"]: case_summary(case, args.fills, args.random_regions) for case in cases}
+    similarity = caption_similarity(rows, records, encoder) if encoder else None
+    return SimpleNamespace(scores=scores, cases=cases, refused=refused, summaries=summaries, similarity=similarity)
+
+
+def predictions_of(rows, images, answers, measured, redrawn):
+    """-> one dict per row, all that predictions.jsonl and --compare need."""
     predictions = []
     for i, row in enumerate(rows):
         found = {k: row.get(k) for k in OF_ROW} | {"gold": row["answer"]}
@@ -223,10 +256,16 @@ def evaluate(answerer, rows, images, train_rows, args, encoder=None):
         found |= {
             field: {k: some[i][k] for k in ("response", "answer")} for field, some in redrawn.items() if i in some
         }
-        found |= {"answer_logprob": scores[i]["answer"], "response_logprob": scores[i]["response"]}
-        found |= {"caption_similarity": similarity[i] if similarity else None, "counterfactual": summaries.get(i)}
+        for style, told in measured.items():
+            mine, region = found[f"{style} prompt"], row.get("region") if images[i] is not None else None
+            mine["counterfactual"] = told.summaries.get(i)
+            mine["answer_logprob"], mine["response_logprob"] = told.scores[i]["answer"], told.scores[i]["response"]
+            boxed = region and style == "json"  # the other prompt asks for no boxes
+            mine["iou"] = region_iou(mine["boxes"], region, *images[i].shape[:2]) if boxed else None
+            if told.similarity:
+                mine["caption_similarity"] = told.similarity[i]
         predictions.append(found)
-    return metrics, predictions, cases, records, curves
+    return predictions
 
 
 def ask_with_controls(answerer, rows, images, train_rows, args):
@@ -286,24 +325,39 @@ def say(name, rows, records):
     print(f"{name}: {right} of {len(rows)} right, {sum(not r['parsed'] for r in records)} unparsed", flush=True)
 
 
-def export_rows(rows, records, predictions, folder):
+def export_rows(rows, records, predictions, style, folder):
     """
     Rows for train_grpo.py with what was measured. delta_cf_*: mean log-probability drops (nats per token), null where
     not measured.
     """
     exported = []
     for row, record, prediction in zip(rows, records, predictions, strict=True):
-        tested = prediction["counterfactual"] or {}
+        tested = prediction[f"{style} prompt"]["counterfactual"] or {}
         measured = {"valid_json": record["valid"], "answer_correct": bool(record["correct"])}
         measured |= {"caption": record["caption"]} | {k: tested.get(k) for k in ("delta_cf_roi", "delta_cf_rand")}
         exported.append(grpo_row(row, folder) | measured)
     return exported
 
 
+def load_encoder(args, tiny, device):
+    """-> (SentenceEncoder or None, its name or None, why there is none). The default may be out of reach."""
+    name = args.sentence_encoder or ("tiny:bert" if tiny else SMALL_ENCODER)
+    try:
+        return SentenceEncoder(name, device), name, None
+    except InputError as error:
+        if args.sentence_encoder:
+            raise
+        why = f"the default encoder cannot be had ({error}); give --sentence-encoder FOLDER"
+    print(f"caption-question similarity is left out: {why}")
+    return None, None, why
+
+
 @script
 def main(argv=None):
     args = parse_args(argv)
     started = time.time()
+    if args.compare:
+        return compare(args, started)
     seed_everything(args.seed)
     device, _ = pick_device(args.device)
     rows, train_rows, data = load_rows(args)
@@ -315,10 +369,7 @@ def main(argv=None):
         f" {data['train_rows']} training rows for the baselines"
     )
     vlm = load_model(args, device)
-    encoder = args.sentence_encoder or ("tiny:bert" if vlm.tiny else None)
-    encode = SentenceEncoder(encoder, device) if encoder else None
-    if encoder is None:
-        print("caption-question similarity is left out: give --sentence-encoder FOLDER to have it")
+    encode, encoder, why = load_encoder(args, vlm.tiny, device)
     run_dir = open_run_dir(args, TASK, "evaluate")
 
     answerer = Answerer(vlm, args.batch_size, args.max_new_tokens)
@@ -327,16 +378,18 @@ def main(argv=None):
     trained_on = training_of(args.adapter) if args.adapter else None
     metrics = {
         "dataset": data, "split": args.split, "seed": args.seed, "n_errors": sum(image is None for image in images),
-        "sentence_encoder": encoder, "policy": data["policy"], "overlap": data["overlap"], "trained_on": trained_on,
-        "warnings": warnings_of(args, vlm, data, trained_on, encoder), **metrics, **vlm.facts(),
-        "settings": {k: v for k, v in vars(args).items() if k != "config"}, **run_facts(started, device),
+        "sentence_encoder": encoder, "no_sentence_encoder": why, "policy": data["policy"], "overlap": data["overlap"],
+        "trained_on": trained_on, "warnings": warnings_of(args, vlm, data, trained_on, encoder), **metrics,
+        **vlm.facts(), "settings": {k: v for k, v in vars(args).items() if k != "config"},
+        **run_facts(started, device),
     }  # fmt: skip
     write_json(run_dir / "metrics.json", metrics)  # numbers first: a picture that fails costs no answers
     write_jsonl(run_dir / "predictions.jsonl", predictions)
     if errors:
         write_csv(run_dir / "errors.csv", errors)
     if args.export_grpo:
-        write_jsonl(args.export_grpo, export_rows(rows, records, predictions, Path(args.export_grpo).parent))
+        told = rows, records, predictions, args.prompts[0]
+        write_jsonl(args.export_grpo, export_rows(*told, Path(args.export_grpo).parent))
         print(f"{len(rows)} rows for train_grpo.py in {args.export_grpo}")
     folder = run_dir / "figures"
     where = f"{'PHANTOM, ' if data['phantom'] else ''}{data['name']} {args.split}, {vlm.name}"
@@ -350,6 +403,7 @@ def main(argv=None):
     write_report(run_dir, metrics, figures)
     for warning in metrics["warnings"]:
         print(f"*** {warning} ***")
+    print(markdown_table(*glance_table(metrics["glance"])))
     names = "report.html, report.md, metrics.json, predictions.jsonl"
     print(f"results in {run_dir}: {names} ({time.time() - started:.0f} s)")
 

@@ -28,6 +28,7 @@ from vqa_sft_grpo.prompting import REPAIR_LEVELS
 from vqa_sft_grpo.scoring import column_means
 
 THRESHOLDS = (0.3, 0.4, 0.5, 0.6)  # of the caption-question similarity
+SMALL_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"  # 90 MB: the default where the hub can be reached
 
 
 # -------------------------------------------------------------------------------------------------------------- metrics
@@ -274,9 +275,9 @@ def at_thresholds(similarity, logprob, correct):
 
 # ------------------------------------------------------------------------------------------------------- counterfactual
 #
-# A case: {"row": number of its row, "source": "gold" or "self", "plan": Plan, "was_correct": bool, "edits": {(what,
-# fill, number): {"answer", "flipped", "unparsed", "wrong_now", "drop", "drop_response"}}} with what "identity", "roi"
-# or "random" (see evaluate.py).
+# A case: {"row": number of its row, "source": "gold" or "self", "plan": Plan, "own": boxes, "was_correct": bool,
+# "edits": {(what, fill, number): {"answer", "flipped", "unparsed", "wrong_now", "drop", "drop_response"}}} with what
+# "identity", "roi", "random" or, where a gold case has own boxes, "own" (see answers.py).
 
 
 def edit_values(case, what, key, fills, numbers):
@@ -406,7 +407,7 @@ def case_summary(case, fills, k):
     """What predictions.jsonl says of a case; stability: share of random-region edits that leave the answer as it is."""
 
     def values(what, key):
-        return edit_values(case, what, key, fills, 1 if what == "roi" else k)
+        return edit_values(case, what, key, fills, k if what == "random" else 1)
 
     def mean(what, key):
         found = values(what, key)
@@ -419,6 +420,7 @@ def case_summary(case, fills, k):
         "random": case["plan"].random,
         "flip_roi": mean("roi", "flipped"),
         "flip_random": mean("random", "flipped"),
+        "flip_own": mean("own", "flipped") if case["own"] else None,
         "delta_cf_roi": mean("roi", "drop"),
         "delta_cf_rand": mean("random", "drop"),
         "stability": float(1 - changed.mean()),

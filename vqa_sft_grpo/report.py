@@ -9,6 +9,7 @@ import matplotlib
 import numpy as np
 
 from shared.report import Report, number, p_value, percent, save_figure, with_interval
+from vqa_sft_grpo.glance import glance_section
 from vqa_sft_grpo.prompting import REPAIR_LEVELS
 
 matplotlib.use("Agg")
@@ -35,6 +36,7 @@ def write_report(run_dir, metrics, figures):
         " whole image groups resampled. Numbers in percent unless said otherwise; greedy decoding."
         f" {too_few if clusters['warning'] else ''}".rstrip()
     )
+    glance_section(report, metrics["glance"])
     answers_section(report, metrics)
     counting_section(report, metrics)
     json_section(report, metrics["json"])
@@ -304,7 +306,7 @@ def confidence_section(report, metrics, figures):
         caption = "Error rate among the rows answered, against the share of rows answered."
         report.figure(figures["risk_coverage"], caption)
     if "thresholds" not in confidence:
-        report.text("Caption-question similarity: not measured, no --sentence-encoder was given.")
+        report.text(f"Caption-question similarity: not measured; {metrics['no_sentence_encoder']}.")
         return
     encoder = metrics["sentence_encoder"]
     made_up = " **This encoder has random weights: the numbers show that the code runs, nothing else.**"
