@@ -644,6 +644,7 @@ def test_the_default_encoder_may_be_out_of_reach(rows_file, monkeypatch, tiny, r
 # --- two runs ---
 
 
+@pytest.mark.slow
 def test_two_runs_side_by_side(rows_file, monkeypatch, tiny, refused, capsys):
     """The base model says yes to everything, the trained one looks: paired differences by hand, and bad pairs."""
     monkeypatch.setattr(script, "load_model", lambda args, device: tiny)
