@@ -4,7 +4,9 @@ labels and sides of the training reports, through one linear layer that is throw
 
 The loss of a report is mostly that of its wording, and the few tokens that depend on the film teach a random tower
 very slowly. This stage does the tower's share of the work at about a third of the cost per film. The linear layer
-reads the mean of the image tokens, so that a finding looks alike in every token and any attention can find it. The
+reads the mean of the image tokens, so that a finding looks alike in every token and any attention can find it.
+Reading what the tower sees is the language model's share, and sentences teach it as slowly; so each film is asked a
+second question during training, LIST, whose answer (list_of) has hardly a token that does not depend on the film. The
 labels come from the texts alone (shared/metrics/labels.py): nothing is used that report writing would not use.
 """
 
@@ -23,6 +25,14 @@ from shared.metrics.labels import CONDITIONS
 from shared.models.passes import features_of
 from shared.training import learning_rate
 from task2_report.scores import SIDED, sides_of, stated
+
+LIST = "List what this chest radiograph shows."
+
+
+def list_of(report):
+    """What a report states, as short as can be: "Edema; Pleural Effusion left"."""
+    says, sides = stated(report), sides_of(report)
+    return "; ".join(" ".join([name, *sorted(sides.get(name, ()))]) for name in says if says[name]) or "nothing"
 
 
 def targets_of(reports):

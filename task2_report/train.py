@@ -47,7 +47,7 @@ from shared.runtime import pick_device, positive_float, positive_int, run_facts,
 from shared.runtime import seed_everything, start_distributed, write_json, write_jsonl
 from shared.training import GuardedStep, StopSignal, Weights, learning_rate, load_state, save_state, settings_of
 from task2_report.cases import SEVERE, load_reports
-from task2_report.label_stage import learn_labels
+from task2_report.label_stage import LIST, learn_labels, list_of
 from task2_report.prompts import REPORT, ask
 from task2_report.scores import f1_of, stated, truth_of
 from task2_report.writer import Writer, add_model_options, film_for, load_model
@@ -145,18 +145,18 @@ def bounded_dropout(text):
 # ---------------------------------------------------------------------------------------------------------------- data
 
 
-def make_examples(vlm, cases, store, args, reports=None):
+def make_examples(vlm, cases, store, args, texts=None, question=REPORT):
     """
-    One Example per case whose length fits -> Examples. store.number_of[i] is the film of case i; reports: texts to
-    learn in place of the cases' own.
+    One Example per case whose length fits -> Examples. store.number_of[i] is the film of case i; texts {i: text}: to
+    learn in place of the case's report, where the question is another one or the film is grey.
     """
     examples = []
     for i, case in enumerate(cases):
         number = store.number_of[i]
-        prompt = prompt_ids(vlm, ask(REPORT, indication=args.indication and case.indication), (store.grids[number],))
-        ids, _ = continuation(vlm, (reports or {}).get(i) or case.report, end=True)
+        prompt = prompt_ids(vlm, ask(question, indication=args.indication and case.indication), (store.grids[number],))
+        ids, _ = continuation(vlm, (texts or {}).get(i) or case.report, end=True)
         weights = np.ones(len(ids), np.float32)
-        example = Example(i, "report", number, prompt, np.array(ids, np.int32), weights)
+        example = Example(i, question, number, prompt, np.array(ids, np.int32), weights)
         if example.length <= args.max_length:
             examples.append(example)
     if not examples:
@@ -188,6 +188,8 @@ def prepare(args, vlm, data, say):
     val_store = ImageStore(vlm.processor, val_films, args.cache_gib)
     rows = cases + [case for case, _ in blanks]
     examples = make_examples(vlm, rows, store, args, reports)
+    if args.label_steps:  # a second, short question about each film: see label_stage.py
+        examples += make_examples(vlm, cases, store, args, {i: list_of(c.report) for i, c in enumerate(cases)}, LIST)
     val_examples = make_examples(vlm, val_cases, val_store, args)
     if args.cache_features:
         gib = sum(s.cache_features(lambda images: features_of(vlm, images), args.cache_gib) for s in (store, val_store))
@@ -195,7 +197,7 @@ def prepare(args, vlm, data, say):
     lengths = [example.length for example in examples]
     say(
         f"training: {store}; {len(examples)} examples of {np.mean(lengths):.0f} tokens (longest {max(lengths)}),"
-        f" {len(rows) - len(examples)} longer than --max-length left out, {len(blanks)} with a grey film"
+        f" those longer than --max-length {args.max_length} left out, {len(blanks)} with a grey film"
     )
     return cases, store, examples, val_cases, val_store, val_examples
 
