@@ -8,9 +8,13 @@ import json
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from shared.models.inputs import continuation
+from shared.models.loading import load_vlm, save_vlm
 from shared.models.passes import logprobs, never_drawn, sample
 from shared.runtime import read_json
 from vqa_sft_grpo import grpo, grpo_minimal
@@ -211,3 +215,63 @@ def test_bad_input_ends_in_one_sentence(refused, tmp_path):
     assert "a.png" in refused(main, [*tiny, "--data", "train.json"])
     assert "nowhere" in refused(main, ["--dry-run", "--sft_ckpt", "nowhere"])
     assert "--group" in refused(main, ["--dry-run", "--group", "1"])
+
+
+# ------------------------------------------------------------------------------------------------------------- learning
+
+
+@pytest.fixture(scope="module")
+def bright_or_dark(tmp_path_factory):
+    """
+    A folder with rows.json, pictures that are bright or dark, and start/: a tiny model that was taught, with answers
+    dealt out at random, how to answer and nothing about pictures.
+    """
+    folder, rng = tmp_path_factory.mktemp("bright"), np.random.default_rng(0)
+    known = {"question": "Is the picture bright?", "dataset": "test", "policy": "none", "overlap": False}
+    rows = []
+    for n in range(160):
+        bright = n % 2
+        pixels = rng.normal(170 if bright else 80, 25, (56, 56)).clip(0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{n}.png")
+        row = known | {"image": f"{n}.png", "answer": "yes" if bright else "no", "split": "train" if n < 96 else "val"}
+        rows.append(row)
+    (folder / "rows.json").write_text("\n".join(map(json.dumps, rows)))
+
+    vlm = load_vlm("tiny", family="qwen2vl")
+    optimizer = torch.optim.AdamW(vlm.model.parameters(), lr=1e-3)
+    prompts = grpo_minimal.prompts_of(vlm, [row | {"image": folder / row["image"]} for row in rows[:96]])
+    for _ in range(60):
+        some = rng.choice(96, 16, replace=False)
+        texts = [f"<think></think><answer>{rng.choice(['yes', 'no'])}</answer>" for _ in some]
+        written = [[continuation(vlm, text, end=True)[0]] for text in texts]
+        logp, _, mask = logprobs(vlm, [prompts[i] for i in some], written)
+        (-logp[mask].mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    save_vlm(vlm, folder / "start")
+    return folder
+
+
+def rewards_of(folder, out_dir, steps):
+    """-> mean reward of the first and of the last ten steps, validation accuracy at the end."""
+    main(["--data", folder / "rows.json", "--sft_ckpt", folder / "start", "--out-dir", out_dir, "--steps", str(steps),
+          "--eval-every", str(steps), "--lr", "1e-3", "--max-new-tokens", "24"])  # fmt: skip
+    rows = [json.loads(line) for line in Path(out_dir, "history.jsonl").read_text().splitlines()]
+    first, last = (np.mean([row["reward"] for row in some]) for some in (rows[:10], rows[-10:]))
+    return first, last, rows[-1]["val_accuracy"]
+
+
+@pytest.mark.slow
+def test_it_learns_from_the_reward_and_from_nothing_else(bright_or_dark, monkeypatch):
+    first, last, right = rewards_of(bright_or_dark, "learned", 60)
+    assert first < 0.65
+    assert last > first + 0.1 and right > 0.85
+
+    honest, generator = group_advantages, torch.Generator().manual_seed(0)
+
+    def shuffled(rewards):  # of the answers to a question: as many are paid, but not those that are right
+        return honest(torch.stack([row[torch.randperm(len(row), generator=generator)] for row in rewards]))
+
+    monkeypatch.setattr(grpo_minimal, "group_advantages", shuffled)
+    first, last, right = rewards_of(bright_or_dark, "shuffled", 60)
+    assert last < 0.65 and right < 0.65
