@@ -68,9 +68,7 @@ from vqa_sft_grpo.rows import make_rows, write_rows
 CONDITION = "Pleural Effusion"
 # in front of the answer; "plain" says nothing of the matter, "naming" says it all
 CAPTIONS = {
-    "plain": dict.fromkeys(
-        ("yes", "no"), ("Frontal film of the chest.", "Frontal film.", "Heart and lungs are shown.")
-    ),
+    "plain": dict.fromkeys(("yes", "no"), ("Frontal film.", "Frontal film of the chest.")),
     "naming": {"yes": ("Film with an effusion.",), "no": ("Film without effusion.",)},
 }
 TAUGHT = ("fine-tuning", "edited films", "fine-tuning + V")
@@ -82,7 +80,7 @@ MARK = (46, 26, 66, 46)
 # or less
 HINTS = (0.5, 1.0)
 # its steps on shuffled responses; nats by which effusion and mark move the log-odds of yes when it stops
-WRITING, SEEING = 50, 0.05
+WRITING, SEEING = 50, 0.3
 FINE_TUNING = 600  # most steps of it
 BATCH = 8  # films per step of every arm
 ANSWER_WEIGHT = 5.0  # of the answer in its loss: one token of a dozen that say nothing
@@ -98,20 +96,20 @@ def parse_args(argv=None):
         help="what stands before the answer (%(default)s)")
     parser.add_argument("--agreement", type=fraction, default=1.0,
         help="share of the films trained on whose mark says what is true (%(default)s)")
-    parser.add_argument("--films", type=positive_int, default=1500, help="training films (%(default)s)")
-    parser.add_argument("--test-films", type=positive_int, default=400, help="(%(default)s)")
-    parser.add_argument("--sft-batch-size", type=positive_int, default=32,
+    parser.add_argument("--films", type=positive_int, default=1000, help="training films (%(default)s)")
+    parser.add_argument("--test-films", type=positive_int, default=200, help="(%(default)s)")
+    parser.add_argument("--sft-batch-size", type=positive_int, default=16,
         help="films per step of the weak model's fine-tuning (%(default)s)")
-    parser.add_argument("--steps", type=positive_int, default=200,
+    parser.add_argument("--steps", type=positive_int, default=80,
         help="of every arm, 8 films each; GRPO writes 8 responses to each (%(default)s)")
     parser.add_argument("--lr", type=float, default=5e-4, help="of every arm (%(default)s)")
-    parser.add_argument("--cf-gradient", type=not_negative, default=1.0, help="of the arms with V (%(default)s)")
+    parser.add_argument("--cf-gradient", type=not_negative, default=8.0, help="of the arms with V (%(default)s)")
     parser.add_argument("--small", action="store_true", help="fewer films and steps, smaller batches")
     parser.add_argument("--out-dir", type=Path, default=Path("outputs/benchmarks/grpo_shortcut"))
     # fmt: on
     args = parser.parse_args(argv)
     if args.small:
-        args.films, args.test_films, args.sft_batch_size, args.steps = 600, 80, 16, 60
+        args.films, args.test_films, args.steps = 600, 80, 60
     return args
 
 
@@ -243,8 +241,9 @@ def options(args, weak, seed, arm, run):
     return [
         "--sft-ckpt", str(weak), "--data-jsonl", str(args.out_dir / "train.json"), "--out-dir", str(run), "--overwrite",
         "--batch-size", str(BATCH), "--num-generations", "8", "--lora-rank", "32", "--max-new-tokens", "24",
-        "--steps", str(args.steps), "--eval-every", str(max(1, args.steps // 5)), "--lr", str(args.lr),
-        "--cf-gradient", str(args.cf_gradient), "--seed", str(seed), "--device", "cpu", *SAMPLED.get(arm, []),
+        "--steps", str(args.steps), "--eval-every", str(max(1, args.steps // 4)), "--eval-rows", "60",
+        "--lr", str(args.lr), "--cf-gradient", str(args.cf_gradient), "--seed", str(seed), "--device", "cpu",
+        *SAMPLED.get(arm, []),
     ]
     # fmt: on
 

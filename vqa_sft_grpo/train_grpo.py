@@ -36,7 +36,8 @@ How this differs from the textbook (GRPO in DeepSeekMath, arXiv 2402.03300; trl 
                training goes on with an SFT adapter, a frozen copy of it. trl's default is none
     V          is part of the reward, and depends on the weights by itself, so the gradient of the expected reward has a
                second part, E[dR/dV grad V]: --cf-gradient 1 adds it, 0 leaves it out as usual. Both parts are divided
-               by the tokens of the step, so that neither gains on the other as responses grow (rollouts.py)
+               by the tokens of the step, so that neither gains on the other as responses grow (rollouts.py). The
+               default of 8 is a choice, not part of that gradient: with 1 a shortcut was learned before the finding
     sampling   from the model's own distribution: no top-k or top-p, with which log-probabilities would not be those of
                what was drawn
     vision     the tower is frozen: its features are computed once per step and serve sampling, scoring, policy and
@@ -134,8 +135,8 @@ def parse_args(argv=None):
         help="random regions to compare the gold one with (%(default)s)")
     g.add_argument("--cf-fill", default="mixed", choices=[*FILLS, "mixed"],
         help="what an edit puts into a region; mixed: another one for each row (%(default)s)")
-    g.add_argument("--cf-gradient", type=not_negative, default=1.0,
-        help="weight of the reward's own gradient through V, 0 leaves it out (%(default)s)")
+    g.add_argument("--cf-gradient", type=not_negative, default=8.0,
+        help="weight of the reward's own gradient through V; 1: as the mean reward has it, 0 leaves it out (%(default)s)")
     g = parser.add_argument_group("loss", "see grpo.py")
     g.add_argument("--scale-rewards", default="none", choices=SCALES,
         help="what advantages are divided by (%(default)s)")
