@@ -92,7 +92,7 @@ def step(rows_file):
     A policy that is not its reference any more, and a batch whose rollouts are readable answers: what an untrained
     model never writes.
     """
-    args = parse_args(options(rows_file, "--scale-rewards", "group", "--beta", "0.1"))
+    args = parse_args(options(rows_file, "--scale-rewards", "group", "--beta", "0.1", "--cf-gradient", "1"))
     rows, _, _ = load_rows(args)
     torch.manual_seed(1)
     vlm = load_policy(args, CPU)
@@ -480,9 +480,17 @@ def test_a_run_leaves_what_it_says(finished, capsys):
     assert [r["step"] for r in history] == [0, 1, 2, 3, 4] and len(rollouts) == 4 * 2 * 3
     meanings = json.loads((finished / "meanings.json").read_text())
     assert {k for r in history for k in r} <= set(meanings["history.jsonl"])
-    assert set(rollouts[0]) - {"id", "step", "place", "row", "image", "question", "gold", "response", "advantage"} == set(
-        meanings["rollouts.jsonl"]
-    )
+    assert set(rollouts[0]) - {
+        "id",
+        "step",
+        "place",
+        "row",
+        "image",
+        "question",
+        "gold",
+        "response",
+        "advantage",
+    } == set(meanings["rollouts.jsonl"])
     assert history[1]["ratio_min"] == pytest.approx(1, abs=1e-4) and history[1]["kl"] == pytest.approx(0, abs=1e-6)
     for name in (
         "completions.md",

@@ -277,7 +277,8 @@ class Policy:
         the mean divides by N: it is N / M of that gradient, one over the mean length. So V's part is divided by M as
         well, and --cf-gradient 1 is the gradient of the mean reward itself: a nat of V weighs dR/dV against an
         advantage of A on a nat of the rollout, whether this has 7 tokens or 120. (Divided by N, V would weigh 7 times
-        as much as the policy's part at 7 tokens, and 120 times at 120.)
+        as much as the policy's part at 7 tokens, and 120 times at 120.) The default of --cf-gradient is larger than 1:
+        see train_grpo.py.
         """
         total_tokens, jobs = sum(map(len, batch.flat)), {}
         for row, (statement, terms) in enumerate(zip(batch.statements, batch.terms, strict=True)):

@@ -136,7 +136,7 @@ def parse_args(argv=None):
     g.add_argument("--cf-fill", default="mixed", choices=[*FILLS, "mixed"],
         help="what an edit puts into a region; mixed: another one for each row (%(default)s)")
     g.add_argument("--cf-gradient", type=not_negative, default=8.0,
-        help="weight of the reward's own gradient through V; 1: as the mean reward has it, 0 leaves it out (%(default)s)")
+        help="weight of the reward's own gradient through V; 1: as the mean reward has it, 0: none (%(default)s)")
     g = parser.add_argument_group("loss", "see grpo.py")
     g.add_argument("--scale-rewards", default="none", choices=SCALES,
         help="what advantages are divided by (%(default)s)")
