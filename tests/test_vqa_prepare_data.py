@@ -23,6 +23,10 @@ from vqa_sft_grpo.rows import PHANTOM_START, ROW_FIELDS, ancestors, grpo_row, ma
 from vqa_sft_grpo.rows import read_rows, slake_region, write_rows
 from vqa_sft_grpo.prompting import FIELDS, build_target, parse_response
 from vqa_sft_grpo.scoring import score_answer
+from vqa_sft_grpo.train_grpo import load_rows as grpo_rows
+from vqa_sft_grpo.train_grpo import parse_args as grpo_args
+from vqa_sft_grpo.train_sft import load_rows as sft_rows
+from vqa_sft_grpo.train_sft import parse_args as sft_args
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -546,6 +550,45 @@ def test_rows_made_elsewhere_are_read_as_they_are(tmp_path, capsys):
             f"<think>A film. It is grey. It is flat.</think><answer>{row['answer']}</answer>"
         )
     assert len({row["id"] for row in rows}) == 12
+
+
+def test_boxes_of_the_output_are_the_region_unless_they_are_a_template(tmp_path, capsys):
+    rows = []
+    for i in range(3):
+        Image.new("L", (20, 20), i).save(tmp_path / f"{i}.png")
+        target = {"boxes": [[1, 1, 5 + i, 9]], "answer": "yes"}
+        rows.append({"image": f"{i}.png", "question": "?", "answer": "yes", "output": json.dumps(target)})
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(rows))
+    assert [row["region"] for row in read_rows(path)] == [[[1, 1, 5 + i, 9]] for i in range(3)]
+    path.write_text(json.dumps([row | {"output": rows[0]["output"]} for row in rows]))
+    assert [row["region"] for row in read_rows(path)] == [None] * 3 and "a template" in capsys.readouterr().out
+    path.write_text(json.dumps([row | {"region": None} for row in rows]))
+    assert [row["region"] for row in read_rows(path)] == [None] * 3  # the row says that there is none
+    path.write_text(json.dumps(rows[0] | {"output": '{"answer": "yes", "boxes": [[1, 1, 30, 9]]}'}))
+    with pytest.raises(InputError, match="lies outside of the image, 20 x 20"):
+        read_rows(path)
+
+
+@pytest.mark.parametrize("form", ["told", "older"])
+def test_both_trainers_take_both_forms(form):
+    """What is documented elsewhere, without conversion: rows to train on, examples of them, and a measuring command."""
+    main(["--dataset", "phantom", "--studies", "12", "--image-size", "56", "--output", "rows.json"])
+    rows = []
+    for row in lines_of("rows.json"):
+        target = json.loads(row["output"])
+        target["reasoning"] = [target.get("reasoning", "A film."), "So."]
+        told = {k: row[k] for k in ("instruction", "input", "image", "question", "answer")}
+        older = {"image_path": row["image"], "question": row["question"], "gold": row["answer"], "valid_json": True}
+        rows.append(told | {"output": json.dumps(target)} if form == "told" else older)
+    Path("made.json").write_text(json.dumps(rows))
+    fine, held_out, facts = sft_rows(sft_args(["--model", "tiny", "--data", "made.json"]))
+    policy, validation, more = grpo_rows(grpo_args(["--model", "tiny", "--data-jsonl", "made.json"]))
+    assert [row["id"] for row in fine] == [row["id"] for row in policy] and held_out and facts["name"] == "made.json"
+    assert {row["image"] for row in held_out} == {row["image"] for row in validation}
+    assert not {row["image"] for row in fine} & {row["image"] for row in validation}
+    assert parse_response(build_target(fine[0], "json")).answer == fine[0]["answer"]
+    assert (more["terms"]["defined"]["box"] > 0) == (form == "told")
 
 
 def test_images_may_lie_in_the_working_folder(tmp_path, monkeypatch):

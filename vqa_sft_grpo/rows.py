@@ -506,7 +506,7 @@ def read_rows(path, splits=None):
     """
     path = Path(path)
     wanted = (splits,) if isinstance(splits, str) else splits
-    rows, images, ids, absent, number = [], {}, {}, Counter(), 0
+    rows, images, ids, absent, guessed, number = [], {}, {}, Counter(), [], 0
     for number, row in numbered_rows(path):
         where = f"{path}, row {number}"
         check_row(row, where)
@@ -514,7 +514,8 @@ def read_rows(path, splits=None):
         absent.update(field for field in TOLD if field not in row)
         for key in {"image_path", *FILMS} & row.keys():
             row[key] = located(row[key], path.resolve().parent)
-        complete(row, f"{path.stem}-{number}", where)
+        if complete(row, f"{path.stem}-{number}", path, where):
+            guessed.append(row)
         if (first := ids.setdefault(row["id"], number)) != number:
             raise InputError(f"{where} has the id of row {first}, {row['id']!r}; {MAKE}")
         for key in set(FILMS) & row.keys():
@@ -523,6 +524,10 @@ def read_rows(path, splits=None):
     if absent:
         named = ", ".join(f"{field} ({n})" for field, n in absent.items())
         print(f"note: of the {number} rows of {path} so many lack a field, which is filled in: {named}")
+    if len({row["image"] for row in guessed}) > 1 and len({str(row["region"]) for row in guessed}) == 1:
+        print(f"note: the boxes of 'output' in {path} are the same for every image: a template, and no gold region")
+        for row in guessed:
+            row["region"] = None
     if rows and all(row["split"] == "train" for row in rows):
         hold_out(rows, path)
     rows = [row for row in rows if wanted is None or row["split"] in wanted]
@@ -559,11 +564,12 @@ def check_size(of, found):
             raise InputError(f"{where}: the image is {found[0]} x {found[1]} and not {said[0]} x {said[1]}; {MAKE}")
 
 
-def complete(row, name, where):
+def complete(row, name, path, where):
     """
     Gives a checked row what it lacks of ROW_FIELDS: image and answer from image_path and gold, an output that holds the
-    answer alone, answer_type from answer and question (rewards.answer_type_of), the image as group, and "unknown" or
-    None for the rest. Reasoning in a list of sentences becomes one text.
+    answer alone, answer_type from answer and question (rewards.answer_type_of), the boxes of the output as region, the
+    image as group, the file as dataset, and None for the rest. Reasoning in a list of sentences becomes one text. ->
+    whether the region is a guess.
     """
     row.setdefault("image", row.get("image_path"))
     row.setdefault("answer", row.get("gold"))
@@ -574,13 +580,16 @@ def complete(row, name, where):
     if "boxes" in target and not target["boxes"]:
         del target["boxes"]
     if not all(map(is_pixel_box, target.get("boxes", ()))):
-        raise InputError(f"{where}: the boxes of 'output' must be [[x0, y0, x1, y1]] in pixels; leave them out if not")
-    given = {"id": name, "dataset": "unknown", "split": "train", "group": row["image"], "policy": "unknown"}
+        raise InputError(f"{where}: the boxes of 'output' must be [[x0, y0, x1, y1]] in pixels, or left out")
+    guessed = "region" not in row and "boxes" in target
+    given = {"id": name, "dataset": str(path), "split": "train", "group": row["image"], "policy": "unknown"}
     given |= {"instruction": instruction("json", units="pixels"), "input": row["question"], "overlap": False}
+    given["region"] = target.get("boxes")
     for field in ROW_FIELDS:
         row.setdefault(field, given.get(field))
     row["id"], row["answer_type"] = row["id"] or name, answer_type_of(row)
     row["output"] = json.dumps(target, ensure_ascii=False)
+    return guessed
 
 
 def hold_out(rows, path):
