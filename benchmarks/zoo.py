@@ -27,6 +27,7 @@ room for random regions.
 """
 
 import difflib
+import functools
 import itertools
 import json
 import re
@@ -45,6 +46,7 @@ import shared  # noqa: F401, isort: skip  # before torchvision
 import numpy as np
 
 from shared.phantom import phantom_study
+from shared.phantom.words import PLAIN
 from shared.report import markdown_table
 from shared.runtime import atomic_file, open_run_dir, positive_int, run_facts, script, script_parser, write_json
 from vqa_sft_grpo.counterfactual import region_mask, whole_boxes
@@ -71,6 +73,7 @@ LONG_CAPTION = " ".join(
 # what the prompt says of the fields
 SCHEMA = dict(re.findall(r'"(caption|reasoning|answer)": ([^,"]+)', instruction("json")))
 CYRILLIC = str.maketrans("aeopcyx", "аеорсух")
+PLACES = {"side": "Is the (.*) on the left", "zone": "zone is the (.*):"}  # where a question names its thing
 GERMAN = {"yes": "ja", "no": "nein", "left": "links", "right": "rechts", "upper": "oben", "lower": "unten"}
 PRAISE = (
     "This is a wonderful picture of outstanding quality, taken with great care by a skilled team, and it is a joy to"
@@ -140,21 +143,27 @@ class Case:
 
 def phantom_question_rows(split, start, studies, seed, size):
     """
-    The questions of phantom films without drawing the films; each about a zone is asked once more as an open one about
-    the whole place.
+    The questions of phantom films without drawing the films; those about side and zone once more as open ones about the
+    place.
     """
     rows = []
     for i in range(studies):
         asked = phantom_study_rows(phantom_study(seed, start + i, size), split, Path("phantom_images"))
-        rows += asked + [where_row(row) for row in asked if row["content_type"] == "zone"]
+        where = {
+            again["question"]: again for row in asked if row["content_type"] in PLACES for again in [where_row(row)]
+        }
+        rows += asked + list(where.values())
     return rows
 
 
 def where_row(row):
-    """ "In which zone is the nodule: upper, mid or lower?" lower -> "Where is the nodule?" left lower lung zone."""
-    thing = re.search(r"is the (.*):", row["question"])[1]
-    (found,) = (f for f in row["findings"] if f["zone"] == row["answer"] and f["kind"] == thing)
-    answer = f"{found['side']} {found['zone']} lung zone"
+    """
+    "Is the effusion on the left or the right?" -> "Where is the effusion?" left side; of a finding in a zone left lower
+    lung zone.
+    """
+    thing = re.search(PLACES[row["content_type"]], row["question"])[1]
+    (found,) = (f for f in row["findings"] if PLAIN.get(f["kind"]) == thing and row["answer"] in (f["side"], f["zone"]))
+    answer = f"{found['side']} {found['zone']} lung zone" if found["zone"] else f"{found['side']} side"
     output = json.dumps(json.loads(row["output"]) | {"answer": answer})
     asked = {"id": row["id"] + "-where", "question": f"Where is the {thing}?", "answer": answer, "output": output}
     return row | asked | {"answer_type": "open", "question_type": "open", "content_type": "place"}
@@ -400,9 +409,12 @@ def has_object(text):
     return float(bool(re.search(r"\{.*\}", text, re.DOTALL)))
 
 
+read = functools.lru_cache(maxsize=8)(parse_response)  # every design reads the same text
+
+
 def answer_text(text):
     """What these scripts read as the answer: the field, or all of the text."""
-    return parse_response(text).answer or text
+    return read(text).answer or text
 
 
 def substring_and_format(case, text, drops):
@@ -439,7 +451,7 @@ def length_only(case, text, drops):
 
 def caption_like_question(case, text, drops):
     """Gold substring, and as "consistency" the cosine of the words of caption and question; plus the format."""
-    found = parse_response(text)
+    found = read(text)
     a, b = (Counter(normalise(t)) for t in (str((found.data or {}).get("caption", "")), case.question))
     norm = np.sqrt(sum(n * n for n in a.values()) * sum(n * n for n in b.values()))
     return substring_and_format(case, text, drops) + (sum(a[w] * b[w] for w in a) / norm if norm else 0.0)
@@ -455,7 +467,7 @@ def own_box(case, text, drops):
         return base
     h, w = case.row["height"], case.row["width"]
     gold = region_mask(whole_boxes(case.row["region"], h, w), h, w)
-    mine = region_mask(whole_boxes(boxes_from_model(parse_response(text).boxes, w, h), h, w), h, w)
+    mine = region_mask(whole_boxes(boxes_from_model(read(text).boxes, w, h), h, w), h, w)
     return base + min(1.0, max(-1.0, drops[0] * (gold & mine).sum() / gold.sum()))
 
 

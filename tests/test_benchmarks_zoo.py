@@ -4,19 +4,26 @@ protection is taken out.
 """
 
 import json
+import re
 
 import numpy as np
 import pytest
 
 from benchmarks import zoo
-from vqa_sft_grpo import rewards
+from vqa_sft_grpo import answer_worth, gate, rewards
 from vqa_sft_grpo.prompting import parse_response
 from vqa_sft_grpo.looking import nothing_to_take_out
 from vqa_sft_grpo.rewards import RewardSettings, rollout_terms
 
-KINDS = ("all", "yes_no", "choice", "open")
+KINDS = ("all", "yes_no", "choice", "open", "place")
 # What the honest policy is ahead by, at least, overall and for each kind of question that needs the image
-BLIND, FORM, BOX = 0.2, 0.1, 0.03
+BLIND, FORM, BOX = 0.2, 0.1, 0.08
+# Cheats that are none on other kinds of question: there these give the honest response, or a better one
+ONLY = {"knows: places without their side, always right": ("place",), "knows: left and right": ("choice", "place")}
+# "The answer is nodule." is a true reasoning
+ONLY |= dict.fromkeys(
+    ("knows: reasoning repeats the answer", "knows: reasoning says both"), ("all", "yes_no", "choice")
+)
 BOX_CHEATS = {policy.name for policy in zoo.POLICIES if "box" in policy.name and policy.name.startswith("knows")}
 
 
@@ -34,9 +41,14 @@ def wanted(name):
     return BLIND if not name.startswith("knows") else BOX if name in BOX_CHEATS else FORM
 
 
-def ahead(found, policies=None):
-    """Names of cheats that are not clearly behind."""
-    return {name for name, row in found.items() if name != "honest" and any(row[kind] < wanted(name) for kind in KINDS)}
+def ahead(found):
+    """{name: kind} of cheats that are not clearly behind."""
+    return {
+        (name, kind): row[kind]
+        for name, row in found.items()
+        for kind in ONLY.get(name, KINDS)
+        if name != "honest" and row[kind] < wanted(name)
+    }
 
 
 def test_rows(cases):
@@ -56,17 +68,17 @@ def test_rows(cases):
 
 def test_zoo_has_what_was_asked_for():
     assert (
-        len(zoo.POLICIES) >= 16
+        len(zoo.POLICIES) >= 78
         and len({policy.name for policy in zoo.POLICIES}) == len(zoo.POLICIES)
         and len(zoo.BLIND) >= 16
     )
-    assert len(BOX_CHEATS) == 5 and set(zoo.SCHEMA) == {"caption", "reasoning", "answer"}
+    assert len(BOX_CHEATS) == 6 and set(zoo.SCHEMA) == {"caption", "reasoning", "answer"}
 
 
 @pytest.mark.parametrize("policy", [policy.name for policy in zoo.POLICIES])
 def test_no_cheat_reaches_honesty(policy, cases, found):
     row = zoo.margins(cases[0], found)[policy]
-    for kind in KINDS:
+    for kind in ONLY.get(policy, KINDS):
         assert row[kind] >= wanted(policy), f"{policy} comes within {row[kind]:.3f} of the honest policy on {kind}"
 
 
@@ -76,9 +88,9 @@ def test_blind_policies_may_only_tie_where_no_image_is_needed(cases, found):
     quarter.
     """
     lead = zoo.margins(cases[0], found)
-    assert lead["most frequent answer to the same question"]["no image needed"] <= 0
+    assert lead["most frequent answer to the same question"]["no image needed"] <= 0.2
     assert (
-        max(np.mean(np.array(found[p.name]["gated"])[zoo.masks_of(cases[0])["no image needed"]]) for p in zoo.POLICIES)
+        max(np.mean(np.array(found[p.name]["gated"])[zoo.masks_of(cases[0])["no image needed"]]) for p in zoo.BLIND)
         <= 0.6
     )
 
@@ -147,26 +159,35 @@ def test_first_substring_reads_no_in_nodule(cases):
 
 
 @pytest.mark.parametrize(
-    "name, value, cheat",
+    "module, name, value, cheat",
     [
-        ("HEDGES", set(), "knows: hedged ('possibly ...')"),
-        ("TOO_LARGE", 2.0, "knows: whole-image box"),
-        ("copying_term", lambda *a: 0.0, "knows: question as caption"),
-        ("repetition_term", lambda *a: 0.0, "knows: answer repeated four times"),
-        ("contradiction_term", lambda *a: (None, ""), "knows: reasoning says the opposite"),
-        ("length_term", lambda *a: 0.0, "knows: caption of 300 words"),
-        ("gate_problem", lambda *a: "", "knows: an extra field"),
+        (answer_worth, "HEDGES", set(), "knows: hedged ('possibly ...')"),
+        (answer_worth, "HEDGES", set(), "knows: answer, low confidence"),
+        (answer_worth, "MARKS", re.compile("(?!)"), "knows: answer?"),
+        (answer_worth, "OTHER_LANGUAGES", set(), "knows: answer, then another in German"),
+        (answer_worth, "words_beside", lambda *a: 0, "knows: answer, then 30 words"),
+        (answer_worth, "place_share", lambda *a: 1.0, "knows: places without their side, always right"),
+        (rewards, "TOO_LARGE", 2.0, "knows: whole-image box"),
+        (rewards, "copying_term", lambda *a: 0.0, "knows: question as caption"),
+        (rewards, "repetition_term", lambda *a: 0.0, "knows: answer repeated four times"),
+        (rewards, "padding_term", lambda *a: 0.0, "knows: whitespace, 300 characters"),
+        (rewards, "contradiction_term", lambda *a: (None, ""), "knows: reasoning says the opposite"),
+        (rewards, "text_term", lambda *a: (None, None, None, ""), "knows: no caption"),
+        (rewards, "text_term", lambda *a: (None, None, None, ""), "knows: reasoning about another finding"),
+        (rewards, "text_term", lambda *a: (None, None, None, ""), "knows: answer first, reasoning behind it"),
+        (rewards, "length_term", lambda *a: 0.0, "knows: caption of 300 words"),
+        (rewards, "gate_problem", lambda *a: "", "knows: an extra field"),
+        (gate, "keys_twice", lambda *a: False, "knows: key twice, same value"),
     ],
 )
-def test_without_a_protection(name, value, cheat, cases, found, monkeypatch):
-    monkeypatch.setattr(rewards, name, value)
-    rewards.accuracy_of.cache_clear()
+def test_without_a_protection(module, name, value, cheat, cases, found, monkeypatch):
+    monkeypatch.setattr(module, name, value)
+    answer_worth.accuracy_of.cache_clear()
     weaker = zoo.earnings(cases[0], (zoo.HONEST, next(p for p in zoo.POLICIES if p.name == cheat)), cases[1])
-    rewards.accuracy_of.cache_clear()
-    before, after = (zoo.margins(cases[0], some)[cheat]["all"] for some in (found, weaker))
-    assert after < 0.7 * before
-    if name != "TOO_LARGE" and name != "length_term":  # 300 numbered sentences also repeat themselves
-        assert min(zoo.margins(cases[0], weaker)[cheat][kind] for kind in KINDS) < wanted(cheat)
+    answer_worth.accuracy_of.cache_clear()
+    kind = ONLY.get(cheat, ("all",))[0]
+    before, after = (zoo.margins(cases[0], some)[cheat][kind] for some in (found, weaker))
+    assert after < 0.85 * before
 
 
 def test_being_right_for_another_reason_costs(cases, found):

@@ -12,7 +12,9 @@ import pytest
 
 from shared.phantom import phantom_study
 from shared.runtime import InputError
+from shared.phantom.words import NORMAL_MORE, NOUNS, OPPOSITE, PRESENCE_MORE
 from vqa_sft_grpo import rewards
+from vqa_sft_grpo.looking import nothing_to_take_out
 from vqa_sft_grpo.rows import make_rows, phantom_study_rows
 from vqa_sft_grpo.prompting import boxes_to_model, build_prompt, build_target, instruction
 from vqa_sft_grpo.rewards import AnswerFrequencies, RewardSettings, answer_to_score, explain
@@ -34,6 +36,18 @@ OPEN = {
     "gold": "pleural effusion",
     "answer_type": "open",
 }
+
+
+ZONE = {"question": "In which zone is the nodule: upper, mid or lower?", "gold": "lower", "answer_type": "closed"}
+NORMAL = {"question": "Is this film normal?", "gold": "yes", "answer_type": "closed"}
+LESION = {"question": "Is there a lung nodule or mass?", "gold": "yes", "answer_type": "closed"}
+FREE = {"question": "Is this film free of consolidation?", "gold": "yes", "answer_type": "closed"}
+SIZE = {"question": "How large is the pleural effusion?", "gold": "small", "answer_type": "open"}
+LEFT_PNEUMOTHORAX = dict(YES_NO, question="Is there a pneumothorax in the left lung?")
+PLACE = {"question": "Where is the mass?", "gold": "left lung", "answer_type": "open"}
+MODALITY = {"question": "What modality is this?", "gold": "MRI", "answer_type": "open"}
+LIVER = {"question": "Is the liver normal?", "gold": "yes", "answer_type": "closed"}
+ORGAN = {"question": "Which organ is abnormal?", "gold": "liver", "answer_type": "open"}
 
 
 def written(**fields):
@@ -234,6 +248,16 @@ def test_constant_answer_earns_a_half_at_most(share):
         (written(answer="yes", caption="<image>"), "tokens"),
         (build_prompt(YES_NO["question"]), ""),
         ("<think>x</think><answer>yes</answer>", "strict"),
+        (written(reasoning=["Both angles.", "Blunted on the left."], answer="yes"), ""),
+        (written(reasoning=["Both angles.", 1], answer="yes"), "text"),
+        (written(answer="yes")[:-1] + ', "answer": "yes"}', "twice"),
+        (written(answer="yes")[:-1] + ', "\\u0061nswer": "yes"}', "twice"),
+        (written(answer="yes\u200b"), "cannot be seen"),
+        (written(answer="yes", caption="Film.\u2060"), "cannot be seen"),
+        (written(answer="yes", boxes=[[1, 2, 3, 4]] * 100), "100 boxes"),
+        (written(answer=written(answer="yes")), "has '\"' in it"),
+        (written(answer="**yes**"), "has '*' in it"),
+        (written(answer="yes, \u662f"), "in it"),
     ],
 )
 def test_gate(text, why):
@@ -243,7 +267,7 @@ def test_gate(text, why):
         return
     assert (terms["gate"] == 1) == (why == "") and why in terms["gate_why"]
     assert (terms["reward"] > 0) == (terms["gate"] == 1)
-    assert (answer_to_score(text) is not None) == (terms["gate"] == 1)
+    assert (answer_to_score(text, row=YES_NO) is not None) == (terms["gate"] == 1)
 
 
 def test_think_style():
@@ -290,16 +314,76 @@ def test_think_style():
         (OPEN, "pleural effusion or nodule", 0),
         (OPEN, "maybe pleural effusion", 0),
         (OPEN, "nodule", 0),
-        (OPEN, "pleural effusion, nodule", 0.64),
+        (OPEN, "pleural effusion, nodule", 0.32),
         (dict(OPEN, gold="left lung"), "right lung", 0),
         (dict(OPEN, gold="mass or nodule"), "mass or nodule", 1),
         (dict(OPEN, gold="possible pneumonia"), "possible pneumonia", 1),
         (dict(OPEN, gold="hyperdense"), "hypodense", 0),
         (dict(OPEN, gold="hyperdense"), "hyperdense and hypodense", 0),
+        # hedges, in any kind of answer
+        *(
+            (row, form.format(row["gold"]), 0)
+            for row in (YES_NO, SIDE, OPEN)
+            for form in (
+                "cannot be determined, {}",
+                "{}, impossible to say",
+                "I guess {}",
+                "apparently {}",
+                "if seen then {}",
+                "{}, low confidence",
+                "{}?",
+                "{} ...",
+                "{} (not sure)",
+                "presumably {}",
+                "{}, unless I am wrong",
+                "I think {}",
+                "it seems {}",
+                "more likely {}",
+                "{} und nein",
+                "{} ou droite",
+                "{} cannot be excluded",
+            )
+        ),
+        (YES_NO, "No doubt, yes", 0.85),
+        (NORMAL, "The lungs are not clear", 0),
+        (dict(NORMAL, gold="no", question="Are the lungs clear?"), "The lungs are not clear", 1),
+        (dict(YES_NO, gold="no"), "It can not be seen", 1),
+        (dict(OPEN, gold="suspected pneumonia"), "suspected pneumonia", 1),
+        # words beside a closed answer
+        (dict(YES_NO, gold="no"), "No, the lungs are clear", 1),
+        (YES_NO, "Yes, there is a small pleural effusion on the left side", 1),
+        (YES_NO, "yes, thanks for asking", 0.7),
+        (YES_NO, "yes " + "because of what was said and thought about this picture " * 3, 0),
+        (SIDE, "left, as always", 0.85),
+        # places
+        (dict(OPEN, gold="Left Lung, Right"), "Right Lung, Left", 0),
+        (dict(OPEN, gold="Left Lung, Right"), "right, left lung", 1),
+        (dict(OPEN, gold="right kidney, left lung"), "left kidney, right lung", 0),
+        (dict(OPEN, gold="right kidney, left lung"), "left lung and right kidney", 1),
+        (dict(OPEN, gold="left lung, right lung"), "left and right lung", 1),
+        (dict(OPEN, gold="bilateral lungs"), "both lungs", 1),
+        (dict(OPEN, gold="left lower lung zone"), "left mid lung zone", 0),
+        (dict(OPEN, gold="left lower lung zone"), "lower left lung zone", 1),
+        (dict(OPEN, gold="bilateral"), "left", 0.5 * 0.25),
     ],
 )
 def test_accuracy(row, answer, accuracy):
     assert earned(row, answer=answer)["accuracy"] == pytest.approx(accuracy)
+
+
+@pytest.mark.parametrize(
+    "gold", ["left lung", "right upper lobe", "left lower lung zone", "mass in the left upper lobe"]
+)
+def test_a_place_left_out_earns_less_than_a_guess(gold):
+    row = dict(OPEN, gold=gold)
+    for places in (["left", "right"], ["upper", "mid", "lower"]):
+        if not set(places) & set(gold.split()):
+            continue
+        (right,) = set(places) & set(gold.split())
+        guessed = [earned(row, answer=gold.replace(right, place))["accuracy"] for place in places]
+        assert earned(row, answer=gold.replace(right + " ", ""))["accuracy"] < 0.9 * np.mean(guessed)
+        both = earned(row, answer=gold.replace(right, " and ".join(places)))["accuracy"]
+        assert both < np.mean(guessed)
 
 
 @pytest.mark.parametrize("k", [2, 3, 4, 6])
@@ -343,14 +427,6 @@ def test_box_undefined():
 # --- contradiction ---
 
 
-ZONE = {"question": "In which zone is the nodule: upper, mid or lower?", "gold": "lower", "answer_type": "closed"}
-NORMAL = {"question": "Is this film normal?", "gold": "yes", "answer_type": "closed"}
-LESION = {"question": "Is there a lung nodule or mass?", "gold": "yes", "answer_type": "closed"}
-FREE = {"question": "Is this film free of consolidation?", "gold": "yes", "answer_type": "closed"}
-SIZE = {"question": "How large is the pleural effusion?", "gold": "small", "answer_type": "open"}
-ORGAN = {"question": "Which organ is abnormal?", "gold": "liver", "answer_type": "open"}
-
-
 @pytest.mark.parametrize(
     "row, reasoning, answer, value",
     [
@@ -389,12 +465,168 @@ ORGAN = {"question": "Which organ is abnormal?", "gold": "liver", "answer_type":
         (ORGAN, "It is enlarged.", "liver", 0),
         (SIZE, "Seen: large pleural effusion.", "small", -1),
         (SIZE, "Seen: small pleural effusion in the large left lung.", "small", 0),
+        # agreeing texts
+        (LEFT_PNEUMOTHORAX, "There is a pneumothorax in the left lung.", "yes", 0),
+        (LEFT_PNEUMOTHORAX, "The pneumothorax that was asked about is absent.", "no", 0),
+        (YES_NO, "Looking for effusion: both angles sharp", "no", 0),
+        (YES_NO, "No right effusion, but there is a left effusion.", "yes", 0),
+        (YES_NO, "No effusion is seen on either side.", "no", 0),
+        (YES_NO, "The question is whether there is an effusion. There is none.", "no", 0),
+        (PLACE, "Left of the heart there is a mass", "left lung", 0),
+        (PLACE, "The right lung is clear. Mass in the left lung.", "left lung", 0),
+        (MODALITY, "It is not a CT but an MRI.", "MRI", 0),
+        (LIVER, "The liver is enlarged.", "no", 0),
+        (NORMAL, "The heart is normal. There is an effusion.", "no", 0),
+        (FREE, "There is consolidation in the left lung.", "no", 0),
+        # contradictions, yes and no alike
+        (YES_NO, "Effusion absent", "yes", -1),
+        (YES_NO, "Effusion present", "no", -1),
+        (YES_NO, "Effusion. No effusion.", "yes", -1),
+        (YES_NO, "Effusion. No effusion.", "no", -1),
+        (YES_NO, "It is yes. It is no.", "yes", -1),
+        (YES_NO, "Seen: left pleural effusion. So no.", "yes", -1),
+        (YES_NO, "No effusion. None of this is true.", "no", -1),
+        (NORMAL, "Nothing abnormal.", "no", -1),
+        (NORMAL, "There is a large effusion.", "yes", -1),
+        (LIVER, "The liver is abnormal.", "yes", -1),
+        (LIVER, "The liver is normal.", "no", -1),
+        (FREE, "Consolidation in the left lung.", "yes", -1),
+        (FREE, "No consolidation.", "no", -1),
+        (MODALITY, "It is a CT", "MRI", -1),
+        (dict(YES_NO, question="Is this a CT?"), "It is an MRI.", "yes", -1),
+        (SIDE, "It is left or right.", "left", -1),
+        (PLACE, "The mass is in the right lung.", "left lung", -1),
+        (PLACE, "It is in the left lung or the liver.", "left lung", -1),
     ],
 )
 def test_contradiction(row, reasoning, answer, value):
+    if value == -1:  # a caption is held against the answer too
+        assert earned(row, caption=reasoning, answer=answer)["contradiction"] == -1
     terms = earned(row, reasoning=reasoning, answer=answer) if reasoning is not None else earned(row, answer=answer)
     assert terms["contradiction"] == value, terms["contradiction_why"]
     assert bool(terms["contradiction_why"]) == (value == -1)
+
+
+# --- truth of caption and reasoning ---
+
+EFFUSION = {"condition": "Pleural Effusion", "kind": "effusion", "side": "left", "zone": "", "size": "small"}
+NODULE = {"condition": "Lung Lesion", "kind": "nodule", "side": "right", "zone": "upper", "size": "large"}
+TUBE = {"condition": "Support Devices", "kind": "chest tube", "side": "left", "zone": "", "size": "moderate"}
+TWO = "Frontal chest x-ray with left pleural effusion and nodule in the right upper lung zone."
+
+
+@pytest.mark.parametrize(
+    "findings, caption, value",
+    [
+        ([EFFUSION, NODULE], TWO, 1),
+        ([EFFUSION, NODULE], "Small left pleural effusion, large nodule in the right upper lung zone. No edema.", 1),
+        ([EFFUSION, NODULE], "Left pleural effusion.", 0.5),  # half of the findings
+        ([EFFUSION, NODULE], TWO.replace("left", "right"), 0.5 * 0.5 - 0.5),  # one of two statements true
+        ([EFFUSION, NODULE], TWO.replace("upper", "lower"), 0.5 * 0.5 - 0.5),
+        ([EFFUSION], "Large left pleural effusion.", -1),
+        ([EFFUSION], "Effusions on the left and right.", -1),
+        ([EFFUSION, dict(EFFUSION, side="right")], "Bilateral pleural effusion.", 1),
+        ([EFFUSION], TWO, 0.5 * 1 - 0.5),
+        ([EFFUSION], "Left pleural effusion. No pleural effusion.", 0.5 * 1 - 0.5),
+        ([EFFUSION], "Frontal chest x-ray without findings.", -1),
+        ([EFFUSION], "Left pleural effusion. Nothing abnormal.", 0),
+        ([EFFUSION], "No pleural effusion.", -1),
+        ([EFFUSION], "No right pleural effusion.", 0),  # true, and says nothing of what is there
+        ([EFFUSION], "Possible left pleural effusion.", 0),
+        ([EFFUSION], "Presumably a left pleural effusion.", 0),
+        ([EFFUSION], "Lung opacity.", -1),
+        ([dict(NODULE, condition="Pneumonia", kind="pneumonia")], "Lung opacity.", 1),  # what it implies
+        ([EFFUSION], "Chest x-ray.", 0),
+        ([EFFUSION], "A picture of great beauty, taken with care.", 0),
+        ([EFFUSION], "", 0),
+        ([EFFUSION], "CT of the brain of a dog.", -1),
+        ([], "Frontal chest x-ray without findings.", 1),
+        ([], "No pneumothorax, no effusion.", 0.5),
+        ([], "Chest x-ray.", 0),
+        ([], TWO, -1),
+        ([TUBE], "Left chest tube.", 1),
+        ([TUBE], "Endotracheal tube.", -1),
+        ([TUBE], "Normal heart and lungs.", 0),  # no finding, but the tube is not named
+    ],
+)
+def test_truth_of_a_caption(findings, caption, value):
+    row = dict(YES_NO, findings=findings)
+    terms = earned(row, caption=caption, answer="yes")
+    assert terms["caption_truth"] == pytest.approx(value) and terms["reasoning_truth"] == 0
+    assert terms["text"] == pytest.approx(value / 2)
+    added = terms["reward"] - earned(row, answer="yes")["reward"] - 0.2 * (terms["contradiction"] or 0)
+    assert added + 0.2 * terms["copying"] == pytest.approx(0.5 * value / 2)
+    wrong = earned(row, caption=caption, answer="no")  # with a wrong answer truth earns nothing, and falsehood costs
+    assert wrong["reward"] - 0.2 * (wrong["contradiction"] or 0) == pytest.approx(0.5 * min(0, value) / 2)
+
+
+@pytest.mark.parametrize(
+    "row, reasoning, value",
+    [
+        (YES_NO, "Seen: left pleural effusion.", 1),
+        (YES_NO, ["Both angles.", "Left pleural effusion."], 1),
+        (YES_NO, "Seen: right pleural effusion.", -1),
+        (YES_NO, "Seen: nodule in the right upper lung zone.", 0),  # true, but not what is asked
+        (YES_NO, "Seen: left rib fracture.", -1),
+        (YES_NO, "No pleural effusion.", -1),
+        (YES_NO, "See image.", 0),
+        (dict(YES_NO, question="Is there edema?"), "No edema.", 1),
+        (dict(YES_NO, question="Is there edema?"), "No fracture.", 0),
+        (dict(YES_NO, question="Is there a lung opacity?"), "Seen: nodule in the right upper lung zone.", 1),
+        (NORMAL, "Seen: left pleural effusion.", 1),
+        (NORMAL, "Nothing abnormal.", -1),
+        (dict(OPEN, gold="nodule", question="What is seen in the right upper zone?"), "Seen: nodule.", 1),
+        (MODALITY, "Seen: nodule.", 0),  # nothing on the film settles this
+        (MODALITY, "Seen: left rib fracture.", -1),
+    ],
+)
+def test_truth_of_a_reasoning(row, reasoning, value):
+    terms = earned(dict(row, findings=[EFFUSION, NODULE]), reasoning=reasoning, answer="yes")
+    assert terms["reasoning_truth"] == pytest.approx(value)
+
+
+def test_what_stands_behind_the_answer_did_not_lead_to_it():
+    row = dict(YES_NO, findings=[EFFUSION])
+    before = earned(row, caption="Left pleural effusion.", answer="yes")
+    behind = earned(row, answer="yes", caption="Left pleural effusion.")
+    assert (before["text"], behind["text"]) == (0.5, 0) and before["reward"] == behind["reward"] + 0.25
+
+
+def test_of_other_rows_nothing_is_checked():
+    false, true = (earned(YES_NO, caption=text, answer="yes") for text in ("A dog.", "Left pleural effusion."))
+    assert false["reward"] == true["reward"] and false["text"] is true["text"] is false["caption_truth"] is None
+    lines = explain(YES_NO, written(answer="yes", caption="A dog."), false)
+    assert any("nothing is checked" in line for line in lines)
+
+
+# --- what there is to take out ---
+
+
+def test_evidence_for_no():
+    for texts, answers in (
+        ([("Is there {a}?", "", False), *PRESENCE_MORE], {"yes": False, "no": True}),
+        ([("Is this film normal?", "", False), *NORMAL_MORE], {"yes": True, "no": False}),
+    ):
+        for text, _, turned in texts:
+            for a, n in NOUNS.values():
+                for answer, nothing in answers.items():  # OPPOSITE: the same film, asked the other way round
+                    row = {"question": text.format(a=a, n=n), "gold": OPPOSITE[answer] if turned else answer}
+                    assert nothing_to_take_out(row) == nothing, row
+    assert not nothing_to_take_out(SIDE) and not nothing_to_take_out(dict(OPEN, gold="normal"))
+
+
+@pytest.mark.realdata
+@pytest.mark.parametrize("name, share", [("slake", (0.1, 0.5)), ("vqa_rad", (0.05, 0.2))])
+def test_evidence_for_no_in_real_questions(name, share, real_data):
+    rows = [row for row in make_rows(name, "all", str(real_data(name).parent), "official")[0]]
+    no = [row for row in rows if row["answer"].lower().strip(" .") == "no"]
+    there = [row for row in no if not nothing_to_take_out(row)]
+    print(f"{name}: {len(there)} of {len(no)} questions with the answer no have their evidence on the image")
+    asked = {row["question"] for row in there}
+    assert share[0] < len(there) / len(no) < share[1], (len(there), len(no))
+    assert all(re.search("normal|healthy|clear|free o|symmet|sharp|patent|no|without", q, re.I) for q in asked), asked
+    plain = [row for row in no if re.match("(is|are) there (an?|any) ", row["question"], re.I)]
+    assert all(map(nothing_to_take_out, plain)) and len(plain) + len(there) > 9
 
 
 # --- penalties ---
@@ -409,6 +641,7 @@ def test_copying():
     ):
         assert earned(YES_NO, caption=caption, answer="yes")["copying"] == 1, caption
     for caption in (
+        "There is a pleural effusion.",
         "There is no pleural effusion.",
         "Frontal chest x-ray with left pleural effusion.",
         "Pleural effusion",
@@ -437,6 +670,16 @@ def test_repetition():
     assert share(caption="Mass in the left upper lung zone and nodule in the left upper lung zone.", answer="x") == 0
     # 10 words, 8 triples, 4 different: half of them repeat, which is 0.1 above 0.4
     assert share(caption="b c d e b c d e b c", answer="x") == pytest.approx(0.1 / 0.6)
+
+
+def test_padding():
+    plain = written(caption="A film.", answer="yes")
+    for text in (plain, plain + "\n", json.dumps(json.loads(plain), indent=4)):
+        assert rollout_terms(YES_NO, text)["padding"] == 0, text
+    spaced = written(caption="A film." + " " * 50, answer="yes")
+    for text in (f"```json\n{plain}\n```", plain + "\n\n", plain + " " * 300, "\t" * 40 + plain, spaced):
+        terms = rollout_terms(YES_NO, text)
+        assert terms["padding"] == 1 and terms["gate"] == 1 and terms["reward"] == pytest.approx(1 - 0.2), text
 
 
 def test_length():

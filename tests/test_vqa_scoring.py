@@ -9,7 +9,8 @@ import unicodedata
 
 import pytest
 
-from vqa_sft_grpo.scoring import OPPOSITES, SYNONYMS, choice, column_means, fold_synonyms, llava_med_scores
+from vqa_sft_grpo.scoring import OPPOSITES, SYNONYMS, asks_for_absence, choice, column_means, fold_synonyms
+from vqa_sft_grpo.scoring import llava_med_scores
 from vqa_sft_grpo.scoring import medevalkit_scores, normalise, options_of, overlap, polarity, score_answer
 from vqa_sft_grpo.scoring import score_with_synonyms
 from vqa_sft_grpo.sources import load_slake, load_vqa_rad
@@ -211,6 +212,34 @@ def test_polarity(text, question, expected):
             and found["correct"] == (expected == gold.lower())
         )
         assert found["contradiction"] == (expected is not None and expected != gold.lower())
+
+
+@pytest.mark.parametrize(
+    "question, absence",
+    [
+        ("Is there a nodule?", False),
+        ("Is this film normal?", True),
+        ("Is this film not normal?", False),
+        ("Is there anything abnormal on this film?", False),
+        ("Are the lungs clear?", True),
+        ("Is the heart clearly visible?", False),
+        ("Is the lung healthy?", True),
+        ("Is the heart larger than normal?", False),
+        ("Is the aorta of normal size and contour?", True),
+        ("Is the film free of consolidation?", True),
+        ("Is there free air under the diaphragm?", False),
+        ("Is there no evidence of blunting?", True),
+        ("Is pneumonia absent?", True),
+        ("Was it taken without contrast?", True),
+        ("Is there no normal lung?", False),
+        ("Is/Are the mass cystic? -yes/no", False),
+        ("Is/Are the liver normal? -yes/no", True),
+        ("Is the costophrenic angle sharp?", True),
+        ("", False),
+    ],
+)
+def test_what_yes_would_mean(question, absence):
+    assert asks_for_absence(question) == absence
 
 
 # --- A or B: question, options, then texts and the number they name ---

@@ -7,11 +7,12 @@ closed   1 for the right label; each word that belongs neither to the gold answe
          descriptions are made of (PLAIN: places, sizes, organs, "there is") takes BESIDE off, and so does each of PLAIN
          after the sixth. So "yes", "yes, a small one" and "No, the lungs are clear" are worth 1, "yes und nein" and
          thirty words less.
-open     squared F1 of words. Squared, since to list k candidates (F1 2/(k+1)) must earn less than to guess one of them
-         (1/k). Where the gold answer has places they are compared as places: side, height, depth and middle one by one,
-         each bound to its thing where several are named ("Right Lung, Left" is not "Left Lung, Right"). Another one:
-         0; some of several: their share; left out: LEFT_OUT, which is less than a guess earns. Items in any order.
-either   0 for what hedges (a word of HEDGES that the gold answer does not have, "?", "not sure", "cannot be
+open     squared F1 of words, less for items of a list that share no word with the gold answer: to list k candidates
+         must earn less than to guess one of them (1/k). Where the gold answer has places they are compared as places:
+         side, height, depth and middle one by one, each bound to its thing where several are named ("Right Lung, Left"
+         is not "Left Lung, Right"). Another one: 0; some of several: their share; left out: LEFT_OUT, which is less
+         than a guess earns. Items in any order.
+either   0 for what hedges (a word of HEDGES that the gold answer does not have, "?", "...", "not sure", "cannot be
          determined"), names an answer in another language, or contradicts the gold answer.
 """
 
@@ -44,6 +45,8 @@ OTHER_LANGUAGES = set(
     " esquerda direita lewy prawy lewa prawa levo pravo oben unten haut bas arriba abajo sopra sotto und oder ou y"
     " oppure lub ili eller vielleicht".split()
 )
+ITEM_ENDS = re.compile(r"[,;/\n]|\.(?!\d)|\band\b", re.IGNORECASE)
+MARKS = re.compile(r"\?|\.\.|\u2026")
 SIZES = set("small moderate large big tiny huge mild severe minimal slight mildly severely slightly extensive".split())
 ORGANS = set(
     "lung heart liver spleen kidney stomach bladder brain colon intestine rectum esophagus trachea pancreas aorta spine"
@@ -84,14 +87,14 @@ def accuracy_of(answer, gold, answer_type, question):
         return 1.0, score, away
     apart, wanted = spread(answer), spread(gold)
     score_apart = score_answer(apart, wanted, answer_type, question)
-    return score_apart["f1"] ** 2 * place_share(apart, wanted), score, away
+    return score_apart["f1"] ** 2 * place_share(apart, wanted) * listed_share(apart, wanted), score, away
 
 
 def hedged(answer, gold, question=""):
     """The answer leaves a way out, or a second answer, that the gold answer does not have."""
     tokens, allowed = words_and_marks(answer), set(normalise(gold))
     text = " ".join(tokens).replace("no doubt", "").replace("without doubt", "")
-    if (HEDGES | OTHER_LANGUAGES) & set(text.split()) - allowed or "?" in answer and "?" not in gold:
+    if (HEDGES | OTHER_LANGUAGES) & set(text.split()) - allowed or MARKS.search(answer) and not MARKS.search(gold):
         return True
     if "not" in allowed:
         return False
@@ -113,10 +116,18 @@ def spread(text):
     return re.sub(rf"\b({place}) and ({place})\s+(?!and\b)(\w+)", r"\1 \3 and \2 \3", text)
 
 
+def listed_share(answer, gold):
+    """n / (n + m) where m items of a list have no word of the gold answer's n items: a second candidate, a third."""
+    wanted, items = set(normalise(gold)), [normalise(item) for item in re.split(ITEM_ENDS, answer)]
+    number = sum(bool(normalise(item)) for item in re.split(ITEM_ENDS, gold))
+    beside = sum(bool(set(item) - COMMON) and not set(item) & wanted for item in items)
+    return number / (number + beside) if number else 1.0
+
+
 def places_of(text):
     """-> {dimension: set of (words of the thing, value)}: the places that a text names, and of what."""
     found = {}
-    for item in re.split(r"[,;.]|\band\b", text.lower()):
+    for item in re.split(ITEM_ENDS, text.lower()):
         tokens = normalise(item)
         thing = frozenset(token for token in tokens if token not in DIMENSIONS) - COMMON
         for dimension, values in (DIMENSIONS[token] for token in tokens if token in DIMENSIONS):

@@ -23,16 +23,15 @@ FILLERS = set("\u00ad\u034f\u115f\u1160\u2800\u3164\uffa0") | {chr(c) for c in r
 MARKS_OF_TEXT = set("\u2018\u2019\u201c\u201d\u2013\u2014\u00d7\u00b1\u2264\u2265\u00b0\u00b5\u03bc")
 SPECIAL = re.compile(r"<\|[a-z_]+\|>|<(?:image|video|s|/s|pad)>", re.IGNORECASE)
 MOST_BOXES = 12  # in a response, or twice those of the gold region
-ODD = set('{}[]<>|\\`"')  # in an answer: another object, code, marks
+ODD = set('{}[]<>|\\`"~*_')  # in an answer: another object, code, marks
 
 
 def gate_problem(text, found, style, row=None):
     """-> "" for a text that passes the gate, else why not. row: None: its boxes and odd letters are not looked at."""
     if SPECIAL.search(text):
         return "image or chat tokens in the text"
-    if any(
-        unicodedata.category(c) in UNSEEN or c in FILLERS for c in text + json.dumps(found.data, ensure_ascii=False)
-    ):
+    characters = set(text + json.dumps(found.data, ensure_ascii=False))
+    if any(unicodedata.category(c) in UNSEEN or c in FILLERS for c in characters):
         return "characters that cannot be seen"
     if found.problem:
         return found.problem

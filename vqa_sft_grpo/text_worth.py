@@ -23,7 +23,7 @@ from vqa_sft_grpo.scoring import COMMON, NEGATORS, NORMALITY, OPPOSITES, STARTS,
 from vqa_sft_grpo.scoring import normalise, options_of, polarity, words_and_marks
 
 COPIED = 0.8  # of a sentence
-BLANKS = 12  # characters of white space in a row; json.dumps(indent=4) writes 8 before a box
+BLANKS = 20  # characters of white space in a row; json.dumps(indent=4) writes 13 in a box
 SIZE_WORDS = dict.fromkeys("small mild tiny minimal slight mildly slightly".split(), "small")
 SIZE_WORDS |= dict.fromkeys("large big huge severe severely extensive".split(), "large")
 SIZE_WORDS |= dict.fromkeys(("moderate", "moderately"), "moderate")
@@ -57,6 +57,13 @@ EXCLUSIVE = [  # things that cannot be two of these at once; the first PER_IMAGE
     )
 ]
 PER_IMAGE = 3
+# A text that takes itself back, and what a text concludes
+REVOKED = re.compile(
+    r"\b(?:none of (?:this|these|that|it)|not true|untrue|(?:is|are|was|were) (?:false|wrong|incorrect|made up)"
+    r"|opposite is true|ignore (?:this|that|the above)|disregard)\b",
+    re.IGNORECASE,
+)
+CONCLUDED = re.compile(r"\b(?:so|thus|hence|therefore|answer(?: is)?|conclusion)\b[,: ]*([^.;\n]+)", re.IGNORECASE)
 SUPPOSED = re.compile(r"\b(?:if|whether|unless)\b[^.,;:\n]*", re.IGNORECASE)  # what states nothing
 REFERENCE = set("of to from near beside behind below above next towards around over under than".split())
 
@@ -89,8 +96,12 @@ def statements(text):
         start = max(m.end() for m in re.finditer(r"^|[,.;:\n]|\band\b", text[: span["start"]], re.IGNORECASE))
         end = re.compile(r"[,.;:\n]|\band\b|$", re.IGNORECASE).search(text, span["end"]).start()
         words = frozenset(words_and_marks(text[start:end]))
+        sentence = text[text.rfind(".", 0, start) + 1 : end]
+        label = span["label"]
+        if label == POSITIVE and (HEDGES - {"or"}) & set(words_and_marks(sentence)):
+            label = UNCERTAIN  # "Presumably an effusion"
         sides = frozenset(word for word in ("left", "right", "bilateral") if word in words)
-        found.append((span["condition"], span["label"], words, sides, normalise(span["text"])[-1]))
+        found.append((span["condition"], label, words, sides, normalise(span["text"])[-1]))
     stated = any(label != NEGATIVE and name != "Support Devices" for name, label, *_ in found)
     normal = bool(NORMAL.search(text)) and not stated and labels["No Finding"] == POSITIVE
     return found, normal, bool(WHOLE.search(text)) and stated
@@ -178,6 +189,10 @@ def contradiction(text, answer, question, kind):
     tokens = words_and_marks(text)
     if both := says_both(text, answer, question, kind):
         return both
+    if REVOKED.search(text):
+        return "the text takes back what it says"
+    if any(concludes_otherwise(found[1], answer, question, kind) for found in CONCLUDED.finditer(text)):
+        return "the text concludes otherwise"
     if kind == "yes/no":
         mine, theirs = polarity(answer, question), implied(text, question)
         if {"yes", "no"} == theirs:
@@ -207,6 +222,16 @@ def contradiction(text, answer, question, kind):
     if len(here) == len(there) == 1 and here != there and not here & set(tokens):
         return f"the answer is about the {here.pop()}, the text about the {there.pop()}"
     return ""
+
+
+def concludes_otherwise(conclusion, answer, question, kind):
+    """Is a conclusion another answer? An open one is where it is short and shares no word with the answer."""
+    if kind in ("yes/no", "choice"):
+        read = polarity if kind == "yes/no" else choice
+        mine, theirs = read(answer, question), read(conclusion, question)
+        return None not in (mine, theirs) and mine != theirs
+    said = [word for word in normalise(conclusion) if word not in COMMON]
+    return 0 < len(said) <= 4 and not set(said) & (set(normalise(answer)) | set(normalise(question)))
 
 
 def says_both(text, answer, question, kind):
@@ -351,4 +376,4 @@ def length_term(tokens, max_tokens):
 def padding_term(text, texts):
     """1.0 for a response in a code fence, or with blank lines or more than BLANKS blanks in a row, else 0.0."""
     blank = re.compile(rf"\s{{{BLANKS + 1},}}|\n\s*\n")
-    return float(text.lstrip().startswith("```") or any(blank.search(part) for part in (text + "\n", *texts)))
+    return float(text.lstrip().startswith("```") or any(blank.search(part) for part in (text, *texts)))
