@@ -27,7 +27,7 @@ from shared.data.images import find_images, read_image
 from shared.data.iu_xray import load_iu_xray
 from shared.metrics.labels import CONDITIONS, PARENTS, label_report
 from shared.phantom import phantom_settings, phantom_study
-from shared.runtime import DataNotFound, InputError, read_json, write_json
+from shared.runtime import DataNotFound, InputError, fraction, positive_int, read_json, seed_number, write_json
 
 REGIONS = {  # words that tell which region a sentence speaks of; a mirror pair, then the unpaired ones
     "cardiac": r"heart|cardiac|cardiomegaly|cardiomediastin\w*|pericard\w*",
@@ -39,6 +39,8 @@ REGIONS = {  # words that tell which region a sentence speaks of; a mirror pair,
 }
 VIEWS = ("frontal", "lateral")
 LABELS = ("labeller", "mesh", "chexbert", "truth")
+# Options that say which studies there are; a checkpoint holds them, so that evaluate.py takes the same.
+AGAIN = tuple("data splits_file section labels films phantom_seed conditions prevalence severe".split())
 PHANTOM_START = {"train": 0, "val": 8_000_000, "test": 16_000_000}  # studies of the splits are never the same patients
 MESH = {
     "No Finding": r"normal", "Cardiomegaly": r"cardiomegaly", "Edema": r"pulmonary edema", "Pneumonia": r"pneumonia",
@@ -176,25 +178,50 @@ def write_splits(path, studies, **more):
     write_json(path, {"facts": facts, "rows": studies.rows})
 
 
+def wrong_in(row):
+    """-> what is missing from a row of a splits file, or cannot be right; None where all is as prepare.py writes it."""
+    if not isinstance(row, dict):
+        return "all its fields"
+    films, kinds = row.get("films"), {"uid": (str, int), "patient": (str, int), "report": str, "reference": str}
+    drawn = isinstance(films, dict) and set(films) == {"seed", "index"}
+    known = {name: (1, 0, -1, None) for name in CONDITIONS}, {name: (1, 0, None) for name in REGIONS}
+    right = {name: isinstance(row.get(name), kind) and row[name] != "" for name, kind in kinds.items()}
+    right |= {"report": isinstance(row.get("report"), str), "split": row.get("split") in ("train", "val", "test")}
+    right["films"] = isinstance(films, dict) and (
+        all(type(value) is int for value in films.values())
+        if drawn
+        else set(films) <= set(VIEWS) and all(isinstance(path, (str, type(None))) for path in films.values())
+    )
+    for name, values in zip(("labels", "regions"), known, strict=True):
+        found = row.get(name)
+        right[name] = isinstance(found, dict) and all(k in found and found[k] in v for k, v in values.items())
+    right["truth"] = not drawn or isinstance(row.get("truth"), dict) and set(CONDITIONS) <= set(row["truth"])
+    return next((name for name, fine in right.items() if not fine), None)
+
+
 def read_splits(path):
     """-> RowSet. InputError for a file that is not of prepare.py, for splits that overlap, for reports without text."""
     found = read_json(path)
     if not isinstance(found, dict) or not {"facts", "rows"} <= set(found) or not found["rows"]:
         raise InputError(f"{path} was not written by chexquery/prepare.py: it lacks facts or rows; make it again")
-    rows, facts = found["rows"], found["facts"]
-    needed = ("uid", "patient", "split", "films", "report", "reference", "labels", "regions")
+    rows, facts, uids = found["rows"], found["facts"], set()
+    notes = facts.get("notes") if isinstance(facts, dict) else None
+    if not isinstance(notes, dict) or not {"section", "labels", "phantom"} <= set(notes) or "name" not in facts:
+        raise InputError(f"{path}: its facts do not say what the rows are; make the file again with prepare.py")
     for row in rows:
-        lacking = [name for name in needed if name not in row]
-        if lacking:
-            raise InputError(f"{path}: a row lacks {lacking[0]}; make the file again with chexquery/prepare.py")
-        if not str(row["report"]).strip():
+        if wrong := wrong_in(row):
+            raise InputError(f"{path}: a row lacks {wrong}, or it cannot be right; make the file again with prepare.py")
+        if not row["report"].strip():
             raise InputError(f"{path}: the report of study {row['uid']} has no text; leave that study out")
+        uids.add(row["uid"])
     for pair, shared in shared_between_splits(rows, "patient").items():
         if shared["shared"]:
             raise InputError(
                 f"{path}: {shared['shared']} patients are both in {pair.replace(', ', ' and in ')}, the first is"
                 f" {shared['ids'][0]}; make the file again with chexquery/prepare.py"
             )
+    if len(uids) < len(rows):
+        raise InputError(f"{path}: {len(rows) - len(uids)} studies stand there twice; make it again with prepare.py")
     return RowSet(facts["name"], facts.get("source", str(path)), rows, facts.get("version", ""), notes=facts["notes"])
 
 
@@ -204,7 +231,9 @@ def load_studies(args):
     (auto: IU X-ray where it is at hand, else the phantom) made on the spot as prepare.py would. -> RowSet
     """
     name = args.data.lower()
-    if args.splits_file and name in ("auto", "file"):
+    if args.splits_file and name not in ("auto", "file"):
+        raise InputError("--data and --splits-file both say which studies: give one of the two")
+    if args.splits_file:
         studies = read_splits(args.splits_file)
     elif name in ("auto", "iu_xray"):
         try:
@@ -225,7 +254,19 @@ def load_studies(args):
         )  # fmt: skip
     if args.limit:
         studies.limit(args.limit)
+    studies.keep(lambda row: can_be_seen(row, args.views), "a film cannot be read, or there is none of the views")
     return studies
+
+
+def can_be_seen(row, views):
+    """Is there a film, and can all be read? Looked at before the work begins, not when the film's turn comes."""
+    paths = [path for view in views if "index" not in row["films"] and (path := row["films"].get(view))]
+    try:
+        for path in paths:
+            read_image(path)
+    except InputError:
+        return False
+    return bool(paths) or "index" in row["films"]
 
 
 def add_data_options(group):
@@ -235,10 +276,10 @@ def add_data_options(group):
         help="what the reports hold; both: 'Findings: ... | Impression: ...' (%(default)s)")
     group.add_argument("--labels", default="labeller", choices=LABELS,
         help="label targets: rules on the text, MeSH terms, CheXbert (prepare.py), or what was drawn (%(default)s)")
-    group.add_argument("--films", type=int, default=4000, help="phantom: studies to train on (%(default)s)")
-    group.add_argument("--phantom-seed", type=int, default=0, help="phantom: which hospital (%(default)s)")
+    group.add_argument("--films", type=positive_int, default=4000, help="phantom: studies to train on (%(default)s)")
+    group.add_argument("--phantom-seed", type=seed_number, default=0, help="phantom: which hospital (%(default)s)")
     group.add_argument("--conditions", nargs="+", metavar="NAME", help="phantom: draw these only (default: all 13)")
-    group.add_argument("--prevalence", type=float, metavar="SHARE", help="phantom: chance of each of them")
+    group.add_argument("--prevalence", type=fraction, metavar="SHARE", help="phantom: chance of each of them")
     group.add_argument("--severe", action="store_true", help="phantom: severe findings only")
     # fmt: on
 

@@ -10,9 +10,13 @@ if __name__ == "__main__":
 
 from pathlib import Path
 
-from chexquery.model import SHAPE, VIEWS, build_model
+from chexquery.model import VIEWS, build_model
 from shared.metrics.labels import CONDITIONS
-from shared.runtime import InputError, load_checkpoint, newest_run, pick_device, positive_int, save_checkpoint
+from shared.models.hub import explained
+from shared.runtime import InputError, bounded, load_checkpoint, newest_run, pick_device, positive_int, save_checkpoint
+
+KEYS = ("chexquery", "phase", "weights", "thresholds", "data", "decoding")
+MADE_UP = "The model was trained on films drawn by this project: what it says of real films means nothing."
 
 
 def save_model(path, model, phase, **more):
@@ -24,15 +28,20 @@ def save_model(path, model, phase, **more):
 def load_model(path, device="cpu"):
     """best.pt, or a phase or run folder (its last phase) -> (CheXQuery in eval mode, the checkpoint's other values)."""
     path = find_checkpoint(path)
-    state = load_checkpoint(path, ("chexquery", "phase", "weights"), what="CheXQuery model (best.pt)")
-    settings = state["chexquery"]
-    missing = [name for name in SHAPE if name not in settings]
-    if missing:
-        raise InputError(f"{path} was written by another version: it does not say {', '.join(missing)}")
-    model = build_model(settings, vocabulary=settings.get("pieces"))
-    if settings["names"] != model.names:
-        raise InputError(f"{path} has its queries in another order: {', '.join(settings['names'])}")
-    model.load_own_state(state["weights"], path)
+    state = load_checkpoint(path, KEYS, what="CheXQuery model (best.pt)")
+    with explained(f"{path} is damaged, or of another version"):
+        settings, data, beams = state["chexquery"], state["data"], state["decoding"]
+        model = build_model(settings, vocabulary=settings.get("pieces"))
+        if settings["names"] != model.names:
+            raise ValueError("its queries stand in another order")
+        model.load_own_state(state, path)
+        cuts = state["thresholds"]
+        if cuts is not None and not (len(cuts) == len(CONDITIONS) and all(-1 <= cut <= 2 for cut in cuts)):
+            raise ValueError("14 thresholds are needed")
+        if not (1 <= beams[0] <= 32 and 0 <= beams[1] < settings["max_tokens"]):
+            raise ValueError(f"it writes with {beams}")
+        if not data["views"] or not set(data["views"]) <= set(VIEWS) or type(data["phantom"]) is not bool:
+            raise ValueError("what it was trained on cannot be read")
     more = {k: v for k, v in state.items() if k not in ("weights", "chexquery")}
     return model.to(device).eval(), more | {"path": str(path)}
 
@@ -49,7 +58,8 @@ def untrained(**changes):
     """The smallest model, of random weights, for dry runs and tests -> (model, what a checkpoint would say)."""
     model = build_model(UNTRAINED | changes, ["The heart is enlarged. No effusion or pneumothorax is seen."])
     data = {"name": "phantom", "phantom": True, "section": "findings", "views": list(VIEWS), "drawn": {}}
-    return model.eval(), {"path": "untrained", "phase": 0, "thresholds": [0.5] * len(CONDITIONS), "data": data}
+    told = {"path": "untrained", "phase": 0, "thresholds": [0.5] * len(CONDITIONS), "data": data, "decoding": [1, 0]}
+    return model.eval(), told
 
 
 def find_checkpoint(path):
@@ -64,9 +74,10 @@ def add_writing_options(group):
     # fmt: off
     group.add_argument("--checkpoint", metavar="PATH", help="best.pt, or a run folder (default: the newest run)")
     group.add_argument("--batch-size", type=positive_int, default=32, help="reports at once (%(default)s)")
-    group.add_argument("--beams", type=positive_int, help="1 is greedy (default: as trained)")
-    group.add_argument("--min-tokens", type=int, help="shortest report, in tokens (default: as trained)")
-    group.add_argument("--length-penalty", type=float, default=1.1,
+    group.add_argument("--beams", type=bounded(int, 1, 32), help="1 is greedy (default: as trained)")
+    group.add_argument("--min-tokens", type=bounded(int, 0, 1024),
+        help="shortest report, in tokens (default: as trained)")
+    group.add_argument("--length-penalty", type=bounded(float, -10, 10), default=1.1,
         help="above 1: longer reports, with beams (%(default)s)")
     # fmt: on
 
@@ -81,6 +92,10 @@ def open_model(args):
         raise InputError("there is no trained model: train one with chexquery/train.py, or give --checkpoint PATH")
     device, _ = pick_device(args.device)
     model, told = load_model(path, device) if path else untrained()
-    beams, shortest = told.get("decoding", [1, 0])
+    if told["data"]["phantom"]:
+        print(f"*** PHANTOM: {MADE_UP} ***")
+    beams, shortest = told["decoding"]
     decoding = {"beams": args.beams or beams, "min_tokens": shortest if args.min_tokens is None else args.min_tokens}
+    if decoding["min_tokens"] >= model.settings["max_tokens"]:
+        raise InputError(f"--min-tokens {args.min_tokens}: this model writes at most {model.settings['max_tokens']}")
     return model, told | {"device": device}, decoding | {"length_penalty": args.length_penalty}

@@ -29,22 +29,23 @@ import torch
 
 from chexquery.cases import Films, add_data_options, load_studies
 from chexquery.faithfulness import faithfulness, faithfulness_tables
-from chexquery.checkpoints import add_writing_options, open_model
+from chexquery.checkpoints import MADE_UP, add_writing_options, open_model
 from chexquery.scoring import COLUMNS, consistency, image_use, score_lines
 from shared.metrics.bertscore import bert_score
 from shared.metrics.chexbert import load_chexbert
 from shared.metrics.clinical import clinical_efficacy, positive_matrix
 from shared.metrics.labels import CONDITIONS, label_report
 from shared.metrics.report_baselines import baseline_reports
-from shared.report import PHANTOM, Report, number, percent, with_interval
-from shared.runtime import InputError, open_run_dir, positive_int, run_facts, script, script_parser, seed_everything
-from shared.runtime import write_json, write_jsonl
+from shared.report import PHANTOM, Report, number, percent, short_path, with_interval
+from shared.runtime import InputError, bounded, open_run_dir, positive_int, run_facts, script, script_parser
+from shared.runtime import seed_everything, write_json, write_jsonl
 from shared.training import settings_of
 
 TASK = "chexquery"
 
 
-def parse_args(argv=None):
+def parse_args(argv=None, again=None):
+    """again: of a checkpoint, which studies it was trained on; what is given on the command line wins."""
     parser = script_parser(__doc__, task=TASK, data="IU X-ray")
     g = parser.add_argument_group("what is measured")
     add_data_options(g)
@@ -52,19 +53,21 @@ def parse_args(argv=None):
     g.add_argument("--split", default="test", choices=["val", "test"], help="studies that are measured (%(default)s)")
     g.add_argument("--tokenizer", default="r2gen", choices=["r2gen", "whitespace"],
         help="how texts are cleaned (%(default)s)")
-    g.add_argument("--faithfulness", type=int, default=100, metavar="N",
+    g.add_argument("--faithfulness", type=bounded(int, 0, 10**6), default=100, metavar="N",
         help="studies for the tests of queries; 0: none (%(default)s)")
     add_writing_options(parser.add_argument_group("writing"))
     g = parser.add_argument_group("metrics")
-    g.add_argument("--num-samples", type=positive_int, default=1000, help="bootstrap samples (%(default)s)")
+    g.add_argument("--num-samples", type=bounded(int, 1, 100_000), default=1000, help="bootstrap samples (%(default)s)")
     g.add_argument("--bertscore-model", metavar="DIR", help="folder of an encoder; without it the column stays empty")
     g.add_argument("--bertscore-layer", type=positive_int, default=17, help="its layer (%(default)s)")
     g.add_argument("--chexbert", nargs=2, metavar=("FILE", "DIR"), help="chexbert.pth and a bert-base-uncased folder")
     g.add_argument("--export-rexrank", metavar="FILE", help="predictions in ReXrank's JSON layout")
     # fmt: on
+    parser.set_defaults(**(again or {}))
     args = parser.parse_args(argv)
     if args.dry_run:
-        args.data, args.device, args.films, args.faithfulness, args.num_samples = "phantom", "cpu", 32, 4, 50
+        args.data, args.splits_file, args.device, args.films = "phantom", None, "cpu", 32
+        args.faithfulness, args.num_samples = 4, 50
     return args
 
 
@@ -128,29 +131,16 @@ def make_lines(model, studies, test, args, device, decoding):
     return lines, seen
 
 
-def studies_for(args, told):
-    """The studies to measure on: what the checkpoint says of its data stands in for options not given. -> RowSet"""
-    data = told["data"]
-    drawn = data.get("drawn") or {}
-    if data["phantom"] and args.data == "auto" and not args.splits_file:
-        args.data = "phantom"
-    args.views, args.section = data["views"], data["section"] or args.section
-    if args.conditions is None and args.prevalence is None and not args.severe:
-        names = ("conditions", "prevalence", "severe")
-        args.conditions, args.prevalence, args.severe = (drawn.get(name) for name in names)
-    return load_studies(args)
-
-
 def conditions_drawn(notes):
     return (notes.get("drawn") or {}).get("conditions") or list(CONDITIONS[1:])
 
 
 def make_report(studies, told, n, table, sentence, gains, abnormal, agreement, extra, drawn):
-    report = Report(f"{studies.name}: reports of CheXQuery", phantom=bool(studies.notes.get("phantom")))
-    report.text(
-        f"{n} test studies ({studies.version}); checkpoint `{told['path']}` (phase {told['phase']}); intervals of"
-        " 95 %, patients drawn."
-    )
+    phantom, limit = bool(studies.notes.get("phantom")), told["limit"]
+    warnings = [MADE_UP] * (told["data"]["phantom"] and not phantom) + [f"Measured with --limit {limit}."] * bool(limit)
+    report = Report(f"{studies.name}: reports of CheXQuery", phantom, warnings)
+    where = f"checkpoint `{short_path(told['path'])}` (phase {told['phase']}), trained on {told['data']['name']}"
+    report.text(f"{n} test studies ({studies.version}); {where}; intervals of 95 %, patients drawn.")
     columns = {name: key for name, key in COLUMNS.items() if key != "f1_micro_drawn" or drawn}
     groups = [list(columns.items())[:8], list(columns.items())[8:]]
     for group in groups:
@@ -188,7 +178,14 @@ def main(argv=None):
     started = time.time()
     seed_everything(args.seed)
     model, told, decoding = open_model(args)
-    studies = studies_for(args, told)
+    data = told["data"]
+    drawn = {"data": "phantom", **(data.get("drawn") or {})} if data["phantom"] else {}
+    again = {"section": data["section"], **drawn, **data.get("again", {})}
+    if args.splits_file or args.data != "auto":
+        again |= {"data": args.data, "splits_file": args.splits_file}
+    args = parse_args(argv, again)
+    args.views = data["views"]
+    studies = load_studies(args)
     device, notes = told["device"], studies.notes
     phantom, test = bool(notes.get("phantom")), studies.split(args.split)
     if phantom:
@@ -198,6 +195,12 @@ def main(argv=None):
         raise InputError(
             "train, val and test studies are all needed: the lines beside the model come from train and val"
         )
+    known = {str(row["patient"]) for row in test} & set(data.get("patients", ()))
+    if known and studies.name == data["name"]:
+        raise InputError(f"{len(known)} of the patients to be measured on were trained on: give the --splits-file or"
+                         " the options of the training")  # fmt: skip
+    if args.export_rexrank and Path(args.export_rexrank).exists() and not args.overwrite:
+        raise InputError(f"{args.export_rexrank} is there already: give --overwrite to replace it")
     labeller = load_chexbert(*args.chexbert, device) if args.chexbert else None
     run_dir = open_run_dir(args, TASK, "evaluate")
     lines, seen = make_lines(model, studies, test, args, device, decoding)
@@ -228,7 +231,8 @@ def main(argv=None):
     )
 
     write_json(run_dir / "metrics.json", {
-        "dataset": studies.facts() | {"phantom": phantom}, "split": args.split, "n": len(test),
+        "dataset": studies.facts() | {"phantom": phantom}, "trained_on": {k: data[k] for k in ("name", "phantom")},
+        "split": args.split, "n": len(test),
         "checkpoint": told["path"],
         "phase": told["phase"], "decoding": decoding, "labels_read_by": "CheXbert" if labeller else "rules",
         "lines": table, "image_use": {"gains": gains, "sentence": sentence}, "abnormal": abnormal,
@@ -240,9 +244,9 @@ def main(argv=None):
         {"uid": row["uid"], "reference": row["reference"], **{k: v[i] for k, v in lines.items()}}
         for i, row in enumerate(test)])  # fmt: skip
     extra = faithfulness_tables(found) if found else []
-    make_report(studies, told, len(test), table, sentence, gains, abnormal, agreement, extra, drawn).write(
-        run_dir, page=True
-    )
+    told["limit"] = args.limit
+    page = make_report(studies, told, len(test), table, sentence, gains, abnormal, agreement, extra, drawn)
+    page.write(run_dir, page=True)
     if args.export_rexrank:
         export_rexrank(args.export_rexrank, test, lines["model"])
     for line, row in table.items():

@@ -22,9 +22,9 @@ import matplotlib.pyplot as plt
 import torch
 
 from chexquery.cases import add_file_options, read_files
-from chexquery.checkpoints import add_writing_options, open_model
+from chexquery.checkpoints import MADE_UP, add_writing_options, open_model
 from shared.metrics.labels import CONDITIONS, label_report
-from shared.report import Report, number, save_figure
+from shared.report import Report, number, save_figure, short_path
 from shared.runtime import atomic_file, open_run_dir, run_facts, script, script_parser, seed_everything, write_csv
 from shared.runtime import write_json
 
@@ -59,14 +59,14 @@ def write_about(model, rows, images, present, batch_size, device, decoding):
 
 
 def make_report(run_dir, images, present, results, told):
-    warnings = ["The model was trained on films drawn by this project."] if told["data"]["phantom"] else []
-    report = Report("CheXQuery: reports", warnings=warnings)
+    phantom = told["data"]["phantom"]
+    report = Report("CheXQuery: reports", warnings=[MADE_UP] * phantom)
     for n, (films, there, result) in enumerate(zip(images, present, results, strict=True), 1):
         figure, axes = plt.subplots(1, int(there.sum()), figsize=(3.2 * there.sum(), 3.4), squeeze=False)
         for axis, film in zip(axes.flat, films[there], strict=True):
             axis.imshow(film, cmap="gray", vmin=0, vmax=255)
             axis.axis("off")
-        report.heading(result["films"]["frontal"])
+        report.heading(short_path(result["films"]["frontal"]))
         report.figure(save_figure(figure, run_dir / "figures" / f"film{n}.png"), "The film as the model gets it.")
         report.text(result["report"] or "(nothing was written)")
         if result["probabilities"]:

@@ -31,7 +31,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from shared.metrics.labels import CONDITIONS
 from shared.models.hub import explained, find_model, load_part
-from shared.models.loading import add_lora
+from shared.models.loading import add_lora, digest_of
 from shared.models.tiny import PRINTABLE, is_tiny, quietly, tiny_folder
 from shared.runtime import InputError
 
@@ -43,6 +43,13 @@ SHAPE = (
     " num_layers num_heads num_pool_queries dropout aux_dropout gate gate_hidden regions conditions query_attention"
     " query_init lora_rank lora_alpha lora_dropout prompt max_tokens seed"
 ).split()
+LIMITS = {
+    "image_size": (28, 1024), "patch_size": (1, 512), "width": (1, 8192), "vision_layers": (1, 100),
+    "text_layers": (1, 100), "vocabulary": (128, 10**6), "num_layers": (1, 100), "num_heads": (1, 256),
+    "num_pool_queries": (0, 256), "dropout": (0, 0.99), "aux_dropout": (0, 0.99), "gate_hidden": (1, 10**5),
+    "lora_rank": (1, 1024), "lora_alpha": (1e-6, 1e6), "lora_dropout": (0, 0.99), "max_tokens": (2, 1024),
+    "seed": (0, 2**32 - 1),
+}  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------------------- parts
@@ -159,6 +166,8 @@ class CheXQuery(nn.Module):
         self.image_size, self.grid = config.image_size, config.image_size // config.patch_size
         self.names = [*(CONDITIONS if settings["conditions"] else ()), *(REGIONS if settings["regions"] else ())]
         self.num_conditions = len(CONDITIONS) if settings["conditions"] else 0
+        if len(self.prompt_ids) > 64:
+            raise InputError(f"--prompt has {len(self.prompt_ids)} tokens: at most 64 can be given")
         heads = settings["num_heads"]
         if width % heads:
             raise InputError(f"--num-heads {heads} does not divide the width {width} of {settings['vision_model']}")
@@ -304,12 +313,18 @@ class CheXQuery(nn.Module):
         return {name: p.detach() for name, p in self.named_parameters() if id(p) in kept}
 
     def load_own_state(self, state, path):
-        ours = self.own_state()
-        if set(ours) != set(state) or any(ours[k].shape != state[k].shape for k in ours):
+        """state: what a checkpoint holds; its weights must be of this model, its words and its frozen base."""
+        ours, weights = self.own_state(), state["weights"]
+        if set(ours) != set(weights) or any(ours[k].shape != weights[k].shape for k in ours):
             raise InputError(
                 f"{path} holds a model of another size or with other parts; give the arguments that chose it"
             )
-        for name, value in state.items():
+        if not all(value.isfinite().all() for value in weights.values()):
+            raise InputError(f"{path} holds weights that are NaN or infinite: its training went wrong; train again")
+        for key, what in (("pieces", "vocabulary"), ("base", "pretrained weights")):
+            if state["chexquery"].get(key, self.settings[key]) != self.settings[key]:
+                raise InputError(f"{path} was trained with another {what}; give the arguments that chose it")
+        for name, value in weights.items():
             ours[name].copy_(value)
 
 
@@ -323,6 +338,11 @@ def build_model(settings, reports=(), vocabulary=None):
     pretrained (frozen, with LoRA) or both tiny: built here from random weights and trained whole.
     """
     settings = {name: settings[name] for name in SHAPE}
+    for name, (low, high) in LIMITS.items():
+        if not low <= settings[name] <= high:
+            raise InputError(f"--{name.replace('_', '-')} must be between {low} and {high}, not {settings[name]}")
+    if not 1 <= settings["image_size"] // settings["patch_size"] <= 64:
+        raise InputError("--image-size must be 1 to 64 times --patch-size")
     if not (settings["conditions"] or settings["regions"]):
         raise InputError("--no-conditions and --no-regions leave no queries: keep one of the two")
     tiny = [is_tiny(settings[name]) for name in ("vision_model", "text_model")]
@@ -335,7 +355,10 @@ def build_model(settings, reports=(), vocabulary=None):
     settings |= dict(zip(("image_mean", "image_std"), normal, strict=True))
     text, tokenizer, settings["pieces"] = load_text(settings, reports, vocabulary)
     starts = query_starts(settings, vision.config.hidden_size)
+    settings["base"] = None
     if not tiny[0]:
+        sources = [find_model(settings[name])[0] for name in ("vision_model", "text_model")]
+        settings["base"] = [digest_of(source) for source in sources]
         lora = dict(rank=settings["lora_rank"], alpha=settings["lora_alpha"], dropout=settings["lora_dropout"])
         vision = add_lora(vision, **lora, layers=r".*\.(q_proj|v_proj)", checkpointing=False)
         text = add_lora(text, **lora, layers=r".*decoder.*\.(q|k|v|o)", checkpointing=False)

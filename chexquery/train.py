@@ -20,6 +20,7 @@ on. Phase N starts from the best of phase N - 1. --model sets many options at on
 """
 
 import argparse
+import hashlib
 import math
 import sys
 import time
@@ -36,17 +37,19 @@ import torch.nn.functional as F
 import yaml
 from tqdm import tqdm
 
-from chexquery.cases import Films, add_data_options, changed, epoch_order, label_targets, load_studies, region_targets
+from chexquery.cases import AGAIN, Films, add_data_options, changed, epoch_order, label_targets, load_studies
+from chexquery.cases import region_targets
 from chexquery.checkpoints import save_model
 from chexquery.model import SHAPE, build_model
 from shared.metrics.classification import choose_threshold
 from shared.metrics.clinical import averages, positive_matrix
 from shared.metrics.labels import CONDITIONS, label_report
 from shared.metrics.report_baselines import diversity
+from shared.models.hub import explained
 from shared.report import PHANTOM, draw_history
-from shared.runtime import InputError, add_resume, command, fraction, load_checkpoint, not_negative, open_run_dir
-from shared.runtime import pick_device, positive_float, positive_int, run_facts, script, script_parser, seed_everything
-from shared.runtime import start_distributed, write_json, write_jsonl
+from shared.runtime import InputError, add_resume, bounded, command, fraction, load_checkpoint, not_negative
+from shared.runtime import open_run_dir, pick_device, positive_float, positive_int, run_facts, script, script_parser
+from shared.runtime import seed_everything, start_distributed, write_json, write_jsonl
 from shared.training import GuardedStep, StopSignal, Weights, learning_rate, load_state, save_state, settings_of
 
 TASK = "chexquery"
@@ -96,7 +99,8 @@ def build_parser():
     g.add_argument("--vocabulary", type=positive_int, default=1024, help="tiny: pieces, of the reports (%(default)s)")
     g.add_argument("--num-layers", type=positive_int, default=2, help="layers of the queries (%(default)s)")
     g.add_argument("--num-heads", type=positive_int, default=8, help="attention heads of the queries (%(default)s)")
-    g.add_argument("--num-pool-queries", type=int, default=10, help="visual tokens beside the global one (%(default)s)")
+    g.add_argument("--num-pool-queries", type=bounded(int, 0, 256), default=10,
+        help="visual tokens beside the global one (%(default)s)")
     g.add_argument("--dropout", type=fraction, default=0.1, help="in the query layers and a tiny decoder (%(default)s)")
     g.add_argument("--aux-dropout", type=fraction, default=0.2, help="in the label heads (%(default)s)")
     g.add_argument("--gate", action=argparse.BooleanOptionalAction, default=True, help="weigh film against queries")
@@ -117,7 +121,7 @@ def build_parser():
         ("batch-size", positive_int, [16, 4, 8], "studies per pass; lower it first when memory runs out"),
         ("accumulate", positive_int, [2, 8, 4], "passes per step"),
         ("lr", positive_float, [1e-4, 3e-5, 2e-5], "highest learning rate, then a cosine down to zero"),
-        ("warmup", int, [200, 500, 0], "steps of linear warm-up"),
+        ("warmup", bounded(int, 0, 10**9), [200, 500, 0], "steps of linear warm-up"),
         ("aux-weight", not_negative, [0.7, 0.3, 0.0], "of the label loss beside 1 for the report"),
         ("label-smoothing", fraction, [0.0, 0.05, 0.1], "of the report loss"),
     ):
@@ -135,8 +139,10 @@ def build_parser():
     g = parser.add_argument_group("validation")
     g.add_argument("--eval-studies", type=positive_int, default=200, help="validation studies (%(default)s)")
     g.add_argument("--eval-batch", type=positive_int, default=50, help="reports written at once (%(default)s)")
-    g.add_argument("--beams", type=positive_int, default=1, help="of evaluate.py and infer.py; validation is greedy")
-    g.add_argument("--min-tokens", type=int, default=0, help="shortest report, in tokens (%(default)s)")
+    g.add_argument("--beams", type=bounded(int, 1, 32), default=1,
+        help="of evaluate.py and infer.py; validation is greedy")
+    g.add_argument("--min-tokens", type=bounded(int, 0, 1024), default=0,
+        help="shortest report, in tokens (%(default)s)")
     g.add_argument("--patience", type=positive_int, default=5, help="epochs without a better one that end a phase")
     # fmt: on
     add_resume(g)
@@ -158,17 +164,11 @@ def parse_args(argv=None):
             parser.error(f"--{name.replace('_', '-')} takes one value or three, one for each phase")
         setattr(args, name, values * 3 if len(values) == 1 else values)
     if args.dry_run:
-        args.model, args.data, args.device, args.films, args.epochs, args.eval_studies = (
-            "tiny",
-            "phantom",
-            "cpu",
-            32,
-            [1] * 3,
-            8,
-        )
+        args.model, args.data, args.device, args.films = "tiny", "phantom", "cpu", 32
+        args.epochs, args.eval_studies = [1] * 3, 8
         args.splits_file, args.width, args.vision_layers, args.text_layers, args.gate_hidden = None, 64, 1, 1, 32
-    if args.num_pool_queries < 0 or args.num_pool_queries > 256:
-        parser.error("--num-pool-queries must be between 0 and 256")
+    if args.min_tokens >= args.max_tokens:
+        parser.error("--min-tokens must be below --max-tokens")
     if args.start_from and args.phase in (0, 1):
         parser.error("--start-from needs --phase 2 or 3: phase 1 starts from the models as they come")
     return args
@@ -415,20 +415,21 @@ def finish_epoch(args, phase, model, val, facts, folder, work, values, row):
     write_jsonl(folder / "history.jsonl", values["history"])
 
 
-def start_of(args, phase, run_dir, rank):
-    """What a phase starts from, None for phase 1. InputError where there is no checkpoint, or one of another phase."""
-    path = Path(args.start_from) if args.start_from else run_dir / f"phase{phase - 1}" / "best.pt"
+def start_phase(args, phase, model, run_dir, rank):
+    """Put the best of the phase before into the model. InputError where there is none, or one of another phase."""
     if phase == 1:
         return None
+    path = Path(args.start_from or run_dir / f"phase{phase - 1}" / "best.pt")
     if not path.is_file():
         go = command("chexquery/train.py", "--phase", phase - 1, "--resume", run_dir)
         raise InputError(f"phase {phase} starts from phase {phase - 1}'s best, and there is no {path}: first {go}")
-    there = load_checkpoint(path, ("chexquery", "phase"), what="CheXQuery model (best.pt)")["phase"]
-    if there != phase - 1:
-        raise InputError(f"phase {phase} starts from phase {phase - 1}'s best, and {path} is of phase {there}")
+    state = load_checkpoint(path, ("chexquery", "phase", "weights"), what="CheXQuery model (best.pt)")
+    if state["phase"] != phase - 1:
+        raise InputError(f"phase {phase} starts from phase {phase - 1}'s best, and {path} is of phase {state['phase']}")
+    with explained(f"{path} is damaged, or of another version"):
+        model.load_own_state(state, path)
     if rank == 0:
         print(f"phase {phase} starts from {path}")
-    return path
 
 
 @script(torchrun=True)
@@ -447,19 +448,18 @@ def main(argv=None):
         raise InputError(f"{len(train_rows)} studies to train on and {len(val_rows)} for validation: both are needed")
     seed_everything(args.seed)
     model = build_model(shape_of(args), [row["report"] for row in train_rows]).to(device)
-    of = f"{studies.name}, {studies.version}, {len(train_rows)} + {len(val_rows)}, labels {studies.notes['labels']}"
+    rows_digest = hashlib.sha256(repr([(r["uid"], r["report"], r["films"]) for r in train_rows + val_rows]).encode())
+    of = f"{studies.name}, {studies.version}, labels {studies.notes['labels']}, rows {rows_digest.hexdigest()[:16]}"
     facts = {"name": studies.name, "phantom": phantom, "section": studies.notes["section"], "views": args.views}
-    facts |= {"drawn": drawn, "of": of}
+    facts |= {"drawn": drawn, "of": of, "again": {name: vars(args)[name] for name in AGAIN}}
+    facts["patients"] = sorted({str(row["patient"]) for row in train_rows})  # none of them may be measured on
     run_dir = open_run_dir(args, TASK, "train")
     train = Split(train_rows, model, args, drawn, args.shuffle_regions)
     val = Split(val_rows, model, args, drawn)
     scaler = torch.amp.GradScaler(device.type, enabled=False)
     work, histories, best = (device, dtype, scaler, rank, world_size), [], {}
     for phase in PHASES if args.phase == 0 else [args.phase]:
-        path = start_of(args, phase, run_dir, rank)
-        if path is not None:
-            state = load_checkpoint(path, ("weights",))
-            model.load_own_state(state["weights"], path)
+        start_phase(args, phase, model, run_dir, rank)
         history, best[phase] = train_phase(args, phase, model, train, val, facts, run_dir, work)
         histories += history
         args.start_from = None
@@ -471,15 +471,17 @@ def main(argv=None):
     for i, row in enumerate(histories):
         row["total epoch"] = i + 1
     write_json(run_dir / "metrics.json", {
-        "dataset": facts, "split": "val", "n": len(val_rows), "best": best, "model": args.model,
+        "dataset": {k: v for k, v in facts.items() if k != "patients"}, "split": "val",
+        "n": len(val_rows), "best": best, "model": args.model,
         "query_start": "random" if args.query_init == "random" else f"position 0 of {args.condition_model}",
         "parameters": sum(p.numel() for p in model.parameters()), "trained": {p: model.freeze(p) for p in best},
         "settings": settings_of(args), "seed": args.seed, **run_facts(started, device),
     })  # fmt: skip
+    place = [] if phantom or args.splits_file else ["--data-dir", args.data_dir]
     title = f"{studies.name}, {args.model}, {len(val_rows)} validation studies"
     draw_history(run_dir / "figures" / "curves.png", histories, PANELS, "total epoch", title, phantom)
     print(f"best of phase {last}: F1 micro {best[last]['f1_micro_13']:.3f}; measure it on test studies with\n"
-          f"{command('chexquery/evaluate.py', '--checkpoint', run_dir / f'phase{last}' / 'best.pt')}\n"
+          f"{command('chexquery/evaluate.py', '--checkpoint', run_dir / f'phase{last}' / 'best.pt', *place)}\n"
           f"results in {run_dir} ({time.time() - started:.0f} s)")  # fmt: skip
 
 

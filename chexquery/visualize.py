@@ -26,11 +26,11 @@ import numpy as np
 import torch
 
 from chexquery.cases import VIEWS, Films, add_file_options, phantom_rows, read_files, study_of
-from chexquery.checkpoints import add_writing_options, open_model
+from chexquery.checkpoints import MADE_UP, add_writing_options, open_model
 from chexquery.faithfulness import KINDS, deletion, maps_of, pointing, pointing_summary
 from chexquery.model import REGIONS
 from shared.metrics.labels import CONDITIONS
-from shared.report import Report, number, percent, save_figure
+from shared.report import Report, number, percent, save_figure, short_path
 from shared.runtime import atomic_file, open_run_dir, positive_int, run_facts, script, script_parser, seed_everything
 from shared.runtime import write_json
 
@@ -177,8 +177,9 @@ def main(argv=None):
     rows, images, present, drawn = films_of(args, model, told)
     run_dir = open_run_dir(args, TASK, "visualize")
     phantom = drawn is not None
-    report = Report("CheXQuery: where the queries looked", phantom=phantom)
-    report.text(f"Checkpoint `{told['path']}`; maps: {args.kind}.")
+    warnings = [MADE_UP] * (told["data"]["phantom"] and not phantom)
+    report = Report("CheXQuery: where the queries looked", phantom, warnings)
+    report.text(f"Checkpoint `{short_path(told['path'])}`; maps: {args.kind}.")
     arrays, x, there = {}, torch.from_numpy(images).to(device), torch.from_numpy(present).to(device)
     with torch.no_grad():
         looked = model.look(x, there)

@@ -119,7 +119,7 @@ class Report:
         out = []
         for kind, *what in self.blocks:
             if kind == "heading":
-                out.append("#" * what[0] + " " + plain_text(what[1]))
+                out.append("#" * what[0] + " " + " ".join(plain_text(what[1]).split()))
             elif kind == "text":
                 out.append(plain_text(what[0]))
             elif kind == "table":
@@ -195,6 +195,8 @@ def save_figure(figure, path, title="", phantom=False, dpi=130):
     figure.suptitle("\n".join(part for line in title.split("\n") for part in textwrap.wrap(line, wide)), fontsize=10)
     for text in figure.findobj(Text):
         text.set_parse_math(False)  # a $ in a question or a file name is a $ ...
+        if not text.get_text().isprintable():  # nor can half a character, of a file name that is not UTF-8, be drawn
+            text.set_text(text.get_text().encode("utf-8", "replace").decode())
     for axis in (a for axes in figure.axes for a in (axes.xaxis, axes.yaxis) if a.get_scale() == "log"):
         for label in axis.get_ticklabels(which="both"):
             label.set_parse_math(True)  # ... and 10^2 beside an axis a power

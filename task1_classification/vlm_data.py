@@ -20,17 +20,20 @@ if __name__ == "__main__":
 
 import csv
 import hashlib
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from shared.data.image_sets import INFO, SPLITS, load_images
+from shared.data.images import read_image
 from shared.data.iu_xray import add_image_paths, find_iu_xray, r2gen_split, read_reports
+from shared.data.text import text_of
 from shared.metrics.labels import CONDITIONS, label_report
 from shared.phantom import phantom_settings, phantom_study
 from shared.report import PHANTOM
-from shared.runtime import DataNotFound, InputError, newest_run, positive_int
+from shared.runtime import DataNotFound, InputError, command, newest_run, positive_int
 
 LABEL_SOURCES = ("mesh14", "mesh9", "reports")
 SPLIT_KINDS = ("patient", "r2gen", "small")
@@ -100,6 +103,7 @@ class Films:
 
     def only(self, names):
         """Keep these labels, in this order. InputError for one that is not there."""
+        names = list(dict.fromkeys(names))
         for name in names:
             if name not in self.labels:
                 raise InputError(f"there is no label {name!r} in {self.name}; there are {', '.join(self.labels)}")
@@ -111,6 +115,24 @@ class Films:
         """Keep the first n films of every split."""
         keep = sorted(i for split in SPLITS for i in self.rows_of(split)[:n])
         self.rows, self.truth, self.again = [self.rows[i] for i in keep], self.truth[keep], self.again | {"limit": n}
+        return self
+
+    def readable(self):
+        """Leave out films whose file is damaged, counted and said. InputError where none is left."""
+        whole, reason = [], ""
+        for i, row in enumerate(self.rows):
+            try:
+                if not isinstance(row["image"], np.ndarray):
+                    read_image(row["image"])
+                whole.append(i)
+            except InputError as error:
+                reason = reason or f"{row['image']}: {error}"
+        if not whole:
+            raise InputError(f"none of the {len(self.rows)} films of {self.name} can be read; {reason}")
+        if reason:
+            print(f"left out: {len(self.rows) - len(whole)} films that cannot be read; {reason}")
+            self.notes = self.notes | {"damaged_films": len(self.rows) - len(whole)}
+        self.rows, self.truth = [self.rows[i] for i in whole], self.truth[whole]
         return self
 
     def usable(self, *splits):
@@ -160,7 +182,7 @@ def load_films(name, data_dir="data", only=None, limit=None, **options):
         except DataNotFound as error:
             if kind != "auto":
                 raise
-            print(f"{'*' * 100}\n{error}\n{PHANTOM}\n{'*' * 100}")
+            print(f"{error}: taking the phantom")
             kind = "phantom"
     if kind == "phantom":
         films = phantom_films(**own("films", "image_size", "seed", "conditions", "severe"))
@@ -169,16 +191,20 @@ def load_films(name, data_dir="data", only=None, limit=None, **options):
     elif kind not in ("auto", "iu_xray"):
         films = table_films(Path(name))
     films = films.only(only) if only else films
-    return films.limit(limit) if limit else films
+    films = (films.limit(limit) if limit else films).readable()
+    if films.phantom:
+        print(f"*** {PHANTOM} ***")
+    return films
 
 
 def add_film_options(parser):
-    """What vlm_train.py and vlm_zero_shot.py ask alike; a table of vlm_prepare.py as --data fixes all but --only."""
+    """What the vlm_ scripts ask alike; a table of vlm_prepare.py as --data fixes all but --only."""
     g = parser.add_argument_group("films and labels", "a table of vlm_prepare.py as --data fixes all but --only")
     # fmt: off
     g.add_argument("--only", nargs="+", metavar="LABEL", help="these labels only")
-    g.add_argument("--labels", help=f"IU X-ray: {', '.join(LABEL_SOURCES)} (mesh14)")
-    g.add_argument("--split", help=f"IU X-ray: {', '.join(SPLIT_KINDS)} (patient)")
+    g.add_argument("--labels", choices=LABEL_SOURCES, help="IU X-ray (mesh14)")
+    g.add_argument("--split", choices=SPLIT_KINDS, help="IU X-ray: by patient, each label alike in every split;"
+        " R2Gen's; or with 100 test studies (patient)")
     g.add_argument("--films", type=positive_int, help="phantom: films to train on; a quarter each for val, test (2000)")
     g.add_argument("--image-size", type=positive_int, help="phantom and MedMNIST: pixels per side (112; 28)")
     g.add_argument("--conditions", nargs="+", metavar="NAME", help="phantom: draw these only")
@@ -195,9 +221,13 @@ def films_of(args, task):
     own = {name: vars(args)[name] for name in names}
     films = load_films(args.data, args.data_dir, args.only, args.limit, seed=args.seed, **own)
     print(films, flush=True)
-    if films.phantom:
-        print(f"*** {PHANTOM} ***")
     return films
+
+
+def measure_line(run_dir, films, args):
+    """The command that measures a run on its test films, for the console."""
+    place = ["--data-dir", args.data_dir] if films.again["name"] in (*INFO, "iu_xray") else []
+    return f"measure on test: {command('task1_classification/vlm_evaluate.py', '--runs', run_dir, *place)}"
 
 
 def load_again(facts, data_dir):
@@ -226,19 +256,25 @@ def table_films(path):
         lacking = f"the columns {', '.join(missing)}" if missing else "columns with labels (1, 0 or empty)"
         raise InputError(f"{path} lacks {lacking}: a row is a film with {', '.join(COLUMNS)} and its labels")
     values = {"1": 1, "1.0": 1, "0": 0, "0.0": 0, "": np.nan}
-    truth, rows, seen = np.empty((len(lines), len(labels)), np.float32), [], {}
+    truth, rows, seen, ids = np.empty((len(lines), len(labels)), np.float32), [], {}, set()
     for i, line in enumerate(lines):
         for j, label in enumerate(labels):
-            if line[label].strip() not in values:
+            if text_of(line[label]) not in values:
                 raise InputError(f"{path}, line {i + 2}: {label} is {line[label]!r}, not 1, 0 or empty for unknown")
-            truth[i, j] = values[line[label].strip()]
+            truth[i, j] = values[text_of(line[label])]
+        for name in ("id", "patient"):
+            if not text_of(line[name]):
+                raise InputError(f"{path}, line {i + 2}: {name} says nothing")
+        if line["id"] in ids:
+            raise InputError(f"{path}, line {i + 2}: a film with the id {line['id']} stood there before")
+        ids.add(line["id"])
         if line["split"] not in SPLITS:
             raise InputError(f"{path}, line {i + 2}: the split is {line['split']!r}, not train, val or test")
         if seen.setdefault(line["patient"], line["split"]) != line["split"]:
             raise InputError(f"{path}: patient {line['patient']} is in {seen[line['patient']]} and in {line['split']}")
         row = {name: line.get(name, "") for name in (*COLUMNS, "report")}
         rows.append(row | {"image": path.parent / line["image"]})
-    absent = [row["image"] for row in rows if not row["image"].is_file()]
+    absent = [row["image"] for row in rows if not os.path.isfile(row["image"])]
     if absent:
         raise InputError(f"{len(absent)} of {len(rows)} images of {path} are missing, such as {absent[0]}: put them"
                          " there, or take their lines out")  # fmt: skip
@@ -268,7 +304,7 @@ def phantom_films(films=2000, image_size=112, seed=0, conditions=None, severe=Fa
     """films: to train on; a quarter each for val and test. severe: all findings severe, each with a chance of .25."""
     again = dict(name="phantom", films=films, image_size=image_size, seed=seed, conditions=conditions, severe=severe)
     settings = phantom_settings(conditions, 0.25 if severe else None, (0, 0, 1) if severe else None)
-    labels = tuple(conditions or CONDITIONS)
+    labels = tuple(dict.fromkeys(conditions or CONDITIONS))
     rows, truth = [], []
     for split in splits:
         for number in range(films if split == "train" else max(2, films // 4)):
@@ -312,8 +348,6 @@ def report_of(row):
 
 def iu_films(data_dir, split="patient", labels="mesh14", seed=0, shares=None):
     """Every frontal film on disk with the labels of its study; a uid is a patient, and never in two splits."""
-    if split not in SPLIT_KINDS or labels not in LABEL_SOURCES:
-        raise InputError(f"IU X-ray has the splits {', '.join(SPLIT_KINDS)}, and labels {', '.join(LABEL_SOURCES)}")
     folder = find_iu_xray(data_dir)
     studies, _ = read_reports(folder)
     where = add_image_paths(studies, folder)

@@ -34,9 +34,10 @@ from sklearn.metrics import precision_recall_curve
 
 from shared.metrics.classification import binary_metrics, choose_threshold
 from shared.metrics.statistics import percentile_interval, resample_counts
+from shared.models.hub import explained
 from shared.report import Report, number, percent, save_figure, with_interval
-from shared.runtime import InputError, newest_run, open_run_dir, pick_device, positive_float, positive_int, read_json
-from shared.runtime import run_facts, script, script_parser, write_csv, write_json
+from shared.runtime import InputError, bounded, newest_run, open_run_dir, pick_device, positive_float, positive_int
+from shared.runtime import read_json, run_facts, script, script_parser, write_csv, write_json
 from task1_classification.vlm_data import load_again, text_labels
 from task1_classification.vlm_model import Bank, Encoder, load_encoder, load_probe, make_store, predict, restore_probe
 
@@ -63,7 +64,8 @@ def parse_args(argv=None):
     g = parser.add_argument_group("what to measure")
     g.add_argument("--runs", nargs="+", metavar="DIR",
         help="run folders of vlm_train.py and vlm_zero_shot.py on the same films (default: the newest of each)")
-    g.add_argument("--samples", type=positive_int, default=1000, help="resamples of the patients (%(default)s)")
+    g.add_argument("--samples", type=bounded(int, 1, 100_000), default=1000,
+        help="resamples of the patients (%(default)s)")
     g.add_argument("--min-positives", type=positive_int, default=10, metavar="N",
         help="a second mean over the labels with so many positive test films (%(default)s)")
     g.add_argument("--cache-gib", type=positive_float, default=4.0, metavar="GIB",
@@ -87,20 +89,32 @@ class Method:
         self.trainable, self.note, self.seconds, self.seeds = trainable, note, seconds, list(range(len(self.scores)))
 
 
-def of_training(run, films, args, device):
+def told_by(run):
+    """metrics.json of a run of vlm_train.py or vlm_zero_shot.py. InputError where what is needed of it is not there."""
+    with explained(f"{run / 'metrics.json'} is damaged, or of another kind of run"):
+        metrics = read_json(run / "metrics.json")
+        facts, tower = metrics["dataset"], metrics.get("tower_trained_here")
+        texts, numbers = [facts["fingerprint"], metrics["model"]], [metrics["seconds"]]
+        numbers += [tower["seconds"]] if tower else []
+        if {*map(type, texts)} != {str} or {*map(type, numbers)} != {float} or type(facts["again"]) is not dict:
+            raise ValueError("a text, a number or an object is something else")
+    return metrics
+
+
+def of_training(run, metrics, films, args, device):
     """-> the Methods of a run of vlm_train.py."""
-    metrics = read_json(run / "metrics.json")
-    paths = sorted(run.glob("seed*-*/best.pt"), key=lambda p: (int(re.match(r"seed(\d+)", p.parent.name)[1]), p))
-    states = [(path, load_probe(path, labels=films.labels)) for path in paths]
+    states = [(path, load_probe(path, labels=films.labels)) for path in run.glob("seed*-*/best.pt")]
+    states.sort(key=lambda pair: (pair[1]["seed"], str(pair[0])))
     for path, state in states:
+        if path.parent.name != f"seed{state['seed']}-{state['mode']}":
+            raise InputError(f"{path} is of seed {state['seed']}, {state['mode']}: it was put there from elsewhere")
         if state["data"].get("fingerprint") != films.fingerprint():
             raise InputError(f"{path} was trained on other films or labels than {run}: train again")
     name = str(run / "model") if (run / "model" / "config.json").is_file() else metrics["model"]
     asked = {state["family"] for _, state in states if state["mode"] != "cnn"}
     encoder, bank = Encoder(device=device), None
     if asked:
-        encoder = load_encoder(name, metrics["quant"], metrics["dtype"], device)
-    if asked:
+        encoder = load_encoder(name, metrics.get("quant"), metrics.get("dtype"), device)
         needs = any(state["mode"] in ("random-projector", "projector") for _, state in states)
         bank = Bank(encoder, make_store(encoder, films, args.cache_gib), args.cache_gib, tokens=needs)
     found = {}
@@ -110,11 +124,10 @@ def of_training(run, films, args, device):
             bank.look_through(probe)
         logits = predict(state["mode"], probe, bank, films, np.arange(len(films.rows)), encoder).numpy()
         take_off()
-        told = state["told"]
         new = Method(state["mode"], state["mode"], metrics["model"], trainable=state["trainable"])
         method = found.setdefault(state["mode"], new)
         method.scores.append(logits)
-        method.seconds = (method.seconds or 0) + told["seconds"]
+        method.seconds = (method.seconds or 0) + (state["told"].get("seconds") or 0)
         method.seeds[len(method.scores) - 1 :] = [state["seed"]]
     trained_here = metrics.get("tower_trained_here")
     for method in found.values():
@@ -123,9 +136,8 @@ def of_training(run, films, args, device):
     return list(found.values())
 
 
-def of_zero_shot(run, films):
+def of_zero_shot(run, metrics, films):
     """-> the Method of a run of vlm_zero_shot.py, read from its predictions."""
-    metrics = read_json(run / "metrics.json")
     place = {row["id"]: n for n, row in enumerate(films.rows)}
     column = {label: j for j, label in enumerate(films.labels)}
     scores = np.full(films.truth.shape, np.nan)
@@ -136,13 +148,12 @@ def of_zero_shot(run, films):
         try:
             where = place[line["id"]], column[line["label"]]
             scores[where] = float(line["score"])
-            answers[where] = float(line["answer"]) if line.get("answer") else np.nan
+            answers[where] = {"": np.nan, "0": 0, "1": 1}[line.get("answer") or ""]
         except (KeyError, ValueError) as error:
             raise InputError(f"{run / 'predictions.csv'} does not fit the films ({error}): ask again") from error
-    if np.isnan(scores).any():
-        raise InputError(
-            f"{run / 'predictions.csv'} lacks films or labels of {films.name}: ask again on the same table"
-        )
+    if len(lines) != scores.size or not np.isfinite(scores).all():
+        raise InputError(f"{run / 'predictions.csv'} lacks films or labels of {films.name}, or has them twice or"
+                         " without a number: ask again on the same table")  # fmt: skip
     note = "random weights: nothing to be learned from it" if metrics.get("untrained") else ""
     answers = answers if "answer" in lines[0] else None
     return Method("zero-shot", "zero-shot", metrics["model"], [scores], answers, 0, note, metrics["seconds"])
@@ -304,6 +315,8 @@ def write_report(run_dir, films, methods, usable, often, differences):
     test = films.rows_of("test")
     patients = len({films.rows[i]["patient"] for i in test})
     warnings = []
+    if limit := films.again.get("limit"):
+        warnings.append(f"Measured with --limit {limit}.")
     if patients < 500:
         warnings.append(f"{patients} test patients are few: an AUC over 12 positives is known to about .12 at best.")
     if any(m.note.startswith("tower trained on drawn") for m in methods) and not films.phantom:
@@ -388,7 +401,9 @@ def main(argv=None):
     started = time.time()
     runs = find_runs(args)
     device, _ = pick_device(args.device)
-    told = [read_json(run / "metrics.json")["dataset"] for run in runs]
+    runs = list(dict.fromkeys(runs))
+    metrics = [told_by(run) for run in runs]
+    told = [facts["dataset"] for facts in metrics]
     films = load_again(told[0], args.data_dir)
     for run, facts in zip(runs, told, strict=True):
         if facts["fingerprint"] != told[0]["fingerprint"]:
@@ -403,13 +418,15 @@ def main(argv=None):
         raise InputError(
             f"no label of {films.name} has both kinds of films in val and in test: nothing can be measured"
         )
-    for run in runs:
+    for run, of in zip(runs, metrics, strict=True):
         zero_shot = (run / "predictions.csv").is_file()
-        methods += [of_zero_shot(run, films)] if zero_shot else of_training(run, films, args, device)
+        methods += [of_zero_shot(run, of, films)] if zero_shot else of_training(run, of, films, args, device)
     methods.sort(key=lambda m: MODE_ORDER.index(m.mode))
-    for method in methods:  # two models, or two questionings: their names tell them apart
-        if sum(m.mode == method.mode for m in methods) > 1:
-            method.name = f"{method.mode} {Path(method.model).name}"
+    for mode in MODE_ORDER:  # of two models, or two questionings, each has a name of its own
+        same = [m for m in methods if m.mode == mode]
+        names = [f"{mode} {Path(m.model).name}" for m in same]
+        for k, method in enumerate(same if len(same) > 1 else ()):
+            method.name = names[k] + (f" ({k + 1})" if names.count(names[k]) > 1 else "")
     methods += baselines(films, train)
     run_dir = open_run_dir(args, TASK, "vlm_evaluate")
     test = films.rows_of("test")

@@ -25,6 +25,7 @@ if __name__ == "__main__":
     raise SystemExit(__doc__)
 
 import copy
+import functools
 import math
 import re
 import warnings
@@ -39,14 +40,18 @@ from transformers import AutoModel, AutoProcessor
 from shared.data.images import read_image, to_square
 from shared.models.hub import explained, find_model, load_part
 from shared.models.inputs import ImageStore
-from shared.models.loading import VLM, add_lora, count_parameters, load_vlm
+from shared.models.loading import VLM, add_lora, count_parameters, digest_of, load_vlm
 from shared.models.passes import features_of
 from shared.models.tiny import quietly
 from shared.runtime import InputError, load_checkpoint
 from task1_classification.model import build_model, normalise
 
 FORMAT = "vlm-classifier-1"
-KEYS = tuple("format mode family model quant dtype labels weights lora_rank validation seed trainable data".split())
+KINDS = {  # of what a checkpoint holds
+    "format": str, "mode": str, "family": str, "model": str, "quant": str, "dtype": str, "labels": list,
+    "weights": dict, "lora_rank": (int, type(None)), "validation": dict, "seed": int, "trainable": int, "data": dict,
+    "told": dict, "history": list, "settings": dict,
+}  # fmt: skip
 DUAL = ("siglip", "siglip2", "clip")  # model_type of dual encoders
 MODES = ("head", "projector-head", "random-projector", "projector", "lora", "cnn")
 NEED_PROJECTOR = MODES[1:5]
@@ -61,9 +66,10 @@ LORA_LAYERS = r".*(vision_tower|visual)\..*\.(q_proj|v_proj|qkv)"
 class Encoder:
     """Vision tower and, of a vision-language model, projector (frozen, as it came)."""
 
-    def __init__(self, vlm=None, dual=None, processor=None, name="", family="", device="cpu", dtype=torch.float32):
+    def __init__(self, vlm=None, dual=None, processor=None, name="", family="", device="cpu", source=None):
         self.vlm, self.dual, self.processor = vlm, dual, processor or (vlm and vlm.processor)
-        self.name, self.family, self.device, self.dtype = name, family, torch.device(device), dtype
+        self.name, self.family, self.device, self.source = name, family, torch.device(device), source
+        self.dtype = vlm.dtype if vlm else torch.float32
         if self.model is not None:
             self.model.requires_grad_(False)
 
@@ -112,6 +118,11 @@ class Encoder:
         """Too small to be pretrained anywhere but here: its projector takes larger steps."""
         return self.model is not None and self.parameters < 100e6
 
+    @functools.cached_property
+    def digest(self):
+        """Of the weights as they came: a head belongs to these and no others."""
+        return digest_of(self.source)
+
     def facts(self):
         known = {"model": self.name, "family": self.family, "quant": self.vlm.quant if self.vlm else "none"}
         return known | {"dtype": str(self.dtype).removeprefix("torch."), "parameters": self.parameters}
@@ -122,13 +133,13 @@ def load_encoder(name, quant="none", dtype="auto", device="cpu", family="gemma3"
     source, config = find_model(name, family)
     if config.get("model_type") not in DUAL:
         vlm = load_vlm(name, quant, device, dtype, family=family)
-        return Encoder(vlm, name=str(name), family=vlm.family, device=vlm.device, dtype=vlm.dtype)
-    if quant != "none":
-        raise InputError(f"{name} is a dual encoder, small enough to stay whole: leave --quant out")
+        return Encoder(vlm, name=str(name), family=vlm.family, device=vlm.device, source=vlm.source)
+    if quant != "none" or dtype not in ("auto", "float32"):
+        raise InputError(f"{name} is a dual encoder, small enough to stay whole: leave --quant and --dtype out")
     with quietly(), explained(f"{name} has no complete processor"):
         processor = AutoProcessor.from_pretrained(source)
     dual = load_part(AutoModel, source, name=str(name), device=device)
-    return Encoder(None, dual, processor, str(name), config["model_type"], device)
+    return Encoder(None, dual, processor, str(name), config["model_type"], device, source)
 
 
 def random_like(projector, seed):
@@ -327,10 +338,14 @@ def small_films(films):
 
 @torch.no_grad()
 def predict(mode, probe, bank, films, rows, encoder, batch_size=64):
-    """-> logits float32 (n, L) on the CPU."""
+    """-> logits float32 (n, L) on the CPU. InputError where they are not finite."""
     probe.eval()
     parts = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
-    return torch.cat([probe(inputs_of(mode, bank, films, part, encoder)).float().cpu() for part in parts])
+    logits = torch.cat([probe(inputs_of(mode, bank, films, part, encoder)).float().cpu() for part in parts])
+    if not logits.isfinite().all():
+        raise InputError(f"{mode}: the outputs are not finite: lower --lr, or the weights of"
+                         f" {encoder.name or 'the CNN'} are damaged or overflow in --dtype")  # fmt: skip
+    return logits
 
 
 def masked_loss(logits, truth, positive_weight):
@@ -356,9 +371,15 @@ def load_probe(path, mode=None, family=None, labels=None):
     A best.pt of vlm_train.py -> its dict. InputError when it is something else, or of another mode, family or labels
     than those asked for.
     """
-    state = load_checkpoint(path, KEYS, what="checkpoint of vlm_train.py")
+    state = load_checkpoint(path, KINDS, what="checkpoint of vlm_train.py")
     if state["format"] != FORMAT:
         raise InputError(f"{path} is a {state['format']!r} file, not a {FORMAT!r}: train again")
+    wrong = [name for name, kind in KINDS.items() if not isinstance(state[name], kind)]
+    weights = {} if "weights" in wrong else state["weights"]
+    finite = all(torch.is_tensor(w) and w.isfinite().all() for w in weights.values())
+    if wrong or state["mode"] not in MODES or not finite or ("std" in weights and not (weights["std"] > 0).all()):
+        raise InputError(f"{path} is damaged or was changed: {', '.join(wrong) or 'mode or weights'} cannot be right;"
+                         " train again")  # fmt: skip
     wanted = {"mode": mode, "family": family, "labels": list(labels) if labels is not None else None}
     for name, value in wanted.items():
         if value is not None and state[name] != value:
@@ -374,9 +395,12 @@ def restore_probe(state, encoder, path="the checkpoint"):
     mode, weights, take_off = state["mode"], state["weights"], lambda: None
     if mode != "cnn" and state["family"] != encoder.family:
         raise InputError(f"{path} was trained on the family {state['family']}, and {encoder.name} is {encoder.family}")
-    width = 0 if mode == "cnn" else len(weights["mean"])
-    probe = make_probe(encoder, mode, len(state["labels"]), width, state["seed"])
+    if mode != "cnn" and state.get("base", encoder.digest) != encoder.digest:
+        raise InputError(f"{path} was trained on other weights than those of {encoder.name}: give the --model it was"
+                         " trained on")  # fmt: skip
     try:
+        width = 0 if mode == "cnn" else len(weights["mean"])
+        probe = make_probe(encoder, mode, len(state["labels"]), width, state["seed"])
         own = {k: v for k, v in weights.items() if "lora_" not in k}
         missing, unexpected = probe.load_state_dict(own, strict=False)
         frozen = "projector." if mode in ("random-projector", "lora") else "nothing"  # made again, not stored
@@ -386,7 +410,7 @@ def restore_probe(state, encoder, path="the checkpoint"):
             take_off = put_lora(encoder, state["lora_rank"], state["seed"])
             for name, p in lora_weights(encoder).items():
                 p.data.copy_(weights[name])
-    except (RuntimeError, KeyError) as error:
+    except (RuntimeError, KeyError, TypeError) as error:
         raise InputError(f"{path} does not fit {encoder.name} ({str(error).splitlines()[0][:120]}): give the --model it"
                          " was trained on") from error  # fmt: skip
     return probe.eval(), take_off

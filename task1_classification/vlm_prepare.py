@@ -30,27 +30,19 @@ from sklearn.metrics import cohen_kappa_score
 
 from shared.data.image_sets import SPLITS
 from shared.report import Report, number, percent
-from shared.runtime import InputError, atomic_file, command, fraction, open_run_dir, pick_device, positive_int
+from shared.runtime import InputError, atomic_file, command, fraction, open_run_dir, pick_device
 from shared.runtime import run_facts, script, script_parser, write_csv, write_json
-from task1_classification.vlm_data import LABEL_SOURCES, MAPPINGS, SPLIT_KINDS, load_films, mesh_labels, text_labels
+from task1_classification.vlm_data import MAPPINGS, add_film_options, load_films, mesh_labels, text_labels
 
 TASK = "task1_classification"
 
 
 def parse_args(argv=None):
     parser = script_parser(__doc__, task=TASK, data="iu_xray")
-    g = parser.add_argument_group("films and labels")
-    # fmt: off
-    g.add_argument("--labels", default="mesh14", choices=LABEL_SOURCES, help="IU X-ray: see above (%(default)s)")
-    g.add_argument("--split", default="patient", choices=SPLIT_KINDS,
-        help="IU X-ray: by patient, each label alike in every split; R2Gen's; or with 100 test studies (%(default)s)")
-    g.add_argument("--shares", nargs=3, type=fraction, metavar=("TRAIN", "VAL", "TEST"),
-        help="of the patients (0.7 0.15 0.15)")
-    g.add_argument("--films", type=positive_int, help="phantom: films to train on; a quarter each for val and test")
-    g.add_argument("--image-size", type=positive_int, help="phantom and MedMNIST: pixels per side (112; 28)")
-    g.add_argument("--conditions", nargs="+", metavar="NAME", help="phantom: draw these only")
-    g.add_argument("--severe", action="store_true", help="phantom: all findings severe, each with a chance of .25")
-    # fmt: on
+    add_film_options(parser)
+    g = parser.add_argument_group("splits")
+    share = "IU X-ray: of the patients (0.7 0.15 0.15)"
+    g.add_argument("--shares", nargs=3, type=fraction, metavar=("TRAIN", "VAL", "TEST"), help=share)
     args = parser.parse_args(argv)
     if args.dry_run:
         args.data, args.films, args.image_size = "phantom", 16, 64
@@ -131,8 +123,8 @@ def main(argv=None):
     device, _ = pick_device("cpu")
     shares = dict(zip(SPLITS, args.shares, strict=True)) if args.shares else None
     films = load_films(
-        args.data, args.data_dir, limit=args.limit, split=args.split, labels=args.labels, seed=args.seed, shares=shares,
-        films=args.films, image_size=args.image_size, conditions=args.conditions, severe=args.severe,
+        args.data, args.data_dir, args.only, args.limit, split=args.split, labels=args.labels, seed=args.seed,
+        shares=shares, films=args.films, image_size=args.image_size, conditions=args.conditions, severe=args.severe,
     )  # fmt: skip
     print(films)
     if not all(len(films.rows_of(split)) for split in SPLITS):

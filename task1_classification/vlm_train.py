@@ -38,15 +38,15 @@ from sklearn.metrics import roc_auc_score
 from torch import nn
 
 from shared.models.hub import QUANTS
-from shared.models.loading import save_vlm, unfreeze
+from shared.models.loading import DTYPES, save_vlm, unfreeze
 from shared.models.tiny import is_tiny, quietly
 from shared.report import draw_history
-from shared.runtime import InputError, add_resume, command, not_negative, open_run_dir, pick_device
+from shared.runtime import InputError, add_resume, bounded, not_negative, open_run_dir, pick_device
 from shared.runtime import positive_float, positive_int, read_json, run_facts, save_checkpoint, script, script_parser
 from shared.runtime import seed_everything, write_json, write_jsonl
 from shared.training import GuardedStep, StopSignal, Weights, learning_rate, load_state, refuse_other_settings
 from shared.training import save_state, settings_of
-from task1_classification.vlm_data import add_film_options, films_of, phantom_films
+from task1_classification.vlm_data import add_film_options, films_of, measure_line, phantom_films
 from task1_classification.vlm_model import (
     FORMAT,
     MEANS,
@@ -73,14 +73,16 @@ def parse_args(argv=None):
     g = parser.add_argument_group("model")
     g.add_argument("--model", default=DEFAULT, help="hub name, folder, tiny:gemma3, tiny:llava, ... (%(default)s)")
     g.add_argument("--quant", default="none", choices=QUANTS, help="how the weights are held (%(default)s)")
-    g.add_argument("--dtype", default="auto", help="to compute the tower in (%(default)s)")
+    g.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="to compute the tower in (%(default)s)")
     g.add_argument("--mode", nargs="+", default=["head", "projector-head"], choices=[*MODES, "tower"],
         help="what to train; see above")
-    g.add_argument("--lora-rank", type=positive_int, help="of the adapters (default: as many numbers as the projector)")
+    g.add_argument("--lora-rank", type=bounded(int, 1, 1024),
+        help="of the adapters (default: as many numbers as the projector)")
     g.add_argument("--cache-gib", type=positive_float, default=4.0, metavar="GIB",
         help="memory for the tower's tokens; where they do not fit it runs again for each batch (%(default)s)")
     g = parser.add_argument_group("optimisation")
-    g.add_argument("--seeds", type=positive_int, default=5, help="trainings of each mode, from --seed on (%(default)s)")
+    g.add_argument("--seeds", type=bounded(int, 1, 1000), default=5,
+        help="trainings of each mode, from --seed on (%(default)s)")
     g.add_argument("--head-epochs", type=positive_int, default=60, help="of A, B and the control (%(default)s)")
     g.add_argument("--epochs", type=positive_int, default=10, help="of C, D and the CNN (%(default)s)")
     g.add_argument("--batch-size", type=positive_int, default=64, help="films per step (%(default)s)")
@@ -290,7 +292,7 @@ def job(mode, seed, bank, films, encoder, args, run_dir, stop):
         "format": FORMAT, "mode": mode, **where, "dtype": encoder.facts()["dtype"], "labels": list(films.labels),
         "weights": {k: v.detach().cpu() for k, v in kept.items()}, "lora_rank": rank, "validation": best, "seed": seed,
         "trainable": told["trainable_parameters"], "data": {"fingerprint": films.fingerprint()}, "settings": settings,
-        "told": told, "history": history,
+        "told": told, "history": history, "base": None if mode == "cnn" else encoder.digest,
     })  # fmt: skip
     (folder / "last.pt").unlink(missing_ok=True)
     take_off()
@@ -315,7 +317,7 @@ def main(argv=None):
     args = parse_args(argv)
     started = time.time()
     seed_everything(args.seed)
-    device, _ = pick_device(args.device)
+    device, _ = pick_device(args.device, args.dtype)
     films = films_of(args, TASK).part("train", "val")
     unusable = [n for n, fine in zip(films.labels, films.usable("train", "val"), strict=True) if not fine]
     if unusable:
@@ -363,7 +365,7 @@ def main(argv=None):
         )
         title = f"{films.name}, {args.model}: {', '.join(modes)}"
         draw_history(run_dir / "figures" / "curves.png", histories, panels, "epoch", title, films.phantom)
-        print(f"measure on test: {command(f'{TASK}/vlm_evaluate.py', '--runs', run_dir)}")
+        print(measure_line(run_dir, films, args))
     print(f"results in {run_dir} ({time.time() - started:.0f} s)")
 
 

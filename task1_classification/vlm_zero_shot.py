@@ -36,13 +36,14 @@ from tqdm import tqdm
 
 from shared.data.images import read_pixels
 from shared.models.hub import QUANTS
+from shared.models.loading import DTYPES
 from shared.models.inputs import as_pixels, preprocess_images
 from shared.models.passes import PartSize, in_parts, make_prompts, margin, write
 from shared.models.tiny import is_tiny
-from shared.runtime import InputError, command, open_run_dir, pick_device, positive_int, run_facts, script
+from shared.runtime import InputError, open_run_dir, pick_device, positive_int, run_facts, script
 from shared.runtime import script_parser, seed_everything, write_csv, write_json
 from shared.training import settings_of
-from task1_classification.vlm_data import add_film_options, films_of
+from task1_classification.vlm_data import add_film_options, films_of, measure_line
 from task1_classification.vlm_model import load_encoder
 
 TASK = "task1_classification"
@@ -96,7 +97,7 @@ def parse_args(argv=None):
     g = parser.add_argument_group("model")
     g.add_argument("--model", default=DEFAULT, help="hub name, folder, tiny:gemma3, tiny:siglip, ... (%(default)s)")
     g.add_argument("--quant", default="none", choices=QUANTS, help="how the weights are held (%(default)s)")
-    g.add_argument("--dtype", default="auto", help="to compute in (%(default)s)")
+    g.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="to compute in (%(default)s)")
     g = parser.add_argument_group("questions")
     g.add_argument("--questions", nargs="+", default=list(QUESTIONS), choices=list(QUESTIONS), metavar="NAME",
         help=f"which wordings to average: {', '.join(QUESTIONS)} (all)")
@@ -106,6 +107,7 @@ def parse_args(argv=None):
     g.add_argument("--batch-size", type=positive_int, default=64, help="questions per pass (%(default)s)")
     # fmt: on
     args = parser.parse_args(argv)
+    args.questions = list(dict.fromkeys(args.questions))
     if args.dry_run:
         args.data, args.device, args.films, args.severe = "phantom", "cpu", 8, True
         args.model = args.model if is_tiny(args.model) else "tiny:gemma3"
@@ -216,12 +218,7 @@ def normalised(found):
 
 def pixels_of(image):
     """A path or an array -> uint8 tensor, read by the one reader."""
-    if isinstance(image, np.ndarray):
-        return as_pixels(image)
-    try:
-        return as_pixels(read_pixels(image))
-    except InputError as error:
-        raise InputError(f"{image}: {error}") from error
+    return as_pixels(image if isinstance(image, np.ndarray) else read_pixels(image))
 
 
 # -------------------------------------------------------------------------------------------------------------- results
@@ -258,7 +255,7 @@ def main(argv=None):
     args = parse_args(argv)
     started = time.time()
     seed_everything(args.seed)
-    device, _ = pick_device(args.device)
+    device, _ = pick_device(args.device, args.dtype)
     films = films_of(args, TASK)
     rows = films.rows_of("val", "test")
     if not len(rows):
@@ -311,7 +308,7 @@ def main(argv=None):
     })  # fmt: skip
     print(f"macro-AUC {told['val_auc'] or 0:.3f} on validation; {told['share_of_yes']['calibrated']:.0%} yes"
           + (f", {told['unparsed']:.0%} of the texts unparsed" if args.text else "")
-          + f"\nmeasure on test: {command(f'{TASK}/vlm_evaluate.py', '--runs', run_dir)}\nresults in {run_dir}"
+          + f"\n{measure_line(run_dir, films, args)}\nresults in {run_dir}"
           f" ({time.time() - started:.0f} s)")  # fmt: skip
 
 

@@ -8,13 +8,13 @@ import shared  # noqa: F401, isort: skip  # before transformers
 import torch
 from PIL import Image
 
-from chexquery import cases, evaluate, faithfulness, infer, scoring, train, visualize
-from chexquery.checkpoints import untrained
+from chexquery import cases, evaluate, faithfulness, infer, prepare, scoring, train, visualize
+from chexquery.checkpoints import load_model, untrained
 from shared.metrics.clinical import averages
 from shared.metrics.labels import CONDITIONS, label_report
 from shared.metrics.text import score_reports
 from shared.phantom import phantom_study
-from shared.runtime import read_json
+from shared.runtime import read_json, write_json
 
 TEXTS = ["The heart is enlarged. No effusion.", "There is pulmonary edema.", "Normal chest."]
 REFERENCES = ["There is cardiomegaly. No pleural effusion.", "Pulmonary edema is present.", "There is a pneumothorax."]
@@ -119,6 +119,23 @@ def test_table_has_every_line(measured):
     assert len(rows) == 8 and set(expected.split("|")) <= set(rows[0])
 
 
+def test_the_studies_are_those_of_the_training(refused, tmp_path):
+    """What the printed command measures on, and that nobody is measured on who was trained on."""
+    path, swapped, folder = (str(tmp_path / name) for name in ("splits.json", "swapped.json", "run"))
+    prepare.main(["--data", "phantom", "--films", "16", "--splits-file", path])
+    small = "--model tiny --width 64 --vision-layers 1 --text-layers 1 --epochs 1 --eval-studies 4 --phase 1 --limit 8"
+    train.main([*small.split(), "--splits-file", path, "--device", "cpu", "--out-dir", folder])
+    told = load_model(folder)[1]["data"]
+    assert told["again"]["splits_file"] == path and len(told["patients"]) > 1
+    found = read_json(path)
+    other = {"train": "test", "test": "train", "val": "val"}
+    write_json(swapped, found | {"rows": [row | {"split": other[row["split"]]} for row in found["rows"]]})
+    again = ["--checkpoint", folder, "--num-samples", "20", "--faithfulness", "0", "--out-dir"]
+    assert "were trained on: give the --splits-file" in refused(evaluate.main, [*again, "e", "--splits-file", swapped])
+    evaluate.main([*again, "e"])
+    assert read_json("e/metrics.json")["settings"]["splits_file"] == path
+
+
 def test_export_for_rexrank(measured):
     found = read_json(measured / "rexrank.json")
     rows = [json.loads(line) for line in open(measured / "run" / "predictions.jsonl")]
@@ -145,6 +162,9 @@ def test_bad_input(refused, trained, tmp_path):
     assert "one of the two" in refused(visualize.main, ["--checkpoint", trained])
     film = tmp_path / "film.png"
     Image.fromarray(phantom_study(0, 3, 64).image).save(film)
+    assert "must be between 1 and 32" in refused(infer.main, ["--images", film, "--beams", 10**9])
+    seen = ["--checkpoint", trained, "--phantom-seed", "3", "--min-tokens", 1000]
+    assert "this model writes at most" in refused(evaluate.main, seen)
     two = ["--checkpoint", trained, "--images", film, "--lateral", film, tmp_path / "other.png"]
     assert "give one lateral film for each" in refused(infer.main, two)
 
@@ -290,8 +310,6 @@ def test_removal_and_deletion_count_cases():
 
 
 def test_word_maps_belong_to_the_text(trained):
-    from chexquery.checkpoints import load_model
-
     model = load_model(trained)[0]
     images, present = torch.randint(0, 255, (1, 2, 112, 112), dtype=torch.uint8), torch.ones(1, 2, dtype=torch.bool)
     seen, maps = faithfulness.maps_of(model, model.look(images, present), present)

@@ -10,7 +10,7 @@ from chexquery.checkpoints import UNTRAINED, load_model, save_model, untrained
 from chexquery.model import REGIONS, build_model, query_starts
 from shared.metrics.labels import CONDITIONS
 from shared.models.tiny import tiny_folder
-from shared.runtime import InputError
+from shared.runtime import InputError, load_checkpoint
 
 REPORTS = ["The heart is enlarged. No effusion.", "No pneumothorax is seen."]
 
@@ -245,11 +245,13 @@ def test_both_pretrained_or_both_tiny():
 
 # --- checkpoints
 
+TOLD = {"thresholds": [0.5] * 14, "data": {"phantom": True, "views": ["frontal"]}, "decoding": [1, 0]}
+
 
 def test_checkpoint_round_trip_and_refusals(model, pretrained, tmp_path):
     for n, kind in enumerate((model, pretrained)):
         path = tmp_path / f"run{n}" / "phase2" / "best.pt"
-        save_model(path, kind.eval(), 2, thresholds=[0.5] * 14, data={"phantom": True})
+        save_model(path, kind.eval(), 2, **TOLD)
         again, told = load_model(tmp_path / f"run{n}")
         images, present = films(2, kind.image_size)
         torch.testing.assert_close(again(images, present).tokens, kind(images, present).tokens)
@@ -259,10 +261,39 @@ def test_checkpoint_round_trip_and_refusals(model, pretrained, tmp_path):
         )
         assert again.names == kind.names
     assert not any("lora" not in n and n.startswith("vision") for n in pretrained.own_state())  # not the base again
+    assert model.settings["base"] is None and len(pretrained.settings["base"]) == 2
     with pytest.raises(InputError, match="another size"):
-        untrained(num_pool_queries=5)[0].load_own_state(model.own_state(), "best.pt")
+        untrained(num_pool_queries=5)[0].load_own_state({"weights": model.own_state()}, "best.pt")
     with pytest.raises(InputError, match="there is no CheXQuery model"):
         load_model(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("part, key, value, words", [
+    ("weights", "views", torch.full((2, 64), float("nan")), "NaN or infinite"),
+    ("weights", "views", "text", "is damaged"),
+    ("chexquery", "num_layers", 10**9, "must be between 1 and 100"),
+    ("chexquery", "num_heads", "x", "is damaged"),
+    ("chexquery", "image_size", None, "is damaged"),
+    ("chexquery", "pieces", "abc", "is damaged"),
+    ("chexquery", "base", ["other", "weights"], "another pretrained weights"),
+    ("chexquery", "names", [1], "another order"),
+    ("data", "views", [], "what it was trained on"),
+    (None, "decoding", [10**9, 0], "it writes with"),
+    (None, "thresholds", [float("nan")] * 14, "14 thresholds"),
+])  # fmt: skip
+def test_a_changed_checkpoint_is_refused(model, tmp_path, part, key, value, words):
+    save_model(tmp_path / "best.pt", model, 2, **TOLD)
+    state = load_checkpoint(tmp_path / "best.pt")
+    (state[part] if part else state)[key] = value
+    torch.save(state, tmp_path / "best.pt")
+    with pytest.raises(InputError, match=words):
+        load_model(tmp_path / "best.pt")
+
+
+def test_sizes_beyond_all_models_are_refused():
+    for change in ({"num_layers": 10**6}, {"patch_size": 1, "image_size": 112}, {"prompt": "no " * 100}):
+        with pytest.raises(InputError, match="--"):
+            untrained(**change)
 
 
 def test_it_learns_two_studies():

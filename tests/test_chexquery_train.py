@@ -13,6 +13,7 @@ import shared  # noqa: F401, isort: skip  # before transformers
 import torch
 import yaml
 from huggingface_hub.errors import LocalEntryNotFoundError
+from PIL import Image
 
 from chexquery import cases, train
 from chexquery.checkpoints import load_model, untrained
@@ -116,6 +117,13 @@ def test_prepare_and_its_refusals(refused, tmp_path, capsys):
         ({"rows": found["rows"] + twice}, "2 patients are both in train and in test"),
         ({"rows": [found["rows"][0] | {"report": " "}]}, "has no text"),
         ({"rows": [{"uid": 1}]}, "a row lacks patient"),
+        ({"rows": [[1]]}, "a row lacks all its fields"),
+        ({"rows": [found["rows"][0] | {"labels": {"Edema": 1}}]}, "a row lacks labels"),
+        ({"rows": [found["rows"][0] | {"films": {"frontal": 3}}]}, "a row lacks films"),
+        ({"rows": [found["rows"][0] | {"split": "training"}]}, "a row lacks split"),
+        ({"rows": [found["rows"][0] | {"report": None}]}, "a row lacks report"),
+        ({"rows": found["rows"][:1] * 2}, "1 studies stand there twice"),
+        ({"facts": {}}, "do not say what the rows are"),
         ({"rows": []}, "was not written by chexquery/prepare.py"),
     ):
         write_json(path, found | change)
@@ -135,6 +143,21 @@ def test_prepared_rows_train_a_model(tmp_path):
     assert metrics["dataset"]["section"] == "findings+impression" and metrics["n"] == 8
     references = [json.loads(line)["reference"] for line in open(tmp_path / "run" / "phase1" / "val_reports.jsonl")]
     assert all(text.startswith("Findings: ") and " | Impression: " in text for text in references)
+
+
+def test_studies_with_a_damaged_film_are_left_out_before_the_work_begins(tmp_path):
+    prepare(["--data", "phantom", "--films", "16", "--splits-file", str(tmp_path / "splits.json")])
+    found = read_json(tmp_path / "splits.json")
+    film = tmp_path / "film.png"
+    Image.fromarray(np.arange(64 * 64, dtype=np.uint8).reshape(64, 64)).save(film)
+    (tmp_path / "cut.png").write_bytes(film.read_bytes()[:60])
+    for i, row in enumerate(found["rows"]):
+        row["films"] = {"frontal": str(tmp_path / "cut.png" if i == 3 else film), "lateral": None}
+    write_json(tmp_path / "splits.json", found)
+    args = train.parse_args(["--model", "tiny", "--splits-file", str(tmp_path / "splits.json")])
+    studies = cases.load_studies(args)
+    assert len(studies.split("train")) == 15
+    assert studies.left_out == {"a film cannot be read, or there is none of the views": 1}
 
 
 def test_a_study_without_its_film(tmp_path):
@@ -254,6 +277,11 @@ def test_settings_reach_the_model(tmp_path):
     (["--num-pool-queries", "-1"], "between 0 and 256"),
     (["--dry-run", "--no-use-conditions", "--no-regions"], "leave no queries"),
     (["--dry-run", "--condition-model", "./no-such/biobert"], "there is no model folder ./no-such/biobert"),
+    (["--model", "tiny", "--data", "phantom", "--splits-file", "x.json"], "give one of the two"),
+    (["--model", "tiny", "--data", "phantom", "--prevalence", "nan"], "must be between 0 and 1"),
+    (["--model", "tiny", "--data", "phantom", "--films", "-3"], "must be at least 1"),
+    (["--model", "tiny", "--min-tokens", "96"], "must be below --max-tokens"),
+    (["--model", "tiny", "--warmup", "-5"], "must be between 0"),
     (["--model", "tiny", "--data", "mimic"], "there are auto, iu_xray and phantom"),
     (["--model", "tiny", "--data", "phantom", "--labels", "chexbert"], "the phantom has labeller, and truth"),
 ])  # fmt: skip

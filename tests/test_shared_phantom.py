@@ -18,6 +18,7 @@ from shared.phantom import PhantomSettings, patient_of, phantom_classification, 
 from shared.phantom.findings import ORDER
 from shared.phantom.study import label_rates
 from shared.phantom.words import DENIED, LISTED, STATED, SUSPECTED, UNCHANGED
+from shared.runtime import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -150,11 +151,11 @@ def test_settings_do_not_move_the_anatomy():
 
 
 def test_wrong_arguments_are_refused():
-    with pytest.raises(ValueError, match="28 to 512"):
+    with pytest.raises(InputError, match="28 to 512"):
         phantom_study(0, 0, size=20)
     with pytest.raises(ValueError, match="unknown split"):
         phantom_classification(0, {"training": 5})
-    with pytest.raises(ValueError, match="prevalence of Edema"):
+    with pytest.raises(InputError, match="prevalence of Edema"):
         PhantomSettings(prevalence={"Edema": 1.5})
     with pytest.raises(ValueError, match="no condition"):
         PhantomSettings(prevalence={"Scoliosis": 0.1})

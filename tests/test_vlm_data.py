@@ -152,6 +152,9 @@ REFUSALS = {
     "is '2', not 1, 0 or empty": ("id,patient,split,image,Edema", "1,1,train,a.png,2"),
     "not train, val or test": ("id,patient,split,image,Edema", "1,1,dev,a.png,1"),
     "patient 1 is in train and in test": ("id,patient,split,image,Edema", "1,1,train,a.png,1\n2,1,test,a.png,0"),
+    "id says nothing": ("id,patient,split,image,Edema", "-,1,train,a.png,1"),
+    "patient says nothing": ("id,patient,split,image,Edema", "1,nan,train,a.png,1"),
+    "the id 1 stood there before": ("id,patient,split,image,Edema", "1,1,train,a.png,1\n1,2,test,a.png,0"),
     "1 of 1 images": ("id,patient,split,image,Edema", "1,1,train,gone.png,1"),
 }
 
@@ -164,7 +167,17 @@ def test_tables_that_cannot_be_used(own_folder, refused, sentence):
     assert sentence in refused(main, ["--data", path])
 
 
+def test_damaged_films_are_left_out_and_counted(own_folder, capsys):
+    name = film(own_folder)
+    (own_folder / "cut.png").write_bytes((own_folder / name).read_bytes()[:45])
+    path = table(own_folder / "t.csv", [f"1,1,train,{name},nan", "2,2,train,cut.png,0", f"3,3,test,{name},1"])
+    films = load_films(path)
+    assert films.column("id") == ["1", "3"] and np.isnan(films.truth[0, 0]) and films.notes["damaged_films"] == 1
+    assert "1 films that cannot be read" in capsys.readouterr().out
+
+
 def test_other_refusals(own_folder, refused):
+    assert "28 to 512 pixels" in refused(main, ["--data", "phantom", "--image-size", "1"])
     assert "there is no table" in refused(main, ["--data", "nothing.csv"])
     assert "must add up to 1" in refused(main, ["--shares", "0.5", "0.1", "0.1"])
     name = film(own_folder)

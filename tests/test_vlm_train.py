@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import shared  # noqa: F401, isort: skip  # before torchvision
@@ -166,10 +167,36 @@ def test_a_checkpoint_of_another_kind_is_refused(trained):
             load_probe(path, **{name: value})
     with pytest.raises(InputError, match="was trained on the family llava"):
         restore_probe(load_probe(path), load_encoder("tiny:gemma3"), path)
+    with pytest.raises(InputError, match="trained on other weights"):
+        restore_probe(load_probe(path), load_encoder("tiny:llava"), path)
     state = load_probe(path)
     del state["weights"]["projector.linear_1.weight"]
     with pytest.raises(InputError, match="does not fit"):
-        restore_probe(state, load_encoder("tiny:llava"), path)
+        restore_probe(state, load_encoder(str(trained / "run/model")), path)
+
+
+@pytest.mark.parametrize("name, value", [
+    ("weights", {"head.weight": torch.full((1, 2), float("nan"))}), ("weights", {"std": torch.zeros(2)}),
+    ("weights", {"head.weight": "x"}), ("mode", "foo"), ("seed", "0"), ("data", None), ("told", [1]),
+])  # fmt: skip
+def test_values_that_no_checkpoint_has_are_refused(trained, name, value, tmp_path):
+    state = load_probe(trained / "run/seed0-head/best.pt")
+    torch.save(state | {name: value}, tmp_path / "best.pt")
+    with pytest.raises(InputError, match="is damaged or was changed"):
+        load_probe(tmp_path / "best.pt")
+
+
+def test_runs_that_were_changed_are_refused(trained, refused, tmp_path):
+    run, asked = (shutil.copytree(trained / name, tmp_path / name) for name in ("run", "asked"))
+    command = ["--samples", "20", "--runs"]
+    shutil.copytree(run / "seed0-head", run / "seed7-head")
+    assert "put there from elsewhere" in refused(evaluate, [*command, run])
+    lines = (asked / "predictions.csv").read_text().splitlines()
+    (asked / "predictions.csv").write_text("\n".join([*lines, lines[-1]]))
+    assert "or has them twice" in refused(evaluate, [*command, asked])
+    for told in ([1], {}, {"dataset": None}, read(run / "metrics.json") | {"model": 3}):
+        (run / "metrics.json").write_text(json.dumps(told))
+        assert "is damaged, or of another kind of run" in refused(evaluate, [*command, run])
 
 
 def test_a_dual_encoder_is_trained_by_its_tower_and_the_cnn_alone_loads_no_model(own_folder):

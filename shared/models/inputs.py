@@ -153,8 +153,10 @@ def prompt_ids(vlm, text, grids=(), system=None):
 
 
 def check_text(vlm, *texts):
-    """InputError for a text with a token that stands for an image."""
+    """InputError for a text with a token that stands for an image, or with half a character."""
     for text in texts:
+        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+            raise InputError(f"the text {ascii(text[:60])} is not UTF-8: write it anew")
         if found := next((t for t in vlm.spec.image_tokens if t in text), None):
             raise InputError(f"the text {text[:60]!r} contains {found}, which stands for an image; take it out")
 

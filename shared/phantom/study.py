@@ -83,7 +83,7 @@ class PhantomSettings:
             if name not in ORDER:
                 raise ValueError(f"no condition {name!r} to draw; there are {', '.join(ORDER)}")
             if not 0.0 <= value <= 1.0:
-                raise ValueError(f"prevalence of {name} is {value}, not between 0 and 1")
+                raise InputError(f"prevalence of {name} is {value}, not between 0 and 1")
         for cause, effect in self.together:
             if cause not in ORDER or effect not in ORDER or ORDER.index(cause) >= ORDER.index(effect):
                 order = f"the cause must come before its effect in {', '.join(ORDER)}"
@@ -317,10 +317,10 @@ def phantom_study(seed, index, size=224, settings=DEFAULT):
     size: pixels per side, 28 to 512. See Study for what it holds.
     """
     if not 28 <= size <= 512:
-        raise ValueError(f"phantom images can be 28 to 512 pixels, not {size}")
+        raise InputError(f"phantom images can be 28 to 512 pixels, not {size}")
     if seed < 0 or not 0 <= index < CLASSIFICATION_START:
         last = CLASSIFICATION_START - 1
-        raise ValueError(f"seed {seed} and index {index}: seed must be >= 0, index between 0 and {last}")
+        raise InputError(f"seed {seed} and index {index}: seed must be >= 0, index between 0 and {last}")
     patient, visit, anatomy, position, truth, shortcut = _plan(seed, index, settings)
     return Study(seed, index, size, settings, patient, visit, truth, shortcut, anatomy, position)
 
@@ -370,7 +370,7 @@ def phantom_classification(seed, counts=None, size=28, pneumonia=0.6, masks=Fals
     """
     counts = {"train": 2000, "val": 300, "test": 600} if counts is None else counts
     if not 28 <= size <= 512:
-        raise ValueError(f"phantom images can be 28 to 512 pixels, not {size}")
+        raise InputError(f"phantom images can be 28 to 512 pixels, not {size}")
     if unknown := set(counts) - {"train", "val", "test"}:
         raise ValueError(f"unknown split {sorted(unknown)[0]!r}: use train, val, test")
 
