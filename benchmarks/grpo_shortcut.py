@@ -90,7 +90,7 @@ MARKS = {"mark says it": 1.0, "no mark": None, "mark turned round": 0.0}  # agre
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     # fmt: off
-    parser.add_argument("--seeds", type=int, nargs="+", default=[11, 12, 13], help="(%(default)s)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[12, 13, 14], help="(%(default)s)")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS, help="(all)")
     parser.add_argument("--captions", default="plain", choices=CAPTIONS,
         help="what stands before the answer (%(default)s)")
@@ -100,7 +100,7 @@ def parse_args(argv=None):
     parser.add_argument("--test-films", type=positive_int, default=200, help="(%(default)s)")
     parser.add_argument("--sft-batch-size", type=positive_int, default=16,
         help="films per step of the weak model's fine-tuning (%(default)s)")
-    parser.add_argument("--steps", type=positive_int, default=80,
+    parser.add_argument("--steps", type=positive_int, default=60,
         help="of every arm, 8 films each; GRPO writes 8 responses to each (%(default)s)")
     parser.add_argument("--lr", type=float, default=5e-4, help="of every arm (%(default)s)")
     parser.add_argument("--cf-gradient", type=not_negative, default=8.0, help="of the arms with V (%(default)s)")
@@ -109,7 +109,7 @@ def parse_args(argv=None):
     # fmt: on
     args = parser.parse_args(argv)
     if args.small:
-        args.films, args.test_films, args.steps = 600, 80, 60
+        args.films, args.test_films, args.steps = 600, 80, 40
     return args
 
 
@@ -164,7 +164,7 @@ def fine_tune_weakly(args, folder, seed):
     """
     rows = film_rows("train", args.films, 10 * seed, args)
     train_rows, val_rows = ([r for r in rows if r["split"] == split] for split in ("train", "val"))
-    well, ill = ([r for r in val_rows if r["answer"] == answer][:50] for answer in ("no", "yes"))
+    well, ill = ([r for r in val_rows if r["answer"] == answer][:25] for answer in ("no", "yes"))
     ill_and_marked = marked(ill, 1.0, 10 * seed, folder)
     hinted = [marked(train_rows, hint, 10 * seed, folder) for hint in HINTS]
     shuffled = [r["output"] for r in train_rows]
@@ -272,9 +272,8 @@ def teach(arm, settings, run):
             if best is None or train_grpo.rank_of(found) > train_grpo.rank_of(best):
                 best = found
                 train_grpo.save_adapter(vlm, run, facts)
-            print(
-                f"{arm}, step {step}: val accuracy {found['val_accuracy']:.3f}  gap {found['val_gap']:.3f}", flush=True
-            )
+            told = "  ".join(f"{name} {found[name]:.3f}" for name in ("val_accuracy", "val_v", "val_gap"))
+            print(f"{arm}, step {step}: {told}", flush=True)
         if step == args.steps:
             break
         places = list(range(step * args.batch_size, (step + 1) * args.batch_size))

@@ -28,7 +28,7 @@ from vqa_sft_grpo.looking import EditPlan, Statement, images_of_v, plan_edits
 from vqa_sft_grpo.rewards import AnswerFrequencies, RewardSettings, compose
 from vqa_sft_grpo.rewards import rollout_terms, slope
 from vqa_sft_grpo.rollouts import Batch, Policy, as_reference, image_of, row_at, score_statements
-from vqa_sft_grpo.train_grpo import load_policy, load_rows, main, parse_args
+from vqa_sft_grpo.train_grpo import load_policy, load_rows, main, parse_args, rank_of
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -534,6 +534,13 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(where, rows_file, finis
     assert all(torch.equal(found[0][n], wanted[0][n]) for n in wanted[0]) and any(
         w.any() for n, w in wanted[0].items() if "lora_B" in n
     )
+
+
+def test_the_adapter_kept_is_not_that_of_a_shortcut():
+    """One that validation shares is right more often, and looks elsewhere."""
+    shortcut = {"val_accuracy": 1.0, "val_v": -0.1, "val_valid": 1.0}
+    assert rank_of(shortcut | {"val_accuracy": 0.9, "val_v": 0.3}) > rank_of(shortcut)
+    assert rank_of(shortcut | {"val_v": None}) > rank_of({"val_accuracy": 0.9, "val_v": None, "val_valid": 1.0})
 
 
 def test_resume_refuses_other_settings_and_rows(rows_file, finished, tmp_path, capsys):

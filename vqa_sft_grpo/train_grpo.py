@@ -14,7 +14,7 @@ Usage:
     python vqa_sft_grpo/train_grpo.py --dry-run  # everything once, seconds
 
 Expected of these: see vqa_sft_grpo/README.md, where each number stands beside its command.
-Writes to the run folder: the adapter with the best validation reward (evaluate.py and infer.py take the folder as
+Writes to the run folder: the adapter with the best validation accuracy plus V (evaluate.py and infer.py take the folder as
 --sft_ckpt), rollouts.jsonl (every rollout with every term of its reward), completions.md (the last ones as a table),
 history.jsonl and meanings.json (what its names mean), figures/curves.png, last.pt (to resume), metrics.json.
 
@@ -263,7 +263,7 @@ def load_policy(args, device):
 
 def validate(policy, rows):
     """
-    Greedy answers to validation rows -> {val_reward, val_accuracy, val_valid, val_iou, val_gap}. Every row counts; what
+    Greedy answers to validation rows -> {val_accuracy, val_v, val_valid, val_iou, val_gap}. Every row counts; what
     cannot be read is wrong.
     """
     numbers, style = [], policy.args.style
@@ -275,14 +275,17 @@ def validate(policy, rows):
             if row.get("region") and style == "json":
                 iou = region_iou(boxes_from_model(found.boxes, *size[::-1]), row["region"], *size)
             gap = None if terms["d_roi"] is None else terms["d_roi"] - terms["d_rand"]
-            numbers.append((terms["reward"], terms["correct"], found.valid, iou, gap))
-    names = ("val_reward", "val_accuracy", "val_valid", "val_iou", "val_gap")
+            numbers.append((terms["correct"], terms["counterfactual"], found.valid, iou, gap))
+    names = ("val_accuracy", "val_v", "val_valid", "val_iou", "val_gap")
     return dict(zip(names, map(mean, zip(*numbers, strict=True)), strict=True))
 
 
 def rank_of(row):
-    """The reward first: where a shortcut is in the validation rows too, accuracy alone would choose the shortcut."""
-    return row["val_reward"], row["val_accuracy"], row["val_valid"]
+    """
+    Share right plus mean V, where V is asked for: accuracy alone, and the reward too, in which V weighs a third, would
+    keep a shortcut that the validation rows share.
+    """
+    return row["val_accuracy"] + (row["val_v"] or 0.0), row["val_valid"]
 
 
 def train(args, vlm, train_rows, val_rows, facts, run_dir):
@@ -327,9 +330,8 @@ def train(args, vlm, train_rows, val_rows, facts, run_dir):
         if better:
             best = dict(row)
             save_adapter(vlm, run_dir, facts)
-        gap = "" if row["val_gap"] is None else f"  gap {row['val_gap']:.3f}"
-        found = f"val reward {row['val_reward']:.3f}  accuracy {row['val_accuracy']:.3f}  valid {row['val_valid']:.3f}"
-        return found + gap + "  *" * better
+        gap = "" if row["val_gap"] is None else f"  V {row['val_v']:.3f}  gap {row['val_gap']:.3f}"
+        return f"val accuracy {row['val_accuracy']:.3f}  valid {row['val_valid']:.3f}{gap}" + "  *" * better
 
     if step == 0:
         history = [{"step": 0}]
