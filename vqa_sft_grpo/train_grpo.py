@@ -14,8 +14,8 @@ Usage:
     python vqa_sft_grpo/train_grpo.py --dry-run  # everything once, seconds
 
 Expected of these: see vqa_sft_grpo/README.md, where each number stands beside its command.
-Writes to the run folder: the adapter with the best validation accuracy plus V (evaluate.py and infer.py take the folder as
---sft_ckpt), rollouts.jsonl (every rollout with every term of its reward), completions.md (the last ones as a table),
+Writes to the run folder: the adapter with the best validation accuracy plus V (evaluate.py and infer.py take the folder
+as --sft_ckpt), rollouts.jsonl (every rollout with every term of its reward), completions.md (the last ones as a table),
 history.jsonl and meanings.json (what its names mean), figures/curves.png, last.pt (to resume), metrics.json.
 
 One step
