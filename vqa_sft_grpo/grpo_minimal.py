@@ -190,6 +190,7 @@ def main(argv=None):
     generator = torch.Generator(device).manual_seed(args.seed)
     first = best = accuracy(vlm, val_rows, args)
     save_vlm(vlm, run_dir)  # replaced by what is better
+    write_json(run_dir / "training.json", {"dataset": facts})  # evaluate.py stamps its results with it
     print(f"{sum(p.numel() for p in weights):,} weights, {len(train_rows)} questions; validation accuracy {first:.3f}")
 
     history = []
@@ -210,7 +211,7 @@ def main(argv=None):
         loss, total_tokens = 0.0, sum(len(ids) for group in groups for ids in group)
         for q in range(len(rows)):
             logp, _, mask = logprobs(vlm, [prompts[q]], [groups[q]], suppress=never_drawn(vlm))  # (G, T)
-            told = torch.tensor([x for line in sampled[q] for x in line], device=device)
+            told = torch.tensor([x for line in sampled[q] for x in line], device=device)  # by the sampler
             if step == 1 and (logp[mask] - told).abs().mean() > 0.1:
                 raise RuntimeError("the model that learns is not the one that sampled: their passes differ")
             part = policy_loss(logp, mask, advantages[q], total_tokens)
@@ -225,12 +226,11 @@ def main(argv=None):
             recent = statistics.mean(row["reward"] for row in history[-args.eval_every :])
             history[-1]["val_accuracy"] = now = accuracy(vlm, val_rows, args)
             print(f"step {step}  reward {recent:.3f}  validation accuracy {now:.3f}  {texts[0][0]}", flush=True)
+            write_jsonl(run_dir / "history.jsonl", history)
             if now > best:
                 best = now
                 save_vlm(vlm, run_dir)
 
-    write_jsonl(run_dir / "history.jsonl", history)
-    write_json(run_dir / "training.json", {"dataset": facts})  # evaluate.py stamps its results with it
     found = {"split": "val", "n": len(val_rows), "first": first, "best": best, "last": now, "seed": args.seed}
     found |= {"dataset": facts, "settings": vars(args), **vlm.facts(), **run_facts(started, device)}
     write_json(run_dir / "metrics.json", found)
