@@ -16,6 +16,7 @@ import re
 from dataclasses import dataclass, field
 
 from shared.data.iu_xray import load_iu_xray
+from shared.models.hub import explained
 from shared.phantom import phantom_settings, phantom_study
 from shared.report import PHANTOM
 from shared.runtime import DataNotFound, InputError
@@ -144,7 +145,8 @@ def phantom_reports(films, seed, image_size, chosen, splits, limit=None):
 
 def load_again(facts, data_dir, splits=None, limit=None):
     """The data that a model was trained on, from the facts in its training.json."""
-    return load_reports(facts["name"], data_dir, limit=limit, splits=splits, **facts.get("again", {}))
+    with explained("training.json does not say which films the model was trained on"):
+        return load_reports(facts["name"], data_dir, limit=limit, splits=splits, **facts.get("again", {}))
 
 
 def as_films(images):

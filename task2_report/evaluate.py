@@ -89,6 +89,7 @@ def parse_args(argv=None):
         help="prompts at a time; halved by itself when memory runs out (4; 64 below 100 M parameters)")
     # fmt: on
     args = parser.parse_args(argv)
+    args.strategies, args.contexts = (list(dict.fromkeys(some)) for some in (args.strategies, args.contexts))
     if args.dry_run:
         args.device, args.model, args.data = "cpu", args.model or (None if args.adapter else "tiny"), "phantom"
         args.cases, args.max_new_tokens, args.cnn_steps, args.redrawn = 6, 8, min(args.cnn_steps, 2), 4
@@ -175,6 +176,8 @@ def run_classify(args, device, started):
     if [name.lower() for name in data.label_names] != ["normal", "pneumonia"]:
         raise InputError(f"{data.name} has the classes {', '.join(data.label_names)}; the prompts ask for pneumonia")
     print(data)
+    if data.phantom:
+        print(f"*** {PHANTOM} ***")
     if args.limit:
         data.limit(args.limit)
     labels = data.labels[args.split].tolist()
@@ -219,8 +222,8 @@ def run_classify(args, device, started):
         numbers["baselines"]["cnn"] = measures.score_margins(labels, shifted)
     numbers |= {
         "dataset": data.facts() | {"limit": args.limit}, "split": args.split, "cnn": cnn and cnn.told(),
-        "untrained": untrained(vlm), **vlm.facts(), "seed": args.seed, "settings": settings_of(args),
-        **run_facts(started, device),
+        "untrained": untrained(vlm), "trained_on": training_of(args.adapter).get("dataset"), **vlm.facts(),
+        "seed": args.seed, "settings": settings_of(args), **run_facts(started, device),
     }  # fmt: skip
     write_json(run_dir / "metrics.json", numbers)
     print(classify_page(run_dir, numbers, records, films))

@@ -34,7 +34,7 @@ from shared.models.hub import find_model
 from shared.models.inputs import preprocess_images
 from shared.models.memory import Setting, free_bytes, predict, read_layout
 from shared.phantom import phantom_study
-from shared.report import Report, number, percent, save_figure
+from shared.report import PHANTOM, Report, number, percent, save_figure
 from shared.runtime import InputError, free_gpu, open_run_dir, peak_memory, pick_device, positive_int, run_facts, script
 from shared.runtime import script_parser, seed_everything, write_csv, write_json, write_jsonl
 from task1_classification.model import untrained_classifier
@@ -217,6 +217,8 @@ def main(argv=None):
         "seconds_per_report": seconds, **vlm.facts(),
         **run_facts(started, device),
     })  # fmt: skip
+    if phantom:
+        print(f"*** {PHANTOM} ***")
     warnings = ["The model is untrained: its words mean nothing."] * untrained(vlm)
     overlays = [o.get("overlay") for o in opinions] if opinions else [None] * len(films)
     make_page(run_dir, records, films, overlays, line, phantom, warnings)

@@ -38,7 +38,8 @@ def small_films(cases):
         except InputError as error:
             errors.append({"path": str(case.film), "error": str(error)})
     if not kept:
-        raise InputError(f"none of the {len(cases)} films can be read; {errors[0]['path']}: {errors[0]['error']}")
+        first = f"; {errors[0]['path']}: {errors[0]['error']}" if errors else ""
+        raise InputError(f"none of the {len(cases)} films can be read{first}")
     return torch.from_numpy(np.stack(small)), kept, errors
 
 

@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from shared.metrics.labels import CONDITIONS
 from shared.models.passes import features_of
-from shared.training import learning_rate
+from shared.runtime import InputError
+from shared.training import GuardedStep, learning_rate
 from task2_report.scores import SIDED, sides_of, stated
 
 LIST = "List what this chest radiograph shows."
@@ -52,6 +53,8 @@ def learn_labels(vlm, store, numbers, reports, steps, batch_size=64, lr=1e-3, se
     """
     targets = torch.from_numpy(targets_of(reports))
     learned = targets.sum(0).nonzero()[:, 0]
+    if not len(learned):
+        raise InputError("no training report states a condition, so there is nothing to see: give --label-steps 0")
     targets, started = targets[:, learned].to(vlm.device), time.time()
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -60,17 +63,14 @@ def learn_labels(vlm, store, numbers, reports, steps, batch_size=64, lr=1e-3, se
     parts = [vlm.base.get_submodule(name) for name in (vlm.spec.tower, *vlm.spec.projector)]
     parameters = list({id(p): p for part in [*parts, head] for p in part.parameters()}.values())
     optimizer, losses = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.05), []
+    guard = GuardedStep(optimizer, torch.amp.GradScaler(vlm.device.type, enabled=False), parameters, 1.0)
     vlm.model.train()
     for step in tqdm(range(steps), desc="labels", leave=False, disable=True if hidden else None):
         rows = torch.randint(len(numbers), (batch_size,), generator=generator).tolist()
         seen = torch.stack([f.mean(0) for f in features_of(vlm, store.get([numbers[r] for r in rows]))])
         loss = F.binary_cross_entropy_with_logits(head(seen.float()), targets[rows])
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, steps // 20, lr)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        guard.step(loss.item(), learning_rate(step, steps, steps // 20, lr))
         losses.append(loss.item())
     shares = targets.mean(0).clamp(1e-6, 1 - 1e-6)
     chance = F.binary_cross_entropy(shares.expand_as(targets), targets).item()

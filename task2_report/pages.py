@@ -25,6 +25,9 @@ def warnings_of(numbers, usual=100):
         "The model is untrained: its words mean nothing.": numbers["untrained"],
         f"Measured with --limit {limit}.": limit,
         f"Measured on {numbers['n']} cases only.": numbers["n"] < usual and not limit,
+        "Measured on validation films, on which the model was chosen.": numbers["split"] == "val",
+        "The model was trained on films drawn by this project.": (numbers["trained_on"] or {}).get("phantom")
+        and not numbers["dataset"]["phantom"],
     }
     return [sentence for sentence, holds in sentences.items() if holds]
 

@@ -47,6 +47,7 @@ from shared.runtime import pick_device, positive_float, positive_int, run_facts,
 from shared.runtime import seed_everything, start_distributed, write_json, write_jsonl
 from shared.training import GuardedStep, StopSignal, Weights, learning_rate, load_state, save_state, settings_of
 from task2_report.cases import SEVERE, load_reports
+from task2_report.label_cnn import small_films
 from task2_report.label_stage import LIST, learn_labels, list_of
 from task2_report.prompts import REPORT, ask
 from task2_report.scores import f1_of, stated, truth_of
@@ -82,9 +83,9 @@ def parse_args(argv=None):
     g = add_model_options(parser)
     g.add_argument("--train", default="auto", choices=["auto", "lora", "full"],
         help="what is trained; auto: full for a tiny model, else lora (%(default)s)")
-    g.add_argument("--lora-rank", type=positive_int, default=16,
+    g.add_argument("--lora-rank", type=bounded(int, 1, 1024), default=16,
         help="rank of the adapters; alpha is twice that (%(default)s)")
-    g.add_argument("--lora-dropout", type=bounded_dropout, default=0.05,
+    g.add_argument("--lora-dropout", type=bounded(float, 0, 0.99), default=0.05,
         help="dropout in front of the adapters (%(default)s)")
     g = parser.add_argument_group("optimisation")
     g.add_argument("--label-steps", type=bounded(int, 0, 10**9), metavar="STEPS",
@@ -98,7 +99,7 @@ def parse_args(argv=None):
         "batch (default: 1, for a model trained whole the batch)")
     g.add_argument("--lr", type=positive_float,
         help="highest learning rate of AdamW (default: 1e-4 for lora, 1e-3 for full)")
-    g.add_argument("--warmup", type=bounded_dropout, default=0.05,
+    g.add_argument("--warmup", type=bounded(float, 0, 0.99), default=0.05,
         help="share of the steps with rising learning rate, before a cosine to 0 (%(default)s)")
     g.add_argument("--weight-decay", type=not_negative, default=0.01, help="of AdamW, on matrices (%(default)s)")
     g.add_argument("--grad-clip", type=positive_float, default=1.0, help="largest norm of the gradient (%(default)s)")
@@ -133,13 +134,6 @@ def parse_args(argv=None):
     args.lr = args.lr or (1e-3 if args.train == "full" else 1e-4)
     args.micro_batch = min(args.batch_size, args.micro_batch or (args.batch_size if args.train == "full" else 1))
     return args
-
-
-def bounded_dropout(text):
-    value = fraction(text)
-    if value == 1:
-        raise ValueError
-    return value
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
@@ -182,6 +176,10 @@ def prepare(args, vlm, data, say):
     cases, val_cases = data.split("train"), data.split("val")[: args.eval_cases]
     if not cases or not val_cases:
         raise InputError(f"{data.name} has {len(cases)} cases to train on and {len(val_cases)} for validation")
+    if not data.facts["phantom"]:  # a damaged film shows here, and not at the step that draws it
+        (_, cases, errors), (_, val_cases, more) = small_films(cases), small_films(val_cases)
+        for error in errors + more:
+            say(f"left out: {error['path']}: {error['error']}")
     blanks, reports = with_blanks(cases, args.blank_share, args.seed)
     films, val_films = ([film_for(vlm, case.film) for case in some] for some in (cases, val_cases))
     store = ImageStore(vlm.processor, films + [film for _, film in blanks], args.cache_gib)
@@ -359,7 +357,8 @@ def main(argv=None):
     })  # fmt: skip
     title = f"{data.name}, {args.model or vlm.name}, {args.train}"
     draw_history(run_dir / "figures" / "curves.png", history, PANELS, "step", title, data.facts["phantom"])
-    measure = command("task2_report/evaluate.py", "--task", "report", "--adapter", run_dir / "best")
+    place = [] if data.facts["phantom"] else ["--data-dir", args.data_dir]
+    measure = command("task2_report/evaluate.py", "--task", "report", "--adapter", run_dir / "best", *place)
     print(
         f"best step {best['step']}: micro-F1 of the labels {best['val_f1']:.3f} on validation; measure it on test films"
         f" with\n  {measure}\nresults in {run_dir} ({time.time() - started:.0f} s)"

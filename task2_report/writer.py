@@ -15,12 +15,13 @@ import shared  # noqa: F401, isort: skip  # before transformers
 import numpy as np
 
 from shared.data.images import read_pixels
-from shared.models.hub import find_model
+from shared.metrics.labels import CONDITIONS
+from shared.models.hub import explained, find_model
 from shared.models.loading import QUANTS, count_parameters, load_vlm
 from shared.models.memory import read_layout
 from shared.models.passes import PartSize, in_parts, make_prompts, margin, sample, stop_tokens, text_of
 from shared.models.tiny import is_tiny
-from shared.runtime import InputError, positive_int, read_json
+from shared.runtime import InputError, bounded, read_json
 
 BASE_MODEL = "google/medgemma-4b-it"
 THOUGHTS = ("<unused94>", "<unused95>")  # MedGemma 1.5 thinks aloud between them, even unasked
@@ -36,7 +37,7 @@ def add_model_options(parser):
         help="weights in 4 or 8 bit; auto: nf4 on a GPU for models above 1 billion parameters (%(default)s)")
     g.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
         help="computing precision (%(default)s)")
-    g.add_argument("--max-new-tokens", type=positive_int, default=256, metavar="TOKENS",
+    g.add_argument("--max-new-tokens", type=bounded(int, 1, 4096), default=256, metavar="TOKENS",
         help="longest text that is written (%(default)s)")
     # fmt: on
     return g
@@ -50,7 +51,8 @@ def load_model(args, device, dtype=None):
             raise InputError(f"{adapter} holds a whole model, not an adapter: leave --model out")
         name, adapter = adapter, None
     elif adapter and name is None and (Path(adapter) / "adapter_config.json").is_file():
-        name = read_json(Path(adapter) / "adapter_config.json").get("base_model_name_or_path")
+        with explained(f"{adapter} holds no adapter that can be read"):
+            name = read_json(Path(adapter) / "adapter_config.json").get("base_model_name_or_path")
     name, quant = name or BASE_MODEL, args.quant
     if quant == "auto":
         large = (
@@ -68,9 +70,18 @@ def untrained(vlm):
 
 
 def training_of(folder):
-    """training.json beside a trained model or adapter -> dict, {} without one."""
+    """training.json beside a trained model or adapter -> dict, {} without one. InputError for a damaged one."""
     path = Path(folder or "") / "training.json"
-    return read_json(path) if folder and path.is_file() else {}
+    if not folder or not path.is_file():
+        return {}
+    with explained(f"{path} is damaged, or of another version"):
+        told = read_json(path)
+        name, phantom, again = (told["dataset"].get(key) for key in ("name", "phantom", "again"))
+        if type(phantom) is not bool or not isinstance(name, str) or not isinstance(again or {}, dict):
+            raise ValueError("what it was trained on cannot be read")
+        if type(told["indication"]) is not bool or not set(told["conditions"] or ()) <= set(CONDITIONS):
+            raise ValueError("indication or conditions cannot be right")
+    return told
 
 
 def is_medgemma15(vlm):

@@ -64,7 +64,7 @@ SIZES = {
     "t5": WORDS,
     "bert": WORDS,
 }
-INIT = 0.06  # deviation of random weights in the Qwen models; 0.02, made for thousands, hardly lets 128 numbers through
+INIT = 0.06  # deviation of random weights of language models; 0.02, made for thousands, hardly lets 128 numbers through
 CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 
 
@@ -338,8 +338,8 @@ def make_tokenizer(s, specials, pad, eos, bos=None, unk=None, **extra):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, padding_side="left", extra_special_tokens=extra, **roles)
     ids = tokenizer.convert_tokens_to_ids
     special = dict(pad_token_id=ids(pad), bos_token_id=ids(bos or pad), eos_token_id=ids(eos))
-    text = settings(s, vocab_size=rounded(len(tokenizer)), max_position_embeddings=8192, **special)
-    return tokenizer, text, special
+    text = settings(s, vocab_size=rounded(len(tokenizer)), max_position_embeddings=8192, initializer_range=INIT)
+    return tokenizer, text | special, special
 
 
 def build_gemma3(folder, image_tokens, sliding_window, **s):
@@ -375,7 +375,7 @@ def build_qwen(folder, stem, vision, template, section, text_more, limits_more, 
     size = {"shortest_edge": min(pixels, (4 * s["patch_size"]) ** 2), "longest_edge": pixels}
     limits = dict(size=size, patch_size=s["patch_size"], **limits_more)
     rope = {"rope_type": "default", "rope_theta": 1e3, "mrope_section": section}
-    text |= dict(rope_parameters=rope, tie_word_embeddings=True, initializer_range=INIT, **text_more)
+    text |= dict(rope_parameters=rope, tie_word_embeddings=True, **text_more)
     vision |= dict(depth=s["vision_layers"], num_heads=s["vision_heads"], patch_size=s["patch_size"])
     vision |= dict(initializer_range=INIT)
     classes = [getattr(transformers, stem + kind) for kind in ("Config", "ForConditionalGeneration", "Processor")]
