@@ -1,6 +1,8 @@
 """Task 2: reports of films with both opinions."""
 
 import json
+import os
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,12 +11,13 @@ from huggingface_hub.errors import GatedRepoError
 from PIL import Image
 
 from shared.phantom import phantom_study
-from shared.runtime import load_checkpoint, save_checkpoint
+from shared.runtime import InputError, load_checkpoint, save_checkpoint
 from task1_classification.model import untrained_classifier
 from task2_report.infer import main as infer
 from task2_report.infer import parse_args
 from task2_report.opinion import CNN
 from task2_report.records import UNTRAINED, class_of_report, flags_of
+from task2_report.writer import training_of
 
 QUICK = "--model tiny --max-new-tokens 6 --device cpu".split()
 
@@ -112,6 +115,33 @@ def test_a_gated_model_without_a_token_is_one_sentence(films, refused, monkeypat
     monkeypatch.setattr("shared.models.hub.hf_hub_download", lambda *a, **k: (_ for _ in ()).throw(no))
     said = refused(infer, [films / "0.png", "--device", "cpu"])
     assert "google/medgemma-4b-it" in said and "is gated" in said and "--model tiny" in said
+
+
+@pytest.mark.parametrize("change", [[1], {}, {"dataset": None}, {"dataset": [1]}, {"conditions": ["Foo"]},
+                                    {"dataset": {"name": "phantom", "phantom": "yes"}}])  # fmt: skip
+def test_a_damaged_training_json_is_refused(tmp_path, change):
+    fine = {"dataset": {"name": "phantom", "phantom": True, "again": {}}, "indication": False, "conditions": None}
+    (tmp_path / "training.json").write_text(json.dumps(fine))
+    assert training_of(tmp_path) == fine and training_of(None) == {}
+    (tmp_path / "training.json").write_text(
+        json.dumps(fine | change if change and isinstance(change, dict) else change)
+    )
+    with pytest.raises(InputError, match="is damaged, or of another version"):
+        training_of(tmp_path)
+
+
+def test_odd_names_and_texts(films, own_folder, refused, capsys):
+    """A name that is not UTF-8, or of 250 characters, costs nothing; half a character in a prompt is a sentence."""
+    names = [os.fsdecode(b"f\xff$x_{2$ [1].png"), "n" * 250 + ".png"]
+    for name in names:
+        shutil.copy(films / "0.png", own_folder / name)
+    infer([*names, *QUICK, "--cnn", "none", "--strategy", "zero_shot", "--out-dir", "run"])
+    assert len(records_of(own_folder / "run")) == 2
+    assert "is not UTF-8" in refused(infer, [films / "0.png", *QUICK, "--cnn", "none", "--indication", "\udc80"])
+    (own_folder / "adapter").mkdir()
+    (own_folder / "adapter/adapter_config.json").write_text("[1]")
+    said = refused(infer, [films / "0.png", "--device", "cpu", "--cnn", "none", "--adapter", "adapter"])
+    assert "holds no adapter that can be read" in said
 
 
 def test_flags():

@@ -5,10 +5,12 @@ import pytest
 import torch
 
 from shared.phantom import phantom_settings, phantom_study
+from shared.runtime import InputError
 from task2_report import measures
 from task2_report.cases import SEVERE, Case
 from task2_report.label_cnn import LabelCNN, best_thresholds
-from task2_report.label_stage import targets_of
+from task2_report.label_stage import learn_labels, targets_of
+from task2_report.pages import warnings_of
 from task2_report.report_task import other_films
 from task2_report.scores import errors_of, f1_of, film_sides, findings_of, measure_reports, sides_of, stated, truth_of
 
@@ -150,3 +152,13 @@ def test_labels_of_the_label_stage():
     row = targets_of(["Large left pleural effusion."])[0]
     assert row.sum() == 2 and targets_of(["Left and right effusions."])[0].sum() == 3
     assert targets_of(["No effusion."])[0].sum() == 0
+    with pytest.raises(InputError, match="no training report states a condition"):
+        learn_labels(None, None, [0], ["Normal chest."], steps=1)
+
+
+def test_a_hand_in_report_says_what_makes_it_less_than_a_result():
+    numbers = {"dataset": {"phantom": False, "limit": 5}, "untrained": False, "n": 5, "split": "val"}
+    told = " ".join(warnings_of(numbers | {"trained_on": {"phantom": True}}))
+    assert "--limit 5" in told and "validation films" in told and "drawn by this project" in told
+    whole = {"dataset": {"phantom": False}, "n": 600, "split": "test", "trained_on": None}
+    assert warnings_of(numbers | whole) == []
