@@ -88,9 +88,9 @@ def main(argv=None):
     write_json(run_dir / "reports.json", facts | {"reports": results, **run_facts(started, told["device"])})
     with atomic_file(run_dir / "reports.txt", "w") as file:
         file.write("\n\n".join(f"{r['films']['frontal']}\n{r['report']}" for r in results) + "\n")
-    make_report(run_dir, images, present, results, told)
     if errors:
         write_csv(run_dir / "errors.csv", errors)
+    make_report(run_dir, images, present, results, told)
     for r in results:
         best = ", ".join(f"{name} {chance:.2f}" for name, chance in list(r["probabilities"].items())[:3])
         print(f"{r['films']['frontal']}\n  {r['report']}\n  {best}")

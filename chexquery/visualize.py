@@ -31,8 +31,8 @@ from chexquery.faithfulness import KINDS, deletion, maps_of, pointing, pointing_
 from chexquery.model import REGIONS
 from shared.metrics.labels import CONDITIONS
 from shared.report import Report, number, percent, save_figure, short_path
-from shared.runtime import atomic_file, open_run_dir, positive_int, run_facts, script, script_parser, seed_everything
-from shared.runtime import write_json
+from shared.runtime import atomic_file, bounded, open_run_dir, run_facts, script, script_parser, seed_everything
+from shared.runtime import write_csv, write_json
 
 TASK = "chexquery"
 
@@ -44,7 +44,7 @@ def parse_args(argv=None):
     add_file_options(g)
     # fmt: off
     g.add_argument("--data", choices=["phantom"], help="phantom: test films like those it was trained on")
-    g.add_argument("--studies", type=positive_int, default=3, help="phantom: how many (%(default)s)")
+    g.add_argument("--studies", type=bounded(int, 1, 1000), default=3, help="phantom: how many (%(default)s)")
     g.add_argument("--kind", default="attention", choices=KINDS, help="of maps (%(default)s)")
     # fmt: on
     args = parser.parse_args(argv)
@@ -56,14 +56,15 @@ def parse_args(argv=None):
 
 
 def films_of(args, model, told):
-    """-> (rows, images uint8 (N, 2, S, S), present bool (N, 2), drawn settings or None)."""
+    """-> (rows, images uint8 (N, 2, S, S), present bool (N, 2), rows of errors.csv, drawn settings or None)."""
     if not args.data:
-        return *read_files(args, model.image_size)[:3], None
+        return *read_files(args, model.image_size), None
     drawn, views = told["data"].get("drawn") or {}, told["data"]["views"]
-    rows = phantom_rows(8 * args.studies, **drawn).split("test")
+    seed = told["data"].get("again", {}).get("phantom_seed", 0)
+    rows = phantom_rows(8 * args.studies, seed, **drawn).split("test")
     rows = [row for row in rows if row["labels"]["No Finding"] != 1][: args.studies] or rows[: args.studies]
     images, present = Films(rows, model.image_size, drawn, views).get(list(range(len(rows))))
-    return rows, images, present, drawn
+    return rows, images, present, [], drawn
 
 
 def word_maps(model, seen, ids, maps):
@@ -174,15 +175,28 @@ def main(argv=None):
     seed_everything(args.seed)
     model, told, decoding = open_model(args)
     device = told["device"]
-    rows, images, present, drawn = films_of(args, model, told)
+    rows, images, present, errors, drawn = films_of(args, model, told)
     run_dir = open_run_dir(args, TASK, "visualize")
-    phantom = drawn is not None
+    phantom, x, there = drawn is not None, torch.from_numpy(images).to(device), torch.from_numpy(present).to(device)
+    with torch.no_grad():
+        looked = model.look(x, there)
+    scores = {}
+    if model.num_conditions:
+        thresholds = told["thresholds"] or [0.5] * len(CONDITIONS)
+        rng = np.random.default_rng(args.seed)
+        scores["deletion"] = deletion(model, x, looked, there, rows, thresholds, rng)
+    if phantom:
+        rng = np.random.default_rng(args.seed)
+        scores["pointing"] = pointing_summary(pointing(model, rows, x, looked, there, drawn, rng))
+    facts = {"phantom": phantom, "n": len(rows), "n_errors": len(errors), "kind": args.kind}
+    facts |= {"checkpoint": told["path"], "trained_on_phantom": told["data"]["phantom"]}
+    write_json(run_dir / "metrics.json", facts | scores | run_facts(started, device))
+    if errors:
+        write_csv(run_dir / "errors.csv", errors)
     warnings = [MADE_UP] * (told["data"]["phantom"] and not phantom)
     report = Report("CheXQuery: where the queries looked", phantom, warnings)
     report.text(f"Checkpoint `{short_path(told['path'])}`; maps: {args.kind}.")
-    arrays, x, there = {}, torch.from_numpy(images).to(device), torch.from_numpy(present).to(device)
-    with torch.no_grad():
-        looked = model.look(x, there)
+    arrays = {}
     for n, row in enumerate(rows):
         part, one = [p[n : n + 1] for p in looked], there[n : n + 1]
         seen, maps = maps_of(model, part, one, args.kind, x[n : n + 1])
@@ -193,20 +207,14 @@ def main(argv=None):
             n + 1, row, images[n], present[n], model, seen, maps, texts[0], ids[0], drawn, run_dir, report, phantom
         )
         print(f"{row['uid']}: {texts[0]}")
-    scores = {}
-    if model.num_conditions:
-        thresholds = told.get("thresholds") or [0.5] * len(CONDITIONS)
-        cases = deletion(model, x, looked, there, rows, thresholds, np.random.default_rng(args.seed))
-        scores["deletion"] = cases
+    if "deletion" in scores:
         report.heading("Deletion: a tenth of the patches erased, fall of the condition's logit")
-        header = ["condition", "ranked by its own map", "by another query's", "random patches"]
+        keys, head = ("own", "other", "random"), ["condition", "ranked by its own map", "by another query's"]
         report.table(
-            header, [[c["condition"], *(number(c[f"{k}_drop"], 2) for k in ("own", "other", "random"))] for c in cases]
+            [*head, "random patches"],
+            [[c["condition"], *(number(c[f"{k}_drop"], 2) for k in keys)] for c in scores["deletion"]],
         )
     if phantom:
-        scores["pointing"] = pointing_summary(
-            pointing(model, rows, x, looked, there, drawn, np.random.default_rng(args.seed))
-        )
         report.heading("Pointing")
         lines = [[what, name, row["hit"]["n"], percent(row["hit"]["value"]), percent(row["area"]["value"])]
                  for what, names in scores["pointing"][args.kind].items() for name, row in names.items()]  # fmt: skip
@@ -214,9 +222,7 @@ def main(argv=None):
     report.write(run_dir, page=True)
     with atomic_file(run_dir / "maps.npz") as file:
         np.savez_compressed(file, **arrays)
-    facts = {"phantom": phantom, "n": len(rows), "checkpoint": told["path"], "kind": args.kind}
-    write_json(run_dir / "metrics.json", facts | scores | run_facts(started, device))
-    print(f"results in {run_dir} ({time.time() - started:.0f} s)")
+    print(f"{len(errors)} films left out; results in {run_dir} ({time.time() - started:.0f} s)")
 
 
 if __name__ == "__main__":
