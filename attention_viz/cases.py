@@ -12,6 +12,8 @@ if __name__ == "__main__":
 
 import csv
 import json
+import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +21,9 @@ import numpy as np
 from PIL import Image
 
 from shared.data.images import read_pixels
+from shared.data.text import text_of
 from shared.metrics.labels import CONDITIONS
+from shared.models.hub import FAMILIES
 from shared.phantom import DEFAULT, PhantomSettings, phantom_study
 from shared.runtime import InputError, atomic_file, write_csv
 
@@ -27,6 +31,8 @@ COLUMNS = "study_id image_path finding variant_id question answer_gt".split()
 MORE = "patient_id strategy region".split()
 STRATEGIES = "original synonym clause_order register voice negation other".split()
 TEST_START = 700_000  # index of the phantom's first study here; training takes those from 0 on
+LONGEST = 1000  # characters of a question
+IMAGE_TOKENS = {token for family in FAMILIES.values() for token in family.image_tokens}  # none may stand in a text
 YES_NO = {"yes": "yes", "no": "no", "1": "yes", "0": "no", "true": "yes", "false": "no", "y": "yes", "n": "no"}
 
 
@@ -169,6 +175,9 @@ def read_cases(path, n_studies=None):
             ]
             continue
         cases.append(case_of(original, found, path.parent))
+    odd = sum(boxes_of(row) is None for row in rows)
+    if odd:
+        notes.append(f"{odd} regions are no lists of boxes [x0, y0, x1, y1]: their questions count as without boxes.")
     if not cases:
         first = f"; line {errors[0]['line']}: {errors[0]['error']}" if errors else ""
         raise InputError(f"no row of {path} can be used{first}")
@@ -179,19 +188,32 @@ def read_cases(path, n_studies=None):
 
 def check_row(row, folder, seen):
     """-> what is wrong with a row, or None."""
-    if not row["question"] or not row["study_id"]:
+    if not text_of(row["question"]) or not text_of(row["study_id"]):
         return "question or study_id is empty"
-    if not row["variant_id"].isdecimal():
-        return f"variant_id is {row['variant_id']!r}, not a whole number"
+    if len(row["question"]) > LONGEST or any(token in row["question"] for token in IMAGE_TOKENS):
+        return f"the question is longer than {LONGEST} characters, or holds a token that stands for an image"
+    if not row["variant_id"].isdecimal() or len(row["variant_id"]) > 6:
+        return f"variant_id is {row['variant_id'][:20]!r}, not a whole number"
     if row["answer_gt"].lower() not in YES_NO:
         return f"answer_gt is {row['answer_gt']!r}, not yes or no"
-    if not (folder / row["image_path"]).is_file():
-        return f"there is no image {row['image_path']}"
+    if not os.path.isfile(folder / row["image_path"]):
+        return f"there is no image {row['image_path'][:200]}"
     key = row["study_id"], row["finding"], int(row["variant_id"])
     if key in seen:
         return "this study, finding and variant_id stood in the file before"
     seen.add(key)
     return None
+
+
+def boxes_of(row):
+    """-> list of boxes, [] where no region is given, None where it cannot be read."""
+    try:
+        boxes = json.loads(text_of(row.get("region")) or "[]")
+        boxes = [[float(v) for v in box] for box in boxes]
+    except (ValueError, TypeError, RecursionError):
+        return None
+    fine = all(len(b) == 4 and b[0] < b[2] and b[1] < b[3] and all(map(math.isfinite, b)) for b in boxes)
+    return boxes if fine else None
 
 
 def case_of(original, rows, folder):
@@ -203,14 +225,9 @@ def case_of(original, rows, folder):
         variant, question = int(row["variant_id"]), row["question"]
         words = dict(variant_id=variant, question=question, answer_gt=answer, strategy=strategy)
         wordings.append(words)
-    try:
-        boxes = json.loads(original.get("region") or "[]")
-        boxes = [[float(v) for v in box] for box in boxes if len(box) == 4]
-    except (ValueError, TypeError):
-        boxes = []
-    if YES_NO[original["answer_gt"].lower()] == "no":
-        boxes = []  # nothing is there to be pointed at
-    patient = original.get("patient_id") or original["study_id"]
+    yes = YES_NO[original["answer_gt"].lower()] == "yes"  # a no points at nothing
+    boxes = boxes_of(original) or [] if yes else []
+    patient = text_of(original.get("patient_id", "")) or original["study_id"]
     path = folder / original["image_path"]
     return Asked(original["study_id"], patient, original["finding"], path, wordings, boxes)
 

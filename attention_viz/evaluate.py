@@ -19,6 +19,7 @@ answers.csv, records/*.jsonl (a line per study; what --resume goes on from), map
 For research and teaching only: this is not a medical device, and no output of it is medical advice.
 """
 
+import hashlib
 import json
 import random
 import sys
@@ -38,23 +39,16 @@ from tqdm import tqdm
 from attention_viz import measures
 from attention_viz.cases import export_csv, phantom_cases, phantom_settings, read_cases
 from attention_viz.faithful import faithfulness, randomisation
-from attention_viz.maps import METHODS, NEUTRAL, OF_ROWS, PAIR, TINY_PAIR, Map, ask_all, attention_map, choose_heads
-from attention_viz.maps import SIDE, on_common_grid, shares_in_boxes
+from attention_viz.maps import METHODS, NEUTRAL, OF_ROWS, PAIR, TINY_PAIR, Map, ask_all, attention_map
+from attention_viz.maps import SIDE, check_colormap, choose_heads, on_common_grid, shares_in_boxes
 from attention_viz.report import read_maps, summarise, write_results
-from shared.models.loading import QUANTS, load_vlm
+from shared.models.hub import explained, find_model
+from shared.models.loading import QUANTS, digest_of, load_vlm
 from shared.models.passes import PartSize, in_parts, make_prompts, margin
 from shared.report import PHANTOM
-from shared.runtime import InputError, add_resume, atomic_file, fraction, free_gpu, open_run_dir, pick_device
-from shared.runtime import (
-    positive_int,
-    read_json,
-    record,
-    run_facts,
-    script,
-    script_parser,
-    seed_everything,
-    write_json,
-)
+from shared.runtime import InputError, add_resume, atomic_file, bounded, fraction, free_gpu, open_run_dir, pick_device
+from shared.runtime import positive_int, read_json, record, run_facts, script, script_parser, seed_everything
+from shared.runtime import write_json
 from shared.training import StopSignal, refuse_other_settings, settings_of
 
 TASK = "attention_viz"
@@ -90,9 +84,9 @@ def parse_args(argv=None):
     g.add_argument("--calibration", type=fraction, default=0.3,
         help="share of the patients on whom heads, sinks, mean maps and the best map are chosen (%(default)s)")
     g.add_argument("--num-heads", type=positive_int, default=3, help="heads that are chosen (%(default)s)")
-    g.add_argument("--faithfulness", type=int, default=0, metavar="N",
+    g.add_argument("--faithfulness", type=bounded(int, 0, 10**6), default=0, metavar="N",
         help="test cases for deletion, insertion and parameter randomisation (%(default)s)")
-    g.add_argument("--bootstrap", type=positive_int, default=5000, metavar="N",
+    g.add_argument("--bootstrap", type=bounded(int, 1, 100_000), default=5000, metavar="N",
         help="resamples of patients for each interval (%(default)s)")
     g.add_argument("--colormap", default="hot", help="a colour map of matplotlib, for the panels (%(default)s)")
     # fmt: on
@@ -103,6 +97,9 @@ def parse_args(argv=None):
         args.image_size = 112
     if args.csv is None and args.real_only:
         parser.error("--real-only needs --csv: without it the questions are about the phantom")
+    check_colormap(args.colormap)
+    if args.export and (Path(args.export) / "questions.csv").exists() and not args.overwrite:
+        raise InputError(f"{args.export} holds a questions.csv already: give --overwrite to replace it")
     if not 0 < args.calibration < 1:
         parser.error("--calibration must lie between 0 and 1")
     if "relative" in args.methods and "mean" not in args.methods:
@@ -132,6 +129,8 @@ def main(argv=None):
     device, _ = pick_device(args.device)
     resumed = bool(args.resume)
     run_dir = open_run_dir(args, TASK, "evaluate")
+    for name in args.models:
+        find_model(name)  # is the second one there? Not to be found out when the first is done
     if resumed:
         refuse_other_settings(settings_of(args), read_json(run_dir / "settings.json"), run_dir)
     if phantom:
@@ -190,14 +189,20 @@ def run_model(vlm, number, cases, pixels, calibration, args, run_dir, stop):
     """-> dict(records, maps, heads, sinks, faithfulness); what a resumed run has already is read."""
     path, folder = run_dir / "records" / f"{number}.jsonl", run_dir / "maps" / str(number)
     path.parent.mkdir(parents=True, exist_ok=True)
-    done, size = read_records(path), PartSize(args.batch_size)
+    size = PartSize(args.batch_size)
     chosen_path = run_dir / "records" / f"{number}-chosen.json"
-    if chosen_path.exists():
-        chosen = read_json(chosen_path)
-    else:
+    text = repr([(c.key, c.patient_id, c.wordings, c.boxes, zlib.crc32(pixels[c.key].tobytes())) for c in cases])
+    of = [hashlib.sha256(text.encode()).hexdigest(), digest_of(vlm.source)]
+    if not chosen_path.exists():
         chosen = choose(vlm, [c for c in cases if c.patient_id in calibration], pixels, args, size)
-        write_json(chosen_path, chosen)
-    sinks = None if chosen["sinks"] is None else np.array(chosen["sinks"], bool)
+        write_json(chosen_path, chosen | {"of": of})
+    with explained(f"{chosen_path.parent} is damaged; start a new run"):
+        chosen, done = read_json(chosen_path), read_records(path)
+        sinks = None if chosen["sinks"] is None else np.array(chosen["sinks"], bool)
+        if chosen["of"] != of:
+            raise InputError(
+                f"{run_dir} was begun on other questions, images or weights of {vlm.name}; start a new run"
+            )
     text_only = {}
     with open(path, "a", encoding="utf-8") as file:
         for i, case in enumerate(tqdm(cases, desc=vlm.name[-30:], unit="study", file=sys.stderr)):

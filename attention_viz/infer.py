@@ -23,16 +23,16 @@ ROOT = Path(__file__).resolve().parents[1] if "__file__" in globals() else Path.
 sys.path.insert(0, str(ROOT))  # finds shared/ from any folder; in a notebook, cd to the project first
 
 import shared  # noqa: F401, isort: skip  # before transformers
-import matplotlib
 import matplotlib.pyplot as plt
 from PIL import Image
 
-from attention_viz.maps import METHODS, OF_ROWS, PAIR, TINY_PAIR, ask, attention_map, overlay
+from attention_viz.maps import METHODS, OF_ROWS, PAIR, TINY_PAIR, ask, attention_map, check_colormap, overlay
 from shared.data.images import read_pixels
+from shared.models.hub import find_model
 from shared.models.loading import QUANTS, load_vlm
 from shared.models.passes import make_prompts, write
 from shared.report import PHANTOM, save_figure
-from shared.runtime import InputError, atomic_file, free_gpu, open_run_dir, pick_device, run_facts, script
+from shared.runtime import InputError, atomic_file, bounded, free_gpu, open_run_dir, pick_device, run_facts, script
 from shared.runtime import script_parser, seed_everything, write_json
 
 TASK = "attention_viz"
@@ -51,7 +51,8 @@ def parse_args(argv=None):
     g.add_argument("--models", "--model", nargs="+", default=PAIR, metavar="NAME",
         help="hub names, folders or tiny (the tiny pair) (%(default)s)")
     g.add_argument("--quant", default="none", choices=QUANTS, help="weights in 4 or 8 bit (%(default)s)")
-    g.add_argument("--max-new-tokens", type=int, default=64, metavar="TOKENS", help="longest answer (%(default)s)")
+    g.add_argument("--max-new-tokens", type=bounded(int, 1, 4096), default=64, metavar="TOKENS",
+        help="longest answer (%(default)s)")
     g = parser.add_argument_group("maps")
     g.add_argument("--methods", nargs="+", default=["mean", "relative", "gradient_weighted"], choices=list(METHODS),
         help="which maps (%(default)s)")
@@ -67,8 +68,7 @@ def parse_args(argv=None):
         args.device, args.models = "cpu", ["tiny"]
     elif args.image is None:
         parser.error("give one --image and a --question (or --dry-run)")
-    if args.colormap not in matplotlib.colormaps:
-        parser.error(f"matplotlib has no colour map {args.colormap!r}; try hot, inferno or viridis")
+    check_colormap(args.colormap)
     if args.query == "finding" and not (args.finding.strip() and args.finding.lower() in args.question.lower()):
         parser.error("--query finding needs --finding: words of the --question")
     args.models = TINY_PAIR if args.models == ["tiny"] else args.models
@@ -86,7 +86,9 @@ def main(argv=None):
     seed_everything(args.seed)
     device, _ = pick_device(args.device)
     image, phantom = read(args)
-    run_dir, records, panels = None, [], []
+    for name in args.models:
+        find_model(name)  # is the second one there? Not to be found out when the first is done
+    run_dir, records, panels, all_heads = None, [], [], {}
     for name in args.models:
         vlm = load_vlm(name, quant=args.quant, device=device)
         run_dir = run_dir or open_run_dir(args, TASK, "infer")
@@ -97,7 +99,7 @@ def main(argv=None):
                 picture = overlay(image, found, args.colormap)
                 record["maps"][method]["picture"] = save_picture(run_dir, f"{number}_{vlm.family}_{method}", picture)
         if heads is not None:
-            draw_heads(heads, run_dir / "figures" / f"heads_{number}_{vlm.family}.png", args, name, phantom)
+            all_heads[name, run_dir / "figures" / f"heads_{number}_{vlm.family}.png"] = heads
         records.append(record)
         panels.append((f"{name}: {record['answer']} ({record['margin']:+.2f} nats)", maps))
         print(f"  {name}: {record['answer']}, margin {record['margin']:+.2f} nats; wrote: {record['text'][:150]!r}")
@@ -110,6 +112,8 @@ def main(argv=None):
         "image": args.image, "question": args.question, "query": args.query, "phantom": phantom, "models": records,
         **run_facts(started, device),
     })  # fmt: skip
+    for (name, path), heads in all_heads.items():
+        draw_heads(heads, path, args, name, phantom)
     draw_panels(image, panels, run_dir / "figures" / "maps.png", args, phantom)
     if phantom:
         print(f"*** {PHANTOM} ***")

@@ -152,12 +152,16 @@ def over_pixels(found):
     return (large * (points[0].abs() <= 1).all(-1)).numpy()
 
 
+def check_colormap(name):
+    if name not in matplotlib.colormaps:
+        raise InputError(f"matplotlib has no colour map {name!r}; try hot, inferno or viridis")
+
+
 def overlay(image, found, colormap="hot", strength=0.55):
     """uint8 image and Map -> uint8 (H, W, 3): the image, coloured where the map is high. InputError without a map."""
     if found.values is None:
         raise InputError(f"there is no map to draw: {found.status}")
-    if colormap not in matplotlib.colormaps:
-        raise InputError(f"matplotlib has no colour map {colormap!r}; try hot, inferno or viridis")
+    check_colormap(colormap)
     heat = over_pixels(found)[..., None]
     base = (image if image.ndim == 3 else np.repeat(image[..., None], 3, 2)) / 255
     color = matplotlib.colormaps[colormap](heat[..., 0])[..., :3]

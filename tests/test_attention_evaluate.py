@@ -130,6 +130,24 @@ def test_refusals(refused, tmp_path, capsys):
     assert not Path("outputs").exists()
 
 
+def test_what_cannot_be_right_is_refused_before_the_work(refused, tmp_path):
+    """Another model, other questions and damaged records on --resume; a file in the way of --export."""
+    tiny = ["--models", "tiny:gemma3", "--n-studies", "3", "--image-size", "64"]
+    assert "no model folder nope" in refused(evaluate, [*tiny[:2], "nope", *tiny[2:]])
+    assert "no colour map" in refused(evaluate, ["--colormap", "hott"])
+    evaluate([*tiny, "--export", str(tmp_path / "set")])
+    assert "holds a questions.csv already" in refused(evaluate, [*tiny, "--export", tmp_path / "set"])
+    evaluate([*tiny, "--methods", "mean", "--variants", "2", "--bootstrap", "20", "--device", "cpu", "--out-dir", "r"])
+    path = Path("r/records/0-chosen.json")
+    chosen = read_json(path)
+    for changed, words in (
+        (chosen | {"of": ["other", "weights"]}, "was begun on other questions"),
+        ([1], "is damaged"),
+    ):
+        path.write_text(json.dumps(changed))
+        assert words in refused(evaluate, ["--resume", "r"])
+
+
 def bad_csv(folder):
     path = folder / "bad.csv"
     path.write_text("study_id,image_path\n1,a.png\n")

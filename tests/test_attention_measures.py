@@ -206,8 +206,20 @@ def test_refusals(tmp_path, rows):
         read_cases(tmp_path / "absent.csv")
     with pytest.raises(InputError, match="no condition 'Flu'"):
         phantom_settings(["Flu"])
-    write_csv(tmp_path / "q.csv", [r | {"region": "here"} for r in rows])
-    assert all(case.boxes == [] for case in read_cases(tmp_path / "q.csv")[0])
+    for region in ("here", "[1," * 5000, "[[1, 2, NaN, 4]]", "[[5, 5, 1, 1]]", "[3]"):
+        write_csv(tmp_path / "q.csv", [r | {"region": region} for r in rows])
+        cases, _, notes = read_cases(tmp_path / "q.csv")
+        assert all(case.boxes == [] for case in cases) and f"{len(rows)} regions are no lists of boxes" in notes[-1]
+    for change, words in (
+        ({"question": "Is <image> ill?"}, "holds a token that stands for an image"),
+        ({"question": "y" * 100_000}, "longer than 1000 characters"),
+        ({"question": "N/A"}, "question or study_id is empty"),
+        ({"variant_id": "9" * 5000}, "not a whole number"),
+        ({"image_path": "x" * 5000}, "there is no image xxx"),
+    ):
+        write_csv(tmp_path / "q.csv", [r | change for r in rows[:1]] + [r for r in rows if r is not rows[0]])
+        found, errors, _ = read_cases(tmp_path / "q.csv")
+        assert len(found) == 2 and words in errors[0]["error"], words
 
 
 def test_strategies_in_free_words():
