@@ -552,6 +552,7 @@ def test_script_on_a_file_of_rows(rows_file, scripted_model, capsys):
     assert metrics["dataset"]["train_rows"] == 6 and metrics["overlap"] is False
     assert metrics["boxes"]["constant_box"] and metrics["boxes"]["iou_over_constant_box"]["value"] > 0
     assert metrics["sentence_encoder"] == "tiny:bert"
+    assert any("sentence encoder tiny:bert has random weights" in warning for warning in metrics["warnings"])
     lines = [json.loads(line) for line in Path("run/predictions.jsonl").read_text().splitlines()]
     assert len(lines) == 24 and sum(line["json prompt"]["counterfactual"] is not None for line in lines) == 6
     page = Path("run/report.html").read_text()

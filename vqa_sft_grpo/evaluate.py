@@ -417,6 +417,8 @@ def warnings_of(args, vlm, data, trained_on, encoder):
         found.append("This model was trained on PHANTOM films, drawn by this project, and not on real images.")
     if vlm.tiny and not args.adapter:
         found.append("The tiny model is untrained: these numbers show that the code runs.")
+    if encoder and encoder.startswith("tiny"):
+        found.append(f"The sentence encoder {encoder} has random weights: its similarities mean nothing.")
     if data["overlap"]:
         found.append(
             f"OVERLAP: under the policy {data['policy']} images of the test set are in training, so a model trained on"
