@@ -34,7 +34,7 @@ def cases():
 
 @pytest.fixture(scope="module")
 def found(cases):
-    return zoo.earnings(*cases[:1], (zoo.HONEST, *zoo.POLICIES), cases[1], tuple(zoo.DESIGNS))
+    return zoo.earnings(*cases[:1], (zoo.HONEST, *zoo.POLICIES), cases[1])
 
 
 def wanted(name):
@@ -136,7 +136,9 @@ def test_search_on_other_films(seed):
         ("own box removed", ["knows: whole-image box"]),
     ],
 )
-def test_published_designs_are_beaten(design, cheats, found):
+def test_published_designs_are_beaten(design, cheats, cases):
+    policies = [policy for policy in zoo.POLICIES if policy.name in cheats]
+    found = zoo.earnings(cases[0], (zoo.HONEST, *policies), cases[1], (design,))
     honest = np.mean(found["honest"][design])
     for name in cheats:
         assert np.mean(found[name][design]) >= honest - 1e-9, name
