@@ -224,6 +224,12 @@ def films_of(args, task):
     return films
 
 
+def mean_of(values):
+    """Of those that are not None; None without one."""
+    values = [v for v in values if v is not None]
+    return float(np.mean(values)) if values else None
+
+
 def measure_line(run_dir, films, args):
     """The command that measures a run on its test films, for the console."""
     place = ["--data-dir", args.data_dir] if films.again["name"] in (*INFO, "iu_xray") else []

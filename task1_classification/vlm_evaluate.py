@@ -38,7 +38,7 @@ from shared.models.hub import explained
 from shared.report import Report, number, percent, save_figure, with_interval
 from shared.runtime import InputError, bounded, newest_run, open_run_dir, pick_device, positive_float, positive_int
 from shared.runtime import read_json, run_facts, script, script_parser, write_csv, write_json
-from task1_classification.vlm_data import load_again, text_labels
+from task1_classification.vlm_data import load_again, mean_of, text_labels
 from task1_classification.vlm_model import Bank, Encoder, load_encoder, load_probe, make_store, predict, restore_probe
 
 TASK = "task1_classification"
@@ -241,15 +241,10 @@ def measure(method, films, usable, weights):
             method.draws[:, s, j] = areas(*parts[1], weights[:, inside])
         each.append(found)
     method.labels = {
-        label: {key: mean([found[label][key] for found in each]) for key in each[0][label]} for label in each[0]
+        label: {key: mean_of([found[label][key] for found in each]) for key in each[0][label]} for label in each[0]
     }
-    method.spread = float(np.std([mean([row["auc"] for row in found.values()]) for found in each], ddof=1)) \
+    method.spread = float(np.std([mean_of([row["auc"] for row in found.values()]) for found in each], ddof=1)) \
         if len(each) > 1 else None  # fmt: skip
-
-
-def mean(values):
-    values = [v for v in values if v is not None]
-    return float(np.mean(values)) if values else None
 
 
 def over_seeds(draws, seed):
@@ -331,7 +326,7 @@ def write_report(run_dir, films, methods, usable, often, differences):
     header = ["", "numbers trained", "seeds", "AUC", "over frequent labels", "AP", *list(NAMES.values())[2:], "remark"]
     body = []
     for m in methods:
-        macro = {key: mean([row[key] for row in m.labels.values()]) for key in NAMES}
+        macro = {key: mean_of([row[key] for row in m.labels.values()]) for key in NAMES}
         cells = [number(macro[key]) for key in list(NAMES)[2:]]
         title = f"{m.name} ({LETTERS[m.mode]})" if LETTERS.get(m.mode) else m.name
         body.append([title, f"{m.trainable:,}" if m.trainable else "–", len(m.scores),

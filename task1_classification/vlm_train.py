@@ -46,7 +46,7 @@ from shared.runtime import positive_float, positive_int, read_json, run_facts, s
 from shared.runtime import seed_everything, write_json, write_jsonl
 from shared.training import GuardedStep, StopSignal, Weights, learning_rate, load_state, refuse_other_settings
 from shared.training import save_state, settings_of
-from task1_classification.vlm_data import add_film_options, films_of, measure_line, phantom_films
+from task1_classification.vlm_data import add_film_options, films_of, mean_of, measure_line, phantom_films
 from task1_classification.vlm_model import (
     FORMAT,
     MEANS,
@@ -165,11 +165,6 @@ def train_tower(encoder, args, folder):
 
 
 # --------------------------------------------------------------------------------------------------------- one training
-
-
-def mean_of(values):
-    values = [v for v in values if v is not None]
-    return float(np.mean(values)) if values else None
 
 
 def auc_by_label(truth, scores, labels):
