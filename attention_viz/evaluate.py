@@ -198,6 +198,8 @@ def run_model(vlm, number, cases, pixels, calibration, args, run_dir, stop):
         write_json(chosen_path, chosen | {"of": of})
     with explained(f"{chosen_path.parent} is damaged; start a new run"):
         chosen, done = read_json(chosen_path), read_records(path)
+        if not all(isinstance(r["wordings"], list) and isinstance(r["moved"], list) for r in done.values()):
+            raise ValueError("a record lacks its wordings")
         sinks = None if chosen["sinks"] is None else np.array(chosen["sinks"], bool)
         if chosen["of"] != of:
             raise InputError(
