@@ -45,6 +45,7 @@ from shared.models.passes import PartSize
 from shared.training import Weights
 from vqa_sft_grpo import rollouts, train_grpo
 from vqa_sft_grpo.grpo import group_advantages
+from vqa_sft_grpo.looking import Statement
 from vqa_sft_grpo.prompting import build_prompt
 from vqa_sft_grpo.rewards import RewardSettings
 from vqa_sft_grpo.rows import make_rows, read_rows, write_rows
@@ -109,8 +110,8 @@ def train_ours(args, rows, clock, shared_prompts, with_v):
     reward = RewardSettings(weights=(0.2, 0.4, 0.2, 0.2 if with_v else 0.0), max_tokens=args.tokens)
     policy = rollouts.Policy(vlm, settings, reward)
     policy.size = PartSize(args.prompts * args.num_generations)
-    if with_v:  # random text has no answer: here every rollout counts as if it were one, the same for all of a question
-        rollouts.answer_to_score = lambda text, settings: "yes"
+    if with_v:  # random text has no answer: here the last token of every rollout counts as one
+        policy.statement_of = lambda ids, *rest: Statement(tuple(ids), (False,) * (len(ids) - 1) + (True,), False)
     clock.held, clock.ready = reset_peak(), time.perf_counter()
     for step in range(args.skip + args.steps):
         some = [rows[(step * args.prompts + i) % len(rows)] for i in range(args.prompts)]

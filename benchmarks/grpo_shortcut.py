@@ -272,7 +272,8 @@ def teach(arm, settings, run):
             if best is None or train_grpo.rank_of(found) > train_grpo.rank_of(best):
                 best = found
                 train_grpo.save_adapter(vlm, run, facts)
-            told = "  ".join(f"{name} {found[name]:.3f}" for name in ("val_accuracy", "val_v", "val_gap"))
+            told = {name: found[name] for name in ("val_accuracy", "val_v", "val_gap") if found[name] is not None}
+            told = "  ".join(f"{name} {value:.3f}" for name, value in told.items())
             print(f"{arm}, step {step}: {told}", flush=True)
         if step == args.steps:
             break
@@ -346,7 +347,7 @@ def gap(vlm, rows):
 # ---------------------------------------------------------------------------------------------------------------- main
 
 
-COLUMNS = {"mark says it": "share right", "no mark": "", "mark turned round": "", "redrawn": "", "gap": "nats"}
+COLUMNS = (*MARKS, "redrawn", "gap")
 
 
 def draw(path, results):
@@ -356,7 +357,9 @@ def draw(path, results):
     for axis, columns in ((axes[0], [c for c in COLUMNS if c != "gap"]), (axes[1], ["gap"])):
         for a, arm in enumerate(arms):
             for c, column in enumerate(columns):
-                numbers = [r[arm][column] for r in results.values() if arm in r]
+                numbers = [r[arm][column] for r in results.values() if arm in r and r[arm][column]["n"]]
+                if not numbers:
+                    continue
                 x = c + (a - (len(arms) - 1) / 2) * 0.85 / len(arms)
                 mean = np.mean([n["value"] for n in numbers])
                 axis.bar(x, mean, 0.75 / len(arms), color=f"C{a}", alpha=0.45, label=arm if c == 0 else None)
@@ -418,8 +421,8 @@ def show(seed, of_seed):
         cells = []
         for name in COLUMNS:
             n, times, digits = numbers[name], *((1, 2) if name == "gap" else (100, 0))
-            value, low, high = (f"{times * n[k]:.{digits or 1}f}" for k in ("value", "low", "high"))
-            cells.append(f"{value} [{low}, {high}]")
+            value, low, high = (f"{times * (n[k] or 0):.{digits or 1}f}" for k in ("value", "low", "high"))
+            cells.append(f"{value} [{low}, {high}]" if n["n"] else "nothing to measure")
         print(f"| {seed} | {arm} | {' | '.join(cells)} | {numbers.get('seconds', 0):.0f} |", flush=True)
 
 
