@@ -9,7 +9,7 @@ from shared.models import passes
 from shared.models.inputs import continuation
 from shared.models.loading import FAMILIES, load_vlm
 from shared.models.passes import PartSize, Prompt, features_of, in_parts, logprobs, make_prompts, margin, never_drawn
-from shared.models.passes import sample, score, stop_tokens, text_of, write
+from shared.models.passes import places_of, sample, score, stop_tokens, text_of, write
 from shared.phantom import phantom_study
 from shared.runtime import InputError
 
@@ -117,6 +117,18 @@ def test_two_images_and_none(vlm, films):
         assert prompt.ids.tolist() == plain_inputs(vlm, [text], [image], "Be brief.")["input_ids"][0].tolist()
     plain = [generate(vlm, [t], [i], 6)[0] for t, i in zip(texts, images, strict=True)]
     assert write(vlm, make_prompts(vlm, texts, images), 6) == plain
+
+
+def test_written_tokens_stand_where_they_are_read(vlm):
+    text = 'Grün \u4e2d "no" \U0001f600 <x> 3 cm'
+    ids = continuation(vlm, text)[0]
+    found = places_of(vlm, ids)
+    assert len(found) == len(ids)
+    text = text_of(vlm, ids, skip_special_tokens=False)
+    for (a, b), (_, last), n in zip(found, found[1:] + [(0, len(text))], range(len(ids)), strict=True):
+        assert 0 <= a < b <= last <= len(text)
+        part = vlm.tokenizer.decode(ids[n : n + 1])
+        assert "\ufffd" in part or text[a:b].strip() == part.strip()
 
 
 def test_score_is_the_mean_over_the_tokens_of_a_span(vlm, films, prompts):
