@@ -14,7 +14,7 @@ and infer.py take it as --sft_ckpt. In a notebook, paste this file and change it
 
 Four steps (DeepSeekMath, arXiv 2402.03300, section 4.1, without its KL term and with one update per batch)
     1  sample   --group answers to each of --questions questions, from the model as it is now
-    2  reward   1 for the right answer, 0 for any other text: a rule and not a model, so there is nothing to flatter
+    2  reward   1 for a right answer in the right form, else 0: a rule and not a model, so there is nothing to flatter
     3  compare  advantage = (reward - mean of its group) / spread of its group, so no value network has to be trained
     4  learn    one gradient step: tokens of better answers become likelier, tokens of worse ones less likely
 The image is in every pass. Log-probabilities computed without it would be those of another model than the one that
@@ -24,7 +24,6 @@ What train_grpo.py has in addition, and when you need it
     KL to a reference model    answers drift from what the model could say before, or find a way to trick the reward
     old policy, clipping       several gradient steps on the same answers, because sampling takes most of the time
     no division by the spread  rewards with small parts: divided by it, 0.01 of one counts as much as right or wrong
-    a gate for the format      a program reads the answers, and wants them whole and nothing around them
     graded rewards             open answers of several words, boxes, contradictions, padding, copied questions
     weights of rare answers    most gold answers are the same, so that always saying it earns most
     V                          right answers for a wrong reason: does the answer change when the finding is gone?
@@ -135,10 +134,14 @@ def prompts_of(vlm, rows):
 
 
 def reward(text, gold):
-    """1.0 where exactly one answer is given and its words are those of the gold answer, else 0.0."""
-    answers = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
-    said, right = (re.findall(r"\w+", answer.lower()) for answer in (" ".join(answers), gold))
-    return float(len(answers) == 1 and said == right)
+    """
+    1.0 where the text is <think>..</think><answer>..</answer> with the words of the gold answer, else 0.0.
+
+    The whole text has to match. Paid wherever a right answer stands in it, a model learns to write on and on behind it.
+    """
+    whole = re.fullmatch(r"<think>[^<]*</think>\s*<answer>([^<]*)</answer>", text)
+    said, right = (re.findall(r"\w+", answer.lower()) for answer in (whole[1] if whole else "", gold))
+    return float(whole is not None and said == right)
 
 
 def group_advantages(rewards):
