@@ -45,7 +45,7 @@ from attention_viz.report import read_maps, summarise, write_results
 from shared.models.hub import explained, find_model
 from shared.models.loading import QUANTS, digest_of, load_vlm
 from shared.models.passes import PartSize, in_parts, make_prompts, margin
-from shared.report import PHANTOM
+from shared.report import PHANTOM, short_path
 from shared.runtime import InputError, add_resume, atomic_file, bounded, fraction, free_gpu, open_run_dir, pick_device
 from shared.runtime import positive_int, read_json, record, run_facts, script, script_parser, seed_everything
 from shared.runtime import write_json
@@ -144,7 +144,8 @@ def main(argv=None):
     with StopSignal() as stop:
         for name in args.models:
             vlm = load_vlm(name, quant=args.quant, device=device)
-            label = name if name not in models else f"{name} ({len(models) + 1})"
+            shown = short_path(name) if Path(name).is_dir() else name
+            label = shown if shown not in models else f"{shown} ({len(models) + 1})"
             found = run_model(vlm, len(models), cases, pixels, calibration, args, run_dir, stop)
             models[label] = {"facts": vlm.facts()} | found
             del vlm
