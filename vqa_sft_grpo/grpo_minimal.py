@@ -5,10 +5,10 @@ that turned out right likelier than the wrong ones. Plain PyTorch, one loop, one
 Usage:
     python vqa_sft_grpo/grpo_minimal.py                # Qwen2-VL 2B with LoRA, one GPU, made-up chest films
     python vqa_sft_grpo/grpo_minimal.py --data data/train.json --sft_ckpt checkpoints/qwen2vl_sft
-    python vqa_sft_grpo/grpo_minimal.py --data data/phantom.json --sft_ckpt checkpoints/tiny_sft --lr 5e-4
+    python vqa_sft_grpo/grpo_minimal.py --data d/short.json --sft_ckpt d/sft --questions 16 --lr 1e-3 --steps 40
     python vqa_sft_grpo/grpo_minimal.py --dry-run      # everything once, seconds
 
-Expected of the third, minutes on a laptop: docs/results/vqa_sft_grpo.md, "A ladder from grpo_minimal.py".
+Expected of the third, a minute on a laptop: docs/results/vqa_sft_grpo.md, "A ladder from grpo_minimal.py".
 Writes to the run folder: the LoRA adapter with the best validation accuracy, history.jsonl, metrics.json. evaluate.py
 and infer.py take it as --sft_ckpt. In a notebook, paste this file and change its last line to main(["--dry-run"]).
 
@@ -74,7 +74,7 @@ def parse_args(argv=None):
     g.add_argument("--questions", type=positive_int, default=4, metavar="Q", help="questions per step (%(default)s)")
     g.add_argument("--group", type=bounded(int, 2, 1000), default=8, metavar="G", help="answers to each (%(default)s)")
     g.add_argument("--max-new-tokens", type=positive_int, default=128, help="longest answer (%(default)s)")
-    g.add_argument("--lr", type=positive_float, default=1e-5, help="of AdamW; tiny models: 5e-4 (%(default)s)")
+    g.add_argument("--lr", type=positive_float, default=1e-5, help="of AdamW; the tiny model: 1e-3 (%(default)s)")
     g.add_argument("--eval-every", type=positive_int, default=25, help="steps between validations (%(default)s)")
     # fmt: on
     args = parser.parse_args(argv)
