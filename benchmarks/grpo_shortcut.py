@@ -100,7 +100,7 @@ def parse_args(argv=None):
     parser.add_argument("--test-films", type=positive_int, default=200, help="(%(default)s)")
     parser.add_argument("--sft-batch-size", type=positive_int, default=16,
         help="films per step of the weak model's fine-tuning (%(default)s)")
-    parser.add_argument("--steps", type=positive_int, default=60,
+    parser.add_argument("--steps", type=positive_int, default=240,
         help="of every arm, 8 films each; GRPO writes 8 responses to each (%(default)s)")
     parser.add_argument("--lr", type=float, default=5e-4, help="of every arm (%(default)s)")
     parser.add_argument("--cf-gradient", type=not_negative, default=8.0, help="of the arms with V (%(default)s)")
