@@ -185,8 +185,9 @@ def prepare(args, vlm, data, say):
     store = ImageStore(vlm.processor, films + [film for _, film in blanks], args.cache_gib)
     val_store = ImageStore(vlm.processor, val_films, args.cache_gib)
     rows = cases + [case for case, _ in blanks]
-    examples = make_examples(vlm, rows, store, args, reports)
+    examples, wanted = make_examples(vlm, rows, store, args, reports), len(rows)
     if args.label_steps:  # a second, short question about each film: see label_stage.py
+        wanted += len(cases)
         examples += make_examples(vlm, cases, store, args, {i: list_of(c.report) for i, c in enumerate(cases)}, LIST)
     val_examples = make_examples(vlm, val_cases, val_store, args)
     if args.cache_features:
@@ -195,7 +196,7 @@ def prepare(args, vlm, data, say):
     lengths = [example.length for example in examples]
     say(
         f"training: {store}; {len(examples)} examples of {np.mean(lengths):.0f} tokens (longest {max(lengths)}),"
-        f" those longer than --max-length {args.max_length} left out, {len(blanks)} with a grey film"
+        f" {wanted - len(examples)} longer than --max-length left out, {len(blanks)} with a grey film"
     )
     return cases, store, examples, val_cases, val_store, val_examples
 
