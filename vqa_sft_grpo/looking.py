@@ -71,7 +71,7 @@ class EditPlan:
 def plan_edits(row, image, k=4, fill="inpaint", seed=0, most=None):
     """
     The 2 + k images on which each answer to this row is scored; they do not depend on the rollout. image: uint8 (H, W)
-    or (H, W, 3); row: its "region" is the gold region in pixels. Where the gold answer is no they are 1 + k, the random
+    or (H, W, 3); row: its "region" is the gold region in pixels. With nothing to take out they are 1 + k, the random
     regions being of the size and shape of "lent", the gold region of another row in shares of width and height. fill:
     one of counterfactual.FILLS, or "mixed": drawn by the seed (with the step in the seed, a policy cannot get used to
     one). most: pixels that the model sees of an image; a larger one is scaled down to that first, with its region,
@@ -117,7 +117,7 @@ def at_size_seen(image, boxes, most):
 
 def lend_regions(rows, lenders):
     """
-    Gives each row with the gold answer no a "lent": the gold region of one of `lenders` (training rows), of the same
+    Gives each row with nothing to take out a "lent": the gold region of one of `lenders` (training rows), of the same
     question if there is one, in shares of width and height. Which one follows from the row's id. Rows without a lender
     stay as they are.
     """

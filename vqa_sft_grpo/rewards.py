@@ -23,10 +23,10 @@ Terms of a rollout; None where a row does not define one (no region, no reasonin
                 matter: looking.py) when the gold region is taken out of the image, minus the same for random regions
                 of equal area. Of these the one that matters most counts, not their mean: an answer that also hangs on
                 something else, which one of four regions happens to cover, must not pass. d_roi is limited by itself,
-                so that a large one cannot hide that. Where the gold answer is no there is nothing to take out, and V =
-                clip(-max_k d_rand, -1, 0): regions filled in at random must not turn it into a yes (without this a
-                policy may take any filled region for a yes). None without gold region; a gold no is lent that of
-                another row, for the size
+                so that a large one cannot hide that. Where what is asked about is absent (looking.nothing_to_take_out:
+                mostly a gold no) V = clip(-max_k d_rand, -1, 0): regions filled in at random must not turn it into a
+                yes (without this a policy may take any filled region for a yes). None without gold region; such a row
+                is lent that of another row, for the size
     P penalty   too long + repetition + question or instruction copied + padding, each 0 to 1, together at most 1
 
 composition="gated", the default; f, a, s, v are the four weights divided by their defaults 0.2, 0.4, 0.2, 0.2:
