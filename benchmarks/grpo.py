@@ -11,6 +11,7 @@ Rows:
     ours                    prompts shared by their samples, log-probabilities in chunks
     ours, nothing shared    every rollout a text of its own in the log-probability passes (--checkpointing without
                             recomputing)
+    ours, merged            the adapter is added to the weights while answers are sampled, and taken out again
     ours, with V            the default reward: answers are scored again on edited images (trl has no such thing)
     trl                     GRPOTrainer, dapo loss, beta 0.02, LoRA (reference = adapter switched off), no gradient
                             checkpointing
@@ -41,7 +42,6 @@ from PIL import Image
 from benchmarks.vqa_sft import Clock, memory, reset_peak
 from shared.models.loading import LORA_LAYERS, load_vlm
 from shared.runtime import InputError, positive_int, run_facts, script, seed_everything, write_json
-from shared.models.passes import PartSize
 from shared.training import Weights
 from vqa_sft_grpo import rollouts, train_grpo
 from vqa_sft_grpo.grpo import group_advantages
@@ -50,7 +50,7 @@ from vqa_sft_grpo.prompting import build_prompt
 from vqa_sft_grpo.rewards import RewardSettings
 from vqa_sft_grpo.rows import make_rows, read_rows, write_rows
 
-ROWS = ("ours", "ours, nothing shared", "ours, with V", "trl", "trl, checkpointing")
+ROWS = ("ours", "ours, nothing shared", "ours, merged", "ours, with V", "trl", "trl, checkpointing")
 LR = 1e-4
 
 
@@ -95,7 +95,7 @@ def reward_of(ids):
 # ---------------------------------------------------------------------------------------------------------------- rows
 
 
-def train_ours(args, rows, clock, shared_prompts, with_v):
+def train_ours(args, rows, clock, shared_prompts, with_v, merged):
     options = (
         f"--sft-ckpt {args.out_dir / 'model'} --num-generations {args.num_generations} --batch-size {args.prompts}"
         f" --max-new-tokens {args.tokens} --scale-rewards group --beta 0.02 --lr {LR} --dtype float32 --device cpu"
@@ -109,13 +109,16 @@ def train_ours(args, rows, clock, shared_prompts, with_v):
     optimizer, scaler = torch.optim.AdamW(trained, lr=LR), torch.amp.GradScaler("cpu", enabled=False)
     reward = RewardSettings(weights=(0.2, 0.4, 0.2, 0.2 if with_v else 0.0), max_tokens=args.tokens)
     policy = rollouts.Policy(vlm, settings, reward)
-    policy.size = PartSize(args.prompts * args.num_generations)
     if with_v:  # random text has no answer: here the last token of every rollout counts as one
         policy.statement_of = lambda ids, *rest: Statement(tuple(ids), (False,) * (len(ids) - 1) + (True,), False)
     clock.held, clock.ready = reset_peak(), time.perf_counter()
     for step in range(args.skip + args.steps):
         some = [rows[(step * args.prompts + i) % len(rows)] for i in range(args.prompts)]
+        if merged:
+            vlm.model.merge_adapter()
         batch = policy.roll_out(some, list(range(args.prompts)), torch.Generator().manual_seed(step))
+        if merged:
+            vlm.model.unmerge_adapter()
         ids = batch.flat
         advantages = group_advantages([reward_of(i) for i in ids], args.num_generations, "group")[0].float()
         with rollouts.as_reference(vlm):
@@ -207,7 +210,8 @@ def run_one(args):
 
         length = train_trl(args, rows, clock, args.one != "trl")
     else:
-        length = train_ours(args, rows, clock, "nothing shared" not in args.one, "with V" in args.one)
+        of = ("nothing shared" not in args.one, "with V" in args.one, "merged" in args.one)
+        length = train_ours(args, rows, clock, *of)
     ends = clock.ends[args.skip - 1 :]
     print(
         json.dumps(
@@ -261,6 +265,7 @@ def main(argv=None):
         ("trl", "ours"),
         ("trl, checkpointing", "ours"),
         ("trl", "ours, nothing shared"),
+        ("ours", "ours, merged"),
         ("trl", "ours, with V"),
     ):
         if a in table and b in table:

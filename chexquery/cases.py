@@ -24,7 +24,7 @@ from PIL import Image
 from shared.data.audit import RowSet, repeats, seen, shared_between_splits
 from shared.data.augment import affine
 from shared.data.images import find_images, read_image
-from shared.data.iu_xray import load_iu_xray
+from shared.data.iu_xray import load_iu_xray, mesh_labels
 from shared.metrics.labels import CONDITIONS, PARENTS, label_report
 from shared.phantom import phantom_settings, phantom_study
 from shared.runtime import DataNotFound, InputError, fraction, positive_int, read_json, seed_number, write_json
@@ -42,14 +42,6 @@ LABELS = ("labeller", "mesh", "chexbert", "truth")
 # Options that say which studies there are; a checkpoint holds them, so that evaluate.py takes the same.
 AGAIN = tuple("data splits_file section labels films phantom_seed conditions prevalence severe".split())
 PHANTOM_START = {"train": 0, "val": 8_000_000, "test": 16_000_000}  # studies of the splits are never the same patients
-MESH = {
-    "No Finding": r"normal", "Cardiomegaly": r"cardiomegaly", "Edema": r"pulmonary edema", "Pneumonia": r"pneumonia",
-    "Consolidation": r"consolidation", "Atelectasis": r"(pulmonary )?atelectasis", "Pneumothorax": r"pneumothorax",
-    "Pleural Effusion": r"pleural effusion", "Lung Opacity": r"opacity|infiltrate|airspace disease",
-    "Lung Lesion": r"nodule|mass|density|cavitation", "Fracture": r"fractures?,? ?(bone)?",
-    "Support Devices": r"catheters, indwelling|medical device|implanted medical device|tube, inserted",
-    "Pleural Other": r"thickening|pleural diseases", "Enlarged Cardiomediastinum": r"mediastinum",
-}  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------------------- texts
@@ -93,12 +85,6 @@ def region_labels(text):
             if re.search(rf"\b(?:{words})\b", sentence, re.IGNORECASE):
                 found[name] = max(found[name] or 0, int(abnormal))
     return found
-
-
-def mesh_labels(terms):
-    """Index terms such as "Cardiomegaly/mild" -> labels 1 or 0: what was not indexed counts as absent."""
-    heads = [term.split("/")[0].strip().lower() for term in terms]
-    return {name: int(any(re.fullmatch(MESH[name], head) for head in heads)) for name in CONDITIONS}
 
 
 # ---------------------------------------------------------------------------------------------------------------- rows

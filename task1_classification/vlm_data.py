@@ -10,9 +10,7 @@ A table has a row per film and the columns id, patient, split (train, val, test)
 where it is relative) and, if there is one, report; every other column is a label: 1, 0, or empty for unknown.
 
 Labels of IU X-ray. The indexers wrote terms such as "Opacity/lung/base"; a label is positive where an item has the head
-and all the qualifiers named in MESH14 or MESH9. Items are compared whole, never as substrings. They list what they saw:
-an indexed report without a term is negative, one marked "No Indexing" is unknown. Labels are not closed upwards (an
-oedema does not count as an opacity).
+and all the qualifiers named in MESH14 (shared/data/iu_xray.py) or MESH9; one marked "No Indexing" is unknown.
 """
 
 if __name__ == "__main__":
@@ -28,7 +26,7 @@ import numpy as np
 
 from shared.data.image_sets import INFO, SPLITS, load_images
 from shared.data.images import read_image
-from shared.data.iu_xray import add_image_paths, find_iu_xray, r2gen_split, read_reports
+from shared.data.iu_xray import MESH14, add_image_paths, find_iu_xray, mesh_labels, r2gen_split, read_reports
 from shared.data.text import text_of
 from shared.metrics.labels import CONDITIONS, label_report
 from shared.phantom import phantom_settings, phantom_study
@@ -44,25 +42,7 @@ NOT_LABELS = (*COLUMNS, "report", "study")
 # Far apart and multiples of eight, the phantom's groups of patients: no patient is in two splits.
 PHANTOM_START = {"train": 0, "val": 8_000_000, "test": 16_000_000}
 
-# label -> items, any of which makes it positive: a head, and qualifiers that must be there as well
-MESH14 = {
-    "No Finding": "normal",
-    "Enlarged Cardiomediastinum": "Mediastinum/enlarged; Mediastinum/prominent",
-    "Cardiomegaly": "Cardiomegaly; Cardiac Shadow/enlarged; Heart/enlarged",
-    "Lung Opacity": "Opacity/lung; Density/lung; Infiltrate; Airspace Disease",
-    "Lung Lesion": "Nodule; Mass; Cavitation; Opacity/lung/round; Density/lung/round",
-    "Edema": "Pulmonary Edema",
-    "Consolidation": "Consolidation",
-    "Pneumonia": "Pneumonia",
-    "Atelectasis": "Pulmonary Atelectasis",
-    "Pneumothorax": "Pneumothorax; Hydropneumothorax; Hemopneumothorax",
-    "Pleural Effusion": "Pleural Effusion; Hydropneumothorax; Hemopneumothorax; Hemothorax",
-    "Pleural Other": "Thickening/pleura; Cicatrix/pleura; Pleura/abnormal",
-    "Fracture": "Fractures, Bone",
-    "Support Devices": "Catheters, Indwelling; Implanted Medical Device; Medical Device; Tube, Inserted; Stents;"
-    " Surgical Instruments",
-}
-MESH9 = {  # the nine of earlier work, a blunted angle counted as an effusion
+MESH9 = {  # as MESH14: the nine of earlier work, a blunted angle counted as an effusion
     "Atelectasis": "Pulmonary Atelectasis",
     "Cardiomegaly": "Cardiomegaly",
     "Consolidation": "Consolidation; Infiltrate; Airspace Disease",
@@ -322,23 +302,6 @@ def phantom_films(films=2000, image_size=112, seed=0, conditions=None, severe=Fa
 
 
 # ------------------------------------------------------------------------------------------------------------- IU X-ray
-
-
-def item_matches(item, wanted):
-    """ "Opacity/lung/base" has "Opacity" and "Opacity/lung", not "Opacity/base/round" and not "Opac"."""
-    head, *qualifiers = (" ".join(part.lower().split()) for part in item.split("/"))
-    wanted_head, *needed = (" ".join(part.lower().split()) for part in wanted.split("/"))
-    return head == wanted_head and set(needed) <= set(qualifiers)
-
-
-def mesh_labels(items, mapping):
-    """Index terms of one report -> {label: 1 or 0}, or all None where the report was not indexed."""
-    if not items or any(item_matches(item, "No Indexing") for item in items):
-        return dict.fromkeys(mapping)
-    return {
-        label: int(any(item_matches(item, want) for item in items for want in wanted.split("; ")))
-        for label, wanted in mapping.items()
-    }
 
 
 def text_labels(text):

@@ -29,10 +29,11 @@ from PIL import Image
 from sklearn.metrics import cohen_kappa_score
 
 from shared.data.image_sets import SPLITS
+from shared.data.iu_xray import mesh_labels
 from shared.report import Report, number, percent
 from shared.runtime import InputError, atomic_file, command, fraction, open_run_dir, pick_device
 from shared.runtime import run_facts, script, script_parser, write_csv, write_json
-from task1_classification.vlm_data import MAPPINGS, add_film_options, load_films, mesh_labels, text_labels
+from task1_classification.vlm_data import MAPPINGS, add_film_options, load_films, text_labels
 
 TASK = "task1_classification"
 

@@ -8,8 +8,9 @@ import pytest
 
 from shared.data.iu_xray import read_reports
 from shared.metrics.labels import CONDITIONS
-from task1_classification.vlm_data import MESH9, MESH14, SPLITS, item_matches, iterative_stratification, load_again
-from task1_classification.vlm_data import load_films, mesh_labels, phantom_films, text_labels
+from shared.data.iu_xray import MESH14, item_matches, mesh_labels
+from task1_classification.vlm_data import MESH9, SPLITS, iterative_stratification, load_again
+from task1_classification.vlm_data import load_films, phantom_films, text_labels
 from task1_classification.vlm_prepare import agreement, main
 
 

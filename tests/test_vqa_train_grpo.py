@@ -121,7 +121,7 @@ def step(rows_file):
 
     patch = pytest.MonkeyPatch()
     patch.setattr(rollouts, "sample", torch.no_grad()(scripted))
-    policy.size = PartSize(12)
+    policy.size, policy.sampling = PartSize(12), PartSize(12)
     batch = policy.roll_out(chosen, list(range(4)), torch.Generator())
     patch.undo()
     return policy, batch
@@ -170,6 +170,20 @@ def test_rollouts_are_scored_on_what_the_policy_wrote(step):
         found.append(sum(x.item() for x, said in zip(logp, batch.statements[5].said, strict=True) if said))
     assert sum(batch.statements[5].said) == 1 and batch.statements[5].said[before - 1 : before + 1].count(True) == 1
     assert by_text[1, batch.texts[5]]["d_roi"] == pytest.approx(found[0] - found[1], abs=1e-3)
+
+
+def test_all_questions_of_a_step_are_sampled_together(step, monkeypatch):
+    """However small the passes are: so that --micro-batch changes neither what is drawn nor how long drawing takes."""
+    policy, batch = step
+    asked, other, sampled = [], with_options(policy, "--micro-batch", "1", "--batch-size", "4"), rollouts.sample
+
+    def watched(vlm, prompts, *rest):
+        asked.append(len(prompts))
+        return sampled(vlm, prompts, *rest)
+
+    monkeypatch.setattr(rollouts, "sample", watched)
+    other.roll_out(batch.rows, batch.places, torch.Generator().manual_seed(0))
+    assert asked == [4]
 
 
 def test_gradient_does_not_depend_on_how_a_step_is_cut(step):

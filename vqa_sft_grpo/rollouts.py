@@ -119,13 +119,17 @@ def score_statements(vlm, prompts, statements, share=True):
 
 
 class Policy:
-    """The model that learns and what its passes need. size: answers, or edited images, that go through it at a time."""
+    """
+    The model that learns and what its passes need. size: answers, or edited images, that go through it at a time when
+    they are scored or learned from; sampling: when they are written, which keeps no activations: all of a step.
+    """
 
     def __init__(self, vlm, args, settings, frequencies=None):
         self.vlm, self.args, self.settings, self.frequencies = vlm, args, settings, frequencies
         small = count_parameters(vlm.base) < 100e6
-        many = args.micro_batch or args.num_generations * (args.batch_size if small else 1)
-        self.size, self.never = PartSize(many), never_drawn(vlm)
+        step = args.num_generations * args.batch_size
+        self.size = PartSize(args.micro_batch or (step if small else args.num_generations))
+        self.sampling, self.never = PartSize(step), never_drawn(vlm)
 
     # ------------------------------------------------------------------------------------------------------- sampling
 
@@ -140,7 +144,7 @@ class Policy:
         def some(part):
             return list(zip(*sample(vlm, part, each, args.max_new_tokens, temperature, generator), strict=True))
 
-        groups, logps = zip(*in_parts(some, prompts, self.size, each), strict=True)
+        groups, logps = zip(*in_parts(some, prompts, self.sampling, each), strict=True)
         sampled = time.time()
         batch = self.score(rows, images, places, prompts, list(groups))
         batch.logps, batch.seconds = list(logps), {"seconds_sample": sampled - begin}

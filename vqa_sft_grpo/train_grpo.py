@@ -293,7 +293,7 @@ def train(args, vlm, train_rows, val_rows, facts, run_dir):
     settings = RewardSettings(args.composition, args.weights, args.max_new_tokens, args.style)
     policy = Policy(vlm, args, settings, AnswerFrequencies(train_rows))
     judge = Policy(vlm, args, settings)  # validation: rewards without the frequencies of the training answers
-    judge.size = policy.size
+    judge.size, judge.sampling = policy.size, policy.sampling
     weights = Weights(vlm.model)
     optimizer = torch.optim.AdamW(list(weights.values()), lr=args.lr, weight_decay=0.0)
     scaler = torch.amp.GradScaler(vlm.device.type, enabled=vlm.dtype == torch.float16)

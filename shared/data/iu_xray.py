@@ -284,7 +284,7 @@ def add_image_paths(rows, folder, image_folder=None):
     return f"{best}: {len(found)} of {len(wanted)}" if best else "none"
 
 
-# ----------------------------------------------------------------------------------------------- split and gold labels
+# ---------------------------------------------------------------------------------------------------- split and labels
 
 
 def r2gen_split(folder):
@@ -313,6 +313,47 @@ def r2gen_split(folder):
     if double:
         raise InputError(f"{path} has a study in two splits: {double[0]}")
     return split_of
+
+
+# label -> index terms, any of which makes it positive: a head, and qualifiers that must be there as well
+MESH14 = {
+    "No Finding": "normal",
+    "Enlarged Cardiomediastinum": "Mediastinum/enlarged; Mediastinum/prominent",
+    "Cardiomegaly": "Cardiomegaly; Cardiac Shadow/enlarged; Heart/enlarged",
+    "Lung Opacity": "Opacity/lung; Density/lung; Infiltrate; Airspace Disease",
+    "Lung Lesion": "Nodule; Mass; Cavitation; Opacity/lung/round; Density/lung/round",
+    "Edema": "Pulmonary Edema",
+    "Consolidation": "Consolidation",
+    "Pneumonia": "Pneumonia",
+    "Atelectasis": "Pulmonary Atelectasis",
+    "Pneumothorax": "Pneumothorax; Hydropneumothorax; Hemopneumothorax",
+    "Pleural Effusion": "Pleural Effusion; Hydropneumothorax; Hemopneumothorax; Hemothorax",
+    "Pleural Other": "Thickening/pleura; Cicatrix/pleura; Pleura/abnormal",
+    "Fracture": "Fractures, Bone",
+    "Support Devices": "Catheters, Indwelling; Implanted Medical Device; Medical Device; Tube, Inserted; Stents;"
+    " Surgical Instruments",
+}
+
+
+def item_matches(item, wanted):
+    """ "Opacity/lung/base" has "Opacity" and "Opacity/lung", not "Opacity/base/round" and not "Opac"."""
+    head, *qualifiers = (" ".join(part.lower().split()) for part in item.split("/"))
+    wanted_head, *needed = (" ".join(part.lower().split()) for part in wanted.split("/"))
+    return head == wanted_head and set(needed) <= set(qualifiers)
+
+
+def mesh_labels(items, mapping=MESH14):
+    """
+    Index terms of one report -> {label: 1 or 0}, or all None where the report was not indexed. mapping: as MESH14.
+    Terms are compared whole, never as substrings, and list what the indexers saw: what is not there is negative. Labels
+    are not closed upwards (an oedema does not count as an opacity).
+    """
+    if not items or any(item_matches(item, "No Indexing") for item in items):
+        return dict.fromkeys(mapping)
+    return {
+        label: int(any(item_matches(item, want) for item in items for want in wanted.split("; ")))
+        for label, wanted in mapping.items()
+    }
 
 
 def load_gold_labels(data_dir):
