@@ -67,7 +67,7 @@ def parse_args(argv=None):
     parser.add_argument("--tower-steps", type=positive_int, default=600,
         help="train: steps of the tower alone, before (%(default)s)")
     parser.add_argument("--steps", type=positive_int, default=2000, help="train: optimiser steps (%(default)s)")
-    parser.add_argument("--blind-steps", type=positive_int, default=300, help="train: of the blind ones (%(default)s)")
+    parser.add_argument("--blind-steps", type=positive_int, default=1000, help="train: of the blind ones (%(default)s)")
     parser.add_argument("--batch-size", type=positive_int, default=16, help="train: questions per step (%(default)s)")
     parser.add_argument("--lr", type=positive_float, default=1e-3, help="train: highest learning rate (%(default)s)")
     parser.add_argument("--studies", type=positive_int, default=100, help="proof: studies of each set (%(default)s)")

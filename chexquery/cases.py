@@ -75,15 +75,23 @@ def sentence_labels(sentence):
     return label_report(sentence)
 
 
+def is_abnormal(sentence):
+    """Does it state or suspect something abnormal?"""
+    return any(v in (1, -1) for k, v in sentence_labels(sentence).items() if k not in ("No Finding", "Support Devices"))
+
+
+def abnormal_sentences(text):
+    """The sentences of a report that state or suspect something abnormal; where there are none, that."""
+    return " ".join(filter(is_abnormal, sentences_of(text))) or "No abnormality."
+
+
 def region_labels(text):
     """Weak targets from words: does a sentence that names the region state or suspect something abnormal?"""
     found = dict.fromkeys(REGIONS)
     for sentence in sentences_of(text):
-        labels = sentence_labels(sentence)
-        abnormal = any(v in (1, -1) for k, v in labels.items() if k not in ("No Finding", "Support Devices"))
         for name, words in REGIONS.items():
             if re.search(rf"\b(?:{words})\b", sentence, re.IGNORECASE):
-                found[name] = max(found[name] or 0, int(abnormal))
+                found[name] = max(found[name] or 0, int(is_abnormal(sentence)))
     return found
 
 

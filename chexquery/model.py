@@ -62,6 +62,8 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.dropout = heads, dropout
         self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
+        for layer in (self.query, self.key, self.value, self.out):
+            nn.init.xavier_uniform_(layer.weight)  # torch's own are so small that the start drowns what the film says
 
     def forward(self, x, memory, mask=None, maps=False):
         """mask: bool, broadcast to (B, N, M), true where attention is allowed."""
@@ -113,7 +115,8 @@ class Fusion(nn.Module):
         self.gate = None
         if gate_hidden:  # one number per study: how much the whole film counts beside the queries
             self.gate = nn.Sequential(nn.Linear(2 * width, gate_hidden), nn.GELU(), nn.Linear(gate_hidden, 1))
-        self.pool_queries = nn.Parameter(torch.randn(num_pool, width) * 0.02) if num_pool else None
+        # Long: short ones weigh all queries alike, so that all tokens are their mean, and learning does not part them.
+        self.pool_queries = nn.Parameter(torch.randn(num_pool, width) * 8) if num_pool else None
         self.pool = Attention(width, heads) if num_pool else None
         self.norm_pool = nn.LayerNorm(width) if num_pool else None
         self.project, self.norm = nn.Linear(width, text_width), nn.LayerNorm(text_width)
@@ -126,9 +129,8 @@ class Fusion(nn.Module):
             whole, queries = gate * whole, (1 - gate[:, None]) * queries
         tokens = whole[:, None]
         if self.pool is not None:
-            start = self.pool_queries.expand(len(whole), -1, -1)
-            pooled, weights = self.pool(start, queries, maps=maps)
-            tokens = torch.cat([tokens, self.norm_pool(start + pooled)], 1)
+            pooled, weights = self.pool(self.pool_queries.expand(len(whole), -1, -1), queries, maps=maps)
+            tokens = torch.cat([tokens, self.norm_pool(pooled)], 1)
             weights = None if weights is None else weights.mean(1)
         return self.norm(self.project(tokens)), gate, weights
 

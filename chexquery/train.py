@@ -37,8 +37,8 @@ import torch.nn.functional as F
 import yaml
 from tqdm import tqdm
 
-from chexquery.cases import AGAIN, Films, add_data_options, changed, epoch_order, label_targets, load_studies
-from chexquery.cases import region_targets
+from chexquery.cases import AGAIN, Films, abnormal_sentences, add_data_options, changed, epoch_order, label_targets
+from chexquery.cases import load_studies, region_targets
 from chexquery.checkpoints import save_model
 from chexquery.model import SHAPE, build_model
 from shared.metrics.classification import choose_threshold
@@ -84,6 +84,8 @@ def build_parser():
         help="films that are looked at, where a study has them (%(default)s)")
     g.add_argument("--uncertain", default="positive", choices=["positive", "negative", "ignore"],
         help="what a suspected condition is in the label loss (%(default)s)")
+    g.add_argument("--phase1-text", default="report", choices=["report", "findings"],
+        help="what phase 1 writes: the report, or those of its sentences that state something abnormal (%(default)s)")
     g.add_argument("--shuffle-regions", action="store_true",
         help="control: region targets of another study, so that region queries learn nothing of their region")
     g = parser.add_argument_group("model")
@@ -188,6 +190,8 @@ class Split:
         self.rows = rows
         self.films = Films(rows, model.image_size, drawn, args.views, args.cache_gib)
         self.ids = model.encode([row["report"] for row in rows])
+        findings = args.phase1_text == "findings"
+        self.first = model.encode([abnormal_sentences(row["report"]) for row in rows]) if findings else self.ids
         self.labels, self.label_mask = (torch.from_numpy(a) for a in label_targets(rows, args.uncertain))
         self.regions, self.region_mask = (torch.from_numpy(a) for a in region_targets(rows))
         if shuffle_regions:
@@ -210,6 +214,11 @@ class Split:
         self.patches, self.whole = (torch.cat(part) for part in zip(*parts, strict=True))
         return each * len(self.rows) / 2**30
 
+    def texts(self, indices, phase, device):
+        """-> ids of what is written about these rows in a phase, (N, longest of them), padded with -100."""
+        ids = (self.first if phase == 1 else self.ids)[indices]
+        return ids[:, : (ids != -100).any(0).sum()].contiguous().to(device)
+
     def inputs(self, indices, device, augmenting=False):
         """-> the arguments of the model for these rows."""
         images, present = self.films.get(indices)
@@ -229,7 +238,7 @@ def losses(model, split, indices, args, phase, device, dtype, augmenting=False):
     weights = torch.tensor([LABEL_WEIGHTS.get(name, 1.0) for name in CONDITIONS], device=device)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         seen = model(**split.inputs(indices, device, augmenting))
-        report = model.report_loss(seen.tokens, split.ids[indices].to(device), args.label_smoothing[phase - 1])
+        report = model.report_loss(seen.tokens, split.texts(indices, phase, device), args.label_smoothing[phase - 1])
     found = {"report": report}
     for name, logits, target, mask, weight in (
         ("labels", seen.logits, split.labels, split.label_mask, weights),
@@ -258,7 +267,7 @@ def validate(model, split, args, phase, device, dtype):
         indices = list(range(start, min(start + args.eval_batch, len(split.rows))))
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             seen = model(**split.inputs(indices, device))
-            report_loss += model.report_loss(seen.tokens, split.ids[indices].to(device)).item() * len(indices)
+            report_loss += model.report_loss(seen.tokens, split.texts(indices, phase, device)).item() * len(indices)
         texts += model.write(seen.tokens.float())[0]
         logits += [] if seen.logits is None else [seen.logits.float().cpu()]
     written = [label_report(text) for text in texts]
@@ -290,7 +299,8 @@ def validate(model, split, args, phase, device, dtype):
 def optimizer_of(weights, args, phase):
     matrices, vectors = ([p for p in weights.values() if (p.ndim > 1) == many] for many in (True, False))
     groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=args.lr[phase - 1])
+    fused = {p.device.type for p in weights.values()} <= {"cpu", "cuda"}  # one pass over all weights
+    return torch.optim.AdamW(groups, lr=args.lr[phase - 1], fused=fused)
 
 
 def take_step(model, split, batch, args, phase, work, augmenting):

@@ -75,6 +75,14 @@ def test_number_of_visual_tokens(pool, tokens):
     assert untrained(num_pool_queries=pool)[0](*films(1)).tokens.shape[1] == tokens
 
 
+def test_visual_tokens_differ_from_the_start(pretrained):
+    """Pooling that weighs all queries alike gives one token ten times, and the decoder a mean over 20 queries."""
+    with torch.no_grad():
+        tokens = pretrained(*films()).tokens[:, 1:]
+    alike = F.cosine_similarity(tokens[:, :, None], tokens[:, None], dim=-1)
+    assert alike[:, ~torch.eye(tokens.shape[1], dtype=torch.bool)].mean() < 0.9
+
+
 @pytest.mark.parametrize("off, names", [("gate", 20), ("regions", 14), ("conditions", 6), ("query_attention", 20)])
 def test_every_part_can_be_switched_off(off, names):
     model = untrained(**{off: False})[0]

@@ -470,9 +470,10 @@ def _evaluating(vlm):
 def _check_finite(vlm, scores):
     if not torch.isfinite(scores).all():
         name = str(vlm.dtype).removeprefix("torch.")
+        why = "its weights are damaged, in the file or by too high an --lr"
         raise InputError(
             f"{vlm.name} gives numbers that are not finite, computing in {name}: "
-            + ("use --dtype bfloat16 or float32" if vlm.dtype == torch.float16 else "its weights are damaged")
+            + ("use --dtype bfloat16 or float32" if vlm.dtype == torch.float16 else why)
         )
 
 
