@@ -12,7 +12,7 @@ medians of --rounds. Bytes are counted: of the rows that capture keeps for the i
 output_attentions=True returns. Memory: growth of the process's peak over that of plain sdpa (Linux).
 train: tiny:gemma3 (64 image tokens) and tiny:llava learn to answer yes/no questions about three findings on phantom
 films, in many wordings. "sees" has questions whose words do not tell the answer; "blind" has questions whose words
-tell it (guessable), and a grey picture in place of every film. Seconds are counted.
+tell it (guessable), and a grey picture or another patient's film in place of every film. Seconds are counted.
 proof: 100 studies x 6 wordings twice: as trained (the causal filter, methods ranked by hit rate) and guessable, where
 both are right and only the report can tell them apart. Writes --out-dir/metrics.json beside the models and reports.
 """
@@ -157,7 +157,10 @@ def train(family, blind, args):
     fresh_films, fresh, _ = questions(150, settings, args.seed, start=FRESH, variants=1)
     cases = [(film, q, a.partition(".")[0] if blind else a) for film, q, a in cases]
     steps, grey = args.blind_steps if blind else args.steps, np.full((SIZE, SIZE), 90, np.uint8)
-    films, fresh_films = ([grey] * len(some) if blind else some for some in (films, fresh_films))
+    if blind:  # half of them grey, half from another patient: films alone would be unlike all it has seen
+        films, fresh_films = (
+            [grey if i % 2 else some[i - len(some) // 2] for i in range(len(some))] for some in (films, fresh_films)
+        )
     store = ImageStore(vlm.processor, films, budget_gib=1.0)
     grid = tuple(store.grids[0])
     texts = {answer: np.array(continuation(vlm, answer, end=True)[0], np.int32) for _, _, answer in cases}

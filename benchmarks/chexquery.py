@@ -358,7 +358,7 @@ def memory(args):
               "text_model": str(tiny_folder("tiny:t5", **(decoder if big else {})))}  # fmt: skip
     options, model, split = prepared(args, build_model(shape).to(device), 32)
     dtype, found = torch.bfloat16 if device.type == "cuda" else torch.float32, {}
-    split.ids = split.first = F.pad(split.ids, (0, max(0, 100 - split.ids.shape[1])), value=1)
+    split.ids = {phase: F.pad(ids, (0, max(0, 100 - ids.shape[1])), value=1) for phase, ids in split.ids.items()}
     work = device, dtype, torch.amp.GradScaler(device.type, enabled=False), 0, 1
     for phase, batch in ((1, 16), (2, 4), (3, 8)):
         model.freeze(phase)

@@ -24,6 +24,7 @@ import hashlib
 import math
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1] if "__file__" in globals() else Path.cwd()
@@ -189,9 +190,10 @@ class Split:
     def __init__(self, rows, model, args, drawn, shuffle_regions=False):
         self.rows = rows
         self.films = Films(rows, model.image_size, drawn, args.views, args.cache_gib)
-        self.ids = model.encode([row["report"] for row in rows])
-        findings = args.phase1_text == "findings"
-        self.first = model.encode([abnormal_sentences(row["report"]) for row in rows]) if findings else self.ids
+        reports = [row["report"] for row in rows]
+        first = list(map(abnormal_sentences, reports)) if args.phase1_text == "findings" else reports
+        self.wanted = {1: first, 2: reports, 3: reports}  # what each phase writes
+        self.ids = {phase: model.encode(texts) for phase, texts in self.wanted.items()}
         self.labels, self.label_mask = (torch.from_numpy(a) for a in label_targets(rows, args.uncertain))
         self.regions, self.region_mask = (torch.from_numpy(a) for a in region_targets(rows))
         if shuffle_regions:
@@ -216,7 +218,7 @@ class Split:
 
     def texts(self, indices, phase, device):
         """-> ids of what is written about these rows in a phase, (N, longest of them), padded with -100."""
-        ids = (self.first if phase == 1 else self.ids)[indices]
+        ids = self.ids[phase][indices]
         return ids[:, : (ids != -100).any(0).sum()].contiguous().to(device)
 
     def inputs(self, indices, device, augmenting=False):
@@ -275,9 +277,9 @@ def validate(model, split, args, phase, device, dtype):
     occurring = [j for j in range(1, len(CONDITIONS)) if true[:, j].any()]
     tp, both = (found & true).sum(0), found.sum(0) + true.sum(0)
     macro = float(np.mean(2 * tp[occurring] / np.maximum(both[occurring], 1))) if occurring else 0.0
-    spread, numbers = diversity(texts, [row["reference"] for row in split.rows]), averages(found, true)
-    distinct = spread["distinct_reports"] / len(texts)
+    spread, numbers = diversity(texts, split.wanted[phase]), averages(found, true)
     score = macro + 0.1 * min(1.0, spread["distinct_reports"] / spread["reference_distinct_reports"])
+    alike = max(Counter(split.wanted[phase]).values()) / len(texts)  # normal studies may well be told alike
     thresholds = None
     if logits:
         scores = torch.cat(logits).sigmoid().numpy().astype(float)
@@ -288,8 +290,9 @@ def validate(model, split, args, phase, device, dtype):
     rows = [{"uid": r["uid"], "reference": r["reference"], "text": t} for r, t in zip(split.rows, texts, strict=True)]
     return {
         "val_loss": report_loss / len(texts), "score": score, "f1_macro": macro, "f1_micro_13": numbers["f1_micro_13"],
-        "distinct": distinct, "share_most_frequent": spread["share_most_frequent"],
-        "collapsed": spread["share_most_frequent"] > 0.5 and len(texts) >= 8, "thresholds": thresholds,
+        "distinct": spread["distinct_reports"] / len(texts), "share_most_frequent": spread["share_most_frequent"],
+        "collapsed": spread["share_most_frequent"] > max(0.5, 1.25 * alike) and len(texts) >= 8,
+        "thresholds": thresholds,
     }, rows  # fmt: skip
 
 

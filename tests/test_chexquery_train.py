@@ -341,6 +341,8 @@ def test_validation_counts_labels_and_alarms(monkeypatch):
     assert perfect["f1_micro_13"] == perfect["f1_macro"] == 1 and perfect["score"] == pytest.approx(1.1)
     assert not perfect["collapsed"] and constant["collapsed"] and constant["share_most_frequent"] == 1
     assert constant["f1_micro_13"] == 0 and len(perfect["thresholds"]) == 14
+    split.wanted[1] = ["No abnormality."] * 5 + told[5:]  # where most studies are told alike, that is no collapse
+    assert not say(split.wanted[1])["collapsed"] and say(["No abnormality."] * 8)["collapsed"]
 
 
 def test_phase_1_may_write_the_findings_alone():
