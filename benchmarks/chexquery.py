@@ -2,7 +2,7 @@
 What CheXQuery learns on the phantom, what its parts are for, and how fast it trains and writes.
 
 Usage:
-    python benchmarks/chexquery.py learn                    # five severe conditions; 40 minutes on two cores
+    python benchmarks/chexquery.py learn                    # five severe conditions; 40 minutes on one core
     python benchmarks/chexquery.py learn --all-conditions   # all 13, severe
     python benchmarks/chexquery.py ablate                   # one part off at a time, shorter runs
     python benchmarks/chexquery.py speed                    # 5 minutes; leave the machine alone meanwhile

@@ -283,10 +283,8 @@ def validate(model, split, args, phase, device, dtype):
     thresholds = None
     if logits:
         scores = torch.cat(logits).sigmoid().numpy().astype(float)
-        both = [0 < true[:, j].sum() < len(true) for j in range(len(CONDITIONS))]
-        thresholds = [
-            choose_threshold(true[:, j].astype(int), scores[:, j]) if both[j] else 0.5 for j in range(len(both))
-        ]
+        thresholds = [choose_threshold(t.astype(int), s) if 0 < t.sum() < len(t) else 0.5
+                      for t, s in zip(true.T, scores.T, strict=True)]  # fmt: skip
     rows = [{"uid": r["uid"], "reference": r["reference"], "text": t} for r, t in zip(split.rows, texts, strict=True)]
     return {
         "val_loss": report_loss / len(texts), "score": score, "f1_macro": macro, "f1_micro_13": numbers["f1_micro_13"],
