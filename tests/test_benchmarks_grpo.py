@@ -1,17 +1,18 @@
 """
 The experiments about GRPO in their short forms: the shortcut experiment runs with an untrained model in place of the
-weak one, and the comparison with trl runs.
+weak one, the ladder climbs without learning, and the comparison with trl runs.
 """
 
 import json
 
 import numpy as np
 import pytest
+import torch
 
-from benchmarks import grpo, grpo_shortcut
+from benchmarks import grpo, grpo_ladder, grpo_shortcut
 from shared.data.images import read_pixels
 from shared.models.loading import load_vlm
-from vqa_sft_grpo import train_sft
+from vqa_sft_grpo import grpo_minimal, train_sft
 from vqa_sft_grpo.prompting import build_target
 
 
@@ -80,3 +81,24 @@ def test_the_comparison_with_trl_runs(tmp_path, capsys):
         row["tokens_per_rollout"] == 6 and row["seconds_per_step"] > 0 for row in table.values()
     )
     assert "as fast" in capsys.readouterr().out
+
+
+def test_rungs_of_grpo_minimal_differ_in_what_they_say():
+    behind = "<think></think><answer>yes</answer>no</answer>"
+    assert grpo_ladder.paid_anywhere(behind, "yes") == 1 and grpo_minimal.reward(behind, "yes") == 0
+    assert grpo_ladder.paid_anywhere("yes", "yes") == grpo_ladder.paid_anywhere("<answer>no</answer>", "yes") == 0
+    rewards = torch.tensor([[1.0, 0, 0, 0, 0, 0, 0, 0]]).repeat(50, 1)
+    dealt, real = grpo_ladder.dealt_out(rewards), grpo_minimal.group_advantages(rewards)
+    assert torch.equal(dealt.sort(1).values, real.sort(1).values)
+    assert 0 < (dealt[:, 0] == real[:, 0]).float().mean() < 0.5  # an eighth by chance
+
+
+@pytest.mark.slow
+def test_the_ladder_in_short(tmp_path):
+    before = grpo_minimal.reward, grpo_minimal.group_advantages
+    rungs = ["minimal", "anywhere", "dealt out", "full", "V"]
+    found = grpo_ladder.main(["--small", "--seeds", "5", "--rungs", *rungs, "--out-dir", str(tmp_path)])
+    assert list(found[5]) == ["start", *rungs] and (grpo_minimal.reward, grpo_minimal.group_advantages) == before
+    for numbers in found[5].values():
+        assert all(0 <= numbers[name]["value"] <= 1 for name in ("right", "P", "form"))
+    assert found[5]["start"]["gain"]["P"]["value"] == 0
