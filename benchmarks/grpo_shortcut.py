@@ -90,7 +90,7 @@ MARKS = {"mark says it": 1.0, "no mark": None, "mark turned round": 0.0}  # agre
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     # fmt: off
-    parser.add_argument("--seeds", type=int, nargs="+", default=[12, 13, 14], help="(%(default)s)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[13, 14, 15], help="(%(default)s)")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS, help="(all)")
     parser.add_argument("--captions", default="plain", choices=CAPTIONS,
         help="what stands before the answer (%(default)s)")
