@@ -4,7 +4,7 @@ What each idea of the full trainer adds to GRPO in one file, one rung at a time,
 Usage:
     python benchmarks/grpo_ladder.py                        # seeds 90 91; docs/results/vqa_sft_grpo.md says how long
     python benchmarks/grpo_ladder.py --rungs minimal kl --seeds 92
-    python benchmarks/grpo_ladder.py --small --seeds 90 --rungs minimal dealt out
+    python benchmarks/grpo_ladder.py --small --seeds 90 --rungs minimal "dealt out"
 
 "Is there a pleural effusion?" on films with a severe effusion or none, half and half; a tiny model is fine-tuned for
 --sft-steps on right answers alone and stopped while they are nearly a matter of chance. Every rung starts from it, with

@@ -5,10 +5,10 @@ that turned out right likelier than the wrong ones. Plain PyTorch, one loop, one
 Usage:
     python vqa_sft_grpo/grpo_minimal.py                # Qwen2-VL 2B with LoRA, one GPU, made-up chest films
     python vqa_sft_grpo/grpo_minimal.py --data data/train.json --sft_ckpt checkpoints/qwen2vl_sft
-    python vqa_sft_grpo/grpo_minimal.py --data d/short.json --sft_ckpt d/sft --questions 16 --lr 1e-3 --steps 40
+    python vqa_sft_grpo/grpo_minimal.py --data L/rows.json --sft_ckpt L/weak --questions 16 --lr 1e-3 --steps 40
     python vqa_sft_grpo/grpo_minimal.py --dry-run      # everything once, seconds
 
-Expected of the third, a minute on a laptop: docs/results/vqa_sft_grpo.md, "A ladder from grpo_minimal.py".
+Expected of the third, a minute on a laptop (L: 90/ of benchmarks/grpo_ladder.py): docs/results/vqa_sft_grpo.md.
 Writes to the run folder: the LoRA adapter with the best validation accuracy, history.jsonl, metrics.json. evaluate.py
 and infer.py take it as --sft_ckpt. In a notebook, paste this file and change its last line to main(["--dry-run"]).
 
