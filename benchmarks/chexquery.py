@@ -4,14 +4,15 @@ What CheXQuery learns on the phantom, what its parts are for, and how fast it tr
 Usage:
     python benchmarks/chexquery.py learn                    # five severe conditions; 40 minutes on one core
     python benchmarks/chexquery.py learn --all-conditions   # all 13, severe
-    python benchmarks/chexquery.py ablate                   # one part off at a time, shorter runs
+    python benchmarks/chexquery.py ablate                   # one part off at a time, phase 1 alone
     python benchmarks/chexquery.py speed                    # 5 minutes; leave the machine alone meanwhile
     python benchmarks/chexquery.py memory                   # a GPU: the full model's size from random weights
     python benchmarks/chexquery.py learn --small            # the short form of each: the numbers mean nothing
 
 learn: trains chexquery/train.py, measures chexquery/evaluate.py on films of other patients, and beside it a CNN
 classifier of the same films (0.5 M parameters, thresholds chosen on validation). Micro-F1 is against what was drawn.
-ablate: the same for each row of ABLATIONS, with fewer epochs; intervals draw patients.
+ablate: the same for each row of ABLATIONS after phase 1 alone, whose reports hold only what is abnormal; intervals draw
+patients.
 speed: studies per second of training against transformers' Trainer with the same model, batches, optimiser and loss;
 writing in batches with the cache against one by one and against one by one without it; an epoch of phase 1 of a model
 with a frozen tower, features kept against computed. Each pair takes turns in one process, three rounds, medians.
@@ -66,7 +67,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["learn", "ablate", "speed", "memory"])
     parser.add_argument("--films", type=int, default=8000, help="phantom: studies to train on (%(default)s)")
-    parser.add_argument("--epochs", type=int, nargs=3, help="of the phases (default: configs/tiny.yaml; ablate: 8 4 1)")
+    parser.add_argument("--epochs", type=int, nargs=3, help="of the phases (default: configs/tiny.yaml)")
     parser.add_argument("--all-conditions", action="store_true", help="all 13 severe conditions in place of five")
     parser.add_argument("--rows", nargs="+", choices=list(ABLATIONS), help="ablate: these only")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
@@ -177,10 +178,10 @@ def learn(args):
 
 
 def ablate(args):
-    args.epochs = args.epochs or (None if args.small else [8, 4, 1])
     found, rows = {}, []
     for name in args.rows or ABLATIONS:
-        training, test = train_and_measure(args, args.out_dir / name.replace(" ", "_"), ABLATIONS[name], 0)
+        folder, options = args.out_dir / name.replace(" ", "_"), ["--phase", 1, *ABLATIONS[name]]
+        training, test = train_and_measure(args, folder, options, 0)
         line = test["lines"]["model"]
         found[name] = {
             "seconds": training["seconds"],

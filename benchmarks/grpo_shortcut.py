@@ -4,7 +4,6 @@ away, of a model that writes a caption before it answers.
 
 Usage:
     python benchmarks/grpo_shortcut.py                     # three seeds; docs/results/vqa_sft_grpo.md says how long
-    python benchmarks/grpo_shortcut.py --captions naming   # captions that name the finding
     python benchmarks/grpo_shortcut.py --agreement 0.5     # the mark says nothing: what is learned then?
     python benchmarks/grpo_shortcut.py --small --seeds 96 --arms answer default   # the short form for tests
 
@@ -66,11 +65,7 @@ from vqa_sft_grpo.rollouts import Batch, Policy, image_of, row_at, score_stateme
 from vqa_sft_grpo.rows import make_rows, write_rows
 
 CONDITION = "Pleural Effusion"
-# in front of the answer; "plain" says nothing of the matter, "naming" says it all
-CAPTIONS = {
-    "plain": dict.fromkeys(("yes", "no"), ("Frontal film.", "Frontal film of the chest.")),
-    "naming": {"yes": ("Film with an effusion.",), "no": ("Film without effusion.",)},
-}
+CAPTIONS = "Frontal film.", "Frontal film of the chest."  # in front of the answer; they say nothing of the matter
 TAUGHT = ("fine-tuning", "edited films", "fine-tuning + V")
 SAMPLED = {"answer": ["--composition", "additive", "--weights", "0,1,0,0"], "default": []}
 ARMS = (*TAUGHT, *SAMPLED)
@@ -92,8 +87,6 @@ def parse_args(argv=None):
     # fmt: off
     parser.add_argument("--seeds", type=int, nargs="+", default=[13, 14, 15], help="(%(default)s)")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS, help="(all)")
-    parser.add_argument("--captions", default="plain", choices=CAPTIONS,
-        help="what stands before the answer (%(default)s)")
     parser.add_argument("--agreement", type=fraction, default=1.0,
         help="share of the films trained on whose mark says what is true (%(default)s)")
     parser.add_argument("--films", type=positive_int, default=1000, help="training films (%(default)s)")
@@ -126,8 +119,7 @@ def film_rows(split, films, seed, args):
     }
     draw = random.Random(seed)
     for row in asked.values():
-        caption = draw.choice(CAPTIONS[args.captions][row["answer"]])
-        row["output"] = json.dumps({"caption": caption, "answer": row["answer"]})
+        row["output"] = json.dumps({"caption": draw.choice(CAPTIONS), "answer": row["answer"]})
     return list(asked.values())
 
 
@@ -194,7 +186,7 @@ def fine_tune_weakly(args, folder, seed):
         if step >= WRITING and step % 4 == 3:
             vlm.model.eval()
             effusion, mark = np.diff(
-                [float(log_odds(vlm, some, args.captions).mean()) for some in (well, ill, ill_and_marked)]
+                [float(log_odds(vlm, some).mean()) for some in (well, ill, ill_and_marked)]
             ).tolist()
             if min(effusion, mark) >= SEEING:
                 break
@@ -212,16 +204,16 @@ def fine_tune_weakly(args, folder, seed):
     return folder / f"sft_{seed}", {"effusion": effusion, "mark": mark}
 
 
-def response(vlm, caption, answer):
+def response(vlm, answer):
     """-> Statement of a whole response, with the token that ends it."""
-    ids = vlm.tokenizer(json.dumps({"caption": caption, "answer": answer}))["input_ids"] + stop_tokens(vlm)[:1]
+    ids = vlm.tokenizer(json.dumps({"caption": CAPTIONS[0], "answer": answer}))["input_ids"] + stop_tokens(vlm)[:1]
     return Statement(tuple(ids), (True,) * len(ids), False)
 
 
 @torch.no_grad()
-def log_odds(vlm, rows, captions="plain"):
+def log_odds(vlm, rows):
     """Log-odds of a response that says yes against one that says no, nats -> float32 (N,)."""
-    pair = [response(vlm, CAPTIONS[captions][answer][0], answer) for answer in ("yes", "no")]
+    pair = [response(vlm, answer) for answer in ("yes", "no")]
     found = []
     for start in range(0, len(rows), 64):
         some = rows[start : start + 64]
@@ -302,11 +294,8 @@ def with_edits(rows, images, places, args):
     for row, image, place in zip(rows, images, places, strict=True):
         plan = plan_edits(row, image, 1, args.cf_fill, [args.seed, place])
         for n, film in enumerate(plan.images[1:]):
-            gone = bool(plan.roi) and n == 0
-            output = json.loads(row["output"])
-            if gone:
-                output |= {"answer": "no", "caption": output["caption"].replace("with an", "without")}
-            more.append(row | {"output": json.dumps(output)})
+            gone = {"answer": "no"} if plan.roi and n == 0 else {}
+            more.append(row | {"output": json.dumps(json.loads(row["output"]) | gone)})
             edited.append(film)
     return more, edited
 

@@ -362,6 +362,9 @@ def polarity(text, question=""):
             elif token == "not" and question and not denies and not set(scope) - COMMON and stop not in NO_NEGATION:
                 attached.add("no")  # "not seen", "it is not"
     said = alone | attached if question or not alone else alone
+    if alone and question and not denies:  # "No, there is an effusion"
+        rest = [token for token in tokens if token not in ("yes", "no")]
+        said |= {stated(text, rest, asked_tokens, asked)} - {None} if rest else set()
     if said or not question or denies:
         return said.pop() if len(said) == 1 else None
     return plainly(tokens, asked) or stated(text, tokens, asked_tokens, asked)

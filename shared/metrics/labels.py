@@ -125,7 +125,7 @@ _STATES = {
 _NEW, _NOTHING_MORE = re.compile(NEW), re.compile(END)
 _OWN_VERB, _VERB_NEXT = re.compile(OWN_VERB), re.compile(VERB_NEXT)
 _LINK = re.compile(  # "normal size of the heart"
-    r"(?: (?:size|shape|contour|configuration|appearance|caliber|position|and|of|in|the))* "
+    r"(?: (?:sized?|shape|contour|configuration|appearance|caliber|position|and|of|in|the))* "
 )
 _OR = re.compile(r"\b(?:or|nor)\b")
 

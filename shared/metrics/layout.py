@@ -123,9 +123,12 @@ _LAYOUT = {
     " ": r"\((?:e?s|x)\)",
     # dashes and bars; not the hyphen of "mid- and lower"
     "¦": rf"(?<=\S)[{_HYPHENS}]+(?=\s)(?!\s+(?:and|or|to)\b)|(?<=\s)[{_HYPHENS}]+(?=\s)|[{_HYPHENS}]{{2,}}|—"
-    r"|[|•·*=→]+>?|->|(?<=\s)>(?=\s*[a-z])|\.{2,}(?=\s*[a-z])|…|(?<=\s)\+(?=\s)|</?[a-z]+ ?/?>"
+    r"|[|•·*=→]+>?|->|(?<=\s)>(?=\s*[a-z])|\.{2,}(?=\s*[a-z])|…|(?<=\s)\+(?=\s)|\(\+\)|</?[a-z]+ ?/?>"
     r"|(?<=[a-z])–(?=[a-z])|(?:^|(?<=\s))\(?(?:\d{1,2}|[a-h])\)(?=\s)",
     ",": r"(?<=\s)/(?=\s)",
+    "no": r"\([-–−]\)",
+    # "Effusion? No."
+    ":": r"\?(?=\s*(?:no|none|nil|absent|negative|yes|present|positive)\s*(?:[.,;\n]|$))",
     # a question mark before what it asks, and one in brackets behind it
     "¿": r"(?<!\w)[(\[]?\s?\?{1,3}[)\]]?(?=\s*[a-z])",
     "?": r"[(\[]\s?\?{1,3}\s?[)\]]",

@@ -54,6 +54,8 @@ MENTIONS = {
         (?:(?:{_TEXTURE}) )+densit(?:y|ies) / areas? of (?:increased )?density /
         (?:increased|prominent|coarse|coarsened|accentuated|thickened|reticular|chronic|bronchovascular)(?:
         (?:pulmonary|interstitial|lung|bronchovascular|chronic|bilateral))* (?:markings|pattern) /
+        (?:(?:pulmonary|interstitial|lung|bronchovascular) )+markings (?:are|appear|remain)(?: (?!not|no)\w+)?
+        (?:increased|prominent|coarse|coarsened|accentuated|thickened) /
         (?:prominence|thickening|coarsening) of the (?:pulmonary |lung )?interstiti\w+ /
         interstitial (?:prominence|thickening|lung disease|disease|abnormality|changes?|process) / reticulation\w* /
         ground glass / white ?out"""),
@@ -181,7 +183,8 @@ UNSURE = phrases(r"""
     rais\w+ (?:the )?(?:possibility|question|concern)(?: of| for)? /
     (?:most )?likely (?:represent\w*|reflect\w*|due to|related to|to be|to represent|secondary to) /
     differential (?:\w+ ){0,3}?includ\w+ / unlikely(?: to (?:be|represent|reflect))? /
-    favou?r\w*(?: to (?:be|represent|reflect))? / can ?not be (?:differentiated|distinguished) from""")
+    favou?r\w*(?: to (?:be|represent|reflect))? /
+    can ?not (?:be )?(?:differentiated?|distinguish(?:ed)?)(?: from)? / doubt(?:s|ful)? (?:about|of|for)""")
 # Doubts what was named before it, too
 UNSURE_BOTH = phrases("""
     versus / vs / if (?:any|present)(?:, there (?:is|are))? /
@@ -190,14 +193,15 @@ UNSURE_BOTH = phrases("""
 # Doubts the next finding
 UNSURE_NEXT = phrases(r"""
     poss(?:ibl[ey])?\.? / prob(?:abl[ey])?\.? / maybe / query / questionable / question / suspect(?:ed)? / equivocal /
-    borderline / presum(?:ed|ably|ptive) / perhaps / (?:most |less |more )?likely / potentially / apparent""")
+    borderline / presum(?:ed|ably|ptive) / perhaps / (?:most |less |more )?likely / potentially / apparent /
+    doubt""")
 _VERY = (
     "(?: (?:also|thought|felt|considered|believed|judged|to|be|another|a|very|quite|rather|highly|most|more|less"
     "|somewhat|fairly|extremely|still))*"
 )
 _DOUBTFUL = (
-    "(?:possible|probable|possibility|suspected|presumed|questioned|questionable|likely|unlikely|doubtful|consideration"
-    "|in the differential|considered|equivocal|improbable|conceivable|maybe)"
+    "(?:possible|probable|possibility|suspected|presumed|questioned|questionable|likely|unlikely|doubtful|favou?red"
+    "|consideration|in the differential|considered|equivocal|improbable|conceivable|maybe)"
 )
 # Doubts what was just named
 UNSURE_BACK = phrases(rf"""
@@ -207,6 +211,7 @@ UNSURE_BACK = phrases(rf"""
     (?:is|are|was|were|remains?|seems?|appears?|looks?|(?:would|could|might|may) be){_VERY} {_DOUBTFUL}(?=
     ?(?:$|[,:¦‹›])| and| but| given| though| as| in| on| at| because) /
     (?:should|could|may|might|must|needs? to|has to) (?:also )?be (?:considered|present|excluded|ruled out) /
+    (?:could|may|might|would)(?: all| each| both| also)? (?:give|produce|explain|cause|account for|look like) /
     (?:(?:very|quite|highly|most|more|less) )*{_DOUBTFUL}{END} / can ?not (?:be )?exclude{END}""")
 DETECTED = (
     "(?:seen|identified|evident|present|visuali[sz]ed|appreciated|appreciable|demonstrated|detected|apparent|noted"
@@ -222,17 +227,19 @@ _LY = r"(?!near|part|large|most|incomp)\w+ly"
 ABSENT_BACK = phrases(rf"""
     (?:(?:(?:is|are|was|were|has|have|been|can be)(?: {_LY})?|since|now|also|completely|entirely|interval) )+{_GONE} /
     (?:resolved|removed|absent|cleared|excluded|gone)(?=$|,| and| by| ¦) /
-    (?:(?:is|are|was|were|has|have)(?: been)? )?(?:no longer|not|never)(?: been)?(?: \w+)? {DETECTED} /
+    (?:(?:is|are|was|were|has|have)(?: been)? )?(?:no longer|not|never)(?: been)?(?: \w+)? {DETECTED}(?! any) /
+    (?:has|have) not (?:recurred|returned|reappeared) /
     (?:can ?|could )not be(?: \w+)? {DETECTED} / removal(?! of) / resolution(?! of) /
     (?:no|none|nothing|nil|absent|neg|negative|false|not|nad|n(?<=[:¦‹] n)|0(?<=[:¦‹] 0))(?: (?:evidence|e
-    o|signs?|of|for|definite|visible|{DETECTED}))*{END}""")
+    o|signs?|of|for|definite|visible|{DETECTED}))*{END} /
+    no acute(?<=[:¦‹] no acute)(?= ?$)""")
 # Denies all that follows, until something ends it
 ABSENT = phrases(r"""
     (?:no|not|without)(?: \w+){0,3}? (?:evidence|e o|signs?|indications?|suggestion|suspicion)(?: of| for| to suggest)?
-    / resolution of / clearing of / resolved / removal of / absence of / absent / lack of / none of / zero /
+    / resolution of / clearing of / resolved / removal of / absence of / absent / lack of / none of / zero / nil /
     (?:nothing|not enough|insufficient evidence)(?: \w+)? to (?:suggest|indicate|support) / neg(?:ative)? for /
-    free of / clear of / without / w o / no longer / no / nor / neither / not / never / rather than / instead of /
-    denies / can ?not (?:see|identify|appreciate|detect|find) /
+    free of / clear of / devoid of / non ?visuali[sz]ation of / without / w o / no longer / no / nor / neither / not /
+    never / rather than / instead of / denies / can ?not (?:see|identify|appreciate|detect|find) /
     fail(?:s|ed)? to (?:show|demonstrate|reveal|identify|detect|confirm|visuali[sz]e)""")
 # Ends whatever is open
 STOP = phrases("""
@@ -258,7 +265,7 @@ OWN_VERB = (
     r"|remains?|persists?|continues?|appears?|again|still|unchanged|stable|worse|(?:worsen|increas|decreas|improv)"
     r"(?:ed|ing))\b"
 )
-VERB_NEXT = r" (?:is|are|was|were|has|have) (?!(?:\w+ )?(?:not|no longer)\b)"
+VERB_NEXT = r" (?:(?:is|are|was|were|has|have) (?!(?:\w+ )?(?:not|no longer)\b)|present\b)"
 
 # Headed parts of a report that are not read: up to the next header, or their first sentence only.
 WHY = (
