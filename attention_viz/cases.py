@@ -106,10 +106,9 @@ def phantom_cases(count, seed=0, settings=DEFAULT, size=224, variants=6, start=T
         q, passed = q or asked[0], 0
         case = Asked(study.study_id, study.patient_id, q.condition, study.image, wordings_of(q, index, variants))
         if q.answer == "yes":
-            names = {
-                f.name for f in study.drawn if study.boxes[f.name] and all(b in q.region for b in study.boxes[f.name])
-            }
-            others = [f.name for f in study.drawn if f.name not in names]
+            boxes = {f.name: study.boxes[f.name] for f in study.drawn}
+            names = {name for name, found in boxes.items() if found and all(box in q.region for box in found)}
+            others = [name for name in boxes if name not in names]
             case.boxes, case.without = q.region, study.without(*names).image
             case.without_other = study.without(others[0]).image if others else None
         cases.append(case)
@@ -141,41 +140,37 @@ def read_cases(path, n_studies=None):
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
-            rows = list(reader)
+            rows = [(reader.line_num, row) for row in reader]
     except (OSError, ValueError, csv.Error) as error:
         raise InputError(f"--csv {path} cannot be read ({getattr(error, 'strerror', None) or error})") from error
     missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
     if missing:
         raise InputError(f"--csv {path} lacks the column {', '.join(missing)}; it needs {', '.join(COLUMNS)}")
     notes = []
-    if "patient_id" not in reader.fieldnames:
-        notes.append("The CSV has no patient_id: each study counts as a patient, so intervals may be too short.")
-    studies = list(dict.fromkeys(row["study_id"] for row in rows))[:n_studies]
-    groups, errors, seen = {}, [], set()
-    for number, row in enumerate(rows, 2):
-        if row["study_id"] not in studies:
-            continue
-        row = {k: (v or "").strip() for k, v in row.items() if isinstance(k, str)}
+    rows = [(line, {k: (v or "").strip() for k, v in row.items() if isinstance(k, str)}) for line, row in rows]
+    studies = set(list(dict.fromkeys(row["study_id"] for _, row in rows))[:n_studies])
+    rows = [(line, row) for line, row in rows if row["study_id"] in studies]
+    unnamed = sum(not text_of(row.get("patient_id")) for _, row in rows)
+    if unnamed:
+        notes.append(f"{unnamed} of {len(rows)} rows have no patient_id: each study of theirs counts as a patient, so"
+                     " intervals may be too short.")  # fmt: skip
+    groups, errors, seen = {}, [], {}
+    for line, row in rows:
         problem = check_row(row, path.parent, seen)
         if problem:
-            errors.append({"line": number, "study_id": row["study_id"], "error": problem})
+            errors.append({"line": line, "study_id": row["study_id"], "error": problem})
         else:
-            groups.setdefault((row["study_id"], row["finding"]), []).append((number, row))
+            groups.setdefault((row["study_id"], row["finding"]), []).append((line, row))
     cases = []
-    for found in groups.values():
-        numbers, found = zip(*found, strict=True)
+    for lines in groups.values():
+        found = [row for _, row in lines]
         original = next((row for row in found if int(row["variant_id"]) == 0), None)
-        images = {row["image_path"] for row in found}
-        if original is None or len(images) > 1:
-            why = (
-                "this question has no variant 0 to compare with" if original is None else "its wordings differ in image"
-            )
-            errors += [
-                {"line": n, "study_id": r["study_id"], "error": why} for n, r in zip(numbers, found, strict=True)
-            ]
+        if original is not None and len({row["image_path"] for row in found}) == 1:
+            cases.append(case_of(original, found, path.parent))
             continue
-        cases.append(case_of(original, found, path.parent))
-    odd = sum(boxes_of(row) is None for row in rows)
+        why = "this question has no variant 0 to compare with" if original is None else "its wordings differ in image"
+        errors += [{"line": line, "study_id": row["study_id"], "error": why} for line, row in lines]
+    odd = sum(boxes_of(row) is None for _, row in rows)
     if odd:
         notes.append(f"{odd} regions are no lists of boxes [x0, y0, x1, y1]: their questions count as without boxes.")
     if not cases:
@@ -198,10 +193,13 @@ def check_row(row, folder, seen):
         return f"answer_gt is {row['answer_gt']!r}, not yes or no"
     if not os.path.isfile(folder / row["image_path"]):
         return f"there is no image {row['image_path'][:200]}"
+    patient = row.get("patient_id", "")
+    if seen.setdefault(row["study_id"], patient) != patient:
+        return "this study stood in the file before with another patient_id"
     key = row["study_id"], row["finding"], int(row["variant_id"])
     if key in seen:
         return "this study, finding and variant_id stood in the file before"
-    seen.add(key)
+    seen[key] = True
     return None
 
 
@@ -223,8 +221,7 @@ def case_of(original, rows, folder):
         turned = answer != YES_NO[original["answer_gt"].lower()]
         strategy = "original" if row is original else "negation" if turned else known
         variant, question = int(row["variant_id"]), row["question"]
-        words = dict(variant_id=variant, question=question, answer_gt=answer, strategy=strategy)
-        wordings.append(words)
+        wordings.append(dict(variant_id=variant, question=question, answer_gt=answer, strategy=strategy))
     yes = YES_NO[original["answer_gt"].lower()] == "yes"  # a no points at nothing
     boxes = boxes_of(original) or [] if yes else []
     patient = text_of(original.get("patient_id", "")) or original["study_id"]

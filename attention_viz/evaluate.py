@@ -32,7 +32,6 @@ sys.path.insert(0, str(ROOT))  # finds shared/ from any folder; in a notebook, c
 
 import shared  # noqa: F401, isort: skip  # before transformers
 import numpy as np
-import torch
 from PIL import Image
 from tqdm import tqdm
 
@@ -61,7 +60,8 @@ def parse_args(argv=None):
     g = parser.add_argument_group("questions")
     # fmt: off
     g.add_argument("--csv", metavar="FILE", help="questions about your images; default: the phantom's set")
-    g.add_argument("--n-studies", type=positive_int, default=100, metavar="N", help="studies, not rows (%(default)s)")
+    g.add_argument("--n-studies", type=bounded(int, 1, 100_000), default=100, metavar="N",
+        help="studies, not rows (%(default)s)")
     g.add_argument("--real-only", action="store_true", help="refuse the phantom")
     g.add_argument("--conditions", nargs="+", metavar="NAME", help="phantom: draw and ask about these only")
     g.add_argument("--severe", action="store_true", help="phantom: severe findings only, for small models")
@@ -97,13 +97,14 @@ def parse_args(argv=None):
         args.image_size = 112
     if args.csv is None and args.real_only:
         parser.error("--real-only needs --csv: without it the questions are about the phantom")
+    if args.csv is not None and (args.export or args.conditions or args.severe or args.guessable):
+        parser.error("--export, --conditions, --severe and --guessable are for the phantom: leave them or --csv out")
     check_colormap(args.colormap)
     if args.export and (Path(args.export) / "questions.csv").exists() and not args.overwrite:
         raise InputError(f"{args.export} holds a questions.csv already: give --overwrite to replace it")
     if not 0 < args.calibration < 1:
         parser.error("--calibration must lie between 0 and 1")
-    if "relative" in args.methods and "mean" not in args.methods:
-        args.methods = ["mean", *args.methods]
+    args.methods = list(dict.fromkeys((["mean"] if "relative" in args.methods else []) + args.methods))
     args.models = TINY_PAIR if args.models == ["tiny"] else args.models
     args.n_studies = min(args.n_studies, args.limit or args.n_studies)
     return args
@@ -124,15 +125,14 @@ def main(argv=None):
     if args.export:
         print(f"{len(cases)} questions in {export_csv(cases, args.export)}")
         return
-    cases, pixels = read_images(cases, errors)
+    cases, pixels = read_images(cases, errors, notes)
     calibration = split_patients(cases, args.calibration, args.seed)
     device, _ = pick_device(args.device)
-    resumed = bool(args.resume)
-    run_dir = open_run_dir(args, TASK, "evaluate")
+    run_dir = open_run_dir(args, TASK, "evaluate") if args.resume else None
+    if run_dir:
+        refuse_other_settings(settings_of(args), read_json(run_dir / "settings.json"), run_dir)
     for name in args.models:
         find_model(name)  # is the second one there? Not to be found out when the first is done
-    if resumed:
-        refuse_other_settings(settings_of(args), read_json(run_dir / "settings.json"), run_dir)
     if phantom:
         print(f"*** {PHANTOM} ***")
     for note in notes:
@@ -144,6 +144,7 @@ def main(argv=None):
     with StopSignal() as stop:
         for name in args.models:
             vlm = load_vlm(name, quant=args.quant, device=device)
+            run_dir = run_dir or open_run_dir(args, TASK, "evaluate")  # --overwrite: not before there is a model
             shown = short_path(name) if Path(name).is_dir() else name
             label = shown if shown not in models else f"{shown} ({len(models) + 1})"
             found = run_model(vlm, len(models), cases, pixels, calibration, args, run_dir, stop)
@@ -159,20 +160,28 @@ def main(argv=None):
     print(f"results in {run_dir}")
 
 
-def read_images(cases, errors):
-    """-> (cases whose image can be read, {key: uint8 image}); the others get a row in errors."""
-    pixels = {}
+def read_images(cases, errors, notes):
+    """
+    -> (cases whose image can be read, {key: uint8 image}); the others get a row in errors. Boxes of another image, or
+    of one in another size, are no boxes of this: the case goes on without, and notes tell how many.
+    """
+    pixels, beyond = {}, 0
     for case in cases:
         try:
-            pixels[case.key] = case.pixels()
+            image = pixels[case.key] = case.pixels()
         except InputError as error:
             errors.append({"line": "", "study_id": case.study_id, "error": f"{case.image}: {error}"})
+            continue
+        height, width = image.shape[:2]
+        if any(min(b) < -1 or b[2] > width + 1 or b[3] > height + 1 for b in case.boxes):  # 1: rounded outwards
+            case.boxes, beyond = [], beyond + 1
+    if beyond:
+        notes.append(f"{beyond} questions have a region that reaches beyond the image: they count as without boxes.")
     cases = [case for case in cases if case.key in pixels]
-    if len({case.patient_id for case in cases}) < 2:
-        raise InputError(
-            f"there are images of {len({c.patient_id for c in cases})} patients that can be read, and two are needed to"
-            " compare" + (f"; {errors[-1]['error']}" if errors else "")
-        )
+    patients = len({case.patient_id for case in cases})
+    if patients < 2:
+        raise InputError(f"there are images of {patients} patients that can be read, and two are needed to compare"
+                         + (f"; {errors[-1]['error']}" if errors else ""))  # fmt: skip
     return cases, pixels
 
 
@@ -203,9 +212,8 @@ def run_model(vlm, number, cases, pixels, calibration, args, run_dir, stop):
             raise ValueError("a record lacks its wordings")
         sinks = None if chosen["sinks"] is None else np.array(chosen["sinks"], bool)
         if chosen["of"] != of:
-            raise InputError(
-                f"{run_dir} was begun on other questions, images or weights of {vlm.name}; start a new run"
-            )
+            raise InputError(f"{run_dir} was begun on other questions, images or weights of {vlm.name}; start a new"
+                             " run")  # fmt: skip
     text_only = {}
     with open(path, "a", encoding="utf-8") as file:
         for i, case in enumerate(tqdm(cases, desc=vlm.name[-30:], unit="study", file=sys.stderr)):
@@ -250,9 +258,8 @@ def read_records(path):
 
 def choose(vlm, cases, pixels, args, size):
     """Calibration cases -> {"heads": [[layer, head]], "sinks": cells of the grid or None, "grid"}."""
-    pairs = [(pixels[c.key], c.wordings[0]["question"]) for c in cases]
-    asked = in_parts(lambda some: ask_all(vlm, *zip(*some, strict=True)), pairs, size)
-    rows = [a.rows["last"] for a in asked if "last" in a.rows]
+    asked = ask_in_parts(vlm, [(pixels[c.key], c.wordings[0]["question"], finding_of(c, args)) for c in cases], size)
+    rows = [a.rows[args.query] for a in asked if args.query in a.rows]
     grids = {a.grid for a in asked}
     if not rows or len(grids) > 1:  # Qwen: grids follow the images, so no cell is the same one in all of them
         return {"heads": [], "sinks": None, "grid": None}
@@ -271,14 +278,13 @@ def study_record(vlm, case, pixels, other, heads, sinks, text_only, args, size):
     extra = [("unrelated", image, UNRELATED), ("neutral", image, NEUTRAL), ("blank", blank, words[0])]
     extra += [("other", pixels[other.key], words[0])] if other is not None else []
     extra += [(k, getattr(case, k), words[0]) for k in ("without", "without_other") if getattr(case, k) is not None]
-    images, questions = [image] * len(words) + [e[1] for e in extra], words + [e[2] for e in extra]
-    pairs = list(zip(images, questions, strict=True))
-    finding = case.finding.lower() if args.query == "finding" else ""
-    asked = in_parts(lambda some: ask_all(vlm, *zip(*some, strict=True), findings=[finding] * len(some)), pairs, size)
+    finding = finding_of(case, args)
+    asked = [(image, w, finding) for w in words] + [(seen, question, finding) for _, seen, question in extra]
+    asked = ask_in_parts(vlm, asked, size)
     own, beside = asked[: len(words)], dict(zip([e[0] for e in extra], asked[len(words) :], strict=True))
     for a in asked:
         a.neutral = beside["neutral"]
-    without_image(vlm, [w for w in words if w not in text_only], text_only)
+    without_image(vlm, words, text_only, size)
     found = {
         "key": case.key, "study_id": case.study_id, "patient_id": case.patient_id, "finding": case.finding,
         "status": own[0].status, "has_boxes": bool(case.boxes), "wordings": [], "moved": [], "located": {},
@@ -288,35 +294,31 @@ def study_record(vlm, case, pixels, other, heads, sinks, text_only, args, size):
     maps, shares = {}, shares_in_boxes(case.boxes, (SIDE, SIDE), (0, 0, *image.shape[1::-1]))
     for w, a in zip(case.wordings, own, strict=True):
         row = dict(w) | {"answer": a.answer, "margin": a.margin, "text_only_margin": text_only[w["question"]]}
-        expected = own[0].answer if w["answer_gt"] == case.wordings[0]["answer_gt"] else opposite(own[0].answer)
-        row |= {"correct": a.answer == w["answer_gt"], "flip": a.answer != expected, "maps": {}}
+        same = w["answer_gt"] == case.wordings[0]["answer_gt"]  # else the other answer is expected
+        row |= {"correct": a.answer == w["answer_gt"], "flip": (a.answer == own[0].answer) != same, "maps": {}}
         for method in args.methods:
             if method not in OF_ROWS and (w["variant_id"] or not case.boxes and method != "gradient_weighted"):
                 continue
             for name, grid, told in variants_of(attention_map(a, method, args.query, heads), sinks):
                 row["maps"][name] = told
                 if grid is not None:
-                    told |= describe(grid)
+                    told |= {k: getattr(measures, k)(grid) for k in ("entropy", "gini", "top_mass")}
                     if w["variant_id"]:
                         shift(found["moved"], told, maps.get(name), grid, f"paraphrase: {w['strategy']}", name)
                     else:
                         maps[name] = grid
-                        found["located"][name] = measures.localisation(grid, shares, np.ones_like(shares))
+                        found["located"][name] = measures.localisation(grid, shares)
         found["wordings"].append(row)
-    for kind, key in (
-        ("other patient's image", "other"),
-        ("blank image", "blank"),
-        ("unrelated question", "unrelated"),
-    ):
+    nearby = {"other": "other patient's image", "blank": "blank image", "unrelated": "unrelated question"}
+    for key, kind in nearby.items():
         for method in [m for m in args.methods if m in OF_ROWS] if key in beside else ():
             for name, grid, _ in variants_of(attention_map(beside[key], method, args.query, heads), sinks):
                 if grid is not None:
                     shift(found["moved"], {}, maps.get(name), grid, kind, name)
                     if key == "other":
                         maps[f"other: {name}"] = grid
-    maps |= nulls(image, maps, found["moved"], case.key)
-    for name in [n for n in maps if n.startswith(("null: ", "other: "))]:
-        found["located"][name] = measures.localisation(maps[name], shares, np.ones_like(shares))
+    maps["null: intensity"] = nulls(image, maps, found["moved"], case.key)
+    found["located"]["null: intensity"] = measures.localisation(maps["null: intensity"], shares)
     first = found["wordings"][0]
     right = first["correct"] and first["answer_gt"] == "yes" and "without" in found
     found["without_other"] = found.get("without_other")
@@ -324,16 +326,25 @@ def study_record(vlm, case, pixels, other, heads, sinks, text_only, args, size):
     return found, maps
 
 
-def opposite(answer):
-    return "no" if answer == "yes" else "yes"
+def finding_of(case, args):
+    return case.finding if args.query == "finding" else ""
 
 
-@torch.no_grad()
-def without_image(vlm, questions, known):
+def ask_in_parts(vlm, asked, size):
+    """asked: (image, question, finding) -> Cases."""
+
+    def some(part):
+        images, questions, findings = zip(*part, strict=True)
+        return ask_all(vlm, images, questions, findings=findings)
+
+    return in_parts(some, asked, size)
+
+
+def without_image(vlm, questions, known, size):
     """Margins of questions asked without any image; each question once per run."""
-    questions = list(dict.fromkeys(questions))
-    if questions:
-        known |= dict(zip(questions, margin(vlm, make_prompts(vlm, questions)).tolist(), strict=True))
+    new = [q for q in dict.fromkeys(questions) if q not in known]
+    margins = in_parts(lambda some: margin(vlm, make_prompts(vlm, some)).tolist(), new, size)
+    known |= dict(zip(new, margins, strict=True))
 
 
 def variants_of(found, sinks):
@@ -342,19 +353,14 @@ def variants_of(found, sinks):
     if found.values is None:
         return [(found.method, None, told)]
     sink = float(found.values[sinks].sum()) if sinks is not None and sinks.shape == found.values.shape else None
-    out = [
-        (found.method, on_common_grid(found, SIDE), told | {"sink_mass": sink, "top_cell": float(found.values.max())})
-    ]
+    told |= {"sink_mass": sink, "top_cell": float(found.values.max())}
+    out = [(found.method, on_common_grid(found), told)]
     if found.method == "mean" and sinks is not None and sinks.any():
         left = measures.without_sinks(found.values, sinks)
         rest = None if left is None else Map(left.astype(np.float32), "ok", found.view, found.size)
-        grid = None if rest is None else on_common_grid(rest, SIDE)
+        grid = None if rest is None else on_common_grid(rest)
         out.append(("mean_without_sinks", grid, {"status": "zero" if left is None else "ok", "sink_mass": 0.0}))
     return out
-
-
-def describe(grid):
-    return {"entropy": measures.entropy(grid), "gini": measures.gini(grid), "top_mass": measures.top_mass(grid)}
 
 
 def shift(moved, told, before, after, kind, name):
@@ -367,17 +373,17 @@ def shift(moved, told, before, after, kind, name):
 
 
 def nulls(image, maps, moved, key):
-    """What no model made: the film's own brightness as a map, and each map's cells shuffled (hits: exactly chance)."""
+    """-> the film's own brightness as a map; into `moved` how far it, and the shuffled cells, are from each map."""
     grey = Image.fromarray(image).convert("L").resize((SIDE, SIDE), Image.Resampling.BOX)
-    intensity = np.asarray(grey, np.float32)
-    found = {"null: intensity": intensity / max(intensity.sum(), 1e-9)}
+    intensity = np.array(grey, np.float32)
+    intensity /= max(intensity.sum(), 1e-9)
     rng = np.random.default_rng(zlib.crc32(key.encode()))
     for name in [n for n in maps if not n.startswith("other: ")]:
         mixed = rng.permutation(maps[name].ravel()).reshape(SIDE, SIDE)
         moved.append(["cells shuffled", name, measures.js_divergence(maps[name], mixed), None])
-        moved.append(["brightness of the film", name, measures.js_divergence(maps[name], found["null: intensity"]),
-                      measures.pearson(maps[name], found["null: intensity"])])  # fmt: skip
-    return found
+        moved.append(["brightness of the film", name, measures.js_divergence(maps[name], intensity),
+                      measures.pearson(maps[name], intensity)])  # fmt: skip
+    return intensity
 
 
 if __name__ == "__main__":

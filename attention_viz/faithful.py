@@ -40,19 +40,17 @@ def faithfulness(vlm, cases, pixels, heads, args):
     -> {"methods": {method: {"deletion", "insertion": {"right", "wrong"}: gap to random orders, positive is faithful}}}.
     Gaps are means over FILLS, for cases answered right and wrong apart, with intervals over patients.
     """
-    gaps = {}
+    gaps, used = {}, 0
     for case in cases:
-        asked = ask(vlm, pixels[case.key], case.wordings[0]["question"], finding=case.finding.lower())
+        asked = ask(vlm, pixels[case.key], case.wordings[0]["question"], finding=case.finding)
         if asked.status != "ok":
             continue
+        used += 1
         rng = np.random.default_rng(zlib.crc32(case.key.encode()))
         random_orders = [rng.permutation(len(asked.columns)) for _ in range(ORDERS)]
         side = "right" if asked.answer == case.wordings[0]["answer_gt"] else "wrong"
-        control = {
-            (fill, insertion): np.mean([curve(asked, order, fill, insertion) for order in random_orders])
-            for fill in FILLS
-            for insertion in (False, True)
-        }
+        control = {(fill, insertion): np.mean([curve(asked, order, fill, insertion) for order in random_orders])
+                   for fill in FILLS for insertion in (False, True)}  # fmt: skip
         for method in args.methods:
             found = attention_map(asked, method, args.query, heads)
             if found.values is None:
@@ -66,7 +64,7 @@ def faithfulness(vlm, cases, pixels, heads, args):
     for (method, what, side), rows in gaps.items():
         found = measures.mean_of(*zip(*rows, strict=True), draws=args.bootstrap)
         table.setdefault(method, {}).setdefault(what, {})[side] = found
-    return {"methods": {m: table[m] for m in METHODS if m in table}, "n": len(cases)}
+    return {"methods": {m: table[m] for m in METHODS if m in table}, "n": used}
 
 
 @contextlib.contextmanager
@@ -91,8 +89,8 @@ def shuffled_layers(vlm, share):
 def randomisation(vlm, cases, pixels, args):
     """
     Cascading, from the last layer down -> {method: {share of the layers: mean correlation with the map of the trained
-    weights}}, and "other images": that between different images, which a sane map must fall below. None for weights in
-    4 or 8 bit.
+    weights}}, and "other images": that between different patients' images, which a sane map must fall below. None for
+    weights in 4 or 8 bit.
     """
     if vlm.quant != "none":
         return None
@@ -101,18 +99,18 @@ def randomisation(vlm, cases, pixels, args):
     def maps():
         found = {}
         for case in cases:
-            asked = ask(vlm, pixels[case.key], case.wordings[0]["question"])
+            asked = ask(vlm, pixels[case.key], case.wordings[0]["question"], finding=case.finding)
             for method in methods:
-                made = attention_map(asked, method)
+                made = attention_map(asked, method, args.query)
                 if made.values is not None:
                     found[method, case.key] = on_common_grid(made)
         return found
 
     before, table = maps(), {method: {} for method in methods}
+    pairs = [(a.key, b.key) for i, a in enumerate(cases) for b in cases[i + 1 : i + 6] if a.patient_id != b.patient_id]
     for method in methods:
-        some = [v for (m, _), v in before.items() if m == method]
-        pairs = [measures.pearson(a, b) for i, a in enumerate(some) for b in some[i + 1 : i + 6]]
-        table[method]["other images"] = mean_or_none(pairs)
+        both = [(before[method, a], before[method, b]) for a, b in pairs if {(method, a), (method, b)} <= set(before)]
+        table[method]["other images"] = mean_or_none([measures.pearson(a, b) for a, b in both])
     for share in (1 / 3, 2 / 3, 1.0):
         with shuffled_layers(vlm, share):
             after = maps()

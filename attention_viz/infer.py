@@ -24,13 +24,16 @@ sys.path.insert(0, str(ROOT))  # finds shared/ from any folder; in a notebook, c
 
 import shared  # noqa: F401, isort: skip  # before transformers
 import matplotlib.pyplot as plt
+import numpy as np
 from PIL import Image
 
+from attention_viz.cases import LONGEST
 from attention_viz.maps import METHODS, OF_ROWS, PAIR, TINY_PAIR, ask, attention_map, check_colormap, overlay
 from shared.data.images import read_pixels
 from shared.models.hub import find_model
 from shared.models.loading import QUANTS, load_vlm
 from shared.models.passes import make_prompts, write
+from shared.phantom import phantom_study
 from shared.report import PHANTOM, save_figure
 from shared.runtime import InputError, atomic_file, bounded, free_gpu, open_run_dir, pick_device, run_facts, script
 from shared.runtime import script_parser, seed_everything, write_json
@@ -68,12 +71,13 @@ def parse_args(argv=None):
         args.device, args.models = "cpu", ["tiny"]
     elif args.image is None:
         parser.error("give one --image and a --question (or --dry-run)")
+    if not 1 <= len(args.question.strip()) <= LONGEST:
+        parser.error(f"--question must have 1 to {LONGEST} characters, not {len(args.question.strip())}")
     check_colormap(args.colormap)
     if args.query == "finding" and not (args.finding.strip() and args.finding.lower() in args.question.lower()):
         parser.error("--query finding needs --finding: words of the --question")
     args.models = TINY_PAIR if args.models == ["tiny"] else args.models
-    if args.head_mode == "max" and "mean" in args.methods:
-        args.methods = ["max" if m == "mean" else m for m in args.methods]
+    args.methods = list(dict.fromkeys("max" if (m, args.head_mode) == ("mean", "max") else m for m in args.methods))
     if "heads" in args.methods:
         parser.error("heads are chosen on calibration patients: run attention_viz/evaluate.py for that map")
     return args
@@ -94,18 +98,18 @@ def main(argv=None):
         run_dir = run_dir or open_run_dir(args, TASK, "infer")
         record, maps, heads = look(vlm, image, args)
         number = len(records)
-        for method, found in maps.items():
-            if found.values is not None:
-                picture = overlay(image, found, args.colormap)
-                record["maps"][method]["picture"] = save_picture(run_dir, f"{number}_{vlm.family}_{method}", picture)
-        if heads is not None:
-            all_heads[name, run_dir / "figures" / f"heads_{number}_{vlm.family}.png"] = heads
-        records.append(record)
-        panels.append((f"{name}: {record['answer']} ({record['margin']:+.2f} nats)", maps))
         print(f"  {name}: {record['answer']}, margin {record['margin']:+.2f} nats; wrote: {record['text'][:150]!r}")
         for method, found in maps.items():
             if found.values is None:
                 print(f"    {method}: no map ({found.status})")
+                continue
+            path = record["maps"][method]["picture"] = f"overlays/{number}_{vlm.family}_{method}.png"
+            with atomic_file(run_dir / path) as file:
+                Image.fromarray(overlay(image, found, args.colormap)).save(file, "PNG")
+        if heads is not None:
+            all_heads[name, run_dir / "figures" / f"heads_{number}_{vlm.family}.png"] = heads
+        records.append(record)
+        panels.append((f"{name}: {record['answer']} ({record['margin']:+.2f} nats)", maps))
         del vlm
         free_gpu()
     write_json(run_dir / "record.json", {
@@ -123,8 +127,6 @@ def main(argv=None):
 def read(args):
     """-> (uint8 image, is it a phantom?)."""
     if args.image is None:
-        from shared.phantom import phantom_study
-
         return phantom_study(args.seed, 3, 224).image, True
     try:
         return read_pixels(args.image), False
@@ -137,28 +139,21 @@ def look(vlm, image, args):
     case = ask(vlm, image, args.question, finding=args.finding)
     maps = {method: attention_map(case, method, args.query) for method in args.methods}
     text = write(vlm, make_prompts(vlm, [args.question], [image]), args.max_new_tokens)[0]
-    record = vlm.facts() | {"answer": case.answer, "margin": case.margin, "text": text, "grid": case.grid}
-    record["view"] = case.view  # what the grid covers, in pixels of the image
+    record = vlm.facts() | {"answer": case.answer, "margin": case.margin, "text": text, "grid": case.grid,
+                            "view": case.view}  # fmt: skip
     if vlm.tiny:
         record["note"] = "an untrained tiny model: its answer and its maps mean nothing"
     record["maps"] = {}
     for method, found in maps.items():
         values = None if found.values is None else found.values.round(6)
         query = args.query if method in (*OF_ROWS, "rollout", "gradient_weighted") else None
-        record["maps"][method] = {"status": found.status, "query": query, "image_mass": found.image_mass}
-        record["maps"][method] |= {"values": values, "picture": None}
+        record["maps"][method] = {"status": found.status, "query": query, "image_mass": found.image_mass,
+                                  "values": values, "picture": None}  # fmt: skip
     rows = case.rows.get(args.query) if args.head_mode == "per-head" else None
     return record, maps, None if rows is None else rows.reshape(*rows.shape[:2], *case.grid)
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures
-
-
-def save_picture(run_dir, name, pixels):
-    path = f"overlays/{name}.png"
-    with atomic_file(run_dir / path) as file:
-        Image.fromarray(pixels).save(file, "PNG")
-    return path
 
 
 def draw_panels(image, panels, path, args, phantom):
@@ -183,15 +178,16 @@ def draw_panels(image, panels, path, args, phantom):
 
 def draw_heads(rows, path, args, name, phantom):
     """rows (layers, heads, h, w): each layer a line, each head a column; each map has its own scale."""
-    layers, heads = rows.shape[:2]
+    layers, heads, height, width = rows.shape
+    low, high = rows.min((2, 3), keepdims=True), rows.max((2, 3), keepdims=True)
+    maps = (rows - low) / np.maximum(high - low, 1e-12)
+    maps = np.pad(maps, ((0, 0), (0, 0), (0, 1), (0, 1)), constant_values=np.nan)  # a line between them
+    whole = maps.transpose(0, 2, 1, 3).reshape(layers * (height + 1), heads * (width + 1))
     size = (max(4, 0.7 * heads), max(2, 0.7 * layers) + 0.6)
-    figure, axes = plt.subplots(layers, heads, figsize=size, layout="constrained", squeeze=False)
-    for layer in range(layers):
-        for head in range(heads):
-            axes[layer, head].imshow(rows[layer, head], cmap=args.colormap)
-            axes[layer, head].set_xticks([])
-            axes[layer, head].set_yticks([])
-        axes[layer, 0].set_ylabel(layer, fontsize=7)
+    figure, axis = plt.subplots(figsize=size, layout="constrained")
+    axis.imshow(whole, cmap=args.colormap)
+    axis.set_xticks(np.arange(heads) * (width + 1) + width / 2, range(heads), fontsize=7)
+    axis.set_yticks(np.arange(layers) * (height + 1) + height / 2, range(layers), fontsize=7)
     save_figure(figure, path, f"{name}: layers down, heads across; {args.question}", phantom)
 
 

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from shared.models.capture import AttentionCapture, WholeAttention
 from shared.models.inputs import Images, preprocess_images
 from shared.models.loading import VLM
-from shared.models.passes import Prompt, answer_sides, begun, features_of, in_parts, logprobs, make_prompts, margin
+from shared.models.passes import Prompt, answer_sides, features_of, in_parts, logprobs, make_prompts, margin
 from shared.models.passes import padded, sample, text_of
 from shared.runtime import InputError
 
@@ -66,7 +66,6 @@ class Case:
     image: np.ndarray  # uint8 (H, W) or (H, W, 3)
     question: str
     prompt: Prompt
-    start: str  # what the response has written before its answer
     columns: np.ndarray  # of the image tokens in the prompt; empty without status "ok"
     status: str  # ok, span_mismatch, no_attn or nan
     margin: float = float("nan")  # log-odds of yes against no, nats
@@ -181,26 +180,25 @@ def image_span(vlm, prompt):
     return columns, "ok"
 
 
-def ask(vlm, image, question, start="", finding="", neutral=NEUTRAL):
+def ask(vlm, image, question, finding=""):
     """One image (uint8 array) and one question -> Case; finding: words whose tokens are the query "finding"."""
-    asked = ask_all(vlm, [image] * 2, [question, neutral], start, [finding, ""])
-    asked[0].neutral = asked[1]
-    return asked[0]
+    case, neutral = ask_all(vlm, [image] * 2, [question, NEUTRAL], [finding, ""])
+    case.neutral = neutral
+    return case
 
 
 @torch.no_grad()
-def ask_all(vlm, images, questions, start="", findings=None):
+def ask_all(vlm, images, questions, findings=None):
     """Several in one pass -> Cases, with the rows "last" and "finding" and the margin; the same image is seen once."""
     prompts = make_prompts(vlm, questions, images)
-    before = answer_sides(vlm, start=start)[0]
-    cases = []
-    for image, question, prompt in zip(images, questions, prompts, strict=True):
+    before = answer_sides(vlm)[0]  # what the template writes in front of an answer
+    cases, queries = [], []
+    asked = zip(images, questions, findings or [""] * len(prompts), prompts, strict=True)
+    for image, question, finding, prompt in asked:
         columns, status = image_span(vlm, prompt)
-        cases.append(Case(vlm, np.asarray(image), question, prompt, start, columns, status))
-    queries = [{"last": [len(p) + len(before) - 1]} for p in prompts]
-    for case, query, finding in zip(cases, queries, findings or [""] * len(cases), strict=True):
-        case.finding, query["finding"] = finding, tokens_of(case, finding)
-    found = record_rows(cases, queries, lambda: margin(vlm, prompts, start=start, share=False).tolist())
+        cases.append(Case(vlm, np.asarray(image), question, prompt, columns, status, finding=finding))
+        queries.append({"last": [len(prompt) + len(before) - 1], "finding": tokens_of(cases[-1], finding)})
+    found = record_rows(cases, queries, lambda: margin(vlm, prompts, share=False).tolist())
     for case, value in zip(cases, found, strict=True):
         case.margin = value
     return cases
@@ -322,16 +320,15 @@ def choose_heads(rows, k=3):
 
 def toward_answer(case, prompts):
     """Differentiable margin towards the answer that was given, (P,)."""
-    found = margin(case.vlm, prompts, start=case.start, share=False, gradient=torch.is_grad_enabled())
+    found = margin(case.vlm, prompts, share=False, gradient=torch.is_grad_enabled())
     return found if case.margin > 0 else -found
 
 
 def through_layers(case, method, query):
     if query == "answer":
         return "unsupported"
-    before = answer_sides(case.vlm, start=case.start)[0]
-    row = [len(begun([case.prompt], before)[0]) - 1]
-    row = tokens_of(case, case.finding) if query == "finding" else row
+    last = [len(case.prompt) + len(answer_sides(case.vlm)[0]) - 1]
+    row = tokens_of(case, case.finding) if query == "finding" else last
     if not row:
         return "no_query"
     with torch.set_grad_enabled(method == "gradient_weighted"), WholeAttention(case.vlm.model) as whole:

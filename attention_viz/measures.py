@@ -7,10 +7,12 @@ Maps are compared on one grid (maps.on_common_grid); p, q: arrays of one shape, 
 if __name__ == "__main__":
     raise SystemExit(__doc__)
 
+import warnings
+
 import numpy as np
 from scipy.stats import rankdata
 
-from shared.metrics.statistics import bootstrap_interval, effective_clusters, holm, sign_flip_test
+from shared.metrics.statistics import bootstrap_interval, holm, sign_flip_test
 
 TOP = 0.1  # share of the cells whose mass is top_mass
 SINK = 0.1  # a cell with more than this share of the mass, in most images, is a sink
@@ -61,13 +63,12 @@ def spearman(p, q):
     return pearson(rankdata(p), rankdata(q))
 
 
-def localisation(values, shares, inside):
+def localisation(values, shares):
     """
-    Map, share of each cell in the boxes, share of each cell on the image, all (rows, columns) -> hit: share of the peak
-    cell that lies in a box (a random point of it), chance: that of a random cell, mass_ratio: mass in the boxes over
-    chance.
+    Map and share of each cell in the boxes, both (rows, columns) -> hit: share of the peak cell that lies in a box (a
+    random point of it), chance: that of a random cell, mass_ratio: mass in the boxes over chance.
     """
-    chance = float(shares.sum() / max(inside.sum(), 1e-12))
+    chance = float(shares.mean())
     peaks = values >= values.max() - 1e-12  # of a flat map every cell
     ratio = float((values * shares).sum() / max(values.sum(), 1e-12) / chance) if chance > 0 else None
     return {"hit": float(shares[peaks].mean()), "chance": chance, "mass_ratio": ratio}
@@ -103,67 +104,60 @@ def auroc(labels, scores):
 # ---------------------------------------------------------------------------------------------------- many of them
 
 
-def mean_of(values, patients, draws=DRAWS, seed=0):
-    """Mean with its interval -> dict(value, low, high, n, patients), None where nothing is known."""
-    pairs = [(v, p) for v, p in zip(values, patients, strict=True) if v is not None]
-    if not pairs:
-        return None
-    values, who = np.array([float(v) for v, _ in pairs]), np.array([p for _, p in pairs])
-    found = {"value": float(values.mean()), "low": None, "high": None, "n": len(values), "patients": len(set(who))}
-    if found["patients"] > 1:
-        ones, options = np.ones(len(values)), dict(groups=who, num_samples=draws, seed=seed, of_sums=True)
-        interval = bootstrap_interval(_ratio, values, ones, **options)
-        found |= {"low": interval["low"], "high": interval["high"]}
-    return found
+def known(*columns):
+    """Columns of one length -> arrays of the rows in which nothing is None; None where there is no such row."""
+    rows = [row for row in zip(*columns, strict=True) if None not in row]
+    return [np.array(column) for column in zip(*rows, strict=True)] if rows else None
+
+
+def interval(metric, *arrays, patients, draws, confidence=0.95, of_sums=True):
+    """-> dict(value, low, high, n, patients); no interval where there is one patient."""
+    few = len(set(patients)) < 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # few patients: the report says it once
+        found = bootstrap_interval(metric, *arrays, groups=patients, num_samples=1 if few else draws,
+                                   confidence=confidence, of_sums=of_sums)  # fmt: skip
+    ends = {k: None if few else found[k] for k in ("low", "high")}
+    return {"value": found["value"], **ends, "n": len(patients), "patients": len(set(patients))}
 
 
 def _ratio(a, b):
     return a / b
 
 
-def ratio_of(a, b, patients, draws=DRAWS, confidence=0.95, seed=0):
-    """sum(a) / sum(b) over rows where both are known, with its interval."""
-    rows = [(x, y, p) for x, y, p in zip(a, b, patients, strict=True) if x is not None and y is not None]
-    if len({p for *_, p in rows}) < 2:
+def mean_of(values, patients, draws=DRAWS):
+    """Mean with its interval, None where nothing is known."""
+    rows = known(values, patients)
+    if rows is None:
         return None
-    x, y, p = (np.array(column) for column in zip(*rows, strict=True))
-    found = bootstrap_interval(
-        _ratio, x, y, groups=p, num_samples=draws, confidence=confidence, seed=seed, of_sums=True
-    )
-    return {
-        "value": found["value"],
-        "low": found["low"],
-        "high": found["high"],
-        "n": len(rows),
-        "patients": len(set(p)),
-    }
+    return interval(_ratio, rows[0].astype(float), np.ones(len(rows[0])), patients=rows[1], draws=draws)
 
 
-def paired(a, b, patients, draws=DRAWS, seed=0):
+def ratio_of(a, b, patients, draws=DRAWS, confidence=0.95):
+    """sum(a) / sum(b) over rows where both are known, with its interval; None for one patient."""
+    rows = known(a, b, patients)
+    if rows is None or len(set(rows[2])) < 2:
+        return None
+    return interval(_ratio, *rows[:2], patients=rows[2], draws=draws, confidence=confidence)
+
+
+def paired(a, b, patients, draws=DRAWS):
     """Mean of a - b with interval, and p of the sign-flip test over patients; None where nothing is paired."""
-    rows = [(x - y, p) for x, y, p in zip(a, b, patients, strict=True) if x is not None and y is not None]
-    if not rows:
+    rows = known(a, b, patients)
+    if rows is None:
         return None
-    differences, who = zip(*rows, strict=True)
-    found = mean_of(differences, who, draws, seed)
-    test = sign_flip_test(np.array(differences, float), np.array(who), seed=seed)
-    return found | {"p": test["p"], "groups_that_differ": test["num_groups"]}
+    differences = rows[0].astype(float) - rows[1]
+    test = sign_flip_test(differences, rows[2], seed=0)
+    return mean_of(differences, rows[2], draws) | {"p": test["p"], "groups_that_differ": test["num_groups"]}
 
 
-def auroc_of(labels, scores, patients, draws=DRAWS, seed=0):
-    rows = [(x, s, p) for x, s, p in zip(labels, scores, patients, strict=True) if s is not None]
-    if not rows:
+def auroc_of(labels, scores, patients, draws=DRAWS):
+    rows = known(labels, scores, patients)
+    if rows is None:
         return None
-    x, s, p = (np.array(column) for column in zip(*rows, strict=True))
-    if auroc(x, s) is None or len(set(p)) < 2:
-        return {"value": auroc(x, s), "low": None, "high": None, "n": len(x), "positives": int(x.sum())}
-    found = bootstrap_interval(auroc, x, s, groups=p, num_samples=draws, seed=seed)
-    return {k: found[k] for k in ("value", "low", "high")} | {"n": len(x), "positives": int(x.sum())}
-
-
-def clusters(patients):
-    found = effective_clusters(np.array(patients))
-    return {"groups": found["num_groups"], "effective": found["effective_groups"], "warning": found["warning"]}
+    draws = draws if auroc(*rows[:2]) is not None else 1
+    found = interval(auroc, *rows[:2], patients=rows[2], draws=draws, of_sums=False)
+    return found | {"positives": int(rows[0].sum())}
 
 
 # --------------------------------------------------------------------------------------------------------- the summary
@@ -178,19 +172,16 @@ def behaviour(records, draws=DRAWS):
     who = [r["patient_id"] for r, _ in rows]
     cases = [r["patient_id"] for r in records]
     flips = [(r, w) for r, w in rows if w["variant_id"]]
-    kinds = dict.fromkeys(w["strategy"] for _, w in flips)
+    kinds, of_flips = dict.fromkeys(w["strategy"] for _, w in flips), [r["patient_id"] for r, _ in flips]
     first = [r["wordings"][0] for r in records]
     found = {
         "accuracy": mean_of([w["correct"] for _, w in rows], who, draws),
         "accuracy_original": mean_of([w["correct"] for w in first], cases, draws),
         "says_yes": mean_of([w["answer"] == "yes" for _, w in rows], who, draws),
         "truth_yes": mean_of([w["answer_gt"] == "yes" for _, w in rows], who, draws),
-        "flip_rate": mean_of([w["flip"] for _, w in flips], [r["patient_id"] for r, _ in flips], draws),
+        "flip_rate": mean_of([w["flip"] for _, w in flips], of_flips, draws),
         "flip_by_kind": {
-            k: mean_of(
-                *zip(*[(w["flip"], r["patient_id"]) for r, w in flips if w["strategy"] == k], strict=True), draws
-            )
-            for k in kinds
+            k: mean_of([w["flip"] if w["strategy"] == k else None for _, w in flips], of_flips, draws) for k in kinds
         },
     }
     for name in ("text_only", "blank", "other"):  # answers that change when the image is taken away or exchanged
@@ -208,14 +199,12 @@ def behaviour(records, draws=DRAWS):
     found["quadrants"] = quadrants
     yes = [r for r in records if r["wordings"][0]["answer_gt"] == "yes" and r.get("without") is not None]
     right = [r for r in yes if r["wordings"][0]["correct"]]
-    who = [r["patient_id"] for r in right]
+    who, others = [r["patient_id"] for r in right], [r["without_other"] for r in right]
     found["causal"] = {
         "yes_cases": len(yes),
         "right": len(right),
         "flips_without_finding": mean_of([r["without"] <= 0 for r in right], who, draws),
-        "flips_without_other": mean_of(
-            [None if r["without_other"] is None else r["without_other"] <= 0 for r in right], who, draws
-        ),
+        "flips_without_other": mean_of([None if m is None else m <= 0 for m in others], who, draws),
         "evidence_using": sum(r["evidence_using"] for r in records),
     }
     return found
@@ -259,8 +248,8 @@ def localisation_tables(records, methods, draws=DRAWS):
             rows = [(r["located"][method], r["patient_id"]) for r in some if method in r["located"]]
             if not rows:
                 continue
-            of = {k: [found[k] for found, _ in rows] for k in ("hit", "chance", "mass_ratio", "null_hit")}
-            who = [patient for _, patient in rows]
+            located, who = zip(*rows, strict=True)
+            of = {k: [found[k] for found in located] for k in ("hit", "chance", "mass_ratio", "null_hit")}
             tables[group][method] = {
                 "n": len(rows),
                 "hit": mean_of(of["hit"], who, draws),
@@ -277,10 +266,13 @@ def similarity_table(records, methods, draws=DRAWS):
     table = {}
     for method in methods:
         table[method] = {}
-        rows = [(r["patient_id"], kind, js, r_) for r in records for kind, m, js, r_ in r["moved"] if m == method]
-        for kind in dict.fromkeys(kind for _, kind, _, _ in rows):
-            some = [(who, js, r_) for who, k, js, r_ in rows if k == kind]
-            who, js, correlation = zip(*some, strict=True)
+        kinds = {}
+        for r in records:
+            for kind, m, js, correlation in r["moved"]:
+                if m == method:
+                    kinds.setdefault(kind, []).append((js, correlation, r["patient_id"]))
+        for kind, rows in kinds.items():
+            js, correlation, who = zip(*rows, strict=True)
             table[method][kind] = {"js": mean_of(js, who, draws), "pearson": mean_of(correlation, who, draws)}
     return table
 
@@ -300,24 +292,24 @@ def attention_tests(records, method, draws=DRAWS):
     who = [r["patient_id"] for r in records]
     own, other = ([shifts[r["key"]].get(name) for r in records] for name in ("paraphrase", "other patient's image"))
     ratio = ratio_of(own, other, who, draws, confidence=0.9)
-    rows = [(r, w) for r in records for w in r["wordings"] if w["variant_id"] and method in w["maps"]]
-    rows = [(r, w) for r, w in rows if w["maps"][method].get("js") is not None]
-    flips, patients = [w["flip"] for _, w in rows], [r["patient_id"] for r, _ in rows]
-    first = {r["key"]: r["wordings"][0] for r in records}
+    rows = [(r["wordings"][0], w, r["patient_id"]) for r in records for w in r["wordings"][1:]
+            if w["maps"].get(method, {}).get("js") is not None]  # fmt: skip
+    flips, patients = [w["flip"] for _, w, _ in rows], [patient for *_, patient in rows]
     predictors = {
-        "shift of the map (JS)": [w["maps"][method]["js"] for _, w in rows],
-        "small margin (baseline)": [-abs(first[r["key"]]["margin"]) for r, _ in rows],
-        "change of text length (baseline)": [
-            abs(len(w["question"]) - len(first[r["key"]]["question"])) for r, w in rows
-        ],
+        "shift of the map (JS)": [w["maps"][method]["js"] for _, w, _ in rows],
+        "small margin (baseline)": [-abs(first["margin"]) for first, *_ in rows],
+        "change of text length (baseline)": [abs(len(w["question"]) - len(first["question"])) for first, w, _ in rows],
     }
-    same = ratio is not None and ratio["high"] is not None and ratio["high"] < SAME
     return {
         "paraphrase_minus_other_image": paired(own, other, who, draws),
         "paraphrase_over_other_image_90": ratio,
-        "equivalent": bool(same),
+        "equivalent": ratio is not None and ratio["high"] is not None and ratio["high"] < SAME,
         "flip_auroc": {k: auroc_of(flips, v, patients, draws) for k, v in predictors.items()},
     }
+
+
+def share(wordings, key):
+    return float(np.mean([w[key] for w in wordings])) if wordings else None
 
 
 def compare_models(by_model, draws=DRAWS):
@@ -326,14 +318,8 @@ def compare_models(by_model, draws=DRAWS):
     first = {r["key"]: r for r in by_model[names[0]]} if names else {}
     for name in names[1:]:
         pairs = [(first[r["key"]], r) for r in by_model[name] if r["key"] in first]
-        measures = {
-            "accuracy": lambda r: float(np.mean([w["correct"] for w in r["wordings"]])),
-            "flip rate": lambda r: (
-                float(np.mean([w["flip"] for w in r["wordings"][1:]])) if r["wordings"][1:] else None
-            ),
-        }
-        for what, of in measures.items():
-            a, b = ([of(pair[k]) for pair in pairs] for k in (0, 1))
+        for what, key, start in (("accuracy", "correct", 0), ("flip rate", "flip", 1)):
+            a, b = ([share(pair[k]["wordings"][start:], key) for pair in pairs] for k in (0, 1))
             result = paired(a, b, [p[0]["patient_id"] for p in pairs], draws)
             if result is not None:
                 found.append({"models": [names[0], name], "what": what} | result)

@@ -5,9 +5,6 @@ From the records of evaluate.py to stats.json, tables, figures and a report whos
 if __name__ == "__main__":
     raise SystemExit(__doc__)
 
-import csv
-import io
-import warnings
 from collections import Counter
 
 import matplotlib.pyplot as plt
@@ -15,23 +12,24 @@ import numpy as np
 
 from attention_viz import measures
 from attention_viz.maps import METHODS, OF_ROWS, SIDE, Map, overlay, shares_in_boxes
+from shared.metrics.statistics import effective_clusters
 from shared.report import Report, number, p_value, percent, save_figure, with_interval
-from shared.runtime import InputError, atomic_file, write_csv
+from shared.runtime import InputError, write_csv
 
-NULLS = ("null: intensity",)
-BEHAVIOUR = """
-accuracy: accuracy, all wordings
-accuracy_original: accuracy, original wording
-accuracy_text_only: the same without an image
-accuracy_blank: with a blank image
-accuracy_other: with another patient's image
-says_yes: says yes
-truth_yes: truth is yes
-changes_text_only: answer changes without an image
-changes_blank: with a blank image
-changes_other: with another patient's image
-flip_rate: answer flips with the wording
-"""
+BEHAVIOUR = {
+    "accuracy": "accuracy, all wordings",
+    "accuracy_original": "accuracy, original wording",
+    "accuracy_text_only": "the same without an image",
+    "accuracy_blank": "with a blank image",
+    "accuracy_other": "with another patient's image",
+    "says_yes": "says yes",
+    "truth_yes": "truth is yes",
+    "changes_text_only": "answer changes without an image",
+    "changes_blank": "with a blank image",
+    "changes_other": "with another patient's image",
+    "flip_rate": "answer flips with the wording",
+}
+SHAPE = ("entropy", "gini", "top_mass", "image_mass")
 FEW = 5  # evidence-using calibration cases below which the best map is chosen on all cases with boxes
 
 
@@ -40,13 +38,10 @@ FEW = 5  # evidence-using calibration cases below which the best map is chosen o
 
 def summarise(models, cases, pixels, args):
     """models: {name: run_model's} -> the contents of stats.json; all numbers are of patients not in calibration."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # few patients: said once, by `clusters`
-        boxes = {c.key: shares_in_boxes(c.boxes, (SIDE, SIDE), (0, 0, *pixels[c.key].shape[1::-1])) for c in cases}
-        found = {name: summary_of(model, boxes, args) for name, model in models.items()}
-        tests = {name: [r for r in model["records"] if not r["calibration"]] for name, model in models.items()}
-        differences = measures.compare_models(tests, args.bootstrap)
-    family = []
+    boxes = {c.key: shares_in_boxes(c.boxes, (SIDE, SIDE), (0, 0, *pixels[c.key].shape[1::-1])) for c in cases}
+    found = {name: summary_of(model, boxes, args) for name, model in models.items()}
+    tests = {name: [r for r in model["records"] if not r["calibration"]] for name, model in models.items()}
+    differences, family = measures.compare_models(tests, args.bootstrap), []
     for name, one in found.items():
         group = "evidence-using cases" if "evidence-using cases" in one["localisation"] else "all yes cases"
         located = one["localisation"].get(group, {}).get(one["best_map"])
@@ -55,28 +50,29 @@ def summarise(models, cases, pixels, args):
         family.append((f"{name}: maps move less by wording than by image", moved))
     family += [(f"{d['what']}: {d['models'][0]} minus {d['models'][1]}", d) for d in differences]
     some = next(iter(tests.values()))
-    who = [r["patient_id"] for r in some]
+    patients = effective_clusters([r["patient_id"] for r in some])
     return {
         "n_cases": len(some),
         "n_wordings": sum(len(r["wordings"]) for r in some),
-        "clusters": measures.clusters(who) if who else None,
+        "clusters": {"groups": patients["num_groups"], "effective": patients["effective_groups"],
+                     "warning": patients["warning"]},
         "models": found,
         "tests": measures.with_holm(family),
         "bootstrap": args.bootstrap,
-    }
+    }  # fmt: skip
 
 
 def summary_of(model, boxes, args):
     records, draws = model["records"], args.bootstrap
     locate_mean_maps(records, boxes, model["maps"])
     tested, chosen_on = ([r for r in records if r["calibration"] is part] for part in (False, True))
-    methods = [m for m in dict.fromkeys(m for r in records for m in r["located"]) if not m.startswith("other: ")]
+    methods = list(dict.fromkeys(m for r in records for m in r["located"]))
     behaviour = measures.behaviour(tested, draws)
     says, because = measures.verdict(behaviour)
     rows = [m for m in methods if m in OF_ROWS or m == "mean_without_sinks"]
     evidence = [r for r in chosen_on if r["evidence_using"] and r["has_boxes"]]
     some = evidence if len(evidence) >= FEW else [r for r in chosen_on if r["has_boxes"]]
-    best = best_map(some, [m for m in methods if m not in NULLS])
+    best = best_map(some, [m for m in methods if not m.startswith("null")])
     kind = "mean_without_sinks" if "mean_without_sinks" in rows else "mean" if "mean" in rows else None
     sinks = None if model["sinks"] is None else int(model["sinks"].sum())
     return {
@@ -94,15 +90,10 @@ def summary_of(model, boxes, args):
         "similarity": measures.similarity_table(tested, rows, draws),
         "attention_of": kind,
         "attention": measures.attention_tests(tested, kind, draws),
-        "shape": {
-            m: {
-                k: measures.mean_of(*column(tested, m, k), draws) for k in ("entropy", "gini", "top_mass", "image_mass")
-            }
-            for m in methods
-            if not m.startswith("null")
-        },
+        "shape": {m: {k: measures.mean_of(*column(tested, m, k), draws) for k in SHAPE}
+                  for m in methods if not m.startswith("null")},
         "faithfulness": model["faithfulness"],
-    }
+    }  # fmt: skip
 
 
 def column(records, method, name):
@@ -127,12 +118,9 @@ def locate_mean_maps(records, boxes, maps):
             for name, grid in maps[r["key"]].items():
                 total.setdefault(name, []).append(grid.astype(np.float32))
     for r in records:
-        shares = boxes[r["key"]]
         for name, told in r["located"].items():
-            if name in total:
-                told["null_hit"] = measures.localisation(np.mean(total[name], 0), shares, np.ones_like(shares))["hit"]
-            else:
-                told["null_hit"] = None
+            mean = np.mean(total[name], 0) if name in total else None
+            told["null_hit"] = None if mean is None else measures.localisation(mean, boxes[r["key"]])["hit"]
 
 
 def best_map(records, methods):
@@ -150,18 +138,14 @@ def best_map(records, methods):
 
 
 def write_results(run_dir, stats, models, cases, pixels, errors, args):
-    phantom = stats["phantom"]
     write_tables(run_dir, models, errors)
-    figures = [
-        (
+    figures = {
+        "Original wording: the film with its boxes, then its maps.":
             draw_panels(run_dir, stats, models, cases, pixels, args),
-            "Original wording: the film with its boxes, then its maps.",
-        ),
-        (draw_moves(run_dir, stats, models), "How far maps move: by wording, and by what should move them."),
-        (draw_forest(run_dir, stats), "Hit rate over chance on test cases with boxes; 1 is chance."),
-    ]
-    report = write_report(stats, [f for f in figures if f[0]], phantom)
-    report.write(run_dir, page=True)
+        "How far maps move: by wording, and by what should move them.": draw_moves(run_dir, stats, models),
+        "Hit rate over chance on test cases with boxes; 1 is chance.": draw_forest(run_dir, stats),
+    }  # fmt: skip
+    write_report(stats, figures).write(run_dir, page=True)
 
 
 def write_tables(run_dir, models, errors):
@@ -177,59 +161,50 @@ def write_tables(run_dir, models, errors):
                     place = r["located"].get(method, {}) if not w["variant_id"] and r["has_boxes"] else {}
                     rows.append(head | {"variant_id": w["variant_id"], "method": method, **m, **place})
     names = dict.fromkeys(k for row in rows for k in row)
-    write_csv(run_dir / "answers.csv", answers)
-    with atomic_file(run_dir / "maps.csv", "w") as file:
-        text = io.StringIO()
-        writer = csv.DictWriter(text, names, restval="")
-        writer.writeheader()
-        writer.writerows(rows)
-        file.write(text.getvalue())
-    if errors:
-        write_csv(run_dir / "errors.csv", errors)
+    rows = [{name: row.get(name, "") for name in names} for row in rows]
+    for name, lines in (("answers", answers), ("maps", rows), ("errors", errors)):
+        if lines:
+            write_csv(run_dir / f"{name}.csv", lines)
 
 
 # -------------------------------------------------------------------------------------------------------------- report
 
 
-def write_report(stats, figures, phantom):
-    few = stats["clusters"] and stats["clusters"]["warning"]
+def write_report(stats, figures):
+    few = stats["clusters"]["warning"]
     warned = [f"{name} is an untrained tiny model: its rows mean nothing." for name, m in stats["models"].items()
               if m["tiny"]]  # fmt: skip
-    report = Report("Attention under paraphrase", phantom, warned)
+    report = Report("Attention under paraphrase", stats["phantom"], warned)
     lines = [f"{stats['n_cases']} questions in {stats['n_wordings']} wordings, of patients that nothing was chosen on.",
              f"Intervals of 95 % draw patients, {stats['bootstrap']} times.", *stats["notes"]]  # fmt: skip
     lines += [f"{stats['errors']} rows were left out (errors.csv)."] if stats["errors"] else []
     report.text(" ".join([*lines, f"**{few}**" if few else ""]))
     report.heading("Does the answer need the image?")
-    names = list(stats["models"])
     for name, m in stats["models"].items():
         report.text(f"**{name}: {m['verdict']['says']}** ({m['verdict']['because']}).")
         yes = m["behaviour"]["says_yes"]
         if yes and not 0.1 <= yes["value"] <= 0.9:
             report.text(f"**{name} says yes to {percent(yes['value'])} % of the questions: consistency means little.**")
-    lines = [line.split(": ") for line in BEHAVIOUR.strip().split("\n")]
-    rows = [[label, *(with_interval(stats["models"][n]["behaviour"][key]) for n in names)] for key, label in lines]
-    for kind in dict.fromkeys(k for n in names for k in stats["models"][n]["behaviour"]["flip_by_kind"]):
-        flips = [stats["models"][n]["behaviour"]["flip_by_kind"].get(kind) for n in names]
-        rows.append([f"flips: {kind}", *map(with_interval, flips)])
-    rows += [[f"cases: {q}", *(stats["models"][n]["behaviour"]["quadrants"][q] for n in names)]
-             for q in stats["models"][names[0]]["behaviour"]["quadrants"]]  # fmt: skip
-    causal = [stats["models"][n]["behaviour"]["causal"] for n in names]
+    told = [m["behaviour"] for m in stats["models"].values()]
+    rows = [[label, *(with_interval(t[key]) for t in told)] for key, label in BEHAVIOUR.items()]
+    for kind in dict.fromkeys(k for t in told for k in t["flip_by_kind"]):
+        rows.append([f"flips: {kind}", *(with_interval(t["flip_by_kind"].get(kind)) for t in told)])
+    rows += [[f"cases: {q}", *(t["quadrants"][q] for t in told)] for q in told[0]["quadrants"]]
+    causal = [t["causal"] for t in told]
     rows.append(["right yes: flips when the finding is drawn away",
                  *(with_interval(c["flips_without_finding"]) for c in causal)])  # fmt: skip
     rows.append(["right yes: flips when another is", *(with_interval(c["flips_without_other"]) for c in causal)])
     rows.append(["evidence-using cases", *(f"{c['evidence_using']} of {c['yes_cases']}" for c in causal)])
-    report.table(["%", *names], rows)
+    report.table(["%", *stats["models"]], rows)
     for name, m in stats["models"].items():
         model_section(report, name, m)
     report.heading("The declared family of tests")
-    tested = [
-        [name, *(["–"] * 3 if t is None else [with_interval(t, number), p_value(t["p"]), p_value(t["p_holm"])])]
-        for name, t in stats["tests"].items()
-    ]
+    tested = [[name, *(["–"] * 3 if t is None else [with_interval(t, number), p_value(t["p"]), p_value(t["p_holm"])])]
+              for name, t in stats["tests"].items()]  # fmt: skip
     report.table(["", "difference", "sign flips", "Holm"], tested)
-    for path, caption in figures:
-        report.figure(path, caption)
+    for caption, path in figures.items():
+        if path is not None:
+            report.figure(path, caption)
     return report
 
 
@@ -239,6 +214,10 @@ def model_section(report, name, m):
     if wrong:
         told = ", ".join(f"{k}: {v}" for k, v in wrong.items())
         report.text(f"**No attention for {sum(wrong.values())} cases ({told}): they have answers and no maps.**")
+    gone = [f"`{method}` {status}: {n}" for method, found in m["statuses_by_map"].items() for status, n in found.items()
+            if status not in ("ok", *wrong)]  # fmt: skip
+    if gone:
+        report.text(f"Maps that could not be made, of test cases: {', '.join(gone)}.")
     if m["sinks"]:
         held = with_interval(m["sink_mass"])
         report.text(f"{m['sinks']} cell(s) of the mean map are sinks, which hold {held} % of it whatever the image."
@@ -249,22 +228,19 @@ def model_section(report, name, m):
         if not table:
             continue
         n = max(row["n"] for row in table.values())
-        report.text(f"Where the boxes are known, {group} (n = {n}). Best on calibration: `{m['best_map']}`.")
-        order = sorted(table, key=lambda k: -(table[k]["hit_over_chance"] or {"value": 0})["value"])
-        rows = []
-        for k in order:
-            of, above = table[k], table[k]["against_mean_map"]
-            cells = [with_interval(of["hit"]), percent(of["chance"]), with_interval(of["hit_over_chance"], number)]
-            rows.append([k, *cells, with_interval(of["mass_ratio"], number), with_interval(above)])
+        report.text(f"Where the boxes are known, {group} (n = {n}). Best on calibration: `{m['best_map'] or 'none'}`.")
+        rows = [[k, with_interval(of["hit"]), percent(of["chance"]), with_interval(of["hit_over_chance"], number),
+                 with_interval(of["mass_ratio"], number), with_interval(of["against_mean_map"])]
+                for k, of in sorted(table.items(), key=lambda kv: -(kv[1]["hit_over_chance"] or {"value": 0})["value"])
+                ]  # fmt: skip
         head = ["map", "hit %", "chance %", "hit / chance", "mass in boxes / chance", "hit above its mean map, %"]
         report.table(head, rows)
     report.text(best_sentence(m))
     if m["similarity"]:
-        kinds = list(dict.fromkeys(k for t in m["similarity"].values() for k in t))
         rows = []
-        for k in kinds:
-            moved = [t.get(k, {}).get("js") for t in m["similarity"].values()]
-            rows.append([k, *(with_interval(js, lambda v: number(v, 4)) for js in moved)])
+        for kind in dict.fromkeys(k for t in m["similarity"].values() for k in t):
+            moved = [t.get(kind, {}).get("js") for t in m["similarity"].values()]
+            rows.append([kind, *(with_interval(js, lambda v: number(v, 4)) for js in moved)])
         report.text("How far maps move from the original wording's (Jensen-Shannon, base 2, 0 to 1):")
         report.table(["against", *m["similarity"]], rows)
     report.text(attention_sentence(m))
@@ -305,14 +281,11 @@ def attention_sentence(m):
 
 def faithful_tables(report, found):
     sides = [(what, side) for what in ("deletion", "insertion") for side in ("right", "wrong")]
-    rows = [
-        [k, *(with_interval(t.get(what, {}).get(side), number) for what, side in sides)]
-        for k, t in found["methods"].items()
-    ]
-    report.text(
-        f"Faithfulness on {found['n']} cases: gap to random orders in shares of the margin; above 0 is faithful."
-    )
-    report.table(["map", "deletion, right", "deletion, wrong", "insertion, right", "insertion, wrong"], rows)
+    rows = [[k, *(with_interval(t.get(what, {}).get(side), number) for what, side in sides)]
+            for k, t in found["methods"].items()]  # fmt: skip
+    report.text(f"Faithfulness on {found['n']} cases: gap to random orders in shares of the margin; above 0 is"
+                " faithful.")  # fmt: skip
+    report.table(["map", *map(", ".join, sides)], rows)
     if found["randomisation"]:
         names = list(dict.fromkeys(k for t in found["randomisation"].values() for k in t))
         rows = [[m, *(number(t.get(k)) for k in names)] for m, t in found["randomisation"].items()]

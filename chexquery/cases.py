@@ -27,7 +27,7 @@ from shared.data.images import find_images, read_image
 from shared.data.iu_xray import load_iu_xray, mesh_labels
 from shared.metrics.labels import CONDITIONS, PARENTS, label_report
 from shared.phantom import phantom_settings, phantom_study
-from shared.runtime import DataNotFound, InputError, fraction, positive_int, read_json, seed_number, write_json
+from shared.runtime import DataNotFound, InputError, bounded, fraction, read_json, seed_number, write_json
 
 REGIONS = {  # words that tell which region a sentence speaks of; a mirror pair, then the unpaired ones
     "cardiac": r"heart|cardiac|cardiomegaly|cardiomediastin\w*|pericard\w*",
@@ -38,6 +38,7 @@ REGIONS = {  # words that tell which region a sentence speaks of; a mirror pair,
     "spine": r"spine|spinal|vertebra\w*|thoracic|scoliosis|degenerative",
 }
 VIEWS = ("frontal", "lateral")
+SECTIONS = ("findings", "impression", "findings+impression")
 LABELS = ("labeller", "mesh", "chexbert", "truth")
 # Options that say which studies there are; a checkpoint holds them, so that evaluate.py takes the same.
 AGAIN = tuple("data splits_file section labels films phantom_seed conditions prevalence severe".split())
@@ -53,10 +54,8 @@ def target_text(findings, impression, section, filled=True):
     if section == "findings+impression":
         if not (findings or impression):
             return ""
-        findings, impression = (
-            findings or "No detailed findings documented.",
-            impression or ("No specific impression documented."),
-        )
+        findings = findings or "No detailed findings documented."
+        impression = impression or "No specific impression documented."
         return f"Findings: {findings} | Impression: {impression}"
     return findings if section == "findings" else impression
 
@@ -172,8 +171,8 @@ def write_splits(path, studies, **more):
     write_json(path, {"facts": facts, "rows": studies.rows})
 
 
-def wrong_in(row):
-    """-> what is missing from a row of a splits file, or cannot be right; None where all is as prepare.py writes it."""
+def wrong_in(row, phantom):
+    """-> what is missing from a row of a splits file, or cannot be right, or None. phantom: are its films drawn?"""
     if not isinstance(row, dict):
         return "all its fields"
     films, kinds = row.get("films"), {"uid": (str, int), "patient": (str, int), "report": str, "reference": str}
@@ -181,10 +180,16 @@ def wrong_in(row):
     known = {name: (1, 0, -1, None) for name in CONDITIONS}, {name: (1, 0, None) for name in REGIONS}
     right = {name: isinstance(row.get(name), kind) and row[name] != "" for name, kind in kinds.items()}
     right |= {"report": isinstance(row.get("report"), str), "split": row.get("split") in ("train", "val", "test")}
-    right["films"] = isinstance(films, dict) and (
-        all(type(value) is int for value in films.values())
-        if drawn
-        else set(films) <= set(VIEWS) and all(isinstance(path, (str, type(None))) for path in films.values())
+    for name in ("report", "reference"):  # half a character cannot be tokenized
+        right[name] = right[name] and not re.search("[\ud800-\udfff]", row[name])
+    right["films"] = (
+        isinstance(films, dict)
+        and drawn == phantom
+        and (
+            all(type(value) is int for value in films.values())
+            if drawn
+            else set(films) <= set(VIEWS) and all(isinstance(path, (str, type(None))) for path in films.values())
+        )
     )
     for name, values in zip(("labels", "regions"), known, strict=True):
         found = row.get(name)
@@ -196,19 +201,25 @@ def wrong_in(row):
 def read_splits(path):
     """-> RowSet. InputError for a file that is not of prepare.py, for splits that overlap, for reports without text."""
     found = read_json(path)
-    if not isinstance(found, dict) or not {"facts", "rows"} <= set(found) or not found["rows"]:
+    if not isinstance(found, dict) or not isinstance(found.get("rows"), list) or not found["rows"]:
         raise InputError(f"{path} was not written by chexquery/prepare.py: it lacks facts or rows; make it again")
-    rows, facts, uids = found["rows"], found["facts"], set()
-    notes = facts.get("notes") if isinstance(facts, dict) else None
-    if not isinstance(notes, dict) or not {"section", "labels", "phantom"} <= set(notes) or "name" not in facts:
+    rows, facts, uids = found["rows"], found.get("facts"), set()
+    try:
+        notes, said = facts["notes"], isinstance(facts["name"], str) and "labels" in facts["notes"]
+        said = said and notes["section"] in SECTIONS and type(notes["phantom"]) is bool
+        hospital(**(notes.get("drawn") or {}))
+    except (KeyError, TypeError, AttributeError):
+        said = False
+    if not said:
         raise InputError(f"{path}: its facts do not say what the rows are; make the file again with prepare.py")
     for row in rows:
-        if wrong := wrong_in(row):
+        if wrong := wrong_in(row, notes["phantom"]):
             raise InputError(f"{path}: a row lacks {wrong}, or it cannot be right; make the file again with prepare.py")
         if not row["report"].strip():
             raise InputError(f"{path}: the report of study {row['uid']} has no text; leave that study out")
-        uids.add(row["uid"])
-    for pair, shared in shared_between_splits(rows, "patient").items():
+        uids.add(str(row["uid"]))
+    patients = [{"split": row["split"], "patient": str(row["patient"])} for row in rows]
+    for pair, shared in shared_between_splits(patients, "patient").items():
         if shared["shared"]:
             raise InputError(
                 f"{path}: {shared['shared']} patients are both in {pair.replace(', ', ' and in ')}, the first is"
@@ -266,11 +277,12 @@ def can_be_seen(row, views):
 def add_data_options(group):
     # fmt: off
     group.add_argument("--splits-file", metavar="FILE", help="rows of prepare.py; without it they are made here")
-    group.add_argument("--section", default="findings", choices=["findings", "impression", "findings+impression"],
+    group.add_argument("--section", default="findings", choices=SECTIONS,
         help="what the reports hold; both: 'Findings: ... | Impression: ...' (%(default)s)")
     group.add_argument("--labels", default="labeller", choices=LABELS,
         help="label targets: rules on the text, MeSH terms, CheXbert (prepare.py), or what was drawn (%(default)s)")
-    group.add_argument("--films", type=positive_int, default=4000, help="phantom: studies to train on (%(default)s)")
+    group.add_argument("--films", type=bounded(int, 1, 10**6, "must be at least 1"), default=4000,
+        help="phantom: studies to train on (%(default)s)")
     group.add_argument("--phantom-seed", type=seed_number, default=0, help="phantom: which hospital (%(default)s)")
     group.add_argument("--conditions", nargs="+", metavar="NAME", help="phantom: draw these only (default: all 13)")
     group.add_argument("--prevalence", type=fraction, metavar="SHARE", help="phantom: chance of each of them")
@@ -343,11 +355,15 @@ def add_file_options(group):
     # fmt: on
 
 
-def read_files(args, size):
+def read_files(args, size, views):
     """
     --images and --lateral -> (rows {"uid", "patient", "films"}, uint8 (N, 2, size, size), bool (N, 2), errors
-    [{"image", "error"}]). A study with a film that cannot be read is an error. InputError when none is left.
+    [{"image", "error"}]). A study with a film that cannot be read is an error. InputError when none is left, or for
+    films of another view than the model was trained on.
     """
+    for view, files in zip(VIEWS, (args.images, args.lateral), strict=True):
+        if files and view not in views:
+            raise InputError(f"this model was trained on {views[0]} films alone: {view} ones mean nothing to it")
     frontal = find_images(args.images)[: args.limit]
     lateral = find_images(args.lateral)[: args.limit] if args.lateral else [None] * len(frontal)
     if len(lateral) != len(frontal):

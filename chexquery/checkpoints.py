@@ -10,6 +10,7 @@ if __name__ == "__main__":
 
 from pathlib import Path
 
+from chexquery.cases import SECTIONS
 from chexquery.model import VIEWS, build_model
 from shared.metrics.labels import CONDITIONS
 from shared.models.hub import explained
@@ -38,9 +39,12 @@ def load_model(path, device="cpu"):
         cuts = state["thresholds"]
         if cuts is not None and not (len(cuts) == len(CONDITIONS) and all(-1 <= cut <= 2 for cut in cuts)):
             raise ValueError("14 thresholds are needed")
-        if not (1 <= beams[0] <= 32 and 0 <= beams[1] < settings["max_tokens"]):
+        if not (1 <= beams[0] <= 32 and 0 <= beams[1] < settings["max_tokens"] and type(beams[0]) is int):
             raise ValueError(f"it writes with {beams}")
-        if not data["views"] or not set(data["views"]) <= set(VIEWS) or type(data["phantom"]) is not bool:
+        kinds = {"name": str, "phantom": bool, "drawn": (dict, type(None)), "again": dict, "patients": list}
+        if not data["views"] or not set(data["views"]) <= set(VIEWS) or data["section"] not in SECTIONS or not all(
+            isinstance(data[key], kind) for key, kind in kinds.items()
+        ):  # fmt: skip
             raise ValueError("what it was trained on cannot be read")
     more = {k: v for k, v in state.items() if k not in ("weights", "chexquery")}
     return model.to(device).eval(), more | {"path": str(path)}
@@ -57,7 +61,8 @@ UNTRAINED = dict(
 def untrained(**changes):
     """The smallest model, of random weights, for dry runs and tests -> (model, what a checkpoint would say)."""
     model = build_model(UNTRAINED | changes, ["The heart is enlarged. No effusion or pneumothorax is seen."])
-    data = {"name": "phantom", "phantom": True, "section": "findings", "views": list(VIEWS), "drawn": {}}
+    data = {"name": "phantom", "phantom": True, "section": "findings", "views": list(VIEWS), "drawn": {}, "again": {},
+            "patients": []}  # fmt: skip
     told = {"path": "untrained", "phase": 0, "thresholds": [0.5] * len(CONDITIONS), "data": data, "decoding": [1, 0]}
     return model.eval(), told
 

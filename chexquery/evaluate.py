@@ -71,10 +71,10 @@ def parse_args(argv=None, again=None):
     return args
 
 
-def write_reports(model, films, device, batch_size, source=None, blank=False, **decoding):
+def write_reports(model, films, device, batch_size, source=None, blank=False, silent=False, **decoding):
     """
     Reports on all films -> (texts, Seen parts {"logits", "whole"} as arrays). source: of whose film each report is
-    written, indices; blank: grey in place of every film.
+    written, indices; blank: grey in place of every film; silent: look only, write nothing.
     """
     source, texts, logits, whole = range(len(films)) if source is None else source, [], [], []
     with torch.inference_mode():
@@ -82,29 +82,19 @@ def write_reports(model, films, device, batch_size, source=None, blank=False, **
             images, present = films.get(list(source[start : start + batch_size]))
             images = np.full_like(images, 128) if blank else images
             seen = model(torch.from_numpy(images).to(device), torch.from_numpy(present).to(device))
-            texts += model.write(seen.tokens, **decoding)[0]
+            texts += [] if silent else model.write(seen.tokens, **decoding)[0]
             whole.append(seen.whole.float().cpu().numpy())
             logits += [] if seen.logits is None else [seen.logits.float().cpu().numpy()]
     return texts, {"logits": np.concatenate(logits) if logits else None, "whole": np.concatenate(whole)}
 
 
-def vectors_of(model, films, device, batch_size):
-    """Global vectors (N, D), without writing."""
-    found = []
-    with torch.inference_mode():
-        for start in range(0, len(films), batch_size):
-            images, present = films.get(list(range(start, min(start + batch_size, len(films)))))
-            found.append(model(torch.from_numpy(images).to(device), torch.from_numpy(present).to(device)).whole)
-    return torch.cat(found).float().cpu().numpy()
-
-
 def another_patient(rows):
-    """For each row the index of a row of another patient, the same film for no two rows."""
-    n = len(rows)
-    for shift in range(max(1, n // 2), n):
-        if all(rows[i]["patient"] != rows[(i + shift) % n]["patient"] for i in range(n)):
-            return [(i + shift) % n for i in range(n)]
-    return [(i + n // 2) % n for i in range(n)]
+    """For each row the index of a row of another patient, half the list away; None where all are of one patient."""
+    n, patients = len(rows), [row["patient"] for row in rows]
+    if len(set(patients)) < 2:
+        return None
+    turned = [[(i + n // 2 + k) % n for k in range(n)] for i in range(n)]
+    return [next(j for j in turned[i] if patients[j] != patients[i]) for i in range(n)]
 
 
 def make_lines(model, studies, test, args, device, decoding):
@@ -113,34 +103,32 @@ def make_lines(model, studies, test, args, device, decoding):
     films = Films(test, size, notes.get("drawn"), args.views)
     run = (model, films, device, args.batch_size)
     texts, seen = write_reports(*run, **decoding)
-    lines = {"model": texts, "shuffled images": write_reports(*run, source=another_patient(test), **decoding)[0]}
+    lines = {"model": texts}
+    if source := another_patient(test):
+        lines["shuffled images"] = write_reports(*run, source=source, **decoding)[0]
     lines["blank images"] = write_reports(*run, blank=True, **decoding)[0]
     train, val = studies.split("train"), studies.split("val")
     train_films = Films(train, size, notes.get("drawn"), args.views)
-    of = {"train_vectors": vectors_of(model, train_films, device, args.batch_size), "vectors": seen["whole"]}
+    looked = write_reports(model, train_films, device, args.batch_size, silent=True)[1]
+    of = {"train_vectors": looked["whole"], "vectors": seen["whole"]}
     of |= {name: positive_matrix([r["labels"] for r in rows]).astype(int).tolist()
            for name, rows in (("train_labels", train), ("labels", test))}  # fmt: skip
-    lines |= baseline_reports(
-        [r["reference"] for r in train],
-        [r["reference"] for r in val],
-        len(test),
-        args.seed,
-        tokenizer=args.tokenizer,
-        **of,
-    )
+    references = ([r["reference"] for r in rows] for rows in (train, val))
+    lines |= baseline_reports(*references, len(test), args.seed, tokenizer=args.tokenizer, **of)
     return lines, seen
 
 
 def conditions_drawn(notes):
-    return (notes.get("drawn") or {}).get("conditions") or list(CONDITIONS[1:])
+    return list(dict.fromkeys((notes.get("drawn") or {}).get("conditions") or CONDITIONS[1:]))
 
 
-def make_report(studies, told, n, table, sentence, gains, abnormal, agreement, extra, drawn):
-    phantom, limit = bool(studies.notes.get("phantom")), told["limit"]
+def make_report(studies, told, args, n, table, sentence, gains, abnormal, agreement, extra, drawn):
+    phantom, limit = bool(studies.notes.get("phantom")), args.limit
     warnings = [MADE_UP] * (told["data"]["phantom"] and not phantom) + [f"Measured with --limit {limit}."] * bool(limit)
+    warnings += ["Measured on validation studies, on which the model was chosen."] * (args.split == "val")
     report = Report(f"{studies.name}: reports of CheXQuery", phantom, warnings)
     where = f"checkpoint `{short_path(told['path'])}` (phase {told['phase']}), trained on {told['data']['name']}"
-    report.text(f"{n} test studies ({studies.version}); {where}; intervals of 95 %, patients drawn.")
+    report.text(f"{n} {args.split} studies ({studies.version}); {where}; intervals of 95 %, patients drawn.")
     columns = {name: key for name, key in COLUMNS.items() if key != "f1_micro_drawn" or drawn}
     groups = [list(columns.items())[:8], list(columns.items())[8:]]
     for group in groups:
@@ -179,8 +167,9 @@ def main(argv=None):
     seed_everything(args.seed)
     model, told, decoding = open_model(args)
     data = told["data"]
-    drawn = {"data": "phantom", **(data.get("drawn") or {})} if data["phantom"] else {}
-    again = {"section": data["section"], **drawn, **data.get("again", {})}
+    again = {"section": data["section"], **(data["drawn"] or {}), **data["again"]}
+    if not again.get("splits_file"):  # not auto: other studies may be there now
+        again["data"] = data["name"]
     if args.splits_file or args.data != "auto":
         again |= {"data": args.data, "splits_file": args.splits_file}
     args = parse_args(argv, again)
@@ -195,7 +184,7 @@ def main(argv=None):
         raise InputError(
             "train, val and test studies are all needed: the lines beside the model come from train and val"
         )
-    known = {str(row["patient"]) for row in test} & set(data.get("patients", ()))
+    known = {str(row["patient"]) for row in test} & set(data["patients"])
     if known and studies.name == data["name"]:
         raise InputError(f"{len(known)} of the patients to be measured on were trained on: give the --splits-file or"
                          " the options of the training")  # fmt: skip
@@ -224,11 +213,9 @@ def main(argv=None):
         abnormal["table"] = score_lines(some[0], [references[i] for i in ill], some[1], [true[i] for i in ill],
                                         [groups[i] for i in ill], **options)[0]  # fmt: skip
     agreement = consistency(seen["logits"], told["thresholds"], written["model"]) if told.get("thresholds") else None
-    found = (
-        faithfulness(model, test[: args.faithfulness], notes, args, told, device, decoding)
-        if args.faithfulness
-        else None
-    )
+    some, found = test[: args.faithfulness], None
+    if some:
+        found = faithfulness(model, some, notes, args, told, device, decoding)
 
     write_json(run_dir / "metrics.json", {
         "dataset": studies.facts() | {"phantom": phantom}, "trained_on": {k: data[k] for k in ("name", "phantom")},
@@ -244,8 +231,7 @@ def main(argv=None):
         {"uid": row["uid"], "reference": row["reference"], **{k: v[i] for k, v in lines.items()}}
         for i, row in enumerate(test)])  # fmt: skip
     extra = faithfulness_tables(found) if found else []
-    told["limit"] = args.limit
-    page = make_report(studies, told, len(test), table, sentence, gains, abnormal, agreement, extra, drawn)
+    page = make_report(studies, told, args, len(test), table, sentence, gains, abnormal, agreement, extra, drawn)
     page.write(run_dir, page=True)
     if args.export_rexrank:
         export_rexrank(args.export_rexrank, test, lines["model"])

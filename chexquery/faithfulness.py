@@ -40,8 +40,7 @@ def maps_of(model, looked, present, kind="attention", images=None):
     else:
         with torch.enable_grad():
             seen = model(looked=[part.detach() for part in looked], present=present, maps=True)
-            logits = torch.cat([part for part in (seen.logits, seen.region_logits) if part is not None], 1)
-            maps = []
+            logits, maps = logits_of(seen), []
             for q in range(logits.shape[1]):
                 slopes = torch.autograd.grad(logits[:, q].sum(), seen.maps, retain_graph=True)
                 # All query rows of a layer may carry a query's logit on; what counts is which patches they read.
@@ -52,6 +51,11 @@ def maps_of(model, looked, present, kind="attention", images=None):
     return seen, maps.detach().float().unflatten(-1, (len(VIEWS), side, side))
 
 
+def logits_of(seen):
+    """(B, Q): of conditions and regions, those there are."""
+    return torch.cat([part for part in (seen.logits, seen.region_logits) if part is not None], 1)
+
+
 def occlusion(model, looked, images, present):
     """
     Fall of each query's logit when the two by two patches around a place take the mean of the film, 0 where it does not
@@ -60,20 +64,18 @@ def occlusion(model, looked, images, present):
     with torch.no_grad():
         seen = model(looked=looked, present=present)
         side = round((looked[0].shape[1] // len(VIEWS)) ** 0.5)
-        plain = torch.cat([part for part in (seen.logits, seen.region_logits) if part is not None], 1)
+        plain = logits_of(seen)
         maps = plain.new_zeros(*plain.shape, len(VIEWS), side, side)
         for view in [v for v in range(len(VIEWS)) if present[:, v].any()]:
             for row in range(side):
                 for column in range(side):
                     gone = torch.zeros(len(images), len(VIEWS), side, side, dtype=torch.bool, device=images.device)
-                    gone[:, view, max(0, row - 1) : row + 1, max(0, column - 1) : column + 1] = True
+                    rows, columns = slice(max(0, row - 1), row + 1), slice(max(0, column - 1), column + 1)
+                    gone[:, view, rows, columns] = True
                     new = model(erased(images, gone, side), present)
-                    logits = torch.cat([part for part in (new.logits, new.region_logits) if part is not None], 1)
-                    fall = (plain - logits).clamp(min=0) * present[:, view, None]
+                    fall = (plain - logits_of(new)).clamp(min=0) * present[:, view, None]
                     # Each patch of the square carries its share of the fall.
-                    maps[:, :, view, max(0, row - 1) : row + 1, max(0, column - 1) : column + 1] += fall[
-                        ..., None, None
-                    ]
+                    maps[:, :, view, rows, columns] += fall[..., None, None]
     return seen, maps.flatten(2)
 
 
@@ -170,7 +172,7 @@ def redrawing(model, rows, texts, drawn, device, decoding):
                     new = study.without(gone)
                     films.append([new.image, new.lateral])
                     cases.append({"patient": row["patient"], "condition": condition, "what": what})
-    views = torch.tensor([True, "lateral" in rows[0]["seen_views"]]) if rows else None
+    views = torch.tensor([view in rows[0]["seen_views"] for view in VIEWS])
     for start in range(0, len(films), 50):
         images = torch.from_numpy(np.array(films[start : start + 50])).to(device)
         with torch.inference_mode():
@@ -216,10 +218,8 @@ def removal(model, texts, looked, present, rows, thresholds, decoding, rng):
 def erased(images, patches, grid):
     """images uint8 (B, V, S, S), patches bool (B, V, g, g): these squares take the mean of their film."""
     size = images.shape[-1]
-    edges = torch.linspace(0, size, grid + 1).round().long()
-    where = patches.repeat_interleave(edges.diff().to(patches.device), -1).repeat_interleave(
-        edges.diff().to(patches.device), -2
-    )
+    widths = torch.linspace(0, size, grid + 1).round().long().diff().to(patches.device)
+    where = patches.repeat_interleave(widths, -1).repeat_interleave(widths, -2)
     means = images.float().mean((-1, -2), keepdim=True).round().to(images.dtype)
     return torch.where(where, means, images)
 
@@ -237,12 +237,9 @@ def deletion(model, images, looked, present, rows, thresholds, rng):
             continue
         other = int(rng.choice([j for j in range(1, len(CONDITIONS)) if j != k]))
         chance = torch.from_numpy(rng.random((len(chosen), there.shape[1]))).to(maps)
+        ranks = {"own": maps[chosen, k].flatten(1), "other": maps[chosen, other].flatten(1), "random": chance}
         drops = {}
-        for name, rank in (
-            ("own", maps[chosen, k].flatten(1)),
-            ("other", maps[chosen, other].flatten(1)),
-            ("random", chance),
-        ):
+        for name, rank in ranks.items():
             rank = rank.masked_fill(~there[chosen], -1)
             count = (there[chosen].sum(1) * ERASED).round().long()
             order = rank.argsort(1, descending=True).argsort(1)
@@ -251,9 +248,8 @@ def deletion(model, images, looked, present, rows, thresholds, rng):
                 logits = model(erased(images[chosen], gone, grid), present[chosen]).logits[:, k]
             drops[name] = (seen.logits[chosen, k] - logits).tolist()
         for n, i in enumerate(chosen.tolist()):
-            found.append(
-                {"patient": rows[i]["patient"], "condition": condition, **{f"{k}_drop": v[n] for k, v in drops.items()}}
-            )
+            falls = {f"{name}_drop": values[n] for name, values in drops.items()}
+            found.append({"patient": rows[i]["patient"], "condition": condition, **falls})
     return found
 
 
@@ -273,16 +269,14 @@ def swapping(model, looked, present, rng, pairs=5):
 
 
 def sides(model, looked, present):
-    """Region maps of the lungs: share of their weight in the frontal film that lies in that half of it."""
-    if not set(REGIONS) <= set(model.names):
+    """Region maps of the lungs: share of their weight in the frontal films that lies in that half of it."""
+    there = present[:, 0]
+    if not set(REGIONS) <= set(model.names) or not there.any():
         return None
-    maps = maps_of(model, looked, present)[1][:, :, 0]
+    maps = maps_of(model, looked, present)[1][there, :, 0]
     left = maps[..., maps.shape[-1] // 2 :].sum((-1, -2)) / maps.sum((-1, -2)).clamp(min=1e-9)  # the image's right half
-    shares = {
-        "left_lung": left[:, model.names.index("left_lung")],
-        "right_lung": 1 - left[:, model.names.index("right_lung")],
-    }
-    return {name: float(share.mean()) for name, share in shares.items()}
+    left_lung, right_lung = (left[:, model.names.index(name)].mean().item() for name in ("left_lung", "right_lung"))
+    return {"left_lung": left_lung, "right_lung": 1 - right_lung}
 
 
 def faithfulness(model, rows, notes, args, told, device, decoding):
@@ -305,7 +299,8 @@ def faithfulness(model, rows, notes, args, told, device, decoding):
         found["deletion"] = {key: mean_of(cases, key) for key in ("own_drop", "other_drop", "random_drop")}
         found["swap"] = swapping(model, looked, present, rng)
     if notes.get("phantom"):
-        found["pointing"] = pointing_summary(pointing(model, rows, images, looked, present, notes["drawn"], rng))
+        if present[:, 0].all():  # boxes are drawn on frontal films
+            found["pointing"] = pointing_summary(pointing(model, rows, images, looked, present, notes["drawn"], rng))
         cases = redrawing(model, rows, texts, notes["drawn"], device, decoding)
         found["redrawn"] = {
             what: mean_of([c for c in cases if c["what"] == what], "gone") for what in ("lesion", "other finding")

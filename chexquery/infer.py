@@ -37,6 +37,8 @@ def parse_args(argv=None):
     add_writing_options(g)
     add_file_options(g)
     args = parser.parse_args(argv)
+    if args.dry_run:
+        args.device, args.images = "cpu", args.images or [str(ROOT / "docs" / "phantom_film.png")]
     if not args.images:
         parser.error("--images names the films to write about")
     return args
@@ -81,7 +83,7 @@ def main(argv=None):
     started = time.time()
     seed_everything(args.seed)
     model, told, decoding = open_model(args)
-    rows, images, present, errors = read_files(args, model.image_size)
+    rows, images, present, errors = read_files(args, model.image_size, told["data"]["views"])
     run_dir = open_run_dir(args, TASK, "infer")
     results = write_about(model, rows, images, present, args.batch_size, told["device"], decoding)
     facts = {"checkpoint": told["path"], "phantom": told["data"]["phantom"], "n": len(rows), "left_out": len(errors)}

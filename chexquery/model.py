@@ -89,11 +89,8 @@ class QueryLayer(nn.Module):
         super().__init__()
         self.among = Attention(width, heads, dropout) if query_attention else None
         self.norm_among = nn.LayerNorm(width) if query_attention else None
-        self.cross, self.norm_cross, self.norm = (
-            Attention(width, heads, dropout),
-            nn.LayerNorm(width),
-            nn.LayerNorm(width),
-        )
+        self.cross = Attention(width, heads, dropout)
+        self.norm_cross, self.norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.feed = nn.Sequential(
             nn.Linear(width, 4 * width), nn.GELU(), nn.Dropout(dropout), nn.Linear(4 * width, width)
         )
@@ -220,9 +217,8 @@ class CheXQuery(nn.Module):
             queries[:, place] = vector
         tokens, gate, pooling = self.fusion(whole, queries, maps)
         logits = self.aux(queries[:, : self.num_conditions]).squeeze(-1) if self.aux is not None else None
-        regions = (
-            self.region_head(queries[:, self.num_conditions :]).squeeze(-1) if self.region_head is not None else None
-        )
+        rest = queries[:, self.num_conditions :]
+        regions = self.region_head(rest).squeeze(-1) if self.region_head is not None else None
         return Seen(tokens, logits, regions, queries, whole, gate, weights if maps else [], pooling)
 
     # -- text
@@ -230,11 +226,8 @@ class CheXQuery(nn.Module):
     @functools.cached_property
     def prompt_ids(self):
         """Ids that every report begins with: given in training and in writing, and never learned."""
-        return (
-            self.tokenizer(self.settings["prompt"], add_special_tokens=False).input_ids
-            if self.settings["prompt"]
-            else []
-        )
+        text = self.settings["prompt"]
+        return self.tokenizer(text, add_special_tokens=False).input_ids if text else []
 
     def encode(self, reports):
         """-> (N, L) ids with the end token, the prompt in front, padded with -100; cut at max_tokens."""
@@ -279,11 +272,11 @@ class CheXQuery(nn.Module):
         found = {"vision": [], "text": [], "head": [], "query": []}
         for name, p in self.named_parameters():
             part = name.split(".")[0]
-            if part in ("vision", "text") and self.frozen_base and "lora_" not in name:
+            if part not in ("vision", "text"):
+                part = "head" if part in ("aux", "region_head") else "query"
+            elif self.frozen_base and "lora_" not in name:
                 continue
-            found[part if part in ("vision", "text") else "head" if part in ("aux", "region_head") else "query"].append(
-                p
-            )
+            found[part].append(p)
         return found
 
     def freeze(self, phase):
@@ -346,7 +339,7 @@ def build_model(settings, reports=(), vocabulary=None):
     if not 1 <= settings["image_size"] // settings["patch_size"] <= 64:
         raise InputError("--image-size must be 1 to 64 times --patch-size")
     if not (settings["conditions"] or settings["regions"]):
-        raise InputError("--no-conditions and --no-regions leave no queries: keep one of the two")
+        raise InputError("--no-use-conditions and --no-regions leave no queries: keep one of the two")
     tiny = [is_tiny(settings[name]) for name in ("vision_model", "text_model")]
     if tiny[0] != tiny[1]:
         raise InputError(
@@ -367,13 +360,18 @@ def build_model(settings, reports=(), vocabulary=None):
     return CheXQuery(settings, vision, text, tokenizer, starts, frozen_base=not tiny[0])
 
 
+def heads_of(width):
+    """Attention heads of a tiny model: of 32 numbers each, or more where 32 does not divide the width."""
+    return next(heads for heads in range(max(1, width // 32), 0, -1) if width % heads == 0)
+
+
 def load_vision(settings):
     """-> (vision tower, (mean, standard deviation) of its images)."""
     name = settings["vision_model"]
     if is_tiny(name):
         width = settings["width"]
         sizes = dict(image_size=settings["image_size"], patch_size=settings["patch_size"], vision_hidden=width)
-        sizes |= dict(vision_layers=settings["vision_layers"], vision_heads=max(1, width // 32), vision_mlp=2 * width)
+        sizes |= dict(vision_layers=settings["vision_layers"], vision_heads=heads_of(width), vision_mlp=2 * width)
         name = tiny_folder(name, settings["seed"], **sizes)
     vision = load_part(SiglipVisionModel, str(name), settings["vision_model"], unused_weights=True)
     with quietly(), explained(f"{settings['vision_model']} has no image processor"):
@@ -388,7 +386,7 @@ def load_text(settings, reports, vocabulary):
         pieces = vocabulary or vocabulary_of(reports, settings["vocabulary"])
         tokenizer = T5Tokenizer(vocab=[tuple(p) for p in pieces], extra_ids=0, model_max_length=1024)
         width = settings["width"]
-        sizes = dict(hidden=width, layers=settings["text_layers"], heads=max(1, width // 32), mlp=2 * width)
+        sizes = dict(hidden=width, layers=settings["text_layers"], heads=heads_of(width), mlp=2 * width)
         source = tiny_folder(name, settings["seed"], **sizes)
     else:
         source, pieces = find_model(name)[0], None
@@ -437,9 +435,9 @@ def query_starts(settings, width):
         name = settings["condition_model"]
         source = str(tiny_folder(name)) if is_tiny(name) else name
         encoder = load_part(AutoModel, source, name, unused_weights=True)
-        tokenizer = AutoTokenizer.from_pretrained(find_model(source)[0])
-        batch = tokenizer([condition.lower() for condition in CONDITIONS], padding=True, return_tensors="pt")
-        with torch.no_grad():
+        with torch.no_grad(), explained(f"--condition-model {name} cannot read the names of the conditions"):
+            tokenizer = AutoTokenizer.from_pretrained(find_model(source)[0])
+            batch = tokenizer([condition.lower() for condition in CONDITIONS], padding=True, return_tensors="pt")
             found = encoder(**batch).last_hidden_state[:, 0]
         if found.shape[1] != width:
             rotation = torch.empty(found.shape[1], width)

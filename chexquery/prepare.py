@@ -44,6 +44,8 @@ def parse_args(argv=None):
         parser.error("--labels chexbert needs --chexbert FILE DIR: chexbert.pth and a bert-base-uncased folder")
     if args.dry_run:
         args.data, args.films, args.splits_file = "phantom", 32, args.splits_file or "outputs/splits/dry-run.json"
+    if args.out_dir:
+        parser.error("prepare.py writes one file and no run folder: name it with --splits-file, not --out-dir")
     if not args.splits_file:
         args.splits_file = "outputs/splits/data_splits.json"
     return args

@@ -155,9 +155,7 @@ def build_parser():
 def parse_args(argv=None):
     parser = build_parser()
     chosen = parser.parse_args(argv)
-    if chosen.dry_run:
-        chosen.model = "tiny"
-    path = ROOT / TASK / "configs" / f"{chosen.model}.yaml"
+    path = ROOT / TASK / "configs" / f"{'tiny' if chosen.dry_run else chosen.model}.yaml"
     preset = {key.replace("-", "_"): value for key, value in yaml.safe_load(path.read_text(encoding="utf-8")).items()}
     parser.set_defaults(**preset)  # flags, --config and the settings of a resumed run win
     args = parser.parse_args(argv)
@@ -221,6 +219,10 @@ class Split:
         ids = self.ids[phase][indices]
         return ids[:, : (ids != -100).any(0).sum()].contiguous().to(device)
 
+    def num_tokens(self, model, indices, phase):
+        """How many tokens of these texts are learned: all but prompt and padding."""
+        return int((self.ids[phase][list(indices), len(model.prompt_ids) :] != -100).sum())
+
     def inputs(self, indices, device, augmenting=False):
         """-> the arguments of the model for these rows."""
         images, present = self.films.get(indices)
@@ -235,25 +237,28 @@ class Split:
 # ---------------------------------------------------------------------------------------------------------------- loss
 
 
-def losses(model, split, indices, args, phase, device, dtype, augmenting=False):
-    """-> (loss to minimise, {"report", "labels", "regions"}) of these rows, means."""
+def losses(model, split, indices, args, phase, device, dtype, augmenting=False, of=None):
+    """
+    -> (loss to minimise, {"report", "labels", "regions"}) of these rows: means over the tokens and labels of the batch
+    `of` (default: these rows alone), to which the passes of a batch add up, however it is cut.
+    """
+    of = indices if of is None else of
+    tokens, all_tokens = (split.num_tokens(model, rows, phase) for rows in (indices, of))
     weights = torch.tensor([LABEL_WEIGHTS.get(name, 1.0) for name in CONDITIONS], device=device)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         seen = model(**split.inputs(indices, device, augmenting))
         report = model.report_loss(seen.tokens, split.texts(indices, phase, device), args.label_smoothing[phase - 1])
-    found = {"report": report}
+    found = {"report": report * (tokens / all_tokens)}
     for name, logits, target, mask, weight in (
         ("labels", seen.logits, split.labels, split.label_mask, weights),
         ("regions", seen.region_logits, split.regions, split.region_mask, None),
     ):
         if logits is not None:
-            mask = mask[indices].to(device)
-            each = F.binary_cross_entropy_with_logits(
-                logits.float(), target[indices].to(device), weight, reduction="none"
-            )
-            found[name] = (each * mask).sum() / mask.sum().clamp(min=1)
+            wanted = target[indices].to(device)
+            each = F.binary_cross_entropy_with_logits(logits.float(), wanted, weight, reduction="none")
+            found[name] = (each * mask[indices].to(device)).sum() / mask[of].sum().clamp(min=1).item()
     aux = args.aux_weight[phase - 1]
-    total = report + aux * (found.get("labels", 0) + args.region_weight * found.get("regions", 0))
+    total = found["report"] + aux * (found.get("labels", 0) + args.region_weight * found.get("regions", 0))
     return total, {name: value.item() for name, value in found.items()}
 
 
@@ -269,9 +274,12 @@ def validate(model, split, args, phase, device, dtype):
         indices = list(range(start, min(start + args.eval_batch, len(split.rows))))
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             seen = model(**split.inputs(indices, device))
-            report_loss += model.report_loss(seen.tokens, split.texts(indices, phase, device)).item() * len(indices)
+            loss = model.report_loss(seen.tokens, split.texts(indices, phase, device)).item()
+        report_loss += loss * split.num_tokens(model, indices, phase)
         texts += model.write(seen.tokens.float())[0]
         logits += [] if seen.logits is None else [seen.logits.float().cpu()]
+    if not math.isfinite(report_loss):
+        raise InputError("the validation loss is not finite: lower --lr; the run folder keeps what was saved before")
     written = [label_report(text) for text in texts]
     found, true = positive_matrix(written), positive_matrix([row["labels"] for row in split.rows])
     occurring = [j for j in range(1, len(CONDITIONS)) if true[:, j].any()]
@@ -286,8 +294,9 @@ def validate(model, split, args, phase, device, dtype):
         thresholds = [choose_threshold(t.astype(int), s) if 0 < t.sum() < len(t) else 0.5
                       for t, s in zip(true.T, scores.T, strict=True)]  # fmt: skip
     rows = [{"uid": r["uid"], "reference": r["reference"], "text": t} for r, t in zip(split.rows, texts, strict=True)]
+    loss = report_loss / split.num_tokens(model, range(len(texts)), phase)
     return {
-        "val_loss": report_loss / len(texts), "score": score, "f1_macro": macro, "f1_micro_13": numbers["f1_micro_13"],
+        "val_loss": loss, "score": score, "f1_macro": macro, "f1_micro_13": numbers["f1_micro_13"],
         "distinct": spread["distinct_reports"] / len(texts), "share_most_frequent": spread["share_most_frequent"],
         "collapsed": spread["share_most_frequent"] > max(0.5, 1.25 * alike) and len(texts) >= 8,
         "thresholds": thresholds,
@@ -311,11 +320,10 @@ def take_step(model, split, batch, args, phase, work, augmenting):
     mine = batch[rank::world_size]
     for start in range(0, len(mine), size):
         indices = mine[start : start + size]
-        share = len(indices) / len(batch)
-        loss, parts = losses(model, split, indices, args, phase, device, dtype, augmenting)
-        scaler.scale(loss * share).backward()
+        loss, parts = losses(model, split, indices, args, phase, device, dtype, augmenting, of=batch)
+        scaler.scale(loss).backward()
         for name, value in ({"loss": loss.item()} | parts).items():
-            totals[name] = totals.get(name, 0.0) + value * share
+            totals[name] = totals.get(name, 0.0) + value
     if world_size > 1:
         for p in (p for p in model.parameters() if p.requires_grad):
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
@@ -332,9 +340,8 @@ def train_phase(args, phase, model, train, val, facts, run_dir, work):
     say, folder = (print if rank == 0 else lambda *a, **k: None), run_dir / f"phase{phase}"
     trained = model.freeze(phase)
     weights = Weights(model)
-    frozen_tower = "vision" not in trained
     train.patches = val.patches = None
-    if phase == 1 and frozen_tower and args.cache_features:
+    if phase == 1 and "vision" not in trained and args.cache_features:
         kept = [split.cache(model.eval(), device, args.eval_batch, args.cache_gib / 2) for split in (train, val)]
         say("features of the tower do not fit --cache-gib: computed for every batch" if None in kept else
             f"features of the frozen tower kept, {sum(kept):.2f} GiB; films are not changed in this phase")  # fmt: skip
@@ -348,7 +355,7 @@ def train_phase(args, phase, model, train, val, facts, run_dir, work):
     last_path = folder / "last.pt"
     saved = {"weights": weights, "optimizer": optimizer, "scaler": scaler}, settings_of(args, ASIDE), facts["of"]
     if args.resume and last_path.exists():
-        values |= load_state(last_path, *saved)
+        values |= load_state(last_path, *saved, like=values)
         say(f"resumed from {last_path} at step {values['step']} of {num_steps}")
     count = sum(p.numel() for p in weights.values())
     say(f"phase {phase}: trains {', '.join(trained)}: {count:,} of {sum(p.numel() for p in model.parameters()):,}"
@@ -372,9 +379,8 @@ def train_phase(args, phase, model, train, val, facts, run_dir, work):
                 values["totals"][name] = values["totals"].get(name, 0) + value
             bar.update()
             if step % per_epoch == 0:
-                finish_epoch(
-                    args, phase, model, val, facts, folder, work, values, {"step": step, "epoch": epoch + 1, "lr": lr}
-                )
+                row = {"step": step, "epoch": epoch + 1, "lr": lr}
+                finish_epoch(args, phase, model, val, facts, folder, work, values, row)
             values |= {"step": step, "done": step == num_steps or values["done"]}
             stopping = stop.requested()
             if step % per_epoch == 0 or stopping:
@@ -409,12 +415,9 @@ def finish_epoch(args, phase, model, val, facts, folder, work, values, row):
     values["done"] = values["since_best"] >= args.patience
     if rank > 0:
         return
-    print(
-        f"phase {phase} epoch {row['epoch']:3d}  loss {row['train_loss']:.3f}  val loss {row['val_loss']:.3f}"
-        f"  F1 micro {row['f1_micro_13']:.3f} macro {row['f1_macro']:.3f}  distinct {row['distinct']:.2f}"
-        f"  {row['studies_per_second']:.1f} studies/s{'  *' if better else ''}",
-        flush=True,
-    )
+    print(f"phase {phase} epoch {row['epoch']:3d}  loss {row['train_loss']:.3f}  val loss {row['val_loss']:.3f}"
+          f"  F1 micro {row['f1_micro_13']:.3f} macro {row['f1_macro']:.3f}  distinct {row['distinct']:.2f}"
+          f"  {row['studies_per_second']:.1f} studies/s{'  *' * better}", flush=True)  # fmt: skip
     if row["collapsed"]:
         print(f"*** collapse: {row['share_most_frequent']:.0%} of the validation reports are one and the same ***")
     if values["done"]:
@@ -467,8 +470,7 @@ def main(argv=None):
     run_dir = open_run_dir(args, TASK, "train")
     train = Split(train_rows, model, args, drawn, args.shuffle_regions)
     val = Split(val_rows, model, args, drawn)
-    scaler = torch.amp.GradScaler(device.type, enabled=False)
-    work, histories, best = (device, dtype, scaler, rank, world_size), [], {}
+    work, histories, best = (device, dtype, torch.amp.GradScaler(device.type, enabled=False), rank, world_size), [], {}
     for phase in PHASES if args.phase == 0 else [args.phase]:
         start_phase(args, phase, model, run_dir, rank)
         history, best[phase] = train_phase(args, phase, model, train, val, facts, run_dir, work)
@@ -478,9 +480,7 @@ def main(argv=None):
             dist.barrier()
     if rank > 0:
         return
-    last = max(best)
-    for i, row in enumerate(histories):
-        row["total epoch"] = i + 1
+    last, histories = max(best), [row | {"total epoch": n} for n, row in enumerate(histories, 1)]
     write_json(run_dir / "metrics.json", {
         "dataset": {k: v for k, v in facts.items() if k != "patients"}, "split": "val",
         "n": len(val_rows), "best": best, "model": args.model,

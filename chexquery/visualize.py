@@ -58,9 +58,9 @@ def parse_args(argv=None):
 def films_of(args, model, told):
     """-> (rows, images uint8 (N, 2, S, S), present bool (N, 2), rows of errors.csv, drawn settings or None)."""
     if not args.data:
-        return *read_files(args, model.image_size), None
-    drawn, views = told["data"].get("drawn") or {}, told["data"]["views"]
-    seed = told["data"].get("again", {}).get("phantom_seed", 0)
+        return *read_files(args, model.image_size, told["data"]["views"]), None
+    drawn, views = told["data"]["drawn"] or {}, told["data"]["views"]
+    seed = told["data"]["again"].get("phantom_seed", 0)
     rows = phantom_rows(8 * args.studies, seed, **drawn).split("test")
     rows = [row for row in rows if row["labels"]["No Finding"] != 1][: args.studies] or rows[: args.studies]
     images, present = Films(rows, model.image_size, drawn, views).get(list(range(len(rows))))
@@ -126,11 +126,14 @@ def show_study(n, row, images, present, model, seen, maps, text, ids, drawn, run
     boxes = {}
     if drawn is not None:
         study = study_of(row, drawn, model.image_size)
-        boxes = {
-            c: [b for f in study.drawn if f.condition == c for b in study.boxes[f.name]]
-            for c in {f.condition for f in study.drawn}
-        }
+        for f in study.drawn:
+            boxes.setdefault(f.condition, []).extend(study.boxes[f.name])
         report.text(f"What was drawn: {', '.join(f.name for f in study.drawn) or 'nothing'}.")
+
+    def picture(name, panels, columns, title, caption):
+        figure = grid_figure(panels, columns, lambda view: images[view])
+        report.figure(save_figure(figure, run_dir / "figures" / f"study{n}_{name}.png", title, phantom), caption)
+
     numbers = maps[0].cpu().numpy()
     views = [v for v in range(len(VIEWS)) if present[v]]
     if seen.logits is not None:
@@ -139,32 +142,20 @@ def show_study(n, row, images, present, model, seen, maps, text, ids, drawn, run
         for view in views:
             panels = [(view, numbers[k, view], () if view else boxes.get(CONDITIONS[k], ()),
                        f"{CONDITIONS[k]}\np = {chances[k]:.2f}") for k in ranked]  # fmt: skip
-            path = run_dir / "figures" / f"study{n}_conditions_{VIEWS[view]}.png"
-            save_figure(grid_figure(panels, 7, lambda v: images[v]), path, f"Condition queries, {VIEWS[view]}", phantom)
-            report.figure(
-                path, f"Condition queries on the {VIEWS[view]} film, most probable first; box: what was drawn."
-            )
+            title = f"Condition queries, {VIEWS[view]}"
+            caption = f"Condition queries on the {VIEWS[view]} film, most probable first; box: what was drawn."
+            picture(f"conditions_{VIEWS[view]}", panels, 7, title, caption)
     regions = [q for q, name in enumerate(model.names) if name in REGIONS]
     if regions:
         panels = [(v, numbers[q, v], (), f"{model.names[q]}\n{VIEWS[v]}") for v in views for q in regions]
-        path = run_dir / "figures" / f"study{n}_regions.png"
-        save_figure(grid_figure(panels, 6, lambda v: images[v]), path, "Region queries", phantom)
-        report.figure(path, "Region queries.")
+        picture("regions", panels, 6, "Region queries", "Region queries.")
     words, places, whole = word_maps(model, seen, ids, maps)
     if len(words):
         places = places.cpu().numpy()
         panels = [(0, places[i, 0], (), words[i]) for i in range(min(len(words), 40))]
-        path = run_dir / "figures" / f"study{n}_words.png"
-        save_figure(
-            grid_figure(panels, min(10, len(panels)), lambda v: images[v]),
-            path,
-            "The decoder, word by word, frontal",
-            phantom,
-        )
-        report.figure(
-            path,
-            f"The decoder's cross-attention for each word; {float(whole.mean()):.0%} of it went to the global token.",
-        )
+        share = float(whole.mean())
+        caption = f"The decoder's cross-attention for each word; {share:.0%} of it went to the global token."
+        picture("words", panels, min(10, len(panels)), "The decoder, word by word, frontal", caption)
     return {f"study{n}_queries": numbers, f"study{n}_words": places if len(words) else np.zeros(0)}
 
 
@@ -185,7 +176,7 @@ def main(argv=None):
         thresholds = told["thresholds"] or [0.5] * len(CONDITIONS)
         rng = np.random.default_rng(args.seed)
         scores["deletion"] = deletion(model, x, looked, there, rows, thresholds, rng)
-    if phantom:
+    if phantom and present[:, 0].all():
         rng = np.random.default_rng(args.seed)
         scores["pointing"] = pointing_summary(pointing(model, rows, x, looked, there, drawn, rng))
     facts = {"phantom": phantom, "n": len(rows), "n_errors": len(errors), "kind": args.kind}
@@ -214,7 +205,7 @@ def main(argv=None):
             [*head, "random patches"],
             [[c["condition"], *(number(c[f"{k}_drop"], 2) for k in keys)] for c in scores["deletion"]],
         )
-    if phantom:
+    if "pointing" in scores:
         report.heading("Pointing")
         lines = [[what, name, row["hit"]["n"], percent(row["hit"]["value"]), percent(row["area"]["value"])]
                  for what, names in scores["pointing"][args.kind].items() for name, row in names.items()]  # fmt: skip

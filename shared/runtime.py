@@ -540,12 +540,14 @@ def claim_run_dir(args, base, script_name):
     run_dir.mkdir(parents=True, exist_ok=True)
     lock_run(run_dir)
     if not resume:
+        problem = None
         if args.out_dir and holds_run(run_dir) and not args.overwrite:
+            problem = "already holds a run; go on with --resume, replace it with --overwrite, or"
+        elif found := read_there(args, run_dir):
+            problem = f"holds {found}, which is read here and would be removed with the old run;"
+        if problem:
             close_run(run_dir)
-            raise InputError(
-                f"{run_dir} already holds a run; go on with --resume, replace it with --overwrite, or name another"
-                " --out-dir"
-            )
+            raise InputError(f"{run_dir} {problem} name another --out-dir")
         clear_run(run_dir)
         RUNS[run_dir.absolute()]["new"] = True
         settings = {k: v for k, v in vars(args).items() if k != "config"}
@@ -553,6 +555,19 @@ def claim_run_dir(args, base, script_name):
     for part in run_dir.rglob(".*.part"):  # of a process that was killed while it wrote; the lock says that it is gone
         shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
     return run_dir
+
+
+def read_there(args, run_dir):
+    """-> the first argument that names something which the run that was there before wrote, or None."""
+    inside = run_dir.resolve()
+    gone = [(run_dir / name).resolve() for name in written(run_dir)]
+    values = [value for name, value in vars(args).items() if name != "out_dir"]
+    for value in (v for some in values for v in (some if isinstance(some, (list, tuple)) else [some])):
+        if isinstance(value, (str, Path)) and value and os.path.exists(value):
+            path = Path(value).resolve()
+            if path.is_relative_to(inside) and any(file.is_relative_to(path) for file in gone):
+                return value
+    return None
 
 
 def broadcast_text(text):

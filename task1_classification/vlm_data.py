@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from sklearn.metrics import roc_auc_score
 
 from shared.data.image_sets import INFO, SPLITS, load_images
 from shared.data.images import read_image
@@ -31,7 +32,7 @@ from shared.data.text import text_of
 from shared.metrics.labels import CONDITIONS, label_report
 from shared.phantom import phantom_settings, phantom_study
 from shared.report import PHANTOM
-from shared.runtime import DataNotFound, InputError, command, newest_run, positive_int
+from shared.runtime import DataNotFound, InputError, bounded, command, newest_run, positive_int
 
 LABEL_SOURCES = ("mesh14", "mesh9", "reports")
 SPLIT_KINDS = ("patient", "r2gen", "small")
@@ -185,21 +186,25 @@ def add_film_options(parser):
     g.add_argument("--labels", choices=LABEL_SOURCES, help="IU X-ray (mesh14)")
     g.add_argument("--split", choices=SPLIT_KINDS, help="IU X-ray: by patient, each label alike in every split;"
         " R2Gen's; or with 100 test studies (patient)")
-    g.add_argument("--films", type=positive_int, help="phantom: films to train on; a quarter each for val, test (2000)")
+    g.add_argument("--films", type=bounded(int, 1, 100_000),
+        help="phantom: films to train on; a quarter each for val, test (2000)")
     g.add_argument("--image-size", type=positive_int, help="phantom and MedMNIST: pixels per side (112; 28)")
     g.add_argument("--conditions", nargs="+", metavar="NAME", help="phantom: draw these only")
     g.add_argument("--severe", action="store_true", help="phantom: all findings severe, each with a chance of .25")
     # fmt: on
 
 
-def films_of(args, task):
-    """The films that the options name, printed; --data auto: the newest table of vlm_prepare.py, where there is one."""
-    if args.data == "auto" and not getattr(args, "resume", None):
+def films_of(args, task=None, **options):
+    """
+    The films that the options name, printed; --data auto with a task: the newest table of vlm_prepare.py, where there
+    is one.
+    """
+    if task and args.data == "auto" and not getattr(args, "resume", None):
         run = newest_run(task, "vlm_prepare", "films.csv")
         args.data = str(run / "films.csv") if run else "auto"
-    names = ("labels", "split", "films", "image_size", "conditions", "severe")
-    own = {name: vars(args)[name] for name in names}
-    films = load_films(args.data, args.data_dir, args.only, args.limit, seed=args.seed, **own)
+    names = ("labels", "split", "films", "image_size", "conditions", "severe", "seed")
+    own = {name: vars(args)[name] for name in names} | options
+    films = load_films(args.data, args.data_dir, args.only, args.limit, **own)
     print(films, flush=True)
     return films
 
@@ -208,6 +213,16 @@ def mean_of(values):
     """Of those that are not None; None without one."""
     values = [v for v in values if v is not None]
     return float(np.mean(values)) if values else None
+
+
+def auc_by_label(truth, scores, labels):
+    """truth (n, L) with NaN for unknown, scores (n, L) -> {label: AUC, None where only one kind is known}."""
+    found = {}
+    for j, label in enumerate(labels):
+        known = ~np.isnan(truth[:, j])
+        both = set(truth[known, j]) == {0.0, 1.0}
+        found[label] = float(roc_auc_score(truth[known, j], scores[known, j])) if both else None
+    return found
 
 
 def measure_line(run_dir, films, args):
@@ -227,15 +242,16 @@ def load_again(facts, data_dir):
 def table_films(path):
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            lines = list(csv.DictReader(file, restval=""))
+            reader = csv.DictReader(file, restval="")
+            lines = [{k: v.strip() for k, v in line.items() if k} for line in reader]
     except FileNotFoundError as error:
-        raise InputError(
-            f"there is no table {path}; python task1_classification/vlm_prepare.py writes one, and --data phantom"
-            " needs none"
-        ) from error
+        raise InputError(f"there is no table {path}; python task1_classification/vlm_prepare.py writes one, and --data"
+                         " phantom needs none") from error  # fmt: skip
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path} cannot be read as CSV ({error})") from error
-    names = [name for name in lines[0] if name] if lines else []
+    names = list(lines[0]) if lines else []
+    if len(names) < len(list(filter(None, reader.fieldnames or ()))):
+        raise InputError(f"{path} has two columns of one name: leave one of them out")
     missing = [name for name in COLUMNS if name not in names]
     labels = tuple(name for name in names if name not in NOT_LABELS)
     if missing or not labels:
@@ -264,8 +280,8 @@ def table_films(path):
     if absent:
         raise InputError(f"{len(absent)} of {len(rows)} images of {path} are missing, such as {absent[0]}: put them"
                          " there, or take their lines out")  # fmt: skip
-    name = lines[0].get("study") or path.stem
-    return Films(name, labels, rows, truth, {"name": str(path.absolute())}, phantom=name == "phantom")
+    study = lines[0].get("study")
+    return Films(study or path.stem, labels, rows, truth, {"name": str(path.absolute())}, phantom=study == "phantom")
 
 
 def medmnist_films(name, data_dir, image_size=28):
@@ -311,10 +327,6 @@ def text_labels(text):
     return {name: {1: 1, 0: 0, -1: None, None: 0}[value] for name, value in label_report(text).items()}
 
 
-def report_of(row):
-    return " ".join(row[name] for name in ("findings", "impression") if row[name])
-
-
 def iu_films(data_dir, split="patient", labels="mesh14", seed=0, shares=None):
     """Every frontal film on disk with the labels of its study; a uid is a patient, and never in two splits."""
     folder = find_iu_xray(data_dir)
@@ -330,7 +342,7 @@ def iu_films(data_dir, split="patient", labels="mesh14", seed=0, shares=None):
         if split == "r2gen" and study["uid"] not in places:
             left_out["not in the R2Gen split"] += bool(films)
             continue
-        text = report_of(study)
+        text = " ".join(study[name] for name in ("findings", "impression") if study[name])
         found = text_labels(text) if labels == "reports" else mesh_labels(study["mesh"], MAPPINGS[labels])
         for film in films:
             rows.append({"id": film["name"], "patient": study["patient"], "split": places.get(study["uid"]),
@@ -354,6 +366,8 @@ def split_by_patient(rows, truth, shares, seed, test_patients=None):
     for row, labels in zip(rows, truth, strict=True):
         has[number[row["patient"]]] |= labels == 1
     if test_patients:
+        if len(patients) <= 2 * test_patients:
+            raise InputError(f"--split small takes {test_patients} patients for test, and there are {len(patients)}")
         test = test_patients / len(patients)
         rest = (1 - test) / (shares["train"] + shares["val"])
         shares = {"train": shares["train"] * rest, "val": shares["val"] * rest, "test": test}

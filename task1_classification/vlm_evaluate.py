@@ -22,6 +22,7 @@ import csv
 import re
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1] if "__file__" in globals() else Path.cwd()
@@ -29,21 +30,24 @@ sys.path.insert(0, str(ROOT))  # finds shared/ from any folder; in a notebook, c
 
 import matplotlib.pyplot as plt
 import numpy as np
+from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import precision_recall_curve
 
 from shared.metrics.classification import binary_metrics, choose_threshold
+from shared.metrics.labels import CONDITIONS
 from shared.metrics.statistics import percentile_interval, resample_counts
 from shared.models.hub import explained
 from shared.report import Report, number, percent, save_figure, with_interval
 from shared.runtime import InputError, bounded, newest_run, open_run_dir, pick_device, positive_float, positive_int
 from shared.runtime import read_json, run_facts, script, script_parser, write_csv, write_json
 from task1_classification.vlm_data import load_again, mean_of, text_labels
-from task1_classification.vlm_model import Bank, Encoder, load_encoder, load_probe, make_store, predict, restore_probe
+from task1_classification.vlm_model import MODES, Bank, Encoder, load_encoder, load_probe, make_store, predict
+from task1_classification.vlm_model import restore_probe
 
 TASK = "task1_classification"
-MODE_ORDER = "head projector-head random-projector projector lora cnn zero-shot".split()
-LETTERS = dict(zip(MODE_ORDER, ("A", "B", "B random", "C", "D", "", ""), strict=True))
+MODE_ORDER = (*MODES, "zero-shot")
+LETTERS = dict(zip(MODES, ("A", "B", "B random", "C", "D", ""), strict=True))
 PAIRS = (  # first minus second
     ("projector", "projector-head", "C - B: tuning the projector"),
     ("lora", "projector-head", "D - B: adapters in the tower"),
@@ -72,6 +76,8 @@ def parse_args(argv=None):
         help="memory for tokens, as in vlm_train.py (%(default)s)")
     # fmt: on
     args = parser.parse_args(argv)
+    if args.data != "auto" or args.limit:
+        parser.error("the films are those of the runs, all of them: leave --data and --limit out")
     if args.dry_run:
         args.samples = 20
         args.runs = args.runs or [f"outputs/{TASK}/vlm_train/dry-run"]
@@ -81,12 +87,18 @@ def parse_args(argv=None):
 # ---------------------------------------------------------------------------------------------------------- predictions
 
 
+@dataclass
 class Method:
-    """scores: list over seeds of (n, L), of val and test films in order; answers: (n, L) of 1, 0, NaN, or None."""
+    """scores: by seed (n, L), of val and test films in order; answers: (n, L) of 1, 0, NaN, or None."""
 
-    def __init__(self, name, mode, model="", scores=(), answers=None, trainable=None, note="", seconds=None):
-        self.name, self.mode, self.model, self.scores, self.answers = name, mode, model, list(scores), answers
-        self.trainable, self.note, self.seconds, self.seeds = trainable, note, seconds, list(range(len(self.scores)))
+    name: str
+    mode: str
+    model: str
+    scores: dict
+    answers: np.ndarray | None = None
+    trainable: int | None = None
+    note: str = ""
+    seconds: float | None = None
 
 
 def told_by(run):
@@ -94,7 +106,7 @@ def told_by(run):
     with explained(f"{run / 'metrics.json'} is damaged, or of another kind of run"):
         metrics = read_json(run / "metrics.json")
         facts, tower = metrics["dataset"], metrics.get("tower_trained_here")
-        texts, numbers = [facts["fingerprint"], metrics["model"]], [metrics["seconds"]]
+        texts, numbers = [facts["fingerprint"], facts["again"]["name"], metrics["model"]], [metrics["seconds"]]
         numbers += [tower["seconds"]] if tower else []
         if {*map(type, texts)} != {str} or {*map(type, numbers)} != {float} or type(facts["again"]) is not dict:
             raise ValueError("a text, a number or an object is something else")
@@ -124,15 +136,12 @@ def of_training(run, metrics, films, args, device):
             bank.look_through(probe)
         logits = predict(state["mode"], probe, bank, films, np.arange(len(films.rows)), encoder).numpy()
         take_off()
-        new = Method(state["mode"], state["mode"], metrics["model"], trainable=state["trainable"])
+        here = metrics.get("tower_trained_here") if state["mode"] != "cnn" else None
+        note = f"tower trained on drawn films in {here['seconds']:.0f} s" if here else ""
+        new = Method(state["mode"], state["mode"], metrics["model"], {}, None, state["trainable"], note, 0)
         method = found.setdefault(state["mode"], new)
-        method.scores.append(logits)
-        method.seconds = (method.seconds or 0) + (state["told"].get("seconds") or 0)
-        method.seeds[len(method.scores) - 1 :] = [state["seed"]]
-    trained_here = metrics.get("tower_trained_here")
-    for method in found.values():
-        if trained_here and method.mode != "cnn":
-            method.note = f"tower trained on drawn films in {trained_here['seconds']:.0f} s"
+        method.scores[state["seed"]] = logits
+        method.seconds += state["told"].get("seconds") or 0
     return list(found.values())
 
 
@@ -156,22 +165,22 @@ def of_zero_shot(run, metrics, films):
                          " without a number: ask again on the same table")  # fmt: skip
     note = "random weights: nothing to be learned from it" if metrics.get("untrained") else ""
     answers = answers if "answer" in lines[0] else None
-    return Method("zero-shot", "zero-shot", metrics["model"], [scores], answers, 0, note, metrics["seconds"])
+    return Method("zero-shot", "zero-shot", metrics["model"], {0: scores}, answers, 0, note, metrics["seconds"])
 
 
 def baselines(films, train):
     """Majority, and the report labeller on the report where there are reports."""
-    share = np.nan_to_num(np.nanmean(train, 0), nan=0.5)
+    known = (~np.isnan(train)).sum(0)
+    share = np.where(known > 0, np.nansum(train, 0) / np.maximum(known, 1), 0.5)
     usual = np.tile(np.log(np.clip(share, 1e-3, 1 - 1e-3) / np.clip(1 - share, 1e-3, 1)), (len(films.rows), 1))
-    found = [Method("majority", "majority", scores=[usual], note="the same for every film")]
-    reports = films.column("report")
-    if any(reports):
-        said = [text_labels(text) for text in reports]
-        if set(films.labels) & set(said[0]):
-            values = {1: 3.0, 0: -3.0, None: 0.0}
-            scores = [[values[labels.get(name)] for name in films.labels] for labels in said]
-            note = "reads the report, sees no film: not an image model"
-            found.append(Method("text oracle", "text", scores=[np.array(scores)], note=note))
+    found = [Method("majority", "majority", "", {0: usual}, note="the same for every film")]
+    unread = [name for name in films.labels if name not in CONDITIONS]
+    if any(films.column("report")) and len(unread) < len(films.labels):
+        said, values = [text_labels(text) for text in films.column("report")], {1: 3.0, 0: -3.0, None: 0.0}
+        scores = np.array([[values[labels.get(name)] for name in films.labels] for labels in said])
+        note = "reads the report, sees no film: not an image model"
+        note += f"; it cannot tell {', '.join(unread)}, which count as .5" if unread else ""
+        found.append(Method("text oracle", "text", "", {0: scores}, note=note))
     return found
 
 
@@ -212,14 +221,10 @@ def label_numbers(val, test, answers=None):
     said = test[1] > 0 if answers is None else answers[~np.isnan(answers)] > 0
     row["yes"] = float(said.mean()) if len(said) else None
     row["unparsed"] = None if answers is None else float(np.isnan(answers).mean())
-    row["ece"] = binary_metrics(test[0], sigmoid(test[1]))["ece"]
+    row["ece"] = binary_metrics(test[0], expit(test[1]))["ece"]
     platt = LogisticRegression(C=1e3).fit(val[1][:, None], val[0])
     row["ece_platt"] = binary_metrics(test[0], platt.predict_proba(test[1][:, None])[:, 1])["ece"]
     return row
-
-
-def sigmoid(x):
-    return 1 / (1 + np.exp(-np.clip(x, -500, 500)))
 
 
 def measure(method, films, usable, weights):
@@ -230,7 +235,7 @@ def measure(method, films, usable, weights):
     split = np.array(films.column("split"))
     truth, val, test = films.truth, split == "val", split == "test"
     each, method.draws = [], np.full((2, len(method.scores), len(films.labels), len(weights)), np.nan)
-    for s, scores in enumerate(method.scores):
+    for s, scores in enumerate(method.scores.values()):
         found = {}
         for j in np.flatnonzero(usable):
             known = ~np.isnan(truth[:, j])
@@ -276,13 +281,13 @@ def compare(methods, usable, often, labels, seed):
             for b in (m for m in methods if m.mode == second):
                 if a.model != b.model and not {"zero-shot", "cnn"} & {first, second}:
                     continue
-                with_b = a.draws[0], b.draws[0]
-                difference = over_seeds(with_b[0], seed) - over_seeds(with_b[1], seed)
-                row = {"pair": words, "first": a.name, "second": b.name, "macro": interval(difference, usable)}
-                row["macro_often"] = interval(difference, often)
-                one = np.eye(len(labels), dtype=bool)
-                row["labels"] = {label: interval(difference, one[j]) for j, label in enumerate(labels) if usable[j]}
-                rows.append(row)
+                difference = over_seeds(a.draws[0], seed) - over_seeds(b.draws[0], seed)
+                each = zip(labels, np.eye(len(labels), dtype=bool), usable, strict=True)
+                rows.append({
+                    "pair": words, "first": a.name, "second": b.name, "macro": interval(difference, usable),
+                    "macro_often": interval(difference, often),
+                    "labels": {label: interval(difference, one) for label, one, fine in each if fine},
+                })  # fmt: skip
     return rows
 
 
@@ -306,7 +311,7 @@ def forest(path, rows, title, phantom):
     return save_figure(figure, path, title, phantom)
 
 
-def write_report(run_dir, films, methods, usable, often, differences):
+def write_report(run_dir, films, methods, usable, often, left, differences):
     test = films.rows_of("test")
     patients = len({films.rows[i]["patient"] for i in test})
     warnings = []
@@ -320,7 +325,6 @@ def write_report(run_dir, films, methods, usable, often, differences):
     report.text(f"{len(test)} test films of {patients} patients. Mean over {int(usable.sum())} labels, and over the"
                 f" {int(often.sum())} of them with enough positive test films; 95 % intervals, patients and seeds"
                 " resampled. Thresholds and scaling from validation.")  # fmt: skip
-    left = [label for label, fine in zip(films.labels, usable, strict=True) if not fine]
     if left:
         report.text(f"Left out, one kind of film only in val or test: {', '.join(left)}.")
     header = ["", "numbers trained", "seeds", "AUC", "over frequent labels", "AP", *list(NAMES.values())[2:], "remark"]
@@ -335,9 +339,8 @@ def write_report(run_dir, films, methods, usable, often, differences):
     report.table(header, body)
     if differences:
         report.heading("What one adds to the other")
-        report.text(
-            "Paired differences of AUC: the same patients and seeds in both; an interval with 0 in it says nothing."
-        )
+        report.text("Paired differences of AUC: the same patients and seeds in both; an interval with 0 in it says"
+                    " nothing.")  # fmt: skip
         lines = [[d["pair"], d["first"], d["second"], with_interval(d["macro"], number),
                   with_interval(d["macro_often"], number)] for d in differences]  # fmt: skip
         report.table(["", "first", "second", "difference", "over frequent labels"], lines)
@@ -345,10 +348,8 @@ def write_report(run_dir, films, methods, usable, often, differences):
         path = forest(run_dir / "figures/differences.png", shown, f"{films.name}: paired differences", films.phantom)
         report.figure(path, "Paired differences of the mean AUC.")
         main_pair = differences[0]
-        shown = [
-            ("{} ({positives:.0f} of {n:.0f})".format(label, **methods[0].labels[label]), found)
-            for label, found in main_pair["labels"].items()
-        ]
+        shown = [("{} ({positives:.0f} of {n:.0f})".format(label, **methods[0].labels[label]), found)
+                 for label, found in main_pair["labels"].items()]  # fmt: skip
         path = forest(run_dir / "figures/labels.png", shown, f"{films.name}: {main_pair['pair']}", films.phantom)
         report.figure(path, f"{main_pair['pair']}, each label, with its positive test films.")
     report.heading("AUC of each label")
@@ -362,12 +363,10 @@ def write_report(run_dir, films, methods, usable, often, differences):
 
 
 def write_predictions(run_dir, films, method):
-    for seed, scores in zip(method.seeds, method.scores, strict=True):
-        lines = [
-            {name: row[name] for name in ("id", "patient", "split")}
-            | {label: round(float(v), 5) for label, v in zip(films.labels, values, strict=True)}
-            for row, values in zip(films.rows, scores, strict=True)
-        ]
+    for seed, scores in method.scores.items():
+        lines = [{name: row[name] for name in ("id", "patient", "split")}
+                 | {label: round(float(v), 5) for label, v in zip(films.labels, values, strict=True)}
+                 for row, values in zip(films.rows, scores, strict=True)]  # fmt: skip
         name = re.sub(r"[^\w-]+", "-", method.name)
         write_csv(run_dir / "predictions" / f"{name}-seed{seed}.csv", lines)
 
@@ -379,13 +378,11 @@ def find_runs(args):
         found = newest_run(TASK, "vlm_train", "metrics.json"), newest_run(TASK, "vlm_zero_shot", "predictions.csv")
         runs = [run for run in found if run is not None]
     if not runs:
-        raise InputError(
-            "there is no run to measure: python task1_classification/vlm_train.py makes one, or give --runs"
-        )
+        raise InputError("there is no run to measure: python task1_classification/vlm_train.py makes one, or give"
+                         " --runs")  # fmt: skip
     for run in runs:
-        if not (run / "metrics.json").is_file() or not (
-            (run / "predictions.csv").is_file() or list(run.glob("seed*-*/best.pt"))
-        ):
+        results = (run / "predictions.csv").is_file() or list(run.glob("seed*-*/best.pt"))
+        if not results or not (run / "metrics.json").is_file():
             raise InputError(f"{run} is no finished run of vlm_train.py or vlm_zero_shot.py")
     return runs
 
@@ -394,25 +391,23 @@ def find_runs(args):
 def main(argv=None):
     args = parse_args(argv)
     started = time.time()
-    runs = find_runs(args)
+    args.runs = runs = list(dict.fromkeys(find_runs(args)))
     device, _ = pick_device(args.device)
-    runs = list(dict.fromkeys(runs))
     metrics = [told_by(run) for run in runs]
     told = [facts["dataset"] for facts in metrics]
     films = load_again(told[0], args.data_dir)
     for run, facts in zip(runs, told, strict=True):
         if facts["fingerprint"] != told[0]["fingerprint"]:
-            raise InputError(
-                f"{run} was made on other films, splits or labels than {runs[0]}: they cannot stand in one table"
-            )
+            raise InputError(f"{run} was made on other films, splits or labels than {runs[0]}: they cannot stand in"
+                             " one table")  # fmt: skip
     films.notes |= {"mapping": told[0].get("mapping")} if told[0].get("mapping") else {}
     print(films, flush=True)
     train, films, methods = films.truth[films.rows_of("train")], films.part("val", "test"), []
     usable = films.usable("val", "test")
+    left = [label for label, fine in zip(films.labels, usable, strict=True) if not fine]
     if not usable.any():
-        raise InputError(
-            f"no label of {films.name} has both kinds of films in val and in test: nothing can be measured"
-        )
+        raise InputError(f"no label of {films.name} has both kinds of films in val and in test: nothing can be"
+                         " measured")  # fmt: skip
     for run, of in zip(runs, metrics, strict=True):
         zero_shot = (run / "predictions.csv").is_file()
         methods += [of_zero_shot(run, of, films)] if zero_shot else of_training(run, of, films, args, device)
@@ -440,14 +435,13 @@ def main(argv=None):
     write_csv(run_dir / "labels.csv", [
         {"method": m.name, "label": label, **row} for m in methods for label, row in m.labels.items()])  # fmt: skip
     write_json(run_dir / "metrics.json", {
-        "dataset": films.facts(), "split": "test", "runs": runs, "left_out_labels": [
-            label for label, fine in zip(films.labels, usable, strict=True) if not fine],
+        "dataset": films.facts(), "split": "test", "runs": runs, "left_out_labels": left,
         "methods": {m.name: {"mode": m.mode, "model": m.model, "trainable_parameters": m.trainable, "note": m.note,
                              "seeds": len(m.scores), "auc_spread_over_seeds": m.spread, "seconds": m.seconds,
                              "macro": m.macro, "labels": m.labels} for m in methods},
         "differences": differences, "seed": args.seed, "samples": args.samples, **run_facts(started, device),
     })  # fmt: skip
-    write_report(run_dir, films, methods, usable, often, differences)
+    write_report(run_dir, films, methods, usable, often, left, differences)
     print(f"results in {run_dir} ({time.time() - started:.0f} s)")
 
 

@@ -33,7 +33,7 @@ from shared.data.iu_xray import mesh_labels
 from shared.report import Report, number, percent
 from shared.runtime import InputError, atomic_file, command, fraction, open_run_dir, pick_device
 from shared.runtime import run_facts, script, script_parser, write_csv, write_json
-from task1_classification.vlm_data import MAPPINGS, add_film_options, load_films, text_labels
+from task1_classification.vlm_data import MAPPINGS, add_film_options, films_of, text_labels
 
 TASK = "task1_classification"
 
@@ -47,8 +47,10 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.dry_run:
         args.data, args.films, args.image_size = "phantom", 16, 64
-    if args.shares and abs(sum(args.shares) - 1) > 1e-6:
-        parser.error(f"--shares must add up to 1, not {sum(args.shares):g}")
+    if args.shares and (abs(sum(args.shares) - 1) > 1e-6 or min(args.shares) <= 0):
+        parser.error(f"--shares must add up to 1, each above 0, not {' '.join(map(str, args.shares))}")
+    if args.shares and args.split == "r2gen":
+        parser.error("--split r2gen is R2Gen's own: leave --shares out")
     return args
 
 
@@ -123,11 +125,7 @@ def main(argv=None):
     started = time.time()
     device, _ = pick_device("cpu")
     shares = dict(zip(SPLITS, args.shares, strict=True)) if args.shares else None
-    films = load_films(
-        args.data, args.data_dir, args.only, args.limit, split=args.split, labels=args.labels, seed=args.seed,
-        shares=shares, films=args.films, image_size=args.image_size, conditions=args.conditions, severe=args.severe,
-    )  # fmt: skip
-    print(films)
+    films = films_of(args, shares=shares)
     if not all(len(films.rows_of(split)) for split in SPLITS):
         raise InputError(f"{films.name} has no film in one of train, val and test: change --shares or --limit")
     run_dir = open_run_dir(args, TASK, "vlm_prepare")

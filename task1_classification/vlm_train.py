@@ -34,7 +34,6 @@ sys.path.insert(0, str(ROOT))  # finds shared/ from any folder; in a notebook, c
 
 import numpy as np
 import torch
-from sklearn.metrics import roc_auc_score
 from torch import nn
 
 from shared.models.hub import QUANTS
@@ -46,19 +45,12 @@ from shared.runtime import positive_float, positive_int, read_json, run_facts, s
 from shared.runtime import seed_everything, write_json, write_jsonl
 from shared.training import GuardedStep, StopSignal, Weights, learning_rate, load_state, refuse_other_settings
 from shared.training import save_state, settings_of
-from task1_classification.vlm_data import add_film_options, films_of, mean_of, measure_line, phantom_films
-from task1_classification.vlm_model import (
-    FORMAT,
-    MEANS,
-    MODES,
-    NEED_PROJECTOR,
-    Bank,
-    Encoder,
-    check_gradients,
-    class_weights,
-)
-from task1_classification.vlm_model import inputs_of, load_encoder, load_probe, lora_weights, make_probe, make_store
-from task1_classification.vlm_model import masked_loss, matching_rank, predict, put_lora, small_films
+from task1_classification.vlm_data import add_film_options, auc_by_label, films_of, mean_of, measure_line
+from task1_classification.vlm_data import phantom_films
+from task1_classification.vlm_model import FORMAT, MEANS, MODES, NEED_PROJECTOR, Bank, Encoder, check_gradients
+from task1_classification.vlm_model import class_weights, inputs_of, load_encoder, load_probe, lora_weights
+from task1_classification.vlm_model import make_probe, make_store, masked_loss, matching_rank, predict, put_lora
+from task1_classification.vlm_model import small_films
 
 TASK = "task1_classification"
 DEFAULT = "google/medgemma-4b-it"
@@ -92,7 +84,7 @@ def parse_args(argv=None):
         help="of projector and adapters; ten times as much below 100 M parameters (%(default)s)")
     g.add_argument("--weight-decay", type=not_negative, default=0.01, help="of AdamW (%(default)s)")
     g = parser.add_argument_group("tower", "of a bare tiny model, trained here first")
-    g.add_argument("--tower-films", type=positive_int, default=4000, help="drawn for it (%(default)s)")
+    g.add_argument("--tower-films", type=bounded(int, 1, 100_000), default=4000, help="drawn for it (%(default)s)")
     g.add_argument("--tower-steps", type=positive_int, default=1500, help="of 32 films (%(default)s)")
     # fmt: on
     add_resume(g)
@@ -115,10 +107,8 @@ def train_tower(encoder, args, folder):
     single token, so that each knows of the whole film as in a large tower -> facts. The model is written to `folder`.
     """
     started = time.time()
-    films = phantom_films(
-        args.tower_films, args.image_size or 112, args.seed + 100_000, args.conditions, args.severe,
-        ("train", "val"),
-    )  # fmt: skip
+    films = phantom_films(args.tower_films, args.image_size or 112, args.seed + 100_000, args.conditions, args.severe,
+                          ("train", "val"))  # fmt: skip
     store, rows = make_store(encoder, films, args.cache_gib), films.rows_of("train")
     if encoder.vlm:
         parameters = [*unfreeze(encoder.vlm, "tower"), *unfreeze(encoder.vlm, "projector")]
@@ -167,16 +157,6 @@ def train_tower(encoder, args, folder):
 # --------------------------------------------------------------------------------------------------------- one training
 
 
-def auc_by_label(truth, scores, labels):
-    """-> {label: AUC, None where only one kind is known}."""
-    found = {}
-    for j, label in enumerate(labels):
-        known = ~np.isnan(truth[:, j])
-        both = set(truth[known, j]) == {0.0, 1.0}
-        found[label] = float(roc_auc_score(truth[known, j], scores[known, j])) if both else None
-    return found
-
-
 def validate(mode, probe, bank, films, encoder, truth, weight):
     rows = films.rows_of("val")
     logits = predict(mode, probe, bank, films, rows, encoder)
@@ -191,11 +171,9 @@ def train(mode, probe, bank, films, encoder, args, seed, folder, settings, stop,
     usable = films.usable("train", "val")
     truth = torch.from_numpy(np.where(usable, films.truth, np.nan)).to(encoder.device)
     rows, weight = films.rows_of("train"), class_weights(truth[films.rows_of("train")])
-    weights = Weights(probe)
+    weights = trained_weights(mode, probe, encoder)
     rate = args.lr / 10 if mode == "cnn" else args.projector_lr * (10 if encoder.small else 1)
     head_rate = args.lr / 10 if mode in BEGIN_AS_B else args.lr  # their head is trained already
-    if mode == "lora":
-        weights.update(lora_weights(encoder))
     heads = [p for name, p in weights.items() if name.startswith("head.")]
     others = [p for name, p in weights.items() if not name.startswith("head.")]
     if mode == "cnn":
@@ -209,7 +187,7 @@ def train(mode, probe, bank, films, encoder, args, seed, folder, settings, stop,
         history = [{"epoch": 0, **validate(mode, probe, bank, films, encoder, truth, weight)}]
     best = {"row": history[0] if history else None, "weights": copied(weights)}
     if args.resume and last.exists():
-        then = load_state(last, *saved)
+        then = load_state(last, *saved, like={"history": history, "best": best})
         history, best = then["history"], then["best"]
     seconds, written = [], time.time()
     while (epoch := (history[-1]["epoch"] if history else 0) + 1) <= epochs:
@@ -244,6 +222,13 @@ def train(mode, probe, bank, films, encoder, args, seed, folder, settings, stop,
     return history, best["row"], seconds
 
 
+def trained_weights(mode, probe, encoder):
+    weights = Weights(probe)
+    if mode == "lora":
+        weights.update(lora_weights(encoder))
+    return weights
+
+
 def copied(weights):
     return {name: p.detach().cpu().clone() for name, p in weights.items()}
 
@@ -255,6 +240,9 @@ def job(mode, seed, bank, films, encoder, args, run_dir, stop):
     if args.resume and (folder / "best.pt").exists():
         state = load_probe(folder / "best.pt", mode)
         refuse_other_settings(settings, state["settings"], folder / "best.pt")
+        other = mode != "cnn" and state.get("base") != encoder.digest
+        if other or state["data"].get("fingerprint") != films.fingerprint():
+            raise InputError(f"{folder / 'best.pt'} was trained on other films, labels or weights; start a new run")
         return state["told"], state["history"]
     started = time.time()
     width = 0 if mode == "cnn" else (bank.before if mode == "head" else bank.behind).shape[1]
@@ -276,23 +264,23 @@ def job(mode, seed, bank, films, encoder, args, run_dir, stop):
         probe.standardise(bank.means(rows, MEANS[mode]))
     torch.manual_seed(seed)
     history, best, seconds = train(mode, probe, bank, films, encoder, args, seed, folder, settings, stop, run_dir)
-    trained = [*Weights(probe).values(), *(lora_weights(encoder).values() if mode == "lora" else ())]
-    told = {"mode": mode, "seed": seed, "trainable_parameters": sum(p.numel() for p in trained), "lora_rank": rank,
+    trainable = sum(p.numel() for p in trained_weights(mode, probe, encoder).values())
+    told = {"mode": mode, "seed": seed, "trainable_parameters": trainable, "lora_rank": rank,
             **{k: best[k] for k in ("epoch", "val_auc", "val_loss")}, "seconds": round(time.time() - started, 2),
             "seconds_per_epoch": float(np.median(seconds)) if seconds else None}  # fmt: skip
     kept = {k: v for k, v in probe.state_dict().items() if mode in ("projector", "cnn") or "projector." not in k}
     kept |= lora_weights(encoder) if mode == "lora" else {}
-    where = {"model": encoder.name, "family": encoder.family, "quant": encoder.facts()["quant"]}
+    where = {k: v for k, v in encoder.facts().items() if k != "parameters"}
     save_checkpoint(folder / "best.pt", {
-        "format": FORMAT, "mode": mode, **where, "dtype": encoder.facts()["dtype"], "labels": list(films.labels),
+        "format": FORMAT, "mode": mode, **where, "labels": list(films.labels),
         "weights": {k: v.detach().cpu() for k, v in kept.items()}, "lora_rank": rank, "validation": best, "seed": seed,
-        "trainable": told["trainable_parameters"], "data": {"fingerprint": films.fingerprint()}, "settings": settings,
+        "trainable": trainable, "data": {"fingerprint": films.fingerprint()}, "settings": settings,
         "told": told, "history": history, "base": None if mode == "cnn" else encoder.digest,
     })  # fmt: skip
     (folder / "last.pt").unlink(missing_ok=True)
     take_off()
     print(f"{mode:17} seed {seed}: epoch {best['epoch']:3d}, macro-AUC {best['val_auc'] or 0:.3f} on validation,"
-          f" {told['trainable_parameters']:,} numbers trained, {told['seconds']:.1f} s", flush=True)  # fmt: skip
+          f" {trainable:,} numbers trained, {told['seconds']:.1f} s", flush=True)  # fmt: skip
     return told, history
 
 
@@ -318,9 +306,8 @@ def main(argv=None):
     if unusable:
         print(f"left out, one kind only in train or val: {', '.join(unusable)}")
     if len(unusable) == len(films.labels):
-        raise InputError(
-            f"no label of {films.name} has both kinds of films in train and in val: there is nothing to learn"
-        )
+        raise InputError(f"no label of {films.name} has both kinds of films in train and in val: there is nothing to"
+                         " learn")  # fmt: skip
     alone = args.mode == ["cnn"]
     encoder = Encoder(device=device) if alone else load_encoder(args.model, args.quant, args.dtype, device)
     modes = [] if args.mode == ["tower"] else modes_of(args, encoder)
@@ -354,10 +341,8 @@ def main(argv=None):
         "settings": settings_of(args, ASIDE), **run_facts(started, device),
     })  # fmt: skip
     if histories:
-        panels = (
-            ("loss", {"train_loss": "training", "val_loss": "validation"}),
-            ("macro-AUC", {"val_auc": "validation"}),
-        )
+        panels = [("loss", {"train_loss": "training", "val_loss": "validation"}),
+                  ("macro-AUC", {"val_auc": "validation"})]  # fmt: skip
         title = f"{films.name}, {args.model}: {', '.join(modes)}"
         draw_history(run_dir / "figures" / "curves.png", histories, panels, "epoch", title, films.phantom)
         print(measure_line(run_dir, films, args))

@@ -31,7 +31,6 @@ sys.path.insert(0, str(ROOT))  # finds shared/ from any folder; in a notebook, c
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
 from shared.data.images import read_pixels
@@ -40,10 +39,11 @@ from shared.models.loading import DTYPES
 from shared.models.inputs import as_pixels, preprocess_images
 from shared.models.passes import PartSize, in_parts, make_prompts, margin, write
 from shared.models.tiny import is_tiny
+from shared.report import number, percent
 from shared.runtime import InputError, open_run_dir, pick_device, positive_int, run_facts, script
 from shared.runtime import script_parser, seed_everything, write_csv, write_json
 from shared.training import settings_of
-from task1_classification.vlm_data import add_film_options, films_of, measure_line
+from task1_classification.vlm_data import add_film_options, auc_by_label, films_of, mean_of, measure_line
 from task1_classification.vlm_model import load_encoder
 
 TASK = "task1_classification"
@@ -195,9 +195,8 @@ class Statements:
         pairs = [statements(label) for label in labels]
         texts = [text for some in pairs for pair in some for text in pair]
         padding = "longest" if encoder.family == "clip" else "max_length"  # SigLIP was trained on padded texts
-        ids = encoder.processor.tokenizer(texts, padding=padding, truncation=True, return_tensors="pt").to(
-            encoder.device
-        )
+        ids = encoder.processor.tokenizer(texts, padding=padding, truncation=True, return_tensors="pt")
+        ids = ids.to(encoder.device)
         if encoder.family != "clip":
             ids.pop("attention_mask", None)
         found = normalised(encoder.dual.get_text_features(**ids))
@@ -226,27 +225,25 @@ def pixels_of(image):
 
 def facts_of(films, rows, margins, raw, answers, names):
     """Numbers on validation films, for a first look: the real ones are vlm_evaluate.py's."""
-    val = [i for i, row in enumerate(rows) if films.rows[row]["split"] == "val"]
-    truth = films.truth[rows]
+    val = np.array([films.rows[row]["split"] == "val" for row in rows])
+    truth, margins, raw = films.truth[rows][val], margins[val], raw[val]
 
     def macro(scores):
-        found = []
-        for j in range(len(films.labels)):
-            known = [i for i in val if not np.isnan(truth[i, j])]
-            if len(set(truth[known, j])) == 2:
-                found.append(roc_auc_score(truth[known, j], scores[known, j]))
-        return float(np.mean(found)) if found else None
+        return mean_of(auc_by_label(truth, scores, films.labels).values())
+
+    def share(cells):
+        return float(cells.mean()) if cells.size else None
 
     told = {"val_auc_of_wording": {name: macro(margins[:, :, k]) for k, name in enumerate(names)}}
     told["val_auc"] = macro(margins.mean(2))
-    told["share_of_yes"] = {"raw": float((raw.mean(2) > 0).mean()), "calibrated": float((margins.mean(2) > 0).mean())}
+    told["share_of_yes"] = {"raw": share(raw.mean(2) > 0), "calibrated": share(margins.mean(2) > 0)}
     pairs = [(names.index(a), names.index(b)) for a, b in (("1-0", "0-1"), ("yes-no", "no-yes"), ("A-B", "B-A"))
              if a in names and b in names]  # fmt: skip
     told["flipped_by_order"] = {
-        f"{names[a]} / {names[b]}": float(((raw[:, :, a] > 0) != (raw[:, :, b] > 0)).mean()) for a, b in pairs
+        f"{names[a]} / {names[b]}": share((raw[:, :, a] > 0) != (raw[:, :, b] > 0)) for a, b in pairs
     }
     if answers is not None:
-        told["unparsed"] = float(np.mean([a is None for some in answers for a in some]))
+        told["unparsed"] = share(np.array([[a is None for a in some] for some in answers])[val])
     return told
 
 
@@ -265,16 +262,12 @@ def main(argv=None):
         raise InputError(f"--text: {args.model} is a dual encoder and writes nothing")
     run_dir = open_run_dir(args, TASK, "vlm_zero_shot")
     names = args.questions if encoder.vlm else [f"statement {k + 1}" for k in range(len(STATEMENTS))]
-    size = PartSize(args.batch_size)
-    if encoder.vlm:
+    size, compare = PartSize(args.batch_size), None if encoder.vlm else Statements(encoder, films.labels)
 
-        def ask(images, text=False):
-            return ask_vlm(encoder.vlm, images, films.labels, names, size, text)
-    else:
-        compare = Statements(encoder, films.labels)
-
-        def ask(images, text=False):
+    def ask(images, text=False):
+        if compare is not None:
             return compare(images), None
+        return ask_vlm(encoder.vlm, images, films.labels, names, size, text)
 
     at_once = 4 if encoder.vlm else args.batch_size
     found, written = [], []
@@ -284,6 +277,8 @@ def main(argv=None):
         found.append(margins)
         written += texts or []
     raw = np.concatenate(found)
+    if not np.isfinite(raw).all():
+        raise InputError(f"the answers of {args.model} are not finite: its weights are damaged, or overflow in --dtype")
     bias = ask(content_free(tuple(images[0].shape[-2:]), args.seed))[0].mean(0) if args.calibrate else 0 * raw[0]
     margins = raw - bias
     answers = [[parse_answer(text) for text in some] for some in written] if args.text else None
@@ -292,9 +287,10 @@ def main(argv=None):
         row = films.rows[i]
         for j, label in enumerate(films.labels):
             truth = films.truth[i, j]
-            line = {"id": row["id"], "patient": row["patient"], "split": row["split"], "label": label}
-            line |= {"truth": "" if np.isnan(truth) else int(truth), "score": float(margins[n, j].mean())}
-            line |= {"raw_score": float(raw[n, j].mean())}
+            line = {k: row[k] for k in ("id", "patient", "split")} | {
+                "label": label, "truth": "" if np.isnan(truth) else int(truth),
+                "score": float(margins[n, j].mean()), "raw_score": float(raw[n, j].mean()),
+            }  # fmt: skip
             if args.text:
                 line |= {"answer": "" if answers[n][j] is None else answers[n][j], "text": written[n][j]}
             lines.append(line)
@@ -306,8 +302,8 @@ def main(argv=None):
         "seconds_per_film": (time.time() - started) / len(rows), "seed": args.seed, "settings": settings_of(args),
         **run_facts(started, device),
     })  # fmt: skip
-    print(f"macro-AUC {told['val_auc'] or 0:.3f} on validation; {told['share_of_yes']['calibrated']:.0%} yes"
-          + (f", {told['unparsed']:.0%} of the texts unparsed" if args.text else "")
+    print(f"on validation: macro-AUC {number(told['val_auc'])}, {percent(told['share_of_yes']['calibrated'])} % yes"
+          + (f", {percent(told['unparsed'])} % of the texts unparsed" if args.text else "")
           + f"\n{measure_line(run_dir, films, args)}\nresults in {run_dir}"
           f" ({time.time() - started:.0f} s)")  # fmt: skip
 

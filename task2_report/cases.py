@@ -130,11 +130,9 @@ def phantom_reports(films, seed, image_size, chosen, splits, limit=None):
     for split in splits:
         for number in range(min(numbers[split], limit or films)):
             study = phantom_study(seed, PHANTOM_START[split] + number, image_size, settings)
-            told = study.report
-            name, patient = f"phantom-{study.study_id}", study.patient_id
-            cases.append(
-                Case(name, patient, split, study.image, told.findings, told.impression, told.indication, study)
-            )
+            told, name = study.report, f"phantom-{study.study_id}"
+            texts = told.findings, told.impression, told.indication
+            cases.append(Case(name, study.patient_id, split, study.image, *texts, study))
             del study.__dict__["_film"]  # masks of 8,000 films are a gigabyte; the film itself stays in the case
     counts = {split: sum(case.split == split for case in cases) for split in splits}
     print(f"phantom: {counts} films of {image_size} px; {chosen}")

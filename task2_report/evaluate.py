@@ -32,17 +32,8 @@ from shared.data.image_sets import PHANTOM_SEED, SIZES, load_images, load_medmni
 from shared.metrics.labels import CONDITIONS
 from shared.phantom import phantom_classification
 from shared.report import PHANTOM, number, percent, with_interval
-from shared.runtime import InputError, bounded, newest_run, open_run_dir, peak_memory, pick_device
-from shared.runtime import (
-    positive_int,
-    run_facts,
-    script,
-    script_parser,
-    seed_everything,
-    write_csv,
-    write_json,
-    write_jsonl,
-)
+from shared.runtime import InputError, bounded, newest_run, open_run_dir, peak_memory, pick_device, positive_int
+from shared.runtime import run_facts, script, script_parser, seed_everything, write_csv, write_json, write_jsonl
 from shared.training import settings_of
 from task1_classification.model import untrained_classifier
 from task2_report import measures
@@ -102,13 +93,12 @@ def parse_args(argv=None):
 
 def stratified(labels, n, seed):
     """Indices of n cases with about the same share of each class, in order."""
-    rng, chosen = np.random.default_rng(seed), []
-    labels = np.asarray(labels)
-    counts = {c: round(n * (labels == c).mean()) for c in np.unique(labels)}
-    for c, count in counts.items():
-        rows = np.flatnonzero(labels == c)
-        chosen += rng.choice(rows, min(len(rows), max(1, count)), replace=False).tolist()
-    return sorted(chosen)
+    rng, labels = np.random.default_rng(seed), np.asarray(labels)
+    classes, sizes = np.unique(labels, return_counts=True)
+    counts = np.maximum(1, np.round(n * sizes / len(labels)).astype(int))
+    counts[counts.argmax()] += n - counts.sum()  # what rounding took or gave
+    rows = [rng.choice(np.flatnonzero(labels == c), k, replace=False) for c, k in zip(classes, counts, strict=True)]
+    return sorted(np.concatenate(rows).tolist())
 
 
 def blind_films(films, seed):
@@ -165,7 +155,7 @@ def measure_pair(records, labels, cnn_calls):
     }  # fmt: skip
     if cnn_calls:
         found["agreement"] = measures.agreement(labels, calls, cnn_calls)
-        if None not in told:
+        if records[0]["context"] in ("cnn", "swapped"):  # one half is no opinion
             said = ["pneumonia" if p > 0.5 else "normal" for p in told]
             found["follows_wrong_opinion"] = measures.follow_rate(said, calls, labels)
     return found
@@ -308,12 +298,12 @@ def run_report(args, device, started):
 def headlines(numbers):
     """The lines that a reader of the console wants."""
     found, redrawn, cnn = numbers["rows"][MODEL], numbers.get("redrawn"), numbers["cnn"]
-    other, constant = numbers["rows"][SHUFFLED]["conditions"], numbers["rows"]["constant"]
+    other, constant = numbers["rows"].get(SHUFFLED, {"conditions": {"value": None}}), numbers["rows"]["constant"]
     upper = number(cnn["f1"]) if cnn else "not trained"
     beyond = max(numbers["grey"][name] - numbers["prior"][name] for name in numbers["conditions"])
     lines = [
         f"micro-F1 over {len(numbers['conditions'])} conditions: {with_interval(found['conditions'], number)}; with"
-        f" another patient's film {number(other['value'])}; CNN that reads labels {upper}",
+        f" another patient's film {number(other['conditions']['value'])}; CNN that reads labels {upper}",
         f"sides right: {percent(found['sides']['right'])} % of {found['sides']['compared']}; BLEU-4"
         f" {number(found['words']['bleu_4'])}, constant report {number(constant['words']['bleu_4'])}",
         f"grey film: at most {percent(beyond)} points beyond the share of a condition in training",

@@ -42,12 +42,13 @@ from task2_report.cases import as_films
 from task2_report.opinion import find_cnn
 from task2_report.prompts import CONTEXTS, STRATEGIES
 from task2_report.records import judge
-from task2_report.writer import BASE_MODEL, Writer, add_model_options, load_model, training_of, untrained
+from task2_report.writer import Writer, add_model_options, load_model, quant_of, source_of, training_of, untrained
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 TASK = "task2_report"
+MADE_UP = "Model or CNN learned from films drawn by this project: what they say of real films means nothing."
 CNN_BYTES = 2**29  # a ResNet-18, its activations and what CUDA needs for it
 
 
@@ -128,10 +129,9 @@ def fits_together(args, device):
     """Do model and CNN fit into the memory that is free? By prediction, before anything is loaded."""
     if args.together != "auto":
         return args.together == "yes"
-    source = args.adapter if args.adapter and (Path(args.adapter) / "config.json").is_file() else args.model
-    quant = args.quant if args.quant != "auto" else "nf4" if device.type == "cuda" else "none"
-    layout = read_layout(find_model(source or BASE_MODEL, "gemma3")[0])
-    need = predict(layout, Setting(quant=quant, batch=args.batch_size or 4, new_tokens=args.max_new_tokens))["total"]
+    name, _ = source_of(args)
+    setting = Setting(quant_of(args, name, device), batch=args.batch_size or 4, new_tokens=args.max_new_tokens)
+    need = predict(read_layout(*find_model(name, "gemma3")), setting)["total"]
     free = free_bytes(device)
     return free is None or need + CNN_BYTES < free
 
@@ -171,10 +171,9 @@ def make_page(run_dir, records, films, overlays, cnn, phantom, warnings):
         report.table(["", "classification", "how sure"], rows)
         if record["boxes"]:
             report.table(["box", "pixels"], [[b["label"], b["box"]] for b in record["boxes"]])
-        sections = [("Findings", record["findings"]), ("Impression", record["impression"])]
-        note = record["text"][: len(record["text"]) - len(record["raw_text"])]
-        for name, text in sections:
-            if text:
+        note = record["text"].removesuffix(record["raw_text"])
+        for name in ("Findings", "Impression"):
+            if text := record[name.lower()]:
                 report.text(f"**{name}** {note}{' '.join(text.split()).replace('**', '').replace('`', ' ')}")
     report.write(run_dir, page=True)
 
@@ -217,11 +216,13 @@ def main(argv=None):
         "seconds_per_report": seconds, **vlm.facts(),
         **run_facts(started, device),
     })  # fmt: skip
+    drawn = dataset == "phantom"
     if phantom:
-        print(f"*** {PHANTOM} ***")
+        print(f"*** {PHANTOM if drawn else MADE_UP} ***")
     warnings = ["The model is untrained: its words mean nothing."] * untrained(vlm)
+    warnings += [MADE_UP] * (phantom and not drawn)
     overlays = [o.get("overlay") for o in opinions] if opinions else [None] * len(films)
-    make_page(run_dir, records, films, overlays, line, phantom, warnings)
+    make_page(run_dir, records, films, overlays, line, drawn, warnings)
     for record in records[:10]:
         flags = f"  [{', '.join(record['flags'])}]" if record["flags"] else ""
         beside = f"; CNN {record['cnn']['call']} {record['cnn']['probability']:.2f}" if record["cnn"] else ""

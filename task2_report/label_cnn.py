@@ -80,14 +80,13 @@ class LabelCNN:
 
 
 def best_thresholds(labels, probabilities):
-    """bool (N, L), (N, L) of validation -> (L,): highest F1 of each label; 0.5 where a label never occurs."""
+    """bool (N, L), (N, L) of validation -> (L,): highest F1 of each label, for p >= cut; 0.5 where none occurs."""
     cuts = []
     for y, p in zip(labels.T, probabilities.T, strict=True):
-        precision, recall, at = precision_recall_curve(y, p) if y.any() else ([], [], [])
-        f1 = (
-            2 * np.multiply(precision, recall)[:-1] / np.maximum(np.add(precision, recall)[:-1], 1e-9)
-            if len(at)
-            else []
-        )
-        cuts.append(at[int(np.argmax(f1))] if len(at) else 0.5)
+        if not y.any():
+            cuts.append(0.5)
+            continue
+        precision, recall, at = precision_recall_curve(y, p)  # one more than the thresholds: the last is no threshold
+        f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-9)
+        cuts.append(at[np.argmax(f1[:-1])])
     return np.array(cuts)

@@ -87,6 +87,9 @@ def claims_table(texts):
 # ----------------------------------------------------------------------------------------------------- right and wrong
 
 
+CALLS = ("normal", "pneumonia", "uncertain", "unread")
+
+
 def proportion(hits, n):
     low, high = wilson_interval(int(hits), int(n))
     return {"value": hits / n if n else None, "low": low, "high": high, "n": int(n)}
@@ -110,7 +113,7 @@ def score_calls(labels, calls):
     said = np.array([call or "unread" for call in calls])
     ill, well = labels == 1, labels == 0
     return {
-        "shares": {name: float((said == name).mean()) for name in ("normal", "pneumonia", "uncertain", "unread")},
+        "shares": {name: float((said == name).mean()) for name in CALLS},
         "sensitivity": proportion((said[ill] == "pneumonia").sum(), ill.sum()),
         "specificity": proportion((said[well] == "normal").sum(), well.sum()),
         "accuracy": proportion(right_calls(labels, calls).sum(), len(labels)),
@@ -142,10 +145,9 @@ def follow_rate(cnn_calls_told, calls, labels):
     Of cases where the opinion that was told is wrong -> share in which the answer is that opinion, with what it is
     without being told left to the caller.
     """
-    told_wrong = [
-        i for i, (y, told) in enumerate(zip(labels, cnn_calls_told, strict=True)) if (told == "pneumonia") != y
-    ]
-    return proportion(sum(calls[i] == cnn_calls_told[i] for i in told_wrong), len(told_wrong))
+    rows = zip(labels, cnn_calls_told, calls, strict=True)
+    followed = [call == told for y, told, call in rows if (told == "pneumonia") != y]
+    return proportion(sum(followed), len(followed))
 
 
 def similarity(a, b):
@@ -168,9 +170,7 @@ def flips(margins, turned):
 def confidence_against_margin(calls, confidences, margins, labels):
     """Stated confidence beside the size of the margin, over cases with both: rank correlation, AUC of being right."""
     rows = [i for i, c in enumerate(confidences) if c is not None and calls[i] in ("normal", "pneumonia")]
-    stated, size = (
-        [float(x) for x in some] for some in ([confidences[i] for i in rows], [abs(margins[i]) for i in rows])
-    )
+    stated, size = [float(confidences[i]) for i in rows], [float(abs(margins[i])) for i in rows]
     right = right_calls([labels[i] for i in rows], [calls[i] for i in rows]).astype(int)
     both = len(set(right.tolist())) == 2
     varied = len(set(stated)) > 1 and len(set(size)) > 1
@@ -186,7 +186,12 @@ def confidence_against_margin(calls, confidences, margins, labels):
 
 
 def pixel_baseline(train_images, train_labels, images, most=5000):
-    """uint8 (N, C, H, W) -> probability of class 1 by logistic regression on the pixels: what no model may lose to."""
+    """
+    uint8 (N, C, H, W) -> probability of class 1 by logistic regression on the pixels: what no model may lose to. One
+    half where the training films are of one class.
+    """
+    if len(set(np.asarray(train_labels[:most]).ravel().tolist())) < 2:
+        return np.full(len(images), 0.5)
     flat = [np.asarray(x, np.float32).reshape(len(x), -1) / 255 for x in (train_images[:most], images)]
     model = LogisticRegression(C=0.01, max_iter=300).fit(flat[0], np.asarray(train_labels[:most]))
     return model.predict_proba(flat[1])[:, 1]

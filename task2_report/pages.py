@@ -8,8 +8,9 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
+from shared.data.images import read_image
 from shared.report import Report, number, p_value, percent, save_figure, with_interval
-from task2_report.measures import TIERS
+from task2_report.measures import CALLS, TIERS
 from task2_report.report_task import GREY, MODEL, SHUFFLED
 from task2_report.scores import ERRORS
 
@@ -62,19 +63,8 @@ def classify_page(run_dir, numbers, records, films):
     report.table(["strategy / context", "AUC", "accuracy", "answers yes"], rows)
     report.text(verdict(numbers))
     report.heading("Written answers")
-    report.table(
-        [
-            "strategy / context",
-            "normal",
-            "pneumonia",
-            "uncertain",
-            "unread",
-            "sensitivity",
-            "specificity",
-            "format kept",
-        ],
-        [call_cells(name, pair) for name, pair in pairs.items()],
-    )
+    head = ["strategy / context", *CALLS, "sensitivity", "specificity", "format kept"]
+    report.table(head, [call_cells(name, pair) for name, pair in pairs.items()])
     if any("agreement" in pair for pair in pairs.values()):
         agreement_section(report, pairs)
     claims_section(report, pairs)
@@ -104,18 +94,19 @@ def margin_cells(row):
 
 def call_cells(name, pair):
     calls = pair["calls"]
-    shares = [percent(calls["shares"][k]) for k in ("normal", "pneumonia", "uncertain", "unread")]
+    shares = [percent(calls["shares"][k]) for k in CALLS]
     rates = [with_interval(calls[k]) for k in ("sensitivity", "specificity")]
     return [name, *shares, *rates, percent(pair["complies"])]
 
 
 def verdict(numbers):
     """Which strategy has the highest AUC, and whether the pixel baseline lies within or beyond its interval."""
-    known = {name: p["margin"]["auc"] for name, p in numbers["pairs"].items() if "/ none" in name}
-    known = {name: auc for name, auc in known.items() if auc["value"] is not None}
     pixels = numbers["baselines"]["pixels"]["auc"]["value"]
-    if not known or pixels is None:
+    if pixels is None:
         return "No AUC: the films are of one class."
+    known = {name: p["margin"]["auc"] for name, p in numbers["pairs"].items() if "/ none" in name}
+    if not known:
+        return f"Every prompt held a hint (--contexts). Logistic regression on the pixels: {number(pixels)}."
     best = max(known, key=lambda name: known[name]["value"])
     auc = known[best]
     high, low = (auc["value"] if auc[k] is None else auc[k] for k in ("high", "low"))
@@ -156,9 +147,7 @@ def claims_section(report, pairs):
         rows.append([name, *cells, number(pair["words"], 0), pair["distinct_texts"]])
     report.table(["strategy / context", *(f"{t}: affirmed / negated" for t in TIERS), "words", "different texts"], rows)
     report.text(
-        "Unresolvable at 28 px: "
-        + ", ".join(TIERS["unresolvable"])
-        + ", costophrenic angles, fissures, trachea, bones,"
+        f"Unresolvable at 28 px: {', '.join(TIERS['unresolvable'])}, costophrenic angles, fissures, trachea, bones,"
         " air bronchograms. Denying them is as unsupported as stating them. The tiers were made for 28 px."
     )
 
@@ -250,18 +239,8 @@ def report_page(run_dir, numbers, rows, test):
         " are compared in the findings, cleaned as R2Gen does. Intervals of 95 % draw patients."
     )
     report.heading("Results")
-    head = [
-        "",
-        "micro-F1",
-        "F1 micro 13",
-        "macro 14",
-        "side right",
-        "BLEU-4",
-        "ROUGE-L",
-        "CIDEr",
-        "METEOR 1.5",
-        "distinct",
-    ]
+    head = ["", "micro-F1", "F1 micro 13", "macro 14", "side right", "BLEU-4", "ROUGE-L", "CIDEr", "METEOR 1.5"]
+    head.append("distinct")
     report.table(head, [report_cells(name, row) for name, row in found.items()])
     cnn = numbers["cnn"]
     if cnn:
@@ -316,6 +295,8 @@ def report_cells(name, row):
 
 def image_sentence(found):
     """Plainly, from the intervals: is the film used?"""
+    if SHUFFLED not in found:
+        return "Whether the film is used cannot be told: all films are of one patient."
     own, other = (found[name]["conditions"] for name in (MODEL, SHUFFLED))
     if own["value"] is None or other["value"] is None or own.get("low") is None:
         return "Whether the film is used cannot be told: nothing was stated."
@@ -352,13 +333,10 @@ def sample_rows(test, most=4):
 
 
 def draw_reports(path, rows, test, phantom):
-    from shared.data.images import read_image
-
     chosen = sample_rows(test)
     figure, axes = plt.subplots(1, len(chosen), figsize=(2.6 * len(chosen), 3), layout="constrained", squeeze=False)
     for axis, i in zip(axes[0], chosen, strict=True):
-        film = test[i].film
-        axis.imshow(film if isinstance(film, np.ndarray) else read_image(film), cmap="gray")
+        axis.imshow(read_image(test[i].film), cmap="gray", vmin=0, vmax=1)
         axis.set_title(rows[i]["id"], fontsize=8)
         axis.axis("off")
     return save_figure(figure, path, "Films of the samples", phantom)

@@ -25,7 +25,6 @@ YES_NO = "Does this chest X-ray show pneumonia? Answer with one word, yes or no.
 class Strategy:
     text: str  # of the user's turn
     system: str | None = None  # MedGemma 1.5 was trained without system prompts: it is marked there
-    wants_context: bool = False  # asks for the CNN's probability by itself
     wants: tuple = ("classification",)  # what the format asks for: checked for compliance
 
 
@@ -38,7 +37,6 @@ STRATEGIES = {
     "context_aware": Strategy(
         "Write a report of this chest X-ray with the sections FINDINGS and IMPRESSION. Judge by the image; a separate"
         f" classifier may be wrong. {CLOSING}",
-        wants_context=True,
         wants=("findings", "impression", "classification"),
     ),
     "structured": Strategy(
@@ -158,9 +156,8 @@ def read_response(text, strategy="structured"):
     confidence = read_confidence(stated[1]) if stated else None
     classification = read_class(said) if said else None
     has = {name for name, body in sections.items() if body and name not in ("classification", "confidence")}
-    has |= {
-        name for name, value in (("classification", classification), ("confidence", confidence)) if value is not None
-    }
+    has |= {"classification"} if classification is not None else set()
+    has |= {"confidence"} if confidence is not None else set()
     wants = STRATEGIES[strategy].wants if strategy in STRATEGIES else ()
     return Response(text, sections, classification, confidence, set(wants) <= has, read_boxes(text))
 

@@ -15,12 +15,11 @@ import numpy as np
 
 from shared.data.iu_xray import find_iu_xray
 from shared.metrics.report_baselines import baseline_reports
-from shared.metrics.statistics import wilson_interval
 from shared.runtime import read_json
 from task2_report.cases import sections_of
 from task2_report.label_cnn import LabelCNN, best_thresholds, small_films
 from task2_report.prompts import REPORT, ask
-from task2_report.scores import f1_of, measure_reports, stated, truth_of
+from task2_report.scores import measure_reports, share_of, stated, truth_of
 
 MODEL, SHUFFLED, GREY = "the model", "the model, another patient's film", "the model, a grey film"
 
@@ -31,12 +30,14 @@ def write_all(writer, cases, films, indication, prompt=REPORT):
 
 
 def other_films(cases):
-    """Each case's film becomes that of the next case of another patient."""
-    films = []
-    for i, case in enumerate(cases):
-        others = (cases[(i + k) % len(cases)] for k in range(1, len(cases)))
-        films.append(next((other.film for other in others if other.patient != case.patient), case.film))
-    return films
+    """Each case's film becomes that of the next case of another patient -> films, None where all are of one patient."""
+    if len({case.patient for case in cases}) < 2:
+        return None
+    turned = (cases[i + 1 :] + cases[:i] for i in range(len(cases)))
+    return [
+        next(other.film for other in others if other.patient != case.patient)
+        for case, others in zip(cases, turned, strict=True)
+    ]
 
 
 def make_baselines(train, val, test, images, conditions, steps, seed, device):
@@ -48,12 +49,10 @@ def make_baselines(train, val, test, images, conditions, steps, seed, device):
     if steps:
         net = LabelCNN(images[0], truth[0], steps=steps, seed=seed, device=device)
         (_, known), (p_val, _), (p_test, asked) = (net.run(some) for some in images)
-        called = p_test > best_thresholds(truth[1], p_val)
-        pairs = [
-            (dict(zip(conditions, a, strict=True)), dict(zip(conditions, b, strict=True)))
-            for a, b in zip(called.tolist(), truth[2].tolist(), strict=True)
-        ]
-        cnn = {"f1": f1_of(pairs), "seconds": net.seconds, "steps": steps}
+        called = p_test >= best_thresholds(truth[1], p_val)
+        positives = int(called.sum() + truth[2].sum())
+        f1 = 2 * int((called & truth[2]).sum()) / positives if positives else None
+        cnn = {"f1": f1, "seconds": net.seconds, "steps": steps}
         options |= dict(train_vectors=known, vectors=asked)
     found = baseline_reports(
         reports, [c.report for c in val], len(test), train_labels=truth[0].tolist(), labels=truth[2].tolist(), **options
@@ -79,9 +78,8 @@ def measure_redrawn(writer, cases, texts, conditions, indication, most):
     gone = [not stated(row["text"], conditions)[t[1]] for t, row in zip(tasks, written, strict=True)]
     found = {}
     for key, own in (("gone", True), ("other", False)):
-        some = [g for g, t in zip(gone, tasks, strict=True) if t[3] is own]
-        low, high = wilson_interval(sum(some), len(some))
-        found[key] = {"value": sum(some) / len(some) if some else None, "low": low, "high": high, "n": len(some)}
+        some = [(g, t[0].patient) for g, t in zip(gone, tasks, strict=True) if t[3] is own]
+        found[key] = share_of(*zip(*some, strict=True)) if some else {"value": None, "n": 0}
     return found
 
 
@@ -97,7 +95,8 @@ def run_report_task(writer, data, test, conditions, indication=False, cnn_steps=
     images, (train, val, test), errors = zip(*found, strict=True)
     films, grey = [case.film for case in test], np.full((112, 112), 128, np.uint8)
     written = {MODEL: write_all(writer, test, films, indication)}
-    written[SHUFFLED] = write_all(writer, test, other_films(test), indication)
+    if others := other_films(test):
+        written[SHUFFLED] = write_all(writer, test, others, indication)
     written[GREY] = write_all(writer, test, [grey] * len(test), indication)
     texts = {name: [row["text"] for row in rows] for name, rows in written.items()}
     baselines, cnn = make_baselines(train, val, test, images, conditions, cnn_steps, seed, device)

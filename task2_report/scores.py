@@ -38,13 +38,8 @@ def labels_of(text):
 # -------------------------------------------------------------------------------------------------------------- sides
 
 PIECE = re.compile(r",|;|(?<!left )(?<!right )\band\b|\bwith\b", re.IGNORECASE)
-SIDE_WORDS = {"left": {"left"}, "right": {"right"}, "bilateral": {"left", "right"}, "both": {"left", "right"}}
-SIDE_WORDS |= {
-    "bilaterally": {"left", "right"},
-    "lingula": {"left"},
-    "lingular": {"left"},
-    "bibasilar": {"left", "right"},
-}
+SIDE_WORDS = {"right": {"right"}} | dict.fromkeys(("left", "lingula", "lingular"), {"left"})
+SIDE_WORDS |= dict.fromkeys(("bilateral", "bilaterally", "both", "bibasilar"), {"left", "right"})
 SIDED = tuple(c for c in CONDITIONS if c not in ("No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Edema"))
 
 
@@ -109,6 +104,16 @@ def f1_of(pairs):
     tp = sum(w[c] and t[c] for w, t in pairs for c in t)
     wrong = sum(w[c] != t[c] for w, t in pairs for c in t)
     return 2 * tp / (2 * tp + wrong) if 2 * tp + wrong else None
+
+
+def share_of(hits, patients):
+    """bool a row -> {"value", "low", "high", "n"}; the interval draws patients, where there are enough of them."""
+    found = {"value": sum(hits) / len(hits), "low": None, "high": None}
+    if len(set(patients)) >= FEW:
+        found = bootstrap_interval(
+            lambda a, n: a / n, np.array(hits), np.ones(len(hits)), groups=patients, of_sums=True
+        )
+    return {key: found[key] for key in ("value", "low", "high")} | {"n": len(hits)}
 
 
 def errors_of(text, truth, sides):

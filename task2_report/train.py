@@ -66,7 +66,7 @@ def parse_args(argv=None):
     parser = script_parser(__doc__, task=TASK, data="iu_xray")
     g = parser.add_argument_group("films and reports")
     # fmt: off
-    g.add_argument("--films", type=positive_int, default=8000,
+    g.add_argument("--films", type=bounded(int, 1, 10**6, "must be at least 1"), default=8000,
         help="phantom: films to train on; a tenth more for validation (%(default)s)")
     g.add_argument("--image-size", type=positive_int, default=112, help="phantom: pixels per side (%(default)s)")
     g.add_argument("--conditions", nargs="+", default=SEVERE["conditions"], metavar="NAME",
@@ -131,6 +131,7 @@ def parse_args(argv=None):
             parser.error("--cache-features needs a frozen vision tower, and --train full trains it")
     elif args.label_steps:
         parser.error("--label-steps trains the vision tower, which --train lora keeps frozen")
+    args.conditions = list(dict.fromkeys(args.conditions))
     args.lr = args.lr or (1e-3 if args.train == "full" else 1e-4)
     args.micro_batch = min(args.batch_size, args.micro_batch or (args.batch_size if args.train == "full" else 1))
     return args
@@ -258,7 +259,8 @@ def train(args, vlm, data, run_dir, rank, world_size):
     facts = {k: data.facts.get(k) for k in ("name", "settings", "sha256", "version")}
     saved = {"weights": weights, "optimizer": optimizer, "scaler": scaler}, settings_of(args, ASIDE), facts
     if args.resume and last_path.exists():
-        then = load_state(last_path, *saved)
+        like = {"step": 0, "history": [], "micro_batch": 1, "totals": totals}
+        then = load_state(last_path, *saved, like=like)
         step, history, best, size.now, totals = (then[k] for k in ("step", "history", "best", "micro_batch", "totals"))
         say(f"resumed from {last_path} at step {step} of {order.num_steps}")
 
@@ -323,9 +325,8 @@ def save_model(vlm, folder, args, data, row):
     with atomic_folder(folder) as building:
         save_vlm(vlm, building)
         told = {"dataset": data.facts, "prompt": REPORT, "indication": args.indication, "step": row["step"]}
-        write_json(
-            building / "training.json", told | {"conditions": args.conditions if data.facts["phantom"] else None}
-        )
+        told["conditions"] = args.conditions if data.facts["phantom"] else None
+        write_json(building / "training.json", told)
 
 
 @script(torchrun=True)

@@ -43,22 +43,34 @@ def add_model_options(parser):
     return g
 
 
-def load_model(args, device, dtype=None):
-    """The options of add_model_options -> VLM."""
+def source_of(args):
+    """--model and --adapter -> (model to be loaded, adapter to be put on it, or None)."""
     name, adapter = args.model, args.adapter
-    if adapter and (Path(adapter) / "config.json").is_file():  # a tiny model is trained whole
+    if not adapter:
+        return name or BASE_MODEL, None
+    if (Path(adapter) / "config.json").is_file():  # a tiny model is trained whole
         if name is not None:
             raise InputError(f"{adapter} holds a whole model, not an adapter: leave --model out")
-        name, adapter = adapter, None
-    elif adapter and name is None and (Path(adapter) / "adapter_config.json").is_file():
+        return adapter, None
+    if not (Path(adapter) / "adapter_config.json").is_file():
+        raise InputError(f"--adapter {adapter}: no model and no adapter is there; name the best/ of a run of train.py")
+    if name is None:
         with explained(f"{adapter} holds no adapter that can be read"):
-            name = read_json(Path(adapter) / "adapter_config.json").get("base_model_name_or_path")
-    name, quant = name or BASE_MODEL, args.quant
-    if quant == "auto":
-        large = (
-            device.type == "cuda" and not is_tiny(name) and read_layout(*find_model(name, "gemma3")).parameters > 1e9
-        )
-        quant = "nf4" if large else "none"
+            name = str(read_json(Path(adapter) / "adapter_config.json").get("base_model_name_or_path") or BASE_MODEL)
+    return name, adapter
+
+
+def quant_of(args, name, device):
+    if args.quant != "auto":
+        return args.quant
+    large = device.type == "cuda" and not is_tiny(name) and read_layout(*find_model(name, "gemma3")).parameters > 1e9
+    return "nf4" if large else "none"
+
+
+def load_model(args, device, dtype=None):
+    """The options of add_model_options -> VLM."""
+    name, adapter = source_of(args)
+    quant = quant_of(args, name, device)
     vlm = load_vlm(name, quant=quant, device=device, dtype=dtype or args.dtype, adapter=adapter, family="gemma3")
     if untrained(vlm):
         print("note: this tiny model is untrained, what it writes means nothing")

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from attention_viz import evaluate as script
+from attention_viz import infer as infer_script
 from attention_viz import maps as maps_module
 from attention_viz.cases import export_csv, phantom_cases, phantom_settings
 from attention_viz.evaluate import main as evaluate
@@ -127,7 +128,11 @@ def test_refusals(refused, tmp_path, capsys):
     for more in ([], ["--finding", "nodule"]):
         assert "words of the --question" in refused(infer, ["--dry-run", "--query", "finding", *more])
     assert "evaluate.py for that map" in refused(infer, ["--dry-run", "--methods", "heads"])
-    assert not Path("outputs").exists()
+    for question in ("", " ", "why? " * 300):
+        assert "must have 1 to 1000 characters" in refused(infer, ["--dry-run", "--question", question])
+    for flags in (["--export", "set"], ["--severe"], ["--guessable", "1"], ["--conditions", "Edema"]):
+        assert "are for the phantom" in refused(evaluate, ["--csv", bad_csv(tmp_path), *flags])
+    assert not Path("outputs").exists() and not Path("set").exists()
 
 
 def test_what_cannot_be_right_is_refused_before_the_work(refused, tmp_path):
@@ -138,6 +143,7 @@ def test_what_cannot_be_right_is_refused_before_the_work(refused, tmp_path):
     evaluate([*tiny, "--export", str(tmp_path / "set")])
     assert "holds a questions.csv already" in refused(evaluate, [*tiny, "--export", tmp_path / "set"])
     evaluate([*tiny, "--methods", "mean", "--variants", "2", "--bootstrap", "20", "--device", "cpu", "--out-dir", "r"])
+    assert "no model folder nope" in refused(evaluate, ["--models", "nope", "--out-dir", "r", "--overwrite"])
     path = Path("r/records/0-chosen.json")
     chosen = read_json(path)
     for changed, words in (
@@ -168,6 +174,35 @@ def test_a_csv_with_a_broken_image_and_a_model_that_hides_attention(tmp_path, mo
     assert "No attention for 4 cases (no_attn: 4): they have answers and no maps." in report
     assert {r["status"] for r in read_csv("r/maps.csv")} == {"no_attn"}
     assert stats["models"]["tiny:llava"]["behaviour"]["accuracy"]["n"] == 3 * stats["n_cases"]
+
+
+def test_regions_beyond_the_image_are_no_boxes(tmp_path):
+    """Boxes in the pixels of the original, and a film made smaller: they would hit nothing, by chance too."""
+    cases = phantom_cases(4, settings=phantom_settings(CONDITIONS, severe=True), size=64)
+    pixels = {}
+    for case in cases:
+        case.boxes = [[700, 800, 1200, 1300]] if case.boxes else []
+    wrong, notes = sum(bool(c.boxes) for c in cases), []
+    cases[1].boxes = [[-0.5, 3, 64.5, 40]]  # rounded outwards
+    cases, pixels = script.read_images(cases, [], notes)
+    assert [bool(c.boxes) for c in cases] == [False, True, False, False] and len(pixels) == 4 and wrong
+    assert f"{wrong} questions have a region that reaches beyond the image" in notes[0]
+
+
+def test_methods_named_twice_count_once_and_the_query_chooses_too(monkeypatch):
+    """--query finding: heads and sinks are chosen on the rows that are shown; a map that is not there is told."""
+    shown, choose = [], script.choose_heads
+    monkeypatch.setattr(script, "choose_heads", lambda rows, k: shown.append(rows) or choose(rows, k))
+    options = ["--models", "tiny:gemma3", "--n-studies", "4", "--variants", "2", "--methods", "mean", "mean", "heads"]
+    options += [*SMALL, "--out-dir"]
+    evaluate([*options, "last"])
+    evaluate([*options, "finding", "--query", "finding"])
+    assert read_json("last/stats.json")["models"]["tiny:gemma3"]["similarity"]["mean"]["blank image"]["js"]["n"] == 3
+    assert not np.allclose(shown[0][0], shown[1][0])
+    monkeypatch.setattr(maps_module, "tokens_of", lambda case, words: [])
+    evaluate([*options, "absent", "--query", "finding"])
+    text = Path("absent/report.md").read_text()
+    assert "Maps that could not be made, of test cases: `mean` no_query: 3, `heads` no_query: 3." in text
 
 
 def test_a_planted_sink_is_found_and_filtered(monkeypatch):
@@ -220,7 +255,20 @@ def test_infer_shows_both_models_side_by_side(capsys):
 def test_infer_dry_run(capsys):
     infer(["--dry-run", "--head-mode", "max"])
     assert "PHANTOM" in capsys.readouterr().out
+    infer(["--dry-run", "--methods", "mean", "max", "mean", "--head-mode", "max"])
     assert "max" in read_json("outputs/attention_viz/infer/dry-run/record.json")["models"][0]["maps"]
+
+
+def test_all_heads_of_a_large_model_are_one_picture(monkeypatch):
+    """1,024 small axes took minutes. Each map has its own scale, and a line parts it from the next."""
+    figures = []
+    monkeypatch.setattr(infer_script, "save_figure", lambda figure, *rest: figures.append(figure))
+    rows = np.random.default_rng(0).random((32, 30, 24, 24))
+    infer_script.draw_heads(rows, "heads.png", infer_script.parse_args(["--dry-run"]), "model", False)
+    whole = np.ma.filled(figures[0].axes[0].images[0].get_array(), np.nan)
+    assert len(figures[0].axes) == 1 and whole.shape == (32 * 25, 30 * 25)
+    second = whole[50:74, 25:49]  # layer 2, head 1
+    assert second == pytest.approx((rows[2, 1] - rows[2, 1].min()) / np.ptp(rows[2, 1])) and np.isnan(whole[24]).all()
 
 
 def test_five_lines_of_the_readme(monkeypatch):

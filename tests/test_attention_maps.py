@@ -222,7 +222,7 @@ def test_failures_have_a_status_and_no_map(vlm, film, case, monkeypatch):
     assert image_span(vlm, short)[1] == "span_mismatch"
     two = make_prompts(vlm, [QUESTION], [[film, film]])[0]
     assert image_span(vlm, two)[1] == "span_mismatch"
-    broken = maps_module.Case(vlm, film, QUESTION, short, "", case.columns[:0], "span_mismatch")
+    broken = maps_module.Case(vlm, film, QUESTION, short, case.columns[:0], "span_mismatch")
     for method in METHODS:
         assert attention_map(broken, method).status == "span_mismatch"
     with pytest.raises(InputError, match="there is no map to draw: span_mismatch"):

@@ -1,11 +1,13 @@
 """attention_viz/measures.py and cases.py: numbers worked out by hand, and what is left out of a CSV."""
 
+import contextlib
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from attention_viz import measures
+from attention_viz import faithful, measures
 from attention_viz.cases import COLUMNS, export_csv, phantom_cases, phantom_settings, read_cases, strategy_of
 from shared.data.images import read_pixels
 from shared.runtime import InputError, write_csv
@@ -42,11 +44,11 @@ def test_localisation_by_hand():
     shares = np.zeros((4, 4))
     shares[0, :2] = 1.0
     shares[1, 0] = 0.5  # 2.5 of 16 cells
-    found = measures.localisation(one_cell(1, 0), shares, np.ones((4, 4)))
+    found = measures.localisation(one_cell(1, 0), shares)
     assert found == {"hit": 0.5, "chance": 2.5 / 16, "mass_ratio": pytest.approx(0.5 / (2.5 / 16))}
-    flat = measures.localisation(FLAT, shares, np.ones((4, 4)))
+    flat = measures.localisation(FLAT, shares)
     assert flat["hit"] == flat["chance"] and flat["mass_ratio"] == pytest.approx(1)
-    assert measures.localisation(FLAT, np.zeros((4, 4)), np.ones((4, 4)))["mass_ratio"] is None
+    assert measures.localisation(FLAT, np.zeros((4, 4)))["mass_ratio"] is None
 
 
 def test_a_sink_is_found_and_taken_out():
@@ -137,6 +139,22 @@ def test_attention_that_moves_as_much_as_between_images_is_no_match():
     assert not two["equivalent"] and one["flip_auroc"]["shift of the map (JS)"]["value"] is None  # nothing flipped
 
 
+def test_other_images_of_the_sanity_check_are_of_other_patients(monkeypatch):
+    """Two questions about the first film: their maps are alike, and say nothing about maps of different films."""
+    rng = np.random.default_rng(0)
+    film, other = rng.random((2, 4, 4))
+    monkeypatch.setattr(faithful, "ask", lambda vlm, image, question, finding: image)
+    monkeypatch.setattr(faithful, "attention_map", lambda image, method, query: SimpleNamespace(values=image))
+    monkeypatch.setattr(faithful, "on_common_grid", lambda found: found.values)
+    monkeypatch.setattr(faithful, "shuffled_layers", lambda vlm, share: contextlib.nullcontext())
+    cases = [SimpleNamespace(key=key, patient_id=key[0], finding="", wordings=[{"question": "?"}])
+             for key in ("p1", "p2", "q1")]  # fmt: skip
+    args = SimpleNamespace(methods=["mean"], query="last")
+    pixels = {"p1": film, "p2": film, "q1": other}
+    found = faithful.randomisation(SimpleNamespace(quant="none"), cases, pixels, args)["mean"]
+    assert found["other images"] == pytest.approx(measures.pearson(film, other)) and found["1.00"] == pytest.approx(1)
+
+
 # --------------------------------------------------------------------------------------------------------------- cases
 
 
@@ -192,13 +210,30 @@ def test_rows_that_cannot_be_used_are_counted(tmp_path, rows):
     assert "no image gone.png" in told and len(errors) == 6 and all(e["line"] > 1 for e in errors)
 
 
+def test_patients_of_a_csv(tmp_path, rows):
+    """A study is of one patient, else it stands on both sides of the split; rows without one are told."""
+    write_csv(tmp_path / "q.csv", [rows[0], rows[1] | {"patient_id": "another"}, *rows[2:]])
+    found, errors, notes = read_cases(tmp_path / "q.csv")
+    assert len(found) == 3 and len(found[0].wordings) == 1 and not notes
+    assert errors[0]["line"] == 3 and "with another patient_id" in errors[0]["error"]
+    write_csv(tmp_path / "q.csv", [r | {"patient_id": "nan"} for r in rows[:2]] + rows[2:])
+    assert "2 of 6 rows have no patient_id" in read_cases(tmp_path / "q.csv")[2][0]
+
+
+def test_lines_of_errors_are_those_of_the_file(tmp_path, rows):
+    write_csv(tmp_path / "q.csv", [rows[0], rows[1] | {"answer_gt": "maybe"}, *rows[2:]])
+    head, first, rest = (tmp_path / "q.csv").read_text().split("\n", 2)
+    (tmp_path / "q.csv").write_text("\n".join([head, "", first, "", rest]))
+    assert [e["line"] for e in read_cases(tmp_path / "q.csv")[1]] == [5]
+
+
 def test_refusals(tmp_path, rows):
     for name in COLUMNS:
         write_csv(tmp_path / "q.csv", [{k: v for k, v in r.items() if k != name} for r in rows])
         with pytest.raises(InputError, match=f"lacks the column {name}"):
             read_cases(tmp_path / "q.csv")
     write_csv(tmp_path / "q.csv", [{k: v for k, v in r.items() if k != "patient_id"} for r in rows])
-    assert "each study counts as a patient" in read_cases(tmp_path / "q.csv")[2][0]
+    assert "6 of 6 rows have no patient_id" in read_cases(tmp_path / "q.csv")[2][0]
     write_csv(tmp_path / "q.csv", [r | {"image_path": "gone.png"} for r in rows])
     with pytest.raises(InputError, match="no row of .* can be used; line 2: there is no image gone.png"):
         read_cases(tmp_path / "q.csv")

@@ -1,6 +1,7 @@
 """evaluate.py, infer.py and visualize.py of CheXQuery: numbers by hand, lines of the table, maps, what queries do."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from shared.metrics.clinical import averages
 from shared.metrics.labels import CONDITIONS, label_report
 from shared.metrics.text import score_reports
 from shared.phantom import phantom_study
-from shared.runtime import read_json, write_json
+from shared.runtime import load_checkpoint, read_json, save_checkpoint, write_json
 
 TEXTS = ["The heart is enlarged. No effusion.", "There is pulmonary edema.", "Normal chest."]
 REFERENCES = ["There is cardiomegaly. No pleural effusion.", "Pulmonary edema is present.", "There is a pneumothorax."]
@@ -91,6 +92,9 @@ def test_another_patient():
     assert sorted(order) == list(range(8)) and all(
         rows[i]["patient"] != rows[j]["patient"] for i, j in enumerate(order)
     )
+    order = evaluate.another_patient(rows[:3])
+    assert [rows[j]["patient"] for j in order] == ["b", "b", "a"]
+    assert evaluate.another_patient(rows[:2]) is None  # a film of the same patient is no control
 
 
 # --- evaluate.py
@@ -136,6 +140,46 @@ def test_the_studies_are_those_of_the_training(refused, tmp_path):
     assert read_json("e/metrics.json")["settings"]["splits_file"] == path
 
 
+def test_one_patient_and_validation_studies(trained, tmp_path):
+    """Without another patient there is no such line; studies that the model was chosen on are named."""
+    some = ["--checkpoint", trained, "--limit", 1, "--split", "val", "--num-samples", 5, "--faithfulness", 0]
+    evaluate.main([str(a) for a in (*some, "--device", "cpu", "--out-dir", tmp_path / "e")])
+    lines = read_json(tmp_path / "e" / "metrics.json")["lines"]
+    assert "shuffled images" not in lines and "blank images" in lines
+    report = (tmp_path / "e" / "report.md").read_text()
+    assert "1 val studies" in report and "on which the model was chosen" in report
+
+
+def test_the_studies_of_auto_are_those_that_were_found(refused, trained, tmp_path):
+    state = load_checkpoint(trained / "phase3" / "best.pt")
+    state["data"] |= {"name": "iu_xray", "phantom": False, "again": state["data"]["again"] | {"data": "auto"}}
+    save_checkpoint(tmp_path / "best.pt", state)
+    said = refused(evaluate.main, ["--checkpoint", tmp_path / "best.pt", "--data-dir", tmp_path])
+    assert "IU X-ray is not in" in said  # and not the phantom in its place
+
+
+@pytest.mark.parametrize("change", [{"section": "all"}, {"drawn": [1]}, {"again": [1]}, {"patients": 5}, {"name": None},
+                                    {"views": 5}])  # fmt: skip
+def test_a_checkpoint_that_does_not_say_what_it_saw(refused, trained, tmp_path, change):
+    state = load_checkpoint(trained / "phase1" / "best.pt")
+    state["data"] |= change
+    save_checkpoint(tmp_path / "best.pt", state)
+    assert "is damaged, or of another version" in refused(evaluate.main, ["--checkpoint", tmp_path / "best.pt"])
+
+
+def test_views_that_the_model_never_saw(refused, trained, tmp_path):
+    film = tmp_path / "film.png"
+    Image.fromarray(phantom_study(0, 3, 64).image).save(film)
+    state = load_checkpoint(trained / "phase1" / "best.pt")
+    for views, files in ((["frontal"], ["--images", film, "--lateral", film]), (["lateral"], ["--images", film])):
+        state["data"]["views"] = views
+        save_checkpoint(tmp_path / "best.pt", state)
+        assert f"trained on {views[0]} films alone" in refused(
+            infer.main, ["--checkpoint", tmp_path / "best.pt", *files]
+        )
+        assert "alone" in refused(visualize.main, ["--checkpoint", tmp_path / "best.pt", *files])
+
+
 def test_export_for_rexrank(measured):
     found = read_json(measured / "rexrank.json")
     rows = [json.loads(line) for line in open(measured / "run" / "predictions.jsonl")]
@@ -146,6 +190,8 @@ def test_export_for_rexrank(measured):
 def test_dry_run_needs_no_checkpoint(tmp_path):
     evaluate.main(["--dry-run", "--out-dir", str(tmp_path / "e")])
     assert read_json(tmp_path / "e" / "metrics.json")["checkpoint"] == "untrained"
+    infer.main(["--dry-run", "--out-dir", str(tmp_path / "i")])
+    assert read_json(tmp_path / "i" / "reports.json")["n"] == 1
     visualize.main(["--dry-run", "--out-dir", str(tmp_path / "v")])
     assert read_json(tmp_path / "v" / "metrics.json")["phantom"]
 
@@ -222,6 +268,14 @@ def test_maps_add_up_to_one_and_leave_absent_views_out(kind):
     assert maps.shape == (8, 20, 2, 4, 4) and maps[:, :, 1].abs().max() == 0
     sums = maps.sum((-1, -2, -3))
     assert torch.all(((sums - 1).abs() < 1e-4) | ((sums == 0) & (kind == "occlusion")))  # no place may matter
+
+
+def test_a_model_of_lateral_films_is_not_asked_about_frontal_ones():
+    model, rows, _, _, _, drawn = small()
+    args = SimpleNamespace(seed=0, views=["lateral"])
+    notes = {"phantom": True, "drawn": drawn}
+    found = faithfulness.faithfulness(model, rows, notes, args, {}, "cpu", {"max_tokens": 3})
+    assert found["lung maps in their half"] is None and "pointing" not in found and "redrawn" in found
 
 
 def test_gradient_maps_find_the_patch_that_counts():

@@ -253,7 +253,8 @@ def test_both_pretrained_or_both_tiny():
 
 # --- checkpoints
 
-TOLD = {"thresholds": [0.5] * 14, "data": {"phantom": True, "views": ["frontal"]}, "decoding": [1, 0]}
+SAW = {"name": "phantom", "phantom": True, "section": "findings", "views": ["frontal"], "drawn": {}, "again": {}}
+TOLD = {"thresholds": [0.5] * 14, "data": SAW | {"patients": []}, "decoding": [1, 0]}
 
 
 def test_checkpoint_round_trip_and_refusals(model, pretrained, tmp_path):

@@ -17,6 +17,7 @@ from PIL import Image
 
 from chexquery import cases, train
 from chexquery.checkpoints import load_model, untrained
+from chexquery.model import heads_of
 from chexquery.prepare import main as prepare
 from shared.metrics.labels import CONDITIONS, TOP_FIVE
 from shared.models import hub
@@ -124,11 +125,20 @@ def test_prepare_and_its_refusals(refused, tmp_path, capsys):
         ({"rows": [found["rows"][0] | {"report": None}]}, "a row lacks report"),
         ({"rows": found["rows"][:1] * 2}, "1 studies stand there twice"),
         ({"facts": {}}, "do not say what the rows are"),
+        ({"facts": found["facts"] | {"name": None}}, "do not say what the rows are"),
+        ({"facts": found["facts"] | {"notes": found["facts"]["notes"] | {"drawn": [1]}}}, "do not say what the rows"),
+        ({"facts": found["facts"] | {"notes": found["facts"]["notes"] | {"section": "all"}}}, "do not say what the ro"),
+        ({"facts": found["facts"] | {"notes": found["facts"]["notes"] | {"phantom": False}}}, "a row lacks films"),
+        ({"rows": 5}, "was not written by chexquery/prepare.py"),
+        ({"rows": [found["rows"][0] | {"report": "A \ud800."}]}, "a row lacks report"),
+        ({"rows": [found["rows"][0] | {"uid": uid} for uid in (7, "7")]}, "1 studies stand there twice"),
+        ({"rows": [row | {"patient": 1 if row["split"] == "val" else "1"} for row in found["rows"]]}, "1 patients are"),
         ({"rows": []}, "was not written by chexquery/prepare.py"),
     ):
-        write_json(path, found | change)
+        path.write_text(json.dumps(found | change))
         assert sentence in refused(train.main, ["--model", "tiny", "--splits-file", path])
     assert "needs --chexbert" in refused(prepare, ["--labels", "chexbert"])
+    assert "name it with --splits-file" in refused(prepare, ["--data", "phantom", "--out-dir", tmp_path / "run"])
     assert "no MeSH" in refused(
         prepare, ["--data", "phantom", "--labels", "mesh", "--splits-file", tmp_path / "x.json"]
     )
@@ -151,6 +161,7 @@ def test_studies_with_a_damaged_film_are_left_out_before_the_work_begins(tmp_pat
     film = tmp_path / "film.png"
     Image.fromarray(np.arange(64 * 64, dtype=np.uint8).reshape(64, 64)).save(film)
     (tmp_path / "cut.png").write_bytes(film.read_bytes()[:60])
+    found["facts"]["notes"]["phantom"] = False
     for i, row in enumerate(found["rows"]):
         row["films"] = {"frontal": str(tmp_path / "cut.png" if i == 3 else film), "lateral": None}
     write_json(tmp_path / "splits.json", found)
@@ -275,7 +286,9 @@ def test_settings_reach_the_model(tmp_path):
     (["--epochs", "1", "2"], "takes one value or three"),
     (["--phase", "1", "--start-from", "x.pt"], "needs --phase 2 or 3"),
     (["--num-pool-queries", "-1"], "between 0 and 256"),
-    (["--dry-run", "--no-use-conditions", "--no-regions"], "leave no queries"),
+    (["--dry-run", "--no-use-conditions", "--no-regions"], "--no-use-conditions and --no-regions leave no queries"),
+    (["--dry-run", "--condition-model", "tiny:siglip"], "cannot read the names of the conditions"),
+    (["--model", "tiny", "--films", "9000000"], "must be at most 1e+06"),  # the validation studies begin at 8 million
     (["--dry-run", "--condition-model", "./no-such/biobert"], "there is no model folder ./no-such/biobert"),
     (["--model", "tiny", "--data", "phantom", "--splits-file", "x.json"], "give one of the two"),
     (["--model", "tiny", "--data", "phantom", "--prevalence", "nan"], "must be between 0 and 1"),
@@ -370,6 +383,32 @@ def test_losses_weigh_and_mask():
     assert train.losses(model, split, [0], args, 3, *cpu)[0].item() == pytest.approx(
         train.losses(model, split, [0], args, 3, *cpu)[1]["report"]
     )
+
+
+def test_a_batch_weighs_the_same_however_it_is_cut():
+    """The passes of a batch add up to the loss of the batch, and the validation loss does not know its batch size."""
+    model, args, split, _ = small_split()
+    cpu, batch = (torch.device("cpu"), torch.float32), [0, 1, 2, 3, 4]
+    split.label_mask[0], split.ids[1][0, 4:] = 0, -100  # one text is shorter, and has no labels
+    whole, parts = train.losses(model, split, batch, args, 1, *cpu)
+    cut = [train.losses(model, split, some, args, 1, *cpu, of=batch) for some in ([0], [1, 2, 3], [4])]
+    assert sum(loss.item() for loss, _ in cut) == pytest.approx(whole.item(), rel=1e-5)
+    assert sum(found["labels"] for _, found in cut) == pytest.approx(parts["labels"], rel=1e-5)
+    found = [train.validate(model, split, args, 1, *cpu)[0]["val_loss"] for args.eval_batch in (1, 3, 8)]
+    assert found[0] == pytest.approx(found[1], rel=1e-5) == pytest.approx(found[2], rel=1e-5)
+
+
+def test_a_validation_that_is_not_finite_ends_the_run():
+    model, args, split, _ = small_split()
+    with torch.no_grad():
+        model.fusion.project.weight[0, 0] = float("inf")
+    with pytest.raises(InputError, match="validation loss is not finite: lower --lr"):
+        train.validate(model, split, args, 1, torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize("width, heads", [(192, 6), (256, 8), (100, 2), (33, 1), (7, 1)])
+def test_any_width_has_heads(width, heads):
+    assert heads_of(width) == heads
 
 
 def test_kept_features_are_those_of_the_tower():

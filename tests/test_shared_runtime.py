@@ -506,6 +506,19 @@ def test_a_run_that_was_refused_before_it_wrote_leaves_its_folder_free():
         open_run_dir(parse("--out-dir", "old"), "task", "train")
 
 
+def test_overwrite_does_not_remove_what_is_read():
+    run = open_run_dir(parse("--out-dir", "mine"), "task", "train")
+    write_json(run / "best/model.json", {})
+    for name in ("mine/best/model.json", "mine/best", "mine"):
+        args = parse("--out-dir", "mine", "--overwrite")
+        args.images = ["elsewhere.png", name]
+        with pytest.raises(InputError, match=f"mine holds {name}, which is read here"):
+            open_run_dir(args, "task", "train")
+    assert files_of("mine") == ["best", "best/model.json", "settings.json"]
+    args.images = ["elsewhere.png", "."]  # a folder around the run is not read from the run
+    assert open_run_dir(args, "task", "train") == run and files_of("mine") == ["settings.json"]
+
+
 def test_parts_of_a_killed_process_are_removed():
     run = open_run_dir(parse("--out-dir", "mine"), "task", "train")
     (run / "seed0").mkdir()

@@ -9,9 +9,11 @@ from shared.data.image_sets import load_phantom
 from shared.runtime import InputError
 from task2_report.cases import Case, load_reports
 from task2_report.evaluate import blind_films, main, plan, sizes_there, stratified
-from task2_report.label_cnn import small_films
-from task2_report.report_task import GREY, MODEL, SHUFFLED, make_baselines, measure_redrawn, rexrank_rows
-from task2_report.scores import measure_reports
+from task2_report.label_cnn import best_thresholds, small_films
+from task2_report.measures import pixel_baseline
+from task2_report.pages import verdict
+from task2_report.report_task import GREY, MODEL, SHUFFLED, make_baselines, measure_redrawn, other_films, rexrank_rows
+from task2_report.scores import measure_reports, share_of
 from task2_report.train import main as train
 
 
@@ -20,6 +22,7 @@ def test_stratified_keeps_the_shares_and_the_order():
     chosen = stratified(labels, 20, 0)
     assert len(set(chosen)) == 20 and chosen == sorted(chosen) and sum(labels[i] for i in chosen) == 12
     assert stratified(labels, 20, 0) == chosen != stratified(labels, 20, 1)
+    assert [len(stratified([1] * 45 + [0] * 15, n, 0)) for n in (1, 2, 3, 60)] == [1, 2, 3, 60]
 
 
 def test_blind_films_and_sizes():
@@ -60,11 +63,53 @@ def test_classify_end_to_end(own_folder, capsys):
     assert (own_folder / "reports/figures/task2_auc.png").is_file()
 
 
+def test_one_film_and_an_opinion_of_one_half(own_folder):
+    """One class on the films is no traceback after all answers; "50 %" is no opinion that an answer could follow."""
+    quick = "--dry-run --limit 1 --strategies yes_no --out-dir run".split()
+    main([*quick, "--contexts", "swapped", "constant"])
+    told = json.loads((own_folder / "run/metrics.json").read_text())
+    assert told["n"] == 1 and told["baselines"]["pixels"]["auc"]["value"] is None
+    assert "follows_wrong_opinion" in told["pairs"]["yes_no / swapped"]
+    assert "follows_wrong_opinion" not in told["pairs"]["yes_no / constant"]
+
+
+def test_the_verdict_needs_prompts_without_a_hint():
+    auc = {"value": 0.7, "low": 0.6, "high": 0.8}
+    numbers = {"pairs": {"yes_no / cnn": {"margin": {"auc": auc}}}, "baselines": {"pixels": {"auc": auc}}}
+    assert verdict(numbers).startswith("Every prompt held a hint") and "0.700" in verdict(numbers)
+    numbers["pairs"]["yes_no / none"] = {"margin": {"auc": auc}}
+    assert "highest AUC is that of yes_no / none" in verdict(numbers)
+
+
+def test_pixels_of_one_class():
+    images = np.zeros((4, 1, 2, 2), np.uint8)
+    assert (pixel_baseline(images, [1] * 4, images[:2]) == 0.5).all()
+
+
 def test_the_plan_counts_every_pass():
     class Args:
         strategies = ["a", "b"]
 
     assert plan(Args, 10, ["none"], 4) == (10 * (2 + 4), 10 * (2 + 4 + 6 + 3))
+
+
+def test_another_patients_film():
+    cases = [Case(str(i), patient, "test", i, "x", "") for i, patient in enumerate("aab")]
+    assert other_films(cases) == [2, 2, 0] and other_films(cases[:2]) is None  # the same patient is no control
+
+
+def test_thresholds_are_reached_by_the_score_they_were_chosen_at():
+    labels, scores = np.array([[0, 1, 1, 0]], bool).T, np.array([[0.1, 0.6, 0.9, 0.2]]).T
+    cut = best_thresholds(labels, scores)
+    assert cut == [0.6] and ((scores >= cut) == labels).all()
+    assert best_thresholds(labels & False, scores) == [0.5]
+
+
+def test_shares_draw_patients():
+    few, many = share_of([1, 0], ["a", "b"]), share_of([1] * 40 + [0] * 40, [i // 2 for i in range(80)])
+    assert few == {"value": 0.5, "low": None, "high": None, "n": 2}
+    alone = share_of([1] * 40 + [0] * 40, list(range(80)))
+    assert many["value"] == alone["value"] == 0.5 and many["high"] - many["low"] > 1.2 * (alone["high"] - alone["low"])
 
 
 @pytest.fixture
@@ -94,6 +139,9 @@ def test_reports_end_to_end(own_folder, trained):
     rows = [json.loads(line) for line in (own_folder / "run/reports.jsonl").read_text().splitlines()]
     assert len(rows) == told["n"] and {"text", "shuffled", "grey", "reference", "nearest"} <= set(rows[0])
     assert "Errors per report" in (own_folder / "run/report.md").read_text()
+    main(["--task", "report", "--adapter", str(trained), "--dry-run", "--limit", "1", "--out-dir", "one"])
+    assert SHUFFLED not in json.loads((own_folder / "one/metrics.json").read_text())["rows"]
+    assert "all films are of one patient" in (own_folder / "one/report.md").read_text()
 
 
 def test_one_bad_film_is_left_out_and_named(tmp_path):
@@ -154,6 +202,10 @@ def test_reports_of_iu_xray(own_folder, real_data):
 
 def test_bad_input(refused, own_folder, write_medmnist):
     assert "no trained model" in refused(main, ["--task", "report"])
+    (own_folder / "run").mkdir()
+    for name in ("run", "nowhere"):  # not best/: the hub is not asked for another model
+        said = refused(main, ["--task", "report", "--data", "phantom", "--limit", 2, "--adapter", name])
+        assert "no model and no adapter is there; name the best/" in said
     write_medmnist(own_folder / "data", "bloodmnist", {"train": 16, "val": 8, "test": 8})
     said = refused(main, ["--model", "tiny", "--data", "bloodmnist", "--data-dir", "data", "--device", "cpu"])
     assert "the prompts ask for pneumonia" in said

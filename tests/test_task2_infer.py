@@ -54,6 +54,7 @@ def test_both_opinions_in_one_run(films, own_folder, capsys):
         assert json.loads((run / f"records/{i:04d}.json").read_text()) == record
     page = (run / "report.html").read_text()
     assert page.count("data:image/png;base64") == 2 and "<img alt" in page and "http" not in page
+    assert "learned from films drawn" in page and "PHANTOM" not in page  # of the CNN, not of the user's films
     told = json.loads((run / "metrics.json").read_text())
     assert told["n_errors"] == 1 and told["together"] is True and told["phantom"]
 

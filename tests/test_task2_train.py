@@ -4,11 +4,16 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 
 from shared.data.iu_xray import load_iu_xray
 from shared.models.inputs import ImageStore
 from shared.models.loading import load_vlm
+from shared.phantom import phantom_study
+from shared.runtime import load_checkpoint, save_checkpoint
+from task1_classification.model import untrained_classifier
 from task2_report.cases import SEVERE, load_again, load_reports
+from task2_report.infer import main as infer
 from task2_report.label_stage import learn_labels
 from task2_report.train import main as train
 from task2_report.train import parse_args, rank_of
@@ -68,6 +73,19 @@ def test_lora_trains_adapters_alone(own_folder):
     told = json.loads((own_folder / "run/metrics.json").read_text())
     assert told["train"] == "lora" and told["trainable_parameters"] < told["parameters"] / 5
     assert (own_folder / "run/best/adapter_config.json").is_file()
+    film = str(own_folder / "film.png")  # beside a CNN: will both fit? The adapter's own base is asked, not MedGemma
+    Image.fromarray(phantom_study(0, 0, 112).image).save(film)
+    beside = ["--cnn", str(untrained_classifier()), "--max-new-tokens", "4", "--device", "cpu", "--out-dir", "i"]
+    infer([film, "--adapter", "run/best", *beside])
+    assert json.loads((own_folder / "i/metrics.json").read_text())["together"] is True
+
+
+def test_a_state_that_lacks_its_values(own_folder, refused):
+    train([*TINY, "--steps", "1", "--label-steps", "0", "--out-dir", "run"])
+    state = load_checkpoint(own_folder / "run/last.pt")
+    for change in ({"history": None}, {"totals": [1]}, {"step": "x"}):
+        save_checkpoint(own_folder / "run/last.pt", state | {"values": state["values"] | change})
+        assert "is not a training state of this script, or is damaged" in refused(train, ["--resume", "run"])
 
 
 def test_the_best_is_chosen_by_labels_then_by_variety():
@@ -94,6 +112,9 @@ def test_arguments_that_conflict(more, words, capsys):
 def test_bad_input(refused, own_folder):
     assert "iu_xray, phantom, auto" in refused(train, ["--model", "tiny", "--data", "slake"])
     assert "draws" in refused(train, [*TINY, "--conditions", "Gout"])
+    assert parse_args([*TINY, "--conditions", "Edema", "Edema"]).conditions == ["Edema"]
+    with pytest.raises(SystemExit):
+        parse_args([*TINY, "--films", "9000000"])  # the validation films begin at 8 million
     assert "raise it" in refused(train, [*TINY, "--max-length", "20", "--steps", "1"])
     folder = own_folder / "data/iu_xray"
     folder.mkdir(parents=True)

@@ -9,9 +9,12 @@ import pytest
 from shared.data.iu_xray import read_reports
 from shared.metrics.labels import CONDITIONS
 from shared.data.iu_xray import MESH14, item_matches, mesh_labels
-from task1_classification.vlm_data import MESH9, SPLITS, iterative_stratification, load_again
-from task1_classification.vlm_data import load_films, phantom_films, text_labels
+from shared.runtime import InputError
+from task1_classification.vlm_data import MESH9, SHARES, SPLITS, iterative_stratification, load_again
+from task1_classification.vlm_data import load_films, phantom_films, split_by_patient, text_labels
 from task1_classification.vlm_prepare import agreement, main
+from task1_classification.vlm_train import main as train
+from task1_classification.vlm_zero_shot import main as ask
 
 
 def table(path, lines, columns="id,patient,split,image,Edema"):
@@ -177,10 +180,34 @@ def test_damaged_films_are_left_out_and_counted(own_folder, capsys):
     assert "1 films that cannot be read" in capsys.readouterr().out
 
 
+def test_blanks_do_not_make_another_patient(own_folder, refused):
+    name = film(own_folder)
+    path = table(own_folder / "t.csv", [f"1,7,train,{name},1", f"2,7 , test,{name} ,0"])
+    assert "patient 7 is in train and in test" in refused(main, ["--data", path])
+    path = table(own_folder / "phantom.csv", [f"1,7,train,{name},1"])
+    assert not load_films(path).phantom  # by its column study, not by its name
+    table(path, [f"1,7,train,{name},1,0"], "id,patient,split,image,Edema,Edema")
+    assert "two columns of one name" in refused(main, ["--data", path])
+
+
+def test_overwrite_spares_what_is_read(own_folder, refused):
+    main(["--dry-run", "--out-dir", "run"])
+    before = sorted(own_folder.rglob("run/**/*"))
+    over, small = ["--data", "run/films.csv", "--out-dir", "run", "--overwrite"], ["--model", "tiny:siglip"]
+    for script, more in ((main, []), (train, [*small, "--mode", "head"]), (ask, small)):
+        assert "which is read here" in refused(script, [*over, *more])
+        assert sorted(own_folder.rglob("run/**/*")) == before
+
+
 def test_other_refusals(own_folder, refused):
     assert "28 to 512 pixels" in refused(main, ["--data", "phantom", "--image-size", "1"])
     assert "there is no table" in refused(main, ["--data", "nothing.csv"])
-    assert "must add up to 1" in refused(main, ["--shares", "0.5", "0.1", "0.1"])
+    for shares in (["0.5", "0.1", "0.1"], ["0", "0", "1"]):
+        assert "must add up to 1" in refused(main, ["--split", "small", "--shares", *shares])
+    assert "leave --shares out" in refused(main, ["--split", "r2gen", "--shares", "0.5", "0.25", "0.25"])
+    rows = [{"patient": str(i)} for i in range(150)]
+    with pytest.raises(InputError, match="takes 100 patients for test, and there are 150"):
+        split_by_patient(rows, np.zeros((150, 1)), SHARES, 0, 100)
     name = film(own_folder)
     path = table(own_folder / "t.csv", [f"1,1,train,{name},1"])
     assert "no film in one of" in refused(main, ["--data", path])

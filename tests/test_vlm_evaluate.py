@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 
-from task1_classification.vlm_evaluate import areas, best_f1_threshold, interval, label_numbers, over_seeds
+from task1_classification.vlm_data import Films
+from task1_classification.vlm_evaluate import areas, baselines, best_f1_threshold, interval, label_numbers, over_seeds
 
 
 def test_areas_of_many_weightings_are_scikit_learns():
@@ -51,3 +52,16 @@ def test_the_mean_over_labels_leaves_out_what_a_draw_does_not_have():
     assert found["value"] == pytest.approx(0.8) and found["low"] == pytest.approx(0.6, abs=0.01)
     assert found["high"] == pytest.approx(0.9, abs=0.01)
     assert interval(draws, np.zeros(3, bool))["value"] is None
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_text_oracle_says_what_it_cannot_read():
+    rows = [{"id": str(i), "patient": str(i), "split": "test", "image": "", "report": text}
+            for i, text in enumerate(("There is pulmonary edema.", "No edema."))]  # fmt: skip
+    films = Films("own", ("Edema", "Granuloma"), rows, np.array([[1, 0], [0, 1]], np.float32), {"name": "own"})
+    usual, oracle = baselines(films, np.array([[1, np.nan], [0, np.nan]]))
+    assert usual.scores[0].tolist() == [[0, 0], [0, 0]]  # half of them positive; and nothing known
+    assert oracle.scores[0].tolist() == [[3, 0], [-3, 0]]
+    assert "cannot tell Granuloma, which count as .5" in oracle.note
+    films.labels = ("Granuloma", "Other")
+    assert [m.name for m in baselines(films, films.truth)] == ["majority"]

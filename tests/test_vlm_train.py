@@ -20,10 +20,12 @@ from task1_classification.vlm_data import phantom_films
 from task1_classification.vlm_evaluate import main as evaluate
 from task1_classification.vlm_evaluate import parse_args as parse_evaluate
 from task1_classification.vlm_model import MODES, load_encoder, load_probe, restore_probe
+from task1_classification.vlm_prepare import main as prepare
 from task1_classification.vlm_train import auc_by_label, main
 from task1_classification.vlm_zero_shot import main as ask
 from task1_classification.vlm_zero_shot import parse_args as parse_zero_shot
 
+TINY = "--device cpu --model tiny:siglip --mode head --seeds 1 --head-epochs 2 --tower-films 8 --tower-steps 1".split()
 CHEAP = ["head", "projector-head", "random-projector", "projector"]
 
 
@@ -101,6 +103,31 @@ def test_more_seeds_and_modes_can_be_added_but_nothing_else_changed(own_folder, 
     after = weights("run")
     assert len(after) == 4 and torch.equal(after["seed0-head"]["head.weight"], before["head.weight"])
     assert "--lr 0.01 (now 0.02)" in refused(main, ["--resume", "run", "--lr", "0.02"])
+
+
+def test_a_run_does_not_go_on_with_another_table(own_folder, refused):
+    prepare(["--dry-run", "--out-dir", "table"])
+    main(["--data", "table/films.csv", *TINY, "--out-dir", "run"])
+    lines = Path("table/films.csv").read_text()
+    Path("table/films.csv").write_text(lines.replace(",0\n", ",1\n", 3))
+    assert "was trained on other films, labels or weights" in refused(main, ["--resume", "run", "--seeds", "2"])
+    Path("table/films.csv").write_text(lines)
+    refused_by = refused(evaluate, ["--runs", "run", "--out-dir", "run", "--overwrite"])
+    assert "run holds run, which is read here" in refused_by and Path("run/metrics.json").is_file()
+    for flags in (["--data", "table/films.csv"], ["--limit", "3"]):
+        assert "the films are those of the runs" in refused(evaluate, ["--runs", "run", *flags])
+
+
+def test_a_training_state_that_lacks_its_history_is_refused(own_folder, refused, monkeypatch):
+    stops = iter([False, False, True, True])
+    monkeypatch.setattr(StopSignal, "requested", lambda self: setattr(self, "signal", 15) or next(stops))
+    arguments = ["--dry-run", "--out-dir", "run", "--seeds", "1", "--mode", "head", "--model", "tiny:siglip"]
+    with pytest.raises(SystemExit):
+        main(arguments)
+    path = next(own_folder.glob("run/seed0-head/last.pt"))
+    state = torch.load(path, weights_only=True)
+    torch.save(state | {"values": {"history": state["values"]["history"]}}, path)
+    assert "is not a training state" in refused(main, ["--resume", "run"])
 
 
 def test_everything_stands_in_one_table(trained, own_folder):

@@ -11,9 +11,10 @@ from shared.models.inputs import preprocess_images
 from shared.models.loading import load_vlm
 from shared.models.passes import PartSize, make_prompts, margin
 from shared.phantom import phantom_study
+from task1_classification.vlm_data import load_films
 from task1_classification.vlm_model import load_encoder
 from task1_classification.vlm_zero_shot import NORMAL, QUESTIONS, Statements, ask_vlm, content_free, main, parse_answer
-from task1_classification.vlm_zero_shot import question, statements
+from task1_classification.vlm_zero_shot import facts_of, question, statements
 
 ANSWERS = {
     1: "1|**1**|Answer: 1|Yes.|yes, a small one on the left|The answer is yes|It is present|'1'|1.|Final answer: 1|YES",
@@ -91,7 +92,27 @@ def test_dry_run(model):
 def test_text_and_no_calibration():
     rows, metrics = run("--model", "tiny:llava", "--only", "Edema", "--text", "--no-calibrate", "--questions", "1-0")
     assert all(row["raw_score"] == row["score"] and row["answer"] in ("", "0", "1") for row in rows)
-    assert metrics["unparsed"] == np.mean([row["answer"] == "" for row in rows]) and metrics["bias"] is None
+    val = [row for row in rows if row["split"] == "val"]
+    assert metrics["unparsed"] == np.mean([row["answer"] == "" for row in val]) and metrics["bias"] is None
+
+
+def test_shares_are_of_validation_films_alone():
+    rows, metrics = run("--model", "tiny:gemma3", "--only", "Edema", "Fracture", "--questions", "1-0", "--no-calibrate")
+    scores = {s: [float(row["score"]) > 0 for row in rows if row["split"] == s] for s in ("val", "test")}
+    assert metrics["share_of_yes"] == {"raw": np.mean(scores["val"]), "calibrated": np.mean(scores["val"])}
+    films = load_films("phantom", films=8, severe=True).part("val", "test")
+    numbers, split = np.arange(len(films.rows)), np.array(films.column("split"))
+    margins = np.where(split == "val", 1.0, -1.0)[:, None, None].repeat(len(films.labels), 1).repeat(2, 2)
+    answers = [[None if s == "test" else 1] * len(films.labels) for s in split]
+    told = facts_of(films, numbers, margins, margins, answers, ["1-0", "0-1"])
+    assert told["share_of_yes"] == {"raw": 1, "calibrated": 1} and told["unparsed"] == 0
+    told = facts_of(films, numbers[split == "test"], margins[split == "test"], margins[split == "test"], None, ["1-0"])
+    assert told["share_of_yes"]["raw"] is None and told["val_auc"] is None
+
+
+def test_answers_that_are_not_finite_are_refused(refused, monkeypatch):
+    monkeypatch.setattr(Statements, "__call__", lambda self, images: np.full((len(images), 14, 3), np.nan))
+    assert "are not finite" in refused(main, ["--dry-run", "--out-dir", "run", "--model", "tiny:siglip"])
 
 
 def test_refusals(refused):
