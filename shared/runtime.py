@@ -111,13 +111,13 @@ def mendable(error):
     """One sentence for a failure of the machine that a user can mend, None for any other."""
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error) or "not enough memory" in str(error):
         return "there is not enough memory: lower --batch-size or --limit, or close what else runs"
+    named, why, elsewhere = getattr(error, "filename", None), getattr(error, "strerror", None), "choose another place"
+    elsewhere += " (--out-dir, or what named this one)"
     if getattr(error, "errno", None) in PLACES:
-        return f"cannot use {error.filename}: {error.strerror}; choose another folder with --out-dir"
-    if getattr(error, "errno", None) in FULL or re.search(
-        r"\d+ requested and \d+ written", str(error)
-    ):  # NumPy's words
-        why = getattr(error, "strerror", None) or "No space left on device"
-        return f"cannot write {getattr(error, 'filename', None) or 'the results'}: {why}; choose another --out-dir"
+        return f"cannot use {named}: {why}; {elsewhere}"
+    full = re.search(r"\d+ requested and \d+ written", str(error))  # NumPy's words
+    if full or getattr(error, "errno", None) in FULL:
+        return f"cannot write {named or 'the results'}: {why or 'No space left on device'}; {elsewhere}"
     return None
 
 

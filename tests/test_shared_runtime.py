@@ -679,16 +679,16 @@ def test_failures_a_user_can_mend_are_one_sentence(capsys):
     )
     assert (
         ending(PermissionError(13, "Permission denied", "locked/run"), capsys)
-        == "error: cannot use locked/run: Permission denied; choose another folder with --out-dir\n"
+        == "error: cannot use locked/run: Permission denied; choose another place (--out-dir, or what named this one)\n"
     )
     assert (
         ending(NotADirectoryError(20, "Not a directory", "file/run"), capsys)
-        == "error: cannot use file/run: Not a directory; choose another folder with --out-dir\n"
+        == "error: cannot use file/run: Not a directory; choose another place (--out-dir, or what named this one)\n"
     )
     for number, text in ((30, "Read-only file system"), (28, "No space left on device")):
         assert (
             ending(OSError(number, text, "out/a.pt"), capsys)
-            == f"error: cannot write out/a.pt: {text}; choose another --out-dir\n"
+            == f"error: cannot write out/a.pt: {text}; choose another place (--out-dir, or what named this one)\n"
         )
         assert "cannot write the results" in ending(OSError(number, text), capsys)
     assert "cannot write the results: No space left" in ending(OSError("19200 requested and 4000 written"), capsys)

@@ -870,7 +870,7 @@ def test_an_output_folder_that_cannot_be_written(refused, write_medmnist):
     Path("locked").mkdir(mode=0o500)
     if os.access("locked", os.W_OK):
         pytest.skip("this user may write everywhere")
-    assert "choose another folder with --out-dir" in refused(main, [*FAST, "--out-dir", "locked/run"])
+    assert "choose another place (--out-dir" in refused(main, [*FAST, "--out-dir", "locked/run"])
 
 
 def test_a_set_asked_for_by_name_is_never_replaced(refused, own_folder, monkeypatch):
