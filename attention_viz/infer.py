@@ -186,6 +186,7 @@ def draw_heads(rows, path, args, name, phantom):
     size = (max(4, 0.7 * heads), max(2, 0.7 * layers) + 0.6)
     figure, axis = plt.subplots(figsize=size, layout="constrained")
     axis.imshow(whole, cmap=args.colormap)
+    axis.set_facecolor("0.6")  # between the maps: no colour of theirs
     axis.set_xticks(np.arange(heads) * (width + 1) + width / 2, range(heads), fontsize=7)
     axis.set_yticks(np.arange(layers) * (height + 1) + height / 2, range(layers), fontsize=7)
     save_figure(figure, path, f"{name}: layers down, heads across; {args.question}", phantom)

@@ -68,7 +68,7 @@ from shared.models.loading import QUANTS, add_lora, count_parameters, load_vlm, 
 from shared.models.passes import stop_tokens
 from shared.models.tiny import is_tiny
 from shared.phantom import phantom_settings
-from shared.report import PHANTOM
+from shared.report import PHANTOM, short_path
 from shared.runtime import InputError, add_resume, fraction, not_negative, open_run_dir, peak_memory, pick_device
 from shared.runtime import positive_float, positive_int, read_json, record, run_facts, script, script_parser
 from shared.runtime import seed_everything, write_json, write_jsonl
@@ -387,9 +387,8 @@ def train(args, vlm, train_rows, val_rows, facts, run_dir):
             if step % eval_every == 0 or step == args.steps:
                 print(f"step {step:5d}/{args.steps}  {look(row)}  {recent(history, eval_every)}", flush=True)
                 write_completions(run_dir / "completions.md", batch, advantages, step, args.num_generations)
-                draw_curves(
-                    run_dir / "figures" / "curves.png", history, f"{facts['name']}, {vlm.name}", facts["phantom"]
-                )
+                title = f"{facts['name']}, {short_path(args.sft_ckpt or vlm.name)}"
+                draw_curves(run_dir / "figures" / "curves.png", history, title, facts["phantom"])
             if stop.requested() or step == args.steps or step % args.save_every == 0:
                 save()
             if stop.requested():
