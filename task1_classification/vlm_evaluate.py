@@ -302,7 +302,8 @@ def forest(path, rows, title, phantom):
             clear = found["low"] > 0 or found["high"] < 0
             axis.plot([found["low"], found["high"]], [y, y], color="C0" if clear else "0.6", linewidth=2)
             axis.plot(found["value"], y, "o", color="C0" if clear else "0.6")
-            axis.annotate(f" {found['value']:+.3f}", (found["high"], y), fontsize=8, va="center")
+            axis.annotate(f"{found['value']:+.3f}", (found["high"], y), (8, 0), textcoords="offset points", fontsize=8,
+                          va="center")  # fmt: skip
     axis.axvline(0, color="0.3", linewidth=1)
     axis.set_yticks(range(len(rows)), [name for name, _ in reversed(rows)])
     axis.set(xlabel="difference of AUC, 95 % interval", ylim=(-0.7, len(rows) - 0.3))
