@@ -13,7 +13,6 @@ share of the film that the true boxes cover.
 if __name__ == "__main__":
     raise SystemExit(__doc__)
 
-import warnings
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ import torch
 from chexquery.cases import VIEWS, Films, study_of
 from chexquery.model import REGIONS
 from shared.metrics.labels import CONDITIONS, label_report
-from shared.metrics.statistics import bootstrap_interval
+from shared.metrics.statistics import mean_interval
 from shared.report import number, percent, with_interval
 
 KINDS = ("attention", "gradient", "occlusion")
@@ -101,13 +100,7 @@ def mean_of(rows, key):
     values = [(float(r[key]), r["patient"]) for r in rows if r.get(key) is not None]
     if not values:
         return None
-    v, groups = zip(*values, strict=True)
-    codes = {g: i for i, g in enumerate(dict.fromkeys(groups))}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # few patients: the number of cases stands beside the interval
-        found = bootstrap_interval(lambda a, n: a / n, np.array(v), np.ones(len(v)), of_sums=True, num_samples=1000,
-                                   groups=np.array([codes[g] for g in groups]))  # fmt: skip
-    return {k: found[k] for k in ("value", "low", "high")} | {"n": len(v)}
+    return mean_interval(*zip(*values, strict=True), num_samples=1000)
 
 
 def pointing(model, rows, images, looked, present, drawn, rng):

@@ -15,11 +15,12 @@ import numpy as np
 
 from shared.data.iu_xray import find_iu_xray
 from shared.metrics.report_baselines import baseline_reports
+from shared.metrics.statistics import mean_interval
 from shared.runtime import read_json
 from task2_report.cases import sections_of
 from task2_report.label_cnn import LabelCNN, best_thresholds, small_films
 from task2_report.prompts import REPORT, ask
-from task2_report.scores import measure_reports, share_of, stated, truth_of
+from task2_report.scores import FEW, measure_reports, stated, truth_of
 
 MODEL, SHUFFLED, GREY = "the model", "the model, another patient's film", "the model, a grey film"
 
@@ -79,7 +80,7 @@ def measure_redrawn(writer, cases, texts, conditions, indication, most):
     found = {}
     for key, own in (("gone", True), ("other", False)):
         some = [(g, t[0].patient) for g, t in zip(gone, tasks, strict=True) if t[3] is own]
-        found[key] = share_of(*zip(*some, strict=True)) if some else {"value": None, "n": 0}
+        found[key] = mean_interval(*zip(*some, strict=True), FEW) if some else {"value": None, "n": 0}
     return found
 
 

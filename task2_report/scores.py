@@ -106,16 +106,6 @@ def f1_of(pairs):
     return 2 * tp / (2 * tp + wrong) if 2 * tp + wrong else None
 
 
-def share_of(hits, patients):
-    """bool a row -> {"value", "low", "high", "n"}; the interval draws patients, where there are enough of them."""
-    found = {"value": sum(hits) / len(hits), "low": None, "high": None}
-    if len(set(patients)) >= FEW:
-        found = bootstrap_interval(
-            lambda a, n: a / n, np.array(hits), np.ones(len(hits)), groups=patients, of_sums=True
-        )
-    return {key: found[key] for key in ("value", "low", "high")} | {"n": len(hits)}
-
-
 def errors_of(text, truth, sides):
     """One text against the truth -> {"missed", "invented", "wrong side": number}, and sides right and compared."""
     says, said_sides = stated(text, tuple(truth)), sides_of(text)

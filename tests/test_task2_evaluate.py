@@ -13,7 +13,8 @@ from task2_report.label_cnn import best_thresholds, small_films
 from task2_report.measures import pixel_baseline
 from task2_report.pages import verdict
 from task2_report.report_task import GREY, MODEL, SHUFFLED, make_baselines, measure_redrawn, other_films, rexrank_rows
-from task2_report.scores import measure_reports, share_of
+from shared.metrics.statistics import mean_interval
+from task2_report.scores import FEW, measure_reports
 from task2_report.train import main as train
 
 
@@ -106,9 +107,12 @@ def test_thresholds_are_reached_by_the_score_they_were_chosen_at():
 
 
 def test_shares_draw_patients():
-    few, many = share_of([1, 0], ["a", "b"]), share_of([1] * 40 + [0] * 40, [i // 2 for i in range(80)])
+    few, many = (
+        mean_interval([1, 0], ["a", "b"], FEW),
+        mean_interval([1] * 40 + [0] * 40, [i // 2 for i in range(80)], FEW),
+    )
     assert few == {"value": 0.5, "low": None, "high": None, "n": 2}
-    alone = share_of([1] * 40 + [0] * 40, list(range(80)))
+    alone = mean_interval([1] * 40 + [0] * 40, list(range(80)), FEW)
     assert many["value"] == alone["value"] == 0.5 and many["high"] - many["low"] > 1.2 * (alone["high"] - alone["low"])
 
 

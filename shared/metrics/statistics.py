@@ -300,6 +300,19 @@ def bootstrap_interval(
     return dict(value=none_if_nan(value), low=low, high=high, num_samples=num_samples, num_undefined=num_undefined)
 
 
+def mean_interval(values, groups, fewest=2, num_samples=2000):
+    """
+    Mean of at least one value (numbers or booleans), whole groups drawn -> dict(value, low, high, n: of values). No
+    interval and no warning where there are fewer groups than `fewest`: n stands beside it.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sums = np.asarray(values, float), np.ones(len(values))
+        found = bootstrap_interval(lambda v, n: v / n, *sums, groups=groups, num_samples=num_samples, of_sums=True)
+    ends = {name: found[name] if len(set(groups)) >= fewest else None for name in ("low", "high")}
+    return {"value": found["value"], **ends, "n": len(values)}
+
+
 def _warn_if_few(groups):
     """Only where groups are given: the number of rows stands beside every result, the number that counts does not."""
     warning = None if groups is None else effective_clusters(groups)["warning"]
