@@ -14,6 +14,7 @@ if __name__ == "__main__":
 import re
 from dataclasses import dataclass, field
 
+from shared.metrics.labels import NEGATIVE, POSITIVE, UNCERTAIN, label_report
 from task2_report.cases import sections_of
 
 REPORT = "Write the findings and the impression of this chest radiograph."  # what train.py teaches
@@ -117,22 +118,30 @@ class Response:
 
 
 WORDS = {
-    "pneumonia": r"pneumoni[ac]|positive|abnormal",
-    "normal": r"normal|negative|no pneumonia|without pneumonia",
-    "uncertain": r"uncertain|indeterminate|equivocal|unclear|undetermined",
+    "pneumonia": "positive|abnormal",
+    "normal": "normal|negative",
+    "uncertain": "uncertain|indeterminate|inconclusive|equivocal|unclear|undetermined",
 }
+LABEL_CLASS = {POSITIVE: "pneumonia", NEGATIVE: "normal", UNCERTAIN: "uncertain"}
+LEANING = re.compile(r"\b(not (?:very )?|un|im)?(?:likely|probabl[ey])\b")
 NUMBER = re.compile(r"(\d{1,3}(?:\.\d+)?)\s*(%|percent|/\s*100)?|(0?\.\d+)")
 
 
 def read_class(text):
-    """One line -> normal, pneumonia or uncertain; None when none or several are named."""
-    text = text.lower().split("\n")[0]
-    if re.search(r"\b(?:normal,? pneumonia or uncertain|normal or pneumonia)\b", text):  # the instruction, repeated
+    """
+    One line -> normal, pneumonia or uncertain; None when none or several are named. Pneumonia is read by the labeller,
+    so that "free of pneumonia" is no pneumonia; "likely" and "unlikely" are calls, "possible" is not.
+    """
+    text = re.sub(r"\bnot (?:\w+ )?normal\b", "abnormal", text.lower().split("\n")[0])
+    if re.search(r"\b(?:normal,? pneumonia or uncertain|normal or pneumonia|neither)\b", text):  # the instruction
         return None
-    if re.search(r"\b(?:no|without|not|negative for)\b[\w\s]{0,25}\bpneumonia", text):
-        return "normal"
-    named = [name for name, words in WORDS.items() if re.search(rf"\b(?:{words})\b", text)]
-    return named[0] if len(named) == 1 else None
+    named = {name for name, words in WORDS.items() if re.search(rf"\b(?:{words})\b", text)}
+    called = LABEL_CLASS.get(label_report(text)["Pneumonia"])
+    leaning = LEANING.search(text)
+    if called == "uncertain" and leaning:
+        called = "normal" if leaning[1] else "pneumonia"
+    named |= {called} - {None}
+    return named.pop() if len(named) == 1 else None
 
 
 def read_confidence(text):
@@ -147,14 +156,15 @@ def read_confidence(text):
 
 def read_response(text, strategy="structured"):
     sections = sections_of(text)
-    inline = re.search(r"(?i)classification\s*[*_]*\s*[:=-]\s*[*_]*\s*([^\n.]*)", text)
-    said = inline[1] if inline else sections.get("classification", "")
-    if not said and len(text.split()) <= 6:  # a bare answer, as to a yes/no question
+    said = re.findall(r"(?i)classification\s*[*_]*\s*[:=-]\s*[*_]*\s*([^\n.]*)", text)
+    said = said or [sections.get("classification", "")]
+    if said == [""] and len(text.split()) <= 6:  # a bare answer, as to a yes/no question
         first = re.match(r"\W*(yes|no)\b", text.lower())
-        said = {"yes": "pneumonia", "no": "normal"}[first[1]] if first else text
+        said = [{"yes": "pneumonia", "no": "normal"}[first[1]] if first else text]
     stated = re.search(r"(?i)confidence\s*[*_]*\s*[:=-]?\s*([^\n]*)", text)
     confidence = read_confidence(stated[1]) if stated else None
-    classification = read_class(said) if said else None
+    calls = set(map(read_class, said)) - {None}  # two lines that differ are no call
+    classification = calls.pop() if len(calls) == 1 else None
     has = {name for name, body in sections.items() if body and name not in ("classification", "confidence")}
     has |= {"classification"} if classification is not None else set()
     has |= {"confidence"} if confidence is not None else set()

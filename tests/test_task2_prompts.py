@@ -56,6 +56,10 @@ def test_a_report_is_read_as_it_was_written():
         ("pneumonia", "pneumonia"), ("**Normal**", "normal"), ("no pneumonia", "normal"), ("uncertain", "uncertain"),
         ("no evidence of pneumonia", "normal"), ("normal or pneumonia", None), ("normal, pneumonia or uncertain", None),
         ("normal pneumonia", None), ("fine", None), ("", None), ("positive", "pneumonia"),
+        ("free of pneumonia", "normal"), ("Pneumonia: no", "normal"), ("pneumonia is ruled out", "normal"),
+        ("pneumonia unlikely", "normal"), ("not normal", "pneumonia"), ("likely pneumonia", "pneumonia"),
+        ("bronchopneumonia", "pneumonia"), ("pneumonia cannot be excluded", "uncertain"), ("possible pneumonia",
+        "uncertain"), ("normal, pneumonia not likely", "normal"), ("neither normal nor pneumonia", None),
     ],
 )  # fmt: skip
 def test_a_class_is_read_or_is_none(text, expected):
@@ -85,6 +89,10 @@ def test_a_response_is_read_whole():
     ]
     long = "There is no pneumonia to be seen here and nothing else either."
     assert read_response(long, "zero_shot").classification is None  # free text is no classification
+    echoed = "CLASSIFICATION: normal, pneumonia or uncertain.\nHaze.\nCLASSIFICATION: pneumonia"
+    assert read_response(echoed, "zero_shot").classification == "pneumonia"
+    both = "CLASSIFICATION: normal.\nCLASSIFICATION: pneumonia."
+    assert read_response(both, "zero_shot").classification is None
 
 
 def test_thoughts_are_cut_and_counted():
