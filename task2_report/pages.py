@@ -324,7 +324,7 @@ def draw_errors(path, numbers, title):
         axis.bar(np.arange(most + 1) + (nth - (len(names) - 1) / 2) * width, heights, width, label=name)
     axis.set(xlabel="missed, invented and wrong-sided findings of a report", ylabel="share of reports")
     axis.set_xticks(range(most + 1))
-    axis.legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)  # below, where it covers no bar
     return save_figure(figure, path, title, numbers["dataset"]["phantom"])
 
 
