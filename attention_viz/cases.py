@@ -10,10 +10,10 @@ The CSV: study_id, image_path (from the folder of the CSV), finding, variant_id 
 if __name__ == "__main__":
     raise SystemExit(__doc__)
 
-import csv
 import json
 import math
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from shared.data.images import read_pixels
-from shared.data.text import text_of
+from shared.data.text import read_table, text_of
 from shared.metrics.labels import CONDITIONS
 from shared.models.hub import FAMILIES
 from shared.phantom import DEFAULT, PhantomSettings, phantom_study
@@ -136,18 +136,12 @@ def read_cases(path, n_studies=None):
     A CSV -> (cases, rows of errors.csv, sentences about what is not known). Rows that cannot be used are left out and
     counted. InputError: no such file, a column that is not there, nothing left, or fewer than two patients.
     """
-    path = Path(path)
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            rows = [(reader.line_num, row) for row in reader]
-    except (OSError, ValueError, csv.Error) as error:
-        raise InputError(f"--csv {path} cannot be read ({getattr(error, 'strerror', None) or error})") from error
-    missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
-    if missing:
-        raise InputError(f"--csv {path} lacks the column {', '.join(missing)}; it needs {', '.join(COLUMNS)}")
-    notes = []
-    rows = [(line, {k: (v or "").strip() for k, v in row.items() if isinstance(k, str)}) for line, row in rows]
+    path, notes = Path(path), []
+    rows = read_table(path, COLUMNS, "--csv ")
+    for _, row in rows:
+        row |= {name: re.sub(r"\.0*$", "", row[name]) for name in ("variant_id", "answer_gt")}  # 1.0 is 1
+        if not os.path.isfile(path.parent / row["image_path"]):
+            row["image_path"] = row["image_path"].replace("\\", "/")
     studies = set(list(dict.fromkeys(row["study_id"] for _, row in rows))[:n_studies])
     rows = [(line, row) for line, row in rows if row["study_id"] in studies]
     unnamed = sum(not text_of(row.get("patient_id")) for _, row in rows)

@@ -16,7 +16,6 @@ and all the qualifiers named in MESH14 (shared/data/iu_xray.py) or MESH9; one ma
 if __name__ == "__main__":
     raise SystemExit(__doc__)
 
-import csv
 import hashlib
 import os
 from dataclasses import dataclass, field
@@ -28,7 +27,7 @@ from sklearn.metrics import roc_auc_score
 from shared.data.image_sets import INFO, SPLITS, load_images
 from shared.data.images import read_image
 from shared.data.iu_xray import MESH14, add_image_paths, find_iu_xray, mesh_labels, r2gen_split, read_reports
-from shared.data.text import text_of
+from shared.data.text import read_table, text_of
 from shared.metrics.labels import CONDITIONS, label_report
 from shared.phantom import phantom_settings, phantom_study
 from shared.report import PHANTOM
@@ -240,47 +239,38 @@ def load_again(facts, data_dir):
 
 
 def table_films(path):
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, restval="")
-            lines = [{k: v.strip() for k, v in line.items() if k} for line in reader]
-    except FileNotFoundError as error:
+    if not os.path.isfile(path):
         raise InputError(f"there is no table {path}; python task1_classification/vlm_prepare.py writes one, and --data"
-                         " phantom needs none") from error  # fmt: skip
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path} cannot be read as CSV ({error})") from error
-    names = list(lines[0]) if lines else []
-    if len(names) < len(list(filter(None, reader.fieldnames or ()))):
-        raise InputError(f"{path} has two columns of one name: leave one of them out")
-    missing = [name for name in COLUMNS if name not in names]
-    labels = tuple(name for name in names if name not in NOT_LABELS)
-    if missing or not labels:
-        lacking = f"the columns {', '.join(missing)}" if missing else "columns with labels (1, 0 or empty)"
-        raise InputError(f"{path} lacks {lacking}: a row is a film with {', '.join(COLUMNS)} and its labels")
+                         " phantom needs none")  # fmt: skip
+    lines = read_table(path, COLUMNS)
+    labels = tuple(name for name in (lines[0][1] if lines else ()) if name not in NOT_LABELS)
+    if not labels:
+        raise InputError(f"{path} lacks columns with labels (1, 0 or empty), or has no row")
     values = {"1": 1, "1.0": 1, "0": 0, "0.0": 0, "": np.nan}
     truth, rows, seen, ids = np.empty((len(lines), len(labels)), np.float32), [], {}, set()
-    for i, line in enumerate(lines):
+    for i, (number, line) in enumerate(lines):
         for j, label in enumerate(labels):
             if text_of(line[label]) not in values:
-                raise InputError(f"{path}, line {i + 2}: {label} is {line[label]!r}, not 1, 0 or empty for unknown")
+                raise InputError(f"{path}, line {number}: {label} is {line[label]!r}, not 1, 0 or empty for unknown")
             truth[i, j] = values[text_of(line[label])]
         for name in ("id", "patient"):
             if not text_of(line[name]):
-                raise InputError(f"{path}, line {i + 2}: {name} says nothing")
+                raise InputError(f"{path}, line {number}: {name} says nothing")
         if line["id"] in ids:
-            raise InputError(f"{path}, line {i + 2}: a film with the id {line['id']} stood there before")
+            raise InputError(f"{path}, line {number}: a film with the id {line['id']} stood there before")
         ids.add(line["id"])
         if line["split"] not in SPLITS:
-            raise InputError(f"{path}, line {i + 2}: the split is {line['split']!r}, not train, val or test")
+            raise InputError(f"{path}, line {number}: the split is {line['split']!r}, not train, val or test")
         if seen.setdefault(line["patient"], line["split"]) != line["split"]:
             raise InputError(f"{path}: patient {line['patient']} is in {seen[line['patient']]} and in {line['split']}")
         row = {name: line.get(name, "") for name in (*COLUMNS, "report")}
-        rows.append(row | {"image": path.parent / line["image"]})
+        image = path.parent / line["image"]
+        rows.append(row | {"image": image if os.path.isfile(image) else path.parent / line["image"].replace("\\", "/")})
     absent = [row["image"] for row in rows if not os.path.isfile(row["image"])]
     if absent:
         raise InputError(f"{len(absent)} of {len(rows)} images of {path} are missing, such as {absent[0]}: put them"
                          " there, or take their lines out")  # fmt: skip
-    study = lines[0].get("study")
+    study = lines[0][1].get("study")
     return Films(study or path.stem, labels, rows, truth, {"name": str(path.absolute())}, phantom=study == "phantom")
 
 

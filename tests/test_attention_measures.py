@@ -1,6 +1,7 @@
 """attention_viz/measures.py and cases.py: numbers worked out by hand, and what is left out of a CSV."""
 
 import contextlib
+import csv
 import json
 from types import SimpleNamespace
 
@@ -255,6 +256,24 @@ def test_refusals(tmp_path, rows):
         write_csv(tmp_path / "q.csv", [r | change for r in rows[:1]] + [r for r in rows if r is not rows[0]])
         found, errors, _ = read_cases(tmp_path / "q.csv")
         assert len(found) == 2 and words in errors[0]["error"], words
+
+
+def test_a_csv_of_a_spreadsheet(tmp_path, rows):
+    """Semicolons, numbers with a point, back slashes, names in capitals."""
+    for row in rows:
+        row |= {"variant_id": f"{row['variant_id']}.0", "image_path": row["image_path"].replace("/", "\\")}
+        row |= {"answer_gt": "1.0" if row["answer_gt"] == "yes" else "No."}
+    write_csv(tmp_path / "q.csv", rows)
+    read = read_cases(tmp_path / "q.csv")
+    text = (tmp_path / "q.csv").read_text()
+    assert ";" not in text and '"' in text  # regions are quoted
+    with open(tmp_path / "q.csv", newline="") as file:
+        lines = list(csv.reader(file))
+    with open(tmp_path / "s.csv", "w", newline="", encoding="utf-16") as file:
+        csv.writer(file, delimiter=";").writerows([[name.upper() if name in COLUMNS else name for name in lines[0]]])
+        csv.writer(file, delimiter=";").writerows(lines[1:])
+    again = read_cases(tmp_path / "s.csv")
+    assert len(read[0]) == 3 and not read[1] and [vars(c) for c in again[0]] == [vars(c) for c in read[0]]
 
 
 def test_strategies_in_free_words():

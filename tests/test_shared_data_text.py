@@ -1,8 +1,10 @@
 """text.py: what a value of a JSON or CSV file says, and what says nothing."""
 
+import csv
+
 import pytest
 
-from shared.data.text import base_name, text_of
+from shared.data.text import base_name, read_table, text_of
 from shared.runtime import InputError
 
 BLANK = [None, float("nan"), "", "  ", "\n", "nan", "NaN", "None", "null", "NULL", "N/A", "n.a.", "NA", "-", "--", "."]
@@ -53,3 +55,24 @@ def test_an_object_is_no_text():
 def test_base_name():
     for name in ("1.png", "films/1.png", "C:\\films\\1.png", "..\\1.png", " a/b\\1.png "):
         assert base_name(name) == "1.png"
+
+
+@pytest.mark.parametrize("encoding, delimiter", [("utf-8", ";"), ("utf-8-sig", "\t"), ("utf-16", ",")])
+def test_tables_as_spreadsheets_write_them(tmp_path, encoding, delimiter):
+    lines = [["Id ", "Text"], ["1", "é, or; more\nlines"], ["", ""], [" 2 ", "b"]]
+    with open(tmp_path / "t.csv", "w", encoding=encoding, newline="") as file:
+        csv.writer(file, delimiter=delimiter).writerows(lines)
+    found = read_table(tmp_path / "t.csv", ("id",))
+    assert found == [(3, {"id": "1", "Text": "é, or; more\nlines"}), (5, {"id": "2", "Text": "b"})]
+
+
+@pytest.mark.parametrize("content, words", [
+    (b"id,text\n1,a\n", "lacks the column name; it has id, text"),
+    (b"id,name,id\n1,a,2\n", "two columns of one name, id"),
+    (b"id,name\n1,\xe9\n", "not in UTF-8"),
+    (b"", "it has nothing"),
+])  # fmt: skip
+def test_tables_that_cannot_be_read(tmp_path, content, words):
+    (tmp_path / "t.csv").write_bytes(content)
+    with pytest.raises(InputError, match=words):
+        read_table(tmp_path / "t.csv", ("id", "name"))

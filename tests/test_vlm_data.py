@@ -152,7 +152,7 @@ def test_medmnist_is_a_set_with_one_label(own_folder, write_medmnist):
 
 REFUSALS = {
     "lacks columns with labels": ("id,patient,split,image,report", "1,1,train,a.png,text"),
-    "lacks the columns split": ("id,patient,image,Edema", "1,1,a.png,1"),
+    "lacks the column split; it has id, patient, image, Edema": ("id,patient,image,Edema", "1,1,a.png,1"),
     "is '2', not 1, 0 or empty": ("id,patient,split,image,Edema", "1,1,train,a.png,2"),
     "not train, val or test": ("id,patient,split,image,Edema", "1,1,dev,a.png,1"),
     "patient 1 is in train and in test": ("id,patient,split,image,Edema", "1,1,train,a.png,1\n2,1,test,a.png,0"),

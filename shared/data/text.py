@@ -1,10 +1,13 @@
-"""What a value of a JSON or CSV file says: its text, or that it says nothing."""
+"""Tables of users (CSV), and what a value of a CSV or JSON file says: its text, or that it says nothing."""
 
 if __name__ == "__main__":
     raise SystemExit(__doc__)
 
+import csv
+import io
 import math
 import re
+from pathlib import Path
 
 from shared.runtime import InputError
 
@@ -36,3 +39,31 @@ def text_of(value, none_is_missing=True):
 def base_name(path):
     r"""The last part of a path of any system: "C:\films\1.png" -> "1.png"."""
     return re.split(r"[\\/]", str(path).strip())[-1]
+
+
+def read_table(path, columns, what=""):
+    """
+    A CSV file as spreadsheets write them -> [(number of the line, {column: text})]: with commas, semicolons or tabs, in
+    UTF-8 (with or without its mark) or UTF-16; the columns asked for are found in any case, blanks around values are
+    taken off, empty lines left out. InputError: no such file, no text, a column missing or there twice.
+    """
+    try:
+        data = Path(path).read_bytes()
+        text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+        delimiter = max(",;\t", key=text.partition("\n")[0].count)
+        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, restval="")
+        called = {name.lower(): name for name in columns}
+        names = [called.get(name.strip().lower(), name.strip()) for name in reader.fieldnames or ()]
+        reader.fieldnames = names
+        lines = [(reader.line_num, {k: v.strip() for k, v in line.items() if k}) for line in reader]
+    except (OSError, UnicodeError, csv.Error) as error:
+        why = "it is not in UTF-8" if isinstance(error, UnicodeError) else getattr(error, "strerror", None) or error
+        raise InputError(f"{what}{path} cannot be read as a CSV file ({why})") from error
+    twice = [name for name in dict.fromkeys(names) if name and names.count(name) > 1]
+    if twice:
+        raise InputError(f"{what}{path} has two columns of one name, {twice[0]}: leave one of them out")
+    missing = [name for name in columns if name not in names]
+    if missing:
+        lacking = f"column{'s' * (len(missing) > 1)} {', '.join(missing)}"
+        raise InputError(f"{what}{path} lacks the {lacking}; it has {', '.join(filter(None, names)) or 'nothing'}")
+    return [(number, line) for number, line in lines if any(line.values())]
