@@ -128,6 +128,8 @@ _LINK = re.compile(  # "normal size of the heart"
     r"(?: (?:sized?|shape|contour|configuration|appearance|caliber|position|and|of|in|the))* "
 )
 _OR = re.compile(r"\b(?:or|nor)\b")
+_TIP = re.compile(r"\b(?:tips?|ends?|side ?(?:port|hole)s?|portion|aspect|course)\b")
+_TO_LARGE = re.compile(r"(?: in size)? (?:to|or) (?:\w+ ){0,2}(?:enlarged|borderline|increased|prominent)\b")
 
 
 class _Scope:
@@ -209,6 +211,8 @@ class _Reader:
 
     def state(self, i, state, start, end):
         """Said of the anatomy right behind it, else of the anatomy before it."""
+        if state == "normal" and _TO_LARGE.match(self.sentence, end):
+            state = "prominent"  # "top normal to mildly enlarged"
         within = self.sentence.startswith("within", start)
         if within and self.kind(i + 1) != "anatomical":
             self.deny_back(self.recent[self.item :], start, end)
@@ -270,8 +274,8 @@ class _Reader:
         self.doubt.open((start, end))
 
     def unsure_both(self, i, what, start, end):
+        self.doubt_back(self.since_doubt(self.recent[-1:]), start, end)
         self.doubt.open((start, end))
-        self.doubt_back(self.recent[-1:], start, end)
 
     def unsure_next(self, i, what, start, end):
         self.doubt.open((start, end), short=True)
@@ -283,10 +287,15 @@ class _Reader:
         self.silence.open((start, end))
 
     def unsure_back(self, i, what, start, end):
-        self.doubt_back(self.meant(start, end), start, end)
+        targets = self.meant(start, end)
+        self.doubt_back(self.since_doubt(targets) or targets, start, end)
+
+    def since_doubt(self, targets):
+        """ "An opacity may be atelectasis or, less likely, pneumonia": there is no doubt of the opacity."""
+        return [k for k in targets if not self.doubt.cue or self.spans[k][3] > self.doubt.cue[0]]
 
     def absent_back(self, i, what, start, end):
-        tip = "tip" in self.sentence[:start]  # "the tip of the tube is not seen": the tube is there
+        tip = _TIP.search(self.sentence, 0, start)  # "the tip of the tube is not seen": the tube is there
         targets = [k for k in self.meant(start, end) if not (tip and self.spans[k][0] == "Support Devices")]
         self.deny_back(targets, start, end)
 
@@ -324,13 +333,17 @@ class _Reader:
             return
         if self.doubt.short and self.doubt.used:
             self.doubt.close()
-        if _NEW.match(self.sentence, start):
+        # "may be effusion and mild edema" goes on
+        listed = self.doubt.cue and not self.doubt.short and self.sentence[start] == "a"
+        if _NEW.match(self.sentence, start) and not listed:
             for scope in self.scopes:
                 scope.close()
             self.forget()
         elif self.denial.cue and self.denial.used and self.own_verb(i):
             self.denial.close()
             self.forget()
+        elif self.denial.cue and not self.denial.used and self.sentence[slice(*self.denial.cue)] == "not":
+            self.denial.close()  # "not well seen on this view, effusion"
 
     def own_verb(self, i):
         """Does the finding behind this comma or "and" have a verb or state of its own?"""

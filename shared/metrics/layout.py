@@ -14,7 +14,7 @@ from functools import lru_cache
 
 from shared.metrics.phrases import HOW, SIZE, WHAT, WHY
 
-_SHORT = {"ptx": "pneumothorax", "pna": "pneumonia"}
+_SHORT = {"ptx": "pneumothorax", "pna": "pneumonia", "consol": "consolidation"}
 # Words that are also read with one letter too many, too few, wrong or two swapped, if that is no other word.
 _SPELLED = (
     "pneumothorax pneumothoraces pneumonia pneumonias consolidation consolidations atelectasis atelectases effusion"
@@ -48,11 +48,11 @@ def _spell(word):
     found = _PLAIN.match(word)
     if not found or word[found.end() :].strip(".,:;"):
         return word
-    letters = found[0]
+    letters = _SHORT.get(found[0], found[0])
     if len(letters) > 3 and letters not in _SPELLED and letters not in _OTHER_WORDS:
         right = (w for w in _SPELLED if w[0] == letters[0] and _one_edit_apart(letters, w))
-        return next(right, letters) + word[found.end() :]
-    return _SHORT.get(letters, letters) + word[found.end() :]
+        letters = next(right, letters)
+    return letters + word[found.end() :]
 
 
 # ------------------------------------------------------------------------------------------------------------ the lines
@@ -129,8 +129,8 @@ _LAYOUT = {
     "no": r"\([-–−]\)",
     # "Effusion? No."
     ":": r"\?(?=\s*(?:no|none|nil|absent|negative|yes|present|positive)\s*(?:[.,;\n]|$))",
-    # a question mark before what it asks, and one in brackets behind it
-    "¿": r"(?<!\w)[(\[]?\s?\?{1,3}[)\]]?(?=\s*[a-z])",
+    # a question mark before what it asks, or "+/-"; and one in brackets behind it
+    "¿": r"(?<!\w)[(\[]?\s?\?{1,3}[)\]]?(?=\s*[a-z])|±|\+/-",
     "?": r"[(\[]\s?\?{1,3}\s?[)\]]",
 }
 _MARKED = re.compile("|".join(f"({pattern})" for pattern in _LAYOUT.values()))

@@ -26,7 +26,7 @@ SIZE = (
 )
 _TEXTURE = (
     "airspace|air space|alveolar|interstitial|parenchymal|pulmonary|lung|focal|patchy|hazy|linear|streaky|vague|faint"
-    "|confluent|ill defined|increased|increasing|retrocardiac|basilar|bibasilar|perihilar|lower lobe|upper lobe"
+    r"|confluent|ill defined|increased|increasing|retrocardiac|basilar|bibasilar|\w+hilar|lower lobe|upper lobe"
     "|middle lobe|reticular|ground glass|bandlike|platelike|opaque"
 )
 _TUBES = (
@@ -44,24 +44,25 @@ MENTIONS = {
     "Lung Lesion": phrases(r"""
         nodul(?:e|es) / nodular (?:opacit\w+|densit\w+|opacification\w*|focus|foci|lesions?|shadow\w*) /
         (?:lung|pulmonary|parenchymal|cavitary|spiculated|hilar|perihilar|pleural based|coin) lesions? / mass(?:es)? /
-        masslike / cavit(?:ary|ation)s? / carcinoma / neoplas\w+ / tumou?rs? / malignan(?:cy|cies) /
+        masslike / cavit(?:y|ies|ary|ations?) / carcinoma / neoplas\w+ / tumou?rs? / malignan(?:cy|cies) /
         metasta(?:sis|ses|tic)(?: disease| lesions?)?"""),
     "Pneumonia": phrases("""
         (?:broncho|aspiration |atypical |lobar |viral |bacterial )?pneumoni(?:a|as|c) / infections? /
         infect(?:ious|ive)(?: process| etiology)?"""),
     "Lung Opacity": phrases(rf"""
-        opaci(?:t|f)\w+ / infiltrat(?:e|es|ion|ions) / (?:airspace|air space|alveolar) (?:disease|process) /
+        opaci(?:t|f)\w+ / infiltrat(?:e|es|ion|ions) / (?:airspace|air space|alveolar) (?:disease|process|pattern) /
         (?:(?:{_TEXTURE}) )+densit(?:y|ies) / areas? of (?:increased )?density /
         (?:increased|prominent|coarse|coarsened|accentuated|thickened|reticular|chronic|bronchovascular)(?:
         (?:pulmonary|interstitial|lung|bronchovascular|chronic|bilateral))* (?:markings|pattern) /
         (?:(?:pulmonary|interstitial|lung|bronchovascular) )+markings (?:are|appear|remain)(?: (?!not|no)\w+)?
         (?:increased|prominent|coarse|coarsened|accentuated|thickened) /
         (?:prominence|thickening|coarsening) of the (?:pulmonary |lung )?interstiti\w+ /
-        interstitial (?:prominence|thickening|lung disease|disease|abnormality|changes?|process) / reticulation\w* /
-        ground glass / white ?out"""),
-    "Edema": phrases("""
+        interstitial (?:prominence|thickening|(?:lung )?disease|abnormality|changes?|process|pattern) /
+        reticulation\w* / ground glass / white ?out"""),
+    "Edema": phrases(r"""
         (?:pulmonary |interstitial |alveolar )*o?edema / (?:pulmonary )?(?:vascular|venous) (?:congestion|engorgement) /
-        (?:pulmonary|central) congestion / cephalization / vascular redistribution / (?:fluid|volume) overload"""),
+        (?:pulmonary|central) congestion / cephalization / vascular redistribution / upper lobe (?:\w+ )?diversion /
+        (?:fluid|volume) overload"""),
     "Consolidation": [r"consolidat\w+"],
     "Atelectasis": phrases(r"""
         atelecta\w+ / atx / collapse / volume loss / loss of volume /
@@ -70,22 +71,22 @@ MENTIONS = {
     "Pleural Effusion": phrases(r"""
         pleural (?:or|and|and or) pericardial effusions? / pericardial (?:or|and|and or) pleural effusions? /
         (?:pleural |parapneumonic |subpulmonic )*effusions? / ha?emothora(?:x|ces) / hydrothora(?:x|ces) / empyema /
-        (?:pleural|loculated|layering) (?!air)(?:\w+ )?(?:fluid|collections?)"""),
+        (?:pleural|loculated|layering) (?!air)(?:\w+ )?(?:fluid|collections?) / fluid in the (?:\w+ )?pleural space"""),
     "Pleural Other": phrases(r"""
         pleural (?:\w+ )?(?:thickening|plaques?|scar\w*|fibrosis|calcifications?|abnormality|disease|tags?) /
         pleuro ?parenchymal (?:scar\w*|thickening) / thickening of the (?:\w+ )?pleura / calcified pleura\w* /
-        (?:bi)?apical (?:pleural )?(?:thickening|cap\w*) / fibrothorax"""),
+        (?:bi)?apical (?:pleural )?(?:thickening|cap\w*) / fibrothorax / (?<=usion or )thickening"""),
     "Fracture": phrases(rf"""
-        (?:(?:{_BONES}|compression|wedge|stress) )*fractur(?:e|es|ed) / compression deformit\w+ /
+        (?:(?:{_BONES}|compression|wedge|stress) )*fractur(?:e|es|ed) / (?:compression|wedge) deformit\w+ /
         (?:{_BONES}) deformit\w+"""),
     "Support Devices": phrases(rf"""
         (?:{_TUBES}) (?:tip )?(?:tubes?|catheters?|drains?) / tubes?(?:,? (?:and|or) lines?)? / (?:et|ng|og)t /
-        dobb?hoff / catheters? / cannulas? / (?:{_LINES}) (?:\w+ )?lines? / lines?(?= (?:and|or) tubes?) / picc /
-        cv[cl] / ppm / port a cath / portacath / mediport / (?:infusion|chest wall|chest) port / swan ganz /
+        dobb?hoff / catheters? / cannulas? / (?:{_LINES}) (?:\w+ )?lines? / lines?(?= (?:and|or) tubes?| placement) /
+        picc / cv[cl] / ppm / port ?a ?cath / mediport / (?:infusion|wall|chest|sided|right|left) ports? / swan ganz /
         pacemakers? / pacers? / pacing / defibrillators? / a?icd / leads? / balloon pump / lvad / stents? / drains? /
         pigtail / tracheostomy / thoracostomy / prosthetic (?:\w+ )?valve / valve (?:replacement|prosthesis) /
-        (?:sternal|sternotomy|cerclage) wires / hardware /
-        (?:support|monitoring|assist|pacing|electronic|implanted) (?:\w+ )?devices? / devices?(?= ?[:¦]) /
+        (?:sternal|sternotomy|cerclage) wires? / hardware / sheaths? / iabp / impella / tavr / loop recorder /
+        (?:support|monitoring|assist|access|pacing|electronic|implanted) (?:\w+ )?devices? / devices?(?= ?[:¦]) /
         (?:nerve )?stimulator / arthroplasty"""),
 }
 
@@ -98,7 +99,10 @@ UNMENTIONS = phrases(r"""
     (?:soft tissue|abdominal|breast|thyroid|adrenal) (?:mass\w*|nodul\w+) / opacified (?:bowel|stomach) /
     collapsed (?:esophagus|stomach) / (?:right|left) (?:atri|ventric)\w+ leads? of /
     heart (?:rate|disease|transplant|valve|border) / (?:right|left) heart(?: border)? / post infectious /
-    (?:granulomatous|prior|previous|old|remote|tuberculous|tuberculosis) infection /
+    (?:granulomatous|prior|previous|old|remote|tubercul\w+|healed)(?: \w+)? infection /
+    (?:pleural|thoracic|chest|abdominal|peritoneal|gastric|cardiac|left|right) cavit(?:y|ies) /
+    (?:(?<=wire )|(?<=wires )|(?<=lead )|(?<=catheter )|(?<=wire is )|(?<=wires are ))fractur\w+ /
+    fractured(?= (?:\w+ ){0,2}(?:wires?|leads?|catheters?)) /
     (?:vertebral|vertebral body|endplate|subchondral|compression) collapse""")
 
 # Heart failure says nothing about the size of the heart but makes a large one likely: uncertain, as the CheXpert
@@ -144,7 +148,7 @@ CONGESTED = phrases("congested / engorged / cephali[sz]ed")
 COLLAPSED = phrases("collapsed")
 NORMAL = phrases(r"""
     (?:at |near )?(?:the )?upper limits? of normal / (?:top|high|upper|upper limit)(?: of)? normal / normal /
-    unremarkable / within (?:\w+ )?limits""")
+    unremarkable / within (?:\w+ )?limits / without (?:\w+ )?alterations?""")
 NOT_ENLARGED = phrases(f"not (?:enlarged|widened|broadened|dilated|increased(?: in size|{END}))")
 
 # Look like a negation or an uncertainty and are none.
@@ -154,7 +158,7 @@ KEEP = phrases(rf"""
     )*(?:change|changes|increase|decrease|improvement|worsening|progression|difference)(?: in| of| from)? /
     without (?:significant |interval |substantial )*(?:change|worsening|increase) /
     not (?:significantly |substantially |appreciably )*(?:changed|different|increased|decreased|worsened|improved) /
-    not only / not necessarily / no doubt /
+    not only / not necessarily / no doubt / if not / (?:probably|likely|perhaps) (?:unchanged|stable|similar|improved) /
     {_NOT}(?: \w+){{0,2}} (?:resolution|resolved?|resolving|clearing|cleared|disappear\w*|subsided?)(?: of)? /
     (?:yet|fail(?:s|ed)?) to (?:clear|resolve) /
     (?:near complete|near total|partial|incomplete) (?:resolution|clearing)(?: of)? /
@@ -162,13 +166,17 @@ KEEP = phrases(rf"""
     (?:consistent|compatible|in keeping) with / c w""")
 # What follows is looked for, remembered or feared, not described.
 IGNORE = phrases(r"""
-    (?:evaluat\w+|assess\w*|look\w*|check|screen\w*) for /
+    (?:eval\w*|assess\w*|look\w*|check|screen\w*) for /
     (?:sensitivity|difficult|hard|unable|able)(?: \w+)? to (?:detect|assess|evaluate) / (?:sensitivity|sensitive) for /
-    rule out / r o / (?:known )?history of / (?:evaluation|assessment|detection) of /
-    (?:treatment|treated|therapy) (?:for|of) / if (?:there is|clinical\w*|concern|symptoms) / risk (?:of|for) /
+    eval(?:uate)? / assess / rule out / r o / (?:known )?(?:history of|hx of|h o) / risk (?:of|for) /
+    (?:evaluation|assessment|detection) of / (?:treatment|treated|therapy) (?:for|of) /
+    if (?:there (?:is|are)|(?:continued )?(?:clinical\w*|concern)|symptoms) /
+    if(?! any| present)(?= (?:\w+ ){1,4}(?:is|are|remains|persists?)\b) /
     to (?:document|ensure|confirm|exclude)""")
 # All that follows in the sentence
-IGNORE_REST = phrases(r"recommend\w* / follow ?up / advised / correlat(?:e|ion) / please note")
+IGNORE_REST = phrases(r"""
+    recommend\w* / consider(?= (?:\w+ ){0,2}(?:ct|mri?|pet|films?|views?|imaging)) / follow ?up / advised /
+    correlat(?:e|ion) / please note""")
 
 # Doubts all that follows, until something ends it.
 UNSURE = phrases(r"""
@@ -177,12 +185,12 @@ UNSURE = phrases(r"""
     (?:unclear|uncertain) (?:whether|if)(?: there (?:is|are))? /
     (?:possibly|probably|presumably|perhaps|potentially) (?:due to|related to|secondary to|from|in the setting of) /
     (?:may|might|could|would|can)(?: \w+){0,2}? (?:be (?:\w+ )?(?:secondary to|due to|related to|in the setting
-    of|from)|be|represent|reflect|indicate|suggest|relate|correspond|have|contain) / may / might / could /
+    of|from|seen with)|be|represent|reflect|indicate|suggest|relate|correspond|have|contain) / may / might / could /
     possibility of / question of / suspicious (?:for|of) / suspicion (?:for|of) / (?:concerning|worrisome) for /
-    concern(?:ed)? (?:for|of|about) / suggest\w*(?: of)? /
+    concern(?:ed|s)?(?: (?:is|for|of|about))+ / c f / consider(?! (?:re|advanc|pull|withdr)) / suggest\w*(?: of)? /
     rais\w+ (?:the )?(?:possibility|question|concern)(?: of| for)? /
     (?:most )?likely (?:represent\w*|reflect\w*|due to|related to|to be|to represent|secondary to) /
-    differential (?:\w+ ){0,3}?includ\w+ / unlikely(?: to (?:be|represent|reflect))? /
+    differential (?:\w+ ){0,3}?(?:includ\w+|is) / unlikely(?: to (?:be|represent|reflect))? /
     favou?r\w*(?: to (?:be|represent|reflect))? /
     can ?not (?:be )?(?:differentiated?|distinguish(?:ed)?)(?: from)? / doubt(?:s|ful)? (?:about|of|for)""")
 # Doubts what was named before it, too
@@ -193,26 +201,29 @@ UNSURE_BOTH = phrases("""
 # Doubts the next finding
 UNSURE_NEXT = phrases(r"""
     poss(?:ibl[ey])?\.? / prob(?:abl[ey])?\.? / maybe / query / questionable / question / suspect(?:ed)? / equivocal /
-    borderline / presum(?:ed|ably|ptive) / perhaps / (?:most |less |more )?likely / potentially / apparent /
-    doubt""")
+    indeterminate for / with or without / borderline / presum(?:ed|ably|ptive) / perhaps / potentially / apparent /
+    (?:most |less |more )?likely / doubt""")
 _VERY = (
     "(?: (?:also|thought|felt|considered|believed|judged|to|be|another|a|very|quite|rather|highly|most|more|less"
     "|somewhat|fairly|extremely|still))*"
 )
 _DOUBTFUL = (
-    "(?:possible|probable|possibility|suspected|presumed|questioned|questionable|likely|unlikely|doubtful|favou?red"
-    "|consideration|in the differential|considered|equivocal|improbable|conceivable|maybe)"
+    "(?:possibl[ey]|probabl[ey]|possibility|suspected|presumed|questioned|questionable|likely|unlikely|doubtful"
+    "|favou?red|consideration|in the differential|considered|equivocal|improbable|conceivable|maybe"
+    "|suggested(?= on| by))"
 )
 # Doubts what was just named
 UNSURE_BACK = phrases(rf"""
     (?:can ?not|could not|is not|are not|not)(?: \w+){{0,3}} (?:excluded|ruled out) /
     (?:(?:is|are|would be|remains?) (?:\w+ )?)?(?:difficult|hard|impossible) to (?:\w+ )?exclude(?=$|,| and| given| on|
     in) /
-    (?:is|are|was|were|remains?|seems?|appears?|looks?|(?:would|could|might|may) be){_VERY} {_DOUBTFUL}(?=
-    ?(?:$|[,:¦‹›])| and| but| given| though| as| in| on| at| because) /
+    (?:is|are|was|were|remains?|seems?|appears?|looks?|(?:would|could|might|may) be){_VERY} {_DOUBTFUL}(?:
+    (?:clinically|present|diagnosis))?(?= ?(?:$|[,:¦‹›])| (?:and|but|given|though|as|in|on|at|by|because)\b) /
     (?:should|could|may|might|must|needs? to|has to) (?:also )?be (?:considered|present|excluded|ruled out) /
-    (?:could|may|might|would)(?: all| each| both| also)? (?:give|produce|explain|cause|account for|look like) /
-    (?:(?:very|quite|highly|most|more|less) )*{_DOUBTFUL}{END} / can ?not (?:be )?exclude{END}""")
+    (?:could|may|might|would)(?: all| each| both| also)? (?:give|produce|explain|cause|account for|look like|have
+    (?:\w+ )*appearance) /
+    (?:(?:very|quite|highly|most|more|less) )*{_DOUBTFUL}(?: (?:{SIZE}|right|left|bilateral|apical|basal))*{END} /
+    can ?not (?:be )?exclude{END}""")
 DETECTED = (
     "(?:seen|identified|evident|present|visuali[sz]ed|appreciated|appreciable|demonstrated|detected|apparent|noted"
     "|found|visible|shown|confirmed|perceived|perceptible|perceivable|observed|discernible|discernable|discerned"
@@ -244,7 +255,7 @@ ABSENT = phrases(r"""
 # Ends whatever is open
 STOP = phrases("""
     but / however / although / though / except / aside from / apart from / other than / yet / otherwise / which /
-    while / whereas / because / since / with / after / following / status post / s p /
+    while / whereas / because / since / with / w / after / following / status post / s p /
     there (?:is|are|has|have|was|were|continues|remains) / there(?= may) / (?:and|,) (?:the|there|a|an|this|these) /
     in the setting of / due to / secondary to / still / again""")
 VERBS = phrases(r"""
@@ -255,7 +266,8 @@ VERBS = phrases(r"""
 NEW = (
     rf"(?:,(?: and)?|and) (?:{SIZE}|suggest\w*|likely|probabl[ey]|possibl[ey]|consistent|compatible|stable|unchanged"
     r"|persistent|new|increased|increasing|decreased|decreasing|improving|improved|worsening|low|right|left|bilateral"
-    r"|bibasilar|chronic|old|healed|scattered|multiple|some|prominent)\b"
+    r"|bibasilar|chronic|old|healed|scattered|multiple|some|prominent|only|just|enlarged|heart(?! failure)"
+    r"|cardiac silhouette)\b"
 )
 # ... and a finding with a verb or state of its own does: "no effusion and cardiomegaly is stable". "No effusion and
 # pneumothorax is seen" denies both.
