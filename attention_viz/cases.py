@@ -137,7 +137,7 @@ def read_cases(path, n_studies=None):
     counted. InputError: no such file, a column that is not there, nothing left, or fewer than two patients.
     """
     path, notes = Path(path), []
-    rows = read_table(path, COLUMNS, "--csv ")
+    rows = read_table(path, COLUMNS, "--csv ", MORE)
     for _, row in rows:
         row |= {name: re.sub(r"\.0*$", "", row[name]) for name in ("variant_id", "answer_gt")}  # 1.0 is 1
         if not os.path.isfile(path.parent / row["image_path"]):

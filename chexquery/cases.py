@@ -60,6 +60,14 @@ def target_text(findings, impression, section, filled=True):
     return findings if section == "findings" else impression
 
 
+def sections_of(text, section):
+    """What target_text put together, apart again -> {"findings": text, "impression": text}, those there are."""
+    if section != "findings+impression":
+        return {section: text}
+    findings, _, impression = text.partition(" | Impression: ")
+    return {"findings": findings.removeprefix("Findings: "), "impression": impression}
+
+
 def drop_removed(text):
     parts = re.split(r"(?<=[.!?])\s+", text or "")
     return " ".join(part for part in parts if not re.search(r"x{3,}", part, re.IGNORECASE)).strip()

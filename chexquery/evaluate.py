@@ -27,10 +27,11 @@ import shared  # noqa: F401, isort: skip  # before transformers
 import numpy as np
 import torch
 
-from chexquery.cases import Films, add_data_options, load_studies
+from chexquery.cases import Films, add_data_options, load_studies, sections_of
 from chexquery.faithfulness import faithfulness, faithfulness_tables
 from chexquery.checkpoints import MADE_UP, add_writing_options, open_model
 from chexquery.scoring import COLUMNS, consistency, image_use, score_lines
+from shared.data.iu_xray import find_iu_xray, rexrank_entries
 from shared.metrics.bertscore import bert_score
 from shared.metrics.chexbert import load_chexbert
 from shared.metrics.clinical import clinical_efficacy, positive_matrix
@@ -188,6 +189,10 @@ def main(argv=None):
     if known and studies.name == data["name"]:
         raise InputError(f"{len(known)} of the patients to be measured on were trained on: give the --splits-file or"
                          " the options of the training")  # fmt: skip
+    if args.export_rexrank and studies.name != "iu_xray":
+        raise InputError(f"--export-rexrank: ReXrank has the test studies of IU X-ray, and these are {studies.name}")
+    if args.export_rexrank:
+        find_iu_xray(studies.source)  # the references come from there; not to be missed when all is written
     if args.export_rexrank and Path(args.export_rexrank).exists() and not args.overwrite:
         raise InputError(f"{args.export_rexrank} is there already: give --overwrite to replace it")
     labeller = load_chexbert(*args.chexbert, device) if args.chexbert else None
@@ -234,7 +239,9 @@ def main(argv=None):
     page = make_report(studies, told, args, len(test), table, sentence, gains, abnormal, agreement, extra, drawn)
     page.write(run_dir, page=True)
     if args.export_rexrank:
-        export_rexrank(args.export_rexrank, test, lines["model"])
+        parts = [sections_of(text, notes["section"]) for text in lines["model"]]
+        written = {str(row["uid"]): part for row, part in zip(test, parts, strict=True)}
+        write_json(args.export_rexrank, rexrank_entries(written, studies.source))
     for line, row in table.items():
         print(f"{line:32s} BLEU-4 {with_interval(row['bleu_4'], number)}  ROUGE-L {number(row['rouge_l']['value'])}"
               f"  micro-F1-13 {with_interval(row['f1_micro_13'], number)}"
@@ -245,14 +252,6 @@ def main(argv=None):
             f" {with_interval(table['model']['f1_micro_drawn'], number)}"
         )
     print(f"{sentence}\nresults in {run_dir} ({time.time() - started:.0f} s)")
-
-
-def export_rexrank(path, rows, texts):
-    """ReXrank scores a JSON of studies with the report and `model_prediction`; on IU X-ray its test set is R2Gen's."""
-    write_json(path, {
-        str(row["uid"]): {"report": row["reference"], "model_prediction": text}
-        for row, text in zip(rows, texts, strict=True)
-    })  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -182,7 +182,7 @@ class ScriptParser(argparse.ArgumentParser):
         if path is None or not path.is_file():
             return []  # open_run_dir says what is wrong
         then, settings, switches = read_json(path), {}, []
-        for action in self._actions if isinstance(then, dict) else ():
+        for action in self._actions:
             value = then.get(action.dest)
             if value is None or action.dest in ("config", "out_dir", "overwrite", "resume"):
                 continue
@@ -472,12 +472,15 @@ def write_json(path, value):
         file.write("\n")
 
 
-def read_json(path):
-    """InputError when the file is missing or is not JSON."""
+def read_json(path, kind=dict):
+    """-> dict (kind=object: any value). InputError when the file is missing, is not JSON, or holds something else."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read as JSON ({error})") from error
+    if not isinstance(value, kind):
+        raise InputError(f"{path} is damaged or another file: it holds a {type(value).__name__}, not an object")
+    return value
 
 
 def write_jsonl(path, rows):
@@ -703,7 +706,7 @@ def run_kind(run_dir):
     for name in ("settings", "metrics"):
         with contextlib.suppress(InputError):
             told[name] = read_json(Path(run_dir) / f"{name}.json")
-    settings, metrics = (told.get(k) if isinstance(told.get(k), dict) else {} for k in ("settings", "metrics"))
+    settings, metrics = (told.get(k, {}) for k in ("settings", "metrics"))
     dataset = metrics.get("dataset") if isinstance(metrics.get("dataset"), dict) else {}
     phantom = dataset.get("phantom", metrics.get("phantom", settings.get("data") == "phantom"))
     return {"limit": settings.get("limit"), "phantom": bool(phantom), "finished": bool(metrics)}

@@ -35,33 +35,14 @@ from shared.metrics.classification import binary_intervals, binary_metrics, choo
 from shared.metrics.classification import multilabel_metrics, official_auc_accuracy, prior_correction
 from shared.metrics.statistics import bootstrap_interval, delong_test, mcnemar_exact
 from shared.report import PHANTOM, markdown_table
-from shared.runtime import InputError, bounded, command, free_gpu, load_checkpoint, newest_run, open_run_dir
-from shared.runtime import (
-    pick_device,
-    positive_int,
-    read_json,
-    record,
-    run_facts,
-    run_kind,
-    script,
-    script_parser,
-    seed_everything,
-)
-from shared.runtime import write_csv, write_json
+from shared.runtime import InputError, bounded, command, free_gpu, newest_run, open_run_dir, pick_device, positive_int
+from shared.runtime import read_json, record, run_facts, run_kind, script, script_parser, seed_everything, write_csv
+from shared.runtime import write_json
 from task1_classification.explain import GradCAM
 from task1_classification.model import DRY_RUN, find_classifier, load_classifier, predict_logits, to_probabilities
 from task1_classification.model import untrained_classifier
-from task1_classification.report import (
-    BINARY_COLUMNS,
-    CORRECTED,
-    HALF,
-    HAND_IN,
-    NETWORK,
-    PIXELS,
-    draw_all,
-    failure_groups,
-)
-from task1_classification.report import make_report, results_table, warnings_of
+from task1_classification.report import BINARY_COLUMNS, CORRECTED, HALF, HAND_IN, NETWORK, PIXELS, draw_all
+from task1_classification.report import failure_groups, make_report, results_table, warnings_of
 
 TASK, TRAIN = "task1_classification", "task1_classification/train.py"
 
@@ -100,7 +81,7 @@ def find_checkpoints(args):
         if run is None and model is None:
             raise InputError(f"there is no trained classifier here; run {command(TRAIN)} first, or give --checkpoint")
         less = run is None or run_kind(run)["limit"] or run_kind(run)["phantom"]
-        if model and less and not (run and load_checkpoint(model, ("dataset",), "classifier")["dataset"]["phantom"]):
+        if model and less and not (run and load_classifier(model)[1]["dataset"]["phantom"]):
             print(f"taking {model}" + (f" in place of {run}: it was trained on real data" if run else ""))
             run = model
         args.checkpoint = [str(run)]
@@ -109,9 +90,9 @@ def find_checkpoints(args):
         here = sorted([*path.glob("best.pt"), *path.glob("seed*/best.pt")]) if path.is_dir() else [path]
         if not here:
             raise InputError(f"{path} holds no best.pt; is it the folder of a finished training run?")
-        if (path / "settings.json").is_file():
-            seeds = read_json(path / "settings.json").get("seeds") or []
-            missing += [s for s in seeds if len(seeds) > 1 and not (path / f"seed{s}" / "best.pt").exists()]
+        seeds = read_json(path / "settings.json").get("seeds") if (path / "settings.json").is_file() else None
+        if isinstance(seeds, list) and len(seeds) > 1:
+            missing += [s for s in seeds if not (path / f"seed{s}" / "best.pt").exists()]
         files += here
     return files, missing
 
@@ -207,15 +188,18 @@ def medmnist_result(data, scores, split, run_dir, run):
 
 def predict(files, data, args, device, dtype, labels):
     """Every checkpoint on the same images -> (rows of numbers, [(seed, probabilities, uncalibrated ones)], limits)."""
-    runs, predictions, limits, first = [], [], [], None
+    runs, predictions, limits, seen = [], [], [], set()
     for path in files:
         model, facts = load_classifier(path, device)
-        first = first or facts
-        if facts["dataset"]["name"] != first["dataset"]["name"] or facts["image_size"] != first["image_size"]:
-            raise InputError(
-                f"{path} was trained on {facts['dataset']['name']} at {facts['image_size']} px, {files[0]} on"
-                f" {first['dataset']['name']} at {first['image_size']} px; evaluate them apart"
-            )
+        pairs = {"pixels": (facts["image_size"], data.size), "channels": (facts["channels"], data.channels)}
+        pairs |= {"classes": (facts["label_names"], data.label_names)}
+        pairs |= {} if args.dry_run else {"data": (facts["dataset"]["name"], data.name)}
+        if wrong := ", ".join(f"{k} {a} (now {b})" for k, (a, b) in pairs.items() if a != b):
+            apart = "; evaluate them apart" if len(files) > 1 else "; train it again"
+            raise InputError(f"{path} does not fit these images: it was trained with {wrong}{apart}")
+        if facts["weights_sha256"] in seen:
+            raise InputError(f"{path} is a network that --checkpoint names twice; name it once")
+        seen.add(facts["weights_sha256"])
         logits = predict_logits(model, data.images[args.split], facts["normalisation"], device, dtype, args.batch_size)
         probabilities, raw = (to_probabilities(logits, data.task, t).numpy() for t in (facts["temperature"], 1.0))
         kept = {"checkpoint": str(path)} | {k: facts[k] for k in ("seed", "threshold", "temperature")}
@@ -246,13 +230,14 @@ def main(argv=None):
     if args.limit:
         data.limit(args.limit)
     labels = {split: data.labels[split].numpy() for split in ("train", "val", args.split)}
-    if data.task == "binary-class" and any(len(np.unique(y)) < 2 for y in labels.values()):
+    if not data.multi_label and any(len(np.unique(y)) < 2 for y in labels.values()):
         raise InputError(f"a split of {data.name} has only one class{'; raise --limit' if args.limit else ''}")
     print(*[PHANTOM] * data.phantom, data, sep="\n")
     if data.sha256 != trained_on["sha256"]:
         print(f"note: {data.source} is not the file this classifier was trained on (other SHA-256)")
-    with GradCAM(model, args.layer, data.size, data.channels) as cam:  # an unknown layer is refused before any work
-        size = cam(torch.zeros(1, data.channels, data.size, data.size, device=device)).shape[1:]
+    channels = facts["channels"]
+    with GradCAM(model, args.layer, size, channels) as cam:  # an unknown layer is refused before any work
+        map_size = cam(torch.zeros(1, channels, size, size, device=device)).shape[1:]
     runs, predictions, limits = predict(files, data, args, device, dtype, labels[args.split])
     facts["limit"] = next((limit for limit in limits if limit), None)
 
@@ -265,7 +250,7 @@ def main(argv=None):
     if data.path and not args.limit:
         measured["medmnist"] = medmnist_result(data, raw, args.split, run_dir, run=f"seed{seed}")
     groups = failure_groups(labels[args.split], probabilities, facts, args.cases, args.seed)
-    measured |= {"heat_maps": {"layer": cam.name, "native_size": list(size)}, "failure_cases": groups[0]}
+    measured |= {"heat_maps": {"layer": cam.name, "native_size": list(map_size)}, "failure_cases": groups[0]}
     write_predictions(run_dir / "predictions.csv", predictions, labels[args.split], facts)
     spread, warnings = summary_over(runs), warnings_of(facts, args, missing)
     write_json(
@@ -290,7 +275,7 @@ def main(argv=None):
     drawn = (probabilities, raw, pixel_scores, measured, groups, where, device)
     figures = draw_all(run_dir / "figures", model, facts, data, args, *drawn)
     report = make_report(data, args, facts, files, measured, runs, spread, figures, warnings)
-    line = report.write(run_dir, None if args.dry_run or args.limit else HAND_IN, "task1_")
+    line = report.write(run_dir, None if args.dry_run or args.limit or args.split != "test" else HAND_IN, "task1_")
     print(markdown_table(*results_table(measured["rows"], data.task)))
     if spread:
         print("over seeds: " + ", ".join(f"{k} {v['mean']:.4f} ± {v['std']:.4f}" for k, v in spread.items()))

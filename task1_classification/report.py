@@ -46,6 +46,7 @@ def warnings_of(facts, args, seeds_missing=()):
         f"The network was trained with --limit {limit}: on {facts['cases']['train']} images.": limit,
         f"The training run is not finished: seed {seeds} has no best.pt.": seeds_missing,
         f"Measured with --limit {args.limit}.": args.limit,
+        f"Measured on the {args.split} images, on which the network was fitted or chosen.": args.split != "test",
     }
     return [sentence for sentence, holds in sentences.items() if holds]
 
@@ -58,8 +59,8 @@ def make_report(data, args, facts, files, measured, runs, spread, figures, warni
     origin = {True: "MedMNIST's official file", False: "not MedMNIST's official file", None: "drawn here"}
     origin = origin.get(facts["dataset"].get("official")) if data.path or data.phantom else "a folder of one's own"
     report.text(
-        f"{facts['architecture']} (stem {facts['stem']}), {data.size} pixels, trained on {data.name} ({origin}):"
-        f" {facts['cases']['train']} training and {facts['cases']['val']} validation images; checkpoint"
+        f"{facts['architecture']} (stem {facts['stem']}), {data.size} pixels, trained on {facts['dataset']['name']}"
+        f" ({origin}): {facts['cases']['train']} training and {facts['cases']['val']} validation images; checkpoint"
         f" `{short_path(files[0])}`, seed {facts['seed']}{chosen}."
     )
     report.text(f"Measured on {n} {args.split} images. Epoch, threshold and temperature come from validation alone.")

@@ -300,11 +300,16 @@ def publish(classifier, args, run_dir):
     if args.dry_run or args.limit:
         return print(f"{MODEL_PATH} left alone: this was a {'dry run' if args.dry_run else 'run with --limit'}")
     if MODEL_PATH.exists():
-        there, mine = load_checkpoint(MODEL_PATH, ("dataset",), what="classifier")["dataset"], classifier["dataset"]
-        if not there["phantom"] and there["name"] != mine["name"]:
+        mine = classifier["dataset"]["name"]
+        try:
+            there = load_checkpoint(MODEL_PATH, ("dataset",))["dataset"]
+            trained_on = mine if there["phantom"] else there["name"]
+        except (InputError, TypeError, KeyError):  # of another program, or damaged: not ours to replace
+            trained_on = "something unknown"
+        if trained_on != mine:
             return print(
-                f"{MODEL_PATH} left alone: it was trained on {there['name']}, this run on {mine['name']}; delete it to"
-                f" have it replaced, or give {run_dir}/best.pt to the other scripts"
+                f"{MODEL_PATH} left alone: it was trained on {trained_on}, this run on {mine}; delete it to have it"
+                f" replaced, or give {run_dir}/best.pt to the other scripts"
             )
     with atomic_file(REPORT_CURVES) as file:
         file.write((run_dir / "figures" / "curves.png").read_bytes())

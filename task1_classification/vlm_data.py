@@ -242,7 +242,7 @@ def table_films(path):
     if not os.path.isfile(path):
         raise InputError(f"there is no table {path}; python task1_classification/vlm_prepare.py writes one, and --data"
                          " phantom needs none")  # fmt: skip
-    lines = read_table(path, COLUMNS)
+    lines = read_table(path, COLUMNS, optional=("report", "study"))
     labels = tuple(name for name in (lines[0][1] if lines else ()) if name not in NOT_LABELS)
     if not labels:
         raise InputError(f"{path} lacks columns with labels (1, 0 or empty), or has no row")

@@ -104,7 +104,7 @@ class Method:
 def told_by(run):
     """metrics.json of a run of vlm_train.py or vlm_zero_shot.py. InputError where what is needed of it is not there."""
     with explained(f"{run / 'metrics.json'} is damaged, or of another kind of run"):
-        metrics = read_json(run / "metrics.json")
+        metrics = read_json(run / "metrics.json", object)
         facts, tower = metrics["dataset"], metrics.get("tower_trained_here")
         texts, numbers = [facts["fingerprint"], facts["again"]["name"], metrics["model"]], [metrics["seconds"]]
         numbers += [tower["seconds"]] if tower else []

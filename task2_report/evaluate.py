@@ -29,6 +29,7 @@ import shared  # noqa: F401, isort: skip  # before transformers
 import numpy as np
 
 from shared.data.image_sets import PHANTOM_SEED, SIZES, load_images, load_medmnist
+from shared.data.iu_xray import rexrank_entries
 from shared.metrics.labels import CONDITIONS
 from shared.phantom import phantom_classification
 from shared.report import PHANTOM, number, percent, with_interval
@@ -37,12 +38,12 @@ from shared.runtime import run_facts, script, script_parser, seed_everything, wr
 from shared.training import settings_of
 from task1_classification.model import untrained_classifier
 from task2_report import measures
-from task2_report.cases import as_films, load_again, load_reports
+from task2_report.cases import as_films, load_again, load_reports, sections_of
 from task2_report.opinion import find_cnn
 from task2_report.pages import classify_page, report_page
 from task2_report.prompts import CONTEXTS, PARAPHRASES, STRATEGIES, ask, yes_no_question
 from task2_report.records import judge
-from task2_report.report_task import MODEL, SHUFFLED, rexrank_rows, run_report_task
+from task2_report.report_task import MODEL, SHUFFLED, run_report_task
 from task2_report.writer import Writer, add_model_options, load_model, training_of, untrained
 
 TASK = "task2_report"
@@ -282,7 +283,8 @@ def run_report(args, device, started):
         write_csv(run_dir / "errors.csv", errors)
         print(f"{len(errors)} films cannot be read and are left out; the first: {errors[0]['error']}", file=sys.stderr)
     if data.name == "iu_xray" and args.split == "test":
-        write_json(run_dir / "rexrank.json", rexrank_rows(test, [row["text"] for row in rows], args.data_dir))
+        written = {row["id"]: sections_of(row["text"]) for row in rows}
+        write_json(run_dir / "rexrank.json", rexrank_entries(written, args.data_dir))
     numbers |= {
         "task": "report", "n": len(test), "n_errors": len(errors), "conditions": list(conditions),
         "dataset": data.facts, "split": args.split, "trained_on": told.get("dataset"),

@@ -13,11 +13,8 @@ if __name__ == "__main__":
 import shared  # noqa: F401, isort: skip  # before torch
 import numpy as np
 
-from shared.data.iu_xray import find_iu_xray
 from shared.metrics.report_baselines import baseline_reports
 from shared.metrics.statistics import mean_interval
-from shared.runtime import read_json
-from task2_report.cases import sections_of
 from task2_report.label_cnn import LabelCNN, best_thresholds, small_films
 from task2_report.prompts import REPORT, ask
 from task2_report.scores import FEW, measure_reports, stated, truth_of
@@ -125,29 +122,3 @@ def run_report_task(writer, data, test, conditions, indication=False, cnn_steps=
         for i, case in enumerate(test)
     ]
     return numbers, rows, test, sum(errors, [])
-
-
-# ------------------------------------------------------------------------------------------------- ReXrank's layout
-
-
-def rexrank_rows(cases, texts, data_dir):
-    """
-    IU X-ray test cases and what was written -> {study: entry} as in ReXrank's ReXRank_IUXray_test.json (its 590 studies
-    are R2Gen's), with the text under model_prediction. Studies are named as in annotation.json, else by uid.
-    """
-    path = find_iu_xray(data_dir) / "annotation.json"
-    names = {}
-    if path.is_file():
-        names = {study["id"].split("_")[0][3:]: study["id"] for some in read_json(path).values() for study in some}
-    entries = {}
-    for case, text in zip(cases, texts, strict=True):
-        parts = sections_of(text)
-        said = [f"{name.capitalize()}: {parts[name]}" for name in ("findings", "impression") if parts.get(name)]
-        entries[names.get(case.id, f"CXR{case.id}")] = {
-            "section_findings": case.findings,
-            "section_impression": case.impression,
-            "split": "test",
-            "context": f"Indication: {case.indication}",
-            "model_prediction": " ".join(said),
-        }
-    return entries

@@ -56,7 +56,9 @@ def source_of(args):
         raise InputError(f"--adapter {adapter}: no model and no adapter is there; name the best/ of a run of train.py")
     if name is None:
         with explained(f"{adapter} holds no adapter that can be read"):
-            name = str(read_json(Path(adapter) / "adapter_config.json").get("base_model_name_or_path") or BASE_MODEL)
+            name = str(
+                read_json(Path(adapter) / "adapter_config.json", object).get("base_model_name_or_path") or BASE_MODEL
+            )
     return name, adapter
 
 
@@ -87,7 +89,7 @@ def training_of(folder):
     if not folder or not path.is_file():
         return {}
     with explained(f"{path} is damaged, or of another version"):
-        told = read_json(path)
+        told = read_json(path, object)
         name, phantom, again = (told["dataset"].get(key) for key in ("name", "phantom", "again"))
         if type(phantom) is not bool or not isinstance(name, str) or not isinstance(again or {}, dict):
             raise ValueError("what it was trained on cannot be read")

@@ -28,8 +28,8 @@ import numpy as np
 import torch.distributed as dist
 
 from shared.data.image_sets import SPLITS
-from shared.runtime import InputError, bounded, command, lock_run, open_run_dir, pick_device, run_facts, script
-from shared.runtime import script_parser, seed_everything, start_distributed, write_csv, write_json
+from shared.runtime import InputError, bounded, command, lock_run, open_run_dir, pick_device, read_json, run_facts
+from shared.runtime import script, script_parser, seed_everything, start_distributed, write_csv, write_json
 from task3_retrieval.cases import add_embedding_options, dataset_cases, embedder_and_data, file_cases, index_of
 from task3_retrieval.cases import load_data, read_files
 from task3_retrieval.embed import embedder_like
@@ -75,6 +75,8 @@ def parse_args(argv=None):
                 "--update keeps what the index was built with and changes it in place: leave"
                 f" {(fixed or ['--dry-run'])[0].replace('_', '-')} out"
             )
+        if not args.add and (args.images or args.split or args.image_size or args.limit or args.data != "auto"):
+            parser.error("--images, --split, --data, --image-size and --limit say what to add: give --add too")
     if args.images and (args.data != "auto" or args.split or args.image_size):
         parser.error("--images stands instead of a data set: leave --data, --split and --image-size out")
     if args.labels and not args.images:
@@ -101,7 +103,6 @@ def main(argv=None):
     embedded = time.time()
     index = index_of(vectors, cases, embedder, good, args.index, args.metric)
     built = time.time()
-    phantom = any(d["phantom"] for d in cases["datasets"].values())
     run_dir = open_run_dir(args, TASK, "build_index")
     if rank > 0:
         return
@@ -111,19 +112,14 @@ def main(argv=None):
     write_json(
         run_dir / "metrics.json",
         {
-            "n": len(index),
+            **told_by(index),
             "n_errors": len(errors),
             "dim": index.dim,
             "index": args.index,
             "metric": args.metric,
             "split": args.split if not args.images else None,
-            "dataset": cases["datasets"],
-            "datasets": list(cases["datasets"]),
-            "phantom": phantom,
             "limited": args.limit is not None,
-            "labels": index.label_counts(),
             "model": embedder.facts(),
-            "typical_distance": index.metadata["typical"],
             "seconds_embedding": round(embedded - started, 3),
             "seconds_building": round(built - embedded, 3),
             "bytes": sum(p.stat().st_size for p in (run_dir / "index").iterdir()),
@@ -133,7 +129,7 @@ def main(argv=None):
     counts = ", ".join(f"{n} {c}" for n, c in index.label_counts().items())
     skipped = f", {len(errors)} files skipped (errors.csv)" if errors else ""
     about = f"{index.dim} numbers ({embedder.title}), {args.index} with {args.metric}: {counts}"
-    print(f"{'PHANTOM images: ' * phantom}{len(index)} images of {about}")
+    print(f"{'PHANTOM images: ' * told_by(index)['phantom']}{len(index)} images of {about}")
     seconds = f"embedded in {embedded - started:.1f} s, indexed in {built - embedded:.1f} s"
     print(f"{seconds}{skipped}; index in {run_dir / 'index'}")
     if data is not None and not args.dry_run:
@@ -154,7 +150,7 @@ def update(args, device, rank, world_size):
             raise InputError(f"{folder} would be empty after that; delete the folder instead")
         index.remove(args.remove)
     if args.add:
-        embedder = embedder_like(index.metadata["embedder"], args.cnn_weights, device, args.batch_size)
+        embedder = embedder_like(index.metadata.get("embedder"), args.cnn_weights, device, args.batch_size)
         index.check_embedder(embedder, folder)
         if args.images:
             cases = file_cases(args.images, args.labels, args.limit, index.metadata["label_names"])
@@ -178,11 +174,23 @@ def update(args, device, rank, world_size):
     if rank > 0:
         return
     index.save(folder)
+    path = folder.parent / "metrics.json"
+    if path.is_file() and "typical_distance" in (metrics := read_json(path)):
+        limited = metrics.get("limited") or args.limit is not None
+        write_json(path, metrics | told_by(index) | {"limited": limited})
     if errors:
         write_csv(folder.parent / "errors.csv", errors)
     counts = ", ".join(f"{n} {c}" for n, c in index.label_counts().items())
     skipped = f", {len(errors)} files skipped ({folder.parent}/errors.csv)" if errors else ""
     print(f"{folder}: {before} images before, {len(index)} now{skipped}: {counts}")
+
+
+def told_by(index):
+    """What metrics.json says of an index, also after an update."""
+    sets = index.metadata["datasets"]
+    facts = {"n": len(index), "dataset": sets, "datasets": list(sets), "labels": index.label_counts()}
+    phantom = any(d["phantom"] for d in sets.values())
+    return facts | {"phantom": phantom, "typical_distance": index.metadata["typical"]}
 
 
 def embed_cases(embedder, cases, rank=0, world_size=1):

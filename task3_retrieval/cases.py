@@ -7,16 +7,16 @@ Labels of files come from a CSV (columns file, label and perhaps split), or from
 if __name__ == "__main__":
     raise SystemExit(__doc__)
 
-import csv
 import os
 import time
+import unicodedata
 from pathlib import Path
 
 import numpy as np
 
-from shared.data.image_sets import SIZES, SPLITS, labels_by_folder, load_images, load_phantom, set_name
+from shared.data.image_sets import SIZES, SPLIT_NAMES, SPLITS, labels_by_folder, load_images, load_phantom, set_name
 from shared.data.images import find_images, read_image, to_square
-from shared.data.text import text_of
+from shared.data.text import one_spelling, read_table, text_of
 from shared.runtime import InputError, bounded, load_checkpoint
 from task1_classification.model import KEYS, find_classifier, load_classifier, predict_logits, to_probabilities
 from task3_retrieval.embed import channels_last, load_embedder
@@ -150,17 +150,17 @@ def file_cases(patterns, labels, limit, label_names=()):
         found, source = {}, "the names of their folders"
         for root in roots:
             found |= labels_by_folder(root, [p for p in paths if p.is_relative_to(root)])
-    found = [found.get(path, ("", "")) for path in paths]
-    names = list(label_names) + sorted({label for _, label in found} - {"", *label_names}, key=str.lower)
-    if source:
-        known = sum(bool(label) for _, label in found)
-        print(f"labels of {known} of {len(paths)} images from {source}" if known else "no image has a label")
+    splits, labels = zip(*(found.get(path, ("", "")) for path in paths), strict=True)
+    labels = one_spelling(["" if label.lower() == "unknown" else label for label in labels], label_names)
+    names = list(label_names) + sorted({*labels} - {"", *label_names}, key=str.lower)
+    known = sum(map(bool, labels))
+    print(f"labels of {known} of {len(paths)} images from {source}" if known else "no image has a label")
     return {
         "images": paths,
-        "labels": [names.index(label) if label else UNKNOWN for _, label in found],
+        "labels": [names.index(label) if label else UNKNOWN for label in labels],
         "label_names": names,
         "names": [str(p) for p in paths],
-        "splits": [split or "files" for split, _ in found],
+        "splits": [split or "files" for split in splits],
         "datasets": {},
     }
 
@@ -170,14 +170,14 @@ def labels_from_csv(csv_path, paths, roots):
     -> {path: (split, label)}. A row names a file by its whole path, relative to one of the folders, or by its name
     alone. InputError for a name that could be several images, and where nothing is labelled.
     """
-    rows, exact, by_name, found = read_labels(csv_path), {}, {}, {}
+    rows, exact, by_name, found, absent = read_labels(csv_path), {}, {}, {}, 0
     for path in paths:
-        relative = {path.relative_to(root).as_posix() for root in roots if path.is_relative_to(root)}
-        keys = {path.as_posix(), *relative} & rows.keys()
+        relative = {file_key(path.relative_to(root)) for root in roots if path.is_relative_to(root)}
+        keys = {file_key(path), *relative} & rows.keys()
         for key in keys:
             exact.setdefault(key, []).append(path)
         if not keys:
-            by_name.setdefault(path.name.lower(), []).append(path)
+            by_name.setdefault(file_key(path.name).lower(), []).append(path)
     for name, entry in rows.items():
         same = exact.get(name) or by_name.get(Path(name).name.lower(), [])
         if len(same) > 1:
@@ -185,6 +185,7 @@ def labels_from_csv(csv_path, paths, roots):
                 f"{csv_path} names {name}, which could be {printable(same[0])} or {printable(same[1])}: name files"
                 " relative to --images, with their folder"
             )
+        absent += not same
         if same and found.setdefault(same[0], entry) != entry:
             raise InputError(f"{csv_path} has two different rows for {printable(same[0])}; keep one of them")
     if not found:
@@ -194,6 +195,8 @@ def labels_from_csv(csv_path, paths, roots):
         )
     if not any(label for _, label in found.values()):
         raise InputError(f"{csv_path}: there is no label in it")
+    if absent:
+        print(f"{absent} of the {len(rows)} files named in {csv_path} are not among the images")
     return found
 
 
@@ -202,24 +205,18 @@ def read_labels(path):
     CSV with the columns file, label and perhaps split -> {file: (split, label)}; blanks and words such as nan, None,
     N/A, - or XXXX are unknown labels.
     """
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            missing = {"file", "label"} - set(reader.fieldnames or ())
-            if missing:
-                raise InputError(
-                    f"{path} has no column {' and no column '.join(sorted(missing))}; it has"
-                    f" {', '.join(reader.fieldnames or ['nothing'])}"
-                )
-            rows = {}
-            for row in reader:
-                name = Path((row["file"] or "").strip().replace("\\", "/")).as_posix()
-                entry = (text_of(row.get("split")), text_of(row["label"]))
-                if rows.setdefault(name, entry) != entry:
-                    raise InputError(f"{path} names {name} twice, with different labels; keep one of the rows")
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"--labels: {path} cannot be read as a CSV file ({error})") from error
+    rows = {}
+    for _, row in read_table(path, ("file", "label"), "--labels: ", ("split",)):
+        split = text_of(row.get("split"))
+        entry = (SPLIT_NAMES.get(split.lower(), split), text_of(row["label"]))
+        if rows.setdefault(file_key(row["file"].replace("\\", "/")), entry) != entry:
+            raise InputError(f"{path} names {row['file']} twice, with different labels; keep one of the rows")
     return rows
+
+
+def file_key(path):
+    """A path to be compared: macOS writes an accent as a character of its own."""
+    return unicodedata.normalize("NFC", Path(path).as_posix())
 
 
 def printable(path):

@@ -20,6 +20,7 @@ if __name__ == "__main__":
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,7 +31,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from shared.runtime import InputError, load_checkpoint, read_json
+from shared.runtime import InputError, load_checkpoint, read_json, run_kind
 from task1_classification.model import build_model, digest, find_classifier, load_classifier, normalise
 
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
@@ -57,6 +58,7 @@ class Embedder:
     batch_size: int = 256
     device: torch.device = torch.device("cpu")
     title: str = ""  # what the tables call it
+    limit: int | None = None  # --limit of the run that trained the weights
 
     @torch.inference_mode()
     def __call__(self, images):
@@ -84,8 +86,10 @@ class Embedder:
             )
 
     def warnings(self, phantom):
-        """Sentences for reports on images that are drawn (phantom) or not, where the weights come from drawn ones."""
-        return ["The network was trained on drawn films (phantom)."] * (self.trained_on == "phantom" and not phantom)
+        """Sentences for reports on images that are drawn (phantom) or not: what the weights were trained on."""
+        drawn = self.trained_on == "phantom" and not phantom
+        limited = [f"The network was trained with --limit {self.limit}."] * bool(self.limit)
+        return ["The network was trained on drawn films (phantom)."] * drawn + limited
 
     def facts(self):
         """What an index and metrics files say about where the vectors came from."""
@@ -126,10 +130,9 @@ def preferred_run(script, holding, dataset=None):
     """
     found = []
     for run in (RUNS / script).glob("[0-9]*"):
-        if run.name.isdigit() and (run / holding).is_file() and (run / "metrics.json").is_file():
-            metrics = read_json(run / "metrics.json")
-            if dataset is None or dataset in metrics.get("datasets", ()):
-                found.append((not (metrics.get("phantom") or metrics.get("limited")), int(run.name), run))
+        if re.fullmatch("[0-9]+", run.name) and (run / holding).is_file() and (kind := run_kind(run))["finished"]:
+            if dataset is None or dataset in (read_json(run / "metrics.json").get("datasets") or ()):
+                found.append((not (kind["phantom"] or kind["limit"]), int(run.name), run))
     full, _, run = max(found, default=(False, 0, None))
     return run, full
 
@@ -192,6 +195,8 @@ def embedder_like(facts, cnn_weights=None, device="cpu", batch_size=256):
     The Embedder that an index was built with, from what Embedder.facts() said of it; cnn_weights: where its CNN lies
     now. Whether it is the same is checked by CaseIndex.load and check_embedder, by digest.
     """
+    if not facts:
+        raise InputError("this index does not say what its vectors were made with; build it again")
     backbone, size = facts["backbone"], facts["settings"].get("image_size")
     if backbone == "pixels":
         return load_pixels(
@@ -259,7 +264,8 @@ def load_cnn(path, image_size, common):
     settings = {key: facts[key] for key in ("image_size", "channels", "architecture", "stem", "normalisation")}
     settings |= {"projection": network.widths}
     trained_on = facts["dataset"]["name"]
-    return Embedder("cnn", network.dim, sha256, settings, str(path), trained_on, vectors, **common, title=title)
+    common = common | {"title": title, "limit": facts.get("limit")}
+    return Embedder("cnn", network.dim, sha256, settings, str(path), trained_on, vectors, **common)
 
 
 def read_embedding(state, path):

@@ -35,7 +35,7 @@ from task3_retrieval.cases import add_embedding_options, choose_classifier, clas
 from task3_retrieval.checks import MOST_LOO, Study, agreement, as_distance, compare_all, copies_matter, each
 from task3_retrieval.checks import evaluate_system, explanation_checks, failures, foreign_detection, paired_difference
 from task3_retrieval.checks import precision_curve, prepare, view_recall
-from task3_retrieval.embed import channels_last, load_embedder
+from task3_retrieval.embed import channels_last, fit_images, load_embedder
 from task3_retrieval.figures import draw_cases, draw_distances, draw_map, draw_precision
 from task3_retrieval.metrics import duplicate_report, hubness
 from task3_retrieval.report import HAND_IN, make_report, systems_table
@@ -222,9 +222,10 @@ def main(argv=None):
     study = study_of(args, data)
 
     def fits(facts):
-        return facts["dataset"]["name"] == data.name or args.allow_other_dataset
+        same = facts["dataset"]["name"] == data.name or args.allow_other_dataset
+        return same and facts["label_names"] == data.label_names
 
-    unlike = f", not on {data.name}; give the classifier of that set"
+    unlike = f", not on {data.name} ({', '.join(data.label_names)}); give the classifier of that set"
     classifier, facts = choose_classifier(args.classifier, fits, unlike, device)
     plan = systems_to_compare(args, embed, facts and facts["path"], data, device)
     run_dir = open_run_dir(args, TASK, "evaluate")
@@ -238,7 +239,7 @@ def main(argv=None):
     if classifier is None:
         print("no task 1 classifier for this data set: the vote is not compared with one")
     else:
-        images = data.images[args.queries]
+        images = fit_images(data.images[args.queries], facts["image_size"], facts["channels"])
         answers, probabilities = classifier_answers(classifier, facts, images, device, dtype, args.batch_size)
         measured["agreement"] = agreement(found["called"], answers, study.y)
     del classifier

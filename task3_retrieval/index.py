@@ -30,6 +30,7 @@ import hashlib
 import io
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -56,6 +57,7 @@ SETTINGS = {
     "hnsw": {"links": 32, "ef_construction": 200, "ef_search": 64},
     "ivfpq": {"lists": None, "parts": None, "probes": 16, "refine": 10},
 }
+OWN_FILES = re.compile(r"(vectors|cases|index)-[0-9a-f]{12}\.(npy|csv|faiss)|\..*\.part")  # what save writes
 CHUNK = 2**24  # float64 numbers compared at once (128 MiB)
 TYPICAL_K, TYPICAL_SAMPLE, TYPICAL_SHARES = 10, 5000, ("0.95", "0.99")
 
@@ -74,7 +76,7 @@ class CaseIndex:
                 f" {metric}"
             )
         self.kind, self.metric, self.settings = kind, metric, SETTINGS[kind] | (settings or {})
-        self.metadata = dict(metadata or {})
+        self.metadata = {"label_names": [], "datasets": {}} | dict(metadata or {})
         self.retired = set()  # ids an HNSW graph still holds but must not answer with
         vectors = np.asarray(vectors)
         if vectors.ndim != 2 or vectors.shape[1] == 0:
@@ -217,7 +219,7 @@ class CaseIndex:
         return np.flatnonzero(mask)
 
     def label_number(self, label):
-        if label == "unknown":
+        if label == "unknown" and label not in self.label_names:
             return UNKNOWN
         if label not in self.label_names:
             raise InputError(f"the index has no label {label!r}; it has {', '.join(self.label_names)}")
@@ -365,10 +367,9 @@ class CaseIndex:
         }
         write_json(folder / "manifest.json", manifest | {"sha256": digest_of_manifest(manifest)})
         kept = {f["name"] for f in files.values()}
-        for pattern in ("vectors-*.npy", "cases-*.csv", "index-*.faiss", ".*.part"):  # of earlier and interrupted saves
-            for path in folder.glob(pattern):
-                if path.name not in kept:
-                    path.unlink()
+        for path in folder.iterdir():  # of earlier and interrupted saves
+            if OWN_FILES.fullmatch(path.name) and path.name not in kept:
+                path.unlink()
 
     def write_cases(self, file):
         text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")  # names of any bytes
@@ -385,7 +386,7 @@ class CaseIndex:
         an Embedder, also that it is the one the vectors came from. InputError with one sentence otherwise.
         """
         folder = find_index(folder)
-        manifest = read_json(folder / "manifest.json")
+        manifest = read_json(folder / "manifest.json", object)
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
             raise InputError(f"{folder}/manifest.json is not that of a '{FORMAT}' index; build it again")
         if manifest.pop("sha256", None) != digest_of_manifest(manifest):
@@ -460,9 +461,9 @@ def check_manifest(manifest):
         return type(value) is int and value >= least
 
     metadata, settings, usual = manifest["metadata"], manifest["settings"], SETTINGS.get(manifest["kind"])
-    names, sets = metadata.get("label_names") or [], metadata.get("datasets") or {}
+    names, sets = metadata.setdefault("label_names", []), metadata.setdefault("datasets", {})
     typical = metadata.get("typical") or {"k": 1, "distance": dict.fromkeys(TYPICAL_SHARES, 0)}
-    embedder = metadata.get("embedder") or dict(backbone="", digest="", settings={}, weights=None, trained_on=None)
+    embedder = metadata.get("embedder", dict(backbone="", digest="", settings={}, weights=None, trained_on=None))
     optional = (str, type(None))
     kinds = dict(backbone=str, digest=str, settings=dict, weights=optional, trained_on=optional)
     checks = {
@@ -472,10 +473,17 @@ def check_manifest(manifest):
         "count": whole(manifest["count"]),
         "settings": usual is not None and {*settings} == {*usual} and all(whole(v, 1) for v in settings.values()),
         "retired": all(map(whole, manifest["retired"])),
-        "label_names": all(isinstance(n, str) for n in names) and len(set(names)) == len(names),
+        "label_names": isinstance(names, list)
+        and len(set(names)) == len(names)
+        and all(isinstance(n, str) for n in names),
         "datasets": all(whole(d["size"], 1) and isinstance(d["sha256"], str) and "phantom" in d for d in sets.values()),
-        "embedder": all(isinstance(embedder[key], kind) for key, kind in kinds.items()),
-        "typical": whole(typical["k"], 1) and all(math.isfinite(typical["distance"][q]) for q in TYPICAL_SHARES),
+        "embedder": all(isinstance(embedder[key], kind) for key, kind in kinds.items())
+        and (embedder["backbone"] != "cnn" or embedder["weights"])
+        and (
+            embedder["backbone"] != "pixels"
+            or all(whole(embedder["settings"][k], 1) for k in ("image_size", "channels"))
+        ),
+        "typical": whole(typical["k"], 1) and all(-1e-3 < typical["distance"][q] < math.inf for q in TYPICAL_SHARES),
     }
     for name, right in checks.items():
         if not right:

@@ -122,7 +122,7 @@ def main(argv=None):
     far, limit = distance_to_gallery(index, vectors, itself, args.warn_at)
     called = calls_of(classifier, facts, queries, device, args.batch_size) if classifier is not None else None
     rows = index.rows_of(ids)
-    predictions = list(predictions_of(index, queries, rows, distances, called, far, limit))
+    predictions = list(predictions_of(index, queries, rows, distances, called, far, limit, not args.only_label))
     neighbours = list(neighbours_of(index, queries, rows, distances))
 
     run_dir = open_run_dir(args, TASK, "infer")
@@ -142,7 +142,7 @@ def main(argv=None):
             "n_queries_in_gallery": int((itself >= 0).sum()),
             "n_pictures_missing": missing,
             "n_unlike_gallery": sum(p["unlike_gallery"] for p in predictions) if limit is not None else None,
-            "n_disagree": sum(not p["agree"] for p in predictions) if called is not None else None,
+            "n_disagree": sum(p["agree"] is False for p in predictions) if called is not None else None,
             "index": str(index_dir),
             "index_kind": index.kind,
             "metric": index.metric,
@@ -185,10 +185,7 @@ def open_index(args, device):
         print("there is no index of a full run on real images: this one is limited, or of the phantom")
     folder = find_index(place)
     index = CaseIndex.load(folder)
-    made = index.metadata.get("embedder")
-    if made is None:
-        raise InputError(f"{folder} does not say what its vectors were made with; build it again")
-    embedder = embedder_like(made, args.cnn_weights, device, args.batch_size)
+    embedder = embedder_like(index.metadata.get("embedder"), args.cnn_weights, device, args.batch_size)
     index.check_embedder(embedder, folder)
     run, _ = preferred_run("train", "best.pt", embedder.trained_on)
     if embedder.title == "task 1 features" and run and find_cnn(embedder.trained_on)[0] == run / "best.pt":
@@ -202,7 +199,7 @@ def open_index(args, device):
 def read_queries(args, index, embedder, pictures):
     """-> (dicts with name, label, picture uint8 (C, H, W), image for the embedder), errors as rows."""
     queries, errors = [], []
-    numbers = args.query_index or ([0, 1, 2] if args.dry_run and not args.query else [])
+    numbers = (args.query_index or ([0, 1, 2] if args.dry_run and not args.query else []))[: args.limit]
     if numbers:
         if not index.metadata["datasets"]:
             raise InputError("--query-index: the index was built from files, not from a data set; name files instead")
@@ -274,8 +271,10 @@ def calls_of(classifier, facts, queries, device, batch_size):
     return list(zip(names[answers], probabilities.tolist(), names[of], strict=True))
 
 
-def predictions_of(index, queries, rows, distances, called, far, limit):
-    """Rows of predictions.csv. rows, distances (Q, k); called: see calls_of, or None."""
+def predictions_of(index, queries, rows, distances, called, far, limit, free=True):
+    """
+    Rows of predictions.csv. rows, distances (Q, k); called: see calls_of, or None; free: could the vote be any label?
+    """
     k, num_classes = rows.shape[1], max(1, len(index.label_names))
     with np.errstate(invalid="ignore"):  # no share where no neighbour has a label
         votes, shares = knn_vote(rows, np.full(len(rows), k), -index.far(distances), index.labels, num_classes, k)
@@ -287,7 +286,7 @@ def predictions_of(index, queries, rows, distances, called, far, limit):
         if called is not None:
             name, probability, of = called[i]
             row |= {"classifier": name, "classifier_probability": round(probability, 4), "probability_of": of}
-            row["agree"] = vote == name
+            row["agree"] = vote == name if known and free else ""
         if limit is not None:
             row |= {"distance_to_kth": round(float(far[i]), 6), "limit": round(limit, 6)}
             row["unlike_gallery"] = bool(far[i] > limit)
@@ -313,7 +312,8 @@ def verdict(row):
     lines = [f"neighbours: {row['vote']} ({row['vote_share']:.0%})" if row["vote"] else "no labelled neighbour"]
     if "classifier" in row:
         probability = f"probability of {row['probability_of']} {number(row['classifier_probability'])}"
-        lines.append(f"classifier: {row['classifier']} ({probability}), {'agrees' if row['agree'] else 'DISAGREES'}")
+        agrees = {True: ", agrees", False: ", DISAGREES", "": ""}[row["agree"]]
+        lines.append(f"classifier: {row['classifier']} ({probability}){agrees}")
     if row.get("unlike_gallery"):
         lines.append(f"WARNING: unlike the gallery ({row['distance_to_kth']:.3g}, limit {row['limit']:.3g})")
     return lines
@@ -349,6 +349,9 @@ def write_page(args, run_dir, index, cases, num_cases, missing, explained_by, ph
     )
     page = Report(title, phantom, embedder.warnings(phantom))
     page.text("The page holds pictures of the gallery: share it only where the images may be shared.")
+    for what, only in (("label", args.only_label), ("split", args.only_split)):
+        if only:
+            page.text(f"Searched: images with the {what} {' or '.join(only)} only (--only-{what}).")
     if num_cases > len(cases):
         page.text(f"The first {len(cases)} of {num_cases} queries (--show); all are in neighbours.csv.")
     if args.k > MOST_DRAWN:

@@ -183,8 +183,7 @@ def summarise(values, labels, num_classes, draws=None, baseline=None):
     """
     {name: (Q,)} and its resampled means `draws` (None: no intervals); baseline: (values, draws) of another system,
     resampled by the same seed -> {"micro" | "macro" | 0 | 1 | ...: {name: dict(value, low, high)}}, 95 % percentile
-    intervals; with a baseline also difference (system - baseline), difference_low, difference_high, p (paired; as in
-    statistics.paired_bootstrap).
+    intervals; with a baseline also difference (system - baseline), difference_low, difference_high, p (paired).
     """
 
     def means(of):

@@ -32,18 +32,9 @@ from tqdm import tqdm
 from shared.data.augment import augment, shifted_copies
 from shared.data.image_sets import load_images, load_phantom
 from shared.report import draw_history, number
-from shared.runtime import (
-    InputError,
-    add_resume,
-    command,
-    free_gpu,
-    is_main_process,
-    open_run_dir,
-    pick_device,
-    positive_float,
-)
-from shared.runtime import positive_int, run_facts, save_checkpoint, script, script_parser, seed_everything
-from shared.runtime import start_distributed, write_json, write_jsonl
+from shared.runtime import InputError, add_resume, command, free_gpu, is_main_process, open_run_dir, pick_device
+from shared.runtime import positive_float, positive_int, run_facts, save_checkpoint, script, script_parser
+from shared.runtime import seed_everything, start_distributed, write_json, write_jsonl
 from shared.training import GuardedStep, StopSignal, learning_rate, load_state, moving_average, save_state, settings_of
 from task1_classification.model import build_model, choose_stem, digest, find_classifier, load_classifier, normalise
 from task1_classification.model import predict_logits
@@ -389,6 +380,7 @@ def main(argv=None):
     about = {"loss": args.loss, "seed": args.seed, "started_from": weights}
     settings = {k: facts[k] for k in EMBEDDING_SETTINGS if k != "dataset"}
     settings |= {"label_names": data.label_names, "task": data.task, "dataset": data.facts()}
+    settings |= {"limit": args.limit or facts.get("limit")}
     embedding = {"kind": EMBEDDING_KIND, "model": best["model"], "head": best["head"], "validation": best["row"]}
     embedding["weights_sha256"] = digest(best["model"] | best["head"])
     save_checkpoint(run_dir / "best.pt", embedding | about | {"settings": settings})

@@ -33,7 +33,6 @@ def measured(trained, tmp_path_factory):
     folder = tmp_path_factory.mktemp("measured")
     small = "--films 24 --faithfulness 6 --num-samples 50 --device cpu".split()
     arguments = [*small, "--checkpoint", trained, "--out-dir", folder / "run"]
-    arguments += ["--export-rexrank", folder / "rexrank.json"]
     evaluate.main([str(a) for a in arguments])
     return folder
 
@@ -180,11 +179,25 @@ def test_views_that_the_model_never_saw(refused, trained, tmp_path):
         assert "alone" in refused(visualize.main, ["--checkpoint", tmp_path / "best.pt", *files])
 
 
-def test_export_for_rexrank(measured):
-    found = read_json(measured / "rexrank.json")
-    rows = [json.loads(line) for line in open(measured / "run" / "predictions.jsonl")]
-    assert {uid: study["model_prediction"] for uid, study in found.items()} == {r["uid"]: r["model"] for r in rows}
-    assert all(study["report"] for study in found.values())
+@pytest.mark.realdata
+def test_export_for_rexrank(trained, tmp_path, real_data, refused):
+    """What ReXrank's own script reads: the sections of the reference, by study, and the text written."""
+    folder, out = real_data("iu_xray/annotation.json").parent, tmp_path / "rexrank.json"
+    small = ["--checkpoint", trained, "--device", "cpu", "--num-samples", "5", "--export-rexrank", out]
+    assert "these are phantom" in refused(evaluate.main, small)
+    evaluate.main([*map(str, small), "--data", "iu_xray", "--data-dir", str(folder), "--limit", "4",
+                   "--out-dir", str(tmp_path / "run")])  # fmt: skip
+    rows, found = [json.loads(line) for line in open(tmp_path / "run" / "predictions.jsonl")], read_json(out)
+    texts = {name.split("_")[0]: study["model_prediction"] for name, study in found.items()}
+    assert texts == {f"CXR{row['uid']}": f"Findings: {row['model']}".strip() if row["model"] else "" for row in rows}
+    assert all(study["section_findings"] and "_IM-" in name for name, study in found.items())
+
+
+def test_sections_of_a_written_text():
+    for section in cases.SECTIONS:
+        parts = cases.sections_of(cases.target_text("Clear lungs.", "Normal.", section), section)
+        assert all({"findings": "Clear lungs.", "impression": "Normal."}[k] == v for k, v in parts.items())
+        assert set(parts) == set(section.split("+"))
 
 
 def test_dry_run_needs_no_checkpoint(tmp_path):

@@ -4,7 +4,7 @@ import csv
 
 import pytest
 
-from shared.data.text import base_name, read_table, text_of
+from shared.data.text import base_name, one_spelling, read_table, text_of
 from shared.runtime import InputError
 
 BLANK = [None, float("nan"), "", "  ", "\n", "nan", "NaN", "None", "null", "NULL", "N/A", "n.a.", "NA", "-", "--", "."]
@@ -71,8 +71,15 @@ def test_tables_as_spreadsheets_write_them(tmp_path, encoding, delimiter):
     (b"id,name,id\n1,a,2\n", "two columns of one name, id"),
     (b"id,name\n1,\xe9\n", "not in UTF-8"),
     (b"", "it has nothing"),
+    (b"id,name\n1,a,b.png\n", "line 2 has too many fields"),
+    (b'id,name\n1,"a\n2,b\n', "cannot be read as a CSV file"),
 ])  # fmt: skip
 def test_tables_that_cannot_be_read(tmp_path, content, words):
     (tmp_path / "t.csv").write_bytes(content)
     with pytest.raises(InputError, match=words):
         read_table(tmp_path / "t.csv", ("id", "name"))
+
+
+def test_one_spelling():
+    assert one_spelling(["Ill", "well", "ILL", "1.0", "1", "1.5"]) == ["Ill", "well", "Ill", "1.0", "1.0", "1.5"]
+    assert one_spelling(["ILL"], ["ill", "well"]) == ["ill"]

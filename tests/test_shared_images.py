@@ -406,6 +406,46 @@ def test_dicom_is_shown_as_its_window_says():
     np.testing.assert_array_equal(read_image("f.dcm"), RAMP / np.float32(255))
 
 
+def test_dicom_of_rarer_kinds():
+    write_dicom("signed.dcm", pixels=(RAMP.astype(np.int16) - 128).astype(np.int8), PixelRepresentation=1)
+    np.testing.assert_allclose(read_image("signed.dcm"), stretched(RAMP.astype(float)), atol=0.01)
+    write_dicom("turned.dcm", pixels=RAMP, RescaleSlope=-1, RescaleIntercept=255)
+    np.testing.assert_allclose(read_image("turned.dcm"), 1 - RAMP / 255, atol=1e-5)
+    write_dicom("width.dcm", WindowWidth=300)  # says nothing without its centre
+    np.testing.assert_allclose(read_image("width.dcm"), stretched(RAMP.astype(float)), atol=0.01)
+    padded = RAMP.astype(np.uint16) * 8 + 100
+    padded[0, :6] = range(6)
+    write_dicom("range.dcm", pixels=padded, photometric="MONOCHROME1", PixelPaddingValue=5, PixelPaddingRangeLimit=0)
+    assert (read_image("range.dcm")[0, :6] == 0).all()
+    color = np.repeat(RAMP.astype(np.uint16)[..., None] * 16, 3, axis=2)
+    write_dicom("color.dcm", pixels=color[:, :, 0])
+    import pydicom
+    from pydicom.uid import ExplicitVRBigEndian
+
+    film = pydicom.dcmread("color.dcm")
+    film.SamplesPerPixel, film.PhotometricInterpretation, film.PlanarConfiguration = 3, "RGB", 0
+    film.PixelData = color.tobytes()
+    film.save_as("color.dcm")
+    np.testing.assert_array_equal(read_image("color.dcm"), RAMP / np.float32(255))
+    write_dicom("big.dcm")
+    film = pydicom.dcmread("big.dcm")
+    film.file_meta.TransferSyntaxUID = ExplicitVRBigEndian
+    film.PixelData = (RAMP.astype(np.uint16) * 16).astype(">u2").tobytes()
+    pydicom.dcmwrite("big.dcm", film, implicit_vr=False, little_endian=False, enforce_file_format=True)
+    content = Path("big.dcm").read_bytes()
+    Path("bare").write_bytes(content[144 + struct.unpack("<I", content[140:144])[0] :])
+    write_dicom("plain.dcm")
+    for name in ("big.dcm", "bare"):
+        np.testing.assert_array_equal(read_image(name), read_image("plain.dcm"))
+
+
+@pytest.mark.parametrize("suffix", ["dcm", "npy", "txt"])
+def test_the_content_says_what_a_file_is(suffix):
+    Image.fromarray(RAMP).save("film.png")
+    Path("film.png").rename(f"film.{suffix}")
+    np.testing.assert_array_equal(read_image(f"film.{suffix}"), RAMP / np.float32(255))
+
+
 def test_dicom_that_is_not_one_film():
     write_dicom("many.dcm", pixels=np.stack([RAMP, RAMP]), NumberOfFrames=2)
     assert "holds 2 pictures" in why_not("many.dcm")

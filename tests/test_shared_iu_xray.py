@@ -16,7 +16,7 @@ from shared.data.audit import similar_images, split_groups
 from shared.data.__main__ import main as audit_main
 from shared.data.images import read_image
 from shared.data.iu_xray import add_image_paths, audit, load_gold_labels, load_iu_xray
-from shared.data.iu_xray import plain_name, read_reports
+from shared.data.iu_xray import plain_name, read_reports, rexrank_entries
 from shared.metrics.text import clean_r2gen
 from shared.runtime import DataNotFound, InputError
 
@@ -298,7 +298,7 @@ def test_refusals(made_up, tmp_path):
         with pytest.raises(InputError, match=message):
             load_iu_xray(made_up)
     (folder / "indiana_reports.csv").write_bytes(b"uid,MeSH\xff\n")
-    with pytest.raises(InputError, match="cannot be read as CSV"):
+    with pytest.raises(InputError, match="cannot be read as a CSV file"):
         load_iu_xray(made_up)
     (folder / "indiana_projections.csv").unlink()
     with pytest.raises(InputError, match="indiana_projections.csv is missing"):
@@ -631,3 +631,13 @@ def test_real_near_identical_films(real_data):
         ["3549_IM-1739-1001-0001", "3549_IM-1739-1001-0002"],
         ["643_IM-2222-1001", "643_IM-2222-2001"],
     ]
+
+
+@pytest.mark.realdata
+def test_rexranks_layout(real_data):
+    folder = real_data("iu_xray/annotation.json").parent
+    row = load_iu_xray(folder, views=()).rows[0]
+    written = {str(row["uid"]): {"findings": "a.", "impression": "b."}, "0": {"findings": "no such study"}}
+    ((name, entry),) = rexrank_entries(written, folder).items()
+    assert name.startswith(f"CXR{row['uid']}_") and entry["model_prediction"] == "Findings: a. Impression: b."
+    assert entry["section_findings"] == row["findings"] and "section_impression" in entry

@@ -94,3 +94,22 @@ def test_trained_and_searched(small_network):
     found = Path("found/predictions.csv").read_text().splitlines()
     assert len(found) == 4 and all(",PNEUMONIA," in row for row in found[1:])
     assert json.loads(Path("found/metrics.json").read_text())["n_pictures_missing"] == 0
+
+
+def test_layouts_of_folders(capsys):
+    """Splits by other names, below the classes, in other letters; films beside the classes; a set inside of itself."""
+    for split in ("Training", "valid", "testing"):
+        write_folder(f"names/{split}", {"a": 6, "b": 6})
+    for name in ("a", "b"):
+        write_folder(f"below/{name}", {"train": 6, "val": 6, "test": 6})
+    write_folder("letters/train", {"NORMAL": 8, "ILL": 8})
+    write_folder("letters/test", {"Normal": 6, "Ill": 6}, 1)
+    for split in ("train", "val", "test"):
+        write_folder(f"double/{split}", {"a": 6, "b": 6})
+        write_folder(f"double/double/{split}", {"a": 6, "b": 6})
+    Path("double/train/loose.png").write_bytes(Path("double/train/a/0.png").read_bytes())
+    counts = {"names": [12, 12, 12], "below": [12, 12, 12], "letters": [14, 2, 12], "double": [12, 12, 12]}
+    for folder, expected in counts.items():
+        data = load_images(folder, "data")
+        assert len(data.label_names) == 2 and [len(data.labels[s]) for s in ("train", "val", "test")] == expected
+    assert "37 files of double were left out" in capsys.readouterr().err

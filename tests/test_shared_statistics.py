@@ -9,7 +9,7 @@ from scipy import stats
 from sklearn.metrics import f1_score, roc_auc_score
 
 from benchmarks import coverage
-from shared.metrics.statistics import FEW_CLUSTERS, METHODS, benjamini_hochberg, bootstrap_interval
+from shared.metrics.statistics import FEW_CLUSTERS, METHODS, bootstrap_interval
 from shared.metrics.statistics import cases_needed, delong_auc, delong_test, effective_clusters, holm, mcnemar_exact
 from shared.metrics.statistics import percentile_interval, resample_counts, sign_flip_test
 from shared.metrics.statistics import wilson_interval
@@ -486,18 +486,6 @@ def test_holm_by_hand():
     assert holm([]) == []
     with pytest.raises(ValueError, match="between 0 and 1"):
         holm([0.5, float("nan")])
-
-
-def test_benjamini_hochberg_by_hand():
-    # sorted .01 .02 .03 .50 times 4/1 4/2 4/3 4/4 = .04 .04 .04 .50
-    assert benjamini_hochberg([0.03, 0.01, 0.5, 0.02]) == pytest.approx([0.04, 0.04, 0.5, 0.04])
-    assert benjamini_hochberg([0.01, None]) == [0.02, None]  # the undefined one still counts
-    assert benjamini_hochberg([]) == []
-    p = np.random.default_rng(0).random(40) ** 3
-    p[5] = p[6]
-    assert all(b <= h for b, h in zip(benjamini_hochberg(p), holm(p), strict=True))  # never stricter
-    with pytest.raises(ValueError, match="between 0 and 1"):
-        benjamini_hochberg([1.5])
 
 
 # --- coverage of all intervals: benchmarks/coverage.py with fewer repetitions ---

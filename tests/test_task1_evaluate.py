@@ -14,6 +14,7 @@ import medmnist
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 import task1_classification.evaluate as evaluate_script
@@ -161,6 +162,7 @@ def test_another_split(tiny_run):
     assert metrics["split"] == "val" and metrics["n"] == 32
     validation = torch.load(tiny_run.checkpoint, weights_only=True)["validation"]
     assert metrics["rows"][NETWORK]["auc"] == pytest.approx(validation["val_auc"])  # the same images as in training
+    assert "Measured on the val images" in metrics["warnings"][-2] and not Path("reports").exists()
 
 
 def test_nothing_is_chosen_on_the_test_split(trained):
@@ -458,6 +460,34 @@ def test_a_set_that_is_gone_is_not_replaced(trained, refused, monkeypatch):
 def test_an_unknown_layer_leaves_nothing_half_written(tiny_run, refused, own_folder):
     assert "no layer 'layer9'" in refused(main, ["--checkpoint", tiny_run.checkpoint, "--layer", "layer9"])
     assert not any(own_folder.rglob("predictions.csv"))
+
+
+def test_a_network_named_twice_is_refused(tiny_run, refused):
+    assert "names twice" in refused(main, ["--checkpoint", tiny_run.run_dir, tiny_run.checkpoint])
+
+
+def test_folders_whose_classes_changed_are_refused(small_network, refused):
+    rng = np.random.default_rng(0)
+    for name in ("ill", "well"):
+        Path("own", name).mkdir(parents=True)
+        for i in range(12):
+            Image.fromarray(rng.integers(0, 255, (40, 40)).astype(np.uint8)).save(f"own/{name}/{i}.png")
+    options = ["--data", "own", "--device", "cpu"]
+    train([*options, "--epochs", "1", "--batch-size", "8", "--out-dir", "trained"])
+    Path("own/ill").rename("own/zill")  # the order of the classes turns round
+    message = refused(main, [*options, "--checkpoint", "trained"])
+    assert "classes ['ill', 'well'] (now ['well', 'zill'])" in message
+    Path("own/zill").rename("own/ill")
+    Image.fromarray(rng.integers(0, 255, (40, 40, 3)).astype(np.uint8)).save("own/ill/color.png")
+    assert "channels 1 (now 3)" in refused(main, [*options, "--checkpoint", "trained"])
+    Path("trained/settings.json").write_text("[]")
+    assert "it holds a list, not an object" in refused(main, [*options, "--checkpoint", "trained"])
+
+
+def test_a_split_with_one_class_of_several(trained, refused):
+    trained("bloodmnist")
+    options = ["--checkpoint", "trained", "--data-dir", "data", "--device", "cpu"]
+    assert "only one class; raise --limit" in refused(main, [*options, "--limit", "1"])
 
 
 def test_a_split_with_one_class(tiny_run, refused):

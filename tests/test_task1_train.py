@@ -188,6 +188,19 @@ def run_without_limit(name, write_medmnist, *more):
     return torch.load("models/task1_model.pth", weights_only=True)["dataset"]
 
 
+@pytest.mark.parametrize(
+    "state", [3, {"dataset": "pneumoniamnist"}, {"dataset": {}}, {"state_dict": {}}, None], ids=repr
+)
+def test_a_model_of_another_program_is_left_alone(state, small_network, write_medmnist, capsys):
+    Path("models").mkdir()
+    torch.save(state, "models/task1_model.pth") if state else Path("models/task1_model.pth").write_bytes(b"")
+    before = Path("models/task1_model.pth").read_bytes()
+    write_medmnist("data")
+    main("--data pneumoniamnist --data-dir data --device cpu --batch-size 16 --epochs 1 --out-dir run".split())
+    assert Path("models/task1_model.pth").read_bytes() == before and Path("run/metrics.json").exists()
+    assert "left alone: it was trained on something unknown" in capsys.readouterr().out
+
+
 def test_a_phantom_run_never_replaces_a_real_model(small_network, write_medmnist, capsys):
     save_checkpoint(Path("models/task1_model.pth"), {"dataset": {"name": "pneumoniamnist", "phantom": False}})
     before = Path("models/task1_model.pth").read_bytes()

@@ -12,7 +12,7 @@ from task2_report.evaluate import blind_films, main, plan, sizes_there, stratifi
 from task2_report.label_cnn import best_thresholds, small_films
 from task2_report.measures import pixel_baseline
 from task2_report.pages import verdict
-from task2_report.report_task import GREY, MODEL, SHUFFLED, make_baselines, measure_redrawn, other_films, rexrank_rows
+from task2_report.report_task import GREY, MODEL, SHUFFLED, make_baselines, measure_redrawn, other_films
 from shared.metrics.statistics import mean_interval
 from task2_report.scores import FEW, measure_reports
 from task2_report.train import main as train
@@ -183,15 +183,6 @@ def test_redrawn_films_are_asked_about_what_was_taken_out():
 
     same = [cases[0]] * 2
     assert measure_redrawn(Blind(), same, [texts[0]] * 2, conditions, False, 100)["gone"]["value"] == 0
-
-
-def test_rexranks_layout(real_data):
-    folder = real_data("iu_xray/annotation.json").parent.parent
-    cases = load_reports("iu_xray", folder, splits=("test",)).cases[:3]
-    found = rexrank_rows(cases, ["FINDINGS: a.\nIMPRESSION: b."] * 3, folder)
-    assert len(found) == 3 and all(name.startswith("CXR") and "_IM-" in name for name in found)
-    entry = next(iter(found.values()))
-    assert entry["model_prediction"] == "Findings: a. Impression: b." and entry["section_findings"] == cases[0].findings
 
 
 def test_reports_of_iu_xray(own_folder, real_data):

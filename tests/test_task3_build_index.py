@@ -194,7 +194,7 @@ def test_refusals(tiny_run, refused, write_medmnist, own_folder):
     assert "belongs to --images" in refused(main, ["--labels", "x.csv"])
     save_films(tiny_run, 1)
     Path("labels.csv").write_text("name,label\n00.png,ill\n")
-    assert "labels.csv has no column file; it has name, label" in refused(
+    assert "labels.csv lacks the column file; it has name, label" in refused(
         main, ["--images", "films", "--labels", "labels.csv", "--backbone", "pixels"]
     )
     Path("labels.csv").write_text("file,label\nother.png,ill\n")
@@ -361,3 +361,30 @@ def test_two_processes_build_the_same_index(start_script, own_folder):
     ), Path("output.txt").read_text()
     alone, two = CaseIndex.load("alone"), CaseIndex.load("two")
     assert (alone.vectors == two.vectors).all() and (alone.names == two.names).all() and len(two) == 41
+
+
+def test_an_update_keeps_files_of_others_and_tells_what_the_index_holds_now(tiny_run, refused):
+    build("--data", "phantom", "--split", "test", "--backbone", "pixels")
+    for name in ("cases-reviewed.csv", "vectors-mine.npy"):
+        Path("built/index", name).write_text("mine")
+    main(["--update", "built", "--remove", "3", "5"])
+    metrics = json.loads(Path("built/metrics.json").read_text())
+    assert metrics["n"] == 46 and sum(metrics["labels"].values()) == 46 and metrics["phantom"]
+    assert {p.name for p in Path("built/index").glob("*-*") if p.read_bytes() == b"mine"} == {
+        "cases-reviewed.csv",
+        "vectors-mine.npy",
+    }
+    for flags in (["--split", "val"], ["--images", "films"], ["--limit", "3"]):
+        assert "give --add too" in refused(main, ["--update", "built", "--remove", "7", *flags])
+
+
+def test_labels_as_people_write_them(tiny_run, capsys):
+    save_films(tiny_run, 6)
+    Path("films/05.png").rename("films/e\u0301.png")  # as macOS writes it
+    Path("labels.csv").write_text(
+        "File;Label;Split\n00.png;Ill;Training\n01.png;ILL;train\n02.png;unknown;\n\u00e9.png;well;\nx.png;well;\n",
+        "utf-16",
+    )
+    index, metrics = build("--images", "films", "--labels", "labels.csv", "--backbone", "pixels")
+    assert metrics["labels"] == {"Ill": 2, "well": 1, "unknown": 3} and list(index.splits[:2]) == ["train", "train"]
+    assert "1 of the 5 files named in labels.csv are not among the images" in capsys.readouterr().out

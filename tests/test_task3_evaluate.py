@@ -17,6 +17,7 @@ import task3_retrieval.checks as checks
 import task3_retrieval.evaluate as evaluate_script
 from conftest import SmallNet
 from shared.data import image_sets
+from task3_retrieval.cases import classifier_answers as answers
 from task3_retrieval.metrics import content_codes
 from task3_retrieval.embed import load_embedder
 from task3_retrieval.checks import explanation_checks, failures, foreign_images, prepare, search, similarities
@@ -287,6 +288,29 @@ def test_reports_and_what_writes_them(start):
     evaluate("--limit", "30")
     assert evaluate("--queries", "val")["split"] == "val"
     assert not Path("reports/task3_retrieval.md").exists()  # neither a limited run nor one on validation is handed in
+
+
+def test_classifiers_and_weights_that_say_less(small_network, write_medmnist, refused):
+    """A classifier of other classes is compared with nothing; it reads images of its own size; --limit in training."""
+    from task1_classification.train import main as classify
+    from task3_retrieval.train import main as train
+
+    write_medmnist("data")
+    write_medmnist("data", "breastmnist")
+    common = "--data-dir data --device cpu --batch-size 16 --epochs 1 --out-dir".split()
+    for name in ("pneumoniamnist", "breastmnist"):
+        classify(["--data", name, *common, name])
+    train(["--cnn-weights", "pneumoniamnist", "--limit", "60", *common, "few"])
+    other = [*FAST, "--backbone", "pixels", "--classifier", "breastmnist/best.pt", "--allow-other-dataset"]
+    assert "not on pneumoniamnist (normal, pneumonia)" in refused(main, other)
+    main([*FAST, "--cnn-weights", "few", "--out-dir", "run"])
+    assert "trained with --limit 60" in Path("run/report.md").read_text()
+    write_medmnist("data", size=64)
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate_script, "classifier_answers", lambda *a: seen.append(a[2].shape) or answers(*a))
+        main([*FAST, "--backbone", "pixels", "--image-size", "64", "--classifier", "pneumoniamnist/best.pt"])
+    assert seen == [(40, 1, 28, 28)]
 
 
 def test_trained_embedding_stands_beside_the_features_it_came_from(start):

@@ -313,3 +313,41 @@ def test_from_another_folder(built, tiny_run, own_folder, start_script):
     assert len(rows_of("outputs/task3_retrieval/infer/001/predictions.csv")) == 2
     assert start_script([*command, "gone.png"], own_folder).wait(PATIENCE) == 2
     assert "Traceback" not in Path("output.txt").read_text()
+
+
+def test_a_vote_that_could_not_be_another_is_compared_with_nothing(built, tiny_run):
+    predictions, _ = infer(built.train, "--query-index", 0, 1, 2, "--only-label", "normal", "--limit", 2)
+    assert [(p["vote"], p["agree"]) for p in predictions.values()] == [("normal", "")] * 2
+    page = Path("found/page.html").read_text()
+    assert "images with the label normal only" in page and "agrees" not in page.lower()
+    assert json.loads(Path("found/metrics.json").read_text())["n_disagree"] == 0
+
+
+def test_run_folders_that_are_none(built, tiny_run, refused):
+    save_films(tiny_run, 1)
+    for name, text in (("1\u00b2", "{}"), ("001", "[]")):
+        run = Path("outputs/task3_retrieval/build_index", name)
+        (run / "index").mkdir(parents=True)
+        (run / "index/manifest.json").write_text("{}")
+        (run / "metrics.json").write_text(text)
+    assert "there is no index here" in refused(main, ["films"])
+
+
+@pytest.mark.parametrize("change", [
+    lambda m: m["metadata"].update(embedder={}),
+    lambda m: m["metadata"]["embedder"].update(settings={}),
+    lambda m: m["metadata"]["embedder"].update(backbone="cnn", weights=None),
+    lambda m: m["metadata"]["embedder"]["settings"].update(image_size=None),
+    lambda m: m["metadata"]["typical"]["distance"].update({"0.95": -5}),
+    lambda m: m["metadata"].update(label_names="ab"),
+])  # fmt: skip
+def test_manifests_that_no_index_has(change, tiny_run, refused):
+    from task3_retrieval.index import digest_of_manifest
+
+    build(["--data", "phantom", "--backbone", "pixels", "--out-dir", "pixels"])
+    path = Path("pixels/index/manifest.json")
+    manifest = json.loads(path.read_text())
+    del manifest["sha256"]
+    change(manifest)
+    path.write_text(json.dumps(manifest | {"sha256": digest_of_manifest(manifest)}))
+    assert "is damaged" in refused(main, ["--query-index", "0", "--index", "pixels"])

@@ -603,6 +603,9 @@ def test_export_for_grpo(rows_file, scripted_model, refused, capsys):
         (True, True, "a film")
     }
     assert {"image_path", "question", "gold", "region", "group"} <= rows[0].keys()
+    again = ["--data", rows_file, "--split", "train", "--model", "tiny", "--export-grpo", "made/g.jsonl"]
+    assert "is there already" in refused(script.main, again)  # before any answer
+    assert "is there already" in refused(script.main, [*again[:-1], "made", "--overwrite"])
     tested = [row for row in rows if row["delta_cf_roi"] is not None]
     assert tested and {row["gold"] for row in tested} == {"yes"}
     assert [row["delta_cf_roi"] for row in tested] == pytest.approx([2.9] * len(tested))
@@ -706,3 +709,14 @@ def test_real_vqa_rad_rows_and_their_question_only_baseline(real_data):
     right = [scores_of(row, answer)["correct"] for row, answer in zip(rows, majority, strict=True)]
     closed = np.mean([r for r, row in zip(right, rows, strict=True) if row["answer_type"] == "closed"])
     assert 0.45 < closed < 0.60
+
+
+def test_responses_with_other_ends_of_lines_can_be_compared(tmp_path, refused):
+    from vqa_sft_grpo.glance import read_run
+
+    (tmp_path / "metrics.json").write_text('{"glance": {}}')
+    (tmp_path / "predictions.jsonl").write_text('{"response": "a\u2028b\x85c"}\n{"response": "d"}\n', "utf-8")
+    assert len(read_run(tmp_path)[1]) == 2
+    (tmp_path / "predictions.jsonl").write_text('{"response": "a', "utf-8")
+    with pytest.raises(InputError, match="is damaged"):
+        read_run(tmp_path)

@@ -147,3 +147,12 @@ def test_pictures_are_large_enough_to_read():
     picture = draw_boxes(np.zeros((28, 28), np.uint8), [[0, 0, 28, 28]])
     assert picture.size == (448, 448) and picture.getpixel((0, 0)) == (255, 64, 64)
     assert with_caption(picture, "word " * 60).height > 448 + 60
+
+
+def test_long_names_have_pictures_and_long_questions_no_run_folder(film, speaking, refused):
+    speaking('{"boxes": [[250, 500, 750, 1000]], "answer": "yes"}')
+    named = film.rename(film.with_name("\u753b" * 83 + ".png"))  # 253 bytes
+    asked = ["--image", str(named), "--model", "tiny", "--device", "cpu", "--out-dir", "long", "--question"]
+    assert "at most 2,000" in refused(script.main, [*asked, "x" * 3000]) and not Path("long").exists()
+    script.main([*asked, "Is it?"])
+    assert Path("long", rows_of("long")[0]["picture"]).is_file()

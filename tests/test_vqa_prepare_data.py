@@ -697,3 +697,45 @@ def test_real_slake_test_rows(real_data):
     rows, audit = make_rows("slake", "test", real_data("slake").parent)
     assert len({row["group"] for row in rows}) == audit["counts"]["test"]["images"] and len(rows) >= 257
     assert {json.loads(row["output"])["caption"] for row in rows} >= {"CT of the abdomen.", "X-Ray of the lung."}
+
+
+OWN = {"image": "a.png", "question": "Is there a mass?", "answer": "yes"}
+FINDING = {"condition": "Edema", "kind": "edema", "side": "", "zone": ""}
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"id": [1]}, "'id' is"),
+        ({"id": True}, "'id' is"),
+        ({"overlap": "false"}, "'overlap' is 'false'"),
+        ({"answer": "nan"}, "'answer' must be a text"),
+        ({"gold": "no"}, "'gold' is 'no'"),
+        ({"output": '{"answer": "yes", "boxes": 5}'}, "the boxes of 'output'"),
+        ({"output": '{"answer": "yes", "caption": 5}'}, "the caption of 'output'"),
+        ({"output": json.dumps({"answer": "yes", "caption": "\ud800"})}, "'output' must be a JSON object"),
+        ({"findings": ["x"]}, "'findings' must be null or a list"),
+        ({"findings": [FINDING]}, "'findings' must be null or a list"),
+    ],
+)
+def test_values_of_another_kind_are_refused(tmp_path, change, said):
+    Image.fromarray(np.zeros((40, 60), np.uint8)).save(tmp_path / "a.png")
+    (tmp_path / "rows.json").write_text(json.dumps(OWN | change))
+    with pytest.raises(InputError, match=said):
+        read_rows(tmp_path / "rows.json")
+
+
+def test_rows_made_elsewhere_that_overlap_or_cannot_be_measured(tmp_path, capsys):
+    Image.fromarray(np.zeros((40, 60), np.uint8)).save(tmp_path / "a.png")
+    (tmp_path / "bad.png").write_text("no image")
+    bad = OWN | {"image": "bad.png", "region": [[0, 0, 5, 5]], "id": 7}
+    rows = [OWN | {"split": "train"}, OWN | {"split": "test"}, bad]
+    (tmp_path / "rows.json").write_text("\n".join(map(json.dumps, rows)))
+    found = read_rows(tmp_path / "rows.json")
+    assert "OVERLAP" in capsys.readouterr().out and all(row["overlap"] for row in found)
+    assert found[2]["region"] is None and found[2]["id"] == "7"
+
+
+def test_the_audit_replaces_no_rows(tmp_path, refused):
+    argv = ["--dataset", "phantom", "--studies", "1", "--output", str(tmp_path / "a.json")]
+    assert "must be two files" in refused(main, [*argv, "--grpo_output", str(tmp_path / "a.audit.json")])

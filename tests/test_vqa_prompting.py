@@ -395,3 +395,34 @@ def test_a_megabyte_takes_linear_time(name):
     text = HUGE[name]
     part, whole = seconds(text[: len(text) // 8]), seconds(text)
     assert whole < 0.5 or whole < 24 * part, (part, whole)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"answer": "yes", "bounding box": [100, 200, 300, 400]}',
+        '{"answer": "yes", "coordinates": [100, 200, 300, 400]}',
+        '{"answer": "yes", "boxes": [{"x": 100, "y": 200, "width": 200, "height": 200}]}',
+        '{"answer": "yes", "boxes": [{"left": 100, "top": 200, "Width": 200, "Height": 200}]}',
+        '{"answer": "yes", "boxes": {"mass": [[100, 200, 300, 400]]}}',
+        '{"answer": "yes", "boxes": [[[100, 200, 300, 400]]]}',
+        '{"finalAnswer": "yes", "boxes": [[100, 200, 300, 400]]}',
+        '{"answer": "yes" /* sure */, // a box\n "boxes": [[100, 200, 300, 400]]}',
+        '"{\\"answer\\": \\"yes\\", \\"boxes\\": [[100, 200, 300, 400]]}"',
+        "yes [[100, 200, 300, 400]]",
+        "yes <box>100,200,300,400</box>",
+        "yes <bbox>[100,200,300,400]</bbox>",
+        "yes <|ref|>nodule<|/ref|><|det|>[[100,200,300,400]]<|/det|>",
+        "\\boxed{\\text{yes}} [100, 200, 300, 400]",
+        "So the final answer is \\boxed{yes}. [100, 200, 300, 400]",
+    ],
+)
+def test_more_forms_of_boxes_and_objects(text):
+    found = parse_response(text, "json")
+    assert (found.answer, found.boxes) == ("yes", [[100, 200, 300, 400]])
+    assert found.level > 1 or "bounding" in text or "coord" in text or '"boxes": [' in text or "mass" in text
+
+
+def test_comments_that_never_end_take_no_time():
+    for mark in ("// ", "/* ", "/* */ ", "//\n"):
+        assert parse_response('{"a": ' + mark * 20_000 + "@").answer is None

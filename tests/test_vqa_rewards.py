@@ -19,6 +19,7 @@ from vqa_sft_grpo.rows import make_rows, phantom_study_rows
 from vqa_sft_grpo.prompting import boxes_to_model, build_prompt, build_target, instruction
 from vqa_sft_grpo.rewards import AnswerFrequencies, RewardSettings, answer_to_score, explain
 from vqa_sft_grpo.rewards import ignored_fields, parse_weights, rollout_terms
+from vqa_sft_grpo.text_worth import padding_term, truth
 
 YES_NO = {
     "id": "a",
@@ -796,3 +797,22 @@ def test_explanation_adds_up(composition):
         assert all(word in "\n".join(lines) for word in words), (words, lines)
     opened = explain(OPEN, written(answer="effusion"), rollout_terms(OPEN, written(answer="effusion")))
     assert any("right in part, squared F1 0.44" in line for line in opened)
+
+
+@pytest.mark.parametrize("text", ["The heart is normal in size.", "Right lung clear.", "Normal lung markings."])
+def test_a_normal_part_is_no_normal_film(text):
+    effusion = {
+        "condition": "Pleural Effusion",
+        "kind": "pleural effusion",
+        "side": "left",
+        "zone": "",
+        "size": "small",
+    }
+    assert truth(text, [effusion], frozenset({"Cardiomegaly"}))[0] >= 0
+    assert truth("The lungs are clear.", [effusion])[0] == -1
+
+
+@pytest.mark.parametrize("answer", ["yes!!!!", "yes . . . .", "yes----"])
+def test_rows_of_marks_are_padding(answer):
+    assert padding_term(f'{{"answer": "{answer}"}}', [answer]) == 1.0
+    assert padding_term('{"boxes": [[[[1, 2, 3, 4]]]], "answer": "yes"}', ["yes..."]) == 0.0

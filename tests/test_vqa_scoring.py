@@ -805,3 +805,46 @@ def test_choices_are_found_in_real_questions(rows_of, real_data, name):
             )
         both = score_answer(" and ".join(options), row["answer"], "closed", row["question"])
         assert not both["correct"] and not both["parsed"], row["question"]
+
+
+ONE = "Is there an effusion?"
+BIGGER = "Which is bigger in this image, lung or heart?"
+
+
+@pytest.mark.parametrize(
+    "text, gold, kind, question, right",
+    [
+        ("no - normal film", "No", "closed", ONE, True),  # a dash ends a clause
+        ("No\u2014normal film", "No", "closed", ONE, True),
+        ("There isn't one", "No", "closed", ONE, True),
+        ("maybe no", "No", "closed", ONE, False),
+        ("perhaps yes", "Yes", "closed", ONE, False),
+        ("Yes, possibly a cyst", "Yes", "closed", "Is there a mass?", True),
+        ("Yes, it could be", "Yes", "closed", "Could this be a tumor?", True),
+        ("Yes, the effusion is absent", "Yes", "closed", ONE, False),
+        ("neither of them", "No", "closed", "Is there an effusion or a mass?", True),
+        ("P.A.", "PA", "closed", "Is this a PA or AP film?", True),
+        ("cystic rather than solid", "Cystic", "closed", "Is the lesion solid or cystic?", True),
+        ("the lung is bigger than the heart", "Lung", "closed", BIGGER, True),
+        ("the heart is bigger than the lung", "Lung", "closed", BIGGER, False),
+        ("the heart is smaller than the lung", "Heart", "closed", BIGGER, False),
+        ("left side", "left", "open", "Is the lesion left or right?", True),
+        ("twenty-five", "25", "open", "How many?", True),
+        ("20 5", "25", "open", "How many?", False),
+        ("five cm", "50 mm", "open", "How big?", True),
+        ("between 3 and 5 cm", "3-5 cm", "open", "How big?", True),
+        ("3 cm to 5 cm", "3-5 cm", "open", "How big?", True),
+        ("~2", "2", "open", "How many?", False),
+        ("5+", "5", "open", "How many?", False),
+        ("-5", "5", "open", "Which level?", False),
+        ("1/3", "3/1", "open", "Which ratio?", False),
+        ("50 per cent", "50%", "open", "How much?", True),
+        ("$\\boxed{\\text{liver}}$", "liver", "open", "Which organ?", True),
+    ],
+)
+def test_other_wordings(text, gold, kind, question, right):
+    assert score_answer(text, gold, kind, question)["correct"] == right
+
+
+def test_phrases_of_the_synonyms_may_have_hyphens():
+    assert score_with_synonyms("posterior-anterior", "PA", "open")["correct"]

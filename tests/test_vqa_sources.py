@@ -14,6 +14,7 @@ from shared.data.audit import plain_text, repeats, seen, shared_between_splits, 
 from shared.data.__main__ import main as audit_main
 from shared.runtime import DataNotFound, InputError
 from vqa_sft_grpo.leaks import audit_slake, audit_vqa_rad, conflicts, frames_in, reworded, word_overlap
+from vqa_sft_grpo.sources import files_in, mask_names, read_rows
 from vqa_sft_grpo.sources import PUBLIC, boxes_in, load_slake, load_vqa_rad, make_row, read_boxes, read_mask
 
 
@@ -811,3 +812,17 @@ def test_real_slake_images(real_slake, real_data):
             "open": 166,
             "closed": 91,
         }
+
+
+def test_odd_values_of_slake_are_read_past(tmp_path):
+    (tmp_path / "mask.txt").write_text("1:Liver\n\u00b2:x\n" + "9" * 5000 + ":y\n", "utf-8")
+    assert mask_names(tmp_path / "mask.txt") == {1: "Liver"}
+    with pytest.raises(InputError, match="four numbers"):
+        boxes_in([{"Liver": [5, 5, 10**400, 20]}])
+    assert files_in(tmp_path / ("x" * 300)) == {}
+
+
+def test_an_object_where_a_text_should_be_is_named_with_its_row(tmp_path):
+    (tmp_path / "t.json").write_text('[{"qid": 1, "image_organ": {}}]')
+    with pytest.raises(InputError, match=r"t.json, row 0, image_organ: a text was expected"):
+        read_rows(tmp_path / "t.json", ["qid", "image_organ"])

@@ -41,7 +41,7 @@ SEEING = set("seen see visible identified detected found appreciated".split())
 # yes, no, left and right in other languages
 OTHER_LANGUAGES = set(
     "ja nein jein oui non si nee nej nei sim nao tak nie da njet nyet kylla ei evet hayir igen nem ano hai iie shi bu"
-    " ne ya tidak haan nahi naam links rechts recht gauche droite izquierda derecha sinistra destra"
+    " ne ya tidak haan nahi naam link recht gauche droite izquierda derecha sinistra destra"
     " esquerda direita lewy prawy lewa prawa levo pravo oben unten haut bas arriba abajo sopra sotto und oder ou y"
     " oppure lub ili eller vielleicht".split()
 )

@@ -113,22 +113,16 @@ def majority_answers(rows, train_rows):
     if not train_rows:
         return None
 
-    def kind(row):
-        return score_answer(None, row["answer"], row["answer_type"], row["question"])["kind"]
+    def keys(row):
+        kind = score_answer(None, row["answer"], row["answer_type"], row["question"])["kind"]
+        return " ".join(normalise(row["question"])), ("kind", kind), None
 
     counts = defaultdict(Counter)
     for row in train_rows:
-        for key in (" ".join(normalise(row["question"])), ("kind", kind(row)), None):
+        for key in keys(row):
             counts[key][row["answer"].lower()] += 1
     frequent = {key: counter.most_common(1)[0][0] for key, counter in counts.items()}
-    return [
-        next(
-            frequent[key]
-            for key in (" ".join(normalise(row["question"])), ("kind", kind(row)), None)
-            if key in frequent
-        )
-        for row in rows
-    ]
+    return [next(frequent[key] for key in keys(row) if key in frequent) for row in rows]
 
 
 # ------------------------------------------------------------------------------------------------------- counterfactual
@@ -243,13 +237,17 @@ def ask_redrawn(answerer, rows, style):
     for field in REDRAWN:
         chosen = [i for i, row in enumerate(rows) if row.get(field)]
         some = [rows[i] | {"image": rows[i][field]} for i in chosen]
-        asked[field] = (
-            dict(zip(chosen, ask(answerer, some, load_images(some)[0], style), strict=True)) if chosen else {}
-        )
+        answers = ask(answerer, some, load_images(some)[0], style) if chosen else ()
+        asked[field] = dict(zip(chosen, answers, strict=True))
     return asked
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures
+
+
+def panel(image, name, answer, changed, boxes, more=""):
+    """One picture of report.draw_strip."""
+    return dict(image=image, name=name, below=(answer or "no answer") + more, changed=changed, boxes=boxes)
 
 
 def telling_cases(cases, rows, records, images, args, most=4, least=2):
@@ -269,37 +267,21 @@ def telling_cases(cases, rows, records, images, args, most=4, least=2):
         ("smallest difference", c) for c in ranked[max(most, len(ranked) - least) :]
     ]
     strips = []
-    for what, case in chosen:
+    for rule, case in chosen:
         i, plan = case["row"], case["plan"]
         row, image = rows[i], images[i]
         outlines = [(box, "tab:blue") for boxes in plan.random for box in boxes] + [(box, "red") for box in plan.roi]
-        panels = [
-            {
-                "image": image,
-                "name": f"original ({case['source']} region)",
-                "below": f"{records[i]['answer']}",
-                "changed": False,
-                "boxes": outlines,
-            }
-        ]
+        panels = [panel(image, f"original ({case['source']} region)", records[i]["answer"], False, outlines)]
         pictures = dict(edits_of(image, plan, args.fills, edit_seed(row, args.seed)))
         for name in [("roi", fill, 0) for fill in args.fills] + [("random", args.fills[0], 0)]:
             edit = case["edits"][name]
             drop = "" if edit["drop"] is None else f" ({-edit['drop']:+.2f})"
-            panels.append(
-                {
-                    "image": pictures[name],
-                    "name": f"without it: {name[1]}" if name[0] == "roi" else f"random: {name[1]}",
-                    "below": f"{edit['answer']}{drop}",
-                    "changed": edit["flipped"] or edit["unparsed"],
-                    "boxes": (
-                        [(box, "red") for box in plan.roi]
-                        if name[0] == "roi"
-                        else [(box, "tab:blue") for box in plan.random[0]]
-                    ),
-                }
-            )
-        strips.append({"text": f"{what}: {row['question']} gold: {row['answer']}", "panels": panels})
+            what, boxes, colour = ("without it", plan.roi, "red")
+            if name[0] == "random":
+                what, boxes, colour = "random", plan.random[0], "tab:blue"
+            changed, boxes = edit["flipped"] or edit["unparsed"], [(box, colour) for box in boxes]
+            panels.append(panel(pictures[name], f"{what}: {name[1]}", edit["answer"], changed, boxes, drop))
+        strips.append({"text": f"{rule}: {row['question']} gold: {row['answer']}", "panels": panels})
     return strips
 
 
@@ -317,24 +299,9 @@ def redrawn_strips(rows, records, predictions, most=2):
     strips = []
     for i, keys in chosen[True][:most] + chosen[False][:most]:
         row, region = rows[i], [(box, "red") for box in rows[i]["region"]]
-        panels = [
-            {
-                "image": load_image(str(row["image"])),
-                "name": "as it is",
-                "below": f"{records[i]['answer']}",
-                "changed": False,
-                "boxes": region,
-            }
-        ]
+        panels = [panel(load_image(str(row["image"])), "as it is", records[i]["answer"], False, region)]
         for field, key, name in zip(REDRAWN, keys, ("without it", "without another finding"), strict=True):
-            panels.append(
-                {
-                    "image": load_image(str(row[field])),
-                    "name": name,
-                    "below": f"{predictions[i][field]['answer']}",
-                    "changed": key != records[i]["key"],
-                    "boxes": region,
-                }
-            )
+            answer, film = predictions[i][field]["answer"], load_image(str(row[field]))
+            panels.append(panel(film, name, answer, key != records[i]["key"], region))
         strips.append({"text": f"{row['question']} gold: {row['answer']}", "panels": panels})
     return strips

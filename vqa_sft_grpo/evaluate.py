@@ -67,20 +67,7 @@ from vqa_sft_grpo.terms import add_regions
 TASK = "vqa_sft_grpo"
 CONTROLS = ("question only", "blank image", "shuffled image", "majority answer")
 OF_ROW = ("id", "image", "question", "answer_type", "question_type", "content_type", "group", "region")
-OF_ANSWER = (
-    "response",
-    "answer",
-    "level",
-    "valid",
-    "boxes",
-    "caption",
-    "parsed",
-    "correct",
-    "exact",
-    "recall",
-    "precision",
-    "f1",
-)
+OF_ANSWER = "response answer level valid boxes caption parsed correct exact recall precision f1".split()
 
 
 def parse_args(argv=None):
@@ -148,7 +135,7 @@ def load_rows(args):
         every = read_rows(args.data)
         rows, train_rows = ([row for row in every if row["split"] == split] for split in (args.split, "train"))
         facts = {
-            "name": "+".join(sorted({row["dataset"] for row in every})),
+            "name": "+".join(sorted({row["dataset"] for row in rows or every})),
             "policy": ", ".join(sorted({row["policy"] for row in every})),
             "overlap": any(row["overlap"] for row in every),
             "source": args.data,
@@ -290,11 +277,8 @@ def ask_with_controls(answerer, rows, images, train_rows, args):
 def score_responses(answerer, rows, images, records, style):
     """How likely the model finds what it wrote -> per row {"answer", "response"}, None where there is no image."""
     good = [i for i, image in enumerate(images) if image is not None]
-    prompts, responses = (
-        [build_prompt(rows[i]["question"], style) for i in good],
-        [records[i]["response"] for i in good],
-    )
-    found = dict(zip(good, answerer.score(prompts, [images[i] for i in good], responses), strict=True))
+    prompts, seen = [build_prompt(rows[i]["question"], style) for i in good], [images[i] for i in good]
+    found = dict(zip(good, answerer.score(prompts, seen, [records[i]["response"] for i in good]), strict=True))
     return [found.get(i, {"answer": None, "response": None}) for i in range(len(rows))]
 
 
@@ -358,6 +342,9 @@ def main(argv=None):
     started = time.time()
     if args.compare:
         return compare(args, started)
+    out = Path(args.export_grpo or "")
+    if args.export_grpo and out.exists() and not (args.overwrite and out.is_file()):
+        raise InputError(f"{args.export_grpo} is there already: replace a file with --overwrite, or name another one")
     seed_everything(args.seed)
     device, _ = pick_device(args.device)
     rows, train_rows, data = load_rows(args)

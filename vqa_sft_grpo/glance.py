@@ -165,7 +165,11 @@ def read_run(folder):
     paths = [Path(folder) / name for name in ("metrics.json", "predictions.jsonl")]
     if not all(path.is_file() for path in paths):
         raise InputError(f"{folder} is no run folder of evaluate.py: it lacks metrics.json or predictions.jsonl")
-    metrics, predictions = read_json(paths[0]), [json.loads(line) for line in paths[1].read_text("utf-8").splitlines()]
+    metrics = read_json(paths[0])
+    try:  # a line ends at "\n" and nowhere else: responses hold other ends of lines
+        predictions = [json.loads(line) for line in paths[1].read_text("utf-8").split("\n") if line]
+    except ValueError as error:
+        raise InputError(f"{paths[1]} is damaged ({error}): measure it again") from error
     if "glance" not in metrics:
         raise InputError(f"{folder} was written by an older evaluate.py: measure it again")
     return metrics, predictions

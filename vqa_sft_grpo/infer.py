@@ -28,7 +28,7 @@ from shared.runtime import InputError, atomic_file, open_run_dir, pick_device, r
 from shared.runtime import seed_everything, write_csv, write_json, write_jsonl
 from vqa_sft_grpo.asking import Answerer, add_model_options, load_model, pixel_boxes, training_of
 from vqa_sft_grpo.pictures import draw_boxes, with_caption
-from vqa_sft_grpo.prompting import STYLES, build_prompt, parse_response
+from vqa_sft_grpo.prompting import STYLES, build_prompt, check_question, parse_response
 
 TASK = "vqa_sft_grpo"
 
@@ -51,7 +51,7 @@ def parse_args(argv=None):
         args.question = args.question or ["Is there a pleural effusion?"]
     elif not args.image or not any(q.strip() for q in args.question):
         parser.error('give at least one --image and one --question "..." (or --dry-run)')
-    args.question = [q.strip() for q in args.question if q.strip()]
+    args.question = [check_question(q.strip()) for q in args.question if q.strip()]
     return args
 
 
@@ -83,7 +83,7 @@ def main(argv=None):
     })  # fmt: skip
     for number, row in enumerate(rows):
         if row["boxes"]:
-            row["picture"] = f"boxes/{number:04d}_{Path(row['image']).stem[:100]}.png"
+            row["picture"] = f"boxes/{number:04d}_{Path(row['image']).stem[:50]}.png"
             caption = f"{row['question']}\n{row['answer'] or 'no answer'}" + "\nPHANTOM" * phantom
             with atomic_file(run_dir / row["picture"]) as file:
                 with_caption(draw_boxes(images[row["image"]], row["boxes"]), caption).save(file, "PNG")

@@ -86,8 +86,6 @@ def parse_args(argv=None):
         parser.error("--severities needs one weight above 0")
     if args.output is None:
         args.output = str(Path(args.out_dir or "data") / f"{args.split}.json")
-    if args.grpo_output and Path(args.grpo_output).resolve() == Path(args.output).resolve():
-        parser.error("--output and --grpo-output must be two files")
     return args
 
 
@@ -96,6 +94,8 @@ def main(argv=None):
     args = parse_args(argv)
     output, grpo = Path(args.output), Path(args.grpo_output) if args.grpo_output else None
     audit_path = output.parent / f"{output.stem}.audit.json"
+    if grpo and grpo.resolve() in (output.resolve(), audit_path.resolve()):
+        raise InputError(f"--output and --grpo-output must be two files, and {audit_path} is that of the audit")
     for path in filter(None, (output, grpo, audit_path)):
         if path.is_dir():
             raise InputError(f"{path} is a folder; name a file")

@@ -151,13 +151,15 @@ class Refused(Exception):
 NUMBER = r"-?\d{1,7}(?:\.\d{1,20})?"
 SPACE = r"\s{0,3}"
 PAIR = rf"\({SPACE}{NUMBER}{SPACE},{SPACE}{NUMBER}{SPACE}\)"
-# boxes in running text: (100,200),(300,400), which Qwen2-VL writes between marks, and [100, 200, 300, 400]
-BOX_TEXT = re.compile(rf"{PAIR}{SPACE},?{SPACE}{PAIR}|\[{SPACE}{NUMBER}(?:{SPACE},{SPACE}{NUMBER}){{3}}{SPACE}\]")
-GROUNDING = re.compile(r"<\|(?:object_ref|box)_(?:start|end)\|>|</?(?:ref|box)>")
+# boxes in running text: (100,200),(300,400), which Qwen2-VL writes between marks, [100, 200, 300, 400], and in [[ ]]
+FOUR = rf"{NUMBER}(?:{SPACE},{SPACE}{NUMBER}){{3}}"
+BOX_TEXT = re.compile(rf"{PAIR}{SPACE},?{SPACE}{PAIR}|\[{{1,2}}{SPACE}{FOUR}{SPACE}\]{{1,2}}")
+# marks of things and boxes: Qwen's <|box_start|>, <box>, DeepSeek's <|det|>
+GROUNDING = re.compile(r"<\|?/?(?:object_ref|ref|bbox|box|det)(?:_start|_end)?\|?>")
+BOXED = re.compile(r"<\|?(?:bbox|box|det)(?:_start)?\|?>([^<]{0,400})<\|?/?(?:bbox|box|det)(?:_end)?\|?>")
 # the thing that a yes or no is about: "Yes <|object_ref_start|>nodule<|object_ref_end|>"
 NAMED = re.compile(
-    r"\A(\s{0,9}(?:yes|no)\b[\s.,:;]{0,9})(?:<\|object_ref_start\|>|<ref>)[^<]{0,200}(?:<\|object_ref_end\|>|</ref>)",
-    re.IGNORECASE,
+    r"\A(\s{0,9}(?:yes|no)\b[\s.,:;]{0,9})<\|?(?:object_ref_start|ref)\|?>[^<]{0,200}(?=<)", re.IGNORECASE
 )
 END_TOKENS = re.compile(r"<\|[a-z_]{1,30}\|>|</?s>|<(?:pad|eos|end_of_turn)>")
 MARKS = re.compile(r"<\s{0,3}(/?)\s{0,3}(think|answer)\s{0,3}>", re.IGNORECASE)
@@ -179,10 +181,11 @@ def parse_response(text, style=None):
     text = written = text.encode("utf-8", "replace").decode("utf-8").strip()  # lone surrogates fit into no file
     boxes = []
     if GROUNDING.search(text):
-        text = GROUNDING.sub("", NAMED.sub(r"\1", text))
-        boxes = boxes_in(text)
-        text = BOX_TEXT.sub("", text).strip()
+        boxes = [box for inside in BOXED.findall(text) for box in fours(inside)]
+        text = GROUNDING.sub("", BOXED.sub("", NAMED.sub(r"\1", text))).strip()
     text = MARKS.sub(lambda mark: f"<{mark[1]}{mark[2].lower()}>", text)
+    if re.match(r'"?\{\s*\\"', text):  # an object written as a text in an object
+        text = text.strip('"').replace('\\"', '"').replace("\\n", "\n")
     try:
         found = read(text, style)
     except Refused as refusal:
@@ -339,8 +342,9 @@ INSIDE = {  # of a text in quotes; the apostrophe of "the patient's" does not en
 }
 ESCAPE = re.compile(r"\\(u[0-9a-fA-F]{4}|.)", re.DOTALL)
 ESCAPED = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f"}
-TOKEN = re.compile(
-    r"""\s*(?:(?P<mark>[{}\[\]:,])|(?P<quote>["'\u201c\u2018])|(?P<number>-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)(?![\w.])"""
+TOKEN = re.compile(  # comments are no JSON, and are passed over
+    r"""(?:\s|//[^\n]*\n|/\*(?:[^*]|\*(?!/))*\*/)*(?:(?P<mark>[{}\[\]:,])|(?P<quote>["'\u201c\u2018])"""
+    r"""|(?P<number>-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)(?![\w.])"""
     r"""|(?P<bare>-?[A-Za-z_][^,:{}\[\]"\n]*))"""
 )
 BARE = {"true": ("true", 0), "false": ("false", 0), "null": ("null", 0)}
@@ -405,11 +409,11 @@ def unescaped(match):
 
 # -------------------------------------------------------------------------------------------------- what an object says
 
-ANSWER_NAMES = ("answer", "final_answer", "final answer")
-BOX_NAMES = ("boxes", "box", "bbox_2d", "bbox", "bboxes", "box_2d", "bounding_box", "bounding_boxes")
-CORNERS = [
-    names.split() for names in ("x0 y0 x1 y1", "x1 y1 x2 y2", "xmin ymin xmax ymax", "x_min y_min x_max y_max")
-] + ["left top right bottom".split()]
+# in any letter case, with or without blanks, hyphens and underscores
+ANSWER_NAMES = ("answer", "finalanswer")
+BOX_NAMES = "boxes box bbox2d bbox bboxes box2d boundingbox boundingboxes coordinates region regions roi".split()
+CORNERS = [names.split() for names in ("x0 y0 x1 y1", "x1 y1 x2 y2", "xmin ymin xmax ymax", "left top right bottom")]
+SIZED = [names.split() for names in ("x y width height", "x y w h", "left top width height")]
 
 
 def holder(data):
@@ -419,9 +423,13 @@ def holder(data):
 
 
 def named(data, names):
-    """The value of the first of these names that an object has, in any letter case; None where it has none."""
-    lower = {key.lower(): value for key, value in data.items()}
-    return next((lower[name] for name in names if name in lower), None)
+    """The value of the first of these names that an object has; None where it has none."""
+    plain = plain_names(data)
+    return next((plain[name] for name in names if name in plain), None)
+
+
+def plain_names(data):
+    return {re.sub(r"[\W_]", "", key).lower(): value for key, value in data.items()}
 
 
 def answer_of(data):
@@ -450,16 +458,16 @@ def answer_text(value):
 def boxes_of(data):
     """
     The boxes of an object under a name of BOX_NAMES: one box, a list of them, or an object {what: box}. A box is four
-    numbers (or texts of numbers, or one text of four), two points, or an object with a box or with corners in it; the
-    order is x0, y0, x1, y1, as the prompt asks for, whatever the name. What is none is left out.
+    numbers (or texts of numbers, or one text of four), two points, or an object with a box, with corners or with a
+    corner and a size in it; the order of four numbers is x0, y0, x1, y1, as the prompt asks for, whatever the name.
+    What is none is left out.
     """
     data = holder(data)
     value = named(data, BOX_NAMES)
     if value is None:  # corners beside the answer
         value = data
     if isinstance(value, str):  # "100, 200, 300, 400", "(100,200),(300,400)", several of them
-        numbers = numbers_of(value)
-        return [numbers[i : i + 4] for i in range(0, len(numbers), 4) if is_box(numbers[i : i + 4])]
+        return fours(value)
     if (one := box_of(value)) is not None:
         return [one]
     items = (
@@ -469,11 +477,15 @@ def boxes_of(data):
 
 
 def box_of(value):
+    while isinstance(value, list) and len(value) == 1:
+        value = value[0]
     if isinstance(value, dict):
-        lower = {key.lower(): item for key, item in value.items()}
-        for names in CORNERS:
-            if all(name in lower for name in names):
-                return box_of([lower[name] for name in names])
+        plain = plain_names(value)
+        for names in CORNERS + SIZED:
+            if all(name in plain for name in names):
+                box = box_of([plain[name] for name in names])
+                sized = box is not None and names in SIZED
+                return [*box[:2], box[0] + box[2], box[1] + box[3]] if sized else box
         inner = named(value, BOX_NAMES)
         return None if inner is None else box_of(inner)
     if isinstance(value, str):
@@ -492,6 +504,12 @@ def numbers_of(text):
     return [float(n) if "." in n else int(n) for n in re.findall(NUMBER, text)]
 
 
+def fours(text):
+    """The boxes of a text of numbers, four after four."""
+    numbers = numbers_of(text)
+    return [numbers[i : i + 4] for i in range(0, len(numbers), 4) if is_box(numbers[i : i + 4])]
+
+
 def is_box(value):
     return (
         isinstance(value, list)
@@ -502,17 +520,16 @@ def is_box(value):
 
 # ---------------------------------------------------------------------------------------------------------- plain text
 
-ANSWER_IS = re.compile(
-    r"\banswer\b[\"'*]{0,4}[ \t]{0,4}(?:is\b:?|[:=])\s{0,4}([^\n]*)|\\boxed\{([^{}\n]*)\}", re.IGNORECASE
-)
+ANSWER_IS = re.compile(r"\banswer\b[\"'*]{0,4}[ \t]{0,4}(?:is\b:?|[:=])\s{0,4}([^\n]*)", re.IGNORECASE)
+IN_LATEX = re.compile(r"\\boxed\{(?:\\[a-z]{1,20}\{)?([^{}\n]{0,200})\}")  # \boxed{yes}, \boxed{\text{yes}}
 
 
 def plain_answer(text):
     """
-    The answer of a text without an object: what follows the last 'answer:' or 'answer is' of a line, else a short text
-    itself, if there is a letter or a digit in it.
+    The answer of a text without an object: what is in the last box of LaTeX, what follows the last 'answer:' or
+    'answer is' of a line, else a short text itself, if there is a letter or a digit in it.
     """
-    said = [(m[1] if m[1] is not None else m[2]).strip(" \t\"'*`.,{}[]") for m in ANSWER_IS.finditer(text)]
+    said = [words.strip(" \t\"'*`.,{}[]") for words in IN_LATEX.findall(text) or ANSWER_IS.findall(text)]
     said = [words for words in said if words]
     if said:
         return said[-1][:PLAIN_LENGTH]

@@ -116,7 +116,7 @@ MEANINGS = {  # of what a rollout's dict holds, for the head of a log
     "length": "too long, 0 to 1",
     "repetition": "share of repeated words, 0 to 1",
     "copying": "1: a sentence is the question or the instruction",
-    "padding": "1: code fence, blank lines, many blanks",
+    "padding": "1: code fence, blank lines, many blanks, a mark many times",
     "penalty": "P: their sum, at most 1",
     "d_roi": "drop of the statement's log-probability without the gold region, nats; None: nothing is taken out",
     "d_rand": "mean of the same over random regions",

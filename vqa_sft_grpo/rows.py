@@ -46,6 +46,7 @@ from PIL import Image
 from shared.data.audit import RowSet, plain_text, repeats, seen, shared_between_splits, similar_images, values_of
 from shared.data.download import DataNotFound
 from shared.data.images import image_size
+from shared.data.text import text_of
 from shared.phantom import DEFAULT, phantom_study
 from shared.phantom.words import NOUNS, SIZES, SUMMARY
 from shared.runtime import InputError, atomic_file, write_jsonl
@@ -177,6 +178,10 @@ def real_rows(sets, split, policy, limit, absent=()):
                 f"{found.name} has no {split} question with its image in {found.source} (left out: {reasons})"
             )
         rows += [real_row(row, policy, audit["overlap"]) for row in chosen]
+    ids = Counter()
+    for row in rows:  # files number some questions twice, and rows are told apart by their ids
+        ids[row["id"]] += 1
+        row["id"] += f"-{ids[row['id']]}" if ids[row["id"]] > 1 else ""
     if not rows:
         raise InputError(
             f"nothing to write: {'; '.join(audit['absent'])}; put the missing images there, or take another --split,"
@@ -506,12 +511,13 @@ def read_rows(path, splits=None):
     """
     path = Path(path)
     wanted = (splits,) if isinstance(splits, str) else splits
-    rows, images, ids, absent, guessed, number = [], {}, {}, Counter(), [], 0
+    rows, images, ids, absent, guessed, number, unsaid = [], {}, {}, Counter(), [], 0, 0
     for number, row in numbered_rows(path):
         where = f"{path}, row {number}"
         check_row(row, where)
         row = dict(row)
         absent.update(field for field in TOLD if field not in row)
+        unsaid += "overlap" not in row
         for key in {"image_path", *FILMS} & row.keys():
             row[key] = located(row[key], path.resolve().parent)
         if complete(row, f"{path.stem}-{number}", path, where):
@@ -530,6 +536,11 @@ def read_rows(path, splits=None):
             row["region"] = None
     if rows and all(row["split"] == "train" for row in rows):
         hold_out(rows, path)
+    told = {(row["split"] == "test", row[name]) for row in rows for name in ("image", "group")}
+    if any((not test, name) in told for test, name in told) and unsaid == len(rows):
+        print(f"*** OVERLAP: test rows of {path} share images or groups with its training and validation rows ***")
+        for row in rows:
+            row["overlap"] = True
     rows = [row for row in rows if wanted is None or row["split"] in wanted]
     if not rows:
         what = f"no rows of {' or '.join(wanted)}" if wanted and number else "no rows"
@@ -554,13 +565,15 @@ def located(image, folder):
 
 
 def check_size(of, found):
-    """of: [(where, row)] of one image, found: its (width, height) or None. Rows that give no size get it."""
-    for where, row in of if found else ():
+    """of: [(where, row)] of one image, found: its (width, height), None: unreadable. Rows without a size get it."""
+    for where, row in of:
         said = [row["width"], row["height"]]
-        if None in said:
+        if None in said and found:
             row["width"], row["height"] = found
             check_region(row, where)
-        elif sorted(said) != sorted(found):  # an image may be stored turned by its EXIF
+        elif None in said:
+            row["region"] = None  # nobody can say where in the image it lies
+        elif found and sorted(said) != sorted(found):  # an image may be stored turned by its EXIF
             raise InputError(f"{where}: the image is {found[0]} x {found[1]} and not {said[0]} x {said[1]}; {MAKE}")
 
 
@@ -577,9 +590,10 @@ def complete(row, name, path, where):
     for field in ("caption", "reasoning"):
         if isinstance(target.get(field), list) and all(isinstance(part, str) for part in target[field]):
             target[field] = " ".join(target[field])
-    if "boxes" in target and not target["boxes"]:
-        del target["boxes"]
-    if not all(map(is_pixel_box, target.get("boxes", ()))):
+        if not isinstance(target.get(field) or "", str):
+            raise InputError(f"{where}: the {field} of 'output' must be a text, or left out")
+    target = {field: value for field, value in target.items() if value or field == "answer"}
+    if not isinstance(target.get("boxes", []), list) or not all(map(is_pixel_box, target.get("boxes", ()))):
         raise InputError(f"{where}: the boxes of 'output' must be [[x0, y0, x1, y1]] in pixels, or left out")
     guessed = "region" not in row and "boxes" in target
     given = {"id": name, "dataset": str(path), "split": "train", "group": row["image"], "policy": "unknown"}
@@ -587,7 +601,7 @@ def complete(row, name, path, where):
     given["region"] = target.get("boxes")
     for field in ROW_FIELDS:
         row.setdefault(field, given.get(field))
-    row["id"], row["answer_type"] = row["id"] or name, answer_type_of(row)
+    row["id"], row["answer_type"] = name if row["id"] in (None, "") else str(row["id"]), answer_type_of(row)
     row["output"] = json.dumps(target, ensure_ascii=False)
     return guessed
 
@@ -625,7 +639,10 @@ def numbered_rows(path):
 
 
 OWN_FILES = {"slake": {"q_lang", "img_name"}, "vqa_rad": {"phrase_type", "image_name"}}  # fields that tell a data set
-FULL_TEXTS = {"image_path", *FILMS, "question", "answer", "gold", "output", "dataset", "policy", "group"}
+SAID = {"answer", "gold"}
+FULL_TEXTS = {"image_path", *FILMS, *SAID, "question", "output", "dataset", "policy", "group"}
+KINDS = {"id": (str, int), "overlap": (bool,), "needs_image": (bool,)}  # or null
+FINDING = ("condition", "kind", "side", "zone", "size")
 NEEDED = (("image", "image_path"), ("question",), ("answer", "gold"))  # one of each must be there
 
 
@@ -646,8 +663,12 @@ def check_row(row, where):
     if missing:
         raise InputError(f"{where} lacks {', '.join(missing)}; {MAKE}")
     for key, value in row.items():
-        if key in FULL_TEXTS and not (isinstance(value, str) and value.strip()):
+        said = isinstance(value, str) and (text_of(value, none_is_missing=False) if key in SAID else value.strip())
+        if key in FULL_TEXTS and not said:
             raise InputError(f"{where}: '{key}' must be a text that is not empty")
+        if key in KINDS and value is not None and type(value) not in KINDS[key]:
+            kinds = "a text or a whole number" if key == "id" else "true or false"
+            raise InputError(f"{where}: '{key}' is {value!r}; it must be {kinds}, or null")
         if isinstance(value, str) and value != value.encode("utf-8", "replace").decode():
             raise InputError(f"{where}: '{key}' holds half a character (a lone surrogate)")
     check_question(row.get("question", ""), where)
@@ -669,12 +690,19 @@ def check_row(row, where):
     if "output" in row:
         try:
             target = json.loads(row["output"])
+            json.dumps(target, ensure_ascii=False).encode()  # ValueError for half a character
         except (ValueError, RecursionError):
             target = None
         if not isinstance(target, dict) or not isinstance(target.get("answer"), str):
             raise InputError(f"{where}: 'output' must be a JSON object with an answer")
         if target["answer"] != row.get("answer", row.get("gold", target["answer"])):
             raise InputError(f"{where}: 'output' answers {target['answer'][:60]!r}, 'answer' says otherwise; {MAKE}")
+    if {"gold", "answer"} <= row.keys() and row["gold"] != row["answer"]:
+        raise InputError(f"{where}: 'gold' is {row['gold'][:60]!r}, 'answer' says otherwise; {MAKE}")
+    findings = [] if row.get("findings") is None else row["findings"]
+    whole = isinstance(findings, list) and all(isinstance(finding, dict) for finding in findings)
+    if not whole or not all(isinstance(finding.get(name), str) for finding in findings for name in FINDING):
+        raise InputError(f"{where}: 'findings' must be null or a list of objects with {', '.join(FINDING)}; {MAKE}")
 
 
 def check_region(row, where):

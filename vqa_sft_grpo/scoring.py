@@ -49,7 +49,8 @@ UNITS = (
     " eighteen nineteen twenty"
 ).split()
 NUMBERS = {word: str(n) for n, word in enumerate(UNITS)}
-NUMBERS |= {word: f"{n}0" for n, word in enumerate("thirty forty fifty sixty seventy eighty ninety".split(), 3)}
+TENS = {word: f"{n}0" for n, word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), 2)}
+NUMBERS |= TENS
 ARTICLES = {"a", "an", "the"}
 NEGATORS = {"no", "not", "without"}
 NO_NEGATION = {"doubt", "question", "only", "longer", "change"}  # "no doubt there is", "not only"
@@ -62,7 +63,7 @@ COMMON = set(
     "is are was were be been do does did has have had can could would should may this that these those there it its any"
     " evidence sign finding seen see visible present presence shown show noted identified appear appearance demonstrate"
     " contain include exist image picture film scan in on of at to for from with by and or patient you what which where"
-    " who how when as also".split()
+    " who how when as also them".split()
 )
 OPPOSITES = [
     tuple(pair.split())
@@ -120,6 +121,11 @@ SYNONYMS = {
 FOLDS = [
     (re.compile(pattern), new)
     for pattern, new in (
+        (rf"\b({'|'.join(TENS)})[\s-]{{1,3}}({'|'.join(UNITS[1:10])})\b", lambda m: TENS[m[1]][0] + NUMBERS[m[2]]),
+        (rf"\b(?:{'|'.join(NUMBERS)})\b", lambda m: NUMBERS[m[0]]),
+        (r"\\[a-z]{2,20}\s?(?=\{)", ""),  # \boxed{yes}
+        (r"\b([a-z])\.(?=[a-z]\b(?![a-z]))", r"\1"),  # P.A.
+        (r"\b(?:rather than|instead of|as opposed to)\b", " not "),
         (r"[\u2018\u2019]", "'"),
         (r"n't\b", " not"),
         (r"\bcannot\b", "can not"),
@@ -134,14 +140,20 @@ FOLDS = [
         (r"centimet(?:er|re)s?\b", "cm"),
         (r"millimet(?:er|re)s?\b", "mm"),
         (r"(?<=\d)(?=(?:cm|mm|ml|kg|mg)\b)", " "),
+        (r"\b(?:between|from)\s{1,3}(\d[\d.]{0,9}(?:\s{0,3}[cm]m)?)\s{1,3}(?:and|to)\s{1,3}(?=\d)", r"\1 to "),
+        (r"(?<=\d)\s{0,3}([cm]m)\s{0,3}(x|\u00d7|by|to|[-\u2013])\s{0,3}(?=\d{1,9}(?:\.\d{1,9})?\s{0,3}\1)", r" \2 "),
         (r"(?<=\d)\s{0,3}(?:[x\u00d7]|by)\s{0,3}(?=\d)", " x "),
-        (r"(?<=\d)\s{0,3}([cm]m)\s{0,3}(?:x|\u00d7|by)\s{0,3}(?=\d{1,9}(?:\.\d{1,9})?\s{0,3}\1)", " x "),
         (r"[≥⩾≧]|>=|=>", " at least "),
         (r"[≤⩽≦]|<=|=<", " at most "),
         (r"<|\b(?:smaller|fewer|lower)\s{1,3}than\b", " less than "),
         (r">|\b(?:more|larger|bigger|higher)\s{1,3}than\b", " greater than "),
         (r"(?<=\d)\s{0,3}[-\u2013]\s{0,3}(?=\d)", " to "),
-        (r"%", " percent "),
+        (r"\u2014|\s[-\u2013]{1,2}\s", " . "),
+        (r"(?<![\w.)])[-\u2212](?=\d)", " minus "),
+        (r"(?<=\d)\+", " plus "),
+        (r"[~\u2248\u223c]", " about "),
+        (r"(?<=\d)\s{0,3}/\s{0,3}(?=\d)", " over "),
+        (r"%|\bper cent\b", " percent "),
         (r"(?<=\d),(?=\d{3}\b)", ""),
         (r"(?<![\w.])\.(?=\d)", "0."),
         (r"(\.\d{0,20}?[1-9])0{1,20}(?!\d)|\.0{1,20}(?!\d)", r"\1"),
@@ -162,7 +174,8 @@ LATIN = {
             ",focus foci,calculus calculi,embolus emboli,thrombus thrombi,sulcus sulci,gyrus gyri,nucleus nuclei"
             ",metastasis metastases,diagnosis diagnoses,stenosis stenoses,prosthesis prostheses,anastomosis anastomoses"
             ",pelvis pelves,testis testes,appendix appendices,cortex cortices,apex apices,lumen lumina,foramen foramina"
-            ",phalanx phalanges,carcinoma carcinomata,hematoma hematomata"
+            ",phalanx phalanges,carcinoma carcinomata,hematoma hematomata,does does,perhaps perhaps,towards towards"
+            ",pancreas pancreas"
         ).split(",")
     )
 }
@@ -187,7 +200,7 @@ def singular(word):
     """
     if word in LATIN:
         return LATIN[word]
-    if len(word) < 4 or word == "does" or not word.endswith("s") or word.endswith(("ss", "us", "is")):
+    if len(word) < 4 or not word.endswith("s") or word.endswith(("ss", "us", "is")):
         return word
     if word.endswith("ies") and len(word) > 4:
         return word[:-3] + "y"
@@ -208,7 +221,7 @@ def tokens_of(text):
         if token in MARKS:
             tokens.append(".")
         elif token not in ARTICLES:
-            tokens.append(NUMBERS.get(token) or singular(token))
+            tokens.append(singular(token))
     return tuple(tokens)
 
 
@@ -286,7 +299,7 @@ def same_words(prediction, gold, question=""):
 def same_option(prediction, gold, question):
     """Does the question offer options, of which both texts name the same one, the first with no word beside?"""
     right = choice(gold, question)
-    beside = set(normalise(prediction)) - set(normalise(gold)) - set(normalise(question)) - COMMON
+    beside = set(normalise(prediction)) - set(normalise(gold)) - set(normalise(question)) - COMMON - SHARED
     return right is not None and not beside and choice(prediction or "", question) == right
 
 
@@ -327,6 +340,7 @@ DOUBT = set(
 STATING = set(
     "is are was were has have there show shown see seen present visible noted identified appear contain".split()
 )
+MAYBE = set("maybe perhaps possibly possible might could may".split())
 PRONOUNS = {"it", "this", "that", "they", "these", "those"}
 
 
@@ -341,7 +355,8 @@ def polarity(text, question=""):
     denies = bool((NEGATORS | {"absent", "free"}) & set(asked_tokens))
     if denies:
         asked = set()  # "Is the film free of effusion?": "no effusion" is not a no here; only a plain yes or no counts
-    if UNSURE & set(tokens):
+    maybe = MAYBE & set(tokens) - set(asked_tokens)  # "possibly yes", but not "Yes, possibly a cyst"
+    if UNSURE & set(tokens) or maybe and not set(tokens) - MAYBE - COMMON - NEGATORS - asked - {"yes", "."}:
         return None
     alone, attached = set(), set()
     for i, token in enumerate(tokens):
@@ -352,19 +367,19 @@ def polarity(text, question=""):
         elif token in DENIERS:
             scope = reach(tokens, i)
             after = tokens[i + 1 : i + 2 + len(scope)]
-            stop = after[len(scope)] if len(after) > len(scope) else "."
+            stop, bare = after[len(scope)] if len(after) > len(scope) else ".", not set(scope) - COMMON - {"1"}
             if token in NEGATORS and (SAYING & set(scope) or denied_denial(token, scope, stop)):
                 return None
             if token == "no" and not scope and stop not in NO_NEGATION:
                 alone.add("no")
             elif scope and (asked & set(scope) if question else token == "no"):
                 attached.add("no")
-            elif token == "not" and question and not denies and not set(scope) - COMMON and stop not in NO_NEGATION:
-                attached.add("no")  # "not seen", "it is not"
+            elif token == "not" and question and not denies and bare and stop not in NO_NEGATION:
+                attached.add("no")  # "not seen", "it is not", "there is not one"
     said = alone | attached if question or not alone else alone
     if alone and question and not denies:  # "No, there is an effusion"
         rest = [token for token in tokens if token not in ("yes", "no")]
-        said |= {stated(text, rest, asked_tokens, asked)} - {None} if rest else set()
+        said |= {plainly(rest, asked) or stated(text, rest, asked_tokens, asked)} - {None} if rest else set()
     if said or not question or denies:
         return said.pop() if len(said) == 1 else None
     return plainly(tokens, asked) or stated(text, tokens, asked_tokens, asked)
@@ -492,9 +507,10 @@ def choice(text, question):
         return None
     offered = {token for option, _ in options for token in option}
     tokens = with_sides(words_and_marks(text), offered)
+    comparing = words_and_marks(re.sub(r"(\wer)\b", r"\1 than", question.lower()))  # of "Which is bigger, A or B?"
     denied = set()
     for i, token in enumerate(tokens):
-        if token in NEGATORS and token not in offered:
+        if token in NEGATORS and token not in offered or token == "than" and tokens[i - 1] in comparing:
             denied |= set(range(i + 1, i + 1 + len(reach(tokens, i))))
     found = named_options([token for i, token in enumerate(tokens) if i not in denied], options)
     return found.pop() if len(found) == 1 else None
@@ -555,12 +571,12 @@ def score_answer(prediction, gold, answer_type, question=""):
     return found | {"contradiction": contradiction, "kind": kind}
 
 
-PHRASES = re.compile(r"\b(" + "|".join(map(re.escape, sorted(SYNONYMS, key=len, reverse=True))) + r")s?\b")
+PHRASES = re.compile(rf"\b({'|'.join(sorted(SYNONYMS, key=len, reverse=True))})s?\b".replace(" ", "[ -]"))
 
 
 def fold_synonyms(text):
     """The text with the phrases of SYNONYMS replaced, in the spelling of the strict score."""
-    return PHRASES.sub(lambda match: SYNONYMS[match[1]], folded(text))
+    return PHRASES.sub(lambda match: SYNONYMS[match[1].replace("-", " ")], folded(text))
 
 
 def score_with_synonyms(prediction, gold, answer_type, question=""):

@@ -37,6 +37,7 @@ if __name__ == "__main__":
     raise SystemExit(__doc__)
 
 import math
+import os
 import re
 from pathlib import Path
 
@@ -49,6 +50,7 @@ from shared.data.audit import RowSet, similar_images, split_groups, values_of
 from shared.data.images import image_size
 from shared.data.text import base_name, text_of
 from shared.runtime import DataNotFound, InputError, read_json
+from vqa_sft_grpo.prompting import MAX_QUESTION
 
 RAD_PAGE, SLAKE_PAGE = "https://osf.io/89kps/", "https://www.med-vqa.com/slake/"  # the latter not verified
 RAD_ADDRESS = "https://files.osf.io/v1/resources/89kps/providers/osfstorage/?zip="  # not verified
@@ -72,6 +74,7 @@ ROW = """dataset split qid image_id image_path image_group question answer answe
     phrase_type organ modality language needs_image boxes mask_path triple question_frame question_rephrase
     question_relation linked_id case""".split()
 RAD_FIELDS = "qid image_name image_organ question answer answer_type question_type phrase_type".split()
+RAD_FRAMES = ("question_frame", "question_rephrase", "question_relation")
 SLAKE_FIELDS = "qid img_name question answer q_lang location modality answer_type base_type content_type".split()
 
 
@@ -83,12 +86,17 @@ def make_row(**values):
 
 def read_rows(path, keys):
     """A JSON list of dicts that have all of `keys`; InputError otherwise."""
-    rows = read_json(path)
+    rows = read_json(path, object)
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise InputError(f"{path} must hold a list of rows")
     for number, row in enumerate(rows):
         if missing := [key for key in keys if key not in row]:
             raise InputError(f"{path}: row {number} lacks {', '.join(missing)}")
+        for key in {*keys, *RAD_FRAMES} & row.keys():
+            try:
+                text_of(row[key])
+            except InputError as error:
+                raise InputError(f"{path}, row {number}, {key}: {error}") from error
     return rows
 
 
@@ -101,10 +109,10 @@ def common(raw, path):
         qid = int(text_of(raw["qid"]))  # one row of VQA-RAD's public file has it as a string
     except ValueError as error:
         raise InputError(f"{path}: qid is {raw['qid']!r}; it must be a whole number") from error
-    try:
-        question, answer = text_of(raw["question"]), text_of(raw["answer"], none_is_missing=False)
-    except InputError as error:
-        raise InputError(f"{path}, qid {qid}: {error}") from error
+    texts = text_of(raw["question"]), text_of(raw["answer"], none_is_missing=False)
+    question, answer = (
+        text.encode("utf-8", "replace").decode() for text in texts
+    )  # a lone surrogate fits into no file
     return {"qid": qid, "question": question, "answer": answer, "answer_type": kind}
 
 
@@ -115,13 +123,15 @@ def given(raw, key):
 
 def files_in(folder):
     """{name in lower case: path}: copies made through Windows may have .JPG for .jpg."""
-    return {path.name.lower(): path for path in sorted(folder.iterdir())} if folder.is_dir() else {}
+    return {path.name.lower(): path for path in sorted(folder.iterdir())} if os.path.isdir(folder) else {}
 
 
 def usable(found, paths, allow_missing_images, images):
     """Leave out and count rows without question, answer or (unless allowed) image; note the digests of the files."""
     found.keep(lambda row: row["question"], "no question")
     found.keep(lambda row: row["answer"], "no answer")
+    if any(len(row["question"]) > MAX_QUESTION for row in found.rows):
+        found.keep(lambda row: len(row["question"]) <= MAX_QUESTION, f"question of over {MAX_QUESTION} characters")
     n = len(found.rows)
     if not allow_missing_images:
         found.keep(lambda row: row["image_path"] is not None, "image missing")
@@ -244,7 +254,7 @@ def read_rad(path, images):
             linked_id=raw.get("qid_linked_id"),
             case=raw.get("image_case_url"),
         )
-        rows.append(row | {k: given(raw, k) for k in ("question_frame", "question_rephrase", "question_relation")})
+        rows.append(row | {k: given(raw, k) for k in RAD_FRAMES})
     return rows
 
 
@@ -299,7 +309,7 @@ def load_slake(data_dir, language="en", allow_missing_images=False):
                     language=spoken,
                     needs_image=raw["base_type"] != "kvqa",
                     mask_path=places[name]["mask"],
-                    triple=triple if isinstance(triple, list) else None,
+                    triple=[part for part in triple if isinstance(part, str)] if isinstance(triple, list) else None,
                 )
             )
     if not found.rows:
@@ -341,7 +351,7 @@ def read_boxes(places):
     for name, place in places.items():
         if place["boxes"] is not None:
             try:
-                found[name] = boxes_in(read_json(place["boxes"]))
+                found[name] = boxes_in(read_json(place["boxes"], object))
                 if place["image"] is not None:
                     sizes[name] = image_size(place["image"])
             except InputError:
@@ -378,7 +388,7 @@ def boxes_in(value):
             several = isinstance(numbers, list) and numbers and isinstance(numbers[0], list)
             for box in numbers if several else [numbers]:
                 four = isinstance(box, list) and len(box) == 4
-                if not four or not all(isinstance(n, (int, float)) and math.isfinite(n) for n in box):
+                if not four or not all(type(n) in (int, float) and abs(n) < 2**31 for n in box):
                     raise InputError(f"the box of {organ} must be four numbers")
                 boxes.append((organ, [float(n) for n in box]))
     return boxes
@@ -391,8 +401,8 @@ def mask_names(path):
     names = {}
     for line in path.read_text(encoding="utf-8-sig", errors="replace").splitlines():
         first, _, second = (part.strip() for part in line.partition(":"))
-        level, name = (first, second) if first.isdigit() else (second, first)
-        if level.isdigit() and name:
+        level, name = (first, second) if first.isdecimal() else (second, first)
+        if level.isdecimal() and len(level) < 6 and name:
             names[int(level)] = name
     return names
 

@@ -9,12 +9,12 @@ user gives to rows that have none.
 if __name__ == "__main__":
     raise SystemExit(__doc__)
 
-import csv
 import math
 import os
 from collections import Counter
 from pathlib import Path
 
+from shared.data.text import read_table
 from shared.report import markdown_table
 from shared.runtime import InputError
 from vqa_sft_grpo.counterfactual import LARGEST, SMALLEST, region_mask, whole_boxes
@@ -117,20 +117,6 @@ def settle_terms(rows, settings):
 CORNERS = ("x0", "y0", "x1", "y1")
 
 
-def read_regions(path):
-    """-> [(line number, {column: text})] of a CSV with image or id, x0, y0, x1, y1. InputError, one sentence."""
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, restval="")
-            lines, columns = [(reader.line_num, line) for line in reader], reader.fieldnames or ()
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"the regions {path} cannot be read ({error})") from error
-    absent = [name for name in CORNERS if name not in columns]
-    if absent or not {"image", "id"} & set(columns):
-        raise InputError(f"{path} lacks the column {(absent or ['image or id'])[0]}; it has {', '.join(columns)}")
-    return lines
-
-
 def add_regions(rows, path):
     """
     Gives rows the boxes of a CSV as their gold region, in place of any that they have; changes them -> number of rows.
@@ -145,7 +131,10 @@ def add_regions(rows, path):
     for row in rows:
         by_image.setdefault(row["image"], []).append(row)
     endings = {image: Path(image).parts for image in by_image}
-    for number, line in read_regions(path):
+    lines = read_table(path, CORNERS, "--regions ", ("image", "id", "question"))
+    if lines and not {"image", "id"} & set(lines[0][1]):
+        raise InputError(f"--regions {path} lacks the column image or id; it has {', '.join(lines[0][1])}")
+    for number, line in lines:
         where = f"{path}, line {number}"
         key, some = rows_of(line, rows, by_image, endings, Path(path).parent, where)
         if question := " ".join(normalise(line.get("question"))):
@@ -166,12 +155,12 @@ def add_regions(rows, path):
 
 def rows_of(line, rows, by_image, endings, folder, where):
     """-> (id or image, the rows that a line is about)."""
-    if name := (line.get("id") or "").strip():
+    if name := line.get("id"):
         some = [row for row in rows if row["id"] == name]
         if not some:
             raise InputError(f"{where}: no row has the id {name!r}")
         return name, some
-    name = (line.get("image") or "").strip()
+    name = line.get("image", "")
     parts = Path(name.replace("\\", "/")).parts
     exact = os.path.normpath(folder.resolve() / name)
     found = [exact] if exact in by_image else [i for i, of in endings.items() if parts and of[-len(parts) :] == parts]

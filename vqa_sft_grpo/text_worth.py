@@ -36,6 +36,12 @@ WHOLE = (
 )
 NORMAL = re.compile(WHOLE + r"|\b(?:normal|unremarkable|healthy|clear|negative)\b", re.IGNORECASE)
 WHOLE = re.compile(WHOLE, re.IGNORECASE)
+# "The heart is normal", "right lung clear": of a part, and no normal film
+PART = re.compile(
+    r"[^.,;:\n]*\b(?:left|right|heart|cardiac|mediastin\w+|ribs?|bon[ey]s?|osseous|trachea|aort\w+|hil\w+|ap(?:ex|ices)"
+    r"|angles?|(?:hemi)?diaphragms?|vess\w+|vascula\w+|markings)\b[^.,;:\n]*",
+    re.IGNORECASE,
+)
 # What no chest film shows: of the phantom it is false
 ELSEWHERE = set(
     "ct mri mr ultrasound sonogram pet mammogram angiogram microscopy endoscopy photograph photo painting brain skull"
@@ -103,7 +109,7 @@ def statements(text):
         sides = frozenset(word for word in ("left", "right", "bilateral") if word in words)
         found.append((span["condition"], label, words, sides, normalise(span["text"])[-1]))
     stated = any(label != NEGATIVE and name != "Support Devices" for name, label, *_ in found)
-    normal = bool(NORMAL.search(text)) and not stated and labels["No Finding"] == POSITIVE
+    normal = bool(NORMAL.search(PART.sub(" ", text))) and not stated and labels["No Finding"] == POSITIVE
     return found, normal, bool(WHOLE.search(text)) and stated
 
 
@@ -374,6 +380,6 @@ def length_term(tokens, max_tokens):
 
 
 def padding_term(text, texts):
-    """1.0 for a response in a code fence, or with blank lines or more than BLANKS blanks in a row, else 0.0."""
-    blank = re.compile(rf"\s{{{BLANKS + 1},}}|\n\s*\n")
+    """1.0 for a response in a code fence, or with blank lines, BLANKS blanks or four equal marks in a row, else 0.0."""
+    blank = re.compile(rf"\s{{{BLANKS + 1},}}|\n\s*\n|([^\w\s{{}}\[\]])(?:\s?\1){{3}}")
     return float(text.lstrip().startswith("```") or any(blank.search(part) for part in (text, *texts)))

@@ -23,6 +23,12 @@ from shared.runtime import DataNotFound, InputError
 INFO = {name: info for name, info in medmnist.INFO.items() if not name.endswith("3d")}
 SIZES = (28, 64, 128, 224)  # pixels per side
 SPLITS = ("train", "val", "test")
+SPLIT_NAMES = {name: name for name in SPLITS} | {
+    "training": "train",
+    "valid": "val",
+    "validation": "val",
+    "testing": "test",
+}
 PHANTOM_COUNTS = {"train": 2400, "val": 400, "test": 600}
 PHANTOM_SEED = 20231  # one phantom set for everybody; --seed varies the training, not the data
 
@@ -101,16 +107,20 @@ def set_name(name):
 
 def labels_by_folder(root, paths):
     """
-    Labels of images from the folders they lie in: root/CLASS/film.png, or root/SPLIT/CLASS/film.png with the splits
-    train, val and test -> {path: (split or "", class)}; {} where the folders do not look like classes (fewer than two,
-    or more than half as many as images).
+    Labels of images from the folders they lie in: root/CLASS/film.png, or root/SPLIT/CLASS/film.png (or CLASS/SPLIT)
+    with the splits train, val and test -> {path: (split or "", class)}; where there is a split train, images outside
+    of the splits are left out. {} where the folders do not look like classes (fewer than two, or more than half as many
+    as images).
     """
     found = {}
     for path in paths:
-        parts = path.relative_to(root).parts[:-1]
-        split = parts[0].lower() if len(parts) > 1 and parts[0].lower() in SPLITS else ""
-        if parts[bool(split) :]:
-            found[path] = (split, parts[bool(split)])
+        first, *others = path.relative_to(root).parts[:-1] or ("",)
+        split, other = (SPLIT_NAMES.get(name.lower(), "") for name in (first, others[0] if len(others) == 1 else ""))
+        label = (others or [""])[0] if split else first
+        if label:
+            found[path] = (split or other, label)
+    if any(split == "train" for split, _ in found.values()):
+        found = {path: entry for path, entry in found.items() if entry[0]}
     return found if 1 < len({label for _, label in found.values()}) <= max(2, len(found) / 2) else {}
 
 
@@ -122,8 +132,11 @@ def load_folder(folder, size=28):
     cannot be read are left out and counted.
     """
     from shared.data.images import find_images, read_image, to_square  # MedMNIST's files do without
+    from shared.data.text import one_spelling
 
-    where, skipped, rows = labels_by_folder(folder, find_images([folder])), [], []
+    paths, rows = find_images([folder]), []
+    where = labels_by_folder(folder, paths)
+    skipped = [f"{path.name}: it lies in no folder of a class" for path in paths if path not in where]
     for path, (split, label) in tqdm(where.items(), desc=f"reading {folder}", leave=False, disable=None):
         try:
             pixels = read_image(path)
@@ -132,7 +145,9 @@ def load_folder(folder, size=28):
             continue
         pixels = to_square(pixels, size, 1 if pixels.ndim == 2 else 3)
         rows.append((label, hashlib.sha256(pixels.tobytes()).hexdigest(), split, pixels))
-    names = sorted({row[0] for row in rows}, key=str.lower)
+    labels = one_spelling([row[0] for row in rows])
+    rows = [(label, *row[1:]) for label, row in zip(labels, rows, strict=True)]
+    names = sorted({*labels}, key=str.lower)
     if len(names) < 2:
         raise InputError(f"{folder} is no data set: it needs two or more folders of images, one per class")
     if skipped:

@@ -24,7 +24,8 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".npy", ".dcm", ".
 # of group 2 or 8, with its type or with a length below 64 KiB.
 NPY = b"\x93NUMPY"
 PICTURE = re.compile(rb"\x93NUMPY|\x89PNG|\xff\xd8\xff|II[*+]\0|MM\0[*+]|GIF8|RIFF....WEBP|\0\0\0\x0cjP", re.DOTALL)
-DICOM = re.compile(rb".{128}DICM|[\x02\x08]\0(..[A-Z]{2}|.\0..\0\0)", re.DOTALL)
+DICOM = re.compile(rb".{128}DICM|[\x02\x08]\0(..[A-Z]{2}|.\0..\0\0)|\0[\x02\x08]..[A-Z]{2}", re.DOTALL)
+PADDING = ("PixelPaddingValue", "PixelPaddingRangeLimit")  # the values of what lies outside of a film
 MIN_SIDE = 16  # pixels; below that nothing of a chest film is left
 MAX_RATIO = 20  # of the longer to the shorter side; a film of a whole leg or spine has 4
 
@@ -129,7 +130,8 @@ def read_image(source):
     transparent becomes black, as is the surround of a film.
     """
     if isinstance(source, (str, os.PathLike)):
-        head, suffix = first_bytes(source), Path(source).suffix.lower()
+        head = first_bytes(source)
+        suffix = "" if PICTURE.match(head) else Path(source).suffix.lower()  # a PNG may be called film.dcm
         if head.startswith(NPY) or suffix == ".npy":
             pixels = read_npy(source)
         elif DICOM.match(head) or suffix in (".dcm", ".dicom"):
@@ -252,7 +254,7 @@ def read_dicom(path):
     try:
         import pydicom
         from pydicom.pixels import apply_color_lut
-        from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
+        from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
     except ImportError as error:
         raise InputError("DICOM needs pydicom 3: pip install pydicom, or save the image as PNG") from error
     try:
@@ -263,13 +265,15 @@ def read_dicom(path):
             raise InputError(f"the DICOM file holds {film.NumberOfFrames} pictures; save the one that is meant as PNG")
         check_size(film.Columns, film.Rows)
         if "TransferSyntaxUID" not in film.file_meta:
-            implicit = film.original_encoding[0]
-            film.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian
-        pixels = film.pixel_array
+            implicit, little = film.original_encoding
+            explicit = ExplicitVRLittleEndian if little else ExplicitVRBigEndian
+            film.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else explicit
+        pixels, bits = film.pixel_array, film.BitsStored
         if film.PhotometricInterpretation == "PALETTE COLOR":
             pixels = apply_color_lut(pixels, film)
+            bits = 8 * pixels.itemsize
         if pixels.ndim == 3:  # colour: YCbCr is RGB by now
-            return as_image(pixels if pixels.dtype == np.uint8 else (pixels >> 8).astype(np.uint8))
+            return as_image((pixels >> max(0, bits - 8)).astype(np.uint8))
         return windowed(film, pixels)
     except InputError:
         raise
@@ -283,9 +287,11 @@ def windowed(film, stored):
     from pydicom.pixels import apply_modality_lut, apply_voi
 
     values = apply_modality_lut(stored, film)
-    center, width = (float(np.atleast_1d(film.get(name) or 0)[0]) for name in ("WindowCenter", "WindowWidth"))
+    window = [film.get(name) for name in ("WindowCenter", "WindowWidth")]
+    center, width = (0, 0) if None in window else (float(np.atleast_1d(value)[0]) for value in window)
     function = film.get("VOILUTFunction") or "LINEAR"
-    padding = stored == film.PixelPaddingValue if "PixelPaddingValue" in film else np.zeros(stored.shape, bool)
+    low, high = sorted(film.get(name, film.get("PixelPaddingValue", np.nan)) for name in PADDING)
+    padding = (stored >= low) & (stored <= high)
     if film.get("VOILUTSequence"):
         values = apply_voi(values.astype(np.int64), film) / (2 ** film.VOILUTSequence[0].LUTDescriptor[2] - 1)
     elif width > 0 and function == "SIGMOID":
@@ -294,8 +300,8 @@ def windowed(film, stored):
         values = (values - center) / width + 0.5
     elif width > 1:  # DICOM PS3.3, C.11.2.1.2
         values = (values - (center - 0.5)) / (width - 1) + 0.5
-    elif film.BitsStored == 8:
-        values = stored / 255
+    elif film.BitsStored == 8 and 0 <= values.min() <= values.max() <= 255:
+        values = values / 255
     else:
         values = stretched(values, values if padding.all() else values[~padding])
     values = np.clip(values, 0, 1).astype(np.float32)

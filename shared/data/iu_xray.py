@@ -32,7 +32,6 @@ Licence CC BY-NC-ND 4.0: images and texts may not be passed on changed. Split by
 if __name__ == "__main__":
     raise SystemExit(__doc__)
 
-import csv
 import re
 import tarfile
 import xml.etree.ElementTree as ElementTree
@@ -41,7 +40,7 @@ from pathlib import Path
 from shared.data import download as downloads
 from shared.data.audit import RowSet, counted, id_of, repeats, seen, shared_between_splits, similar_across_splits
 from shared.data.audit import split_groups
-from shared.data.text import base_name, text_of
+from shared.data.text import base_name, read_table, text_of
 from shared.metrics.text import clean_r2gen
 from shared.runtime import InputError, read_json
 
@@ -160,6 +159,7 @@ def make_row(uid, mesh, texts, images):
     """A row as far as the report file tells. texts: findings, impression, ...; images: [(name, projection)]."""
     row = {"dataset": "iu_xray", "uid": uid, "patient": str(uid), "split": None, "section": None, "report": None}
     row |= {name: text_of(texts.get(name)) for name in ("findings", "impression", "indication", "comparison")}
+    mesh = [term.strip() for term in mesh]
     row |= {"mesh": mesh, "problems": [term.split("/")[0] for term in mesh], "normal": mesh == ["normal"]}
     row |= {"image_path": None, "lateral_path": None}
     return row | {"images": [{"name": name, "projection": p, "path": None} for name, p in images]}
@@ -188,18 +188,9 @@ def read_projections(path):
 
 
 def read_csv(path, columns):
-    """-> list of dicts. InputError when the file is absent, is no text, or lacks a column."""
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, restval="")
-            missing = [name for name in columns if name not in (reader.fieldnames or [])]
-            if missing:
-                raise InputError(f"{path} lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}")
-            return list(reader)
-    except FileNotFoundError as error:
-        raise InputError(f"{path} is missing; it comes with {CSV_ADDRESS}") from error
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path} cannot be read as CSV ({error})") from error
+    if not path.is_file():
+        raise InputError(f"{path} is missing; it comes with {CSV_ADDRESS}")
+    return [line for _, line in read_table(path, columns)]
 
 
 def uid_of(value, path):
@@ -313,6 +304,26 @@ def r2gen_split(folder):
     if double:
         raise InputError(f"{path} has a study in two splits: {double[0]}")
     return split_of
+
+
+def rexrank_entries(written, data_dir):
+    """
+    {uid as text: {"findings": text, "impression": text}, one or both} -> {study: entry} as ReXrank's evaluation reads
+    them (ReXRank_IUXray_test.json: R2Gen's 590 test studies): the reference, and what was written as model_prediction.
+    Studies are called as in annotation.json, where that is there.
+    """
+    folder = find_iu_xray(data_dir)
+    path = folder / "annotation.json"
+    names = [study["id"] for some in (read_json(path).values() if path.is_file() else ()) for study in some]
+    names = {uid_of(name.split("_")[0], path): name for name in names}
+    entries = {}
+    for row in read_reports(folder)[0]:
+        if parts := written.get(str(row["uid"])):
+            said = [f"{name.capitalize()}: {parts[name]}" for name in ("findings", "impression") if parts.get(name)]
+            entry = {f"section_{name}": row[name] for name in ("findings", "impression")} | {"split": "test"}
+            entry |= {"context": f"Indication: {row['indication']}", "model_prediction": " ".join(said)}
+            entries[names.get(row["uid"], f"CXR{row['uid']}")] = entry
+    return entries
 
 
 # label -> index terms, any of which makes it positive: a head, and qualifiers that must be there as well

@@ -41,21 +41,22 @@ def base_name(path):
     return re.split(r"[\\/]", str(path).strip())[-1]
 
 
-def read_table(path, columns, what=""):
+def read_table(path, columns, what="", optional=()):
     """
     A CSV file as spreadsheets write them -> [(number of the line, {column: text})]: with commas, semicolons or tabs, in
-    UTF-8 (with or without its mark) or UTF-16; the columns asked for are found in any case, blanks around values are
-    taken off, empty lines left out. InputError: no such file, no text, a column missing or there twice.
+    UTF-8 (with or without its mark) or UTF-16; columns, and optional ones, are found in any case, blanks around values
+    are taken off, empty lines left out. InputError: no such file, no text, a column missing or there twice, a line with
+    more fields than columns, a quotation mark that is never closed.
     """
     try:
         data = Path(path).read_bytes()
         text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
         delimiter = max(",;\t", key=text.partition("\n")[0].count)
-        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, restval="")
-        called = {name.lower(): name for name in columns}
+        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, restval="", strict=True)
+        called = {name.lower(): name for name in (*columns, *optional)}
         names = [called.get(name.strip().lower(), name.strip()) for name in reader.fieldnames or ()]
         reader.fieldnames = names
-        lines = [(reader.line_num, {k: v.strip() for k, v in line.items() if k}) for line in reader]
+        lines = [(reader.line_num, line.pop(None, ()), {k: v.strip() for k, v in line.items() if k}) for line in reader]
     except (OSError, UnicodeError, csv.Error) as error:
         why = "it is not in UTF-8" if isinstance(error, UnicodeError) else getattr(error, "strerror", None) or error
         raise InputError(f"{what}{path} cannot be read as a CSV file ({why})") from error
@@ -66,4 +67,15 @@ def read_table(path, columns, what=""):
     if missing:
         lacking = f"column{'s' * (len(missing) > 1)} {', '.join(missing)}"
         raise InputError(f"{what}{path} lacks the {lacking}; it has {', '.join(filter(None, names)) or 'nothing'}")
-    return [(number, line) for number, line in lines if any(line.values())]
+    for number in (number for number, extra, _ in lines if any(extra)):
+        raise InputError(
+            f'{what}{path}: line {number} has too many fields; put " around one that holds a {delimiter!r}'
+        )
+    return [(number, line) for number, _, line in lines if any(line.values())]
+
+
+def one_spelling(labels, known=()):
+    """Labels in the spelling that comes first, known ones before: Normal and NORMAL are one class, so are 1 and 1.0."""
+    keys = [re.sub(r"^(\d+)\.0*$", r"\1", label.lower()) for label in (*known, *labels)]
+    first = dict(zip(reversed(keys), reversed((*known, *labels)), strict=True))
+    return [first[key] for key in keys[len(known) :]]

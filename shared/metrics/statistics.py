@@ -12,7 +12,7 @@ Which one to use:
     two models, right or wrong           mcnemar_exact; with groups: sign_flip_test
     paired differences of any kind       sign_flip_test
     how many cases a comparison needs    cases_needed
-    several p values                     holm (any false finding), benjamini_hochberg (share of false ones)
+    several p values                     holm
 
 benchmarks/coverage.py simulates how often each interval holds the truth.
 """
@@ -24,7 +24,7 @@ import math
 import warnings
 
 import numpy as np
-from scipy.stats import binomtest, false_discovery_control, norm, rankdata
+from scipy.stats import binomtest, norm, rankdata
 from scipy.stats import t as student_t
 
 
@@ -429,32 +429,15 @@ def mcnemar_exact(correct_a, correct_b):
     return dict(only_a=only_a, only_b=only_b, p=p)
 
 
-def _adjusted(p_values, adjust):
-    """adjust: function of an array of p values. None counts as 1 and stays None."""
-    p = np.array([1.0 if v is None else v for v in p_values], dtype=np.float64)
-    if not ((p >= 0) & (p <= 1)).all():  # NaN fails too
-        raise ValueError("p values must lie between 0 and 1")
-    adjusted = adjust(p) if len(p) else p
-    return [None if v is None else float(a) for v, a in zip(p_values, adjusted, strict=True)]
-
-
 def holm(p_values):
     """
     p values -> Holm-adjusted ones in the same order: those <= 0.05 hold at a chance of 5 % for any false one among
     them. None stays None and still counts as one of the tests.
     """
-
-    def adjust(p):
-        order = np.argsort(p, kind="stable")
-        steps = p[order] * np.arange(len(p), 0, -1)  # smallest times m, next times m - 1, ...
-        return np.minimum(1, np.maximum.accumulate(steps))[np.argsort(order, kind="stable")]
-
-    return _adjusted(p_values, adjust)
-
-
-def benjamini_hochberg(p_values):
-    """
-    p values -> adjusted ones in the same order (Benjamini & Hochberg 1995): among those <= 0.05, 5 % are expected to be
-    false, for independent or positively dependent tests. None stays None and still counts as one of the tests.
-    """
-    return _adjusted(p_values, false_discovery_control)
+    p = np.array([1.0 if v is None else v for v in p_values], dtype=np.float64)
+    if not ((p >= 0) & (p <= 1)).all():  # NaN fails too
+        raise ValueError("p values must lie between 0 and 1")
+    order = np.argsort(p, kind="stable")
+    steps = p[order] * np.arange(len(p), 0, -1)  # smallest times m, next times m - 1, ...
+    adjusted = np.minimum(1, np.maximum.accumulate(steps))[np.argsort(order, kind="stable")]
+    return [None if v is None else float(a) for v, a in zip(p_values, adjusted, strict=True)]

@@ -94,7 +94,7 @@ def find_model(name, family=None):
     folder = folder_of(name)
     if folder:
         if (folder / "config.json").is_file():
-            return str(folder), check_config(read_json(folder / "config.json"), folder / "config.json")
+            return str(folder), check_config(read_json(folder / "config.json", object), folder / "config.json")
         if (folder / "adapter_config.json").is_file():
             raise InputError(
                 f"{folder} holds an adapter, not a model: give the model it was trained on with --model, and this"
@@ -104,7 +104,7 @@ def find_model(name, family=None):
     if not is_hub_name(name):
         raise InputError(f"there is no model folder {name[:200]}{try_tiny()}")
     try:
-        return name, check_config(read_json(hf_hub_download(name, "config.json")), f"config.json of {name}")
+        return name, check_config(read_json(hf_hub_download(name, "config.json"), object), f"config.json of {name}")
     except (OSError, HFValidationError) as error:
         raise InputError(why_absent(name, error) + try_tiny()) from error
 

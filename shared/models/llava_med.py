@@ -135,7 +135,7 @@ def tower_config(source, raw):
 
 def biomedclip_config(source, raw):
     named = Path(source, Path(str(raw.get("mm_vision_tower_config") or "")).name)
-    found = [read_json(p) for p in (named, *sorted(Path(source).glob("*.json"))) if p.is_file()]
+    found = [read_json(p, object) for p in (named, *sorted(Path(source).glob("*.json"))) if p.is_file()]
     vision = next((s["vision_cfg"] for s in found if isinstance(s, dict) and "vision_cfg" in s), None)
     if vision is None:
         raise InputError(
@@ -395,7 +395,7 @@ def convert(source, out, base=None, tower=None):
         )
     if out.exists() and any(out.iterdir()):
         raise InputError(f"{out} exists and is not empty: give a new folder")
-    raw = check_config(read_json(source / "config.json"), source / "config.json")
+    raw = check_config(read_json(source / "config.json", object), source / "config.json")
     if not is_original(raw):
         raise InputError(
             f"{source} is not in the layout of the original LLaVA code (no mm_vision_tower in config.json); load it as"
