@@ -155,6 +155,9 @@ def show_study(n, row, images, present, model, seen, maps, text, ids, drawn, run
         panels = [(0, places[i, 0], (), words[i]) for i in range(min(len(words), 40))]
         share = float(whole.mean())
         caption = f"The decoder's cross-attention for each word; {share:.0%} of it went to the global token."
+        if len(words) > 1:
+            alike = np.corrcoef(places.reshape(len(words), -1))[np.triu_indices(len(words), 1)].mean()
+            caption += f" Maps of two words correlate by {alike:.2f} on average: near 1 they tell no word apart."
         picture("words", panels, min(10, len(panels)), "The decoder, word by word, frontal", caption)
     return {f"study{n}_queries": numbers, f"study{n}_words": places if len(words) else np.zeros(0)}
 
