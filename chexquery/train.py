@@ -51,7 +51,7 @@ from shared.report import PHANTOM, draw_history
 from shared.runtime import InputError, add_resume, bounded, command, fraction, load_checkpoint, not_negative
 from shared.runtime import open_run_dir, pick_device, positive_float, positive_int, run_facts, script, script_parser
 from shared.runtime import seed_everything, start_distributed, write_json, write_jsonl
-from shared.training import GuardedStep, StopSignal, Weights, learning_rate, load_state, save_state, settings_of
+from shared.training import GuardedStep, StopSignal, Weights, adamw, learning_rate, load_state, save_state, settings_of
 
 TASK = "chexquery"
 ASIDE = ("phase", "splits_file", "cache_gib", "start_from", "eval_batch")  # settings that a resumed run may change
@@ -307,10 +307,8 @@ def validate(model, split, args, phase, device, dtype):
 
 
 def optimizer_of(weights, args, phase):
-    matrices, vectors = ([p for p in weights.values() if (p.ndim > 1) == many] for many in (True, False))
-    groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     fused = {p.device.type for p in weights.values()} <= {"cpu", "cuda"}  # one pass over all weights
-    return torch.optim.AdamW(groups, lr=args.lr[phase - 1], fused=fused)
+    return adamw(weights, args.lr[phase - 1], args.weight_decay, fused=fused)
 
 
 def take_step(model, split, batch, args, phase, work, augmenting):

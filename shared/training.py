@@ -91,6 +91,13 @@ def moving_average(network, decay):
     return average
 
 
+def adamw(weights, lr, weight_decay, **more):
+    """AdamW over Weights, with weight decay on matrices alone: not on biases and norms."""
+    matrices, vectors = ([p for p in weights.values() if (p.ndim > 1) == many] for many in (True, False))
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, **more)
+
+
 class Weights(dict):
     """The trained parameters {name: parameter} as a part of a checkpoint: an adapter without its frozen model."""
 

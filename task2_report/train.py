@@ -45,7 +45,7 @@ from shared.report import PHANTOM, draw_history
 from shared.runtime import InputError, add_resume, atomic_folder, bounded, command, fraction, not_negative, open_run_dir
 from shared.runtime import pick_device, positive_float, positive_int, run_facts, script, script_parser
 from shared.runtime import seed_everything, start_distributed, write_json, write_jsonl
-from shared.training import GuardedStep, StopSignal, Weights, learning_rate, load_state, save_state, settings_of
+from shared.training import GuardedStep, StopSignal, Weights, adamw, learning_rate, load_state, save_state, settings_of
 from task2_report.cases import SEVERE, load_reports
 from task2_report.label_cnn import small_films
 from task2_report.label_stage import LIST, learn_labels, list_of
@@ -243,9 +243,7 @@ def train(args, vlm, data, run_dir, rank, world_size):
     order = BatchOrder(examples, args.batch_size, 1, args.seed, args.epochs, args.steps)
     eval_every = args.eval_every or max(1, order.num_steps // 8)
     weights = Weights(vlm.model)
-    matrices, vectors = ([p for p in weights.values() if (p.ndim > 1) == many] for many in (True, False))
-    groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr)
+    optimizer = adamw(weights, args.lr, args.weight_decay)
     scaler = torch.amp.GradScaler(vlm.device.type, enabled=vlm.dtype == torch.float16)
     guard = GuardedStep(optimizer, scaler, weights.values(), args.grad_clip)
     warmup_steps, size = round(args.warmup * order.num_steps), PartSize(args.micro_batch)

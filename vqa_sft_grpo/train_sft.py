@@ -55,7 +55,7 @@ from shared.report import PHANTOM, draw_history
 from shared.runtime import InputError, add_resume, atomic_folder, fraction, not_negative, open_run_dir, pick_device
 from shared.runtime import positive_float, positive_int, run_facts, script, script_parser, seed_everything
 from shared.runtime import start_distributed, write_json, write_jsonl
-from shared.training import GuardedStep, StopSignal, Weights, learning_rate, load_state, save_state, settings_of
+from shared.training import GuardedStep, StopSignal, Weights, adamw, learning_rate, load_state, save_state, settings_of
 from vqa_sft_grpo.asking import BASE_MODEL, Answerer, how_to_measure, limit_pixels
 from vqa_sft_grpo.counterfactual import blank, region_iou
 from vqa_sft_grpo.examples import make_examples
@@ -304,9 +304,7 @@ def train(args, vlm, train_rows, val_rows, facts, run_dir, rank, world_size):
     )
 
     weights = Weights(vlm.model)
-    matrices, vectors = ([p for p in weights.values() if (p.ndim > 1) == many] for many in (True, False))
-    groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr)
+    optimizer = adamw(weights, args.lr, args.weight_decay)
     scaler = torch.amp.GradScaler(vlm.device.type, enabled=vlm.dtype == torch.float16)
     guard = GuardedStep(optimizer, scaler, weights.values(), args.grad_clip)
     warmup_steps, size = round(args.warmup * order.num_steps), PartSize(args.micro_batch)
