@@ -189,12 +189,13 @@ def main(argv=None):
     if known and studies.name == data["name"]:
         raise InputError(f"{len(known)} of the patients to be measured on were trained on: give the --splits-file or"
                          " the options of the training")  # fmt: skip
-    if args.export_rexrank and studies.name != "iu_xray":
-        raise InputError(f"--export-rexrank: ReXrank has the test studies of IU X-ray, and these are {studies.name}")
     if args.export_rexrank:
+        if studies.name != "iu_xray" or args.split != "test":
+            raise InputError("--export-rexrank: ReXrank has the test studies of IU X-ray, and these are"
+                             f" {args.split} studies of {studies.name}")  # fmt: skip
         find_iu_xray(studies.source)  # the references come from there; not to be missed when all is written
-    if args.export_rexrank and Path(args.export_rexrank).exists() and not args.overwrite:
-        raise InputError(f"{args.export_rexrank} is there already: give --overwrite to replace it")
+        if Path(args.export_rexrank).exists() and not args.overwrite:
+            raise InputError(f"{args.export_rexrank} is there already: give --overwrite to replace it")
     labeller = load_chexbert(*args.chexbert, device) if args.chexbert else None
     run_dir = open_run_dir(args, TASK, "evaluate")
     lines, seen = make_lines(model, studies, test, args, device, decoding)

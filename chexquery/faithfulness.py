@@ -13,7 +13,6 @@ share of the film that the true boxes cover.
 if __name__ == "__main__":
     raise SystemExit(__doc__)
 
-
 import numpy as np
 import torch
 

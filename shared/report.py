@@ -7,7 +7,7 @@ What every script tells, and must tell alike: numbers with intervals, tables, fi
     report.figure(save_figure(figure, run_dir / "figures" / "roc.png", "ROC curves", data.phantom), "ROC curves.")
     report.write(run_dir, hand_in=Path("reports/task1.md"), prefix="task1_")
 
-An undefined number is "–". Whatever was measured on made-up films says PHANTOM: in the report, and above every figure.
+An undefined number is "–". Whatever was measured on made-up films says PHANTOM: in reports and above every figure.
 """
 
 if __name__ == "__main__":

@@ -56,9 +56,8 @@ def source_of(args):
         raise InputError(f"--adapter {adapter}: no model and no adapter is there; name the best/ of a run of train.py")
     if name is None:
         with explained(f"{adapter} holds no adapter that can be read"):
-            name = str(
-                read_json(Path(adapter) / "adapter_config.json", object).get("base_model_name_or_path") or BASE_MODEL
-            )
+            told = read_json(Path(adapter) / "adapter_config.json", object)
+            name = str(told.get("base_model_name_or_path") or BASE_MODEL)
     return name, adapter
 
 

@@ -184,7 +184,7 @@ def test_export_for_rexrank(trained, tmp_path, real_data, refused):
     """What ReXrank's own script reads: the sections of the reference, by study, and the text written."""
     folder, out = real_data("iu_xray/annotation.json").parent, tmp_path / "rexrank.json"
     small = ["--checkpoint", trained, "--device", "cpu", "--num-samples", "5", "--export-rexrank", out]
-    assert "these are phantom" in refused(evaluate.main, small)
+    assert "test studies of phantom" in refused(evaluate.main, small)
     evaluate.main([*map(str, small), "--data", "iu_xray", "--data-dir", str(folder), "--limit", "4",
                    "--out-dir", str(tmp_path / "run")])  # fmt: skip
     rows, found = [json.loads(line) for line in open(tmp_path / "run" / "predictions.jsonl")], read_json(out)

@@ -95,7 +95,7 @@ def to_row(labels, order=CONDITIONS):
 def _matcher():
     """-> the pattern of all phrases; (kind, what) of each group. Compiled at first use."""
     found = [(phrase, (kind, what)) for kind, what, phrases in TABLES for phrase in phrases]
-    either, marks = "|".join(f"{phrase}()" for phrase, _ in found), "[,:¦‹›¿]"  # the empty group tells which one it was
+    either, marks = "|".join(f"{phrase}()" for phrase, _ in found), "[,:¦‹›¿]"  # the empty group tells which
     pattern = re.compile(rf"(?:(?<!\w)|(?={marks}))(?:{either})(?:(?<={marks})|(?!\w))")
     return pattern, [None, *(kind for _, kind in found)]
 

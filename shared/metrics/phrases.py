@@ -16,7 +16,7 @@ def phrases(text):
     return " ".join(text.split()).split(" / ")
 
 
-# Marks that labels.py puts in place of layout: ¶ a line that ends, ¦ a dash, bar or bullet, ‹ › brackets, ¿ a question
+# Marks that stand in place of layout: ¶ a line that ends, ¦ a dash, bar or bullet, ‹ › brackets, ¿ a question
 # mark before what it doubts.
 END = "(?= ?(?:$|[,¦‹›?]))"  # nothing follows in this part of the sentence
 
