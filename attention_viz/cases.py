@@ -166,7 +166,7 @@ def read_cases(path, n_studies=None):
         errors += [{"line": line, "study_id": row["study_id"], "error": why} for line, row in lines]
     odd = sum(boxes_of(row) is None for _, row in rows)
     if odd:
-        notes.append(f"{odd} regions are no lists of boxes [x0, y0, x1, y1]: their questions count as without boxes.")
+        notes.append(f"{odd} regions are no lists of boxes [x0, y0, x1, y1] in pixels: their questions count as without boxes.")
     if not cases:
         first = f"; line {errors[0]['line']}: {errors[0]['error']}" if errors else ""
         raise InputError(f"no row of {path} can be used{first}")
@@ -205,6 +205,7 @@ def boxes_of(row):
     except (ValueError, TypeError, RecursionError):
         return None
     fine = all(len(b) == 4 and b[0] < b[2] and b[1] < b[3] and all(map(math.isfinite, b)) for b in boxes)
+    fine = fine and all(max(b) > 1 for b in boxes)  # else shares of the image
     return boxes if fine else None
 
 

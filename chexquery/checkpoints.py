@@ -92,7 +92,7 @@ def open_model(args):
     -> (model on its device, what its checkpoint says with "device", arguments of model.write). Without --checkpoint the
     newest run is taken; a dry run without one takes an untrained model. InputError where there is none.
     """
-    path = args.checkpoint or (None if args.dry_run else newest_run("chexquery", "train", "phase1/best.pt"))
+    path = args.checkpoint or (None if args.dry_run else newest_run("chexquery", "train", "phase*/best.pt"))
     if path is None and not args.dry_run:
         raise InputError("there is no trained model: train one with chexquery/train.py, or give --checkpoint PATH")
     device, _ = pick_device(args.device)

@@ -151,6 +151,7 @@ class ScriptParser(argparse.ArgumentParser):
         # The settings of a file, or of the run that goes on, come first, so that flags on the command line win.
         if early.config is not None:
             argv = self.arguments_of(*self.read_config(early.config), namespace) + argv
+            early = first.parse_known_args(argv)[0]  # the file may name the run to go on with
         if early.resume and "--resume" in self._option_string_actions:
             argv = self.arguments_of_run(early.out_dir if early.resume is True else early.resume, namespace) + argv
         return super().parse_args(argv, namespace)
@@ -683,11 +684,12 @@ def resume_dir(path):
 
 def newest_run(task, name, holding):
     """
-    The newest numbered run folder that holds the file `holding`, None without one. Runs on real data with all cases
-    come before phantom runs, and these before runs with --limit; what is taken and what passed over is printed.
+    The newest numbered run folder that holds a file `holding` (a name or a pattern), None without one. Runs on real
+    data with all cases come before phantom runs, and these before runs with --limit; what is taken and what passed
+    over is printed.
     """
     runs = [p for p in (Path("outputs") / task / name).glob("[0-9]*") if re.fullmatch("[0-9]+", p.name)]
-    runs = sorted((p for p in runs if (p / holding).exists()), key=lambda p: int(p.name), reverse=True)
+    runs = sorted((p for p in runs if any(p.glob(holding))), key=lambda p: int(p.name), reverse=True)
     kinds = {run: run_kind(run) for run in runs}
     best = min(runs, key=lambda run: (bool(kinds[run]["limit"]), kinds[run]["phantom"]), default=None)
     if best is not None:

@@ -242,7 +242,7 @@ def test_refusals(tmp_path, rows):
         read_cases(tmp_path / "absent.csv")
     with pytest.raises(InputError, match="no condition 'Flu'"):
         phantom_settings(["Flu"])
-    for region in ("here", "[1," * 5000, "[[1, 2, NaN, 4]]", "[[5, 5, 1, 1]]", "[3]"):
+    for region in ("here", "[1," * 5000, "[[1, 2, NaN, 4]]", "[[5, 5, 1, 1]]", "[3]", "[[0.1, 0.2, 0.5, 0.9]]"):
         write_csv(tmp_path / "q.csv", [r | {"region": region} for r in rows])
         cases, _, notes = read_cases(tmp_path / "q.csv")
         assert all(case.boxes == [] for case in cases) and f"{len(rows)} regions are no lists of boxes" in notes[-1]

@@ -464,6 +464,15 @@ def test_dicom_that_is_not_one_film():
     np.testing.assert_allclose(pixels[3:], 1 - stretched(padded[3:]), atol=1e-5)
 
 
+@pytest.mark.parametrize("suffix", ["tif", "gif", "png", "webp"])
+def test_a_file_of_several_pictures_is_refused_and_previews_are_not(suffix):
+    film = Image.fromarray(RAMP)
+    film.save(f"two.{suffix}", save_all=True, append_images=[Image.fromarray(255 - RAMP)], lossless=True)
+    assert "holds 2 pictures" in why_not(f"two.{suffix}")
+    film.save("preview.tif", save_all=True, append_images=[film.resize((20, 16))])
+    np.testing.assert_array_equal(read_image("preview.tif"), RAMP / np.float32(255))
+
+
 # --- which files ---
 
 

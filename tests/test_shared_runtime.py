@@ -608,6 +608,15 @@ def test_the_lock_ends_with_the_script():
     assert Path("mine").absolute() not in runtime.RUNS
 
 
+def test_resume_in_a_config_takes_the_settings_of_the_run_too(tmp_path):
+    run = tmp_path / "run"
+    write_json(run / "settings.json", {"batch_size": 8, "lr": 0.5, "model": "big", "out_dir": "elsewhere"})
+    (tmp_path / "on.yaml").write_text(f"resume: {run}\nlr: 0.25\n")
+    for given in (["--resume", run, "--lr", 0.25], ["--config", tmp_path / "on.yaml"]):
+        args = parse(*given)
+        assert (args.batch_size, args.lr, args.model, args.out_dir) == (8, 0.25, "big", None)
+
+
 def test_resume_uses_the_folder_of_the_run():
     run = open_run_dir(parse("--out-dir", "run"), "task", "train")
     (run / "seed3").mkdir()
@@ -649,6 +658,7 @@ def test_the_newest_of_the_best_runs_is_taken_and_said_so(capsys):
     finished_run("1001", phantom=True)
     finished_run("1002", limit=96, phantom=True)
     finished_run("1003", finished=False)
+    assert newest_run("task", "train", "*.json") == Path("outputs/task/train/1003") and capsys.readouterr()
     assert newest_run("task", "train", "metrics.json") == real
     assert capsys.readouterr().out == (
         "taking outputs/task/train/1000 (real data); passed over 1002 (--limit 96, phantom), 1001 (phantom)\n"

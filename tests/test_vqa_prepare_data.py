@@ -453,6 +453,7 @@ GOOD = {
         ({"answer_type": "CLOSED"}, "it must be closed or open"),
         ({"region": [[5, 0, 0, 5]]}, "'region' must be null or boxes"),
         ({"region": []}, "'region' must be null or boxes"),
+        ({"region": [[0.1, 0.2, 0.5, 0.9]]}, "not in shares of the image"),
         ({"region": [[0, 0, float("nan"), 5]]}, "'region' must be null or boxes"),
         ({"output": "{"}, "'output' must be a JSON object"),
         ({"output": '{"caption": "x"}'}, "'output' must be a JSON object"),

@@ -129,6 +129,7 @@ def test_regions_go_to_the_rows_that_are_meant(rows_file, capsys):
         ("image,x0,y0,x1,y1\nc.png,9,2,3,4\n", "with x0 < x1"),
         ("image,x0,y0,x1,y1\nc.png,1,2,3,nan\n", "must be four numbers"),
         ("image,x0,y0,x1,y1\nc.png,1,2,3\n", "must be four numbers"),
+        ("image,x0,y0,x1,y1\nc.png,0.1,0.2,0.5,1\n", "not shares of the image"),
         (None, "cannot be read"),
     ],
 )

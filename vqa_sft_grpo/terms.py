@@ -176,8 +176,8 @@ def box_of(line, row, where):
         box = [float(line[name]) for name in CORNERS]
     except ValueError:
         box = [math.nan]
-    if not all(map(math.isfinite, box)):
-        raise InputError(f"{where}: x0, y0, x1, y1 must be four numbers of pixels")
+    if not all(map(math.isfinite, box)) or max(box) <= 1:
+        raise InputError(f"{where}: x0, y0, x1, y1 must be four numbers of pixels, not shares of the image")
     x0, y0, x1, y1 = box
     if not (0 <= x0 < x1 <= row["width"] and 0 <= y0 < y1 <= row["height"]):
         told = ", ".join(f"{n:g}" for n in box)

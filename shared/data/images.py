@@ -193,6 +193,7 @@ def read_picture(source):
             if isinstance(source, Image.Image):
                 return pixels_of(source)
             with open(source, "rb") as file, Image.open(file) as image:  # by path, Pillow scrambles turned grey TIFFs
+                check_pages(image)
                 return pixels_of(image)
     except InputError:
         raise
@@ -200,6 +201,18 @@ def read_picture(source):
         raise InputError("the image has too many pixels to be a radiograph; scale it down first") from error
     except Exception as error:  # Pillow raises many kinds for damaged files, of which OSError is the usual one
         raise InputError("the file is not an image, or is damaged or cut short") from error
+
+
+def check_pages(image):
+    """One picture is meant: smaller ones beside it are previews, and so is whatever a camera's MPO file holds."""
+    if image.format == "MPO" or getattr(image, "n_frames", 1) == 1:
+        return
+    size = image.size
+    for number in range(1, image.n_frames):
+        image.seek(number)
+        if image.size == size:
+            raise InputError(f"the file holds {image.n_frames} pictures; save the one that is meant as PNG")
+    image.seek(0)
 
 
 def pixels_of(image):
