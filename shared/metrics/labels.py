@@ -236,6 +236,8 @@ class _Reader:
     def anatomy_behind(self, i, end):
         """-> the tokens of the anatomy right behind a state: "normal heart size and mediastinal contours"."""
         j = i + 1
+        if i and self.kind(i - 1) == "anatomical" and self.tokens[i - 1][3] + 1 == self.tokens[i][2]:
+            return []  # "heart size normal lungs clear"
         if self.kind(j) != "anatomical" or not _LINK.fullmatch(self.sentence, end, self.tokens[j][2]):
             return []
         if self.anatomy and self.verb_seen and self.kind(j + 1) == "verb":

@@ -126,7 +126,7 @@ _LAYOUT = {
     r"|[|•·*=→]+>?|->|(?<=\s)>(?=\s*[a-z])|\.{2,}(?=\s*[a-z])|…|(?<=\s)\+(?=\s)|\(\+\)|</?[a-z]+ ?/?>"
     r"|(?<=[a-z])–(?=[a-z])|(?:^|(?<=\s))\(?(?:\d{1,2}|[a-h])\)(?=\s)",
     ",": r"(?<=\s)/(?=\s)",
-    "no": r"\([-–−]\)",
+    "no": r"\([-–−]\)|(?<=[a-z] )[-–−](?=[.,;]|$)",
     # "Effusion? No."
     ":": r"\?(?=\s*(?:no|none|nil|absent|negative|yes|present|positive)\s*(?:[.,;\n]|$))",
     # a question mark before what it asks, or "+/-"; and one in brackets behind it
@@ -165,7 +165,7 @@ _HEADER = re.compile(
     rf"(?:\b(?P<why>{WHY}) ?:|\b(?P<how>{HOW}) ?:|wet read|final report|\b[a-z]\w+\)? ?:"
     rf"|{_START}(?:(?P<why_line>{WHY})|(?P<how_line>{HOW})|{WHAT}) [¦¶])(?= |$)"
 )
-_END = re.compile(r"(?<!\bvs)(?<!\bposs)(?<!\bprob)\.(?!\d)|[;!¶]|(?<=\?)")
+_END = re.compile(r"(?<!\bvs)(?<!\bposs)(?<!\bprob)\.(?!\d)(?!(?<=\bneg\.) for\b)|[;!¶]|(?<=\?)")
 _TEXT = re.compile(r"[^\s¶]")
 
 

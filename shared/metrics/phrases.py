@@ -58,7 +58,7 @@ MENTIONS = {
         (?:increased|prominent|coarse|coarsened|accentuated|thickened) /
         (?:prominence|thickening|coarsening) of the (?:pulmonary |lung )?interstiti\w+ /
         interstitial (?:prominence|thickening|(?:lung )?disease|abnormality|changes?|process|pattern) /
-        reticulation\w* / ground glass / white ?out"""),
+        reticulation\w* / reticulo ?nodular (?:pattern|changes?|disease) / ground glass / white ?out"""),
     "Edema": phrases(r"""
         (?:pulmonary |interstitial |alveolar )*o?edema / (?:pulmonary )?(?:vascular|venous) (?:congestion|engorgement) /
         (?:pulmonary|central) congestion / cephalization / vascular redistribution / upper lobe (?:\w+ )?diversion /
@@ -78,10 +78,10 @@ MENTIONS = {
         (?:bi)?apical (?:pleural )?(?:thickening|cap\w*) / fibrothorax / (?<=usion or )thickening"""),
     "Fracture": phrases(rf"""
         (?:(?:{_BONES}|compression|wedge|stress) )*fractur(?:e|es|ed) / (?:compression|wedge) deformit\w+ /
-        (?:{_BONES}) deformit\w+"""),
+        (?:{_BONES}) deformit\w+ / broken (?:{_BONES}|bones?)"""),
     "Support Devices": phrases(rf"""
         (?:{_TUBES}) (?:tip )?(?:tubes?|catheters?|drains?) / tubes?(?:,? (?:and|or) lines?)? / (?:et|ng|og)t /
-        dobb?hoff / catheters? / cannulas? / (?:{_LINES}) (?:\w+ )?lines? / lines?(?= (?:and|or) tubes?| placement) /
+        dobb?hoff / catheters? / cannula[se]? / (?:{_LINES}) (?:\w+ )?lines? / lines?(?= (?:and|or) tubes?| placement) /
         picc / cv[cl] / ppm / port ?a ?cath / mediport / (?:infusion|wall|chest|sided|right|left) ports? / swan ganz /
         pacemakers? / pacers? / pacing / defibrillators? / a?icd / leads? / balloon pump / lvad / stents? / drains? /
         pigtail / tracheostomy / thoracostomy / prosthetic (?:\w+ )?valve / valve (?:replacement|prosthesis) /
@@ -154,14 +154,14 @@ NOT_ENLARGED = phrases(f"not (?:enlarged|widened|broadened|dilated|increased(?: 
 # Look like a negation or an uncertainty and are none.
 _NOT = "(?:no|not|without|never|lack of|yet to|fail(?:s|ed)? to)"
 KEEP = phrases(rf"""
-    no (?:other |further |significant |appreciable |interval |substantial |relevant |major |new
+    (?:no|not(?: been)? any) (?:other |further |significant |appreciable |interval |substantial |relevant |major |new
     )*(?:change|changes|increase|decrease|improvement|worsening|progression|difference)(?: in| of| from)? /
     without (?:significant |interval |substantial )*(?:change|worsening|increase) /
     not (?:significantly |substantially |appreciably )*(?:changed|different|increased|decreased|worsened|improved) /
     not only / not necessarily / no doubt / if not / (?:probably|likely|perhaps) (?:unchanged|stable|similar|improved) /
     {_NOT}(?: \w+){{0,2}} (?:resolution|resolved?|resolving|clearing|cleared|disappear\w*|subsided?)(?: of)? /
     (?:yet|fail(?:s|ed)?) to (?:clear|resolve) /
-    (?:near complete|near total|partial|incomplete) (?:resolution|clearing)(?: of)? /
+    (?:(?:near|nearly|almost) (?:complete|total)|partial|incomplete) (?:resolution|clearing)(?: of)? /
     (?:nearly|almost|partially|partly|incompletely|largely|mostly)(?: completely)? (?:resolved|cleared) /
     (?:consistent|compatible|in keeping) with / c w""")
 # What follows is looked for, remembered or feared, not described.
@@ -186,7 +186,8 @@ UNSURE = phrases(r"""
     (?:possibly|probably|presumably|perhaps|potentially) (?:due to|related to|secondary to|from|in the setting of) /
     (?:may|might|could|would|can)(?: \w+){0,2}? (?:be (?:\w+ )?(?:secondary to|due to|related to|in the setting
     of|from|seen with)|be|represent|reflect|indicate|suggest|relate|correspond|have|contain) / may / might / could /
-    possibility of / question of / suspicious (?:for|of) / suspicion (?:for|of) / (?:concerning|worrisome) for /
+    possibility of / question of / suspicious (?:for|of) / suspicion (?:for|of) /
+    (?:probability|likelihood) of / (?:concerning|worrisome) for /
     concern(?:ed|s)?(?: (?:is|for|of|about))+ / c f / consider(?! (?:re|advanc|pull|withdr)) / suggest\w*(?: of)? /
     rais\w+ (?:the )?(?:possibility|question|concern)(?: of| for)? /
     (?:most )?likely (?:represent\w*|reflect\w*|due to|related to|to be|to represent|secondary to) /
@@ -237,7 +238,7 @@ _LY = r"(?!near|part|large|most|incomp)\w+ly"
 # Denies what was just named. The last one is the answer of a template: "Pneumothorax: none", "effusion no, ...".
 ABSENT_BACK = phrases(rf"""
     (?:(?:(?:is|are|was|were|has|have|been|can be)(?: {_LY})?|since|now|also|completely|entirely|interval) )+{_GONE} /
-    (?:resolved|removed|absent|cleared|excluded|gone)(?=$|,| and| by| ¦) /
+    (?:resolved|removed|absent|cleared|excluded|gone)(?=$|,| and| by| since| in the inter(?:im|val)| ¦) /
     (?:(?:is|are|was|were|has|have)(?: been)? )?(?:no longer|not|never)(?: been)?(?: \w+)? {DETECTED}(?! any) /
     (?:has|have) not (?:recurred|returned|reappeared) /
     (?:can ?|could )not be(?: \w+)? {DETECTED} / removal(?! of) / resolution(?! of) /
@@ -248,7 +249,7 @@ ABSENT_BACK = phrases(rf"""
 ABSENT = phrases(r"""
     (?:no|not|without)(?: \w+){0,3}? (?:evidence|e o|signs?|indications?|suggestion|suspicion)(?: of| for| to suggest)?
     / resolution of / clearing of / resolved / removal of / absence of / absent / lack of / none of / zero / nil /
-    (?:nothing|not enough|insufficient evidence)(?: \w+)? to (?:suggest|indicate|support) / neg(?:ative)? for /
+    (?:nothing|not enough|insufficient evidence)(?: \w+)? to (?:suggest|indicate|support) / neg(?:ative|\.)? for /
     free of / clear of / devoid of / non ?visuali[sz]ation of / without / w o / no longer / no / nor / neither / not /
     never / rather than / instead of / denies / can ?not (?:see|identify|appreciate|detect|find) /
     fail(?:s|ed)? to (?:show|demonstrate|reveal|identify|detect|confirm|visuali[sz]e)""")
@@ -257,7 +258,7 @@ STOP = phrases("""
     but / however / although / though / except / aside from / apart from / other than / yet / otherwise / which /
     while / whereas / because / since / with / w / after / following / status post / s p /
     there (?:is|are|has|have|was|were|continues|remains) / there(?= may) / (?:and|,) (?:the|there|a|an|this|these) /
-    in the setting of / due to / secondary to / still / again""")
+    in the setting of / due to / secondary to / still / again / (?<!not )positive for""")
 VERBS = phrases(r"""
     is / are / was / were / has / have / remains? / appears? / persists? / measur\w+ / shows? / demonstrates? /
     continues? / projects? / noted / seen / identified""")
