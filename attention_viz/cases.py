@@ -166,7 +166,8 @@ def read_cases(path, n_studies=None):
         errors += [{"line": line, "study_id": row["study_id"], "error": why} for line, row in lines]
     odd = sum(boxes_of(row) is None for _, row in rows)
     if odd:
-        notes.append(f"{odd} regions are no lists of boxes [x0, y0, x1, y1] in pixels: their questions count as without boxes.")
+        told = "are no lists of boxes [x0, y0, x1, y1] in pixels: their questions count as without boxes"
+        notes.append(f"{odd} regions {told}.")
     if not cases:
         first = f"; line {errors[0]['line']}: {errors[0]['error']}" if errors else ""
         raise InputError(f"no row of {path} can be used{first}")

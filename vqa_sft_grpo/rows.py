@@ -594,7 +594,7 @@ def complete(row, name, path, where):
             raise InputError(f"{where}: the {field} of 'output' must be a text, or left out")
     target = {field: value for field, value in target.items() if value or field == "answer"}
     if not isinstance(target.get("boxes", []), list) or not all(map(is_pixel_box, target.get("boxes", ()))):
-        raise InputError(f"{where}: the boxes of 'output' must be [[x0, y0, x1, y1]] in pixels, not in shares, or left out")
+        raise InputError(f"{where}: the boxes of 'output' must be [[x0, y0, x1, y1]] in pixels, not shares, or left out")
     guessed = "region" not in row and "boxes" in target
     given = {"id": name, "dataset": str(path), "split": "train", "group": row["image"], "policy": "unknown"}
     given |= {"instruction": instruction("json", units="pixels"), "input": row["question"], "overlap": False}
@@ -683,8 +683,8 @@ def check_row(row, where):
     if region is not None:
         if not (isinstance(region, list) and region and all(is_pixel_box(box) for box in region)):
             raise InputError(
-                f"{where}: 'region' must be null or boxes [[x0, y0, x1, y1]] with x0 < x1 and y0 < y1, in pixels, not in"
-                " shares of the image"
+                f"{where}: 'region' must be null or boxes [[x0, y0, x1, y1]] with x0 < x1 and y0 < y1, in pixels,"
+                " not in shares of the image"
             )
         if None not in size:
             check_region(row, where)
