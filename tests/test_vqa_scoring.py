@@ -452,6 +452,7 @@ the right upper lobe | Right upper lobe | open | Where is the mass? | + +
 right-upper-lobe | Right upper lobe | open | Where? | + +
 opacities | opacity | open | What is seen? | + +
 diverticula | diverticulum | open | What is seen? | + +
+pneumothoraces | pneumothorax | open | What is seen? | + +
 pelvis | pelvi | open | What? | - -
 pleural effusion | Effusion | open | What is abnormal? | - -
 no mass | mass | open | What? | - -

@@ -594,7 +594,7 @@ def complete(row, name, path, where):
             raise InputError(f"{where}: the {field} of 'output' must be a text, or left out")
     target = {field: value for field, value in target.items() if value or field == "answer"}
     if not isinstance(target.get("boxes", []), list) or not all(map(is_pixel_box, target.get("boxes", ()))):
-        raise InputError(f"{where}: the boxes of 'output' must be [[x0, y0, x1, y1]] in pixels, not shares, or left out")
+        raise InputError(f"{where}: the boxes of 'output' must be [[x0, y0, x1, y1]] in pixels, not in shares")
     guessed = "region" not in row and "boxes" in target
     given = {"id": name, "dataset": str(path), "split": "train", "group": row["image"], "policy": "unknown"}
     given |= {"instruction": instruction("json", units="pixels"), "input": row["question"], "overlap": False}

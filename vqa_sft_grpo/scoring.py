@@ -174,6 +174,9 @@ LATIN = {
             ",focus foci,calculus calculi,embolus emboli,thrombus thrombi,sulcus sulci,gyrus gyri,nucleus nuclei"
             ",metastasis metastases,diagnosis diagnoses,stenosis stenoses,prosthesis prostheses,anastomosis anastomoses"
             ",pelvis pelves,testis testes,appendix appendices,cortex cortices,apex apices,lumen lumina,foramen foramina"
+            ",thorax thoraces,hemithorax hemithoraces,pneumothorax pneumothoraces,hemothorax hemothoraces,atelectasis"
+            " atelectases,thrombosis thromboses,epiphysis epiphyses,metaphysis metaphyses,fossa fossae,maxilla maxillae"
+            ",pleura pleurae,alveolus alveoli,meniscus menisci,humerus humeri,radius radii,ramus rami,ostium ostia"
             ",phalanx phalanges,carcinoma carcinomata,hematoma hematomata,does does,perhaps perhaps,towards towards"
             ",pancreas pancreas"
         ).split(",")
