@@ -353,7 +353,7 @@ def train_phase(args, phase, model, train, val, facts, run_dir, work):
     last_path = folder / "last.pt"
     saved = {"weights": weights, "optimizer": optimizer, "scaler": scaler}, settings_of(args, ASIDE), facts["of"]
     if args.resume and last_path.exists():
-        values |= load_state(last_path, *saved, like=values)
+        values |= load_state(last_path, *saved)
         say(f"resumed from {last_path} at step {values['step']} of {num_steps}")
     count = sum(p.numel() for p in weights.values())
     say(f"phase {phase}: trains {', '.join(trained)}: {count:,} of {sum(p.numel() for p in model.parameters()):,}"

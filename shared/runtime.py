@@ -24,6 +24,7 @@ import csv
 import errno
 import functools
 import gc
+import hashlib
 import json
 import math
 import os
@@ -429,6 +430,30 @@ def check_plain(value, where="checkpoint"):
             check_plain(item, f"{where}[{i}]")
     elif type(value) not in (int, float, str, bool, type(None)) and not isinstance(value, torch.Tensor):
         raise TypeError(f"{where} is a {type(value).__name__}; checkpoints hold tensors and plain values only")
+
+
+def digest(value):
+    """sha256 of what a checkpoint holds: tensors, and plain values in dicts and lists, with their names."""
+
+    def pieces(value):
+        if isinstance(value, dict):
+            for name, item in value.items():
+                yield str(name).encode()
+                yield from pieces(item)
+        elif isinstance(value, (list, tuple)):
+            yield b"["
+            for item in value:
+                yield from pieces(item)
+            yield b"]"
+        elif isinstance(value, torch.Tensor):
+            yield value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
+        else:
+            yield repr(value).encode()
+
+    sha256 = hashlib.sha256()
+    for piece in pieces(value):
+        sha256.update(piece)
+    return sha256.hexdigest()
 
 
 def load_checkpoint(path, keys=(), what="checkpoint"):

@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from torch.optim.swa_utils import AveragedModel
 
-from shared.runtime import InputError, command, is_main_process, load_checkpoint, read_json, save_checkpoint
+from shared.runtime import InputError, command, digest, is_main_process, load_checkpoint, read_json, save_checkpoint
 
 
 def learning_rate(step, num_steps, warmup_steps, highest):
@@ -122,21 +122,18 @@ def save_state(path, parts, settings, data, **values):
     """
     if is_main_process():
         states = {name: part.state_dict() for name, part in parts.items()}
-        save_checkpoint(path, {"parts": states, "settings": settings, "data": data, "values": values})
+        rest = {"settings": settings, "data": data, "values": values}
+        save_checkpoint(path, {"parts": states, "sha256": digest(rest), **rest})
 
 
-def load_state(path, parts, settings, data, may_differ=(), like=None):
+def load_state(path, parts, settings, data, may_differ=()):
     """
-    Put the states back -> the plain values. InputError for another run's checkpoint: see refuse_other_settings. like:
-    values at the start of a run; those of the checkpoint must have the same names and kinds (None stands for any).
+    Put the states back -> the plain values. InputError for another run's checkpoint (see refuse_other_settings), and
+    for one that was changed after it was written.
     """
-    state = load_checkpoint(path, ("parts", "settings", "data", "values"), what="training state")
-    values = state["values"]
-    kinds = {name: type(value) for name, value in (like or {}).items() if value is not None}
-    if not all(isinstance(state[key], dict) for key in ("parts", "settings", "values")) or any(
-        not isinstance(values.get(name), kind) for name, kind in kinds.items()
-    ):
-        raise InputError(f"{path} is not a training state of this script, or is damaged; start a new run")
+    state = load_checkpoint(path, ("parts", "sha256", "settings", "data", "values"), what="training state")
+    if digest({key: state[key] for key in ("settings", "data", "values")}) != state["sha256"]:
+        raise InputError(f"{path} was changed after it was written, or is damaged; start a new run")
     refuse_other_settings(settings, state["settings"], path, may_differ)
     if state["data"] != data:
         raise InputError(f"{path} was trained on other data; give the same data to resume, or start a new run")
@@ -150,7 +147,7 @@ def load_state(path, parts, settings, data, may_differ=(), like=None):
         raise InputError(
             f"{path} holds the weights of another model; give the arguments that chose it, or start a new run"
         ) from error
-    return values
+    return state["values"]
 
 
 def settings_of(args, aside=()):

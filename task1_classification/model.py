@@ -6,7 +6,6 @@ and its checkpoint. Tasks 2 and 3 read the checkpoint through `load_classifier` 
 if __name__ == "__main__":
     raise SystemExit(__doc__)
 
-import hashlib
 import sys
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from torch import nn
 
 from shared.data.image_sets import load_phantom
 from shared.metrics.classification import choose_threshold, fit_temperature
-from shared.runtime import InputError, load_checkpoint, save_checkpoint
+from shared.runtime import InputError, digest, load_checkpoint, save_checkpoint
 
 ARCHITECTURES = ("resnet18", "resnet50")
 STEMS = ("auto", "3x3", "3x3-stride2", "7x7")
@@ -225,14 +224,6 @@ def untrained_classifier():
     facts = dict(architecture="resnet18", stem=choose_stem("auto", data.size), seed=0, limit=None, validation={})
     save_checkpoint(path, classifier_checkpoint(model.state_dict(), logits, logits, data, normalisation, **facts))
     return path
-
-
-def digest(state_dict):
-    """sha256 of names and values of all weights and buffers."""
-    sha256 = hashlib.sha256()
-    for name, value in state_dict.items():
-        sha256.update(name.encode() + value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return sha256.hexdigest()
 
 
 def load_classifier(path, device="cpu"):

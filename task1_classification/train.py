@@ -260,7 +260,7 @@ def start_or_resume(args, kept, steps, say):
     if not path.exists():
         say(f"no epoch was finished in {path.parent}: starting from the beginning")
         return run
-    then = load_state(*kept, may_differ=("epochs",), like=run)
+    then = load_state(*kept, may_differ=("epochs",))
     if args.epochs < then["epoch"]:
         raise InputError(f"{path} already has {then['epoch']} epochs; --epochs {args.epochs} is less")
     if args.epochs != then["epochs"]:

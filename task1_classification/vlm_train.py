@@ -187,7 +187,7 @@ def train(mode, probe, bank, films, encoder, args, seed, folder, settings, stop,
         history = [{"epoch": 0, **validate(mode, probe, bank, films, encoder, truth, weight)}]
     best = {"row": history[0] if history else None, "weights": copied(weights)}
     if args.resume and last.exists():
-        then = load_state(last, *saved, like={"history": history, "best": best})
+        then = load_state(last, *saved)
         history, best = then["history"], then["best"]
     seconds, written = [], time.time()
     while (epoch := (history[-1]["epoch"] if history else 0) + 1) <= epochs:

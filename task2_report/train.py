@@ -257,8 +257,7 @@ def train(args, vlm, data, run_dir, rank, world_size):
     facts = {k: data.facts.get(k) for k in ("name", "settings", "sha256", "version")}
     saved = {"weights": weights, "optimizer": optimizer, "scaler": scaler}, settings_of(args, ASIDE), facts
     if args.resume and last_path.exists():
-        like = {"step": 0, "history": [], "micro_batch": 1, "totals": totals}
-        then = load_state(last_path, *saved, like=like)
+        then = load_state(last_path, *saved)
         step, history, best, size.now, totals = (then[k] for k in ("step", "history", "best", "micro_batch", "totals"))
         say(f"resumed from {last_path} at step {step} of {order.num_steps}")
 

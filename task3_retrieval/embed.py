@@ -31,8 +31,8 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from shared.runtime import InputError, load_checkpoint, read_json, run_kind
-from task1_classification.model import build_model, digest, find_classifier, load_classifier, normalise
+from shared.runtime import InputError, digest, load_checkpoint, read_json, run_kind
+from task1_classification.model import build_model, find_classifier, load_classifier, normalise
 
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 EMBEDDING_KIND = "task3_embedding"  # "kind" of the checkpoints of task3_retrieval/train.py

@@ -32,11 +32,11 @@ from tqdm import tqdm
 from shared.data.augment import augment, shifted_copies
 from shared.data.image_sets import load_images, load_phantom
 from shared.report import draw_history, number
-from shared.runtime import InputError, add_resume, command, free_gpu, is_main_process, open_run_dir, pick_device
-from shared.runtime import positive_float, positive_int, run_facts, save_checkpoint, script, script_parser
+from shared.runtime import InputError, add_resume, command, digest, free_gpu, is_main_process, open_run_dir
+from shared.runtime import pick_device, positive_float, positive_int, run_facts, save_checkpoint, script, script_parser
 from shared.runtime import seed_everything, start_distributed, write_json, write_jsonl
 from shared.training import GuardedStep, StopSignal, learning_rate, load_state, moving_average, save_state, settings_of
-from task1_classification.model import build_model, choose_stem, digest, find_classifier, load_classifier, normalise
+from task1_classification.model import build_model, choose_stem, find_classifier, load_classifier, normalise
 from task1_classification.model import predict_logits
 from task3_retrieval.embed import EMBEDDING_KIND, EMBEDDING_SETTINGS, Embedding
 from task3_retrieval.metrics import class_means, content_codes, retrieval_values
@@ -205,7 +205,7 @@ def train(args, data, classifier, facts, run_dir, device, dtype, rank, world_siz
     parts = {"network": network, "average": average, "optimizer": optimizer, "scaler": scaler}
     settings, last_path = settings_of(args, aside=("cnn_weights",)), run_dir / "last.pt"
     if args.resume and last_path.exists():
-        state = load_state(last_path, parts, settings, data.sha256, may_differ=("epochs",), like=state)
+        state = load_state(last_path, parts, settings, data.sha256, may_differ=("epochs",))
         check_resumed(state, args, facts, last_path)
     history = state["history"]
     trained = DistributedDataParallel(network) if world_size > 1 else network

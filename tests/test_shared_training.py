@@ -124,10 +124,11 @@ def test_states_of_other_runs_are_refused():
     for change in ({"model": torch.nn.Linear(3, 5)}, {"another": torch.nn.Linear(3, 2)}):
         with pytest.raises(InputError, match="holds the weights of another model"):
             load_state("last.pt", parts() | change, {"lr": 0.1}, "data")
-    for like in ({"step": "", "loss": None}, {"history": []}):
-        with pytest.raises(InputError, match="is not a training state of this script, or is damaged"):
-            load_state("last.pt", parts(), {"lr": 0.1}, "data", like=like)
-    assert load_state("last.pt", parts(), {"lr": 0.1}, "data", like={"step": 0, "best": None}) == {"step": 3}
+    state = load_checkpoint("last.pt")
+    for key, value in (("settings", {"lr": 0.2}), ("data", "others"), ("values", {"step": [3]}), ("values", None)):
+        save_checkpoint("changed.pt", state | {key: value})
+        with pytest.raises(InputError, match="changed.pt was changed after it was written, or is damaged"):
+            load_state("changed.pt", parts(), {"lr": 0.2}, "others")
     save_checkpoint("other.pt", {"model": {}})
     with pytest.raises(InputError, match="is not a training state of this script: it lacks parts"):
         load_state("other.pt", parts(), {}, "data")

@@ -16,8 +16,8 @@ from sklearn.metrics import balanced_accuracy_score
 
 from shared.data.augment import affine, augment, blur, shifted_copies
 from shared.data.image_sets import load_phantom
-from shared.runtime import InputError, save_checkpoint
-from task1_classification.model import FORMAT, build_model, choose_stem, decision_threshold, digest, find_classifier
+from shared.runtime import InputError, digest, save_checkpoint
+from task1_classification.model import FORMAT, build_model, choose_stem, decision_threshold, find_classifier
 from task1_classification.model import fit_typicality, load_classifier, normalise, predict_logits, to_probabilities
 from task1_classification.model import untrained_classifier, unusualness
 

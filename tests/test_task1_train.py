@@ -496,9 +496,10 @@ def test_ctrl_c_loses_nothing_between_and_after_the_epochs(small_network, write_
 
 def test_values_of_a_training_state_are_checked(interrupted, refused):
     state = torch.load("parts/last.pt", weights_only=True)
-    for name, value in [("epoch", "one"), ("history", None), ("totals", 3)]:
-        save_checkpoint("parts/last.pt", state | {"values": state["values"] | {name: value}})
-        assert "is not a training state of this script, or is damaged" in refused(main, ["--resume", "parts"])
+    history = [{**row, "val_auc": "high"} for row in state["values"]["history"]]
+    for change in ({"epoch": "one"}, {"history": None}, {"history": history}):
+        save_checkpoint("parts/last.pt", state | {"values": state["values"] | change})
+        assert "was changed after it was written, or is damaged" in refused(main, ["--resume", "parts"])
 
 
 def wait_until(condition, process, seconds=PATIENCE):

@@ -85,7 +85,7 @@ def test_a_state_that_lacks_its_values(own_folder, refused):
     state = load_checkpoint(own_folder / "run/last.pt")
     for change in ({"history": None}, {"totals": [1]}, {"step": "x"}):
         save_checkpoint(own_folder / "run/last.pt", state | {"values": state["values"] | change})
-        assert "is not a training state of this script, or is damaged" in refused(train, ["--resume", "run"])
+        assert "was changed after it was written, or is damaged" in refused(train, ["--resume", "run"])
 
 
 def test_the_best_is_chosen_by_labels_then_by_variety():

@@ -15,7 +15,6 @@ import pytest
 from PIL import Image
 
 from benchmarks.retrieval import main as benchmark
-from task1_classification.model import digest
 from task3_retrieval.build_index import main
 from task3_retrieval.index import CaseIndex
 
@@ -156,7 +155,7 @@ def test_add_and_remove_in_place(kind, tiny_run, refused, capsys):
 
 
 def test_updating_with_other_weights_changes_nothing(tiny_run, refused):
-    from shared.runtime import load_checkpoint, save_checkpoint
+    from shared.runtime import digest, load_checkpoint, save_checkpoint
 
     build("--data", "phantom", "--split", "val", "--cnn-weights", tiny_run.checkpoint)
     state = load_checkpoint(tiny_run.checkpoint)

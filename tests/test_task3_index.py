@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from shared.data.image_sets import load_phantom
-from shared.runtime import InputError, load_checkpoint, save_checkpoint
-from task1_classification.model import digest, load_classifier, normalise
+from shared.runtime import InputError, digest, load_checkpoint, save_checkpoint
+from task1_classification.model import load_classifier, normalise
 from task3_retrieval import index as index_module
 from task3_retrieval.embed import EMBEDDING_KIND, embedder_like, load_embedder
 from task3_retrieval.index import CaseIndex

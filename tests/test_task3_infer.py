@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shared.runtime import load_checkpoint, save_checkpoint
-from task1_classification.model import digest
+from shared.runtime import digest, load_checkpoint, save_checkpoint
 from task3_retrieval.build_index import main as build
 from task3_retrieval.index import CaseIndex
 from task3_retrieval.infer import main

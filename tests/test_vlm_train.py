@@ -127,7 +127,7 @@ def test_a_training_state_that_lacks_its_history_is_refused(own_folder, refused,
     path = next(own_folder.glob("run/seed0-head/last.pt"))
     state = torch.load(path, weights_only=True)
     torch.save(state | {"values": {"history": state["values"]["history"]}}, path)
-    assert "is not a training state" in refused(main, ["--resume", "run"])
+    assert "was changed after it was written" in refused(main, ["--resume", "run"])
 
 
 def test_everything_stands_in_one_table(trained, own_folder):
