@@ -357,6 +357,12 @@ def peak_memory(device):
     return {"peak_ram_gib": ram and round(ram, 3), "peak_gpu_gib": gpu and round(gpu, 3)}
 
 
+def peak_words(device):
+    """peak_memory to be printed: "0.65 GiB RAM, 7.20 GiB GPU"."""
+    sizes = zip(peak_memory(device).values(), ("RAM", "GPU"), strict=True)
+    return ", ".join(f"{gib:.2f} GiB {where}" for gib, where in sizes if gib) or "unknown"
+
+
 def start_distributed(device):
     """
     Join the group when started by torchrun (nccl on GPUs, gloo elsewhere); returns (rank, world_size), (0, 1) alone.

@@ -33,7 +33,7 @@ from shared.data.iu_xray import rexrank_entries
 from shared.metrics.labels import CONDITIONS
 from shared.phantom import phantom_classification
 from shared.report import PHANTOM, number, percent, with_interval
-from shared.runtime import InputError, bounded, newest_run, open_run_dir, peak_memory, pick_device, positive_int
+from shared.runtime import InputError, bounded, newest_run, open_run_dir, peak_words, pick_device, positive_int
 from shared.runtime import run_facts, script, script_parser, seed_everything, write_csv, write_json, write_jsonl
 from shared.training import settings_of
 from task1_classification.model import untrained_classifier
@@ -325,7 +325,7 @@ def main(argv=None):
     seed_everything(args.seed)
     device, _ = pick_device(args.device)
     run_dir = (run_classify if args.task == "classify" else run_report)(args, device, started)
-    print(f"peak memory {peak_memory(device)}; results in {run_dir} ({time.time() - started:.0f} s)")
+    print(f"peak memory {peak_words(device)}; results in {run_dir} ({time.time() - started:.0f} s)")
 
 
 if __name__ == "__main__":

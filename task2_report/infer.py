@@ -35,7 +35,7 @@ from shared.models.inputs import preprocess_images
 from shared.models.memory import Setting, free_bytes, predict, read_layout
 from shared.phantom import phantom_study
 from shared.report import PHANTOM, Report, number, percent, save_figure
-from shared.runtime import InputError, free_gpu, open_run_dir, peak_memory, pick_device, positive_int, run_facts, script
+from shared.runtime import InputError, free_gpu, open_run_dir, peak_words, pick_device, positive_int, run_facts, script
 from shared.runtime import script_parser, seed_everything, write_csv, write_json, write_jsonl
 from task1_classification.model import untrained_classifier
 from task2_report.cases import as_films
@@ -192,7 +192,7 @@ def main(argv=None):
     if cnn and not together:
         cnn = None
         free_gpu()
-        print(f"CNN released before the model is loaded: both do not fit; peak so far {peak_memory(device)}")
+        print(f"CNN released before the model is loaded: both do not fit; peak so far {peak_words(device)}")
     vlm = load_model(args, device)
     kept, names, films, labels = without_odd_shapes(vlm, names, films, labels, errors)
     opinions = opinions and [opinions[i] for i in kept]
@@ -230,7 +230,7 @@ def main(argv=None):
     for error in errors:
         print(f"  skipped {error['path']}: {error['error']}", file=sys.stderr)
     print(
-        f"{len(records)} reports, {len(errors)} films skipped, {seconds:.1f} s a report; peak {peak_memory(device)};"
+        f"{len(records)} reports, {len(errors)} films skipped, {seconds:.1f} s a report; peak {peak_words(device)};"
         f" results in {run_dir}, {run_dir / 'report.html'}"
     )
 
