@@ -69,8 +69,8 @@ def parse_args(argv=None):
     g.add_argument("--control", default="structured", choices=list(STRATEGIES), metavar="NAME",
         help="classify: the strategy whose dependence on the image is tested (%(default)s)")
     g.add_argument("--cnn-steps", type=count, default=600,
-        help="report: training steps of the label CNN, the upper line and the features of the nearest film; 0: without"
-        " (%(default)s)")
+        help="report: training steps of the label CNN, the upper line and the features of the nearest film, at most 30"
+        " epochs; 0: without (%(default)s)")
     g.add_argument("--redrawn", type=count, default=400,
         help="report, phantom: films drawn anew without a finding (%(default)s)")
     g = parser.add_argument_group("the CNN of task 1")

@@ -12,6 +12,7 @@ The network is task 1's ResNet-18 on 64 px. Thresholds per label are chosen for 
 if __name__ == "__main__":
     raise SystemExit(__doc__)
 
+import math
 import time
 
 import shared  # noqa: F401, isort: skip  # before torchvision
@@ -26,6 +27,7 @@ from shared.training import learning_rate
 from task1_classification.model import build_model, normalise
 
 SIZE = 64
+MOST_EPOCHS = 30  # with --limit; a whole training set has fewer
 
 
 def small_films(cases):
@@ -51,6 +53,7 @@ class LabelCNN:
         self.normalisation = {"mean": [float(scaled.mean())], "std": [float(scaled.std()) or 1.0]}
         self.model = build_model("resnet18", targets.shape[1], 1, SIZE, stem="7x7").to(device)
         self.device, generator = device, torch.Generator().manual_seed(seed)
+        steps = min(steps, MOST_EPOCHS * math.ceil(len(images) / batch_size))
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=lr, weight_decay=0.05)
         started = time.time()
         for step in range(steps):
