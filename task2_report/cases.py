@@ -135,7 +135,8 @@ def phantom_reports(films, seed, image_size, chosen, splits, limit=None):
             cases.append(Case(name, study.patient_id, split, study.image, *texts, study))
             del study.__dict__["_film"]  # masks of 8,000 films are a gigabyte; the film itself stays in the case
     counts = {split: sum(case.split == split for case in cases) for split in splits}
-    print(f"phantom: {counts} films of {image_size} px; {chosen}")
+    words = ", ".join(f"{split} {count}" for split, count in counts.items())
+    print(f"phantom ({words} films of {image_size} px): {', '.join(chosen.get('conditions') or ['all conditions'])}")
     facts = {"name": "phantom", "phantom": True, "counts": counts, "limit": limit, "settings": settings.key()}
     again = {"films": films, "seed": seed, "image_size": image_size, "chosen": chosen}
     return Reports("phantom", cases, facts | {"again": again})
