@@ -73,6 +73,8 @@ def word_maps(model, seen, ids, maps):
     the global token (W,)). A word's map is the mean over its pieces, all layers and heads of the decoder.
     """
     ids = ids[(ids != model.tokenizer.pad_token_id) & (ids != model.tokenizer.eos_token_id)]
+    if not len(ids):  # an empty report
+        return [], np.zeros((0, *maps.shape[2:])), None
     full = torch.tensor([*model.prompt_ids, *ids.tolist()], device=ids.device)[None]
     with torch.no_grad():
         attention = model.decoder_logits(seen.tokens, full, attention=True)[1]
@@ -150,7 +152,7 @@ def show_study(n, row, images, present, model, seen, maps, text, ids, drawn, run
         panels = [(v, numbers[q, v], (), f"{model.names[q]}\n{VIEWS[v]}") for v in views for q in regions]
         picture("regions", panels, 6, "Region queries", "Region queries.")
     words, places, whole = word_maps(model, seen, ids, maps)
-    if len(words):
+    if words:
         places = places.cpu().numpy()
         panels = [(0, places[i, 0], (), words[i]) for i in range(min(len(words), 40))]
         share = float(whole.mean())
@@ -159,7 +161,7 @@ def show_study(n, row, images, present, model, seen, maps, text, ids, drawn, run
             alike = np.corrcoef(places.reshape(len(words), -1))[np.triu_indices(len(words), 1)].mean()
             caption += f" Maps of two words correlate by {alike:.2f} on average: near 1 they tell no word apart."
         picture("words", panels, min(10, len(panels)), "The decoder, word by word, frontal", caption)
-    return {f"study{n}_queries": numbers, f"study{n}_words": places if len(words) else np.zeros(0)}
+    return {f"study{n}_queries": numbers, f"study{n}_words": places}
 
 
 @script
@@ -200,7 +202,7 @@ def main(argv=None):
         arrays |= show_study(
             n + 1, row, images[n], present[n], model, seen, maps, texts[0], ids[0], drawn, run_dir, report, phantom
         )
-        print(f"{row['uid']}: {texts[0]}")
+        print(f"{row['uid']}: {texts[0] or '(nothing was written)'}")
     if "deletion" in scores:
         report.heading("Deletion: a tenth of the patches erased, fall of the condition's logit")
         keys, head = ("own", "other", "random"), ["condition", "ranked by its own map", "by another query's"]

@@ -11,6 +11,7 @@ from PIL import Image
 
 from chexquery import cases, evaluate, faithfulness, infer, prepare, scoring, train, visualize
 from chexquery.checkpoints import load_model, untrained
+from chexquery.model import CheXQuery
 from shared.metrics.clinical import averages
 from shared.metrics.labels import CONDITIONS, label_report
 from shared.metrics.text import score_reports
@@ -384,6 +385,15 @@ def test_word_maps_belong_to_the_text(trained):
     words, places, whole = visualize.word_maps(model, seen, ids, maps)
     assert "".join(words).replace(" ", "") == "Theheartisnormal." and len(places) == len(words) == len(whole)
     torch.testing.assert_close(places.sum((1, 2, 3)) + whole, torch.ones(len(words)), atol=1e-4, rtol=1e-4)
+
+
+def test_visualize_of_an_empty_report(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(CheXQuery, "write", lambda self, tokens, **_: ([""], torch.ones(1, 1, dtype=torch.long)))
+    out = ["--data", "phantom", "--studies", "1", "--out-dir", str(tmp_path / "v")]
+    visualize.main(["--checkpoint", str(trained), *out])
+    assert "(nothing was written)" in capsys.readouterr().out
+    assert not (tmp_path / "v" / "figures" / "study1_words.png").exists()
+    assert np.load(tmp_path / "v" / "maps.npz")["study1_words"].shape == (0, 2, 8, 8)
 
 
 def test_visualize_of_files(trained, tmp_path):
