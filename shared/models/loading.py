@@ -300,7 +300,8 @@ def add_lora(target, rank=8, alpha=None, dropout=0.05, layers=None, checkpointin
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     alpha = 2 * rank if alpha is None else alpha
     task = "CAUSAL_LM" if is_vlm else None
-    with explained(f"LoRA cannot be put on {layers}"):
+    with explained(f"LoRA cannot be put on {layers}"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers 5 for a property by its old name
         settings = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=layers, task_type=task)
         model = get_peft_model(model, settings)
     if not is_vlm:
