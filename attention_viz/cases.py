@@ -205,8 +205,8 @@ def boxes_of(row):
         boxes = [[float(v) for v in box] for box in boxes]
     except (ValueError, TypeError, RecursionError):
         return None
-    fine = all(len(b) == 4 and b[0] < b[2] and b[1] < b[3] and all(map(math.isfinite, b)) for b in boxes)
-    fine = fine and all(max(b) > 1 for b in boxes)  # else shares of the image
+    finite = all(len(b) == 4 and all(map(math.isfinite, b)) for b in boxes)
+    fine = finite and all(b[0] < b[2] and b[1] < b[3] and max(b) > 1 for b in boxes)  # to 1: shares of the image
     return boxes if fine else None
 
 

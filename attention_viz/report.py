@@ -321,8 +321,9 @@ def draw_panels(run_dir, stats, models, cases, pixels, args, most=3):
                 whole = Map(grid, "ok", (0, 0, *image.shape[1::-1]), image.shape[:2])
                 axis.imshow(overlay(image, whole, args.colormap))
             else:
-                note = {"ha": "center", "va": "center", "fontsize": 6, "transform": axis.transAxes}
-                axis.text(0.5, 0.5, "made only where\na box is known", **note)
+                told = w["maps"].get(method)
+                why = f"no map: {told['status']}" if told else "made only where\na box is known"
+                axis.text(0.5, 0.5, why, ha="center", va="center", fontsize=6, transform=axis.transAxes)
             axis.set_title(method, fontsize=6)
         for axis in line:
             axis.set_xticks([])

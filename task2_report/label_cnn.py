@@ -27,7 +27,7 @@ from shared.training import learning_rate
 from task1_classification.model import build_model, normalise
 
 SIZE = 64
-MOST_EPOCHS = 30  # with --limit; a whole training set has fewer
+MOST_EPOCHS = 30  # of few films, such as with --limit; from 1,300 on the steps end first
 
 
 def small_films(cases):
