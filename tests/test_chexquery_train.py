@@ -306,7 +306,7 @@ def test_the_real_model_that_cannot_be_had(refused, monkeypatch):
     def download(*args, **options):
         raise LocalEntryNotFoundError("offline")
 
-    monkeypatch.setattr(hub, "hf_hub_download", download)
+    monkeypatch.setattr(hub, "get_hf_file_metadata", download)
     sentence = refused(train.main, ["--data", "phantom", "--films", 8])
     assert "google/siglip-base-patch16-384" in sentence and "--model tiny" in sentence
 

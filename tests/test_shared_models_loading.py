@@ -403,6 +403,7 @@ def http_error(kind, status):
             ),
         ),
         (ConnectionError("no route"), "is not on this computer and the hub cannot be reached"),
+        (Exception("an error of the HTTP library"), "is not on this computer and the hub cannot be reached"),
     ],
 )
 def test_models_that_cannot_be_had(monkeypatch, capsys, error, message):
@@ -410,7 +411,7 @@ def test_models_that_cannot_be_had(monkeypatch, capsys, error, message):
         raise error
 
     monkeypatch.setenv("HF_TOKEN", "hf_secret_of_the_user")
-    monkeypatch.setattr(hub, "hf_hub_download", download)
+    monkeypatch.setattr(hub, "get_hf_file_metadata", download)
     with pytest.raises(InputError, match=message) as stop:
         load_vlm("google/medgemma-4b-it")
     assert "\n" not in str(stop.value) and "hf_secret" not in str(stop.value) + capsys.readouterr().out
@@ -421,7 +422,7 @@ def test_offline_is_named(monkeypatch):
         raise LocalEntryNotFoundError("offline")
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(hub, "hf_hub_download", download)
+    monkeypatch.setattr(hub, "get_hf_file_metadata", download)
     with pytest.raises(
         InputError,
         match="Qwen/Qwen2-VL-2B-Instruct is not on this computer and HF_HUB_OFFLINE is set: fetch it elsewhere",

@@ -113,7 +113,7 @@ def test_bad_input(films, own_folder, refused, write_medmnist):
 
 def test_a_gated_model_without_a_token_is_one_sentence(films, refused, monkeypatch):
     no = GatedRepoError("no", response=SimpleNamespace(headers={}, request=None, status_code=403))
-    monkeypatch.setattr("shared.models.hub.hf_hub_download", lambda *a, **k: (_ for _ in ()).throw(no))
+    monkeypatch.setattr("shared.models.hub.get_hf_file_metadata", lambda *a, **k: (_ for _ in ()).throw(no))
     said = refused(infer, [films / "0.png", "--device", "cpu"])
     assert "google/medgemma-4b-it" in said and "is gated" in said and "--model tiny" in said
 

@@ -128,6 +128,7 @@ _LINK = re.compile(  # "normal size of the heart"
     r"(?: (?:sized?|shape|contour|configuration|appearance|caliber|position|and|of|in|the))* "
 )
 _OR = re.compile(r"\b(?:or|nor)\b")
+_LASTING = re.compile(r"\b(?:whether|that)\b")
 _TIP = re.compile(r"\b(?:tips?|ends?|side ?(?:port|hole)s?|portion|aspect|course)\b")
 _TO_LARGE = re.compile(r"(?: in size)? (?:to|or) (?:\w+ ){0,2}(?:enlarged|borderline|increased|prominent)\b")
 
@@ -204,6 +205,9 @@ class _Reader:
     # --- anatomy and its states
 
     def anatomical(self, i, part, start, end):
+        self.silence.used = True
+        if i and part.startswith("heart") and self.kind(i - 1) == "mention" and self.tokens[i - 1][3] + 1 == start:
+            self.stop(i, part, start, end)  # "no effusion heart enlarged"
         if i > self.claimed:
             if self.verb_seen:
                 self.anatomy, self.verb_seen = [], False
@@ -317,8 +321,9 @@ class _Reader:
 
     def deny_back(self, targets, start, end):
         for span in (self.spans[k] for k in targets):
-            if span[1] is not None:
-                span[1], span[2], span[5:] = NEGATIVE, "negation", (start, end)
+            if span[1] is not None:  # of the heart's size a failure that has gone says nothing
+                span[1] = None if span[2] == "heart failure" else NEGATIVE
+                span[2], span[5:] = "negation", (start, end)
 
     def doubt_back(self, targets, start, end):
         for span in (self.spans[k] for k in targets):
@@ -359,7 +364,9 @@ class _Reader:
     def verb(self, i, what, start, end):
         self.verb_seen = bool(self.anatomy)
         for scope in self.scopes:
-            if scope.used and not (scope is self.silence and not scope.short):
+            if not scope.cue or not scope.used or (scope is self.silence and not scope.short):
+                continue
+            if not _LASTING.search(self.sentence, *scope.cue):  # "uncertain whether the opacity is pneumonia"
                 scope.close()
 
     def stop(self, i, what, start, end):

@@ -70,6 +70,9 @@ _ADJECTIVE = re.compile(rf"\b(?:right|left|bilateral|upper|lower|mid|new|acute|f
 _GOES_ON = re.compile(
     r"\s*(?:or|and|nor|of|in|at|on|with|without|is|are|was|were|has|have|to|for|from|but|OR|AND|NOR|OF)\b"
 )
+_DENIED_LIST = re.compile(  # "No evidence of:" and bullets below it
+    rf"(?:\b(?:no|without|absent|negatives?|for|of|any)|\babsent findings) ?:[*_ \t]*(?:\n{_BULLET.pattern}.*)+\n?", re.I
+)
 NARROW = 40  # no report is set in lines as short as this
 
 
@@ -81,7 +84,11 @@ def _mark_lines(text):
         known = (found[1] + found[2]).lower() in _SPELLED
         return found[1] + "\0" * gap + found[2] if known else found[0]
 
-    text = _JOINED.sub(joined, text)
+    def listed(found):
+        line = re.sub(rf"\n{_BULLET.pattern}", lambda bullet: ", ".ljust(len(bullet[0])), found[0])
+        return line.replace(",", " ", 1).replace("\n", "¶")
+
+    text = _DENIED_LIST.sub(listed, _JOINED.sub(joined, text))
     lines = _BREAK.split(text)
     width = max(len(line.strip()) for line in lines)
     mixed = any(line.lstrip()[:1].isupper() for line in lines)
@@ -135,7 +142,7 @@ _LAYOUT = {
 }
 _MARKED = re.compile("|".join(f"({pattern})" for pattern in _LAYOUT.values()))
 _UNUSUAL = re.compile(r"[^a-z0-9 .,;:']|\.\.")
-_PIECES = re.compile(r"[¶¦‹›¿]|[^\s¶¦‹›¿]+")
+_PIECES = re.compile(r"[¶¦‹›¿]|[^\s¶¦‹›¿]+?[;,]+(?=[a-z])|[^\s¶¦‹›¿]+")
 
 
 def flatten(text, with_places=False):

@@ -18,7 +18,8 @@ def phrases(text):
 
 # Marks that stand in place of layout: ¶ a line that ends, ¦ a dash, bar or bullet, ‹ › brackets, ¿ a question
 # mark before what it doubts.
-END = "(?= ?(?:$|[,¦‹›?]))"  # nothing follows in this part of the sentence
+# Nothing but a side follows in this part of the sentence
+END = "(?=(?: (?:bilaterally|on (?:the|either) (?:right|left|side)))? ?(?:$|[,¦‹›?]))"
 
 SIZE = (
     "mild|moderate|severe|marked|minimal|slight|small|large|trace|tiny|massive|subtle|moderately|mildly|severely"
@@ -65,7 +66,7 @@ MENTIONS = {
         (?:fluid|volume) overload"""),
     "Consolidation": [r"consolidat\w+"],
     "Atelectasis": phrases(r"""
-        atelecta\w+ / atx / collapse / volume loss / loss of volume /
+        atelecta\w+ / atx / collapse / (?:lung )?volume loss / loss of volume /
         collapsed (?:lung|(?:right|left|upper|lower|middle) (?:lung|lobe|upper|lower|middle))"""),
     "Pneumothorax": phrases("(?:hydro|hemo|haemo)?pneumothora(?:x|xes|ces) / pleural air"),
     "Pleural Effusion": phrases(r"""
@@ -86,7 +87,8 @@ MENTIONS = {
         pacemakers? / pacers? / pacing / defibrillators? / a?icd / leads? / balloon pump / lvad / stents? / drains? /
         pigtail / tracheostomy / thoracostomy / prosthetic (?:\w+ )?valve / valve (?:replacement|prosthesis) /
         (?:sternal|sternotomy|cerclage) wires? / hardware / sheaths? / iabp / impella / tavr / loop recorder /
-        (?:support|monitoring|assist|access|pacing|electronic|implanted) (?:\w+ )?devices? / devices?(?= ?[:¦]) /
+        (?:support|monitoring|assist|access|pacing|electronic|implanted|cardiac) (?:\w+ )?devices? /
+        devices?(?= ?[:¦]) /
         (?:nerve )?stimulator / arthroplasty"""),
 }
 
@@ -94,7 +96,7 @@ MENTIONS = {
 UNMENTIONS = phrases(r"""
     pericardial (?:fluid|effusions?) / joint effusions? / mass effect / body mass / radio ?opa\w+ / bone density /
     (?:soft tissue|subcutaneous|chest wall|peripheral|leg) o?edema /
-    calcified (?:\w+ )?(?:nodul\w+|mass\w*|opacit\w+|densit\w+) /
+    (?<!non )calcified (?:\w+ )?(?:nodul\w+|mass\w*|opacit\w+|densit\w+) / non consolidat\w+ /
     (?:bone|bony|osseous|lytic|sclerotic|blastic|skeletal|vertebral) (?:\w+ )?(?:lesions?|mass\w*|metasta\w+) /
     (?:soft tissue|abdominal|breast|thyroid|adrenal) (?:mass\w*|nodul\w+) / opacified (?:bowel|stomach) /
     collapsed (?:esophagus|stomach) / (?:right|left) (?:atri|ventric)\w+ leads? of /
@@ -103,7 +105,7 @@ UNMENTIONS = phrases(r"""
     (?:pleural|thoracic|chest|abdominal|peritoneal|gastric|cardiac|left|right) cavit(?:y|ies) /
     (?:(?<=wire )|(?<=wires )|(?<=lead )|(?<=catheter )|(?<=wire is )|(?<=wires are ))fractur\w+ /
     fractured(?= (?:\w+ ){0,2}(?:wires?|leads?|catheters?)) /
-    (?:vertebral|vertebral body|endplate|subchondral|compression) collapse""")
+    (?:vertebral|vertebral body|endplate|subchondral|compression) collapse / collapse of (?:\w+ ){0,2}vertebra\w*""")
 
 # Heart failure says nothing about the size of the heart but makes a large one likely: uncertain, as the CheXpert
 # labeller has it.
@@ -151,6 +153,11 @@ NORMAL = phrases(r"""
     unremarkable / within (?:\w+ )?limits / without (?:\w+ )?alterations?""")
 NOT_ENLARGED = phrases(f"not (?:enlarged|widened|broadened|dilated|increased(?: in size|{END}))")
 
+DETECTED = (
+    "(?:seen|identified|evident|present|visuali[sz]ed|appreciated|appreciable|demonstrated|detected|apparent|noted"
+    "|found|visible|shown|confirmed|perceived|perceptible|perceivable|observed|discernible|discernable|discerned"
+    "|documented|recogni[sz]ed|recogni[sz]able|revealed|depicted|displayed|suspected|obvious|in evidence|a feature)"
+)
 # Look like a negation or an uncertainty and are none.
 _NOT = "(?:no|not|without|never|lack of|yet to|fail(?:s|ed)? to)"
 KEEP = phrases(rf"""
@@ -161,6 +168,9 @@ KEEP = phrases(rf"""
     not only / not necessarily / no doubt / if not / (?:probably|likely|perhaps) (?:unchanged|stable|similar|improved) /
     {_NOT}(?: \w+){{0,2}} (?:resolution|resolved?|resolving|clearing|cleared|disappear\w*|subsided?)(?: of)? /
     (?:yet|fail(?:s|ed)?) to (?:clear|resolve) /
+    not(?: been)? (?:previously|formerly) {DETECTED} /
+    not(?: been)?(?: \w+)? {DETECTED}(?= (?:previously|before|earlier)\b) /
+    not(?: been)?(?: \w+)? {DETECTED}(?= (?:on|in) (?:the |a |any )?(?:prior|previous|earlier|last|old|preceding)\b) /
     (?:(?:near|nearly|almost) (?:complete|total)|partial|incomplete) (?:resolution|clearing)(?: of)? /
     (?:nearly|almost|partially|partly|incompletely|largely|mostly)(?: completely)? (?:resolved|cleared) /
     (?:consistent|compatible|in keeping) with / c w""")
@@ -180,9 +190,12 @@ IGNORE_REST = phrases(r"""
 
 # Doubts all that follows, until something ends it.
 UNSURE = phrases(r"""
-    (?:can ?not|could not|not)(?: \w+){0,2} (?:exclude|rule out)(?: \w+ of)? /
+    (?:can ?not|could not|not)(?: \w+){0,2} (?:exclude|rule out|r o)(?: \w+ of)? /
     (?:difficult|hard|unable|impossible) to(?: \w+)? exclude(?! *(?:$|,|and|given|on|in)) / not diagnostic of / either /
-    (?:unclear|uncertain) (?:whether|if)(?: there (?:is|are))? /
+    (?:unclear|uncertain|not (?:\w+ )?(?:clear|certain|sure)) (?:whether|if)(?: there (?:is|are))? /
+    whether(?: (?:there|this|it) (?:is|are))? /
+    (?:possible|probable|likely|conceivable|doubtful|unlikely) that(?: (?:there|this|it) (?:is|are|represents))? /
+    (?:felt|thought|believed)(?: \w+)? to (?:be|represent|reflect) /
     (?:possibly|probably|presumably|perhaps|potentially) (?:due to|related to|secondary to|from|in the setting of) /
     (?:may|might|could|would|can)(?: \w+){0,2}? (?:be (?:\w+ )?(?:secondary to|due to|related to|in the setting
     of|from|seen with)|be|represent|reflect|indicate|suggest|relate|correspond|have|contain) / may / might / could /
@@ -216,20 +229,16 @@ _DOUBTFUL = (
 # Doubts what was just named
 UNSURE_BACK = phrases(rf"""
     (?:can ?not|could not|is not|are not|not)(?: \w+){{0,3}} (?:excluded|ruled out) /
+    (?:can ?not be|could not be|not)(?: \w+)? {DETECTED} with (?:\w+ )?(?:certainty|confidence) /
     (?:(?:is|are|would be|remains?) (?:\w+ )?)?(?:difficult|hard|impossible) to (?:\w+ )?exclude(?=$|,| and| given| on|
     in) /
     (?:is|are|was|were|remains?|seems?|appears?|looks?|(?:would|could|might|may) be){_VERY} {_DOUBTFUL}(?:
     (?:clinically|present|diagnosis))?(?= ?(?:$|[,:¦‹›])| (?:and|but|given|though|as|in|on|at|by|because)\b) /
-    (?:should|could|may|might|must|needs? to|has to) (?:also )?be (?:considered|present|excluded|ruled out) /
+    (?:should|could|may|might|must|needs? to|has to) (?:also )?be (?:considered|present|excluded|ruled out|there{END}) /
     (?:could|may|might|would)(?: all| each| both| also)? (?:give|produce|explain|cause|account for|look like|have
     (?:\w+ )*appearance) /
     (?:(?:very|quite|highly|most|more|less) )*{_DOUBTFUL}(?: (?:{SIZE}|right|left|bilateral|apical|basal))*{END} /
     can ?not (?:be )?exclude{END}""")
-DETECTED = (
-    "(?:seen|identified|evident|present|visuali[sz]ed|appreciated|appreciable|demonstrated|detected|apparent|noted"
-    "|found|visible|shown|confirmed|perceived|perceptible|perceivable|observed|discernible|discernable|discerned"
-    "|documented|recogni[sz]ed|recogni[sz]able|revealed|depicted|displayed|suspected|obvious|in evidence|a feature)"
-)
 _GONE = (
     "(?:resolved|cleared|disappeared|removed|absent|ruled out|excluded|subsided|gone|vanished|denied|lacking"
     "|negative(?! for)|regressed completely|completely regressed)"
@@ -238,7 +247,7 @@ _LY = r"(?!near|part|large|most|incomp)\w+ly"
 # Denies what was just named. The last one is the answer of a template: "Pneumothorax: none", "effusion no, ...".
 ABSENT_BACK = phrases(rf"""
     (?:(?:(?:is|are|was|were|has|have|been|can be)(?: {_LY})?|since|now|also|completely|entirely|interval) )+{_GONE} /
-    (?:resolved|removed|absent|cleared|excluded|gone)(?=$|,| and| by| since| in the inter(?:im|val)| ¦) /
+    (?:resolved|removed|absent|cleared|excluded|gone)(?:{END}|(?= and| by| since| in the)) /
     (?:(?:is|are|was|were|has|have)(?: been)? )?(?:no longer|not|never)(?: been)?(?: \w+)? {DETECTED}(?! any) /
     (?:has|have) not (?:recurred|returned|reappeared) /
     (?:can ?|could )not be(?: \w+)? {DETECTED} / removal(?! of) / resolution(?! of) /
@@ -249,7 +258,9 @@ ABSENT_BACK = phrases(rf"""
 ABSENT = phrases(r"""
     (?:no|not|without)(?: \w+){0,3}? (?:evidence|e o|signs?|indications?|suggestion|suspicion)(?: of| for| to suggest)?
     / resolution of / clearing of / resolved / removal of / absence of / absent / lack of / none of / zero / nil /
-    (?:nothing|not enough|insufficient evidence)(?: \w+)? to (?:suggest|indicate|support) / neg(?:ative|\.)? for /
+    (?:nothing|not enough|insufficient evidence)(?: \w+)? to (?:suggest|indicate|support) /
+    (?:insufficient|little|scant) evidence (?:of|for) / neg(?:ative|\.)? for /
+    (?:absent|negative) findings?(?=:) / negatives?(?=:) /
     free of / clear of / devoid of / non ?visuali[sz]ation of / without / w o / no longer / no / nor / neither / not /
     never / rather than / instead of / denies / can ?not (?:see|identify|appreciate|detect|find) /
     fail(?:s|ed)? to (?:show|demonstrate|reveal|identify|detect|confirm|visuali[sz]e)""")
@@ -273,10 +284,10 @@ NEW = (
 # ... and a finding with a verb or state of its own does: "no effusion and cardiomegaly is stable". "No effusion and
 # pneumothorax is seen" denies both.
 OWN_VERB = (
-    r"(?: (?:at|in|on|of|along|within) (?:\w+ ){1,4}?| )(?:(?:is|are|was|were) (?:again|still|now|also)"
+    r"(?: ?: |(?: (?:at|in|on|of|along|within) (?:\w+ ){1,4}?| )(?:(?:is|are|was|were) (?:again|still|now|also)"
     rf"|(?:is|are|was|were|has|have)(?! (?:\w+ )?(?:not|no longer|{DETECTED})\b)"
     r"|remains?|persists?|continues?|appears?|again|still|unchanged|stable|worse|(?:worsen|increas|decreas|improv)"
-    r"(?:ed|ing))\b"
+    r"(?:ed|ing))\b)"
 )
 VERB_NEXT = r" (?:(?:is|are|was|were|has|have) (?!(?:\w+ )?(?:not|no longer)\b)|present\b)"
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import shared  # noqa: F401, isort: skip  # before transformers
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RemoteEntryNotFoundError, RepositoryNotFoundError
 from transformers import AutoProcessor
 
@@ -104,9 +104,20 @@ def find_model(name, family=None):
     if not is_hub_name(name):
         raise InputError(f"there is no model folder {name[:200]}{try_tiny()}")
     try:
-        return name, check_config(read_json(hf_hub_download(name, "config.json"), object), f"config.json of {name}")
-    except (OSError, HFValidationError) as error:
+        path = fetch_config(name)
+    except Exception as error:  # the hub's library passes on those of whichever HTTP library it uses
         raise InputError(why_absent(name, error) + try_tiny()) from error
+    return name, check_config(read_json(path, object), f"config.json of {name}")
+
+
+def fetch_config(name):
+    """
+    The config.json of a hub name, downloaded where it is not on this computer yet. One look comes first: where the hub
+    cannot be reached, hf_hub_download would go on trying for half a minute.
+    """
+    if not isinstance(try_to_load_from_cache(name, "config.json"), str):
+        get_hf_file_metadata(hf_hub_url(name, "config.json"))
+    return hf_hub_download(name, "config.json")
 
 
 def folder_of(name):
