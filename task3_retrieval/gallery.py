@@ -33,17 +33,25 @@ class Pictures:
         self.facts, self.data_dir, self.sets = index.metadata.get("datasets", {}), data_dir, {}
 
     def dataset(self, name):
-        """The ImageSet of that name, once read. InputError when it is not the file the index was built from."""
+        """The ImageSet of that name, or InputError when it is not the file the index was built from: read once."""
         if name not in self.sets:
-            facts = self.facts[name]
-            data = load_images(name, self.data_dir, facts["size"])
-            if data.sha256 != facts["sha256"]:
-                raise InputError(
-                    f"{data.source} is not the file the index was built from (other SHA-256); give its folder with"
-                    " --data-dir"
-                )
-            self.sets[name] = data
+            try:
+                self.sets[name] = self.read(name)
+            except InputError as error:
+                self.sets[name] = error
+        if isinstance(self.sets[name], InputError):
+            raise self.sets[name]
         return self.sets[name]
+
+    def read(self, name):
+        facts = self.facts[name]
+        data = load_images(name, self.data_dir, facts["size"])
+        if data.sha256 != facts["sha256"]:
+            raise InputError(
+                f"{data.source} is not the file the index was built from (other SHA-256); give its folder with"
+                " --data-dir"
+            )
+        return data
 
     def __call__(self, name):
         """Case name -> uint8 tensor (C, H, W). InputError when it cannot be had."""

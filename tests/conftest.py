@@ -1,6 +1,7 @@
 """What several test files share: a folder of their own, small data sets, a small network, one trained classifier."""
 
 import functools
+import gc
 import os
 import subprocess
 import sys
@@ -24,6 +25,8 @@ from shared.phantom import phantom_classification
 
 # Side by side (pytest -n 2) each process has one core.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
+gc.collect()
+gc.freeze()  # the scripts collect often, and need not look through all modules each time
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +44,20 @@ def small_phantom():
     """`--data phantom` draws few images, so that each test that asks for it takes half a second."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(image_sets, "PHANTOM_COUNTS", {"train": 96, "val": 32, "test": 48})
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def coarse_figures():
+    """Figures of a fifth of their pixels a side, laid out once: what is drawn is tested, not how finely."""
+    save = Figure.savefig
+
+    def coarsely(figure, path, **options):
+        figure.set_layout_engine("none")
+        save(figure, path, **options | {"dpi": 25})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", coarsely)
         yield
 
 
@@ -171,12 +188,8 @@ class SmallNet(nn.Module):
 
 @pytest.fixture
 def small_network(monkeypatch):
-    """
-    Every architecture is the small one and figures are coarse: for tests of what the scripts do around the network.
-    """
-    save = Figure.savefig
+    """Every architecture is the small one: for tests of what the scripts do around the network."""
     monkeypatch.setattr(torchvision.models, "get_model", lambda name, weights=None: SmallNet())
-    monkeypatch.setattr(Figure, "savefig", lambda self, path, **options: save(self, path, dpi=20))
 
 
 @pytest.fixture(scope="session")

@@ -104,9 +104,8 @@ def test_search(cases):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [1, 2, 3])
-def test_search_on_other_films(seed):
-    cases, frequencies = zoo.make_cases(studies=60, seed=seed)
+def test_search_on_other_films():
+    cases, frequencies = zoo.make_cases(studies=60, seed=1)
     best, _ = zoo.search(cases, frequencies)
     found = zoo.earnings(cases, (zoo.HONEST, *zoo.POLICIES), frequencies)
     near = ahead(zoo.margins(cases, found))

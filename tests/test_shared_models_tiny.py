@@ -241,7 +241,8 @@ def test_columns_of_image_tokens_can_be_told_apart():
 @pytest.mark.slow
 def test_learns_left_from_right():
     """
-    One bright patch on each picture, never twice the same picture: at chance after 300 steps if the columns look alike.
+    One bright patch on each picture, never twice the same picture: learned in 75 steps, and at chance after 300 if the
+    columns look alike.
     """
     vlm = load_vlm("tiny:qwen2vl")
     rng = np.random.default_rng(0)
@@ -259,16 +260,20 @@ def test_learns_left_from_right():
     optimizer = torch.optim.AdamW(vlm.model.parameters(), lr=1e-3)
     torch.manual_seed(0)
     vlm.model.train()
+    losses = []
     for step in range(250):
         images, answers = pictures(16)
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * min(1, (step + 1) / 30)
-        vlm.model(
-            **build_inputs(vlm, ["Left or right?"] * 16, images, answers=answers).tensors, use_cache=False
-        ).loss.backward()
+        inputs = build_inputs(vlm, ["Left or right?"] * 16, images, answers=answers)
+        loss = vlm.model(**inputs.tensors, use_cache=False).loss
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(vlm.model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+        if step > 30 and np.mean(losses[-10:]) < 0.1:
+            break
     vlm.model.eval()
     images, answers = pictures(100)
     said = generate(vlm, ["Left or right?"] * 100, images, 3)

@@ -501,7 +501,7 @@ def test_coverage_truths_are_those_of_a_large_sample():
 @pytest.mark.slow
 def test_coverage_of_every_interval(tmp_path, capsys):
     coverage.main(
-        ["--repetitions", "300", "--clusters", "5", "100", "--num-samples", "500", "--out-dir", str(tmp_path)]
+        ["--repetitions", "200", "--clusters", "5", "100", "--num-samples", "500", "--out-dir", str(tmp_path)]
     )
     result = json.loads((tmp_path / "coverage.json").read_text())
     held = {
@@ -509,7 +509,7 @@ def test_coverage_of_every_interval(tmp_path, capsys):
         for data, rows in result["coverage"].items()
         for name, cells in rows.items()
     }
-    slack = 2 * (0.05 * 0.95 / 300) ** 0.5  # two Monte Carlo standard errors
+    slack = 2 * (0.05 * 0.95 / 200) ** 0.5  # two Monte Carlo standard errors
     for (data, name), (five, hundred) in held.items():
         if name.endswith("rows"):  # the groups ignored
             assert hundred < 0.93, (data, name)

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shared.runtime import digest, load_checkpoint, save_checkpoint
+from shared.runtime import InputError, digest, load_checkpoint, save_checkpoint
 from task3_retrieval.build_index import main as build
+from task3_retrieval.gallery import Pictures
 from task3_retrieval.index import CaseIndex
 from task3_retrieval.infer import main
 
@@ -350,3 +351,19 @@ def test_manifests_that_no_index_has(change, tiny_run, refused):
     change(manifest)
     path.write_text(json.dumps(manifest | {"sha256": digest_of_manifest(manifest)}))
     assert "is damaged" in refused(main, ["--query-index", "0", "--index", "pixels"])
+
+
+def test_a_set_that_is_another_is_read_once(monkeypatch):
+    reads = []
+
+    def read(name, folder, size):
+        reads.append(name)
+        return SimpleNamespace(sha256="other", source="a file")
+
+    monkeypatch.setattr("task3_retrieval.gallery.load_images", read)
+    facts = {"phantom": {"size": 28, "sha256": "this one"}}
+    pictures = Pictures(SimpleNamespace(metadata={"datasets": facts}), "data")
+    for position in range(3):
+        with pytest.raises(InputError, match="a file is not the file the index was built from"):
+            pictures(f"phantom/test/{position:05d}")
+    assert len(reads) == 1

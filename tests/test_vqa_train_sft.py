@@ -543,8 +543,8 @@ def test_dry_run(capsys):
 @pytest.mark.slow
 def test_a_short_run_learns_what_answers_look_like(own_folder):
     """
-    120 steps teach the form of the answers and the usual places of boxes: 1 nat a token where guessing costs 6.9. That
-    says nothing about looking: so early the model answers without the film.
+    80 steps teach the form of the answers and the usual places of boxes: under 1 nat a token where guessing costs 6.9.
+    That says nothing about looking: so early the model answers without the film.
     """
     prepare(
         [
@@ -572,19 +572,19 @@ def test_a_short_run_learns_what_answers_look_like(own_folder):
             "--styles",
             "json",
             "--batch-size",
-            "32",
+            "16",
             "--steps",
-            "120",
+            "80",
             "--eval-rows",
             "40",
             "--out-dir",
             "run",
             "--eval-every",
-            "60",
+            "40",
         ]
     )
     history = [json.loads(line) for line in Path("run/history.jsonl").read_text().splitlines()]
-    assert history[-1]["val_loss"] < 1.2 and history[-1]["val_loss"] < 0.95 * history[0]["val_loss"]
+    assert history[-1]["val_loss"] < 1 and history[-1]["val_loss"] < 0.95 * history[0]["val_loss"]
 
 
 # --- arguments ---

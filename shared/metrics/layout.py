@@ -71,7 +71,8 @@ _GOES_ON = re.compile(
     r"\s*(?:or|and|nor|of|in|at|on|with|without|is|are|was|were|has|have|to|for|from|but|OR|AND|NOR|OF)\b"
 )
 _DENIED_LIST = re.compile(  # "No evidence of:" and bullets below it
-    rf"(?:\b(?:no|without|absent|negatives?|for|of|any)|\babsent findings) ?:[*_ \t]*(?:\n{_BULLET.pattern}.*)+\n?", re.I
+    rf"(?:\b(?:no|without|absent|negatives?|for|of|any)|\babsent findings) ?:[*_ \t]*(?:\n{_BULLET.pattern}.*)+\n?",
+    re.I,
 )
 NARROW = 40  # no report is set in lines as short as this
 
