@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import json
 import os
 import subprocess
 import sys
@@ -41,9 +42,18 @@ def own_folder(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session", autouse=True)
 def small_phantom():
-    """`--data phantom` draws few images, so that each test that asks for it takes half a second."""
+    """`--data phantom` draws few images, and the same ones once."""
+    drawn = {}
+
+    def draw(seed, counts=None, size=28, **options):
+        key = json.dumps([seed, counts, size, options])
+        if key not in drawn:
+            drawn[key] = phantom_classification(seed, counts, size, **options)
+        return {name: array.copy() for name, array in drawn[key].items()}
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(image_sets, "PHANTOM_COUNTS", {"train": 96, "val": 32, "test": 48})
+        patch.setattr("shared.phantom.phantom_classification", draw)
         yield
 
 

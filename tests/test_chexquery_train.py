@@ -204,7 +204,7 @@ def test_dry_run_leaves_all_it_promises(trained):
         assert load_model(trained / f"phase{phase}" / "best.pt")[1]["phase"] == phase
     assert metrics["dataset"]["phantom"] and metrics["trained"]["1"] == ["query", "head", "vision", "text"]
     assert metrics["query_start"] == "position 0 of tiny:bert"
-    assert (trained / "figures" / "curves.png").stat().st_size > 10_000
+    assert (trained / "figures" / "curves.png").stat().st_size > 2_000
 
 
 def test_rates_follow_warm_up_and_cosine(trained):

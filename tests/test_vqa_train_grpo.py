@@ -593,7 +593,7 @@ def test_explain_draws_the_edited_images(rows_file, tmp_path, capsys):
     main(["--explain", "1.0.0", "--out-dir", str(tmp_path / "run")])
     capsys.readouterr()
     picture = Image.open(tmp_path / "run" / "figures" / "explain_1.0.0.png")
-    assert picture.width > 4 * 200 and np.asarray(picture).std() > 20
+    assert picture.width > 6 * 25 and np.asarray(picture).std() > 20
 
 
 def test_inner_steps_and_other_options(rows_file, tmp_path):
