@@ -215,6 +215,7 @@ LAYOUT = [
     ("No evidence of pneumothorax or\npleural effusion.", "PTX 0 EFF 0"),  # the sentence goes on
     ("no focal consolidation\nsmall right pleural effusion\ncardiomegaly", "CON 0 EFF 1 CM 1"),
     ("Findings:\r\n1) No edema\r\n2) Cardiomegaly", "EDE 0 CM 1"),
+    ("**Absent findings:**\r\n- Pneumothorax\r\n- Effusion\r\n\r\nCardiomegaly", "PTX 0 EFF 0 CM 1"),
     ("No pneumothorax (or effusion).", "PTX 0 EFF 0"),
     ("No pneumothorax (the tube is in place) or effusion.", "PTX 0 DEV 1 EFF 0"),
     ("No effusion(s) or nodule(s).", "EFF 0 LES 0"),

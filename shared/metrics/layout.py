@@ -71,7 +71,7 @@ _GOES_ON = re.compile(
     r"\s*(?:or|and|nor|of|in|at|on|with|without|is|are|was|were|has|have|to|for|from|but|OR|AND|NOR|OF)\b"
 )
 _DENIED_LIST = re.compile(  # "No evidence of:" and bullets below it
-    rf"(?:\b(?:no|without|absent|negatives?|for|of|any)|\babsent findings) ?:[*_ \t]*(?:\n{_BULLET.pattern}.*)+\n?",
+    rf"(\b(?:no|without|negatives?|for|of|any|absent(?: findings)?) ?:)([*_ \t]*)((?:\r?\n{_BULLET.pattern}.*)+\n?)",
     re.I,
 )
 NARROW = 40  # no report is set in lines as short as this
@@ -86,8 +86,8 @@ def _mark_lines(text):
         return found[1] + "\0" * gap + found[2] if known else found[0]
 
     def listed(found):
-        line = re.sub(rf"\n{_BULLET.pattern}", lambda bullet: ", ".ljust(len(bullet[0])), found[0])
-        return line.replace(",", " ", 1).replace("\n", "¶")
+        line = found[1] + re.sub(rf"\r?\n{_BULLET.pattern}", lambda bullet: ", ".ljust(len(bullet[0])), found[3])
+        return line.replace(",", " " * (1 + len(found[2])), 1).replace("\n", "¶")
 
     text = _DENIED_LIST.sub(listed, _JOINED.sub(joined, text))
     lines = _BREAK.split(text)

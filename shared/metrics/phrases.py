@@ -256,11 +256,12 @@ ABSENT_BACK = phrases(rf"""
     no acute(?<=[:¦‹] no acute)(?= ?$)""")
 # Denies all that follows, until something ends it
 ABSENT = phrases(r"""
+    (?:absent|negative) findings?(?=:) /
     (?:no|not|without)(?: \w+){0,3}? (?:evidence|e o|signs?|indications?|suggestion|suspicion)(?: of| for| to suggest)?
     / resolution of / clearing of / resolved / removal of / absence of / absent / lack of / none of / zero / nil /
     (?:nothing|not enough|insufficient evidence)(?: \w+)? to (?:suggest|indicate|support) /
     (?:insufficient|little|scant) evidence (?:of|for) / neg(?:ative|\.)? for /
-    (?:absent|negative) findings?(?=:) / negatives?(?=:) /
+    negatives?(?=:) /
     free of / clear of / devoid of / non ?visuali[sz]ation of / without / w o / no longer / no / nor / neither / not /
     never / rather than / instead of / denies / can ?not (?:see|identify|appreciate|detect|find) /
     fail(?:s|ed)? to (?:show|demonstrate|reveal|identify|detect|confirm|visuali[sz]e)""")
