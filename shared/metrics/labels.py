@@ -305,6 +305,10 @@ class _Reader:
         targets = [k for k in self.meant(start, end) if not (tip and self.spans[k][0] == "Support Devices")]
         self.deny_back(targets, start, end)
 
+    def ignore_back(self, i, what, start, end):
+        for span in (self.spans[k] for k in self.meant(start, end)):
+            span[1], span[2], span[5:] = None, "not described", (start, end)
+
     def meant(self, start, end):
         """
         The findings that a cue behind them means: the whole list in "edema, effusion or pneumonia cannot be excluded"

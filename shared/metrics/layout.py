@@ -14,7 +14,7 @@ from functools import lru_cache
 
 from shared.metrics.phrases import HOW, SIZE, WHAT, WHY
 
-_SHORT = {"ptx": "pneumothorax", "pna": "pneumonia", "consol": "consolidation"}
+_SHORT = {"ptx": "pneumothorax", "pna": "pneumonia", "consol": "consolidation", "ddx": "differential diagnosis"}
 # Words that are also read with one letter too many, too few, wrong or two swapped, if that is no other word.
 _SPELLED = (
     "pneumothorax pneumothoraces pneumonia pneumonias consolidation consolidations atelectasis atelectases effusion"
@@ -70,8 +70,9 @@ _ADJECTIVE = re.compile(rf"\b(?:right|left|bilateral|upper|lower|mid|new|acute|f
 _GOES_ON = re.compile(
     r"\s*(?:or|and|nor|of|in|at|on|with|without|is|are|was|were|has|have|to|for|from|but|OR|AND|NOR|OF)\b"
 )
-_DENIED_LIST = re.compile(  # "No evidence of:" and bullets below it
-    rf"(\b(?:no|without|negatives?|for|of|any|absent(?: findings)?) ?:)([*_ \t]*)((?:\r?\n{_BULLET.pattern}.*)+\n?)",
+_LIST = re.compile(  # "No evidence of:" or "Differential diagnosis:", and bullets below it
+    r"(\b(?:no|without|negatives?|for|of|any|absent(?: findings)?|differential(?: diagnos[ei]s)?|considerations?) ?:)"
+    rf"([*_ \t]*)((?:\r?\n{_BULLET.pattern}.*)+\n?)",
     re.I,
 )
 NARROW = 40  # no report is set in lines as short as this
@@ -89,7 +90,7 @@ def _mark_lines(text):
         line = found[1] + re.sub(rf"\r?\n{_BULLET.pattern}", lambda bullet: ", ".ljust(len(bullet[0])), found[3])
         return line.replace(",", " " * (1 + len(found[2])), 1).replace("\n", "¶")
 
-    text = _DENIED_LIST.sub(listed, _JOINED.sub(joined, text))
+    text = _LIST.sub(listed, _JOINED.sub(joined, text))
     lines = _BREAK.split(text)
     width = max(len(line.strip()) for line in lines)
     mixed = any(line.lstrip()[:1].isupper() for line in lines)
@@ -125,7 +126,7 @@ def _line_ends(line, following, width, mixed):
 # ------------------------------------------------------------------------------------------------------------ the marks
 
 _HYPHENS = "-\u2010\u2011\u2012\u2013\u2014"
-_FLAT = str.maketrans(dict.fromkeys(_HYPHENS + "/_", " ") | dict.fromkeys("[({", "‹") | dict.fromkeys("])}", "›"))
+_FLAT = str.maketrans(dict.fromkeys(_HYPHENS + '/_"“”', " ") | dict.fromkeys("[({", "‹") | dict.fromkeys("])}", "›"))
 _LAYOUT = {
     # "effusion(s)"
     " ": r"\((?:e?s|x)\)",

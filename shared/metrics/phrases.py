@@ -183,6 +183,13 @@ IGNORE = phrases(r"""
     if (?:there (?:is|are)|(?:continued )?(?:clinical\w*|concern)|symptoms) /
     if(?! any| present)(?= (?:\w+ ){1,4}(?:is|are|remains|persists?)\b) /
     to (?:document|ensure|confirm|exclude)""")
+# Nothing is said of what was just named
+IGNORE_BACK = phrases(rf"""
+    (?:is |are )?(?:unable|impossible|not possible|difficult) to (?:\w+ )?(?:assess|evaluate|determine){END} /
+    (?:can ?not|could not) be (?:\w+ )?(?:assessed|evaluated|determined) /
+    (?:(?:is|are|was|were) )?not (?:\w+ )?(?:assessed|evaluated|applicable|available|reported)(?: on)?{END} /
+    (?:(?:is|are|was|were) )?not (?:\w+ )?(?:mentioned|described|addressed|stated|specified){END} /
+    n a(?<=[:¦‹] n a){END}""")
 # All that follows in the sentence
 IGNORE_REST = phrases(r"""
     recommend\w* / consider(?= (?:\w+ ){0,2}(?:ct|mri?|pet|films?|views?|imaging)) / follow ?up / advised /
@@ -191,11 +198,16 @@ IGNORE_REST = phrases(r"""
 # Doubts all that follows, until something ends it.
 UNSURE = phrases(r"""
     (?:can ?not|could not|not)(?: \w+){0,2} (?:exclude|rule out|r o)(?: \w+ of)? /
-    (?:difficult|hard|unable|impossible) to(?: \w+)? exclude(?! *(?:$|,|and|given|on|in)) / not diagnostic of / either /
+    (?:difficult|hard|unable|impossible) to(?: \w+)? exclude(?! *(?:$|,|and|given|on|in)) / either /
+    not diagnostic (?:of|for) /
     (?:unclear|uncertain|not (?:\w+ )?(?:clear|certain|sure)) (?:whether|if)(?: there (?:is|are))? /
-    whether(?: (?:there|this|it) (?:is|are))? /
+    whether(?: or not)?(?: (?:there|this|it) (?:is|are))? /
     (?:possible|probable|likely|conceivable|doubtful|unlikely) that(?: (?:there|this|it) (?:is|are|represents))? /
     (?:felt|thought|believed)(?: \w+)? to (?:be|represent|reflect) /
+    (?:possible|potential|likely|probable|differential) (?:\w+ )?(?:diagnos[ei]s|causes?|etiolog(?:y|ies))(?:
+    (?:include|includes|including|are|is)|(?= ?:)) / differential(?= ?:) /
+    (?:considerations?|concerns?)(?: (?:include|includes|including|are)|(?= ?:)) / consideration is /
+    (?:can ?not|could not|unable to|not possible to) (?:\w+ )?(?:confirm|verify|diagnose) /
     (?:possibly|probably|presumably|perhaps|potentially) (?:due to|related to|secondary to|from|in the setting of) /
     (?:may|might|could|would|can)(?: \w+){0,2}? (?:be (?:\w+ )?(?:secondary to|due to|related to|in the setting
     of|from|seen with)|be|represent|reflect|indicate|suggest|relate|correspond|have|contain) / may / might / could /
@@ -209,6 +221,7 @@ UNSURE = phrases(r"""
     can ?not (?:be )?(?:differentiated?|distinguish(?:ed)?)(?: from)? / doubt(?:s|ful)? (?:about|of|for)""")
 # Doubts what was named before it, too
 UNSURE_BOTH = phrases("""
+    (?:may|might) or (?:may|might) not(?: be| represent| reflect)? /
     versus / vs / if (?:any|present)(?:, there (?:is|are))? /
     (?:(?:is|are|was|were) )?(?:(?:(?:more|less) )?(?:likely|favou?red|probable|preferred) (?:than|over)|preferred to)
 """)
@@ -223,13 +236,15 @@ _VERY = (
 )
 _DOUBTFUL = (
     "(?:possibl[ey]|probabl[ey]|possibility|suspected|presumed|questioned|questionable|likely|unlikely|doubtful"
-    "|favou?red|consideration|in the differential|considered|equivocal|improbable|conceivable|maybe"
+    "|favou?red|borderline|consideration|in the differential|considered|equivocal|improbable|conceivable|maybe"
     "|suggested(?= on| by))"
 )
 # Doubts what was just named
 UNSURE_BACK = phrases(rf"""
     (?:can ?not|could not|is not|are not|not)(?: \w+){{0,3}} (?:excluded|ruled out) /
+    (?:can ?not|could not) be (?:\w+ )?confirmed / (?:(?<=: )|(?<=¦ ))(?:uncertain|unclear|indeterminate){END} /
     (?:can ?not be|could not be|not)(?: \w+)? {DETECTED} with (?:\w+ )?(?:certainty|confidence) /
+    (?:is|are) (?:not )?(?:the |an? )?(?:(?:most|more|less) )?(?:un)?likely (?:diagnosis|cause|etiology|explanation) /
     (?:(?:is|are|would be|remains?) (?:\w+ )?)?(?:difficult|hard|impossible) to (?:\w+ )?exclude(?=$|,| and| given| on|
     in) /
     (?:is|are|was|were|remains?|seems?|appears?|looks?|(?:would|could|might|may) be){_VERY} {_DOUBTFUL}(?:
@@ -249,6 +264,7 @@ ABSENT_BACK = phrases(rf"""
     (?:(?:(?:is|are|was|were|has|have|been|can be)(?: {_LY})?|since|now|also|completely|entirely|interval) )+{_GONE} /
     (?:resolved|removed|absent|cleared|excluded|gone)(?:{END}|(?= and| by| since| in the)) /
     (?:(?:is|are|was|were|has|have)(?: been)? )?(?:no longer|not|never)(?: been)?(?: \w+)? {DETECTED}(?! any) /
+    (?:is|are) not (?:an? |the |of )?(?:\w+ )?concern{END} /
     (?:has|have) not (?:recurred|returned|reappeared) /
     (?:can ?|could )not be(?: \w+)? {DETECTED} / removal(?! of) / resolution(?! of) /
     (?:no|none|nothing|nil|absent|neg|negative|false|not|nad|n(?<=[:¦‹] n)|0(?<=[:¦‹] 0))(?: (?:evidence|e
@@ -256,7 +272,9 @@ ABSENT_BACK = phrases(rf"""
     no acute(?<=[:¦‹] no acute)(?= ?$)""")
 # Denies all that follows, until something ends it
 ABSENT = phrases(r"""
-    (?:absent|negative) findings?(?=:) /
+    (?:absent|negative) findings?(?=:) / rul(?:es|ing) out / excludes / (?<=findings )exclude /
+    nothing (?:\w+ )?(?:indicative|suggestive|suspicious|concerning)(?: of| for)? /
+    argu(?:e|es|ed|ing) (?:strongly )?against / inconsistent with /
     (?:no|not|without)(?: \w+){0,3}? (?:evidence|e o|signs?|indications?|suggestion|suspicion)(?: of| for| to suggest)?
     / resolution of / clearing of / resolved / removal of / absence of / absent / lack of / none of / zero / nil /
     (?:nothing|not enough|insufficient evidence)(?: \w+)? to (?:suggest|indicate|support) /
@@ -267,7 +285,8 @@ ABSENT = phrases(r"""
     fail(?:s|ed)? to (?:show|demonstrate|reveal|identify|detect|confirm|visuali[sz]e)""")
 # Ends whatever is open
 STOP = phrases("""
-    but / however / although / though / except / aside from / apart from / other than / yet / otherwise / which /
+    but / however / although / though / makes? / making / except /
+    aside from / apart from / other than / yet / otherwise / which /
     while / whereas / because / since / with / w / after / following / status post / s p /
     there (?:is|are|has|have|was|were|continues|remains) / there(?= may) / (?:and|,) (?:the|there|a|an|this|these) /
     in the setting of / due to / secondary to / still / again / (?<!not )positive for""")
@@ -302,7 +321,8 @@ WHAT = "(?:findings?|impressions?|conclusions?|opinion|interpretation|report|res
 
 TABLES = (  # (kind, what, phrases), in the order in which they are tried
     ("unmention", None, UNMENTIONS), ("state", "not enlarged", NOT_ENLARGED), ("keep", None, KEEP),
-    ("unsure_back", None, UNSURE_BACK), ("absent_back", None, ABSENT_BACK), ("ignore_rest", None, IGNORE_REST),
+    ("ignore_back", None, IGNORE_BACK), ("unsure_back", None, UNSURE_BACK), ("absent_back", None, ABSENT_BACK),
+    ("ignore_rest", None, IGNORE_REST),
     ("ignore", None, IGNORE), ("unsure_both", None, UNSURE_BOTH), ("unsure", None, UNSURE),
     ("unsure_next", None, [*UNSURE_NEXT, "¿"]), ("state", "normal", NORMAL), ("absent", None, ABSENT),
     ("failure", None, FAILURE), *(("mention", name, found) for name, found in MENTIONS.items()),
