@@ -14,7 +14,8 @@ from functools import lru_cache
 
 from shared.metrics.phrases import HOW, SIZE, WHAT, WHY
 
-_SHORT = {"ptx": "pneumothorax", "pna": "pneumonia", "consol": "consolidation", "ddx": "differential diagnosis"}
+_SHORT = {"ptx": "pneumothorax", "pna": "pneumonia", "consol": "consolidation"}
+_SHORT |= {"ddx": "differential diagnosis", "wnl": "within normal limits"}
 # Words that are also read with one letter too many, too few, wrong or two swapped, if that is no other word.
 _SPELLED = (
     "pneumothorax pneumothoraces pneumonia pneumonias consolidation consolidations atelectasis atelectases effusion"

@@ -165,7 +165,8 @@ KEEP = phrases(rf"""
     )*(?:change|changes|increase|decrease|improvement|worsening|progression|difference)(?: in| of| from)? /
     without (?:significant |interval |substantial )*(?:change|worsening|increase) /
     not (?:significantly |substantially |appreciably )*(?:changed|different|increased|decreased|worsened|improved) /
-    not only / not necessarily / no doubt / if not / (?:probably|likely|perhaps) (?:unchanged|stable|similar|improved) /
+    (?:image|spatial|low|limited|this|pixel) resolution / not only / not necessarily / no doubt / if not /
+    (?:probably|likely|perhaps) (?:unchanged|stable|similar|improved) /
     {_NOT}(?: \w+){{0,2}} (?:resolution|resolved?|resolving|clearing|cleared|disappear\w*|subsided?)(?: of)? /
     (?:yet|fail(?:s|ed)?) to (?:clear|resolve) /
     not(?: been)? (?:previously|formerly) {DETECTED} /
@@ -180,7 +181,7 @@ IGNORE = phrases(r"""
     (?:sensitivity|difficult|hard|unable|able)(?: \w+)? to (?:detect|assess|evaluate) / (?:sensitivity|sensitive) for /
     eval(?:uate)? / assess / rule out / r o / (?:known )?(?:history of|hx of|h o) / risk (?:of|for) /
     (?:evaluation|assessment|detection) of / (?:treatment|treated|therapy) (?:for|of) /
-    if (?:there (?:is|are)|(?:continued )?(?:clinical\w*|concern)|symptoms) /
+    if (?:there (?:is|are|was|were)|(?:continued )?(?:clinical\w*|concern)|symptoms) /
     if(?! any| present)(?= (?:\w+ ){1,4}(?:is|are|remains|persists?)\b) /
     to (?:document|ensure|confirm|exclude)""")
 # Nothing is said of what was just named
@@ -202,6 +203,7 @@ UNSURE = phrases(r"""
     not diagnostic (?:of|for) /
     (?:unclear|uncertain|not (?:\w+ )?(?:clear|certain|sure)) (?:whether|if)(?: there (?:is|are))? /
     whether(?: or not)?(?: (?:there|this|it) (?:is|are))? /
+    (?:hard|difficult|impossible|unable) to (?:say|tell|know|determine) if(?: there (?:is|are))? /
     (?:possible|probable|likely|conceivable|doubtful|unlikely) that(?: (?:there|this|it) (?:is|are|represents))? /
     (?:felt|thought|believed)(?: \w+)? to (?:be|represent|reflect) /
     (?:possible|potential|likely|probable|differential) (?:\w+ )?(?:diagnos[ei]s|causes?|etiolog(?:y|ies))(?:
@@ -242,7 +244,8 @@ _DOUBTFUL = (
 # Doubts what was just named
 UNSURE_BACK = phrases(rf"""
     (?:can ?not|could not|is not|are not|not)(?: \w+){{0,3}} (?:excluded|ruled out) /
-    (?:can ?not|could not) be (?:\w+ )?confirmed / (?:(?<=: )|(?<=¦ ))(?:uncertain|unclear|indeterminate){END} /
+    (?:can ?not|could not) be (?:\w+ )?confirmed / (?:may|might|could|can) be (?:missed|overlooked|hidden) /
+    (?:(?<=: )|(?<=¦ ))(?:uncertain|unclear|indeterminate){END} /
     (?:can ?not be|could not be|not)(?: \w+)? {DETECTED} with (?:\w+ )?(?:certainty|confidence) /
     (?:is|are) (?:not )?(?:the |an? )?(?:(?:most|more|less) )?(?:un)?likely (?:diagnosis|cause|etiology|explanation) /
     (?:(?:is|are|would be|remains?) (?:\w+ )?)?(?:difficult|hard|impossible) to (?:\w+ )?exclude(?=$|,| and| given| on|
@@ -272,7 +275,8 @@ ABSENT_BACK = phrases(rf"""
     no acute(?<=[:¦‹] no acute)(?= ?$)""")
 # Denies all that follows, until something ends it
 ABSENT = phrases(r"""
-    (?:absent|negative) findings?(?=:) / rul(?:es|ing) out / excludes / (?<=findings )exclude /
+    not agree that(?: there (?:is|are))? / (?:absent|negative) findings?(?=:) / rul(?:es|ing) out / excludes /
+    (?<=findings )exclude /
     nothing (?:\w+ )?(?:indicative|suggestive|suspicious|concerning)(?: of| for)? /
     argu(?:e|es|ed|ing) (?:strongly )?against / inconsistent with /
     (?:no|not|without)(?: \w+){0,3}? (?:evidence|e o|signs?|indications?|suggestion|suspicion)(?: of| for| to suggest)?
