@@ -126,7 +126,7 @@ ANATOMY = {
     "mediastinum": phrases(rf"""
         cardio ?mediastin\w+(?: and hilar)?(?: {_PARTS})* /
         (?:hilar and |superior |upper )?mediastinal(?: and hilar|, hilar)? {_PARTS} / (?:superior |upper )?mediastinum /
-        mediastinal(?= (?:widening|enlargement))"""),
+        mediastinal(?= (?:shift or )?(?:widening|enlargement))"""),
     "heart": phrases(rf"""
         heart(?: {_PARTS})? / cardiac(?: and \w+)? {_PARTS} / cardiac(?= enlargement) / cardio ?pericardial silhouette /
         (?:cardio ?thoracic|ct) (?:ratio|index) / ctr"""),
@@ -214,7 +214,7 @@ UNSURE = phrases(r"""
     (?:may|might|could|would|can)(?: \w+){0,2}? (?:be (?:\w+ )?(?:secondary to|due to|related to|in the setting
     of|from|seen with)|be|represent|reflect|indicate|suggest|relate|correspond|have|contain) / may / might / could /
     possibility of / question of / suspicious (?:for|of) / suspicion (?:for|of) /
-    (?:probability|likelihood) of / (?:concerning|worrisome) for /
+    (?:probability|likelihood|chance) of / (?:concerning|worrisome) for /
     concern(?:ed|s)?(?: (?:is|for|of|about))+ / c f / consider(?! (?:re|advanc|pull|withdr)) / suggest\w*(?: of)? /
     rais\w+ (?:the )?(?:possibility|question|concern)(?: of| for)? /
     (?:most )?likely (?:represent\w*|reflect\w*|due to|related to|to be|to represent|secondary to) /
@@ -238,7 +238,8 @@ _VERY = (
 )
 _DOUBTFUL = (
     "(?:possibl[ey]|probabl[ey]|possibility|suspected|presumed|questioned|questionable|likely|unlikely|doubtful"
-    "|favou?red|borderline|consideration|in the differential|considered|equivocal|improbable|conceivable|maybe"
+    "|favou?red|borderline|consideration|(?:in|on|part of) the differential(?: diagnosis)?|among the possibilities"
+    "|considered|equivocal|improbable|conceivable|maybe"
     "|suggested(?= on| by))"
 )
 # Doubts what was just named
@@ -267,7 +268,7 @@ ABSENT_BACK = phrases(rf"""
     (?:(?:(?:is|are|was|were|has|have|been|can be)(?: {_LY})?|since|now|also|completely|entirely|interval) )+{_GONE} /
     (?:resolved|removed|absent|cleared|excluded|gone)(?:{END}|(?= and| by| since| in the)) /
     (?:(?:is|are|was|were|has|have)(?: been)? )?(?:no longer|not|never)(?: been)?(?: \w+)? {DETECTED}(?! any) /
-    (?:is|are) not (?:an? |the |of )?(?:\w+ )?concern{END} /
+    (?:is|are) not (?:an? |the |of )?(?:\w+ )?concern{END} / (?:does|do|did) not (?:appear|seem)(?: to be)? {DETECTED} /
     (?:has|have) not (?:recurred|returned|reappeared) /
     (?:can ?|could )not be(?: \w+)? {DETECTED} / removal(?! of) / resolution(?! of) /
     (?:no|none|nothing|nil|absent|neg|negative|false|not|nad|n(?<=[:¦‹] n)|0(?<=[:¦‹] 0))(?: (?:evidence|e
@@ -280,11 +281,13 @@ ABSENT = phrases(r"""
     nothing (?:\w+ )?(?:indicative|suggestive|suspicious|concerning)(?: of| for)? /
     argu(?:e|es|ed|ing) (?:strongly )?against / inconsistent with /
     (?:no|not|without)(?: \w+){0,3}? (?:evidence|e o|signs?|indications?|suggestion|suspicion)(?: of| for| to suggest)?
-    / resolution of / clearing of / resolved / removal of / absence of / absent / lack of / none of / zero / nil /
+    / resolution of / clearing of / resolved / removal of / absence of / absent / lack of /
+    lacks?(?: (?:any|signs?|evidence|of))* / none of the (?:following|above) / none of / zero / nil /
     (?:nothing|not enough|insufficient evidence)(?: \w+)? to (?:suggest|indicate|support) /
     (?:insufficient|little|scant) evidence (?:of|for) / neg(?:ative|\.)? for /
     negatives?(?=:) /
-    free of / clear of / devoid of / non ?visuali[sz]ation of / without / w o / no longer / no / nor / neither / not /
+    free (?:of|from) / clear of / (?:de)?void of / non ?visuali[sz]ation of / without / w o / no longer / no / nor /
+    neither / not /
     never / rather than / instead of / denies / can ?not (?:see|identify|appreciate|detect|find) /
     fail(?:s|ed)? to (?:show|demonstrate|reveal|identify|detect|confirm|visuali[sz]e)""")
 # Ends whatever is open
