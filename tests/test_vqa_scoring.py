@@ -94,6 +94,7 @@ def test_nothing_else_disappears(text, tokens):
 
 # --- yes or no: text, question, what it says ---
 
+AIR = "Is there free air under the diaphragm?"
 EFFUSION, NORMAL = "Is there a pleural effusion?", "Is this chest x-ray normal?"
 YES_NO = [
     ("yes", "", "yes"),
@@ -150,6 +151,16 @@ YES_NO = [
     ("No, the lungs are clear", EFFUSION, "no"),
     ("no I do not see one", EFFUSION, "no"),
     ("yes, without doubt", EFFUSION, "yes"),
+    # the answer and the whole sentence behind it
+    ("No, there is no pleural effusion.", EFFUSION, "no"),
+    ("No, there is no evidence of an effusion in this image.", EFFUSION, "no"),
+    ("Yes, there is no pleural effusion.", EFFUSION, None),
+    ("No, there is a pleural effusion.", EFFUSION, None),
+    ("No, there is an effusion but no pneumothorax.", "Is there a pneumothorax?", "no"),
+    ("Yes, no abnormalities are seen in the lungs.", "Are the lungs normal?", "yes"),
+    ("No, there is no free air.", AIR, "no"),
+    ("There is no free air under the diaphragm.", AIR, "no"),
+    ("Free air is seen under the diaphragm.", AIR, "yes"),
     # without a question a "no" before other words counts where nothing else does
     ("no evidence of effusion", "", "no"),
     ("Yes, there is no shift", "", "yes"),

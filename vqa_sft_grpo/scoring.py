@@ -327,6 +327,7 @@ def negated(tokens):
     return {token for i, word in enumerate(tokens) if word in NEGATORS for token in reach(tokens, i)}
 
 
+NORMALITY = set("normal normally healthy clear unremarkable sharp patent intact symmetric symmetrical symmetry".split())
 DENIERS = NEGATORS | set(
     "free negative absence lack neither nor".split()
 )  # "free of effusion", "negative for effusion"
@@ -347,13 +348,19 @@ MAYBE = set("maybe perhaps possibly possible might could may".split())
 PRONOUNS = {"it", "this", "that", "they", "these", "those"}
 
 
+def without_free_air(tokens):
+    """Only "free of" and "free from" deny: in "free air" the word is marked as another one."""
+    pairs = zip(tokens, [*tokens[1:], ""], strict=False)
+    return ["free " if word == "free" and after not in ("of", "from") else word for word, after in pairs]
+
+
 def polarity(text, question=""):
     """
     -> "yes", "no", or None where the text says both or neither; the rules are those of "yes or no" above. A "no" that
     belongs to other words counts when these words are what the question asks about; without a question it counts when
     there is no answer that stands alone.
     """
-    tokens, asked_tokens = words_and_marks(text), words_and_marks(question)
+    tokens, asked_tokens = without_free_air(words_and_marks(text)), without_free_air(words_and_marks(question))
     asked = set(asked_tokens) - COMMON - {"."}
     denies = bool((NEGATORS | {"absent", "free"}) & set(asked_tokens))
     if denies:
@@ -361,12 +368,13 @@ def polarity(text, question=""):
     maybe = MAYBE & set(tokens) - set(asked_tokens)  # "possibly yes", but not "Yes, possibly a cyst"
     if UNSURE & set(tokens) or maybe and not set(tokens) - MAYBE - COMMON - NEGATORS - asked - {"yes", "."}:
         return None
-    alone, attached = set(), set()
+    alone, attached, rest = set(), set(), list(tokens)
     for i, token in enumerate(tokens):
         if token in ("yes", "no") and i and tokens[i - 1] == "not":
             return None
         if token == "yes":
             alone.add("yes")
+            rest[i] = ""
         elif token in DENIERS:
             scope = reach(tokens, i)
             after = tokens[i + 1 : i + 2 + len(scope)]
@@ -375,20 +383,22 @@ def polarity(text, question=""):
                 return None
             if token == "no" and not scope and stop not in NO_NEGATION:
                 alone.add("no")
+                rest[i] = ""
+            elif NORMALITY & asked and any(word.startswith("abnormal") for word in scope):
+                continue  # "Are the lungs normal?" - "Yes, no abnormality of the lungs"
             elif scope and (asked & set(scope) if question else token == "no"):
                 attached.add("no")
             elif token == "not" and question and not denies and bare and stop not in NO_NEGATION:
                 attached.add("no")  # "not seen", "it is not", "there is not one"
     said = alone | attached if question or not alone else alone
     if alone and question and not denies:  # "No, there is an effusion"
-        rest = [token for token in tokens if token not in ("yes", "no")]
+        rest = [token for token in rest if token]
         said |= {plainly(rest, asked) or stated(text, rest, asked_tokens, asked)} - {None} if rest else set()
     if said or not question or denies:
         return said.pop() if len(said) == 1 else None
     return plainly(tokens, asked) or stated(text, tokens, asked_tokens, asked)
 
 
-NORMALITY = set("normal normally healthy clear unremarkable sharp patent intact symmetric symmetrical symmetry".split())
 ABSENCE = NEGATORS | {"absent", "absence", "lack"}
 
 

@@ -239,8 +239,7 @@ _VERY = (
 _DOUBTFUL = (
     "(?:possibl[ey]|probabl[ey]|possibility|suspected|presumed|questioned|questionable|likely|unlikely|doubtful"
     "|favou?red|borderline|consideration|(?:in|on|part of) the differential(?: diagnosis)?|among the possibilities"
-    "|considered|equivocal|improbable|conceivable|maybe"
-    "|suggested(?= on| by))"
+    "|considered|equivocal|improbable|conceivable|maybe|suggested(?= on| by))"
 )
 # Doubts what was just named
 UNSURE_BACK = phrases(rf"""
