@@ -362,7 +362,7 @@ def polarity(text, question=""):
     """
     tokens, asked_tokens = without_free_air(words_and_marks(text)), without_free_air(words_and_marks(question))
     asked = set(asked_tokens) - COMMON - {"."}
-    denies = bool((NEGATORS | {"absent", "free"}) & set(asked_tokens))
+    denies = bool((NEGATORS | {"absent", "absence", "lack", "free"}) & set(asked_tokens))
     if denies:
         asked = set()  # "Is the film free of effusion?": "no effusion" is not a no here; only a plain yes or no counts
     maybe = MAYBE & set(tokens) - set(asked_tokens)  # "possibly yes", but not "Yes, possibly a cyst"
