@@ -158,6 +158,7 @@ YES_NO = [
     ("No, there is a pleural effusion.", EFFUSION, None),
     ("No, there is an effusion but no pneumothorax.", "Is there a pneumothorax?", "no"),
     ("Yes, no abnormalities are seen in the lungs.", "Are the lungs normal?", "yes"),
+    ("No, there is no abnormality.", "Are the lungs normal?", None),
     ("Yes, there is a lack of vessels.", "Is there a lack of vessels?", "yes"),
     ("No, there is no free air.", AIR, "no"),
     ("There is no free air under the diaphragm.", AIR, "no"),

@@ -385,7 +385,7 @@ def polarity(text, question=""):
                 alone.add("no")
                 rest[i] = ""
             elif NORMALITY & asked and any(word.startswith("abnormal") for word in scope):
-                continue  # "Are the lungs normal?" - "Yes, no abnormality of the lungs"
+                attached |= {"yes"} if alone else set()  # "Are the lungs normal?" - "Yes, no abnormality of the lungs"
             elif scope and (asked & set(scope) if question else token == "no"):
                 attached.add("no")
             elif token == "not" and question and not denies and bare and stop not in NO_NEGATION:
