@@ -12,7 +12,7 @@ import warnings
 import numpy as np
 from scipy.stats import rankdata
 
-from shared.metrics.statistics import bootstrap_interval, holm, sign_flip_test
+from shared.metrics.statistics import auroc, bootstrap_interval, holm, sign_flip_test
 
 TOP = 0.1  # share of the cells whose mass is top_mass
 SINK = 0.1  # a cell with more than this share of the mass, in most images, is a sink
@@ -90,15 +90,6 @@ def without_sinks(values, sinks):
         return None
     left = np.where(sinks, rest.mean(), values)
     return left / left.sum()
-
-
-def auroc(labels, scores):
-    """Ties count half; None without both classes."""
-    labels = np.asarray(labels, bool)
-    n = int(labels.sum())
-    if n in (0, len(labels)):
-        return None
-    return float((rankdata(scores)[labels].sum() - n * (n + 1) / 2) / (n * (len(labels) - n)))
 
 
 # ---------------------------------------------------------------------------------------------------- many of them

@@ -13,13 +13,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.stats import rankdata
 from sklearn.metrics import cohen_kappa_score
 from tqdm import tqdm
 
 from shared.data.augment import shifted_copies  # the same changes that validation is judged under, see train.py
 from shared.data.image_sets import ImageSet
-from shared.metrics.statistics import bootstrap_interval, mcnemar_exact, wilson_interval
+from shared.metrics.statistics import auroc, bootstrap_interval, mcnemar_exact, wilson_interval
 from task3_retrieval.embed import channels_last
 from task3_retrieval.metrics import chance, chance_vote, content_codes, first_of, knn_vote, leave_one_out_draws
 from task3_retrieval.metrics import query_draws, query_metrics, rank_gallery, relevance, summarise
@@ -186,13 +185,6 @@ def foreign_images(images, seed):
     }
 
 
-def area_under_curve(labels, scores):
-    """sklearn's roc_auc_score of labels 0 and 1, both there: thousands of resamples in a second."""
-    ranks, positive = rankdata(scores), labels == 1
-    n = positive.sum()
-    return (ranks[positive].sum() - n * (n + 1) / 2) / (n * (len(labels) - n))
-
-
 def foreign_detection(system, study):
     """
     Does the distance to the k-th neighbour tell foreign images from real queries? AUROC, interval over images; and the
@@ -211,7 +203,7 @@ def foreign_detection(system, study):
         nearest = np.concatenate([np.partition(s, -1 - k, axis=1)[:, -1 - k] for s in blocks])
         far = distances[kind] = as_distance(nearest, metric)
         interval = bootstrap_interval(
-            area_under_curve, np.repeat([0, 1], n), np.concatenate([usual, far]), groups=np.tile(np.arange(n), 2),
+            auroc, np.repeat([0, 1], n), np.concatenate([usual, far]), groups=np.tile(np.arange(n), 2),
             num_samples=min(500, study.resamples), seed=study.seed,
         )  # fmt: skip
         result[kind] = {"auroc": interval["value"], "low": interval["low"], "high": interval["high"]}

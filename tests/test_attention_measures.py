@@ -66,11 +66,6 @@ def test_a_sink_is_found_and_taken_out():
     assert measures.without_sinks(one_cell(0, 0, 8), sinks) is None
 
 
-def test_auroc_with_ties():
-    assert measures.auroc([0, 0, 1, 1], [1, 2, 2, 3]) == pytest.approx(3.5 / 4)
-    assert measures.auroc([1, 1], [0, 1]) is None
-
-
 def test_means_and_differences_draw_patients():
     found = measures.mean_of([1, 0, None, 1], ["a", "a", "b", "b"], draws=500)
     assert found["value"] == pytest.approx(2 / 3) and found["n"] == 3 and found["low"] <= 2 / 3 <= found["high"]

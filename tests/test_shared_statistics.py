@@ -9,7 +9,7 @@ from scipy import stats
 from sklearn.metrics import f1_score, roc_auc_score
 
 from benchmarks import coverage
-from shared.metrics.statistics import FEW_CLUSTERS, METHODS, bootstrap_interval
+from shared.metrics.statistics import FEW_CLUSTERS, METHODS, auroc, bootstrap_interval
 from shared.metrics.statistics import cases_needed, delong_auc, delong_test, effective_clusters, holm, mcnemar_exact
 from shared.metrics.statistics import percentile_interval, resample_counts, sign_flip_test
 from shared.metrics.statistics import wilson_interval
@@ -522,3 +522,11 @@ def test_coverage_of_every_interval(tmp_path, capsys):
     assert result["rejection_rates"]["mcnemar_exact, rows"]["100"]["rejected"] > 0.08
     assert result["rejection_rates"]["sign_flip_test, by group"]["5"]["rejected"] == 0
     assert "| share 0.8, clustered | Wilson, rows |" in capsys.readouterr().out
+
+
+def test_auroc_equals_sklearns_with_and_without_ties():
+    rng = np.random.default_rng(0)
+    for levels in (3, 10, 10**6):
+        labels, scores = np.r_[0, 1, rng.integers(0, 2, 98)], rng.integers(0, levels, 100).astype(float)
+        assert auroc(labels, scores) == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
+    assert auroc([0, 0, 1, 1], [1, 2, 2, 3]) == pytest.approx(3.5 / 4) and auroc([1, 1], [0, 1]) is None

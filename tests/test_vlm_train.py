@@ -29,7 +29,7 @@ CHEAP = ["head", "projector-head", "random-projector", "projector"]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def coarse():
+def small_networks():
     """Task 1's network is a small one."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torchvision.models, "get_model", lambda name, weights=None: SmallNet())
@@ -37,7 +37,7 @@ def coarse():
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, coarse):
+def trained(tmp_path_factory, small_networks):
     """The folder of a dry run of every mode, and of a zero-shot run on the same films: read only."""
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:

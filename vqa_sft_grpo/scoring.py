@@ -328,6 +328,7 @@ def negated(tokens):
 
 
 NORMALITY = set("normal normally healthy clear unremarkable sharp patent intact symmetric symmetrical symmetry".split())
+ABSENCE = NEGATORS | {"absent", "absence", "lack"}
 DENIERS = NEGATORS | set(
     "free negative absence lack neither nor".split()
 )  # "free of effusion", "negative for effusion"
@@ -362,7 +363,7 @@ def polarity(text, question=""):
     """
     tokens, asked_tokens = without_free_air(words_and_marks(text)), without_free_air(words_and_marks(question))
     asked = set(asked_tokens) - COMMON - {"."}
-    denies = bool((NEGATORS | {"absent", "absence", "lack", "free"}) & set(asked_tokens))
+    denies = bool((ABSENCE | {"free"}) & set(asked_tokens))
     if denies:
         asked = set()  # "Is the film free of effusion?": "no effusion" is not a no here; only a plain yes or no counts
     maybe = MAYBE & set(tokens) - set(asked_tokens)  # "possibly yes", but not "Yes, possibly a cyst"
@@ -399,9 +400,6 @@ def polarity(text, question=""):
     return plainly(tokens, asked) or stated(text, tokens, asked_tokens, asked)
 
 
-ABSENCE = NEGATORS | {"absent", "absence", "lack"}
-
-
 def asks_for_absence(question):
     """
     Does yes to this question say that nothing is wrong or nothing is there? True for "Is this film normal?", "Are the
@@ -409,10 +407,10 @@ def asks_for_absence(question):
     normal?", "Is the heart larger than normal?". Each denial turns it round; several words for normal count once.
     """
     plain = re.sub(r"\byes\s*(?:/|or)\s*no\b", "", question.lower())  # "Is the mass cystic? -yes/no"
-    tokens = ["", *words_and_marks(plain), ""]
+    tokens = ["", *without_free_air(words_and_marks(plain))]
     denials = normal = 0
-    for before, token, after in zip(tokens, tokens[1:], tokens[2:], strict=False):
-        denials += token in ABSENCE or token == "free" and after in ("of", "from")
+    for before, token in zip(tokens, tokens[1:], strict=False):
+        denials += token in ABSENCE or token == "free"
         normal |= token in NORMALITY and before != "than"
     return (denials + normal) % 2 == 1
 

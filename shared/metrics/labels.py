@@ -128,7 +128,7 @@ _LINK = re.compile(  # "normal size of the heart"
     r"(?: (?:sized?|shape|contour|configuration|appearance|caliber|position|and|of|in|the))* "
 )
 _OR = re.compile(r"\b(?:or|nor)\b")
-_LASTING = re.compile(r"\b(?:whether|that)\b")
+_LASTING = re.compile(r"\b(?:whether|that)\b")  # cues that a verb does not end: "whether A is B"
 _TIP = re.compile(r"\b(?:tips?|ends?|side ?(?:port|hole)s?|portion|aspect|course)\b")
 _TO_LARGE = re.compile(r"(?: in size)? (?:to|or) (?:\w+ ){0,2}(?:enlarged|borderline|increased|prominent)\b")
 
@@ -370,7 +370,7 @@ class _Reader:
         for scope in self.scopes:
             if not scope.cue or not scope.used or (scope is self.silence and not scope.short):
                 continue
-            if not _LASTING.search(self.sentence, *scope.cue):  # "uncertain whether the opacity is pneumonia"
+            if not _LASTING.search(self.sentence, *scope.cue):
                 scope.close()
 
     def stop(self, i, what, start, end):

@@ -89,6 +89,7 @@ def _mark_lines(text):
 
     def listed(found):
         line = found[1] + re.sub(rf"\r?\n{_BULLET.pattern}", lambda bullet: ", ".ljust(len(bullet[0])), found[3])
+        # no comma before the first item, and as long as before without the stars behind the colon
         return line.replace(",", " " * (1 + len(found[2])), 1).replace("\n", "¶")
 
     text = _LIST.sub(listed, _JOINED.sub(joined, text))
@@ -127,7 +128,8 @@ def _line_ends(line, following, width, mixed):
 # ------------------------------------------------------------------------------------------------------------ the marks
 
 _HYPHENS = "-\u2010\u2011\u2012\u2013\u2014"
-_FLAT = str.maketrans(dict.fromkeys(_HYPHENS + '/_"“”', " ") | dict.fromkeys("[({", "‹") | dict.fromkeys("])}", "›"))
+_FLAT = dict.fromkeys(_HYPHENS + '/_"“”', " ") | dict.fromkeys("[({", "‹") | dict.fromkeys("])}", "›")
+_FLAT = str.maketrans(_FLAT)
 _LAYOUT = {
     # "effusion(s)"
     " ": r"\((?:e?s|x)\)",

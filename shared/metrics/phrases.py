@@ -17,8 +17,7 @@ def phrases(text):
 
 
 # Marks that stand in place of layout: ¶ a line that ends, ¦ a dash, bar or bullet, ‹ › brackets, ¿ a question
-# mark before what it doubts.
-# Nothing but a side follows in this part of the sentence
+# mark before what it doubts. END: nothing but a side follows in this part of the sentence.
 END = "(?=(?: (?:bilaterally|on (?:the|either) (?:right|left|side)))? ?(?:$|[,¦‹›?]))"
 
 SIZE = (

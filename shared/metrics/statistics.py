@@ -88,6 +88,15 @@ def _auc_components(labels, scores):
     return above.mean(), above, below
 
 
+def auroc(labels, scores):
+    """labels (N,) 0/1 or bool, scores (N,) -> AUC alone, for thousands of resamples. None without both classes."""
+    labels = np.asarray(labels, bool)
+    n = int(labels.sum())
+    if n in (0, len(labels)):
+        return None
+    return float((rankdata(scores)[labels].sum() - n * (n + 1) / 2) / (n * (len(labels) - n)))
+
+
 def _standard_error(above, below):
     """None with fewer than two positives or two negatives."""
     if min(len(above), len(below)) < 2:
