@@ -37,7 +37,6 @@ import shared  # noqa: F401, isort: skip  # before transformers
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns at every 8-bit product, and on import
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, load_peft_weights
 from torch import nn
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
@@ -86,7 +85,7 @@ class VLM:
     @property
     def base(self):
         """The ...ForConditionalGeneration module itself, below peft's wrapper where there is one."""
-        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        return self.model if self.adapter is None else self.model.get_base_model()
 
     def facts(self):
         """What metrics files say about the model."""
@@ -292,6 +291,8 @@ def add_lora(target, rank=8, alpha=None, dropout=0.05, layers=None, checkpointin
     which costs 2.7 GB more in MedGemma-4B and makes a model with the adapter loaded differ from the one that was
     trained. The adapters themselves are float32.
     """
+    import peft  # takes seconds, and only what has an adapter needs it
+
     is_vlm = isinstance(target, VLM)
     model = target.model if is_vlm else target
     layers = layers or (LORA_LAYERS if is_vlm else "all-linear")
@@ -302,8 +303,8 @@ def add_lora(target, rank=8, alpha=None, dropout=0.05, layers=None, checkpointin
     task = "CAUSAL_LM" if is_vlm else None
     with explained(f"LoRA cannot be put on {layers}"), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers 5 for a property by its old name
-        settings = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=layers, task_type=task)
-        model = get_peft_model(model, settings)
+        settings = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=layers, task_type=task)
+        model = peft.get_peft_model(model, settings)
     if not is_vlm:
         return model
     target.model, target.adapter = model, "new"
@@ -362,7 +363,7 @@ def save_vlm(vlm, folder):
     the digest of the model below it.
     """
     with quietly():
-        if isinstance(vlm.model, PeftModel):
+        if vlm.adapter is not None:
             if any(p.requires_grad and "lora_" not in name for name, p in vlm.base.named_parameters()):
                 raise ValueError("an adapter holds LoRA alone: the other trained parameters would be lost")
             vlm.model.save_pretrained(folder, selected_adapters=["default"])
@@ -377,6 +378,8 @@ def load_adapter(vlm, adapter, trainable=False):
     Put a trained LoRA adapter on the model. InputError when it is not one, when its keys are not those of this model,
     when it holds numbers that are not finite, or when it was trained on other weights.
     """
+    import peft
+
     folder, instead = folder_of(adapter), "give --model the one it was trained on"
     if folder is None and not is_hub_name(str(adapter)):
         raise InputError(f"there is no adapter folder {str(adapter)[:200]}; train one first, or check --adapter")
@@ -393,9 +396,9 @@ def load_adapter(vlm, adapter, trainable=False):
             )
     with explained(f"the adapter {adapter} does not fit {vlm.name}", f": {instead}"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about keys, which are refused below
-        stored = load_peft_weights(str(folder or adapter), device="cpu")
-        vlm.model = PeftModel.from_pretrained(vlm.model, str(folder or adapter), is_trainable=trainable)
-    expected = set(get_peft_model_state_dict(vlm.model, save_embedding_layers=False))
+        stored = peft.load_peft_weights(str(folder or adapter), device="cpu")
+        vlm.model = peft.PeftModel.from_pretrained(vlm.model, str(folder or adapter), is_trainable=trainable)
+    expected = set(peft.get_peft_model_state_dict(vlm.model, save_embedding_layers=False))
     for what, keys in (("missing", expected - set(stored)), ("unexpected", set(stored) - expected)):
         if keys:
             raise InputError(
