@@ -62,7 +62,7 @@ CLAUSE = set(
 COMMON = set(
     "is are was were be been do does did has have had can could would should may this that these those there it its any"
     " evidence sign finding seen see visible present presence shown show noted identified appear appearance demonstrate"
-    " contain include exist image picture film scan in on of at to for from with by and or patient you what which where"
+    " look contain include exist image picture film scan in on of at to for from with by and or patient you what which where"
     " who how when as also them".split()
 )
 OPPOSITES = [
@@ -70,10 +70,10 @@ OPPOSITES = [
     for pair in (
         "left right,upper lower,superior inferior,anterior posterior,medial lateral,proximal distal,with"
         " without,increase decrease,increased decreased,increasing decreasing,normal abnormal,present absent,acute"
-        " chronic,unilateral bilateral,yes no"
+        " chronic,unilateral bilateral,healthy unhealthy,symmetric asymmetric,yes no"
     ).split(",")
 ]
-OPPOSITE_WORDS = {word for pair in OPPOSITES for word in pair}
+OPPOSITE = {word: other for a, b in OPPOSITES for word, other in ((a, b), (b, a))}
 
 # version 1: spellings, abbreviations and plain equivalents; nothing that a radiologist would call different
 SYNONYMS_NAME = "medvlm-vqa-synonyms-1"
@@ -129,6 +129,7 @@ FOLDS = [
         (r"[\u2018\u2019]", "'"),
         (r"n't\b", " not"),
         (r"\bcannot\b", "can not"),
+        (r"\b(it|that|there)'s\b", r"\1 is"),
         (r"'s\b", ""),
         (r"'", ""),
         (r"\bx[\s-]{0,3}rays?\b", "xray"),
@@ -287,7 +288,7 @@ def same_words(prediction, gold, question=""):
         return bool(said)
     repeated = frozenset()
     if not options_of(question):
-        repeated = set(normalise(question)) - set(wanted) - NEGATORS - OPPOSITE_WORDS
+        repeated = set(normalise(question)) - set(wanted) - NEGATORS - set(OPPOSITE)
     b = items_of(gold, prediction)
     for a in (items_of(prediction, gold), items_of(prediction, gold, repeated)):
         words, others = (sorted(token for item in some for token in item) for some in (a, b))
@@ -340,17 +341,21 @@ SAYING = set("sure certain say tell answer confirm determine determined know kno
 # A statement with one of these states nothing
 DOUBT = set(
     "or unlikely exclude excluded rule ruled denied resolved suspected possible possibly may might could versus maybe"
-    " perhaps probably questionable consider history previous".split()
+    " perhaps probably questionable consider history previous missing removed outside".split()
 )
 STATING = set(
-    "is are was were has have there show shown see seen present visible noted identified appear contain".split()
+    "is are was were has have there show shown see seen present visible noted identified appear look contain".split()
 )
 MAYBE = set("maybe perhaps possibly possible might could may".split())
 PRONOUNS = {"it", "this", "that", "they", "these", "those"}
 
 
-def without_free_air(tokens):
-    """Only "free of" and "free from" deny: in "free air" the word is marked as another one."""
+def without_free_air(text):
+    """
+    Tokens of a text; only "free of" and "free from" deny: in "free air" the word is marked as another one. The "yes/no"
+    behind a question is no part of it.
+    """
+    tokens = words_and_marks(re.sub(r"\?\s*-?\s*yes\s*(?:/|or)\s*no\b", "?", text.lower()))
     pairs = zip(tokens, [*tokens[1:], ""], strict=False)
     return ["free " if word == "free" and after not in ("of", "from") else word for word, after in pairs]
 
@@ -361,11 +366,11 @@ def polarity(text, question=""):
     belongs to other words counts when these words are what the question asks about; without a question it counts when
     there is no answer that stands alone.
     """
-    tokens, asked_tokens = without_free_air(words_and_marks(text)), without_free_air(words_and_marks(question))
+    tokens, asked_tokens = without_free_air(text), without_free_air(question)
     asked = set(asked_tokens) - COMMON - {"."}
     denies = bool((ABSENCE | {"free"}) & set(asked_tokens))
-    if denies:
-        asked = set()  # "Is the film free of effusion?": "no effusion" is not a no here; only a plain yes or no counts
+    if denies:  # "Is the film free of effusion?": "no effusion" is not a no here; a plain yes or no and "not free" count
+        asked &= ABSENCE - {"no", "not"} | {"free"}
     maybe = MAYBE & set(tokens) - set(asked_tokens)  # "possibly yes", but not "Yes, possibly a cyst"
     if UNSURE & set(tokens) or maybe and not set(tokens) - MAYBE - COMMON - NEGATORS - asked - {"yes", "."}:
         return None
@@ -380,14 +385,14 @@ def polarity(text, question=""):
             scope = reach(tokens, i)
             after = tokens[i + 1 : i + 2 + len(scope)]
             stop, bare = after[len(scope)] if len(after) > len(scope) else ".", not set(scope) - COMMON - {"1"}
-            if token in NEGATORS and (SAYING & set(scope) or denied_denial(token, scope, stop)):
+            if token in NEGATORS and (SAYING & set(scope) or denied_denial(token, set(scope) - asked, stop)):
                 return None
             if token == "no" and not scope and stop not in NO_NEGATION:
                 alone.add("no")
                 rest[i] = ""
             elif NORMALITY & asked and any(word.startswith("abnormal") for word in scope):
                 attached |= {"yes"} if alone else set()  # "Are the lungs normal?" - "Yes, no abnormality of the lungs"
-            elif scope and (asked & set(scope) if question else token == "no"):
+            elif scope and (speaks_of(scope, tokens, asked) if question else token == "no"):
                 attached.add("no")
             elif token == "not" and question and not denies and bare and stop not in NO_NEGATION:
                 attached.add("no")  # "not seen", "it is not", "there is not one"
@@ -406,8 +411,7 @@ def asks_for_absence(question):
     lungs clear?", "Is it free of effusion?", "Is there no mass?"; not for "Is there a mass?", "Is this film not
     normal?", "Is the heart larger than normal?". Each denial turns it round; several words for normal count once.
     """
-    plain = re.sub(r"\byes\s*(?:/|or)\s*no\b", "", question.lower())  # "Is the mass cystic? -yes/no"
-    tokens = ["", *without_free_air(words_and_marks(plain))]
+    tokens = ["", *without_free_air(question)]  # without that of "Is the mass cystic? -yes/no"
     denials = normal = 0
     for before, token in zip(tokens, tokens[1:], strict=False):
         denials += token in ABSENCE or token == "free"
@@ -415,11 +419,21 @@ def asks_for_absence(question):
     return (denials + normal) % 2 == 1
 
 
+def speaks_of(scope, tokens, asked):
+    """
+    Does a negation of `scope` answer what is asked? Not where one word for normal is asked after and others are denied
+    ("no lung mass"), nor where only its plane or scan is ("not a sagittal plane"), nor another side.
+    """
+    wanted, said = asked & NORMALITY or asked - SHARED or asked, set(scope)
+    others = asked | {token for token, n in Counter(tokens).items() if n > scope.count(token)}
+    return bool(wanted & said) and not any(OPPOSITE.get(word) in others - said for word in said - asked)
+
+
 def denied_denial(token, scope, stop):
     """Does the negation deny nothing but the next negation? "no evidence of no effusion", "not without effusion"."""
-    if DENIERS & set(scope) - {"neither", "nor"}:
+    if DENIERS & scope - {"neither", "nor"}:
         return True
-    return stop in NEGATORS and not set(scope) - COMMON and bool(scope or token != "no")
+    return stop in NEGATORS and not scope - COMMON and bool(scope or token != "no")
 
 
 def plainly(tokens, asked):
@@ -440,9 +454,8 @@ def stated(text, tokens, asked_tokens, asked):
         return None
     last = next(token for token in reversed(asked_tokens) if token in asked)
     needed = {last} if tokens[0] in PRONOUNS else asked
-    opposite = {word: other for a, b in OPPOSITES for word, other in ((a, b), (b, a))}
-    turned = {word for word in needed - said if opposite.get(word) in said}
-    if any(opposite.get(word) in said for word in needed & said):
+    turned = {word for word in needed - said if OPPOSITE.get(word) in said}
+    if any(OPPOSITE.get(word) in said for word in needed & said):
         return None  # "normal and abnormal"
     return "yes" if needed <= said else "no" if turned and needed - said == turned else None
 

@@ -15,7 +15,8 @@ from scipy.stats import rankdata
 from sklearn.metrics import average_precision_score, cohen_kappa_score, confusion_matrix, log_loss, matthews_corrcoef
 from sklearn.metrics import precision_recall_fscore_support, roc_auc_score
 
-from shared.metrics.statistics import check_binary, delong_auc, percentile_interval, resample_counts, wilson_interval
+from shared.metrics.statistics import auroc, check_binary, delong_auc, percentile_interval, resample_counts
+from shared.metrics.statistics import wilson_interval
 
 # --- binary ---
 
@@ -316,7 +317,7 @@ def official_auc_accuracy(labels, scores, task):
     if labels.shape != scores.shape:
         raise ValueError(f"task '{task}' does not fit labels {labels.shape} and scores {scores.shape}")
     varied = [len(np.unique(labels[:, j])) > 1 for j in range(labels.shape[1])]
-    auc = _mean(roc_auc_score(y, s) for y, s in zip(labels.T, scores.T, strict=True)) if all(varied) else None
+    auc = _mean(auroc(y, s) for y, s in zip(labels.T, scores.T, strict=True)) if all(varied) else None
     return dict(auc=auc, accuracy=float(correct.mean()))
 
 

@@ -303,7 +303,9 @@ def add_lora(target, rank=8, alpha=None, dropout=0.05, layers=None, checkpointin
     task = "CAUSAL_LM" if is_vlm else None
     with explained(f"LoRA cannot be put on {layers}"), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers 5 for a property by its old name
-        settings = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=layers, task_type=task)
+        settings = peft.LoraConfig(
+            r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=layers, task_type=task
+        )
         model = peft.get_peft_model(model, settings)
     if not is_vlm:
         return model
