@@ -22,13 +22,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from sklearn.metrics import roc_auc_score
 
 from shared.data.image_sets import INFO, SPLITS, load_images
 from shared.data.images import read_image
 from shared.data.iu_xray import MESH14, add_image_paths, find_iu_xray, mesh_labels, r2gen_split, read_reports
 from shared.data.text import read_table, text_of
 from shared.metrics.labels import CONDITIONS, label_report
+from shared.metrics.statistics import auroc
 from shared.phantom import phantom_settings, phantom_study
 from shared.report import PHANTOM
 from shared.runtime import DataNotFound, InputError, bounded, command, newest_run, positive_int
@@ -219,8 +219,7 @@ def auc_by_label(truth, scores, labels):
     found = {}
     for j, label in enumerate(labels):
         known = ~np.isnan(truth[:, j])
-        both = set(truth[known, j]) == {0.0, 1.0}
-        found[label] = float(roc_auc_score(truth[known, j], scores[known, j])) if both else None
+        found[label] = auroc(truth[known, j] == 1, scores[known, j])
     return found
 
 
