@@ -10,8 +10,8 @@ if __name__ == "__main__":
 
 from pathlib import Path
 
-from chexquery.cases import SECTIONS
-from chexquery.model import VIEWS, build_model
+from chexquery.cases import SECTIONS, VIEWS
+from chexquery.model import build_model
 from shared.metrics.labels import CONDITIONS
 from shared.models.hub import explained
 from shared.runtime import InputError, bounded, load_checkpoint, newest_run, pick_device, positive_int, save_checkpoint

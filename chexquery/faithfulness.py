@@ -16,8 +16,7 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 
-from chexquery.cases import VIEWS, Films, study_of
-from chexquery.model import REGIONS
+from chexquery.cases import REGIONS, VIEWS, Films, study_of
 from shared.metrics.labels import CONDITIONS, label_report
 from shared.metrics.statistics import mean_interval
 from shared.report import number, percent, with_interval

@@ -29,14 +29,13 @@ from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, SiglipVis
 from transformers import T5Tokenizer
 from transformers.modeling_outputs import BaseModelOutput
 
+from chexquery.cases import REGIONS, VIEWS
 from shared.metrics.labels import CONDITIONS
 from shared.models.hub import explained, find_model, load_part
 from shared.models.loading import add_lora, digest_of
 from shared.models.tiny import PRINTABLE, is_tiny, quietly, tiny_folder
 from shared.runtime import InputError
 
-REGIONS = ("cardiac", "left_lung", "right_lung", "mediastinum", "diaphragm", "spine")
-VIEWS = ("frontal", "lateral")
 # What shapes the model; train.py has each of them as a flag, checkpoints hold them all.
 SHAPE = (
     "vision_model text_model condition_model image_size patch_size width vision_layers text_layers vocabulary"

@@ -25,10 +25,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from chexquery.cases import VIEWS, Films, add_file_options, phantom_rows, read_files, study_of
+from chexquery.cases import REGIONS, VIEWS, Films, add_file_options, phantom_rows, read_files, study_of
 from chexquery.checkpoints import MADE_UP, add_writing_options, open_model
 from chexquery.faithfulness import KINDS, deletion, maps_of, pointing, pointing_summary
-from chexquery.model import REGIONS
 from shared.metrics.labels import CONDITIONS
 from shared.report import Report, number, percent, save_figure, short_path
 from shared.runtime import atomic_file, bounded, open_run_dir, run_facts, script, script_parser, seed_everything

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from transformers import SiglipVisionModel
 
 from chexquery.checkpoints import UNTRAINED, load_model, save_model, untrained
-from chexquery.model import REGIONS, build_model, query_starts
+from chexquery.cases import REGIONS
+from chexquery.model import build_model, query_starts
 from shared.metrics.labels import CONDITIONS
 from shared.models.tiny import tiny_folder
 from shared.runtime import InputError, load_checkpoint
