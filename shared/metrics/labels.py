@@ -129,6 +129,7 @@ _LINK = re.compile(  # "normal size of the heart"
 )
 _OR = re.compile(r"\b(?:or|nor)\b")
 _LASTING = re.compile(r"\b(?:whether|that)\b")  # cues that a verb does not end: "whether A is B"
+_TITLE = re.compile(r"[ ¦]*(?:\w+ ){0,2}[ ¦]*:.*")  # around the name of a field
 _TIP = re.compile(r"\b(?:tips?|ends?|side ?(?:port|hole)s?|portion|aspect|course)\b")
 _TO_LARGE = re.compile(r"(?: in size)? (?:to|or) (?:\w+ ){0,2}(?:enlarged|borderline|increased|prominent)\b")
 
@@ -171,7 +172,9 @@ class _Reader:
         self.borderline()
         self.title()
         if self.sentence.endswith("?"):
-            self.doubt_back(range(len(self.spans)), len(self.sentence) - 1, len(self.sentence))
+            asked = self.sentence.rfind("‹") if self.outside else -1  # "opacity (pneumonia?)": the bracket alone
+            targets = [k for k, span in enumerate(self.spans) if span[3] > asked]
+            self.doubt_back(targets, len(self.sentence) - 1, len(self.sentence))
         return tuple(map(tuple, self.spans))
 
     # --- findings
@@ -192,6 +195,8 @@ class _Reader:
         self.spans.append(span)
         if self.verb_seen:
             self.anatomy = []
+        if denial.cue and end > self.last_or and (_NEW.match(self.sentence, end + 1) or self.own_verb(i + 1)):
+            self.stop(i, condition, start, end)  # "no effusion heart enlarged"
 
     def device_stands_alone(self):
         """ "No pneumothorax, chest tube in place": a device after a comma is denied in a list of devices only."""
@@ -206,8 +211,6 @@ class _Reader:
 
     def anatomical(self, i, part, start, end):
         self.silence.used = True
-        if i and part.startswith("heart") and self.kind(i - 1) == "mention" and self.tokens[i - 1][3] + 1 == start:
-            self.stop(i, part, start, end)  # "no effusion heart enlarged"
         if i > self.claimed:
             if self.verb_seen:
                 self.anatomy, self.verb_seen = [], False
@@ -266,9 +269,9 @@ class _Reader:
 
     def title(self):
         """ "Pneumothorax: no pneumothorax": the first is the name of a field, and the field says it again."""
-        if self.spans and self.sentence.startswith(":", self.spans[0][4]):
-            name, _, _, start, *_ = self.spans[0]
-            if start == 0 and any(span[0] == name for span in self.spans[1:]):
+        if self.spans and _TITLE.fullmatch(self.sentence[: self.spans[0][3]] + self.sentence[self.spans[0][4] :]):
+            name = self.spans[0][0]
+            if any(span[0] == name for span in self.spans[1:]):
                 self.spans[0][1:3] = None, "name of a field"
 
     # --- cues: what they open, and what they say of the findings before them
@@ -319,7 +322,10 @@ class _Reader:
         if plural or (self.recent and self.last_or > self.spans[self.recent[0]][3]):
             return self.recent or self.asked
         targets = self.recent[self.item :]
-        if not targets and _NOTHING_MORE.match(self.sentence, end):
+        other_side = self.recent and self.sentence.startswith(" on the ", end)  # "right effusion, none on the left"
+        # "effusion: not seen on this view", "effusion, seen before, is not seen"
+        its_own = self.sentence.startswith((": ", ", is ", ", was ", ", has "), start - 2)
+        if not targets and (its_own or not other_side and _NOTHING_MORE.match(self.sentence, end)):
             targets = self.recent[self.part :] or self.recent[-1:] or self.asked
         return targets
 
@@ -358,6 +364,7 @@ class _Reader:
 
     def own_verb(self, i):
         """Does the finding behind this comma or "and" have a verb or state of its own?"""
+        comma = False
         while self.kind(i) == "comma":
             comma, i = self.sentence[self.tokens[i][2]] == ",", i + 1
         if self.kind(i) != "mention":

@@ -14,8 +14,9 @@ from functools import lru_cache
 
 from shared.metrics.phrases import HOW, SIZE, WHAT, WHY
 
-_SHORT = {"ptx": "pneumothorax", "pna": "pneumonia", "consol": "consolidation"}
-_SHORT |= {"ddx": "differential diagnosis", "wnl": "within normal limits"}
+_SHORT = {"ptx": "pneumothorax", "pna": "pneumonia", "consol": "consolidation", "eff": "effusion", "fx": "fracture"}
+_SHORT |= {"ddx": "differential diagnosis", "wnl": "within normal limits", "nl": "normal", "pulm": "pulmonary"}
+_SHORT |= {"pl": "pleural", "atel": "atelectasis", "cons": "consolidation", "cmg": "cardiomegaly"}
 # Words that are also read with one letter too many, too few, wrong or two swapped, if that is no other word.
 _SPELLED = (
     "pneumothorax pneumothoraces pneumonia pneumonias consolidation consolidations atelectasis atelectases effusion"
@@ -48,7 +49,7 @@ def _spell(word):
         word = _CONTRACTION.sub(lambda m: {"ca": "can", "wo": "will"}.get(m[1], m[1] or m[2]) + " not", word)
     found = _PLAIN.match(word)
     if not found or word[found.end() :].strip(".,:;"):
-        return word
+        return "and" if word == "&" else word
     letters = _SHORT.get(found[0], found[0])
     if len(letters) > 3 and letters not in _SPELLED and letters not in _OTHER_WORDS:
         right = (w for w in _SPELLED if w[0] == letters[0] and _one_edit_apart(letters, w))
@@ -67,12 +68,15 @@ _OPEN = re.compile(  # a line that ends so goes on in the next, wherever it was 
     r"|any))\s*$",
     re.IGNORECASE,
 )
+_ALONE = re.compile(r"\W*(?:none|nil|absent|negative|normal)\W*$", re.I)
+_ANSWER = re.compile(r"(?:[:=?]|\s[–-])\s*\w+$")
 _ADJECTIVE = re.compile(rf"\b(?:right|left|bilateral|upper|lower|mid|new|acute|focal|pleural|{SIZE})\s*$", re.I)
 _GOES_ON = re.compile(
     r"\s*(?:or|and|nor|of|in|at|on|with|without|is|are|was|were|has|have|to|for|from|but|OR|AND|NOR|OF)\b"
 )
 _LIST = re.compile(  # "No evidence of:" or "Differential diagnosis:", and bullets below it
-    r"(\b(?:no|without|negatives?|for|of|any|absent(?: findings)?|differential(?: diagnos[ei]s)?|considerations?) ?:)"
+    r"(\b(?:no|without|negatives?|for|of|any|(?:absent|possible|uncertain|questionable)(?: findings)?|not present"
+    r"|differential(?: diagnos[ei]s)?|considerations?) ?:)"
     rf"([*_ \t]*)((?:\r?\n{_BULLET.pattern}.*)+\n?)",
     re.I,
 )
@@ -113,9 +117,13 @@ def _line_ends(line, following, width, mixed):
     letter, and where the line had room for the next word; it does not where the sentence plainly goes on.
     """
     first, last = following.split()[:1], line.split()[-1:]
+    if first and (line.rstrip("*_ ").endswith(":") or _ALONE.match(following)):
+        return False  # "Effusion:", and its answer in the next line
     if not first or not last or _BULLET.match(following):
         return True
     first, last = first[0], last[0]
+    if _ANSWER.search(line) and first[0].isupper():
+        return True  # "Effusion: no", and the next field
     if _OPEN.search(line) or _GOES_ON.match(following):
         return False
     if _FIELD.match(following) or (first[0].isupper() and not first[1:].isupper() and last[0].islower()):
@@ -138,9 +146,9 @@ _LAYOUT = {
     r"|[|•·*=→]+>?|->|(?<=\s)>(?=\s*[a-z])|\.{2,}(?=\s*[a-z])|…|(?<=\s)\+(?=\s)|\(\+\)|</?[a-z]+ ?/?>"
     r"|(?<=[a-z])–(?=[a-z])|(?:^|(?<=\s))\(?(?:\d{1,2}|[a-h])\)(?=\s)",
     ",": r"(?<=\s)/(?=\s)",
-    "no": r"\([-–−]\)|(?<=[a-z] )[-–−](?=[.,;]|$)",
+    "no": r"\([-–−]\)|(?<=[a-z:] )[-–−](?=[.,;]|$)",
     # "Effusion? No."
-    ":": r"\?(?=\s*(?:no|none|nil|absent|negative|yes|present|positive)\s*(?:[.,;\n]|$))",
+    ":": r"\?(?:[\s¶]*a(?:nswer)?\s*:)?(?=\s*(?:no|none|nil|absent|negative|yes|present|positive)\s*(?:[.,;¶]|$))",
     # a question mark before what it asks, or "+/-"; and one in brackets behind it
     "¿": r"(?<!\w)[(\[]?\s?\?{1,3}[)\]]?(?=\s*[a-z])|±|\+/-",
     "?": r"[(\[]\s?\?{1,3}\s?[)\]]",
@@ -177,7 +185,7 @@ _HEADER = re.compile(
     rf"(?:\b(?P<why>{WHY}) ?:|\b(?P<how>{HOW}) ?:|wet read|final report|\b[a-z]\w+\)? ?:"
     rf"|{_START}(?:(?P<why_line>{WHY})|(?P<how_line>{HOW})|{WHAT}) [¦¶])(?= |$)"
 )
-_END = re.compile(r"(?<!\bvs)(?<!\bposs)(?<!\bprob)\.(?!\d)(?!(?<=\bneg\.) for\b)|[;!¶]|(?<=\?)")
+_END = re.compile(r"(?<!\bvs)(?<!\bposs)(?<!\bprob)(?<!\bpleural)\.(?!\d)(?!(?<=\bneg\.) for\b)|[;!¶]|(?<=\?)")
 _TEXT = re.compile(r"[^\s¶]")
 
 

@@ -18,7 +18,7 @@ def phrases(text):
 
 # Marks that stand in place of layout: ¶ a line that ends, ¦ a dash, bar or bullet, ‹ › brackets, ¿ a question
 # mark before what it doubts. END: nothing but a side follows in this part of the sentence.
-END = "(?=(?: (?:bilaterally|on (?:the|either) (?:right|left|side)))? ?(?:$|[,¦‹›?]))"
+END = "(?=(?: (?:bilaterally|today|now|currently|on (?:the|either) (?:right|left|side)))? ?(?:$|[,¦‹›?]))"
 
 SIZE = (
     "mild|moderate|severe|marked|minimal|slight|small|large|trace|tiny|massive|subtle|moderately|mildly|severely"
@@ -44,10 +44,11 @@ MENTIONS = {
     "Lung Lesion": phrases(r"""
         nodul(?:e|es) / nodular (?:opacit\w+|densit\w+|opacification\w*|focus|foci|lesions?|shadow\w*) /
         (?:lung|pulmonary|parenchymal|cavitary|spiculated|hilar|perihilar|pleural based|coin) lesions? / mass(?:es)? /
+        lesions?(?= (?:\w+ ){0,3}?(?:in|within|of|throughout) (?:\w+ ){0,3}?(?:lungs?|lobes?)\b) /
         masslike / cavit(?:y|ies|ary|ations?) / carcinoma / neoplas\w+ / tumou?rs? / malignan(?:cy|cies) /
         metasta(?:sis|ses|tic)(?: disease| lesions?)?"""),
     "Pneumonia": phrases("""
-        (?:broncho|aspiration |atypical |lobar |viral |bacterial )?pneumoni(?:a|as|c) / infections? /
+        (?:broncho|aspiration |atypical |lobar |viral |bacterial )?pneumoni(?:a|as|c) / (?:super)?infections? /
         infect(?:ious|ive)(?: process| etiology)?"""),
     "Lung Opacity": phrases(rf"""
         opaci(?:t|f)\w+ / infiltrat(?:e|es|ion|ions) / (?:airspace|air space|alveolar) (?:disease|process|pattern) /
@@ -61,8 +62,8 @@ MENTIONS = {
         reticulation\w* / reticulo ?nodular (?:pattern|changes?|disease) / ground glass / white ?out"""),
     "Edema": phrases(r"""
         (?:pulmonary |interstitial |alveolar )*o?edema / (?:pulmonary )?(?:vascular|venous) (?:congestion|engorgement) /
-        (?:pulmonary|central) congestion / cephalization / vascular redistribution / upper lobe (?:\w+ )?diversion /
-        (?:fluid|volume) overload"""),
+        (?:pulmonary|central|(?<=signs of )) ?congestion / cephalization / vascular redistribution /
+        upper lobe (?:\w+ )?diversion / (?:fluid|volume) overload"""),
     "Consolidation": [r"consolidat\w+"],
     "Atelectasis": phrases(r"""
         atelecta\w+ / atx / collapse / (?:lung )?volume loss / loss of volume /
@@ -81,12 +82,13 @@ MENTIONS = {
         (?:{_BONES}) deformit\w+ / broken (?:{_BONES}|bones?)"""),
     "Support Devices": phrases(rf"""
         (?:{_TUBES}) (?:tip )?(?:tubes?|catheters?|drains?) / tubes?(?:,? (?:and|or) lines?)? / (?:et|ng|og)t /
-        dobb?hoff / catheters? / cannula[se]? / (?:{_LINES}) (?:\w+ )?lines? / lines?(?= (?:and|or) tubes?| placement) /
-        picc / cv[cl] / ppm / port ?a ?cath / mediport / (?:infusion|wall|chest|sided|right|left) ports? / swan ganz /
+        dobb?hoff / catheters? / cannula[se]? / (?:{_LINES}) (?:\w+ )?lines? /
+        lines?(?= (?:and|or) tubes?| placement|:) / picc / (?:cv|uv|ua)c / cvl / ppm / port ?a ?cath / mediport /
+        (?:infusion|wall|chest|sided|right|left) ports? / swan ganz /
         pacemakers? / pacers? / pacing / defibrillators? / a?icd / leads? / balloon pump / lvad / stents? / drains? /
         pigtail / tracheostomy / thoracostomy / prosthetic (?:\w+ )?valve / valve (?:replacement|prosthesis) /
         (?:sternal|sternotomy|cerclage) wires? / hardware / sheaths? / iabp / impella / tavr / loop recorder /
-        (?:support|monitoring|assist|access|pacing|electronic|implanted|cardiac) (?:\w+ )?devices? /
+        (?:support|monitoring|assist|access|pacing|electronic|implanted|cardiac|medical) (?:\w+ )?devices? /
         devices?(?= ?[:¦]) /
         (?:nerve )?stimulator / arthroplasty"""),
 }
@@ -123,12 +125,12 @@ ANATOMY = {
         (?:heart|cardiac)(?: size| silhouette)?,?(?: hilar,?)? and (?:the )?mediastin\w+(?: {_PARTS})* /
         mediastin\w+ and (?:cardiac|heart)(?: {_PARTS})* / cardiac, mediastinal,?(?: and \w+)?(?: {_PARTS})*"""),
     "mediastinum": phrases(rf"""
-        cardio ?mediastin\w+(?: and hilar)?(?: {_PARTS})* /
+        cardio ?(?:mediastin\w+|thymic)(?: and hilar)?(?: {_PARTS})* /
         (?:hilar and |superior |upper )?mediastinal(?: and hilar|, hilar)? {_PARTS} / (?:superior |upper )?mediastinum /
         mediastinal(?= (?:shift or )?(?:widening|enlargement))"""),
     "heart": phrases(rf"""
         heart(?: {_PARTS})? / cardiac(?: and \w+)? {_PARTS} / cardiac(?= enlargement) / cardio ?pericardial silhouette /
-        (?:cardio ?thoracic|ct) (?:ratio|index) / ctr"""),
+        (?:cardio ?thoracic|c ?t) (?:ratio|index) / ctr"""),
     "vessels": phrases(r"pulmonary (?:arter\w+|vascula\w+|vessels?|vein\w*) / vascula\w+ / vessels"),
     "lung": phrases("lungs?(?: fields?| volumes?)? / (?:(?:upper|middle|lower) )?lobes?"),
     "other": phrases(r"""
@@ -137,11 +139,14 @@ ANATOMY = {
     """),
 }
 _COMPARED = r"(?: in size)?(?= ?(?:$|[,:¦‹›]|since|from|compared|when|with|and)(?:\W|$))"
+_NORMALLY = r"than (?:normal|usual|expected|half|50|0\.50?)"
+_LARGER = f"(?:larger|bigger|greater|wider|more) {_NORMALLY}"
 ENLARGED = phrases(f"""
-    enlarged / enlargement(?: of)? / widened / broadened / exceeds / widening(?: of)? / dilated / wide{END} / big{END} /
-    large(?= (?:heart|cardiac)) / large(?=$|,| and| but| with) / (?:larger|bigger|greater|wider) than normal /
+    enlarged / augmented / enlargement(?: of)? / widened / broadened / exceeds / widening(?: of)? / dilated /
+    wide{END} / big{END} / large(?= (?:heart|cardiac)) / large(?=$|,| and| but| with) /
+    {_LARGER} /
     above (?:the )?(?:upper limits? of )?normal(?: size| limits?| range)? /
-    increased(?= (?:heart|cardiac|cardio ?thoracic)) / increased in (?:size|width|diameter|calib(?:er|re)) /
+    increased(?= (?:heart|cardiac|cardio ?thoracic)) / increased in (?:size|volume|width|diameter|calib(?:er|re)) /
     increased{_COMPARED} / increase in(?: the)?(?: size of the)?(?= (?:heart|cardiac))""")
 # Said of heart or mediastinum: uncertain
 PROMINENT = phrases("prominent / prominence(?: of)? / fullness(?: of)?")
@@ -149,13 +154,16 @@ CONGESTED = phrases("congested / engorged / cephali[sz]ed")
 COLLAPSED = phrases("collapsed")
 NORMAL = phrases(r"""
     (?:at |near )?(?:the )?upper limits? of normal / (?:top|high|upper|upper limit)(?: of)? normal / normal /
-    unremarkable / within (?:\w+ )?limits / without (?:\w+ )?alterations?""")
-NOT_ENLARGED = phrases(f"not (?:enlarged|widened|broadened|dilated|increased(?: in size|{END}))")
+    unremarkable / within (?:(?:\w+ )?limits|normality) / without (?:\w+ )?alterations? / (?:of )?preserved""")
+NOT_ENLARGED = phrases(rf"""
+    not (?:enlarged|widened|broadened|dilated|increased(?: in size|{END})|{_LARGER}) /
+    (?:less|smaller) {_NORMALLY} / (?:below|under) (?:50|0\.50?)""")
 
 DETECTED = (
     "(?:seen|identified|evident|present|visuali[sz]ed|appreciated|appreciable|demonstrated|detected|apparent|noted"
     "|found|visible|shown|confirmed|perceived|perceptible|perceivable|observed|discernible|discernable|discerned"
-    "|documented|recogni[sz]ed|recogni[sz]able|revealed|depicted|displayed|suspected|obvious|in evidence|a feature)"
+    "|documented|recogni[sz]ed|recogni[sz]able|revealed|evidenced|objectified|depicted|displayed|suspected|obvious"
+    "|in evidence|a feature)"
 )
 # Look like a negation or an uncertainty and are none.
 _NOT = "(?:no|not|without|never|lack of|yet to|fail(?:s|ed)? to)"
@@ -179,7 +187,7 @@ IGNORE = phrases(r"""
     (?:eval\w*|assess\w*|look\w*|check|screen\w*) for /
     (?:sensitivity|difficult|hard|unable|able)(?: \w+)? to (?:detect|assess|evaluate) / (?:sensitivity|sensitive) for /
     eval(?:uate)? / assess / rule out / r o / (?:known )?(?:history of|hx of|h o) / risk (?:of|for) /
-    (?:evaluation|assessment|detection) of / (?:treatment|treated|therapy) (?:for|of) /
+    (?:evaluation|assessment|detection) of / (?:treat\w*|therapy) (?:for|of) /
     if (?:there (?:is|are|was|were)|(?:continued )?(?:clinical\w*|concern)|symptoms) /
     if(?! any| present)(?= (?:\w+ ){1,4}(?:is|are|remains|persists?)\b) /
     to (?:document|ensure|confirm|exclude)""")
@@ -189,7 +197,7 @@ IGNORE_BACK = phrases(rf"""
     (?:can ?not|could not) be (?:\w+ )?(?:assessed|evaluated|determined) /
     (?:(?:is|are|was|were) )?not (?:\w+ )?(?:assessed|evaluated|applicable|available|reported)(?: on)?{END} /
     (?:(?:is|are|was|were) )?not (?:\w+ )?(?:mentioned|described|addressed|stated|specified){END} /
-    n a(?<=[:¦‹] n a){END}""")
+    (?:(?<=: )|(?<=[¦‹] ))(?:n a|null|unknown){END}""")
 # All that follows in the sentence
 IGNORE_REST = phrases(r"""
     recommend\w* / consider(?= (?:\w+ ){0,2}(?:ct|mri?|pet|films?|views?|imaging)) / follow ?up / advised /
@@ -198,7 +206,7 @@ IGNORE_REST = phrases(r"""
 # Doubts all that follows, until something ends it.
 UNSURE = phrases(r"""
     (?:can ?not|could not|not)(?: \w+){0,2} (?:exclude|rule out|r o)(?: \w+ of)? /
-    (?:difficult|hard|unable|impossible) to(?: \w+)? exclude(?! *(?:$|,|and|given|on|in)) / either /
+    (?:difficult|hard|unable|impossible) to(?: \w+)? (?:exclude|rule out)(?! *(?:$|,|and|given|on|in)) / either /
     not diagnostic (?:of|for) /
     (?:unclear|uncertain|not (?:\w+ )?(?:clear|certain|sure)) (?:whether|if)(?: there (?:is|are))? /
     whether(?: or not)?(?: (?:there|this|it) (?:is|are))? /
@@ -207,6 +215,7 @@ UNSURE = phrases(r"""
     (?:felt|thought|believed)(?: \w+)? to (?:be|represent|reflect) /
     (?:possible|potential|likely|probable|differential) (?:\w+ )?(?:diagnos[ei]s|causes?|etiolog(?:y|ies))(?:
     (?:include|includes|including|are|is)|(?= ?:)) / differential(?= ?:) /
+    (?:possible|uncertain|questionable|suspected)(?: findings?)?(?=:) /
     (?:considerations?|concerns?)(?: (?:include|includes|including|are)|(?= ?:)) / consideration is /
     (?:can ?not|could not|unable to|not possible to) (?:\w+ )?(?:confirm|verify|diagnose) /
     (?:possibly|probably|presumably|perhaps|potentially) (?:due to|related to|secondary to|from|in the setting of) /
@@ -215,7 +224,7 @@ UNSURE = phrases(r"""
     possibility of / question of / suspicious (?:for|of) / suspicion (?:for|of) /
     (?:probability|likelihood|chance) of / (?:concerning|worrisome) for /
     concern(?:ed|s)?(?: (?:is|for|of|about))+ / c f / consider(?! (?:re|advanc|pull|withdr)) / suggest\w*(?: of)? /
-    rais\w+ (?:the )?(?:possibility|question|concern)(?: of| for)? /
+    s o / rais\w+ (?:the )?(?:possibility|question|concern)(?: of| for)? /
     (?:most )?likely (?:represent\w*|reflect\w*|due to|related to|to be|to represent|secondary to) /
     differential (?:\w+ ){0,3}?(?:includ\w+|is) / unlikely(?: to (?:be|represent|reflect))? /
     favou?r\w*(?: to (?:be|represent|reflect))? /
@@ -228,9 +237,9 @@ UNSURE_BOTH = phrases("""
 """)
 # Doubts the next finding
 UNSURE_NEXT = phrases(r"""
-    poss(?:ibl[ey])?\.? / prob(?:abl[ey])?\.? / maybe / query / questionable / question / suspect(?:ed)? / equivocal /
+    poss(?:ibl[ey])?\.? / prob(?:abl[ey])?\.? / maybe / query / questionable / question(?!:) / suspect(?:ed)? /
     indeterminate for / with or without / borderline / presum(?:ed|ably|ptive) / perhaps / potentially / apparent /
-    (?:most |less |more )?likely / doubt""")
+    (?:most |less |more )?likely / doubt / equivocal""")
 _VERY = (
     "(?: (?:also|thought|felt|considered|believed|judged|to|be|another|a|very|quite|rather|highly|most|more|less"
     "|somewhat|fairly|extremely|still))*"
@@ -240,58 +249,61 @@ _DOUBTFUL = (
     "|favou?red|borderline|consideration|(?:in|on|part of) the differential(?: diagnosis)?|among the possibilities"
     "|considered|equivocal|improbable|conceivable|maybe|suggested(?= on| by))"
 )
+_SIDED = f"(?: (?:{SIZE}|right|left|bilateral|apical|basal|present))*{END}"
 # Doubts what was just named
 UNSURE_BACK = phrases(rf"""
-    (?:can ?not|could not|is not|are not|not)(?: \w+){{0,3}} (?:excluded|ruled out) /
-    (?:can ?not|could not) be (?:\w+ )?confirmed / (?:may|might|could|can) be (?:missed|overlooked|hidden) /
-    (?:(?<=: )|(?<=¦ ))(?:uncertain|unclear|indeterminate){END} /
+    (?:(?:can|could|may|would|is|are) ?)?not(?: \w+){{0,3}} (?:excluded|ruled out) / until proven otherwise /
+    (?:can ?not|could not) be (?:\w+ )?confirmed / (?:(?<=: )|(?<=¦ ))(?:uncertain|unclear|indeterminate|suspicious) /
+    (?:may|might|could|can) be (?:\w+ )?(?:missed|overlooked|hidden|obscured|masked|occult) /
     (?:can ?not be|could not be|not)(?: \w+)? {DETECTED} with (?:\w+ )?(?:certainty|confidence) /
     (?:is|are) (?:not )?(?:the |an? )?(?:(?:most|more|less) )?(?:un)?likely (?:diagnosis|cause|etiology|explanation) /
-    (?:(?:is|are|would be|remains?) (?:\w+ )?)?(?:difficult|hard|impossible) to (?:\w+ )?exclude(?=$|,| and| given| on|
-    in) /
+    (?:(?:is|are|would be|remains?) (?:\w+ )?)?(?:difficult|hard|impossible) to (?:\w+ )?(?:exclude|rule out)(?=$|,|
+    and| given| on| in) /
     (?:is|are|was|were|remains?|seems?|appears?|looks?|(?:would|could|might|may) be){_VERY} {_DOUBTFUL}(?:
     (?:clinically|present|diagnosis))?(?= ?(?:$|[,:¦‹›])| (?:and|but|given|though|as|in|on|at|by|because)\b) /
     (?:should|could|may|might|must|needs? to|has to) (?:also )?be (?:considered|present|excluded|ruled out|there{END}) /
     (?:could|may|might|would)(?: all| each| both| also)? (?:give|produce|explain|cause|account for|look like|have
     (?:\w+ )*appearance) /
-    (?:(?:very|quite|highly|most|more|less) )*{_DOUBTFUL}(?: (?:{SIZE}|right|left|bilateral|apical|basal))*{END} /
-    can ?not (?:be )?exclude{END}""")
+    (?:(?:very|quite|highly|most|more|less) )*{_DOUBTFUL}{_SIDED} /
+    can ?not (?:(?:be )?exclude|rule out){_SIDED}""")
 _GONE = (
-    "(?:resolved|cleared|disappeared|removed|absent|ruled out|excluded|subsided|gone|vanished|denied|lacking"
-    "|negative(?! for)|regressed completely|completely regressed)"
+    "(?:resolved|cleared|disappeared|removed|taken out|absent(?!:)|ruled out|excluded|subsided|gone|vanished"
+    "|denied|lacking|negative(?! for)|regressed completely|completely regressed)"
 )
 _LY = r"(?!near|part|large|most|incomp)\w+ly"
 # Denies what was just named. The last one is the answer of a template: "Pneumothorax: none", "effusion no, ...".
 ABSENT_BACK = phrases(rf"""
-    (?:(?:(?:is|are|was|were|has|have|been|can be)(?: {_LY})?|since|now|also|completely|entirely|interval) )+{_GONE} /
-    (?:resolved|removed|absent|cleared|excluded|gone)(?:{END}|(?= and| by| since| in the)) /
-    (?:(?:is|are|was|were|has|have)(?: been)? )?(?:no longer|not|never)(?: been)?(?: \w+)? {DETECTED}(?! any) /
+    (?:(?:(?:is|are|was|were|has|have|been|can be)(?: {_LY})?|since|now|also|both|all|completely|entirely|interval)
+    )+{_GONE} /
+    (?:resolved|removed|taken out|absent|cleared|excluded|ruled out|gone)(?:{END}|(?= and| by| since| in the)) /
+    (?:(?:is|are|was|were|has|have)(?: been)? )?(?:no (?:longer|more)|not|never)(?: been)?(?: (?!an? |likely)\w+)?
+    {DETECTED}(?! any|:) /
     (?:is|are) not (?:an? |the |of )?(?:\w+ )?concern{END} / (?:does|do|did) not (?:appear|seem)(?: to be)? {DETECTED} /
     (?:has|have) not (?:recurred|returned|reappeared) /
     (?:can ?|could )not be(?: \w+)? {DETECTED} / removal(?! of) / resolution(?! of) /
     (?:no|none|nothing|nil|absent|neg|negative|false|not|nad|n(?<=[:¦‹] n)|0(?<=[:¦‹] 0))(?: (?:evidence|e
     o|signs?|of|for|definite|visible|{DETECTED}))*{END} /
-    no acute(?<=[:¦‹] no acute)(?= ?$)""")
+    no acute(?<=[:¦‹] no acute)(?= ?$) / no(?<=: no)(?= (?:\w+ ){{0,2}}\w+:)""")
 # Denies all that follows, until something ends it
 ABSENT = phrases(r"""
     not agree that(?: there (?:is|are))? / (?:absent|negative) findings?(?=:) / rul(?:es|ing) out / excludes /
-    (?<=findings )exclude /
+    (?<=s )exclude /
     nothing (?:\w+ )?(?:indicative|suggestive|suspicious|concerning)(?: of| for)? /
     argu(?:e|es|ed|ing) (?:strongly )?against / inconsistent with /
     (?:no|not|without)(?: \w+){0,3}? (?:evidence|e o|signs?|indications?|suggestion|suspicion)(?: of| for| to suggest)?
-    / resolution of / clearing of / resolved / removal of / absence of / absent / lack of /
-    lacks?(?: (?:any|signs?|evidence|of))* / none of the (?:following|above) / none of / zero / nil /
+    / resolved / (?:resolution|clearing|disappearance|(?<!for )exclusion|removal|absence|lack) of / absent /
+    lacks?(?: (?:any|signs?|evidence|of))* / none of the (?:following|above) / none of / zero / ø / nil /
     (?:nothing|not enough|insufficient evidence)(?: \w+)? to (?:suggest|indicate|support) /
     (?:insufficient|little|scant) evidence (?:of|for) / neg(?:ative|\.)? for /
-    negatives?(?=:) /
-    free (?:of|from) / clear of / (?:de)?void of / non ?visuali[sz]ation of / without / w o / no longer / no / nor /
-    neither / not /
-    never / rather than / instead of / denies / can ?not (?:see|identify|appreciate|detect|find) /
+    (?:negatives?|not (?:\w+ )?(?:present|seen|identified|observed|detected))(?=:) /
+    free (?:of|from) / clear of / (?:de)?void of / non ?visuali[sz]ation of / without / w o(?:ut)? / sans / no longer /
+    no / nor / neither / not / never / rather than / instead of / denies /
+    can ?not (?:see|identify|appreciate|detect|find) /
     fail(?:s|ed)? to (?:show|demonstrate|reveal|identify|detect|confirm|visuali[sz]e)""")
 # Ends whatever is open
 STOP = phrases("""
     but / however / although / though / makes? / making / except /
-    aside from / apart from / other than / yet / otherwise / which /
+    (?:aside|apart) from / other than / besides / barring / save for / yet / otherwise / which /
     while / whereas / because / since / with / w / after / following / status post / s p /
     there (?:is|are|has|have|was|were|continues|remains) / there(?= may) / (?:and|,) (?:the|there|a|an|this|these) /
     in the setting of / due to / secondary to / still / again / (?<!not )positive for""")
@@ -299,28 +311,27 @@ VERBS = phrases(r"""
     is / are / was / were / has / have / remains? / appears? / persists? / measur\w+ / shows? / demonstrates? /
     continues? / projects? / noted / seen / identified""")
 
-# After a comma or "and", these start a new statement: "no effusion, stable cardiomegaly" ...
+# After a comma, "and" or a denied finding, these start a new statement: "no effusion, stable cardiomegaly" ...
 NEW = (
-    rf"(?:,(?: and)?|and) (?:{SIZE}|suggest\w*|likely|probabl[ey]|possibl[ey]|consistent|compatible|stable|unchanged"
-    r"|persistent|new|increased|increasing|decreased|decreasing|improving|improved|worsening|low|right|left|bilateral"
+    rf"(?:(?:,(?: and)?|and) |(?!large))(?:{SIZE}|suggest\w*|likely|probabl[ey]|possibl[ey]|consistent|compatible"
+    r"|stable|unchanged|minor|patchy|streaky|persistent|new|increased|increasing|decreased|decreasing|improving"
+    r"|improved|worsening|low|right|left|bilateral"
     r"|bibasilar|chronic|old|healed|scattered|multiple|some|prominent|only|just|enlarged|heart(?! failure)"
-    r"|cardiac silhouette)\b"
+    r"|cardiac silhouette|the|an?|\d[\d.]* [cm]m)\b"
 )
 # ... and a finding with a verb or state of its own does: "no effusion and cardiomegaly is stable". "No effusion and
 # pneumothorax is seen" denies both.
 OWN_VERB = (
     r"(?: ?: |(?: (?:at|in|on|of|along|within) (?:\w+ ){1,4}?| )(?:(?:is|are|was|were) (?:again|still|now|also)"
     rf"|(?:is|are|was|were|has|have)(?! (?:\w+ )?(?:not|no longer|{DETECTED})\b)"
+    r"|(?:can|could|is|are) ?not (?:be )?(?:\w+ )?(?:excluded|ruled out)"
     r"|remains?|persists?|continues?|appears?|again|still|unchanged|stable|worse|(?:worsen|increas|decreas|improv)"
     r"(?:ed|ing))\b)"
 )
-VERB_NEXT = r" (?:(?:is|are|was|were|has|have) (?!(?:\w+ )?(?:not|no longer)\b)|present\b)"
+VERB_NEXT = r" (?:(?:is|are|was|were|has|have) (?!(?:\w+ )?(?:not|no longer)\b)|present\b|intact\b|in (?:place|situ)\b)"
 
 # Headed parts of a report that are not read: up to the next header, or their first sentence only.
-WHY = (
-    r"(?:clinical (?:history|indication|information|data|details|question|context|background)s?|indications?|history|hx"
-    r"|reason for (?:\w+ )?\w+)"
-)
+WHY = r"(?:clinical(?: \w+)?|indications?|history|hx|reason(?: for (?:\w+ )?\w+)?|request|complaints?)"
 HOW = r"(?:technique|comparisons?|exam(?:ination)?|procedure)"
 WHAT = "(?:findings?|impressions?|conclusions?|opinion|interpretation|report|results?|summary|wet read|final report)"
 
