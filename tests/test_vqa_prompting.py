@@ -144,6 +144,18 @@ LADDER = [
     ("Yes<|im_end|>", "json", 6, "Yes"),
     ('```json\n[{"bbox_2d": [1, 2, 3, 4], "label": "nodule"}]\n```\nYes', "json", 6, "Yes"),
     ('{"answer": "yes", "boxes": [[1, 2, 3, 4]', "json", 5, "yes"),
+    ('{"answer": [{"text": "yes"}]}', "json", 2, "yes"),
+    ('{"data": {"result": [{"answer": "yes"}]}}', "json", 2, "yes"),
+    ('{"choices": [{"answer": "yes"}, {"answer": "no"}]}', "json", 0, None),
+    ("{'answer': 'yes', 'boxes': [(1, 2, 3, 4)]}", "json", 4, "yes"),
+    ('{"answer": "yes"; "boxes": []}', "json", 6, "yes"),
+    ('"answer": "yes", "boxes": []}', "json", 6, "yes"),
+    ('The answer is "yes", or "no"', "json", 6, 'yes", or "no'),  # no second answer is lost
+    ("Answer: Yes\nThe answer is based on the image.", "json", 6, "Yes"),
+    ("<think>The answer is no", "json", 7, None),  # a thought without its end
+    ("<thinking>no</thinking><answer>yes</answer>", "think", 2, "yes"),
+    ("\u25c1think\u25b7no\u25c1/think\u25b7yes", "think", 6, "yes"),
+    ("<think>x</think><answer>yes<answer>", "think", 5, "yes"),
 ]
 
 
@@ -199,6 +211,8 @@ def test_refused_and_not_mended(text, why):
         ([{"xmin": "1", "ymin": "2", "xmax": "3", "ymax": "4"}], [[1, 2, 3, 4]]),
         ({"left lung": [1, 2, 3, 4], "heart": {"bbox": [5, 6, 7, 8]}}, [[1, 2, 3, 4], [5, 6, 7, 8]]),
         ({"X0": 1, "y0": 2, "X1": 3, "y1": 4}, [[1, 2, 3, 4]]),
+        ([["1,2", "3,4"]], [[1, 2, 3, 4]]),
+        ([{"top_left": [1, 2], "bottom_right": [3, 4]}, {"coords": [5, 6, 7, 8]}], [[1, 2, 3, 4], [5, 6, 7, 8]]),
         ([[1e308, 2, 3, 4]], []),
         ("left lung, 3 cm", []),
         ([[1, 2, 3], ["a", 2, 3, 4], [True, 2, 3, 4], None, [10**9, 0, 1, 1]], []),
@@ -378,6 +392,8 @@ HUGE = {
     "half a mark": "<" + " " * MILLION,
     "apostrophes": "{'" + "a'" * (MILLION // 2),
     "boxed": "\\boxed{" * (MILLION // 7),
+    "answer in quotes": 'answer: "' + 'a" ,; ' * (MILLION // 6),
+    "holders": '{"a":[' * (MILLION // 6),
 }
 
 
@@ -410,6 +426,7 @@ def test_a_megabyte_takes_linear_time(name):
         '{"answer": "yes" /* sure */, // a box\n "boxes": [[100, 200, 300, 400]]}',
         '"{\\"answer\\": \\"yes\\", \\"boxes\\": [[100, 200, 300, 400]]}"',
         "yes [[100, 200, 300, 400]]",
+        "yes (100, 200, 300, 400)",
         "yes <box>100,200,300,400</box>",
         "yes <bbox>[100,200,300,400]</bbox>",
         "yes <|ref|>nodule<|/ref|><|det|>[[100,200,300,400]]<|/det|>",

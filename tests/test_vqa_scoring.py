@@ -55,6 +55,7 @@ from vqa_sft_grpo.sources import load_slake, load_vqa_rad
         ("vertebrae", "vertebra"),
         ("metastases", "metastasis"),
         ("thirty", "30"),
+        ("the fourth rib", "4th rib"),
     ],
 )
 def test_same(a, b):
@@ -216,6 +217,50 @@ YES_NO = [
     ("no effusion", "Is the film free of effusion?", None),
     ("yes", "Is the film free of effusion?", "yes"),
     ("no effusion", "Is there no effusion?", None),
+    ("The film is not free of effusion", "Is the film free of effusion?", "no"),
+    ("No, it is not free of effusion", "Is the film free of effusion?", "no"),
+    ("Yes, it is not free of effusion", "Is the film free of effusion?", None),
+    ("Pneumonia is not absent", "Is pneumonia absent?", "no"),
+    ("Yes, no effusion", "Is the film free of effusion?", "yes"),
+    # a question with its answers behind it
+    ("The ventricles are not symmetric", "Is/Are the ventricles symmetric? -yes/no", "no"),
+    ("The mass is cystic", "Is/Are the mass cystic? -yes/no", "yes"),
+    # a denial of something else: a finding where normal is asked after, another plane, another side
+    ("Yes, the lungs are clear; no lung nodule is seen", "Are the lungs clear?", "yes"),
+    ("No lung nodule or mass", "Are the lungs clear?", None),
+    ("Yes, a coronal plane, not a sagittal plane", "Is this a coronal plane?", "yes"),
+    ("No right effusion", "Is there a left effusion?", None),
+    ("No effusion on the left or right", EFFUSION, "no"),
+    ("Yes, an effusion on the right; no effusion on the left", EFFUSION, "yes"),
+    ("No effusion on the left, but there is a pleural effusion on the right", EFFUSION, "yes"),
+    ("Yes, a nodule; no other abnormality", "Are there abnormalities in this image?", "yes"),
+    ("There is a pleural effusion, but no mass.", EFFUSION, "yes"),
+    ("The heart is enlarged, without effusion.", "Is the heart enlarged?", "yes"),
+    ("There is a pleural effusion. There is no pleural effusion.", EFFUSION, None),
+    ("No mass. The heart is not enlarged.", "Is the heart enlarged?", "no"),
+    # how far a denial reaches
+    ("No nodules, masses, or effusions are seen.", EFFUSION, "no"),
+    ("No, there is a mass, nodule or effusion.", "Is there a fracture?", "no"),
+    ("I don't think there is an effusion", EFFUSION, "no"),
+    ("There is no sign that there is an effusion", EFFUSION, "no"),
+    ("There is no way there is an effusion", EFFUSION, "no"),
+    ("No sign of either", "Is there an effusion or a mass?", "no"),
+    ("That is not the case", EFFUSION, "no"),
+    ("Not true", EFFUSION, "no"),
+    ("I cannot rule out an effusion", EFFUSION, None),
+    ("No effusion can be excluded", EFFUSION, None),
+    # statements, and doubt in them
+    ("It's normal", NORMAL, "yes"),
+    ("The liver looks normal.", "Does the liver look normal?", "yes"),
+    ("The brain looks unhealthy.", "Does the brain look healthy?", "no"),
+    ("The image includes the kidney", "Does the picture contain kidney?", "yes"),
+    ("There is air outside the bowel.", "Is there air outside the bowel?", "yes"),
+    ("No fracture shown on this film is seen.", "Is there a fracture shown on this film?", "no"),
+    ("No, there are no other cysts.", "Are there other cysts?", "no"),
+    ("The kidney is missing", "Does the picture contain kidney?", None),
+    ("There is concern for a pleural effusion", EFFUSION, None),
+    ("There is likely a pleural effusion", EFFUSION, None),
+    ("A pleural effusion was seen on the prior film", EFFUSION, None),
 ]
 
 
@@ -343,6 +388,13 @@ CHOICES = [
         ["normal", "abnormal"],
         [("abnormal", 1), ("It appears normal", 0)],
     ),
+    (
+        "Does this CT have contrast or no contrast?",
+        ["contrast", "no contrast"],
+        [("contrast was used", 0), ("none", None)],
+    ),
+    ("Is the left kidney smaller or larger than the other?", None, [("larger than the other", 1), ("smaller", 0)]),
+    ("Is the lesion in the heart or the lung?", ["heart", "lung"], [("anything other than heart", None)]),
     ("Is there an effusion?", [], [("left", None)]),
 ]
 
@@ -475,6 +527,10 @@ brain nonenhancing tumour | Brain Non-enhancing Tumor | open | Disease? | - +
 Eyes | Eye | open | Organ? | + +
 L1-L2 | L1/L2 | open | Level? | + +
 oesophagus | esophagus | open | Organ? | - +
+paediatric chest | pediatric chest | open | What? | - +
+tumours, colour of diarrhoea | tumor, color of diarrhea | open | What? | - +
+centre | center | open | Where? | - +
+third ventricle | 3rd ventricle | open | Where? | + +
 It is an MRI | MRI | open | What modality? | + +
 """
 

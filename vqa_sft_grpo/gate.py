@@ -18,7 +18,7 @@ import unicodedata
 from vqa_sft_grpo.looking import gold_of
 from vqa_sft_grpo.prompting import FIELDS, is_box
 
-UNSEEN = ("Cf", "Co", "Cs", "Cn", "Zl", "Zp")  # categories of characters: zero-width ones, private ones
+UNSEEN = ("Cc", "Cf", "Co", "Cs", "Cn", "Zl", "Zp")  # categories of characters: control, zero-width, private ones
 FILLERS = set("\u00ad\u034f\u115f\u1160\u2800\u3164\uffa0") | {chr(c) for c in range(0xFE00, 0xFE10)}  # not seen either
 MARKS_OF_TEXT = set("\u2018\u2019\u201c\u201d\u2013\u2014\u00d7\u00b1\u2264\u2265\u00b0\u00b5\u03bc")
 SPECIAL = re.compile(r"<\|[a-z_]+\|>|<(?:image|video|s|/s|pad)>", re.IGNORECASE)
@@ -30,7 +30,8 @@ def gate_problem(text, found, style, row=None):
     """-> "" for a text that passes the gate, else why not. row: None: its boxes and odd letters are not looked at."""
     if SPECIAL.search(text):
         return "image or chat tokens in the text"
-    characters = set(text + json.dumps(found.data, ensure_ascii=False))
+    fields = (written(found.data or {}, name) or "" for name in FIELDS)
+    characters = set(text).union(*fields) - set("\n\r\t")
     if any(unicodedata.category(c) in UNSEEN or c in FILLERS for c in characters):
         return "characters that cannot be seen"
     if found.problem:

@@ -151,9 +151,9 @@ class Refused(Exception):
 NUMBER = r"-?\d{1,7}(?:\.\d{1,20})?"
 SPACE = r"\s{0,3}"
 PAIR = rf"\({SPACE}{NUMBER}{SPACE},{SPACE}{NUMBER}{SPACE}\)"
-# boxes in running text: (100,200),(300,400), which Qwen2-VL writes between marks, [100, 200, 300, 400], and in [[ ]]
+# boxes in running text: (100,200),(300,400), which Qwen2-VL writes between marks, [1, 2, 3, 4], and in [[ ]] or ( )
 FOUR = rf"{NUMBER}(?:{SPACE},{SPACE}{NUMBER}){{3}}"
-BOX_TEXT = re.compile(rf"{PAIR}{SPACE},?{SPACE}{PAIR}|\[{{1,2}}{SPACE}{FOUR}{SPACE}\]{{1,2}}")
+BOX_TEXT = re.compile(rf"{PAIR}{SPACE},?{SPACE}{PAIR}|[\[(]{{1,2}}{SPACE}{FOUR}{SPACE}[\])]{{1,2}}")
 # marks of things and boxes: Qwen's <|box_start|>, <box>, DeepSeek's <|det|>
 GROUNDING = re.compile(r"<\|?/?(?:object_ref|ref|bbox|box|det)(?:_start|_end)?\|?>")
 BOXED = re.compile(r"<\|?(?:bbox|box|det)(?:_start)?\|?>([^<]{0,400})<\|?/?(?:bbox|box|det)(?:_end)?\|?>")
@@ -162,7 +162,7 @@ NAMED = re.compile(
     r"\A(\s{0,9}(?:yes|no)\b[\s.,:;]{0,9})<\|?(?:object_ref_start|ref)\|?>[^<]{0,200}(?=<)", re.IGNORECASE
 )
 END_TOKENS = re.compile(r"<\|[a-z_]{1,30}\|>|</?s>|<(?:pad|eos|end_of_turn)>")
-MARKS = re.compile(r"<\s{0,3}(/?)\s{0,3}(think|answer)\s{0,3}>", re.IGNORECASE)
+MARKS = re.compile(r"[<\u25c1]\s{0,3}(/?)\s{0,3}(think|answer)(?:ing)?\s{0,3}[>\u25b7]", re.IGNORECASE)
 
 
 def parse_response(text, style=None):
@@ -203,7 +203,8 @@ def read(text, style):
     if found is not None:
         return found
     other = read_object(text) if style == "think" else read_marks(text)
-    return plain_response(text.rpartition("</think>")[2]) if other is None else as_plain(other.answer, [])
+    said = text.rpartition("</think>")[2].partition("<think>")[0]  # a thought without its end is no answer
+    return plain_response(said) if other is None else as_plain(other.answer, [])
 
 
 def as_plain(answer, boxes):
@@ -223,13 +224,13 @@ def read_marks(text):
     before, *parts = text.split("<answer>")
     if not parts:
         return None
-    answers = [part.partition("</answer>") for part in parts]
+    answers = [part.partition("</answer>") for part in parts if part.strip()] or [("", "", "")]
     if len({answer.strip().casefold() for answer, _, _ in answers}) > 1:
         raise Refused("two different <answer> marks")
     answer, closed, rest = answers[-1]
     before, begun, thought = before.partition("<think>")
     thought, _, between = thought.partition("</think>")
-    strict = begun and text.count("<think>") == text.count("</think>") == len(answers) == 1
+    strict = begun and text.count("<think>") == text.count("</think>") == len(parts) == 1
     strict = strict and not (before.strip() or between.strip() or rest.strip() or "</answer>" in thought)
     data = {"reasoning": thought.strip(), "answer": answer.strip()}
     return Response(data, data["answer"] or None, [], 5 if not closed else 0 if strict else 2)
@@ -343,7 +344,7 @@ INSIDE = {  # of a text in quotes; the apostrophe of "the patient's" does not en
 ESCAPE = re.compile(r"\\(u[0-9a-fA-F]{4}|.)", re.DOTALL)
 ESCAPED = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f"}
 TOKEN = re.compile(  # comments are no JSON, and are passed over
-    r"""(?:\s|//[^\n]*\n|/\*(?:[^*]|\*(?!/))*\*/)*(?:(?P<mark>[{}\[\]:,])|(?P<quote>["'\u201c\u2018])"""
+    r"""(?:\s|//[^\n]*\n|/\*(?:[^*]|\*(?!/))*\*/)*(?:(?P<mark>[{}\[\]:,()])|(?P<quote>["'\u201c\u2018])"""
     r"""|(?P<number>-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)(?![\w.])"""
     r"""|(?P<bare>-?[A-Za-z_][^,:{}\[\]"\n]*))"""
 )
@@ -363,6 +364,8 @@ def mended(text):
         at, kind = match.end(), match.lastgroup
         token = match[kind]
         if kind == "mark":
+            if token in "()":  # a tuple of Python
+                token, level = "[]"["()".index(token)], max(level, 4)
             if token in "}]":
                 if last == ",":
                     out.pop()
@@ -411,15 +414,19 @@ def unescaped(match):
 
 # in any letter case, with or without blanks, hyphens and underscores
 ANSWER_NAMES = ("answer", "finalanswer")
-BOX_NAMES = "boxes box bbox2d bbox bboxes box2d boundingbox boundingboxes coordinates region regions roi".split()
+BOX_NAMES = "boxes box bbox2d bbox bboxes box2d boundingbox boundingboxes coordinates coords region regions roi".split()
 CORNERS = [names.split() for names in ("x0 y0 x1 y1", "x1 y1 x2 y2", "xmin ymin xmax ymax", "left top right bottom")]
+CORNERS.append(["topleft", "bottomright"])
 SIZED = [names.split() for names in ("x y width height", "x y w h", "left top width height")]
 
 
 def holder(data):
-    """The object with the answer: this one, or where it has none the first inside it that has."""
-    inside = (value for value in data.values() if isinstance(value, dict) and named(value, ANSWER_NAMES) is not None)
-    return data if named(data, ANSWER_NAMES) is not None else next(inside, data)
+    """The object with the answer: this one, or where it has none the first inside it that has, alone in a list too."""
+    if named(data, ANSWER_NAMES) is not None:
+        return data
+    inside = (value[0] if isinstance(value, list) and len(value) == 1 else value for value in data.values())
+    found = (holder(value) for value in inside if isinstance(value, dict))
+    return next((value for value in found if named(value, ANSWER_NAMES) is not None), data)
 
 
 def named(data, names):
@@ -447,7 +454,7 @@ def answer_text(value):
         return "yes" if value else "no"
     if isinstance(value, (int, float)):
         return f"{value:.15g}" if abs(value) < 1e15 else None
-    if isinstance(value, list) and not any(isinstance(item, (list, dict)) for item in value):
+    if isinstance(value, list) and (len(value) == 1 or not any(isinstance(item, (list, dict)) for item in value)):
         return ", ".join(filter(None, map(answer_text, value))) or None
     if isinstance(value, dict):
         inner = named(value, (*ANSWER_NAMES, "text", "value", "label"))
@@ -490,8 +497,9 @@ def box_of(value):
         return None if inner is None else box_of(inner)
     if isinstance(value, str):
         value = numbers_of(value)
-    if isinstance(value, list) and len(value) == 2 and all(isinstance(p, list) and len(p) == 2 for p in value):
-        value = [*value[0], *value[1]]  # two points
+    if isinstance(value, list) and len(value) == 2:  # two points
+        value = [numbers_of(p) if isinstance(p, str) else p for p in value]
+        value = [*value[0], *value[1]] if all(isinstance(p, list) and len(p) == 2 for p in value) else None
     if isinstance(value, list) and len(value) == 4:
         value = [(numbers_of(n) or [None])[0] if isinstance(n, str) else n for n in value]
     return value if is_box(value) else None
@@ -520,7 +528,9 @@ def is_box(value):
 
 # ---------------------------------------------------------------------------------------------------------- plain text
 
-ANSWER_IS = re.compile(r"\banswer\b[\"'*]{0,4}[ \t]{0,4}(?:is\b:?|[:=])\s{0,4}([^\n]*)", re.IGNORECASE)
+ANSWER_IS = r"\banswer\b[\"'*]{0,4}[ \t]{0,4}(?:is\b(?! (?:based|because|supported|derived))|[:=]):?\s{0,4}([^\n]*)"
+ANSWER_IS = re.compile(ANSWER_IS, re.IGNORECASE)
+QUOTED = re.compile(r'\A"(.*?)"\s{0,3}(?:[}\]].*|[,;]{0,3}\s{0,9}"\w{1,30}"\s{0,3}:.*)?$')
 IN_LATEX = re.compile(r"\\boxed\{(?:\\[a-z]{1,20}\{)?([^{}\n]{0,200})\}")  # \boxed{yes}, \boxed{\text{yes}}
 
 
@@ -529,9 +539,8 @@ def plain_answer(text):
     The answer of a text without an object: what is in the last box of LaTeX, what follows the last 'answer:' or
     'answer is' of a line, else a short text itself, if there is a letter or a digit in it.
     """
-    said = [words.strip(" \t\"'*`.,{}[]") for words in IN_LATEX.findall(text) or ANSWER_IS.findall(text)]
-    said = [words for words in said if words]
-    if said:
+    said = IN_LATEX.findall(text) or [QUOTED.sub(r"\1", words) for words in ANSWER_IS.findall(text)]
+    if said := [words for words in (words.strip(" \t\"'*`.,{}[]") for words in said) if words]:
         return said[-1][:PLAIN_LENGTH]
     if len(text) > PLAIN_LENGTH or set(text) & set("{}[]<>") or not re.search(r"[^\W_]", text):
         return None

@@ -7,14 +7,14 @@ Is this answer right? One strict score for every task, and columns that reproduc
 The strict score, in words:
     texts         NFKC, lower case, no articles, no punctuation; number words as digits, English and the usual Latin
                   plurals off; x-ray = xray = x ray, T2-weighted = T2, hyper dense = hyperdense, left-sided = left, lt =
-                  left, 5cm = 5 centimetres = 50 mm, 3-5 = 3 to 5, >= 5 = at least 5, more than = larger than = >. No
-                  synonyms.
+                  left, 5cm = 5 centimetres = 50 mm, 3-5 = 3 to 5, >= 5 = at least 5, larger than 5 = > 5, third = 3rd.
+                  No synonyms.
     yes or no     the one answer that the text gives in whole words: "nodule", "normal" and "n" are not "no".
                   "No" before other words ("no evidence of effusion") answers a question about an effusion and no other.
                   Where neither word stands, and the question does not deny: "true", "positive", "present", or "false",
                   "negative", "absent", "none", "neither" beside words of the question only ("There is none"); "not
-                  seen"; and the question's own words as a statement, without doubt or denial ("The heart is enlarged",
-                  "It is enlarged": yes; with the opposite word: no).
+                  seen"; and the question's own words as a statement, without doubt or denial of them ("The heart is
+                  enlarged, with no effusion": yes; with the opposite word: no).
                   Both or neither: not parsed, hence wrong, and counted as unparsed. So are a denied denial ("no
                   evidence of no effusion"), a condition ("if effusion then yes") and what cannot be said ("I cannot say
                   yes").
@@ -51,9 +51,11 @@ UNITS = (
 NUMBERS = {word: str(n) for n, word in enumerate(UNITS)}
 TENS = {word: f"{n}0" for n, word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), 2)}
 NUMBERS |= TENS
+ORDINALS = "first 1st,second 2nd,third 3rd,fourth 4th,fifth 5th,sixth 6th,seventh 7th,eighth 8th,ninth 9th,tenth 10th"
+ORDINALS = dict(pair.split() for pair in ORDINALS.split(","))
 ARTICLES = {"a", "an", "the"}
 NEGATORS = {"no", "not", "without"}
-NO_NEGATION = {"doubt", "question", "only", "longer", "change"}  # "no doubt there is", "not only"
+NO_NEGATION = set("doubt question only longer change other further additional".split())  # "no doubt", "not only"
 # A negation reaches no further than the next of these
 CLAUSE = set(
     ". but however although though except there which that because while i it this he she they we yes no not".split()
@@ -62,8 +64,8 @@ CLAUSE = set(
 COMMON = set(
     "is are was were be been do does did has have had can could would should may this that these those there it its any"
     " evidence sign finding seen see visible present presence shown show noted identified appear appearance demonstrate"
-    " look contain include exist image picture film scan in on of at to for from with by and or patient you what which where"
-    " who how when as also them".split()
+    " look contain include exist image picture film scan in on of at to for from with by and or patient you what which"
+    " where who how when as also them".split()
 )
 OPPOSITES = [
     tuple(pair.split())
@@ -75,8 +77,8 @@ OPPOSITES = [
 ]
 OPPOSITE = {word: other for a, b in OPPOSITES for word, other in ((a, b), (b, a))}
 
-# version 1: spellings, abbreviations and plain equivalents; nothing that a radiologist would call different
-SYNONYMS_NAME = "medvlm-vqa-synonyms-1"
+# version 2: spellings (BRITISH too), abbreviations, plain equivalents; nothing that a radiologist would call different
+SYNONYMS_NAME = "medvlm-vqa-synonyms-2"
 SYNONYMS = {
     phrase: word
     for word, phrases in {
@@ -87,13 +89,7 @@ SYNONYMS = {
         "ultrasound": "ultrasonography, sonography",
         "transverse": "axial",
         "gray": "grey",
-        "edema": "oedema",
-        "tumor": "tumour",
-        "hemorrhage": "haemorrhage, bleeding, bleed",
-        "hematoma": "haematoma",
-        "ischemia": "ischaemia",
-        "anemia": "anaemia",
-        "esophagus": "oesophagus",
+        "hemorrhage": "bleeding, bleed",
         "homogeneous": "homogenous",
         "heterogeneous": "heterogenous",
         "radiopaque": "radioopaque",
@@ -116,6 +112,9 @@ SYNONYMS = {
     for phrase in phrases.split(", ")
 }
 
+# haematoma, oedema, diarrhoea, tumour, centre -> hematoma, edema, diarrhea, tumor, center
+BRITISH = re.compile(r"ae(?=[mdcs])|\boe|oe(?=a|liac|t(?:us|al))|(?<=[ml])our(?=s?\b)|(?<=[tb])re\b")
+
 # ---------------------------------------------------------------------------------------------------------------- texts
 
 FOLDS = [
@@ -123,9 +122,10 @@ FOLDS = [
     for pattern, new in (
         (rf"\b({'|'.join(TENS)})[\s-]{{1,3}}({'|'.join(UNITS[1:10])})\b", lambda m: TENS[m[1]][0] + NUMBERS[m[2]]),
         (rf"\b(?:{'|'.join(NUMBERS)})\b", lambda m: NUMBERS[m[0]]),
+        (rf"\b(?:{'|'.join(ORDINALS)})\b", lambda m: ORDINALS[m[0]]),
         (r"\\[a-z]{2,20}\s?(?=\{)", ""),  # \boxed{yes}
         (r"\b([a-z])\.(?=[a-z]\b(?![a-z]))", r"\1"),  # P.A.
-        (r"\b(?:rather than|instead of|as opposed to)\b", " not "),
+        (r"\b(?:rather than|instead of|as opposed to|other than)\b", " not "),
         (r"[\u2018\u2019]", "'"),
         (r"n't\b", " not"),
         (r"\bcannot\b", "can not"),
@@ -146,8 +146,8 @@ FOLDS = [
         (r"(?<=\d)\s{0,3}(?:[x\u00d7]|by)\s{0,3}(?=\d)", " x "),
         (r"[≥⩾≧]|>=|=>", " at least "),
         (r"[≤⩽≦]|<=|=<", " at most "),
-        (r"<|\b(?:smaller|fewer|lower)\s{1,3}than\b", " less than "),
-        (r">|\b(?:more|larger|bigger|higher)\s{1,3}than\b", " greater than "),
+        (r"<|\b(?:smaller|fewer|lower)\s{1,3}than\b(?=\s{0,3}\d)", " less than "),
+        (r">|\b(?:more|larger|bigger|higher)\s{1,3}than\b(?=\s{0,3}\d)", " greater than "),
         (r"(?<=\d)\s{0,3}[-\u2013]\s{0,3}(?=\d)", " to "),
         (r"\u2014|\s[-\u2013]{1,2}\s", " . "),
         (r"(?<![\w.)])[-\u2212](?=\d)", " minus "),
@@ -317,7 +317,8 @@ def reach(tokens, i, longest=8):
     """
     scope = []
     for token in tokens[i + 1 : i + 1 + longest]:
-        if token in CLAUSE or (not scope and token in ("or", "and")):
+        goes_on = scope and {token, scope[-1]} & {"that", "think", "believe", "way"}  # "I don't think there is"
+        if token in CLAUSE and not goes_on or (not scope and token in ("or", "and")):
             break
         scope.append(token)
     return [] if scope and scope[0] in NO_NEGATION else scope
@@ -337,25 +338,31 @@ PLAIN = dict.fromkeys("yes true positive present correct affirmative".split(), "
 PLAIN |= dict.fromkeys("no false negative absent none neither nothing nil incorrect".split(), "no")
 # No answer comes after or with these
 UNSURE = set("if unless whether depend unsure uncertain unclear unknown unable impossible undetermined nobody".split())
-SAYING = set("sure certain say tell answer confirm determine determined know known conclude assess assessed".split())
+SAYING = set(
+    "sure certain say tell answer confirm determine determined know known conclude assess assessed"
+    " exclude excluded rule".split()
+)
 # A statement with one of these states nothing
 DOUBT = set(
     "or unlikely exclude excluded rule ruled denied resolved suspected possible possibly may might could versus maybe"
-    " perhaps probably questionable consider history previous missing removed outside".split()
+    " perhaps probably questionable consider history previous missing removed outside"
+    " resolution drained concern suspicion prior question hard difficult would insufficient likely probable".split()
 )
 STATING = set(
-    "is are was were has have there show shown see seen present visible noted identified appear look contain".split()
+    "is are was were has have there show shown see seen present visible noted identified appear look contain include"
+    " demonstrate depict reveal exist observed visualized detected".split()
 )
 MAYBE = set("maybe perhaps possibly possible might could may".split())
+# "not one", "not the case", "not part of this picture", "I don't think so", "no sign of either"
+BARE = {"1", "true", "correct", "case", "really", "part", "either", "think", "believe", "so", "clearly"}
+DENIED_LIST = re.compile(r"\b(?:no|not|without)\b(?:[^.,;:!?\n]{1,60},){1,6}(?=[^.,;:!?\n]{0,60}\bn?or\b)")
 PRONOUNS = {"it", "this", "that", "they", "these", "those"}
 
 
 def without_free_air(text):
-    """
-    Tokens of a text; only "free of" and "free from" deny: in "free air" the word is marked as another one. The "yes/no"
-    behind a question is no part of it.
-    """
-    tokens = words_and_marks(re.sub(r"\?\s*-?\s*yes\s*(?:/|or)\s*no\b", "?", text.lower()))
+    """Tokens, those of a question without "-yes/no"; only "free of" and "free from" deny: "free" air is marked."""
+    text = re.sub(r"[-?]\s{0,3}yes\s{0,3}(?:/|or)\s{0,3}no\b", "?", text.lower())
+    tokens = words_and_marks(DENIED_LIST.sub(lambda match: match[0].replace(",", " or"), text))
     pairs = zip(tokens, [*tokens[1:], ""], strict=False)
     return ["free " if word == "free" and after not in ("of", "from") else word for word, after in pairs]
 
@@ -369,7 +376,7 @@ def polarity(text, question=""):
     tokens, asked_tokens = without_free_air(text), without_free_air(question)
     asked = set(asked_tokens) - COMMON - {"."}
     denies = bool((ABSENCE | {"free"}) & set(asked_tokens))
-    if denies:  # "Is the film free of effusion?": "no effusion" is not a no here; a plain yes or no and "not free" count
+    if denies:  # "Is the film free of effusion?": "no effusion" is no plain no here, "not free of effusion" is
         asked &= ABSENCE - {"no", "not"} | {"free"}
     maybe = MAYBE & set(tokens) - set(asked_tokens)  # "possibly yes", but not "Yes, possibly a cyst"
     if UNSURE & set(tokens) or maybe and not set(tokens) - MAYBE - COMMON - NEGATORS - asked - {"yes", "."}:
@@ -383,26 +390,29 @@ def polarity(text, question=""):
             rest[i] = ""
         elif token in DENIERS:
             scope = reach(tokens, i)
-            after = tokens[i + 1 : i + 2 + len(scope)]
-            stop, bare = after[len(scope)] if len(after) > len(scope) else ".", not set(scope) - COMMON - {"1"}
-            if token in NEGATORS and (SAYING & set(scope) or denied_denial(token, set(scope) - asked, stop)):
+            end = i + 1 + len(scope)
+            stop = tokens[end] if end < len(tokens) else "."
+            bare = not set(scope) - COMMON - BARE and (token == "not" or {"evidence", "sign"} & set(scope))
+            if token in NEGATORS and (SAYING & set(scope) or denied_denial(token, set(scope), stop, asked)):
                 return None
             if token == "no" and not scope and stop not in NO_NEGATION:
                 alone.add("no")
                 rest[i] = ""
             elif NORMALITY & asked and any(word.startswith("abnormal") for word in scope):
                 attached |= {"yes"} if alone else set()  # "Are the lungs normal?" - "Yes, no abnormality of the lungs"
-            elif scope and (speaks_of(scope, tokens, asked) if question else token == "no"):
+            elif scope and (speaks_of(scope, tokens[max(0, i - 30) : i + 30], asked) if question else token == "no"):
                 attached.add("no")
-            elif token == "not" and question and not denies and bare and stop not in NO_NEGATION:
+            elif token in NEGATORS and question and not denies and bare and stop not in NO_NEGATION:
                 attached.add("no")  # "not seen", "it is not", "there is not one"
+            if token in ("no", "without") and scope:  # "There is an effusion but no mass"
+                rest[i:end] = ["."] * (end - i)
     said = alone | attached if question or not alone else alone
-    if alone and question and not denies:  # "No, there is an effusion"
-        rest = [token for token in rest if token]
+    rest = [token for token in rest if token]
+    if said and question and not denies:  # "No, there is an effusion"
         said |= {plainly(rest, asked) or stated(text, rest, asked_tokens, asked)} - {None} if rest else set()
     if said or not question or denies:
         return said.pop() if len(said) == 1 else None
-    return plainly(tokens, asked) or stated(text, tokens, asked_tokens, asked)
+    return plainly(rest, asked) or stated(text, rest, asked_tokens, asked)
 
 
 def asks_for_absence(question):
@@ -411,7 +421,7 @@ def asks_for_absence(question):
     lungs clear?", "Is it free of effusion?", "Is there no mass?"; not for "Is there a mass?", "Is this film not
     normal?", "Is the heart larger than normal?". Each denial turns it round; several words for normal count once.
     """
-    tokens = ["", *without_free_air(question)]  # without that of "Is the mass cystic? -yes/no"
+    tokens = ["", *without_free_air(question)]
     denials = normal = 0
     for before, token in zip(tokens, tokens[1:], strict=False):
         denials += token in ABSENCE or token == "free"
@@ -419,19 +429,16 @@ def asks_for_absence(question):
     return (denials + normal) % 2 == 1
 
 
-def speaks_of(scope, tokens, asked):
-    """
-    Does a negation of `scope` answer what is asked? Not where one word for normal is asked after and others are denied
-    ("no lung mass"), nor where only its plane or scan is ("not a sagittal plane"), nor another side.
-    """
+def speaks_of(scope, around, asked):
+    """Does "no" answer? Not "no lung mass" on normal lungs, "not a sagittal plane", nor about one of two sides."""
     wanted, said = asked & NORMALITY or asked - SHARED or asked, set(scope)
-    others = asked | {token for token, n in Counter(tokens).items() if n > scope.count(token)}
+    others = asked | {token for token, n in Counter(around).items() if n > scope.count(token)}
     return bool(wanted & said) and not any(OPPOSITE.get(word) in others - said for word in said - asked)
 
 
-def denied_denial(token, scope, stop):
+def denied_denial(token, scope, stop, asked):
     """Does the negation deny nothing but the next negation? "no evidence of no effusion", "not without effusion"."""
-    if DENIERS & scope - {"neither", "nor"}:
+    if DENIERS & scope - {"neither", "nor"} - asked:
         return True
     return stop in NEGATORS and not scope - COMMON and bool(scope or token != "no")
 
@@ -450,7 +457,7 @@ def stated(text, tokens, asked_tokens, asked):
     said = set(tokens)
     if not asked or "?" in str(text) or tokens[:1] and tokens[0] in STARTS:
         return None
-    if said & (DENIERS | DOUBT | {"absent"}) or not said & STATING:
+    if said & (DENIERS | DOUBT - asked | {"absent", "or"}) or not said & STATING:
         return None
     last = next(token for token in reversed(asked_tokens) if token in asked)
     needed = {last} if tokens[0] in PRONOUNS else asked
@@ -492,7 +499,7 @@ def options_of(question):
     parts = parts[start:]
     if len(parts) < 2:
         return []
-    while all(len(part) > 1 for part in parts) and len({part[-1] for part in parts}) == 1:
+    while all(len(part) > 1 and part[:-1] != ["no"] for part in parts) and len({part[-1] for part in parts}) == 1:
         parts = [part[:-1] for part in parts]  # transverse plane or coronal plane
     for i in range(len(parts)):
         while len(parts[i]) > 1 and parts[i][0] in FILLERS:
@@ -501,7 +508,7 @@ def options_of(question):
         return [(part, True) for part in parts]
     first, last = parts[0], parts[-1]
     first_key = first[-1:]
-    last_key = next(([token] for token in last if token not in first[-3:]), last[:1])
+    last_key = last if last[0] == "no" else next(([token] for token in last if token not in first[-3:]), last[:1])
     return [(first_key, False), *((part, True) for part in parts[1:-1]), (last_key, False)]
 
 
@@ -531,7 +538,7 @@ def choice(text, question):
         return None
     offered = {token for option, _ in options for token in option}
     tokens = with_sides(words_and_marks(text), offered)
-    comparing = words_and_marks(re.sub(r"(\wer)\b", r"\1 than", question.lower()))  # of "Which is bigger, A or B?"
+    comparing = words_and_marks(question)  # of "Which is bigger, A or B?"
     denied = set()
     for i, token in enumerate(tokens):
         if token in NEGATORS and token not in offered or token == "than" and tokens[i - 1] in comparing:
@@ -543,15 +550,10 @@ def choice(text, question):
 def contradicts(prediction, gold):
     """Token lists -> True where the prediction says the opposite of the gold answer, or gold and opposite at once."""
     said, wanted = set(prediction), set(gold)
-    for a, b in OPPOSITES:
-        for here, there in ((a, b), (b, a)):
-            if here in wanted and there not in wanted and there in said:
-                return True
-    for token in wanted:
-        for prefix, opposite in (("hyper", "hypo"), ("hypo", "hyper")):
-            other = opposite + token[len(prefix) :]
-            if token.startswith(prefix) and other in said and other not in wanted:
-                return True
+    swapped = {"hyper": "hypo", "hypo": "hyper"}
+    opposites = {OPPOSITE.get(word) or re.sub(r"\Ahyp(?:er|o)", lambda m: swapped[m[0]], word) for word in wanted}
+    if (opposites - wanted) & said:
+        return True
     gold_denies, prediction_denies = negated(gold), negated(prediction)
     affirmed = wanted - gold_denies - COMMON - NEGATORS
     return bool(affirmed & prediction_denies or (gold_denies - COMMON) & (said - prediction_denies))
@@ -599,8 +601,9 @@ PHRASES = re.compile(rf"\b({'|'.join(sorted(SYNONYMS, key=len, reverse=True))})s
 
 
 def fold_synonyms(text):
-    """The text with the phrases of SYNONYMS replaced, in the spelling of the strict score."""
-    return PHRASES.sub(lambda match: SYNONYMS[match[1].replace("-", " ")], folded(text))
+    """The text with the phrases of SYNONYMS replaced and American, in the spelling of the strict score."""
+    text = BRITISH.sub(lambda match: {"our": "or", "re": "er"}.get(match[0], "e"), folded(text))
+    return PHRASES.sub(lambda match: SYNONYMS[match[1].replace("-", " ")], text)
 
 
 def score_with_synonyms(prediction, gold, answer_type, question=""):
