@@ -359,8 +359,11 @@ DENIED_LIST = re.compile(r"\b(?:no|not|without)\b(?:[^.,;:!?\n]{1,60},){1,6}(?=[
 PRONOUNS = {"it", "this", "that", "they", "these", "those"}
 
 
-def without_free_air(text):
-    """Tokens, those of a question without "-yes/no"; only "free of" and "free from" deny: "free" air is marked."""
+def scoped_tokens(text):
+    """
+    Text -> tokens for `polarity`: "-yes/no" behind a question off, the commas of "no A, B or C" read as "or", and
+    "free" marked where it denies nothing ("free air"; "free of" and "free from" do).
+    """
     text = re.sub(r"[-?]\s{0,3}yes\s{0,3}(?:/|or)\s{0,3}no\b", "?", text.lower())
     tokens = words_and_marks(DENIED_LIST.sub(lambda match: match[0].replace(",", " or"), text))
     pairs = zip(tokens, [*tokens[1:], ""], strict=False)
@@ -373,7 +376,7 @@ def polarity(text, question=""):
     belongs to other words counts when these words are what the question asks about; without a question it counts when
     there is no answer that stands alone.
     """
-    tokens, asked_tokens = without_free_air(text), without_free_air(question)
+    tokens, asked_tokens = scoped_tokens(text), scoped_tokens(question)
     asked = set(asked_tokens) - COMMON - {"."}
     denies = bool((ABSENCE | {"free"}) & set(asked_tokens))
     if denies:  # "Is the film free of effusion?": "no effusion" is no plain no here, "not free of effusion" is
@@ -421,7 +424,7 @@ def asks_for_absence(question):
     lungs clear?", "Is it free of effusion?", "Is there no mass?"; not for "Is there a mass?", "Is this film not
     normal?", "Is the heart larger than normal?". Each denial turns it round; several words for normal count once.
     """
-    tokens = ["", *without_free_air(question)]
+    tokens = ["", *scoped_tokens(question)]
     denials = normal = 0
     for before, token in zip(tokens, tokens[1:], strict=False):
         denials += token in ABSENCE or token == "free"

@@ -66,7 +66,7 @@ PER_IMAGE = 3
 # A text that takes itself back, and what a text concludes
 REVOKED = re.compile(
     r"\b(?:none of (?:this|these|that|it)|not (?:true|the case)|untrue|opposite is true|joke|another patient"
-    r"|(?:is|are|was|were) (?:false|wrong|incorrect|made up)|ignore (?:this|that|the above)|disregard|now resolved)\b",
+    r"|(?:is|are|was|were) (?:false|wrong|incorrect|made up)|ignore (?:this|that|the above)|disregard)\b",
     re.IGNORECASE,
 )
 CONCLUDED = re.compile(r"\b(?:so|thus|hence|therefore|answer(?: is)?|conclusion)\b[,: ]*([^.;\n]+)", re.IGNORECASE)
