@@ -887,6 +887,7 @@ BIGGER = "Which is bigger in this image, lung or heart?"
         ("no - normal film", "No", "closed", ONE, True),  # a dash ends a clause
         ("No\u2014normal film", "No", "closed", ONE, True),
         ("There isn't one", "No", "closed", ONE, True),
+        ("Not at all.", "No", "closed", ONE, True),
         ("maybe no", "No", "closed", ONE, False),
         ("perhaps yes", "Yes", "closed", ONE, False),
         ("Yes, possibly a cyst", "Yes", "closed", "Is there a mass?", True),

@@ -354,7 +354,7 @@ STATING = set(
 )
 MAYBE = set("maybe perhaps possibly possible might could may".split())
 # "not one", "not the case", "not part of this picture", "I don't think so", "no sign of either"
-BARE = {"1", "true", "correct", "case", "really", "part", "either", "think", "believe", "so", "clearly"}
+BARE = {"1", "all", "true", "correct", "case", "really", "part", "either", "think", "believe", "so", "clearly"}
 DENIED_LIST = re.compile(r"\b(?:no|not|without)\b(?:[^.,;:!?\n]{1,60},){1,6}(?=[^.,;:!?\n]{0,60}\bn?or\b)")
 PRONOUNS = {"it", "this", "that", "they", "these", "those"}
 

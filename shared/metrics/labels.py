@@ -172,8 +172,10 @@ class _Reader:
         self.borderline()
         self.title()
         if self.sentence.endswith("?"):
-            asked = self.sentence.rfind("‹") if self.outside else -1  # "opacity (pneumonia?)": the bracket alone
-            targets = [k for k, span in enumerate(self.spans) if span[3] > asked]
+            # "opacity (pneumonia?)", "opacity - pneumonia?": what stands behind the mark alone
+            asked = self.sentence.rfind("‹") if self.outside else self.sentence.rfind("¦")
+            everything = range(len(self.spans))
+            targets = [k for k in everything if self.spans[k][3] > asked] or everything
             self.doubt_back(targets, len(self.sentence) - 1, len(self.sentence))
         return tuple(map(tuple, self.spans))
 

@@ -16,7 +16,7 @@ from shared.metrics.phrases import HOW, SIZE, WHAT, WHY
 
 _SHORT = {"ptx": "pneumothorax", "pna": "pneumonia", "consol": "consolidation", "eff": "effusion", "fx": "fracture"}
 _SHORT |= {"ddx": "differential diagnosis", "wnl": "within normal limits", "nl": "normal", "pulm": "pulmonary"}
-_SHORT |= {"pl": "pleural", "atel": "atelectasis", "cons": "consolidation", "cmg": "cardiomegaly"}
+_SHORT |= {"pl": "pleural", "effs": "effusions", "atel": "atelectasis", "cons": "consolidation", "cmg": "cardiomegaly"}
 # Words that are also read with one letter too many, too few, wrong or two swapped, if that is no other word.
 _SPELLED = (
     "pneumothorax pneumothoraces pneumonia pneumonias consolidation consolidations atelectasis atelectases effusion"
@@ -146,11 +146,13 @@ _LAYOUT = {
     r"|[|•·*=→]+>?|->|(?<=\s)>(?=\s*[a-z])|\.{2,}(?=\s*[a-z])|…|(?<=\s)\+(?=\s)|\(\+\)|</?[a-z]+ ?/?>"
     r"|(?<=[a-z])–(?=[a-z])|(?:^|(?<=\s))\(?(?:\d{1,2}|[a-h])\)(?=\s)",
     ",": r"(?<=\s)/(?=\s)",
-    "no": r"\([-–−]\)|(?<=[a-z:] )[-–−](?=[.,;]|$)",
+    "no": r"\([-–−]\)|\[\s\]",
+    "ø": r"(?<=[a-z:] )[-–−](?=[.,;]|$)|[☐□]",
+    "neg": r"(?<!\w)[-–−]ve\b",
     # "Effusion? No."
     ":": r"\?(?:[\s¶]*a(?:nswer)?\s*:)?(?=\s*(?:no|none|nil|absent|negative|yes|present|positive)\s*(?:[.,;¶]|$))",
     # a question mark before what it asks, or "+/-"; and one in brackets behind it
-    "¿": r"(?<!\w)[(\[]?\s?\?{1,3}[)\]]?(?=\s*[a-z])|±|\+/-",
+    "¿": r"(?<!\w)[(\[]?\s?\?{1,3}[)\]]?(?=\s*(?!(?:at|in|on|of|within|along|near)\b)[a-z])|±|\+/-",
     "?": r"[(\[]\s?\?{1,3}\s?[)\]]",
 }
 _MARKED = re.compile("|".join(f"({pattern})" for pattern in _LAYOUT.values()))

@@ -76,15 +76,16 @@ MENTIONS = {
     "Pleural Other": phrases(r"""
         pleural (?:\w+ )?(?:thickening|plaques?|scar\w*|fibrosis|calcifications?|abnormality|disease|tags?) /
         pleuro ?parenchymal (?:scar\w*|thickening) / thickening of the (?:\w+ )?pleura / calcified pleura\w* /
-        (?:bi)?apical (?:pleural )?(?:thickening|cap\w*) / fibrothorax / (?<=usion or )thickening"""),
+        (?:bi)?apical (?:pleural )?(?:thickening|cap\w*) / fibrothorax / (?:(?<=usion or )|(?<=usion vs )|(?<=usion versus ))thickening"""),
     "Fracture": phrases(rf"""
         (?:(?:{_BONES}|compression|wedge|stress) )*fractur(?:e|es|ed) / (?:compression|wedge) deformit\w+ /
-        (?:{_BONES}) deformit\w+ / broken (?:{_BONES}|bones?)"""),
+        (?:{_BONES}) deformit\w+ / broken (?:{_BONES}|bones?) /
+        (?:{_BONES}|bones?) (?:is|are) broken"""),
     "Support Devices": phrases(rf"""
         (?:{_TUBES}) (?:tip )?(?:tubes?|catheters?|drains?) / tubes?(?:,? (?:and|or) lines?)? / (?:et|ng|og)t /
         dobb?hoff / catheters? / cannula[se]? / (?:{_LINES}) (?:\w+ )?lines? /
         lines?(?= (?:and|or) tubes?| placement|:) / picc / (?:cv|uv|ua)c / cvl / ppm / port ?a ?cath / mediport /
-        (?:infusion|wall|chest|sided|right|left) ports? / swan ganz /
+        (?:infusion|wall|chest|sided|right|left) ports? / swan ganz / trach /
         pacemakers? / pacers? / pacing / defibrillators? / a?icd / leads? / balloon pump / lvad / stents? / drains? /
         pigtail / tracheostomy / thoracostomy / prosthetic (?:\w+ )?valve / valve (?:replacement|prosthesis) /
         (?:sternal|sternotomy|cerclage) wires? / hardware / sheaths? / iabp / impella / tavr / loop recorder /
@@ -141,10 +142,11 @@ ANATOMY = {
 _COMPARED = r"(?: in size)?(?= ?(?:$|[,:¦‹›]|since|from|compared|when|with|and)(?:\W|$))"
 _NORMALLY = r"than (?:normal|usual|expected|half|50|0\.50?)"
 _LARGER = f"(?:larger|bigger|greater|wider|more) {_NORMALLY}"
+_BEFORE = "than (?:before|previously|(?:on |in |at |it was (?:on )?)?(?:the |a )?(?:prior|previous|last|earlier))"
 ENLARGED = phrases(f"""
-    enlarged / augmented / enlargement(?: of)? / widened / broadened / exceeds / widening(?: of)? / dilated /
+    enlarged / augmented / > ?(?:0?\.5|50) ?%?(?!\d) / 0?\.(?:5[1-9]|[6-9]\d?)(?! ?[cm]m) / enlargement(?: of)? / widened / broadened / exceeds / widening(?: of)? / dilated /
     wide{END} / big{END} / large(?= (?:heart|cardiac)) / large(?=$|,| and| but| with) /
-    {_LARGER} /
+    {_LARGER} / (?:larger|bigger|wider) {_BEFORE} /
     above (?:the )?(?:upper limits? of )?normal(?: size| limits?| range)? /
     increased(?= (?:heart|cardiac|cardio ?thoracic)) / increased in (?:size|volume|width|diameter|calib(?:er|re)) /
     increased{_COMPARED} / increase in(?: the)?(?: size of the)?(?= (?:heart|cardiac))""")
@@ -157,7 +159,8 @@ NORMAL = phrases(r"""
     unremarkable / within (?:(?:\w+ )?limits|normality) / without (?:\w+ )?alterations? / (?:of )?preserved""")
 NOT_ENLARGED = phrases(rf"""
     not (?:enlarged|widened|broadened|dilated|increased(?: in size|{END})|{_LARGER}) /
-    (?:less|smaller) {_NORMALLY} / (?:below|under) (?:50|0\.50?)""")
+    (?:less|smaller) {_NORMALLY} / (?:below|under|<) ?(?:50|0?\.50?) /
+    0?\.[34]\d?(?! ?[cm]m)""")
 
 DETECTED = (
     "(?:seen|identified|evident|present|visuali[sz]ed|appreciated|appreciable|demonstrated|detected|apparent|noted"
@@ -176,6 +179,7 @@ KEEP = phrases(rf"""
     (?:probably|likely|perhaps) (?:unchanged|stable|similar|improved) /
     {_NOT}(?: \w+){{0,2}} (?:resolution|resolved?|resolving|clearing|cleared|disappear\w*|subsided?)(?: of)? /
     (?:yet|fail(?:s|ed)?) to (?:clear|resolve) /
+    (?:no|not) (?:larger|bigger|wider) {_BEFORE} /
     not(?: been)? (?:previously|formerly) {DETECTED} /
     not(?: been)?(?: \w+)? {DETECTED}(?= (?:previously|before|earlier)\b) /
     not(?: been)?(?: \w+)? {DETECTED}(?= (?:on|in) (?:the |a |any )?(?:prior|previous|earlier|last|old|preceding)\b) /
@@ -189,7 +193,7 @@ IGNORE = phrases(r"""
     eval(?:uate)? / assess / rule out / r o / (?:known )?(?:history of|hx of|h o) / risk (?:of|for) /
     (?:evaluation|assessment|detection) of / (?:treat\w*|therapy) (?:for|of) /
     if (?:there (?:is|are|was|were)|(?:continued )?(?:clinical\w*|concern)|symptoms) /
-    if(?! any| present)(?= (?:\w+ ){1,4}(?:is|are|remains|persists?)\b) /
+    please (?:exclude|confirm|check|look) / if(?! any| present)(?= (?:\w+ ){1,4}(?:is|are|remains|persists?)\b) /
     to (?:document|ensure|confirm|exclude)""")
 # Nothing is said of what was just named
 IGNORE_BACK = phrases(rf"""
@@ -253,7 +257,7 @@ _SIDED = f"(?: (?:{SIZE}|right|left|bilateral|apical|basal|present))*{END}"
 # Doubts what was just named
 UNSURE_BACK = phrases(rf"""
     (?:(?:can|could|may|would|is|are) ?)?not(?: \w+){{0,3}} (?:excluded|ruled out) / until proven otherwise /
-    (?:can ?not|could not) be (?:\w+ )?confirmed / (?:(?<=: )|(?<=¦ ))(?:uncertain|unclear|indeterminate|suspicious) /
+    (?:can ?not|could not) be (?:\w+ )?confirmed / (?:(?<=: )|(?<=¦ ))(?:uncertain|unclear|unsure|indeterminate|suspicious) /
     (?:may|might|could|can) be (?:\w+ )?(?:missed|overlooked|hidden|obscured|masked|occult) /
     (?:can ?not be|could not be|not)(?: \w+)? {DETECTED} with (?:\w+ )?(?:certainty|confidence) /
     (?:is|are) (?:not )?(?:the |an? )?(?:(?:most|more|less) )?(?:un)?likely (?:diagnosis|cause|etiology|explanation) /
@@ -276,12 +280,12 @@ ABSENT_BACK = phrases(rf"""
     (?:(?:(?:is|are|was|were|has|have|been|can be)(?: {_LY})?|since|now|also|both|all|completely|entirely|interval)
     )+{_GONE} /
     (?:resolved|removed|taken out|absent|cleared|excluded|ruled out|gone)(?:{END}|(?= and| by| since| in the)) /
-    (?:(?:is|are|was|were|has|have)(?: been)? )?(?:no (?:longer|more)|not|never)(?: been)?(?: (?!an? |likely)\w+)?
+    (?:(?:is|are|was|were|has|have)(?: been| again| still| also)? )?(?:no (?:longer|more)|not|never|nowhere)(?: been)?(?: (?!an? |likely)\w+)?
     {DETECTED}(?! any|:) /
     (?:is|are) not (?:an? |the |of )?(?:\w+ )?concern{END} / (?:does|do|did) not (?:appear|seem)(?: to be)? {DETECTED} /
     (?:has|have) not (?:recurred|returned|reappeared) /
-    (?:can ?|could )not be(?: \w+)? {DETECTED} / removal(?! of) / resolution(?! of) /
-    (?:no|none|nothing|nil|absent|neg|negative|false|not|nad|n(?<=[:¦‹] n)|0(?<=[:¦‹] 0))(?: (?:evidence|e
+    (?:can ?|could )(?:not|no longer) be(?: \w+)? {DETECTED} / removal(?! of) / resolution(?! of) /
+    (?:no|none|ø|nothing|nil|absent|neg|negative|false|not|nad|n(?<=[:¦‹] n)|0(?<=[:¦‹] 0))(?: (?:evidence|e
     o|signs?|of|for|definite|visible|{DETECTED}))*{END} /
     no acute(?<=[:¦‹] no acute)(?= ?$) / no(?<=: no)(?= (?:\w+ ){{0,2}}\w+:)""")
 # Denies all that follows, until something ends it
