@@ -343,7 +343,9 @@ def test_letters_that_grow_in_lower_case_do_not_move_the_evidence():
     assert (span["text"], span["cue"]) == ("pneumothorax", "no")
 
 
-@pytest.mark.parametrize("first", ["Pneumothorax: -.", "Pneumothorax (-).", "-ve for edema.", "\u2610 Edema.", "Edema [ ]."])
+@pytest.mark.parametrize(
+    "first", ["Pneumothorax: -.", "Pneumothorax (-).", "-ve for edema.", "\u2610 Edema.", "Edema [ ]."]
+)
 def test_a_sign_that_means_no_does_not_move_the_evidence_behind_it(first):
     labels, spans = label_report(f"{first} Small effusion.", evidence=True)
     assert [(s["label"], s["text"]) for s in spans][-1] == (1, "effusion")

@@ -76,7 +76,8 @@ MENTIONS = {
     "Pleural Other": phrases(r"""
         pleural (?:\w+ )?(?:thickening|plaques?|scar\w*|fibrosis|calcifications?|abnormality|disease|tags?) /
         pleuro ?parenchymal (?:scar\w*|thickening) / thickening of the (?:\w+ )?pleura / calcified pleura\w* /
-        (?:bi)?apical (?:pleural )?(?:thickening|cap\w*) / fibrothorax / (?:(?<=usion or )|(?<=usion vs )|(?<=usion versus ))thickening"""),
+        (?:bi)?apical (?:pleural )?(?:thickening|cap\w*) / fibrothorax /
+        (?:(?<=usion or )|(?<=usion vs )|(?<=usion versus ))thickening"""),
     "Fracture": phrases(rf"""
         (?:(?:{_BONES}|compression|wedge|stress) )*fractur(?:e|es|ed) / (?:compression|wedge) deformit\w+ /
         (?:{_BONES}) deformit\w+ / broken (?:{_BONES}|bones?) /
@@ -143,8 +144,9 @@ _COMPARED = r"(?: in size)?(?= ?(?:$|[,:¦‹›]|since|from|compared|when|with|
 _NORMALLY = r"than (?:normal|usual|expected|half|50|0\.50?)"
 _LARGER = f"(?:larger|bigger|greater|wider|more) {_NORMALLY}"
 _BEFORE = "than (?:before|previously|(?:on |in |at |it was (?:on )?)?(?:the |a )?(?:prior|previous|last|earlier))"
-ENLARGED = phrases(f"""
-    enlarged / augmented / > ?(?:0?\.5|50) ?%?(?!\d) / 0?\.(?:5[1-9]|[6-9]\d?)(?! ?[cm]m) / enlargement(?: of)? / widened / broadened / exceeds / widening(?: of)? / dilated /
+ENLARGED = phrases(rf"""
+    enlarged / augmented / > ?(?:0?\.5|50) ?%?(?!\d) / 0?\.(?:5[1-9]|[6-9]\d?)(?! ?[cm]m) /
+    enlargement(?: of)? / widened / broadened / exceeds / widening(?: of)? / dilated /
     wide{END} / big{END} / large(?= (?:heart|cardiac)) / large(?=$|,| and| but| with) /
     {_LARGER} / (?:larger|bigger|wider) {_BEFORE} /
     above (?:the )?(?:upper limits? of )?normal(?: size| limits?| range)? /
@@ -257,7 +259,8 @@ _SIDED = f"(?: (?:{SIZE}|right|left|bilateral|apical|basal|present))*{END}"
 # Doubts what was just named
 UNSURE_BACK = phrases(rf"""
     (?:(?:can|could|may|would|is|are) ?)?not(?: \w+){{0,3}} (?:excluded|ruled out) / until proven otherwise /
-    (?:can ?not|could not) be (?:\w+ )?confirmed / (?:(?<=: )|(?<=¦ ))(?:uncertain|unclear|unsure|indeterminate|suspicious) /
+    (?:can ?not|could not) be (?:\w+ )?confirmed /
+    (?:(?<=: )|(?<=¦ ))(?:uncertain|unclear|unsure|indeterminate|suspicious) /
     (?:may|might|could|can) be (?:\w+ )?(?:missed|overlooked|hidden|obscured|masked|occult) /
     (?:can ?not be|could not be|not)(?: \w+)? {DETECTED} with (?:\w+ )?(?:certainty|confidence) /
     (?:is|are) (?:not )?(?:the |an? )?(?:(?:most|more|less) )?(?:un)?likely (?:diagnosis|cause|etiology|explanation) /
@@ -280,7 +283,8 @@ ABSENT_BACK = phrases(rf"""
     (?:(?:(?:is|are|was|were|has|have|been|can be)(?: {_LY})?|since|now|also|both|all|completely|entirely|interval)
     )+{_GONE} /
     (?:resolved|removed|taken out|absent|cleared|excluded|ruled out|gone)(?:{END}|(?= and| by| since| in the)) /
-    (?:(?:is|are|was|were|has|have)(?: been| again| still| also)? )?(?:no (?:longer|more)|not|never|nowhere)(?: been)?(?: (?!an? |likely)\w+)?
+    (?:(?:is|are|was|were|has|have)(?: been| again| still| also)?
+    )?(?:no (?:longer|more)|not|never|nowhere)(?: been)?(?: (?!an? |likely)\w+)?
     {DETECTED}(?! any|:) /
     (?:is|are) not (?:an? |the |of )?(?:\w+ )?concern{END} / (?:does|do|did) not (?:appear|seem)(?: to be)? {DETECTED} /
     (?:has|have) not (?:recurred|returned|reappeared) /
