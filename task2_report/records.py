@@ -80,7 +80,7 @@ def make_record(vlm, strategy, context, seconds, name, film, turn, written, odds
 def class_of_report(text):
     """
     A report without a CLASSIFICATION line, by its labels: pneumonia where it is stated, uncertain where it is doubted,
-    normal where nothing is wrong; else None: another finding says nothing of pneumonia.
+    normal where it is denied or nothing is wrong; else None: another finding says nothing of pneumonia.
     """
     labels = labels_of(text)
     if labels["Pneumonia"] in (POSITIVE, UNCERTAIN):

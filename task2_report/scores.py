@@ -37,6 +37,7 @@ def labels_of(text):
 
 # -------------------------------------------------------------------------------------------------------------- sides
 
+SENTENCE_END = re.compile(r"\.(?!\d)|\n|$")  # not the stop of "2.5 cm"
 PIECE = re.compile(r",|;|(?<!left )(?<!right )\band\b|\bwith\b", re.IGNORECASE)
 SIDE_WORDS = {"right": {"right"}} | dict.fromkeys(("left", "lingula", "lingular"), {"left"})
 SIDE_WORDS |= dict.fromkeys(("bilateral", "bilaterally", "both", "bibasilar"), {"left", "right"})
@@ -60,7 +61,7 @@ def sides_of(text):
         if span["condition"] not in SIDED or span["label"] not in (POSITIVE, UNCERTAIN):
             continue
         start = max(text.rfind(". ", 0, span["start"]), text.rfind("\n", 0, span["start"])) + 1
-        end = min((e for e in (text.find(".", span["end"]), text.find("\n", span["end"])) if e >= 0), default=len(text))
+        end = SENTENCE_END.search(text, span["end"]).start()
         before = [m.end() + start for m in PIECE.finditer(text[start : span["start"]])]
         after = PIECE.search(text[span["end"] : end])
         piece = text[before[-1] if before else start : span["end"] + after.start() if after else end]

@@ -1,5 +1,6 @@
 """What several test files share: a folder of their own, small data sets, a small network, one trained classifier."""
 
+import ctypes
 import functools
 import gc
 import os
@@ -23,6 +24,11 @@ from torch import nn
 from shared.data import image_sets
 from shared.phantom import phantom_classification
 
+# Memory that is freed stays with the process: taking it from the system anew costs a tenth of the time of all tests.
+KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(2**31 - 1), "MALLOC_MMAP_THRESHOLD_": str(2**30)}
+if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+    for option, value in zip((-1, -3), KEEP_MEMORY.values(), strict=True):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+        ctypes.CDLL(None).mallopt(option, int(value))
 # Side by side (pytest -n 2) each process has one core.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
 gc.collect()
@@ -115,7 +121,7 @@ def start_script():
                 cwd=folder,
                 stdout=output,
                 stderr=output,
-                env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+                env=os.environ | KEEP_MEMORY | {"OMP_NUM_THREADS": "1"} | environment,
             )
 
     return start

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ from shared.metrics.meteor import (
 )
 from shared.metrics.report_baselines import best_constant, diversity, most_frequent, random_reports
 from shared.metrics.stemmers import snowball_stem
-from shared.metrics.text import METRICS, TOKENIZERS, bleu_from_counts, clean_r2gen, r2gen_reference, r2gen_vocabulary
+from shared.metrics.text import METRICS, TOKENIZERS, bleu_from_counts, clean_r2gen
 from shared.metrics.text import score_reports
 
 WORDS = (
@@ -47,6 +48,20 @@ def random_pairs(n, seed, max_references=3):
     return random_texts(n, seed), [
         random_texts(rng.integers(1, max_references + 1), seed + 1 + i, shortest=1) for i in range(n)
     ]
+
+
+def r2gen_vocabulary(train_reports, min_count=3):
+    """-> set of the words that occur at least min_count times in the cleaned training reports (IU X-ray: 759)."""
+    counts = Counter(word for text in train_reports for word in clean_r2gen(text).split())
+    return {word for word, count in counts.items() if count >= min_count}
+
+
+def r2gen_reference(text, vocabulary, max_ids=60):
+    """
+    A report as R2Gen scores against it: cleaned, cut to max_ids ids of which the first is the start sign (so 59 words),
+    words outside the vocabulary as <unk>.
+    """
+    return " ".join(word if word in vocabulary else "<unk>" for word in clean_r2gen(text).split()[: max_ids - 1])
 
 
 def java_folder():

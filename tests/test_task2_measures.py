@@ -27,6 +27,7 @@ from task2_report.scores import errors_of, f1_of, film_sides, findings_of, measu
         ("Severe cardiomegaly, left more than right.", {}),  # has no side
         ("Left base opacity. Pleural effusion.", {"Lung Opacity": {"left"}}),
         ("Right effusion. Left effusion.", {"Pleural Effusion": {"left", "right"}}),
+        ("Effusion of 2.5 cm on the left.", {"Pleural Effusion": {"left"}}),
     ],
 )
 def test_sides_are_those_of_the_finding(text, expected):

@@ -9,7 +9,7 @@ import unicodedata
 
 import pytest
 
-from vqa_sft_grpo.scoring import OPPOSITES, SYNONYMS, asks_for_absence, choice, column_means, fold_synonyms
+from vqa_sft_grpo.scoring import OPPOSITE, SYNONYMS, asks_for_absence, choice, column_means, fold_synonyms
 from vqa_sft_grpo.scoring import llava_med_scores
 from vqa_sft_grpo.scoring import medevalkit_scores, normalise, options_of, overlap, polarity, score_answer
 from vqa_sft_grpo.scoring import score_with_synonyms
@@ -574,7 +574,7 @@ def test_contradiction(text, gold, expected):
     assert score_answer(text, gold, "open")["contradiction"] is expected
 
 
-@pytest.mark.parametrize("a, b", OPPOSITES)
+@pytest.mark.parametrize("a, b", OPPOSITE.items())
 def test_opposites_earn_no_match(a, b):
     for said, gold in ((a, b), (b, a)):
         found = score_answer(f"{said} side", f"{gold} side", "open")
@@ -709,7 +709,7 @@ def test_synonyms_only_in_their_column():
 def test_synonyms_are_stable_and_never_opposites():
     for phrase, word in SYNONYMS.items():
         assert fold_synonyms(phrase) == word and fold_synonyms(word) == word  # no chains
-    for a, b in OPPOSITES:
+    for a, b in OPPOSITE.items():
         assert fold_synonyms(a) != fold_synonyms(b)
 
 

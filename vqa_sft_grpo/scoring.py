@@ -67,15 +67,12 @@ COMMON = set(
     " look contain include exist image picture film scan in on of at to for from with by and or patient you what which"
     " where who how when as also them".split()
 )
-OPPOSITES = [
-    tuple(pair.split())
-    for pair in (
-        "left right,upper lower,superior inferior,anterior posterior,medial lateral,proximal distal,with"
-        " without,increase decrease,increased decreased,increasing decreasing,normal abnormal,present absent,acute"
-        " chronic,unilateral bilateral,healthy unhealthy,symmetric asymmetric,yes no"
-    ).split(",")
-]
-OPPOSITE = {word: other for a, b in OPPOSITES for word, other in ((a, b), (b, a))}
+OPPOSITE = (
+    "left right,upper lower,superior inferior,anterior posterior,medial lateral,proximal distal,with without,increase"
+    " decrease,increased decreased,increasing decreasing,normal abnormal,present absent,acute chronic,unilateral"
+    " bilateral,healthy unhealthy,symmetric asymmetric,yes no"
+)
+OPPOSITE = {word: other for pair in OPPOSITE.split(",") for word, other in (pair.split(), pair.split()[::-1])}
 
 # version 2: spellings (BRITISH too), abbreviations, plain equivalents; nothing that a radiologist would call different
 SYNONYMS_NAME = "medvlm-vqa-synonyms-2"
@@ -294,7 +291,7 @@ def same_words(prediction, gold, question=""):
         words, others = (sorted(token for item in some for token in item) for some in (a, b))
         if a and a == b:
             return True
-        plain = not RELATIONS & set(words) and not any(set(pair) <= set(words) for pair in OPPOSITES)
+        plain = not RELATIONS & set(words) and not {OPPOSITE.get(word) for word in words} & set(words)
         if words and words == others and plain and 1 in (len(a), len(b)):
             return True  # "lung, left": an inversion and no list
     return False

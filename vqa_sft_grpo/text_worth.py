@@ -19,7 +19,7 @@ import re
 from shared.metrics.labels import NEGATIVE, PARENTS, POSITIVE, UNCERTAIN, label_report
 from vqa_sft_grpo.answer_worth import DIMENSIONS, HEDGES, ORGANS
 from vqa_sft_grpo.prompting import instruction
-from vqa_sft_grpo.scoring import COMMON, NEGATORS, NORMALITY, OPPOSITES, STARTS, asks_for_absence, choice, negated
+from vqa_sft_grpo.scoring import COMMON, NEGATORS, NORMALITY, OPPOSITE, STARTS, asks_for_absence, choice, negated
 from vqa_sft_grpo.scoring import normalise, options_of, polarity, words_and_marks
 
 COPIED = 0.8  # of a sentence
@@ -301,7 +301,6 @@ def implied(text, question):
 
 def plain_statements(text, wanted, turned):
     """Clauses with all the words that are asked about, or with some turned into their opposites -> True, False."""
-    opposite = {word: other for a, b in OPPOSITES for word, other in ((a, b), (b, a))}
     truths = set()
     for clause in sentences(text):
         words, denied = set(clause), negated(clause) | (set(clause) if {"absent", "free"} & set(clause) else set())
@@ -310,7 +309,7 @@ def plain_statements(text, wanted, turned):
         missing = wanted - words
         if not missing:
             truths.add(bool(wanted & denied) == turned)
-        elif wanted - missing and all(opposite.get(word) in words for word in missing):
+        elif wanted - missing and all(OPPOSITE.get(word) in words for word in missing):
             truths.add(turned)
     return truths
 

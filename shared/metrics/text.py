@@ -27,7 +27,6 @@ if __name__ == "__main__":
 
 import functools
 import re
-from collections import Counter
 
 import numpy as np
 
@@ -284,20 +283,3 @@ def best_meteor(hypotheses, references):
     starts = np.cumsum(sizes) - sizes
     best = [start + int(np.argmax(scores[start : start + size])) for start, size in zip(starts, sizes, strict=True)]
     return statistics[best]
-
-
-# --------------------------------------------------------------------------------------- references as R2Gen makes them
-
-
-def r2gen_vocabulary(train_reports, min_count=3):
-    """-> set of the words that occur at least min_count times in the cleaned training reports (IU X-ray: 759)."""
-    counts = Counter(word for text in train_reports for word in clean_r2gen(text).split())
-    return {word for word, count in counts.items() if count >= min_count}
-
-
-def r2gen_reference(text, vocabulary, max_ids=60):
-    """
-    A report as R2Gen scores against it: cleaned, cut to max_ids ids of which the first is the start sign (so 59 words),
-    words outside the vocabulary as <unk>. Give the result to score_reports as it is, with the default tokenizer.
-    """
-    return " ".join(word if word in vocabulary else "<unk>" for word in clean_r2gen(text).split()[: max_ids - 1])
