@@ -106,6 +106,9 @@ LADDER = [
     ('```json\n{"answer": "yes", "capt', "json", 5, "yes"),
     ("The answer is: left lung.", "json", 6, "left lung"),
     ("**Answer:** yes\nanswer: no", "json", 6, "no"),
+    ("Answer - yes", "json", 6, "yes"),
+    ("The lungs are clear.\n\n### Final answer\n\nNo", "json", 6, "No"),
+    ("<think>x</think><final_answer>yes</final_answer>", "think", 2, "yes"),
     ("yes", "json", 6, "yes"),
     ('{"caption": "a "bad" one", "answer": "no"}', "json", 6, "no"),
     ("<think>x</think><answer>yes</answer>", "json", 6, "yes"),  # the other style

@@ -162,7 +162,7 @@ NAMED = re.compile(
     r"\A(\s{0,9}(?:yes|no)\b[\s.,:;]{0,9})<\|?(?:object_ref_start|ref)\|?>[^<]{0,200}(?=<)", re.IGNORECASE
 )
 END_TOKENS = re.compile(r"<\|[a-z_]{1,30}\|>|</?s>|<(?:pad|eos|end_of_turn)>")
-MARKS = re.compile(r"[<\u25c1]\s{0,3}(/?)\s{0,3}(think|answer)(?:ing)?\s{0,3}[>\u25b7]", re.IGNORECASE)
+MARKS = re.compile(r"[<\u25c1]\s{0,3}(/?)\s{0,3}(?:final[_ ])?(think|answer)(?:ing)?\s{0,3}[>\u25b7]", re.IGNORECASE)
 
 
 def parse_response(text, style=None):
@@ -414,7 +414,8 @@ def unescaped(match):
 
 # in any letter case, with or without blanks, hyphens and underscores
 ANSWER_NAMES = ("answer", "finalanswer")
-BOX_NAMES = "boxes box bbox2d bbox bboxes box2d boundingbox boundingboxes coordinates coords region regions roi".split()
+BOX_NAMES = "boxes box bbox2d bbox bboxes box2d boundingbox boundingboxes coordinates coords region regions roi loc"
+BOX_NAMES = BOX_NAMES.split()
 CORNERS = [names.split() for names in ("x0 y0 x1 y1", "x1 y1 x2 y2", "xmin ymin xmax ymax", "left top right bottom")]
 CORNERS.append(["topleft", "bottomright"])
 SIZED = [names.split() for names in ("x y width height", "x y w h", "left top width height")]
@@ -528,8 +529,9 @@ def is_box(value):
 
 # ---------------------------------------------------------------------------------------------------------- plain text
 
-ANSWER_IS = r"\banswer\b[\"'*]{0,4}[ \t]{0,4}(?:is\b(?! (?:based|because|supported|derived))|[:=]):?\s{0,4}([^\n]*)"
-ANSWER_IS = re.compile(ANSWER_IS, re.IGNORECASE)
+ANSWER_IS = r"\banswer\b[\"'*]{0,4}[ \t]{0,4}(?:is\b(?! (?:based|because|supported|derived))|[:=]|-(?= )):?\s{0,4}"
+ANSWER_IS = re.compile(ANSWER_IS + r"([^\n]*)", re.IGNORECASE)
+HEADING = re.compile(r"^[#*_ ]{0,9}(?:final )?answer[*_ ]{0,9}\n", re.IGNORECASE | re.MULTILINE)
 QUOTED = re.compile(r'\A"(.*?)"\s{0,3}(?:[}\]].*|[,;]{0,3}\s{0,9}"\w{1,30}"\s{0,3}:.*)?$')
 IN_LATEX = re.compile(r"\\boxed\{(?:\\[a-z]{1,20}\{)?([^{}\n]{0,200})\}")  # \boxed{yes}, \boxed{\text{yes}}
 
@@ -539,6 +541,7 @@ def plain_answer(text):
     The answer of a text without an object: what is in the last box of LaTeX, what follows the last 'answer:' or
     'answer is' of a line, else a short text itself, if there is a letter or a digit in it.
     """
+    text = HEADING.sub("answer: ", text)
     said = IN_LATEX.findall(text) or [QUOTED.sub(r"\1", words) for words in ANSWER_IS.findall(text)]
     if said := [words for words in (words.strip(" \t\"'*`.,{}[]") for words in said) if words]:
         return said[-1][:PLAIN_LENGTH]
