@@ -574,11 +574,10 @@ def test_contradiction(text, gold, expected):
     assert score_answer(text, gold, "open")["contradiction"] is expected
 
 
-@pytest.mark.parametrize("a, b", OPPOSITE.items())
-def test_opposites_earn_no_match(a, b):
-    for said, gold in ((a, b), (b, a)):
-        found = score_answer(f"{said} side", f"{gold} side", "open")
-        assert found["contradiction"] and not found["correct"] and found["f1"] == 0.5
+@pytest.mark.parametrize("said, gold", OPPOSITE.items())
+def test_opposites_earn_no_match(said, gold):
+    found = score_answer(f"{said} side", f"{gold} side", "open")
+    assert found["contradiction"] and not found["correct"] and found["f1"] == 0.5
 
 
 # --- laws ---
