@@ -80,7 +80,7 @@ def parse_args(argv=None):
     parser.add_argument("--out-dir", type=Path, default=Path("outputs/benchmarks/attention"))
     args = parser.parse_args(argv)
     if args.small:
-        args.films, args.steps, args.blind_steps, args.batch_size, args.studies = 12, 2, 2, 4, 10
+        args.films, args.steps, args.blind_steps, args.batch_size, args.studies = 12, 2, 2, 4, 6
         args.tower_steps = 2
         args.prompt_tokens, args.new_tokens, args.rounds = 100, 3, 1
     return args

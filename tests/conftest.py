@@ -4,7 +4,6 @@ import ctypes
 import functools
 import gc
 import os
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -109,22 +108,11 @@ def refused(capsys):
 
 @pytest.fixture(scope="session")
 def start_script():
-    """
-    start_script(path or module arguments, folder) -> a running process of the script, its output in folder/output.txt.
-    """
+    """start_script(path or -m module, arguments, folder) -> a running Script, its output in folder/output.txt."""
+    import processes
 
-    def start(arguments, folder, **environment):
-        command = [sys.executable, *map(str, arguments)]
-        with open(Path(folder) / "output.txt", "a") as output:
-            return subprocess.Popen(
-                command,
-                cwd=folder,
-                stdout=output,
-                stderr=output,
-                env=os.environ | KEEP_MEMORY | {"OMP_NUM_THREADS": "1"} | environment,
-            )
-
-    return start
+    processes.start_server(**KEEP_MEMORY, OMP_NUM_THREADS="1")
+    return processes.Script
 
 
 # --- data and network ---

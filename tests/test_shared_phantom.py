@@ -474,10 +474,13 @@ def test_removing_the_finding_turns_the_answer():
 
 
 @pytest.mark.slow
-def test_preview_from_another_folder(tmp_path):
+def test_preview_as_a_process(tmp_path, capsys):
+    from shared.phantom.__main__ import main as gallery
+
     command = [sys.executable, "-m", "shared.phantom", "--preview", "--out-dir", str(tmp_path), "--size", "64"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert {p.name for p in tmp_path.iterdir()} == {"normal.png", "findings.png", "lateral.png", "reports.md"}
-    refused = subprocess.run(command[:3], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert refused.returncode == 2 and "nothing to do" in refused.stderr
+    with pytest.raises(SystemExit) as stop:
+        gallery([])
+    assert stop.value.code == 2 and "nothing to do" in capsys.readouterr().err

@@ -574,9 +574,7 @@ def test_two_processes_train_one_network(real_run, own_folder, start_script):
         "train.validate = keep\n"
         "train.main(sys.argv[1:])\n"
     )
-    process = start_script(
-        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "ranks.py", *command[1:]], own_folder
-    )
+    process = start_script(["ranks.py", *command[1:]], own_folder, ranks=2)
     assert process.wait(PATIENCE) == 0, Path("output.txt").read_text()[-3000:]
     first, second = (torch.load(f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

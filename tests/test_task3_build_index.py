@@ -349,13 +349,8 @@ def test_two_processes_build_the_same_index(start_script, own_folder):
         "cpu",
     ]
     main([*map(str, command[1:]), "--out-dir", "alone"])
-    assert (
-        start_script(
-            ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *command, "--out-dir", "two"],
-            own_folder,
-        ).wait(PATIENCE)
-        == 0
-    ), Path("output.txt").read_text()
+    two = start_script([*command, "--out-dir", "two"], own_folder, ranks=2)
+    assert two.wait(PATIENCE) == 0, Path("output.txt").read_text()
     alone, two = CaseIndex.load("alone"), CaseIndex.load("two")
     assert (alone.vectors == two.vectors).all() and (alone.names == two.names).all() and len(two) == 41
 

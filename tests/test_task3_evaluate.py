@@ -452,10 +452,3 @@ def test_the_floor_of_raw_pixels_through_the_script_itself(real_data, small_netw
     assert row("across", PIXELS) == [84.1, 83.8, 82.9, 69.6, 64.4, 95.5]
     assert row("across", L2) == [82.4, 81.4, 80.8, 66.4, 56.4, 96.4]
     assert row("across", CHANCE)[0] == 56.1
-
-
-@pytest.mark.slow
-def test_dry_run_as_a_process_from_another_folder(tmp_path, start_script):
-    process = start_script([ROOT / "task3_retrieval" / "evaluate.py", "--dry-run", "--resamples", "20"], tmp_path)
-    assert process.wait(900) == 0, (tmp_path / "output.txt").read_text()[-2000:]
-    assert read(tmp_path / "outputs/task3_retrieval/evaluate/dry-run/metrics.json")["n"] == 48

@@ -474,7 +474,7 @@ print(f"equal on rank {{rank}}\\n", end="", flush=True)
 dist.barrier()
 dist.destroy_process_group()
 """)
-    process = start_script(["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", script], tmp_path)
+    process = start_script([script], tmp_path, ranks=2)
     assert process.wait(900) == 0, (tmp_path / "output.txt").read_text()[-2000:]
     text = (tmp_path / "output.txt").read_text()
     assert "equal on rank 0" in text and "equal on rank 1" in text

@@ -5,8 +5,6 @@ input.
 
 import json
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -98,14 +96,9 @@ def test_documented_command(made_up, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_from_another_folder(tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "vqa_sft_grpo" / "prepare_data.py"), "--dry-run"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+def test_from_another_folder(tmp_path, start_script):
+    process = start_script([ROOT / "vqa_sft_grpo" / "prepare_data.py", "--dry-run"], tmp_path)
+    assert process.wait() == 0, Path("output.txt").read_text()
     assert len(read_rows(tmp_path / "outputs" / "vqa_sft_grpo" / "prepare_data" / "dry-run" / "train.json")) > 10
 
 

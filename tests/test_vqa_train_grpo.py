@@ -6,8 +6,6 @@ and a killed run goes on as if nothing had happened.
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -712,25 +710,16 @@ def test_rows_without_an_answer_are_refused(tmp_path):
 
 
 @pytest.mark.slow
-def test_dry_run_and_a_real_kill(rows_file, tmp_path):
+def test_a_real_kill(rows_file, tmp_path, start_script):
     """As a user runs it: a process, killed hard after its first checkpoint, and resumed."""
-    command = [
-        sys.executable,
-        str(ROOT / "vqa_sft_grpo" / "train_grpo.py"),
-        *options(rows_file, "--steps", 6, "--save-every", 1, "--eval-every", 6),
-    ]
-    process = subprocess.Popen(
-        [*command, "--out-dir", str(tmp_path / "run")],
-        cwd=tmp_path,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    for _ in range(9000):
-        if (tmp_path / "run" / "last.pt").exists() or process.poll() is not None:
-            break
-        time.sleep(0.1)
+    script = ROOT / "vqa_sft_grpo" / "train_grpo.py"
+    command = [script, *options(rows_file, "--steps", 6, "--save-every", 1, "--eval-every", 6)]
+    process = start_script([*command, "--out-dir", "run"], tmp_path)
+    while not Path("run/last.pt").exists():
+        assert process.poll() is None, Path("output.txt").read_text()
+        time.sleep(0.01)
     process.kill()
-    process.wait()
-    done = subprocess.run([*command, "--resume", str(tmp_path / "run")], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and "resumed from" in done.stdout, done.stderr
+    assert process.wait() == -signal.SIGKILL
+    assert start_script([*command, "--resume", "run"], tmp_path).wait() == 0, Path("output.txt").read_text()
+    assert "resumed from" in Path("output.txt").read_text()
     assert [r["step"] for r in finals(tmp_path / "run")[2]] == list(range(7))
