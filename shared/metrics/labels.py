@@ -27,7 +27,7 @@ import re
 from functools import lru_cache
 
 from shared.metrics.layout import flatten, sentences
-from shared.metrics.phrases import END, NEW, OWN_VERB, TABLES, VERB_NEXT
+from shared.metrics.phrases import END, NEW, OWN_VERB, SIZE, TABLES, VERB_NEXT, WHAT
 
 POSITIVE, NEGATIVE, UNCERTAIN, UNKNOWN = 1, 0, -1, None  # unknown: the text does not mention it
 
@@ -129,8 +129,14 @@ _LINK = re.compile(  # "normal size of the heart"
 )
 _OR = re.compile(r"\b(?:or|nor)\b")
 _LASTING = re.compile(r"\b(?:whether|that)\b")  # cues that a verb does not end: "whether A is B"
-_TITLE = re.compile(r"[ ¦]*(?:\w+ ){0,2}[ ¦]*:.*")  # around the name of a field
-_TIP = re.compile(r"\b(?:tips?|ends?|side ?(?:port|hole)s?|portion|aspect|course)\b")
+_TITLE = re.compile(r"[ ¦]*(?:\w+ ){0,3}[ ¦]*:.*")  # around the name of a field
+_TIP = re.compile(r"\b(?:tips?|ends?|side ?(?:port|hole)s?|portion|aspect|course|one of)\b")
+_PAST = re.compile(r" (?:below|beyond|past|distal\w*|in the stomach)\b")
+_OTHER_SIDE = re.compile(  # "resolved on the right, but persists on the left"
+    r" (?:on|in|at) the (right|left)\b(?: \w+){0,3}?,? (?:but|and) (?:(?:has|is|are) )?"
+    rf"(?:{SIZE}|increas\w+|decreas\w+|improv\w+|worse\w*|persist\w*|remains?|unchanged|stable|still|seen|present)"
+    r"(?: \w+){0,3}? (?:on|in|at) the (?!\1)(?:right|left)\b"
+)
 _TO_LARGE = re.compile(r"(?: in size)? (?:to|or) (?:\w+ ){0,2}(?:enlarged|borderline|increased|prominent)\b")
 
 
@@ -161,7 +167,7 @@ class _Reader:
         # "and"; and the list before a mark, which an answer means ("Lines and tubes: none").
         self.recent, self.item, self.part, self.asked = [], 0, 0, []
         # Anatomy waiting for its state, as (part, start); whether its verb has come; the last token a state has taken
-        self.anatomy, self.verb_seen, self.claimed = [], False, -1
+        self.anatomy, self.verb_seen, self.claimed, self.headed = [], False, -1, False
         self.comma_at, self.outside = -1, []
 
     def read(self):
@@ -214,8 +220,8 @@ class _Reader:
     def anatomical(self, i, part, start, end):
         self.silence.used = True
         if i > self.claimed:
-            if self.verb_seen:
-                self.anatomy, self.verb_seen = [], False
+            if self.verb_seen or self.headed:  # headed: "Mediastinum: the heart is large"
+                self.anatomy, self.verb_seen, self.headed = [], False, False
             self.anatomy.append((part, start))
 
     def state(self, i, state, start, end):
@@ -306,7 +312,10 @@ class _Reader:
         return [k for k in targets if not self.doubt.cue or self.spans[k][3] > self.doubt.cue[0]]
 
     def absent_back(self, i, what, start, end):
-        tip = _TIP.search(self.sentence, 0, start)  # "the tip of the tube is not seen": the tube is there
+        if _OTHER_SIDE.match(self.sentence, end):
+            return
+        # "the tip of the tube is not seen", "the tube is not seen below the carina": the tube is there
+        tip = _TIP.search(self.sentence, max(0, start - 200), start) or _PAST.match(self.sentence, end)
         targets = [k for k in self.meant(start, end) if not (tip and self.spans[k][0] == "Support Devices")]
         self.deny_back(targets, start, end)
 
@@ -393,6 +402,7 @@ class _Reader:
         if self.sentence.startswith((" or ", " nor "), end):
             return
         asked = self.recent[self.part :] or self.asked
+        self.headed = self.sentence[start] == ":" and bool(self.anatomy)
         if not any(scope.cue and scope.cue[1] >= start - 1 for scope in self.scopes):  # "negative for: effusion, ..."
             self.stop(i, what, start, end)
         self.asked = asked
@@ -419,7 +429,9 @@ def _read_sentence(sentence):
 # ----------------------------------------------------------------------------------------------------- the whole report
 
 _RANK = {None: 0, NEGATIVE: 1, UNCERTAIN: 2, POSITIVE: 3}
-_NO_WORD = re.compile(r"(?:\b(?:x+|n|a|na|nan|none|null|nil|name|and|or|unknown|missing|not available)\b|\W|\d|_)*")
+_NO_WORD = re.compile(
+    rf"(?:\b(?:x+|n|a|na|nan|none|null|nil|name|and|or|unknown|missing|not available|{WHAT})\b|\W|\d|_)*"
+)
 
 
 def label_report(text, evidence=False):

@@ -12,7 +12,7 @@ if __name__ == "__main__":
 import re
 from functools import lru_cache
 
-from shared.metrics.phrases import HOW, SIZE, WHAT, WHY
+from shared.metrics.phrases import BONES, HOW, SIZE, WHAT, WHY
 
 _SHORT = {"ptx": "pneumothorax", "pna": "pneumonia", "consol": "consolidation", "eff": "effusion", "fx": "fracture"}
 _SHORT |= {"ddx": "differential diagnosis", "wnl": "within normal limits", "nl": "normal", "pulm": "pulmonary"}
@@ -22,11 +22,13 @@ _SPELLED = (
     "pneumothorax pneumothoraces pneumonia pneumonias consolidation consolidations atelectasis atelectases effusion"
     " effusions edema oedema cardiomegaly opacity opacities nodule nodules fracture fractures pleural infiltrate"
     " infiltrates emphysema pacemaker catheter catheters enlarged enlargement silhouette mediastinum mediastinal"
-    " unremarkable congestion without evidence pulmonary thickening unlikely excluded"
+    " unremarkable congestion without evidence pulmonary thickening unlikely excluded cannot possible probable likely"
+    " questionable suspicious borderline resolved removed negative absent normal"
 ).split()
 _OTHER_WORDS = frozenset(
     "opacify opacifies pneumonic pleura pleurae fractured infiltrated effusive silhouettes congestions pacemakers"
-    " enlarges exclude excludes evidenced evidences".split()
+    " enlarges exclude excludes evidenced evidences possibly probably questionably resolve resolves remove removes"
+    " negatives".split()
 )
 _CONTRACTION = re.compile(r"(\w+)n['’`]t\b|\b((?:do|did|does|is|was|are|were|has|have|had|could))nt\b")
 _PLAIN = re.compile(r"[a-z]+")
@@ -49,7 +51,7 @@ def _spell(word):
         word = _CONTRACTION.sub(lambda m: {"ca": "can", "wo": "will"}.get(m[1], m[1] or m[2]) + " not", word)
     found = _PLAIN.match(word)
     if not found or word[found.end() :].strip(".,:;"):
-        return "and" if word == "&" else word
+        return {"&": "and", "♯": "fracture"}.get(word, word)
     letters = _SHORT.get(found[0], found[0])
     if len(letters) > 3 and letters not in _SPELLED and letters not in _OTHER_WORDS:
         right = (w for w in _SPELLED if w[0] == letters[0] and _one_edit_apart(letters, w))
@@ -143,12 +145,13 @@ _LAYOUT = {
     " ": r"\((?:e?s|x)\)",
     # dashes and bars; not the hyphen of "mid- and lower"
     "¦": rf"(?<=\S)[{_HYPHENS}]+(?=\s)(?!\s+(?:and|or|to)\b)|(?<=\s)[{_HYPHENS}]+(?=\s)|[{_HYPHENS}]{{2,}}|—"
-    r"|[|•·*=→]+>?|->|(?<=\s)>(?=\s*[a-z])|\.{2,}(?=\s*[a-z])|…|(?<=\s)\+(?=\s)|\(\+\)|</?[a-z]+ ?/?>"
+    r"|[|•·*=→]+>?|->|(?<=\s)>(?=\s*[a-z])|(?<!\.)\.{2,}(?=\s*[a-z])|…|(?<=\s)\+(?=\s)|\(\+\)|</?[a-z]+ ?/?>"
     r"|(?<=[a-z])–(?=[a-z])|(?:^|(?<=\s))\(?(?:\d{1,2}|[a-h])\)(?=\s)",
     ",": r"(?<=\s)/(?=\s)",
     "no": r"\([-–−]\)|\[\s\]",
     "ø": r"(?<=[a-z:] )[-–−](?=[.,;]|$)|[☐□]",
     "neg": r"(?<!\w)[-–−]ve\b",
+    "♯": rf"#(?=\s?(?:(?:right|left|old|\d+(?:st|nd|rd|th)) )*(?:{BONES})\b)|(?<=rib )#|(?<=ribs )#|(?<=clavicle )#",
     # "Effusion? No."
     ":": r"\?(?:[\s¶]*a(?:nswer)?\s*:)?(?=\s*(?:no|none|nil|absent|negative|yes|present|positive)\s*(?:[.,;¶]|$))",
     # a question mark before what it asks, or "+/-"; and one in brackets behind it
@@ -157,12 +160,19 @@ _LAYOUT = {
 }
 _MARKED = re.compile("|".join(f"({pattern})" for pattern in _LAYOUT.values()))
 _UNUSUAL = re.compile(r"[^a-z0-9 .,;:']|\.\.")
-_PIECES = re.compile(r"[¶¦‹›¿]|[^\s¶¦‹›¿]+?[;,]+(?=[a-z])|[^\s¶¦‹›¿]+")
+_PIECES = re.compile(r"[¶¦‹›¿♯]|[^\s¶¦‹›¿♯]+?[;,]+(?=[a-z])|[^\s¶¦‹›¿♯]+")
+# Stars and tags of a word inside a sentence ("there is **no** effusion"), not those of a heading ("**Heart:** large")
+_EMPHASIS = re.compile(
+    r"(\*{1,3}|<(?:b|i|em|strong|u)>)(?=[a-z]|(?:[Nn]ot?|NOT?|No evidence|Without|Negative for|Absent|Possible|Probable"
+    r"|Likely|Questionable|Suspected)\b|(?<=no \*\*)|(?<=No \*\*)|(?<=or \*\*)|(?<=of \*\*))"
+    r"([^*<>\n]{1,80})(\*{1,3}|</(?:b|i|em|strong|u)>)"
+)
 
 
 def flatten(text, with_places=False):
     """text -> the flat text; for each of its characters the one of `text` it stands for (else None)."""
     text = _mark_lines(text) if _BREAK.search(text) else text
+    text = _EMPHASIS.sub(lambda found: "\0" * len(found[1]) + found[2] + "\0" * len(found[3]), text)
     low = text.lower()
     if len(low) != len(text):  # a few letters grow in lower case, which would move what follows
         low = "".join(c.lower() if len(c.lower()) == 1 else c for c in text)

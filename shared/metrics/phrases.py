@@ -35,16 +35,16 @@ _TUBES = (
 )
 _LINES = (
     "central|venous|arterial|picc|ij|jugular|subclavian|femoral|dialysis|support|monitoring|intravenous|iv|swan ganz"
-    "|ng|et"
+    "|ng|et|hickman|cvp?|tunnell?ed"
 )
-_BONES = "rib|ribs|clavicle|clavicular|vertebral|vertebra|sternal|humeral|humerus|scapular|scapula|spinal|hip|shoulder"
+BONES = "rib|ribs|clavicle|clavicular|vertebral|vertebra|sternal|humeral|humerus|scapular|scapula|spinal|hip|shoulder"
 
 MENTIONS = {
     "Cardiomegaly": phrases("cardiomegaly / cardiomegalic"),
     "Lung Lesion": phrases(r"""
         nodul(?:e|es) / nodular (?:opacit\w+|densit\w+|opacification\w*|focus|foci|lesions?|shadow\w*) /
-        (?:lung|pulmonary|parenchymal|cavitary|spiculated|hilar|perihilar|pleural based|coin) lesions? / mass(?:es)? /
-        lesions?(?= (?:\w+ ){0,3}?(?:in|within|of|throughout) (?:\w+ ){0,3}?(?:lungs?|lobes?)\b) /
+        (?:lung|pulmonary|parenchymal|cavit\w+|spiculated|hilar|perihilar|pleural based|coin) lesions? / mass(?:es)? /
+        lesions?(?= (?:\w+ ){0,3}?(?:in|at|within|of|throughout) (?:\w+ ){0,3}?(?:lungs?|lobes?|zones?|apex|base)\b) /
         masslike / cavit(?:y|ies|ary|ations?) / carcinoma / neoplas\w+ / tumou?rs? / malignan(?:cy|cies) /
         metasta(?:sis|ses|tic)(?: disease| lesions?)?"""),
     "Pneumonia": phrases("""
@@ -52,17 +52,19 @@ MENTIONS = {
         infect(?:ious|ive)(?: process| etiology)?"""),
     "Lung Opacity": phrases(rf"""
         opaci(?:t|f)\w+ / infiltrat(?:e|es|ion|ions) / (?:airspace|air space|alveolar) (?:disease|process|pattern) /
-        (?:(?:{_TEXTURE}) )+densit(?:y|ies) / areas? of (?:increased )?density /
-        (?:increased|prominent|coarse|coarsened|accentuated|thickened|reticular|chronic|bronchovascular)(?:
-        (?:pulmonary|interstitial|lung|bronchovascular|chronic|bilateral))* (?:markings|pattern) /
-        (?:(?:pulmonary|interstitial|lung|bronchovascular) )+markings (?:are|appear|remain)(?: (?!not|no)\w+)?
+        (?:(?:{_TEXTURE}) ){{1,5}}densit(?:y|ies) / areas? of (?:increased )?density /
+        (?:(?:{_TEXTURE}) ){{0,5}}shadowing / (?:(?:air ?space|alveolar) )changes? /
+        (?:increased|prominent|coarse|coarsened|accentuated|thickened|reticular|chronic)(?:
+        (?:pulmonary|interstitial|lung|bronchovascular|chronic|bilateral)){{0,4}} (?:markings|pattern) /
+        (?:(?:pulmonary|interstitial|lung|bronchovascular) ){{1,4}}markings (?:are|appear|remain)(?: (?!not|no)\w+)?
         (?:increased|prominent|coarse|coarsened|accentuated|thickened) /
         (?:prominence|thickening|coarsening) of the (?:pulmonary |lung )?interstiti\w+ /
-        interstitial (?:prominence|thickening|(?:lung )?disease|abnormality|changes?|process|pattern) /
-        reticulation\w* / reticulo ?nodular (?:pattern|changes?|disease) / ground glass / white ?out"""),
+        (?<!\bnormal )interstitial (?:prominence|thickening|(?:lung )?disease|abnormality|changes?|process|pattern)(?!
+        (?:is|appears) normal) / reticulation\w* / reticulo ?nodular (?:pattern|changes?|disease|shadow\w*) / ground glass / white ?out"""),
     "Edema": phrases(r"""
-        (?:pulmonary |interstitial |alveolar )*o?edema / (?:pulmonary )?(?:vascular|venous) (?:congestion|engorgement) /
-        (?:pulmonary|central|(?<=signs of )) ?congestion / cephalization / vascular redistribution /
+        (?:pulmonary |interstitial |alveolar ){0,3}o?edema /
+        (?:pulmonary |central )?(?:vascular |venous )?congestion / (?:pulmonary )?(?:vascular|venous) engorgement /
+        cephali[sz]ation / vascular redistribution /
         upper lobe (?:\w+ )?diversion / (?:fluid|volume) overload"""),
     "Consolidation": [r"consolidat\w+"],
     "Atelectasis": phrases(r"""
@@ -71,21 +73,25 @@ MENTIONS = {
     "Pneumothorax": phrases("(?:hydro|hemo|haemo)?pneumothora(?:x|xes|ces) / pleural air"),
     "Pleural Effusion": phrases(r"""
         pleural (?:or|and|and or) pericardial effusions? / pericardial (?:or|and|and or) pleural effusions? /
-        (?:pleural |parapneumonic |subpulmonic )*effusions? / ha?emothora(?:x|ces) / hydrothora(?:x|ces) / empyema /
-        (?:pleural|loculated|layering) (?!air)(?:\w+ )?(?:fluid|collections?) / fluid in the (?:\w+ )?pleural space"""),
+        (?:pleural |parapneumonic |subpulmonic ){0,3}effusions? / ha?emothora(?:x|ces) / hydrothora(?:x|ces) / empyema /
+        (?:pleural|loculated|layering) (?!air)(?:\w+ )?(?:fluid|collections?) / fissural fluid /
+        fluid (?:collections? )?(?:in|within) (?:\w+ ){0,3}?(?:pleural (?:spaces?|cavit(?:y|ies))|fissures?)
+    """),
     "Pleural Other": phrases(r"""
         pleural (?:\w+ )?(?:thickening|plaques?|scar\w*|fibrosis|calcifications?|abnormality|disease|tags?) /
-        pleuro ?parenchymal (?:scar\w*|thickening) / thickening of the (?:\w+ )?pleura / calcified pleura\w* /
+        pleuro ?parenchymal (?:scar\w*|thickening) / thickening of the (?:\w+ )?pleura / (?:calcified|thickened) pleura\w* /
         (?:bi)?apical (?:pleural )?(?:thickening|cap\w*) / fibrothorax /
         (?:(?<=usion or )|(?<=usion vs )|(?<=usion versus ))thickening"""),
     "Fracture": phrases(rf"""
-        (?:(?:{_BONES}|compression|wedge|stress) )*fractur(?:e|es|ed) / (?:compression|wedge) deformit\w+ /
-        (?:{_BONES}) deformit\w+ / broken (?:{_BONES}|bones?) /
-        (?:{_BONES}|bones?) (?:is|are) broken"""),
+        (?:(?:{BONES}|compression|wedge|stress) ){{0,4}}fractur(?:e|es|ed) / (?:compression|wedge) deformit\w+ /
+        (?:{BONES}) deformit\w+ / broken (?:{BONES}|bones?) /
+        (?:{BONES}|bones?) (?:is|are) broken"""),
     "Support Devices": phrases(rf"""
         (?:{_TUBES}) (?:tip )?(?:tubes?|catheters?|drains?) / tubes?(?:,? (?:and|or) lines?)? / (?:et|ng|og)t /
         dobb?hoff / catheters? / cannula[se]? / (?:{_LINES}) (?:\w+ )?lines? /
-        lines?(?= (?:and|or) tubes?| placement|:) / picc / (?:cv|uv|ua)c / cvl / ppm / port ?a ?cath / mediport /
+        lines?(?= (?:and|or) tubes?| placement|:) / (?<!b )(?<!septal )lines(?= (?:are|remain)
+        (?:in (?:\w+ )?(?:place|position)|unchanged|stable)) / vas ?cath / perm ?cath / cordis / icc / acdf /
+        (?:pedicle|spinal) (?:screws?|rods?) / plate fixation / picc / (?:cv|uv|ua)c / cvl / ppm / port ?a ?cath / mediport /
         (?:infusion|wall|chest|sided|right|left) ports? / swan ganz / trach /
         pacemakers? / pacers? / pacing / defibrillators? / a?icd / leads? / balloon pump / lvad / stents? / drains? /
         pigtail / tracheostomy / thoracostomy / prosthetic (?:\w+ )?valve / valve (?:replacement|prosthesis) /
@@ -97,7 +103,7 @@ MENTIONS = {
 
 # Contain the words of a mention and are none; read before the mentions.
 UNMENTIONS = phrases(r"""
-    pericardial (?:fluid|effusions?) / joint effusions? / mass effect / body mass / radio ?opa\w+ / bone density /
+    pericardial (?:fluid|effusions?) / (?:nasal|sinus|hepatic|passive) congestion / joint effusions? / mass effect / body mass / radio ?opa\w+ / bone density /
     (?:soft tissue|subcutaneous|chest wall|peripheral|leg) o?edema /
     (?<!non )calcified (?:\w+ )?(?:nodul\w+|mass\w*|opacit\w+|densit\w+) / non consolidat\w+ /
     (?:bone|bony|osseous|lytic|sclerotic|blastic|skeletal|vertebral) (?:\w+ )?(?:lesions?|mass\w*|metasta\w+) /
@@ -141,11 +147,13 @@ ANATOMY = {
     """),
 }
 _COMPARED = r"(?: in size)?(?= ?(?:$|[,:¦‹›]|since|from|compared|when|with|and)(?:\W|$))"
+_PERCENT = r"(?:(?<=ctr )|(?<=ratio )|(?<= is )|(?<= to )|(?<= of )|(?<=about )|(?<=imately ))"  # of a ratio
 _NORMALLY = r"than (?:normal|usual|expected|half|50|0\.50?)"
 _LARGER = f"(?:larger|bigger|greater|wider|more) {_NORMALLY}"
 _BEFORE = "than (?:before|previously|(?:on |in |at |it was (?:on )?)?(?:the |a )?(?:prior|previous|last|earlier))"
 ENLARGED = phrases(rf"""
     enlarged / augmented / > ?(?:0?\.5|50) ?%?(?!\d) / 0?\.(?:5[1-9]|[6-9]\d?)(?! ?[cm]m) /
+    {_PERCENT}(?:5[1-9]|[6-9]\d)(?:\.\d)? ?% /
     enlargement(?: of)? / widened / broadened / exceeds / widening(?: of)? / dilated /
     wide{END} / big{END} / large(?= (?:heart|cardiac)) / large(?=$|,| and| but| with) /
     {_LARGER} / (?:larger|bigger|wider) {_BEFORE} /
@@ -162,7 +170,7 @@ NORMAL = phrases(r"""
 NOT_ENLARGED = phrases(rf"""
     not (?:enlarged|widened|broadened|dilated|increased(?: in size|{END})|{_LARGER}) /
     (?:less|smaller) {_NORMALLY} / (?:below|under|<) ?(?:50|0?\.50?) /
-    0?\.[34]\d?(?! ?[cm]m)""")
+    0?\.[34]\d?(?! ?[cm]m) / {_PERCENT}[34]\d(?:\.\d)? ?%""")
 
 DETECTED = (
     "(?:seen|identified|evident|present|visuali[sz]ed|appreciated|appreciable|demonstrated|detected|apparent|noted"
@@ -174,9 +182,16 @@ DETECTED = (
 _NOT = "(?:no|not|without|never|lack of|yet to|fail(?:s|ed)? to)"
 KEEP = phrases(rf"""
     (?:no|not(?: been)? any) (?:other |further |significant |appreciable |interval |substantial |relevant |major |new
-    )*(?:change|changes|increase|decrease|improvement|worsening|progression|difference)(?: in| of| from)? /
-    without (?:significant |interval |substantial )*(?:change|worsening|increase) /
-    not (?:significantly |substantially |appreciably )*(?:changed|different|increased|decreased|worsened|improved) /
+    ){{0,4}}(?:change|changes|increase|decrease|improvement|worsening|progression|difference)(?: in| of| from)? /
+    no (?:evidence of |interval |further |significant |definite
+    ){{0,3}}(?:growth|reduction|loculation|calcification|displacement|kinking|migration|tension(?:
+    component)?|complications?)(?: of| in| to| related to| from)+ /
+    no (?:\w+ )?enlargement of(?= (?:\w+ ){{0,3}}(?:pneumothorax|effusions?|nodules?|mass|opacity|lesion)\b) /
+    (?:no|without)(?= (?:lead|wire|hardware|catheter|tube|line|device) (?:fracture|complication|kink|migration|malpos)) /
+    (?:should|must|may|to) be (?:removed|taken out) /
+    that (?:was|were) not(?: \w+)? {DETECTED}(?= (?:previously|before|earlier|on|in)\b) /
+    without (?:significant |interval |substantial ){{0,3}}(?:change|worsening|increase) /
+    not (?:significantly |substantially |appreciably ){{0,3}}(?:changed|different|increased|decreased|worsened|improved) /
     (?:image|spatial|low|limited|this|pixel) resolution / not only / not necessarily / no doubt / if not /
     (?:probably|likely|perhaps) (?:unchanged|stable|similar|improved) /
     {_NOT}(?: \w+){{0,2}} (?:resolution|resolved?|resolving|clearing|cleared|disappear\w*|subsided?)(?: of)? /
@@ -226,7 +241,8 @@ UNSURE = phrases(r"""
     (?:can ?not|could not|unable to|not possible to) (?:\w+ )?(?:confirm|verify|diagnose) /
     (?:possibly|probably|presumably|perhaps|potentially) (?:due to|related to|secondary to|from|in the setting of) /
     (?:may|might|could|would|can)(?: \w+){0,2}? (?:be (?:\w+ )?(?:secondary to|due to|related to|in the setting
-    of|from|seen with)|be|represent|reflect|indicate|suggest|relate|correspond|have|contain) / may / might / could /
+    of|from|seen (?:with|in(?: (?:\w+ )?patients with)?)|associated with)|be|represent|reflect|indicate|suggest|relate|correspond|have|contain) / may / might / could /
+    (?:often|commonly|frequently|usually|typically|sometimes) (?:associated with|seen (?:with|in)) /
     possibility of / question of / suspicious (?:for|of) / suspicion (?:for|of) /
     (?:probability|likelihood|chance) of / (?:concerning|worrisome) for /
     concern(?:ed|s)?(?: (?:is|for|of|about))+ / c f / consider(?! (?:re|advanc|pull|withdr)) / suggest\w*(?: of)? /
@@ -261,21 +277,22 @@ UNSURE_BACK = phrases(rf"""
     (?:(?:can|could|may|would|is|are) ?)?not(?: \w+){{0,3}} (?:excluded|ruled out) / until proven otherwise /
     (?:can ?not|could not) be (?:\w+ )?confirmed /
     (?:(?<=: )|(?<=¦ ))(?:uncertain|unclear|unsure|indeterminate|suspicious) /
-    (?:may|might|could|can) be (?:\w+ )?(?:missed|overlooked|hidden|obscured|masked|occult) /
+    (?:may|might|could|can) be (?:\w+ )?(?:missed|overlooked|hidden|obscured|masked|occult) / not impossible /
+    (?:may|might|could) not be (?:\w+ )?(?:visible|seen|apparent|evident|detect\w+) /
     (?:can ?not be|could not be|not)(?: \w+)? {DETECTED} with (?:\w+ )?(?:certainty|confidence) /
-    (?:is|are) (?:not )?(?:the |an? )?(?:(?:most|more|less) )?(?:un)?likely (?:diagnosis|cause|etiology|explanation) /
+    (?:is|are|would be) (?:not )?(?:the |an? )?(?:(?:most|more|less) )?(?:un)?likely (?:diagnosis|cause|etiology|explanation) /
     (?:(?:is|are|would be|remains?) (?:\w+ )?)?(?:difficult|hard|impossible) to (?:\w+ )?(?:exclude|rule out)(?=$|,|
     and| given| on| in) /
     (?:is|are|was|were|remains?|seems?|appears?|looks?|(?:would|could|might|may) be){_VERY} {_DOUBTFUL}(?:
     (?:clinically|present|diagnosis))?(?= ?(?:$|[,:¦‹›])| (?:and|but|given|though|as|in|on|at|by|because)\b) /
     (?:should|could|may|might|must|needs? to|has to) (?:also )?be (?:considered|present|excluded|ruled out|there{END}) /
     (?:could|may|might|would)(?: all| each| both| also)? (?:give|produce|explain|cause|account for|look like|have
-    (?:\w+ )*appearance) /
+    (?:\w+ ){{0,3}}appearance) /
     (?:(?:very|quite|highly|most|more|less) )*{_DOUBTFUL}{_SIDED} /
     can ?not (?:(?:be )?exclude|rule out){_SIDED}""")
 _GONE = (
     "(?:resolved|cleared|disappeared|removed|taken out|absent(?!:)|ruled out|excluded|subsided|gone|vanished"
-    "|denied|lacking|negative(?! for)|regressed completely|completely regressed)"
+    "|denied|lacking|explanted|negative(?! for)|regressed completely|completely regressed)"
 )
 _LY = r"(?!near|part|large|most|incomp)\w+ly"
 # Denies what was just named. The last one is the answer of a template: "Pneumothorax: none", "effusion no, ...".
@@ -301,7 +318,7 @@ ABSENT = phrases(r"""
     (?:no|not|without)(?: \w+){0,3}? (?:evidence|e o|signs?|indications?|suggestion|suspicion)(?: of| for| to suggest)?
     / resolved / (?:resolution|clearing|disappearance|(?<!for )exclusion|removal|absence|lack) of / absent /
     lacks?(?: (?:any|signs?|evidence|of))* / none of the (?:following|above) / none of / zero / ø / nil /
-    (?:nothing|not enough|insufficient evidence)(?: \w+)? to (?:suggest|indicate|support) /
+    (?:nothing|little|not enough|insufficient evidence)(?: \w+)? to (?:suggest|indicate|support) /
     (?:insufficient|little|scant) evidence (?:of|for) / neg(?:ative|\.)? for /
     (?:negatives?|not (?:\w+ )?(?:present|seen|identified|observed|detected))(?=:) /
     free (?:of|from) / clear of / (?:de)?void of / non ?visuali[sz]ation of / without / w o(?:ut)? / sans / no longer /
@@ -309,12 +326,13 @@ ABSENT = phrases(r"""
     can ?not (?:see|identify|appreciate|detect|find) /
     fail(?:s|ed)? to (?:show|demonstrate|reveal|identify|detect|confirm|visuali[sz]e)""")
 # Ends whatever is open
-STOP = phrases("""
+STOP = phrases(r"""
     but / however / although / though / makes? / making / except /
     (?:aside|apart) from / other than / besides / barring / save for / yet / otherwise / which /
     while / whereas / because / since / with / w / after / following / status post / s p /
     there (?:is|are|has|have|was|were|continues|remains) / there(?= may) / (?:and|,) (?:the|there|a|an|this|these) /
-    in the setting of / due to / secondary to / still / again / (?<!not )positive for""")
+    in the (?:setting|presence|context) of / due to / secondary to / (?:related to|accompanying)(?= (?:the|a|known)\b) /
+    despite / in spite of / beyond / still / again / (?<!not )positive for""")
 VERBS = phrases(r"""
     is / are / was / were / has / have / remains? / appears? / persists? / measur\w+ / shows? / demonstrates? /
     continues? / projects? / noted / seen / identified""")
@@ -324,7 +342,7 @@ NEW = (
     rf"(?:(?:,(?: and)?|and) |(?!large))(?:{SIZE}|suggest\w*|likely|probabl[ey]|possibl[ey]|consistent|compatible"
     r"|stable|unchanged|minor|patchy|streaky|persistent|new|increased|increasing|decreased|decreasing|improving"
     r"|improved|worsening|low|right|left|bilateral"
-    r"|bibasilar|chronic|old|healed|scattered|multiple|some|prominent|only|just|enlarged|heart(?! failure)"
+    r"|bibasilar|chronic|old|healed|scattered|multiple|some|prominent|only|just|merely|simply|enlarged|heart(?! failure)"
     r"|cardiac silhouette|the|an?|\d[\d.]* [cm]m)\b"
 )
 # ... and a finding with a verb or state of its own does: "no effusion and cardiomegaly is stable". "No effusion and
