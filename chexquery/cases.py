@@ -267,19 +267,27 @@ def load_studies(args):
         )  # fmt: skip
     if args.limit:
         studies.limit(args.limit)
-    studies.keep(lambda row: can_be_seen(row, args.views), "a film cannot be read, or there is none of the views")
+    no_film = f"no film of the views {', '.join(args.views)}"
+    studies.keep(lambda row: "index" in row["films"] or paths_of(row, args.views), no_film)
+    broken = {row["uid"]: wrong for row in studies.rows if (wrong := unreadable(row, args.views))}
+    if broken:
+        first = f"a film cannot be read, the first {next(iter(broken.values()))}"
+        studies.keep(lambda row: row["uid"] not in broken, first)
     return studies
 
 
-def can_be_seen(row, views):
-    """Is there a film, and can all be read? Looked at before the work begins, not when the film's turn comes."""
-    paths = [path for view in views if "index" not in row["films"] and (path := row["films"].get(view))]
-    try:
-        for path in paths:
+def paths_of(row, views):
+    return [path for view in views if (path := row["films"].get(view))]
+
+
+def unreadable(row, views):
+    """-> the first film that cannot be read, and why, or None. Looked at before the work begins, not at its turn."""
+    for path in paths_of(row, views):
+        try:
             read_image(path)
-    except InputError:
-        return False
-    return bool(paths) or "index" in row["films"]
+        except InputError as error:
+            return f"{path}: {error}"
+    return None
 
 
 def add_data_options(group):
@@ -359,34 +367,42 @@ class Films:
 def add_file_options(group):
     # fmt: off
     group.add_argument("--images", nargs="+", metavar="FILE", help="frontal films: files, folders, patterns")
-    group.add_argument("--lateral", nargs="+", metavar="FILE", help="their lateral films, as many, in the same order")
+    group.add_argument("--lateral", nargs="+", metavar="FILE",
+        help="their lateral films, as many, in the same order; or, without --images, lateral films alone")
     # fmt: on
 
 
 def read_files(args, size, views):
     """
-    --images and --lateral -> (rows {"uid", "patient", "films"}, uint8 (N, 2, size, size), bool (N, 2), errors
-    [{"image", "error"}]). A study with a film that cannot be read is an error. InputError when none is left, or for
-    films of another view than the model was trained on.
+    --images and --lateral, as pairs or one of them -> (rows {"uid", "patient", "films"}, uint8 (N, 2, size, size),
+    bool (N, 2), errors [{"image", "error"}]). A study with a film that cannot be read is an error. InputError when none
+    is left, or for films of another view than the model was trained on.
     """
     for view, files in zip(VIEWS, (args.images, args.lateral), strict=True):
         if files and view not in views:
-            raise InputError(f"this model was trained on {views[0]} films alone: {view} ones mean nothing to it")
-    frontal = find_images(args.images)[: args.limit]
-    lateral = find_images(args.lateral)[: args.limit] if args.lateral else [None] * len(frontal)
-    if len(lateral) != len(frontal):
-        raise InputError(f"{len(frontal)} frontal and {len(lateral)} lateral films: give one lateral film for each")
+            option = "--images" if views[0] == VIEWS[0] else "--lateral"
+            raise InputError(f"this model was trained on {views[0]} films alone: give {option} and no {view} ones")
+    given = [files for files in (args.images, args.lateral) if files]
+    found = [find_images(given[0])[: args.limit]]
+    if len(given) > 1:  # pairs: a film may stand there twice
+        found = [[path for name in files for path in find_images([name])][: args.limit] for files in given]
+    if len(found[-1]) != len(found[0]):
+        raise InputError(f"{len(found[0])} frontal and {len(found[1])} lateral films: give one lateral film for each")
+    none = [None] * len(found[0])
+    frontal, lateral = (found.pop(0) if files else none for files in (args.images, args.lateral))
     rows, images, errors = [], [], []
     for pair in zip(frontal, lateral, strict=True):
         both = np.zeros((len(VIEWS), size, size), np.uint8)
         try:
-            for i, file in enumerate(file for file in pair if file is not None):
-                both[i] = square(read_image(file), size)
+            for i, file in enumerate(pair):
+                if file is not None:
+                    both[i] = square(read_image(file), size)
         except InputError as error:
             errors.append({"image": str(file), "error": str(error)})
             continue
         films = {view: None if file is None else str(file) for view, file in zip(VIEWS, pair, strict=True)}
-        rows.append({"uid": pair[0].name, "patient": pair[0].name, "films": films})
+        name = (pair[0] or pair[1]).name
+        rows.append({"uid": name, "patient": name, "films": films})
         images.append(both)
     if not rows:
         raise InputError(f"none of the films can be used; the first: {errors[0]['image']}: {errors[0]['error']}")

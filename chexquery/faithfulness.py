@@ -240,7 +240,7 @@ def deletion(model, images, looked, present, rows, thresholds, rng):
             drops[name] = (seen.logits[chosen, k] - logits).tolist()
         for n, i in enumerate(chosen.tolist()):
             falls = {f"{name}_drop": values[n] for name, values in drops.items()}
-            found.append({"patient": rows[i]["patient"], "condition": condition, **falls})
+            found.append({"patient": rows[i]["patient"], "study": rows[i]["uid"], "condition": condition, **falls})
     return found
 
 

@@ -5,7 +5,8 @@ Usage:
     python chexquery/infer.py --checkpoint outputs/chexquery/train/001 --images docs/phantom_film.png folder/ "*.dcm"
     python chexquery/infer.py --checkpoint RUN --images frontal.png --lateral lateral.png --beams 4
 
-Each file is the frontal film of a study of its own; --lateral gives their lateral films, in the same order.
+Each file is the frontal film of a study of its own; --lateral gives their lateral films, in the same order, or alone
+the only films there are.
 Writes to the run folder: reports.txt, reports.json (text, probability of each condition, files), report.md,
 report.html, figures/, and errors.csv for films that cannot be read.
 """
@@ -19,9 +20,10 @@ sys.path.insert(0, str(ROOT))  # finds shared/ from any folder; in a notebook, c
 
 import shared  # noqa: F401, isort: skip  # before transformers
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 
-from chexquery.cases import add_file_options, read_files
+from chexquery.cases import VIEWS, add_file_options, read_files
 from chexquery.checkpoints import MADE_UP, add_writing_options, open_model
 from shared.metrics.labels import CONDITIONS, label_report
 from shared.report import Report, number, save_figure, short_path
@@ -38,9 +40,10 @@ def parse_args(argv=None):
     add_file_options(g)
     args = parser.parse_args(argv)
     if args.dry_run:
-        args.device, args.images = "cpu", args.images or [str(ROOT / "docs" / "phantom_film.png")]
-    if not args.images:
-        parser.error("--images names the films to write about")
+        args.device = "cpu"
+        args.images = args.images or (None if args.lateral else [str(ROOT / "docs" / "phantom_film.png")])
+    if not (args.images or args.lateral):
+        parser.error("--images names the films to write about (--lateral lateral ones)")
     return args
 
 
@@ -60,16 +63,23 @@ def write_about(model, rows, images, present, batch_size, device, decoding):
     return results
 
 
+def named(result):
+    return result["films"]["frontal"] or result["films"]["lateral"]
+
+
 def make_report(run_dir, images, present, results, told):
     phantom = told["data"]["phantom"]
     report = Report("CheXQuery: reports", warnings=[MADE_UP] * phantom)
     for n, (films, there, result) in enumerate(zip(images, present, results, strict=True), 1):
-        figure, axes = plt.subplots(1, int(there.sum()), figsize=(3.2 * there.sum(), 3.4), squeeze=False)
-        for axis, film in zip(axes.flat, films[there], strict=True):
-            axis.imshow(film, cmap="gray", vmin=0, vmax=255)
+        size = (3.2 * there.sum(), 3.8)
+        figure, axes = plt.subplots(1, int(there.sum()), figsize=size, squeeze=False, layout="constrained")
+        for axis, view in zip(axes.flat, np.flatnonzero(there), strict=True):
+            axis.imshow(films[view], cmap="gray", vmin=0, vmax=255)
+            axis.set_title(VIEWS[view], fontsize=9)
             axis.axis("off")
-        report.heading(short_path(result["films"]["frontal"]))
-        report.figure(save_figure(figure, run_dir / "figures" / f"film{n}.png"), "The film as the model gets it.")
+        report.heading(short_path(named(result)))
+        picture = save_figure(figure, run_dir / "figures" / f"film{n}.png", Path(named(result)).name)
+        report.figure(picture, "The film as the model gets it.")
         report.text(result["report"] or "(nothing was written)")
         if result["probabilities"]:
             rows = [[name, number(chance, 2)] for name, chance in result["probabilities"].items()]
@@ -89,13 +99,13 @@ def main(argv=None):
     facts = {"checkpoint": told["path"], "phantom": told["data"]["phantom"], "n": len(rows), "left_out": len(errors)}
     write_json(run_dir / "reports.json", facts | {"reports": results, **run_facts(started, told["device"])})
     with atomic_file(run_dir / "reports.txt", "w") as file:
-        file.write("\n\n".join(f"{r['films']['frontal']}\n{r['report']}" for r in results) + "\n")
+        file.write("\n\n".join(f"{named(r)}\n{r['report']}" for r in results) + "\n")
     if errors:
         write_csv(run_dir / "errors.csv", errors)
     make_report(run_dir, images, present, results, told)
     for r in results:
         best = ", ".join(f"{name} {chance:.2f}" for name, chance in list(r["probabilities"].items())[:3])
-        print(f"{r['films']['frontal']}\n  {r['report']}\n  {best}")
+        print(f"{named(r)}\n  {r['report']}\n  {best}")
     print(f"{len(results)} reports, {len(errors)} films left out; results in {run_dir} ({time.time() - started:.1f} s)")
 
 

@@ -196,10 +196,11 @@ class CheXQuery(nn.Module):
         whole[present] = pooled
         return patches.flatten(1, 2), whole
 
-    def forward(self, images=None, present=None, looked=None, maps=False, starts=None, put=None):
+    def forward(self, images=None, present=None, looked=None, maps=False, starts=None, put=None, apart=False):
         """
         looked: what look() gave, in place of images. starts (Q, D): other query starts; put: {query: vector (D) or
-        (B, D)} that takes the place of a query's own after the last layer, to see what depends on it. -> Seen
+        (B, D)} that takes the place of a query's own after the last layer, to see what depends on it. apart: what the
+        label heads learn stays in them. -> Seen
         """
         patches, whole = self.look(images, present) if looked is None else looked
         per_view = patches.shape[1] // len(VIEWS)
@@ -215,8 +216,9 @@ class CheXQuery(nn.Module):
             queries = queries.clone()
             queries[:, place] = vector
         tokens, gate, pooling = self.fusion(whole, queries, maps)
-        logits = self.aux(queries[:, : self.num_conditions]).squeeze(-1) if self.aux is not None else None
-        rest = queries[:, self.num_conditions :]
+        read = queries.detach() if apart else queries
+        logits = self.aux(read[:, : self.num_conditions]).squeeze(-1) if self.aux is not None else None
+        rest = read[:, self.num_conditions :]
         regions = self.region_head(rest).squeeze(-1) if self.region_head is not None else None
         return Seen(tokens, logits, regions, queries, whole, gate, weights if maps else [], pooling)
 
@@ -281,10 +283,10 @@ class CheXQuery(nn.Module):
     def freeze(self, phase):
         """
         Leave trainable what this phase trains -> names of the parts. 1: queries, fusion, heads; 2: all of it, with LoRA
-        where vision and text model came with weights; 3: vision and heads are frozen. What started from random weights
-        is trained from phase 1 on.
+        where vision and text model came with weights; 3: vision is frozen, and the heads follow the queries, which they
+        do not change (losses in train.py). What started from random weights is trained from phase 1 on.
         """
-        parts = {1: ("query", "head"), 2: ("query", "head", "vision", "text"), 3: ("query", "text")}[phase]
+        parts = {1: ("query", "head"), 2: ("query", "head", "vision", "text"), 3: ("query", "head", "text")}[phase]
         if phase == 1 and not self.frozen_base:
             parts += ("vision", "text")
         self.requires_grad_(False)

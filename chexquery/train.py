@@ -15,8 +15,8 @@ last.pt (to resume), history.jsonl, val_reports.jsonl; metrics.json, figures/cur
 
 Phase 1 aligns the queries: a pretrained vision tower and text model are frozen, and the tower's features are computed
 once (--cache-features). Phase 2 trains all of it, with LoRA in both, on report and labels together. Phase 3 trains the
-report alone; tower and heads are frozen. What starts from random weights (--model tiny, small) is trained from phase 1
-on. Phase N starts from the best of phase N - 1. --model sets many options at once: chexquery/configs/<model>.yaml.
+report alone; the tower is frozen, and the heads only follow the queries. What starts from random weights (--model tiny,
+small) is trained from phase 1 on. Phase N starts from the best of phase N - 1. --model: chexquery/configs/<model>.yaml.
 """
 
 import argparse
@@ -240,13 +240,15 @@ class Split:
 def losses(model, split, indices, args, phase, device, dtype, augmenting=False, of=None):
     """
     -> (loss to minimise, {"report", "labels", "regions"}) of these rows: means over the tokens and labels of the batch
-    `of` (default: these rows alone), to which the passes of a batch add up, however it is cut.
+    `of` (default: these alone), to which its passes add up, however it is cut. Where labels have no weight, the heads
+    alone learn them: left as they are, they would misread queries that go on learning.
     """
     of = indices if of is None else of
     tokens, all_tokens = (split.num_tokens(model, rows, phase) for rows in (indices, of))
     weights = torch.tensor([LABEL_WEIGHTS.get(name, 1.0) for name in CONDITIONS], device=device)
+    aux = args.aux_weight[phase - 1]
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        seen = model(**split.inputs(indices, device, augmenting))
+        seen = model(**split.inputs(indices, device, augmenting), apart=not aux)
         report = model.report_loss(seen.tokens, split.texts(indices, phase, device), args.label_smoothing[phase - 1])
     found = {"report": report * (tokens / all_tokens)}
     for name, logits, target, mask, weight in (
@@ -257,8 +259,8 @@ def losses(model, split, indices, args, phase, device, dtype, augmenting=False, 
             wanted = target[indices].to(device)
             each = F.binary_cross_entropy_with_logits(logits.float(), wanted, weight, reduction="none")
             found[name] = (each * mask[indices].to(device)).sum() / mask[of].sum().clamp(min=1).item()
-    aux = args.aux_weight[phase - 1]
-    total = found["report"] + aux * (found.get("labels", 0) + args.region_weight * found.get("regions", 0))
+    told = found.get("labels", 0) + args.region_weight * found.get("regions", 0)
+    total = found["report"] + (aux * told if aux else told - told.detach())  # a gradient, and nothing in the sum
     return total, {name: value.item() for name, value in found.items()}
 
 
@@ -289,9 +291,9 @@ def validate(model, split, args, phase, device, dtype):
     score = macro + 0.1 * min(1.0, spread["distinct_reports"] / spread["reference_distinct_reports"])
     alike = max(Counter(split.wanted[phase]).values()) / len(texts)  # normal studies may well be told alike
     thresholds = None
-    if logits:
+    if logits:  # a condition that no study has is never called, one that all have always
         scores = torch.cat(logits).sigmoid().numpy().astype(float)
-        thresholds = [choose_threshold(t.astype(int), s) if 0 < t.sum() < len(t) else 0.5
+        thresholds = [choose_threshold(t.astype(int), s) if 0 < t.sum() < len(t) else 1.0 - float(t.mean())
                       for t, s in zip(true.T, scores.T, strict=True)]  # fmt: skip
     rows = [{"uid": r["uid"], "reference": r["reference"], "text": t} for r, t in zip(split.rows, texts, strict=True)]
     loss = report_loss / split.num_tokens(model, range(len(texts)), phase)
@@ -348,7 +350,8 @@ def train_phase(args, phase, model, train, val, facts, run_dir, work):
     per_epoch = math.ceil(len(train.rows) / effective)
     num_steps = args.epochs[phase - 1] * per_epoch
     optimizer = optimizer_of(weights, args, phase)
-    guard = GuardedStep(optimizer, scaler, weights.values(), args.grad_clip)
+    apart = set() if args.aux_weight[phase - 1] else set(model.parts()["head"])  # their gradient shortens no other's
+    guard = GuardedStep(optimizer, scaler, [p for p in weights.values() if p not in apart], args.grad_clip)
     values = {"step": 0, "history": [], "best": None, "since_best": 0, "totals": {}, "done": False}
     last_path = folder / "last.pt"
     saved = {"weights": weights, "optimizer": optimizer, "scaler": scaler}, settings_of(args, ASIDE), facts["of"]
@@ -394,8 +397,7 @@ def finish_epoch(args, phase, model, val, facts, folder, work, values, row):
     device, dtype, _, rank, world_size = work
     numbers, reports = validate(model, val, args, phase, device, dtype) if rank == 0 else (None, None)
     if world_size > 1:
-        box = [numbers]
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box := [numbers], src=0)
         numbers = box[0]
     totals, thresholds = values["totals"], numbers.pop("thresholds")
     if "steps" not in totals:
@@ -468,17 +470,16 @@ def main(argv=None):
     run_dir = open_run_dir(args, TASK, "train")
     train = Split(train_rows, model, args, drawn, args.shuffle_regions)
     val = Split(val_rows, model, args, drawn)
-    work, histories, best = (device, dtype, torch.amp.GradScaler(device.type, enabled=False), rank, world_size), [], {}
+    work, histories, best = (device, dtype, torch.amp.GradScaler(device.type, enabled=False), rank, world_size), {}, {}
     for phase in PHASES if args.phase == 0 else [args.phase]:
         start_phase(args, phase, model, run_dir, rank)
         history, best[phase] = train_phase(args, phase, model, train, val, facts, run_dir, work)
-        histories += history
+        histories[phase] = [row | {"total epoch": row["epoch"] + sum(map(len, histories.values()))} for row in history]
         args.start_from = None
         if world_size > 1:
             dist.barrier()
     if rank > 0:
         return
-    last, histories = max(best), [row | {"total epoch": n} for n, row in enumerate(histories, 1)]
     write_json(run_dir / "metrics.json", {
         "dataset": {k: v for k, v in facts.items() if k != "patients"}, "split": "val",
         "n": len(val_rows), "best": best, "model": args.model,
@@ -487,8 +488,9 @@ def main(argv=None):
         "settings": settings_of(args), "seed": args.seed, **run_facts(started, device),
     })  # fmt: skip
     place = [] if phantom or args.splits_file else ["--data-dir", args.data_dir]
-    title = f"{studies.name}, {args.model}, {len(val_rows)} validation studies"
+    title = f"{studies.name}, {args.model}, {len(val_rows)} validation studies; a line for each phase"
     draw_history(run_dir / "figures" / "curves.png", histories, PANELS, "total epoch", title, phantom)
+    last = max(best)
     print(f"best of phase {last}: F1 micro {best[last]['f1_micro_13']:.3f}; measure it on test studies with\n"
           f"{command('chexquery/evaluate.py', '--checkpoint', run_dir / f'phase{last}' / 'best.pt', *place)}\n"
           f"results in {run_dir} ({time.time() - started:.0f} s)")  # fmt: skip

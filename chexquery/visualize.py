@@ -34,6 +34,7 @@ from shared.runtime import atomic_file, bounded, open_run_dir, run_facts, script
 from shared.runtime import write_csv, write_json
 
 TASK = "chexquery"
+MOST = 40  # words of a report that are drawn; maps.npz holds all
 
 
 def parse_args(argv=None):
@@ -49,8 +50,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.dry_run:
         args.data, args.device, args.studies = "phantom", "cpu", 1
-    if bool(args.images) == bool(args.data):
-        parser.error("give --images FILE ... or --data phantom, one of the two")
+    if bool(args.images or args.lateral) == bool(args.data):
+        parser.error("give --images FILE ... (--lateral FILE ...) or --data phantom, one of the two")
     return args
 
 
@@ -69,19 +70,17 @@ def films_of(args, model, told):
 def word_maps(model, seen, ids, maps):
     """
     ids (L,) of one written report, seen and maps of its study alone -> (words, maps (W, V, g, g), share of attention on
-    the global token (W,)). A word's map is the mean over its pieces, all layers and heads of the decoder.
+    the global token (W,)). A word's map is the mean over its pieces, all layers and heads of the decoder. Nothing for
+    an empty report, nor without pooling: then the text has the global token alone, which has no place.
     """
     ids = ids[(ids != model.tokenizer.pad_token_id) & (ids != model.tokenizer.eos_token_id)]
-    if not len(ids):  # an empty report
+    if not len(ids) or seen.pooling is None:
         return [], np.zeros((0, *maps.shape[2:])), None
     full = torch.tensor([*model.prompt_ids, *ids.tolist()], device=ids.device)[None]
     with torch.no_grad():
         attention = model.decoder_logits(seen.tokens, full, attention=True)[1]
     attention = torch.stack(attention).mean((0, 2))[0, len(model.prompt_ids) :].float()  # (L, T)
-    pooled = attention[:, 1:] @ seen.pooling[0].float() if seen.pooling is not None else None
-    places = (
-        torch.einsum("lq,qvgh->lvgh", pooled, maps[0]) if pooled is not None else torch.zeros(len(ids), *maps.shape[2:])
-    )
+    places = torch.einsum("lq,qvgh->lvgh", attention[:, 1:] @ seen.pooling[0].float(), maps[0])
     words, spans = [], []
     for i, piece in enumerate(model.tokenizer.convert_ids_to_tokens(ids.tolist())):
         if piece.startswith("▁") or not words:
@@ -151,15 +150,20 @@ def show_study(n, row, images, present, model, seen, maps, text, ids, drawn, run
         panels = [(v, numbers[q, v], (), f"{model.names[q]}\n{VIEWS[v]}") for v in views for q in regions]
         picture("regions", panels, 6, "Region queries", "Region queries.")
     words, places, whole = word_maps(model, seen, ids, maps)
+    if seen.pooling is None:
+        report.text("No maps of words: this model writes from the global token alone, which has no place on the film.")
     if words:
-        places = places.cpu().numpy()
-        panels = [(0, places[i, 0], (), words[i]) for i in range(min(len(words), 40))]
-        share = float(whole.mean())
-        caption = f"The decoder's cross-attention for each word; {share:.0%} of it went to the global token."
+        places, view = places.cpu().numpy(), views[0]
+        panels = [(view, places[i, view], (), w if len(w) < 18 else w[:16] + "…") for i, w in enumerate(words[:MOST])]
+        shown = f"the first {MOST} of {len(words)} words" if len(words) > MOST else "each word"
+        share = float(whole[:MOST].mean())
+        caption = f"The decoder's cross-attention for {shown}; {share:.0%} of it went to the global token."
+        if len(views) > 1:
+            caption += f" On the {VIEWS[view]} film; maps.npz holds both views."
         if len(words) > 1:
             alike = np.corrcoef(places.reshape(len(words), -1))[np.triu_indices(len(words), 1)].mean()
             caption += f" Maps of two words correlate by {alike:.2f} on average: near 1 they tell no word apart."
-        picture("words", panels, min(10, len(panels)), "The decoder, word by word, frontal", caption)
+        picture("words", panels, min(10, len(panels)), f"The decoder, word by word, {VIEWS[view]}", caption)
     return {f"study{n}_queries": numbers, f"study{n}_words": places}
 
 
@@ -204,10 +208,10 @@ def main(argv=None):
         print(f"{row['uid']}: {texts[0] or '(nothing was written)'}")
     if "deletion" in scores:
         report.heading("Deletion: a tenth of the patches erased, fall of the condition's logit")
-        keys, head = ("own", "other", "random"), ["condition", "ranked by its own map", "by another query's"]
+        keys, head = ("own", "other", "random"), ["study", "condition", "ranked by its own map", "by another query's"]
         report.table(
             [*head, "random patches"],
-            [[c["condition"], *(number(c[f"{k}_drop"], 2) for k in keys)] for c in scores["deletion"]],
+            [[c["study"], c["condition"], *(number(c[f"{k}_drop"], 2) for k in keys)] for c in scores["deletion"]],
         )
     if "pointing" in scores:
         report.heading("Pointing")

@@ -221,8 +221,9 @@ def draw_history(path, histories, panels, x="step", title="", phantom=False, smo
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
     for axis, (ylabel, curves) in zip(axes.flat, panels, strict=False):
+        named = set()
         for color, (key, label) in enumerate(curves.items()):
-            for nth, rows in enumerate(histories.values()):
+            for rows in histories.values():
                 points = [(row[x], row[key]) for row in rows if row.get(key) is not None]
                 if not points:
                     continue
@@ -230,7 +231,10 @@ def draw_history(path, histories, panels, x="step", title="", phantom=False, smo
                 if len(values) > 2 * smooth:
                     values = np.array([values[max(0, i - smooth + 1) : i + 1].mean() for i in range(len(values))])
                 marker = "." if len(values) < 12 else None
-                axis.plot(steps, values, color=f"C{color}", marker=marker, alpha=0.8, label=None if nth else label)
+                axis.plot(
+                    steps, values, color=f"C{color}", marker=marker, alpha=0.8, label=None if key in named else label
+                )
+                named.add(key)
         axis.set(xlabel=x, ylabel=ylabel)
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)

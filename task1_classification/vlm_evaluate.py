@@ -345,7 +345,9 @@ def write_report(run_dir, films, methods, usable, often, left, differences):
         lines = [[d["pair"], d["first"], d["second"], with_interval(d["macro"], number),
                   with_interval(d["macro_often"], number)] for d in differences]  # fmt: skip
         report.table(["", "first", "second", "difference", "over frequent labels"], lines)
-        shown = [(d["pair"], d["macro"]) for d in differences]
+        pairs = [d["pair"] for d in differences]
+        shown = [(d["pair"] if pairs.count(d["pair"]) == 1 else f"{d['first']} - {d['second']}", d["macro"])
+                 for d in differences]  # fmt: skip
         path = forest(run_dir / "figures/differences.png", shown, f"{films.name}: paired differences", films.phantom)
         report.figure(path, "Paired differences of the mean AUC.")
         main_pair = differences[0]

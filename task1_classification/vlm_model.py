@@ -295,9 +295,11 @@ def matching_rank(encoder):
 
 def check_gradients(mode, probe, encoder):
     """
-    After a backward pass: what is trained has a gradient that is not zero, and nothing else has one. RuntimeError, a
-    bug, otherwise.
+    After a backward pass: what is trained has a gradient that is not zero, and nothing else has one; else RuntimeError,
+    a bug. False where that cannot be told yet: through a head of zeros (B learned nothing) no gradient passes.
     """
+    if mode in ("projector", "lora") and not any(p.any() for p in probe.head.parameters() if p.ndim > 1):
+        return False
     trained = {"head": probe.head} if mode != "cnn" else {"network": probe.network}
     if mode == "projector":
         trained["projector"] = probe.projector
@@ -314,6 +316,7 @@ def check_gradients(mode, probe, encoder):
     for name, p in frozen:
         if "lora_" not in name and (p.requires_grad or p.grad is not None):
             raise RuntimeError(f"--mode {mode}: {name} is frozen and has a gradient")
+    return True
 
 
 def inputs_of(mode, bank, films, rows, encoder):

@@ -134,7 +134,8 @@ def main(argv=None):
     mapping = films.notes.get("mapping")
     if mapping:
         write_csv(run_dir / "mapping.csv", [{"label": k, "index terms": v} for k, v in mapping.items()])
-    report = Report(f"{films.name}: films and labels", films.phantom)
+    limited = [f"Made with --limit {args.limit}: the counts are not those of the data set."] * bool(args.limit)
+    report = Report(f"{films.name}: films and labels", films.phantom, limited)
     report.text(str(films) + "; " + ", ".join(f"{value} {name}" for name, value in found.items()) + ".")
     for reason, n in films.notes.get("left_out", {}).items():
         report.text(f"Left out: {n} studies, {reason}.") if n else None

@@ -127,15 +127,28 @@ def train_tower(encoder, args, folder):
     guard = GuardedStep(optimizer, torch.amp.GradScaler(encoder.device.type, enabled=False), parameters, 1.0)
     truth = torch.from_numpy(films.truth).to(encoder.device)
     weight, generator = class_weights(truth[rows]), np.random.default_rng(args.seed)
-    for step in range(args.tower_steps):
-        some = generator.choice(rows, min(32, len(rows)), replace=False)
-        logits = head(look(some))  # (B, T, L)
-        each = truth[some][:, None].expand_as(logits)
-        loss = masked_loss(logits.flatten(0, 1), each.flatten(0, 1), weight)
-        loss.backward()
-        guard.step(loss.item(), learning_rate(step, args.tower_steps, args.tower_steps // 20, 1e-3))
-        if (step + 1) % max(1, args.tower_steps // 5) == 0:
-            print(f"tower: step {step + 1}/{args.tower_steps}  loss {loss.item():.3f}", flush=True)
+    state, begun, written = folder.with_name("tower.pt"), 0, time.time()
+    parts = {"weights": Weights(encoder.model), "head": head, "optimizer": optimizer}
+    saved = state, parts, settings_of(args, ASIDE), {"fingerprint": films.fingerprint()}
+    if args.resume and state.exists():
+        begun = load_state(*saved)["step"]
+    with StopSignal() as stop:
+        for step in range(args.tower_steps):
+            some = generator.choice(rows, min(32, len(rows)), replace=False)
+            if step < begun:
+                continue
+            logits = head(look(some))  # (B, T, L)
+            each = truth[some][:, None].expand_as(logits)
+            loss = masked_loss(logits.flatten(0, 1), each.flatten(0, 1), weight)
+            loss.backward()
+            guard.step(loss.item(), learning_rate(step, args.tower_steps, args.tower_steps // 20, 1e-3))
+            if (step + 1) % max(1, args.tower_steps // 5) == 0:
+                print(f"tower: step {step + 1}/{args.tower_steps}  loss {loss.item():.3f}", flush=True)
+            if stop.requested() or time.time() - written > 60:
+                save_state(*saved, step=step + 1)
+                written = time.time()
+            if stop.requested():
+                stop.exit(folder.parent)
     val = films.rows_of("val")
     with torch.no_grad():
         logits = torch.cat([head(look(val[i : i + 64])).mean(1).cpu() for i in range(0, len(val), 64)])
@@ -151,6 +164,7 @@ def train_tower(encoder, args, folder):
             encoder.dual.save_pretrained(folder)
             encoder.processor.save_pretrained(folder)
     write_json(folder / "training.json", facts | {"phantom": True})
+    state.unlink(missing_ok=True)
     return facts
 
 
@@ -202,9 +216,7 @@ def train(mode, probe, bank, films, encoder, args, seed, folder, settings, stop,
                 x = torch.roll(x, (dx, dy), (2, 3))
             loss = masked_loss(probe(x), truth[batch], weight)
             loss.backward()
-            if not checked:
-                check_gradients(mode, probe, encoder)
-                checked = True
+            checked = checked or check_gradients(mode, probe, encoder)
             guard.step(loss.item())
             total += loss.item() * len(batch)
         seconds.append(time.time() - begin)
@@ -341,9 +353,16 @@ def main(argv=None):
         "settings": settings_of(args, ASIDE), **run_facts(started, device),
     })  # fmt: skip
     if histories:
-        panels = [("loss", {"train_loss": "training", "val_loss": "validation"}),
-                  ("macro-AUC", {"val_auc": "validation"})]  # fmt: skip
+        shown = {"train_loss": "training loss", "val_loss": "validation loss", "val_auc": "macro-AUC on validation"}
+        panels = [(text, {f"{mode} {key}": mode for mode in modes}) for key, text in shown.items()]  # a colour per mode
         title = f"{films.name}, {args.model}: {', '.join(modes)}"
+        histories = {
+            run: [
+                {"epoch": row["epoch"], **{f"{run.split(', ')[1]} {key}": row.get(key) for key in shown}}
+                for row in rows
+            ]
+            for run, rows in histories.items()
+        }
         draw_history(run_dir / "figures" / "curves.png", histories, panels, "epoch", title, films.phantom)
         print(measure_line(run_dir, films, args))
     print(f"results in {run_dir} ({time.time() - started:.0f} s)")

@@ -308,9 +308,11 @@ def headlines(numbers):
         f" another patient's film {number(other['conditions']['value'])}; CNN that reads labels {upper}",
         f"sides right: {percent(found['sides']['right'])} % of {found['sides']['compared']}; BLEU-4"
         f" {number(found['words']['bleu_4'])}, constant report {number(constant['words']['bleu_4'])}",
-        f"grey film: at most {percent(beyond)} points beyond the share of a condition in training",
+        f"grey film: at most {percent(beyond)} points beyond the share of a condition in training"
+        if beyond > 0
+        else "grey film: no condition is stated more often than in training",
     ]
-    if redrawn:
+    if redrawn and redrawn["gone"]["n"]:
         lines.append(
             f"drawn anew: the sentence goes in {with_interval(redrawn['gone'])} % without its finding, in"
             f" {with_interval(redrawn['other'])} % without another"

@@ -136,7 +136,7 @@ def fits_together(args, device):
     return free is None or need + CNN_BYTES < free
 
 
-def draw_film(path, film, record, overlay, phantom):
+def draw_film(path, film, name, overlay, phantom):
     """Film, and where there is a CNN its heat map beside it."""
     pictures = [film] + [overlay] * (overlay is not None)
     figure, axes = plt.subplots(
@@ -146,10 +146,10 @@ def draw_film(path, film, record, overlay, phantom):
         axis.imshow(picture, cmap="gray", vmin=0, vmax=255)
         axis.set_title(title, fontsize=9)
         axis.axis("off")
-    return save_figure(figure, path, Path(record["image_id"]).name, phantom)
+    return save_figure(figure, path, name, phantom)
 
 
-def make_page(run_dir, records, films, overlays, cnn, phantom, warnings):
+def make_page(run_dir, records, films, overlays, cnn, phantom, warnings, indication):
     report = Report(f"Reports of {len(records)} films", phantom, warnings)
     first = records[0]
     report.text(
@@ -157,14 +157,19 @@ def make_page(run_dir, records, films, overlays, cnn, phantom, warnings):
         f" {first['strategy']}, context {first['context']}; {cnn or 'no CNN'}."
     )
     flagged = [r for r in records if "disagrees with the CNN" in r["flags"]]
+    both = [r for r in records if r["classification"] in ("normal", "pneumonia")]
     if cnn:
-        report.text(f"The model and the CNN disagree on {len(flagged)} of {len(records)} films.")
+        report.text(f"The model and the CNN disagree on {len(flagged)} of {len(both)} films that both classify.")
+    names = [r["image_id"] for r in records]
+    short = [Path(name).name if [Path(n).name for n in names].count(Path(name).name) == 1 else name for name in names]
     for number_of, (record, film) in enumerate(zip(records, films, strict=True)):
-        report.heading(Path(record["image_id"]).name)
+        report.heading(short[number_of])
+        if indication:
+            report.text(f"Indication given: {indication}")
         for flag in record["flags"]:
             report.text(f"**{flag}**")
         path = run_dir / "figures" / f"{number_of:04d}.png"
-        report.figure(draw_film(path, film, record, overlays[number_of], phantom), record["resize"])
+        report.figure(draw_film(path, film, short[number_of], overlays[number_of], phantom), record["resize"])
         rows = [["model", record["classification"] or "–", number(record["p_yes_logit"], 2) + " (log-odds of yes)"]]
         if record["cnn"]:
             rows.append(["CNN", record["cnn"]["call"], percent(record["cnn"]["probability"]) + " % pneumonia"])
@@ -222,7 +227,7 @@ def main(argv=None):
     warnings = ["The model is untrained: its words mean nothing."] * untrained(vlm)
     warnings += [MADE_UP] * (phantom and not drawn)
     overlays = [o.get("overlay") for o in opinions] if opinions else [None] * len(films)
-    make_page(run_dir, records, films, overlays, line, drawn, warnings)
+    make_page(run_dir, records, films, overlays, line, drawn, warnings, args.indication)
     for record in records[:10]:
         flags = f"  [{', '.join(record['flags'])}]" if record["flags"] else ""
         beside = f"; CNN {record['cnn']['call']} {record['cnn']['probability']:.2f}" if record["cnn"] else ""

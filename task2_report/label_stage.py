@@ -13,6 +13,7 @@ labels come from the texts alone (shared/metrics/labels.py): nothing is used tha
 if __name__ == "__main__":
     raise SystemExit(__doc__)
 
+import contextlib
 import time
 
 import shared  # noqa: F401, isort: skip  # before torch
@@ -24,7 +25,7 @@ from tqdm import tqdm
 from shared.metrics.labels import CONDITIONS
 from shared.models.passes import features_of
 from shared.runtime import InputError
-from shared.training import GuardedStep, learning_rate
+from shared.training import GuardedStep, StopSignal, learning_rate, load_state, save_state
 from task2_report.scores import SIDED, sides_of, stated
 
 LIST = "List what this chest radiograph shows."
@@ -46,10 +47,11 @@ def targets_of(reports):
     return np.array(rows, np.float32)
 
 
-def learn_labels(vlm, store, numbers, reports, steps, batch_size=64, lr=1e-3, seed=0, hidden=False):
+def learn_labels(vlm, store, numbers, reports, steps, batch_size=64, lr=1e-3, seed=0, hidden=False, save=None):
     """
     numbers: of the films in the ImageStore; reports: their texts. Trains tower and projector in place -> mean loss of
-    the last tenth of the steps, beside that of the label shares alone.
+    the last tenth of the steps, beside that of the label shares alone. save: (path, settings, facts of the data) of a
+    state written every minute and when the run is told to stop, from which the stage goes on; None: none.
     """
     targets = torch.from_numpy(targets_of(reports))
     learned = targets.sum(0).nonzero()[:, 0]
@@ -64,14 +66,27 @@ def learn_labels(vlm, store, numbers, reports, steps, batch_size=64, lr=1e-3, se
     parameters = list({id(p): p for part in [*parts, head] for p in part.parameters()}.values())
     optimizer, losses = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.05), []
     guard = GuardedStep(optimizer, torch.amp.GradScaler(vlm.device.type, enabled=False), parameters, 1.0)
+    state = save and (save[0], {"parts": torch.nn.ModuleList([*parts, head]), "optimizer": optimizer}, *save[1:])
+    if save and save[0].exists():
+        losses = load_state(*state)["losses"]
     vlm.model.train()
-    for step in tqdm(range(steps), desc="labels", leave=False, disable=True if hidden else None):
-        rows = torch.randint(len(numbers), (batch_size,), generator=generator).tolist()
-        seen = torch.stack([f.mean(0) for f in features_of(vlm, store.get([numbers[r] for r in rows]))])
-        loss = F.binary_cross_entropy_with_logits(head(seen.float()), targets[rows])
-        loss.backward()
-        guard.step(loss.item(), learning_rate(step, steps, steps // 20, lr))
-        losses.append(loss.item())
+    begun, written = len(losses), time.time()
+    with StopSignal() if save else contextlib.nullcontext() as stop:
+        for step in tqdm(range(steps), desc="labels", leave=False, disable=True if hidden else None):
+            rows = torch.randint(len(numbers), (batch_size,), generator=generator).tolist()
+            if step < begun:
+                continue
+            seen = torch.stack([f.mean(0) for f in features_of(vlm, store.get([numbers[r] for r in rows]))])
+            loss = F.binary_cross_entropy_with_logits(head(seen.float()), targets[rows])
+            loss.backward()
+            guard.step(loss.item(), learning_rate(step, steps, steps // 20, lr))
+            losses.append(loss.item())
+            told_to_stop = save and stop.requested()
+            if save and (told_to_stop or time.time() - written > 60):
+                save_state(*state, losses=losses)
+                written = time.time()
+            if told_to_stop:
+                stop.exit(save[0].parent)
     shares = targets.mean(0).clamp(1e-6, 1 - 1e-6)
     chance = F.binary_cross_entropy(shares.expand_as(targets), targets).item()
     last = losses[-max(1, steps // 10) :]

@@ -99,6 +99,8 @@ def score_margins(labels, margins):
     """-> AUC with DeLong interval, accuracy where the margin is above 0 = pneumonia, with Wilson interval."""
     labels, margins = np.asarray(labels), np.asarray(margins)
     auc = delong_auc(labels, margins)
+    if auc["auc"] in (0, 1):  # perfect order leaves DeLong without variance, which is no certainty
+        auc |= {"low": None, "high": None}
     right = ((margins > 0) == (labels == 1)).sum()
     return {
         "auc": {"value": auc["auc"], "low": auc["low"], "high": auc["high"]},

@@ -51,7 +51,7 @@ def classify_page(run_dir, numbers, records, films):
     )
     report.text(model_line(numbers))
     told = numbers["cnn"]
-    beside = f"the CNN of task 1 (`{told['path']}`, trained on {told['dataset']})" if told else "no CNN: none was found"
+    beside = f"the CNN of task 1 (`{told['path']}`, trained on {told['dataset']})" if told else "no CNN"
     report.text(
         f"{numbers['n']} {numbers['split']} films of {data['size']} px, {percent(numbers['prevalence'])} % pneumonia;"
         f" beside the model stands {beside}. Intervals of 95 %: DeLong for AUC, Wilson for shares."
@@ -258,8 +258,10 @@ def report_page(run_dir, numbers, rows, test):
         [[name, *(number(row["errors"][e], 2) for e in ERRORS),
           percent(row["error_histogram"].get("0", 0) / row["n"])] for name, row in found.items()],
     )  # fmt: skip
-    if "redrawn" in numbers:
-        redrawn = numbers["redrawn"]
+    if empty := sum(not row["text"].strip() for row in rows):
+        report.text(f"**{empty} of {len(rows)} reports of the model are empty: they invent nothing and say nothing.**")
+    redrawn = numbers.get("redrawn")
+    if redrawn and redrawn["gone"]["n"]:
         report.heading("Films drawn anew")
         report.text(
             f"The sentence of a finding goes in {with_interval(redrawn['gone'])} % of {redrawn['gone']['n']} films that"
@@ -298,8 +300,13 @@ def image_sentence(found):
     if SHUFFLED not in found:
         return "Whether the film is used cannot be told: all films are of one patient."
     own, other = (found[name]["conditions"] for name in (MODEL, SHUFFLED))
-    if own["value"] is None or other["value"] is None or own.get("low") is None:
+    if own["value"] is None or other["value"] is None:
         return "Whether the film is used cannot be told: nothing was stated."
+    if own.get("low") is None or other.get("high") is None:
+        return (
+            "Whether the film is used cannot be told from so few patients: F1"
+            f" {number(own['value'])} with the own film, {number(other['value'])} with another's."
+        )
     if own["low"] > other["high"]:
         return (
             f"The film is used: with another patient's film the F1 falls from {number(own['value'])} to"

@@ -14,6 +14,7 @@ if __name__ == "__main__":
     raise SystemExit(__doc__)
 
 import hashlib
+import re
 import time
 
 import shared  # noqa: F401, isort: skip  # before transformers
@@ -77,15 +78,23 @@ def make_record(vlm, strategy, context, seconds, name, film, turn, written, odds
     return record | {"flags": flags_of(vlm, record, written)}
 
 
+FINE = re.compile(
+    r"\b(?:normal|clear|unremarkable|negative|healthy|no (?:acute|active|abnormal|significant|disease))", re.I
+)
+
+
 def class_of_report(text):
     """
     A report without a CLASSIFICATION line, by its labels: pneumonia where it is stated, uncertain where it is doubted,
-    normal where it is denied or nothing is wrong; else None: another finding says nothing of pneumonia.
+    normal where it is denied or the text says that nothing is wrong; else None: another finding says nothing of
+    pneumonia, and neither does a text without any.
     """
     labels = labels_of(text)
     if labels["Pneumonia"] in (POSITIVE, UNCERTAIN):
         return "pneumonia" if labels["Pneumonia"] == POSITIVE else "uncertain"
-    return "normal" if labels["No Finding"] == POSITIVE or labels["Pneumonia"] == NEGATIVE else None
+    says_so = NEGATIVE in labels.values() or FINE.search(text)
+    fine = labels["Pneumonia"] == NEGATIVE or labels["No Finding"] == POSITIVE and says_so
+    return "normal" if fine else None
 
 
 def resize_of(vlm, size, squared):

@@ -265,11 +265,14 @@ def train(args, vlm, data, run_dir, rank, world_size):
         """Random numbers and the order of the batches follow from seed and step."""
         save_state(last_path, *saved, step=step, history=history, best=best, micro_batch=size.now, totals=totals)
 
-    if args.label_steps and step == 0:
+    if args.label_steps and not last_path.exists():
+        state = run_dir / "labels.pt", *saved[1:]
         told = learn_labels(
             vlm, store, store.number_of[: len(cases)], [c.report for c in cases], args.label_steps, seed=args.seed,
-            hidden=rank > 0,
+            hidden=rank > 0, save=state,
         )  # fmt: skip
+        save()
+        state[0].unlink(missing_ok=True)
         say("labels: loss {loss:.3f} (shares alone {loss_of_shares:.3f}), {seconds:.0f} s".format(**told), flush=True)
     bar = tqdm(initial=step, total=order.num_steps, desc="training", leave=False, disable=None if rank == 0 else True)
     with StopSignal() as stop:

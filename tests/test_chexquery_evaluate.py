@@ -167,6 +167,32 @@ def test_a_checkpoint_that_does_not_say_what_it_saw(refused, trained, tmp_path, 
     assert "is damaged, or of another version" in refused(evaluate.main, ["--checkpoint", tmp_path / "best.pt"])
 
 
+def test_a_model_of_lateral_films(trained, tmp_path):
+    """infer.py and visualize.py take them without frontal ones, and draw the film that is there."""
+    film, state = tmp_path / "side.png", load_checkpoint(trained / "phase1" / "best.pt")
+    Image.fromarray(phantom_study(0, 3, 112).lateral).save(film)
+    state["data"]["views"] = ["lateral"]
+    save_checkpoint(tmp_path / "best.pt", state)
+    some = ["--checkpoint", str(tmp_path / "best.pt"), "--lateral", str(film), "--out-dir"]
+    infer.main([*some, str(tmp_path / "i")])
+    assert read_json(tmp_path / "i" / "reports.json")["reports"][0]["films"] == {"frontal": None, "lateral": str(film)}
+    args = SimpleNamespace(images=None, lateral=[str(film)], limit=None)
+    _, images, present, _ = cases.read_files(args, 112, ["lateral"])
+    assert present.tolist() == [[False, True]] and images[0, 1].any() and not images[0, 0].any()
+    visualize.main([*some, str(tmp_path / "v")])
+    assert "study1_conditions_lateral.png" in {path.name for path in (tmp_path / "v" / "figures").iterdir()}
+    assert "frontal" not in (tmp_path / "v" / "report.md").read_text()
+
+
+def test_a_film_may_stand_in_two_pairs(tmp_path):
+    a, b = (str(tmp_path / name) for name in ("a.png", "b.png"))
+    for path in (a, b):
+        Image.fromarray(phantom_study(0, 3, 64).image).save(path)
+    args = SimpleNamespace(images=[a, b], lateral=[b, b], limit=None)
+    rows = cases.read_files(args, 56, cases.VIEWS)[0]
+    assert [row["films"] for row in rows] == [{"frontal": a, "lateral": b}, {"frontal": b, "lateral": b}]
+
+
 def test_views_that_the_model_never_saw(refused, trained, tmp_path):
     film = tmp_path / "film.png"
     Image.fromarray(phantom_study(0, 3, 64).image).save(film)
@@ -258,6 +284,15 @@ def test_infer_writes_the_reports_of_files(trained, tmp_path):
     both = ["--images", film, "--lateral", lateral, "--beams", 2, "--out-dir", tmp_path / "two"]
     infer.main([str(a) for a in ("--checkpoint", trained, *both)])
     assert read_json(tmp_path / "two" / "reports.json")["reports"][0]["films"]["lateral"] == str(lateral)
+
+
+def test_pictures_of_films_name_file_and_views(tmp_path, monkeypatch):
+    kept, save = [], infer.save_figure
+    monkeypatch.setattr(infer, "save_figure", lambda f, path, *title: kept.append((f, *title)) or save(f, path, *title))
+    result = {"films": {"frontal": "x/a.png", "lateral": "x/b.png"}, "report": "", "probabilities": {}}
+    images, present = np.zeros((1, 2, 56, 56), np.uint8), np.ones((1, 2), bool)
+    infer.make_report(tmp_path, images, present, [result], untrained()[1])
+    assert [axis.get_title() for axis in kept[0][0].axes] == ["frontal", "lateral"] and kept[0][1:] == ("a.png",)
 
 
 # --- maps and queries
@@ -366,6 +401,7 @@ def test_removal_and_deletion_count_cases():
     dropped = faithfulness.deletion(model, images, looked, present, rows, low, rng)
     assert len(dropped) == 13 * len(rows) and set(dropped[0]) == {
         "patient",
+        "study",
         "condition",
         "own_drop",
         "other_drop",
@@ -396,6 +432,33 @@ def test_visualize_of_an_empty_report(trained, tmp_path, monkeypatch, capsys):
     assert np.load(tmp_path / "v" / "maps.npz")["study1_words"].shape == (0, 2, 8, 8)
 
 
+def words_drawn(model, told, tmp_path, monkeypatch, name, text):
+    """Panels of the picture of words, its title, and the page, of one phantom film with this text."""
+    drawn, ids = [], model.encode([text])
+    monkeypatch.setattr(visualize, "open_model", lambda args: (model, told | {"device": "cpu"}, {}))
+    monkeypatch.setattr(CheXQuery, "write", lambda self, tokens, **_: ([text], ids))
+    old = visualize.grid_figure
+    monkeypatch.setattr(visualize, "grid_figure", lambda p, *a: drawn.append(p) or old(p, *a))
+    visualize.main(["--dry-run", "--out-dir", str(tmp_path / name)])
+    return drawn, (tmp_path / name / "report.md").read_text()
+
+
+def test_words_of_a_model_without_pooling(tmp_path, monkeypatch, recwarn):
+    page = words_drawn(*untrained(num_pool_queries=0), tmp_path, monkeypatch, "v", "The heart is enlarged.")[1]
+    assert "No maps of words" in page and "nan" not in page and not any("divide" in str(w.message) for w in recwarn)
+    assert not (tmp_path / "v" / "figures" / "study1_words.png").exists()
+
+
+def test_words_are_drawn_on_the_film_that_is_there(tmp_path, monkeypatch):
+    model, told = untrained(max_tokens=90)
+    told["data"]["views"] = ["lateral"]
+    text = "heart " * 44 + "pneumothoraxpneumothoraxpneumothorax"
+    panels, page = words_drawn(model, told, tmp_path, monkeypatch, "v", text)
+    assert {view for view, *_ in panels[-1]} == {1} and "the first 40 of 45 words" in page
+    panels = words_drawn(model, told, tmp_path, monkeypatch, "w", "pneumothoraxpneumothoraxpneumothorax heart")[0]
+    assert max(len(title) for *_, title in panels[-1]) == 17
+
+
 def test_visualize_of_files(trained, tmp_path):
     film = tmp_path / "film.png"
     Image.fromarray(phantom_study(0, 7, 112).image).save(film)
@@ -407,4 +470,5 @@ def test_visualize_of_files(trained, tmp_path):
     maps = np.load(tmp_path / "v" / "maps.npz")["study1_queries"]
     assert maps.shape == (20, 2, 8, 8) and maps[:, 1].max() == 0
     report = (tmp_path / "v" / "report.md").read_text()
+    assert "| study | condition | ranked" in report
     assert "Deletion" in report and "Pointing" not in report  # nothing is known of a file

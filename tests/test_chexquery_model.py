@@ -219,7 +219,7 @@ def test_what_each_phase_trains_of_pretrained_models(pretrained):
     assert {n.split(".")[-4] for n in lora if n.startswith("vision")} == {"q_proj", "v_proj"}
     assert all(".decoder." in n for n in lora if n.startswith("text"))
     three = gradients(pretrained, 3)
-    assert {part_of(n) for n in three} == {"views", "queries", "layers", "fusion", "lora"}
+    assert {part_of(n) for n in three} == {"views", "queries", "layers", "fusion", "lora", "aux", "region_head"}
     assert all(n.startswith("text") for n in three if "lora_" in n)
 
 
@@ -244,7 +244,8 @@ def test_nothing_random_is_frozen(model):
     fresh = untrained()[0]
     names = gradients(fresh, 1)
     assert names == {n for n, _ in fresh.named_parameters()}
-    assert {part_of(n) for n in gradients(fresh, 3)} == {"views", "queries", "layers", "fusion", "text"}
+    rest = {"views", "queries", "layers", "fusion", "text", "aux", "region_head"}
+    assert {part_of(n) for n in gradients(fresh, 3)} == rest
 
 
 def test_both_pretrained_or_both_tiny():

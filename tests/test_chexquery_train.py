@@ -164,11 +164,14 @@ def test_studies_with_a_damaged_film_are_left_out_before_the_work_begins(tmp_pat
     found["facts"]["notes"]["phantom"] = False
     for i, row in enumerate(found["rows"]):
         row["films"] = {"frontal": str(tmp_path / "cut.png" if i == 3 else film), "lateral": None}
+    found["rows"][4]["films"]["frontal"] = None
     write_json(tmp_path / "splits.json", found)
     args = train.parse_args(["--model", "tiny", "--splits-file", str(tmp_path / "splits.json")])
     studies = cases.load_studies(args)
-    assert len(studies.split("train")) == 15
-    assert studies.left_out == {"a film cannot be read, or there is none of the views": 1}
+    assert len(studies.split("train")) == 14
+    assert studies.left_out.pop("no film of the views frontal, lateral") == 1
+    reason, n = studies.left_out.popitem()
+    assert n == 1 and reason.startswith(f"a film cannot be read, the first {tmp_path / 'cut.png'}: ")
 
 
 def test_a_study_without_its_film(tmp_path):
@@ -203,6 +206,7 @@ def test_dry_run_leaves_all_it_promises(trained):
             assert (trained / f"phase{phase}" / name).is_file()
         assert load_model(trained / f"phase{phase}" / "best.pt")[1]["phase"] == phase
     assert metrics["dataset"]["phantom"] and metrics["trained"]["1"] == ["query", "head", "vision", "text"]
+    assert metrics["trained"]["3"] == ["query", "head", "text"]
     assert metrics["query_start"] == "position 0 of tiny:bert"
     assert (trained / "figures" / "curves.png").stat().st_size > 2_000
 
@@ -213,6 +217,13 @@ def test_rates_follow_warm_up_and_cosine(trained):
     for row in rows:
         warm = {1: 200, 2: 100, 3: 20}[row["phase"]]
         assert row["lr"] == pytest.approx(learning_rate(row["step"] - 1, 2, warm, highest[row["phase"]]))
+
+
+def test_curves_have_a_line_for_each_phase(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(train, "draw_history", lambda path, histories, *_: drawn.append(histories))
+    run("--dry-run", "--out-dir", tmp_path / "run")
+    assert {phase: [row["total epoch"] for row in rows] for phase, rows in drawn[0].items()} == {1: [1], 2: [2], 3: [3]}
 
 
 def states(folder):
@@ -354,6 +365,8 @@ def test_validation_counts_labels_and_alarms(monkeypatch):
     assert perfect["f1_micro_13"] == perfect["f1_macro"] == 1 and perfect["score"] == pytest.approx(1.1)
     assert not perfect["collapsed"] and constant["collapsed"] and constant["share_most_frequent"] == 1
     assert constant["f1_micro_13"] == 0 and len(perfect["thresholds"]) == 14
+    shown = train.positive_matrix([row["labels"] for row in split.rows]).any(0)
+    assert [cut == 1 for cut in perfect["thresholds"]] == (~shown).tolist()  # what no study has is never called
     split.wanted[1] = ["No abnormality."] * 5 + told[5:]  # where most studies are told alike, that is no collapse
     assert not say(split.wanted[1])["collapsed"] and say(["No abnormality."] * 8)["collapsed"]
 
@@ -383,6 +396,34 @@ def test_losses_weigh_and_mask():
     assert train.losses(model, split, [0], args, 3, *cpu)[0].item() == pytest.approx(
         train.losses(model, split, [0], args, 3, *cpu)[1]["report"]
     )
+
+
+def test_heads_follow_the_queries_where_labels_have_no_weight():
+    """They learn, and the rest learns what it learns without them."""
+    model, args, split, _ = small_split()
+    cpu, found = (torch.device("cpu"), torch.float32), {}
+    assert {"query", "head", "text"} == set(model.freeze(3))
+    for with_labels in (True, False):
+        split.label_mask[:] = split.region_mask[:] = float(with_labels)
+        model.zero_grad(set_to_none=True)
+        total, parts = train.losses(model, split, [0, 1, 2], args, 3, *cpu)
+        total.backward()
+        assert total.item() == pytest.approx(parts["report"]) and (parts["labels"] > 0) == with_labels
+        found[with_labels] = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    heads = [name for name in found[True] if name.startswith(("aux.", "region_head."))]
+    assert len(heads) == 8 and all(found[True][name].any() and not found[False][name].any() for name in heads)
+    assert all(torch.equal(found[True][name], grad) for name, grad in found[False].items() if name not in heads)
+
+
+def test_heads_do_not_count_in_the_clipped_norm(tmp_path, monkeypatch):
+    clipped, guarded = [], train.GuardedStep
+    monkeypatch.setattr(train, "GuardedStep", lambda a, b, ps, clip: guarded(a, b, clipped.append(ps) or ps, clip))
+    run("--dry-run", "--out-dir", tmp_path / "run")
+    now = states(tmp_path / "run")
+    heads = {name for name in now[3] if name.startswith(("aux.", "region_head."))}
+    assert len(heads) == 8 and [len(ps) for ps in map(list, clipped)][1:] == [len(now[2]), len(now[3]) - 8]
+    before = load_checkpoint(tmp_path / "run" / "phase2" / "best.pt")["weights"]
+    assert not any(torch.equal(now[3][name], before[name]) for name in heads)
 
 
 def test_a_batch_weighs_the_same_however_it_is_cut():

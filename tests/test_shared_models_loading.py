@@ -59,7 +59,7 @@ def test_tiny_by_name_and_by_family(capsys):
     vlm = load_vlm("tiny", family="llava")
     assert vlm.family == "llava" and vlm.tiny and not vlm.model.training
     printed = capsys.readouterr().out
-    assert "model: tiny (llava, 1.7 M parameters), weights none, computing in float32 (exact" in printed
+    assert "model: tiny (llava, 1.7 M parameters), weights as they are, computing in float32 (exact" in printed
     facts = vlm.facts()
     assert facts["parameters"] == count_parameters(vlm.model) and json.dumps(facts)
 

@@ -171,3 +171,7 @@ def test_a_report_is_classified_by_its_labels():
     texts = "There is pneumonia.|Pneumonia cannot be excluded.|Normal chest.|Large effusion.|Effusion. No pneumonia.|"
     found = [class_of_report(text) for text in texts.split("|")]
     assert found == ["pneumonia", "uncertain", "normal", None, "normal", None]
+    for text in ("help help help", "I cannot analyse medical images.", "IMPRESSION: Aortic aneurysm."):
+        assert class_of_report(text) is None  # nothing is said, and nothing said to be fine
+    for text in ("No acute disease.", "Lungs are clear.", "No effusion."):
+        assert class_of_report(text) == "normal"

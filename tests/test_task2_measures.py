@@ -10,8 +10,8 @@ from task2_report import measures
 from task2_report.cases import SEVERE, Case
 from task2_report.label_cnn import LabelCNN, best_thresholds
 from task2_report.label_stage import learn_labels, targets_of
-from task2_report.pages import warnings_of
-from task2_report.report_task import other_films
+from task2_report.pages import image_sentence, warnings_of
+from task2_report.report_task import MODEL, SHUFFLED, other_films
 from task2_report.scores import errors_of, f1_of, film_sides, findings_of, measure_reports, sides_of, stated, truth_of
 
 
@@ -155,6 +155,14 @@ def test_labels_of_the_label_stage():
     assert targets_of(["No effusion."])[0].sum() == 0
     with pytest.raises(InputError, match="no training report states a condition"):
         learn_labels(None, None, [0], ["Normal chest."], steps=1)
+
+
+def test_few_patients_are_not_taken_for_nothing_stated():
+    few = {"conditions": {"value": 0.5, "low": None, "high": None}}
+    said = image_sentence({MODEL: few, SHUFFLED: {"conditions": {"value": 0.2, "low": None, "high": None}}})
+    assert "few patients" in said and "0.500" in said and "nothing was stated" not in said
+    found = measures.score_margins([0, 0, 1, 1], [-2.0, -1.0, 1.0, 2.0])["auc"]
+    assert found == {"value": 1.0, "low": None, "high": None}  # a perfect order is no certainty
 
 
 def test_a_hand_in_report_says_what_makes_it_less_than_a_result():

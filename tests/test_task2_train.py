@@ -1,6 +1,7 @@
 """Task 2: training a model to write reports."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from shared.data.iu_xray import load_iu_xray
 from shared.models.inputs import ImageStore
 from shared.models.loading import load_vlm
 from shared.phantom import phantom_study
-from shared.runtime import load_checkpoint, save_checkpoint
+from shared.runtime import InputError, load_checkpoint, save_checkpoint
+from shared.training import StopSignal
 from task1_classification.model import untrained_classifier
 from task2_report.cases import SEVERE, load_again, load_reports
 from task2_report.infer import main as infer
@@ -168,3 +170,26 @@ def test_the_label_stage_gives_a_tiny_model_eyes():
     store = ImageStore(vlm.processor, [case.film for case in cases])
     found = learn_labels(vlm, store, store.number_of, [case.report for case in cases], 55)
     assert found["loss"] < 0.5 * found["loss_of_shares"]
+
+
+def test_the_label_stage_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
+    cases = load_reports("phantom", "data", 16, chosen=SEVERE, splits=("train",)).cases
+    texts, weights = [case.report for case in cases], []
+
+    def learn(vlm, save=None):
+        store = ImageStore(vlm.processor, [case.film for case in cases])
+        told = learn_labels(vlm, store, store.number_of, texts, 3, batch_size=4, save=save)
+        weights.append([p.detach().clone() for p in vlm.model.parameters()])
+        return told["loss"]
+
+    save, asked = (tmp_path / "labels.pt", {"lr": 1}, {"name": "phantom"}), []
+    whole = learn(load_vlm("tiny:gemma3"))
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(StopSignal, "requested", lambda stop: asked.append(1) or len(asked) == 2)
+        patch.setattr(StopSignal, "exit", lambda stop, folder: sys.exit(143))
+        learn(load_vlm("tiny:gemma3"), save)
+    assert save[0].is_file() and len(asked) == 2
+    assert learn(load_vlm("tiny:gemma3"), save) == whole
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+    with pytest.raises(InputError, match="--lr 1 .now 2."):
+        learn(load_vlm("tiny:gemma3"), (save[0], {"lr": 2}, save[2]))

@@ -103,7 +103,12 @@ def test_gradients_reach_what_is_trained_and_nothing_else(llava, films, mode):
         if hasattr(probe, "head"):
             torch.nn.init.normal_(probe.head.weight, std=0.1)  # a head of zeros lets no gradient through yet
         masked_loss(probe(x), torch.from_numpy(films.truth[:4]), torch.ones(14)).backward()
-        check_gradients(mode, probe, encoder)
+        assert check_gradients(mode, probe, encoder)
+        if mode in ("projector", "lora"):  # B learned nothing: no gradient passes its head of zeros yet
+            kept = probe.head.weight.detach().clone()
+            torch.nn.init.zeros_(probe.head.weight)
+            assert not check_gradients(mode, probe, encoder)
+            probe.head.weight.data.copy_(kept)
         if mode == "projector":
             probe.projector.zero_grad()
             with pytest.raises(RuntimeError, match="no gradient reaches the projector"):

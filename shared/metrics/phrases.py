@@ -60,7 +60,8 @@ MENTIONS = {
         (?:increased|prominent|coarse|coarsened|accentuated|thickened) /
         (?:prominence|thickening|coarsening) of the (?:pulmonary |lung )?interstiti\w+ /
         (?<!\bnormal )interstitial (?:prominence|thickening|(?:lung )?disease|abnormality|changes?|process|pattern)(?!
-        (?:is|appears) normal) / reticulation\w* / reticulo ?nodular (?:pattern|changes?|disease|shadow\w*) / ground glass / white ?out"""),
+        (?:is|appears) normal) / reticulation\w* / reticulo ?nodular (?:pattern|changes?|disease|shadow\w*) /
+        ground glass / white ?out"""),
     "Edema": phrases(r"""
         (?:pulmonary |interstitial |alveolar ){0,3}o?edema /
         (?:pulmonary |central )?(?:vascular |venous )?congestion / (?:pulmonary )?(?:vascular|venous) engorgement /
@@ -79,8 +80,8 @@ MENTIONS = {
     """),
     "Pleural Other": phrases(r"""
         pleural (?:\w+ )?(?:thickening|plaques?|scar\w*|fibrosis|calcifications?|abnormality|disease|tags?) /
-        pleuro ?parenchymal (?:scar\w*|thickening) / thickening of the (?:\w+ )?pleura / (?:calcified|thickened) pleura\w* /
-        (?:bi)?apical (?:pleural )?(?:thickening|cap\w*) / fibrothorax /
+        pleuro ?parenchymal (?:scar\w*|thickening) / thickening of the (?:\w+ )?pleura /
+        (?:calcified|thickened) pleura\w* / (?:bi)?apical (?:pleural )?(?:thickening|cap\w*) / fibrothorax /
         (?:(?<=usion or )|(?<=usion vs )|(?<=usion versus ))thickening"""),
     "Fracture": phrases(rf"""
         (?:(?:{BONES}|compression|wedge|stress) ){{0,4}}fractur(?:e|es|ed) / (?:compression|wedge) deformit\w+ /
@@ -91,8 +92,8 @@ MENTIONS = {
         dobb?hoff / catheters? / cannula[se]? / (?:{_LINES}) (?:\w+ )?lines? /
         lines?(?= (?:and|or) tubes?| placement|:) / (?<!b )(?<!septal )lines(?= (?:are|remain)
         (?:in (?:\w+ )?(?:place|position)|unchanged|stable)) / vas ?cath / perm ?cath / cordis / icc / acdf /
-        (?:pedicle|spinal) (?:screws?|rods?) / plate fixation / picc / (?:cv|uv|ua)c / cvl / ppm / port ?a ?cath / mediport /
-        (?:infusion|wall|chest|sided|right|left) ports? / swan ganz / trach /
+        (?:pedicle|spinal) (?:screws?|rods?) / plate fixation / picc / (?:cv|uv|ua)c / cvl / ppm /
+        port ?a ?cath / mediport / (?:infusion|wall|chest|sided|right|left) ports? / swan ganz / trach /
         pacemakers? / pacers? / pacing / defibrillators? / a?icd / leads? / balloon pump / lvad / stents? / drains? /
         pigtail / tracheostomy / thoracostomy / prosthetic (?:\w+ )?valve / valve (?:replacement|prosthesis) /
         (?:sternal|sternotomy|cerclage) wires? / hardware / sheaths? / iabp / impella / tavr / loop recorder /
@@ -103,7 +104,8 @@ MENTIONS = {
 
 # Contain the words of a mention and are none; read before the mentions.
 UNMENTIONS = phrases(r"""
-    pericardial (?:fluid|effusions?) / (?:nasal|sinus|hepatic|passive) congestion / joint effusions? / mass effect / body mass / radio ?opa\w+ / bone density /
+    pericardial (?:fluid|effusions?) / (?:nasal|sinus|hepatic|passive) congestion /
+    joint effusions? / mass effect / body mass / radio ?opa\w+ / bone density /
     (?:soft tissue|subcutaneous|chest wall|peripheral|leg) o?edema /
     (?<!non )calcified (?:\w+ )?(?:nodul\w+|mass\w*|opacit\w+|densit\w+) / non consolidat\w+ /
     (?:bone|bony|osseous|lytic|sclerotic|blastic|skeletal|vertebral) (?:\w+ )?(?:lesions?|mass\w*|metasta\w+) /
@@ -187,11 +189,13 @@ KEEP = phrases(rf"""
     ){{0,3}}(?:growth|reduction|loculation|calcification|displacement|kinking|migration|tension(?:
     component)?|complications?)(?: of| in| to| related to| from)+ /
     no (?:\w+ )?enlargement of(?= (?:\w+ ){{0,3}}(?:pneumothorax|effusions?|nodules?|mass|opacity|lesion)\b) /
-    (?:no|without)(?= (?:lead|wire|hardware|catheter|tube|line|device) (?:fracture|complication|kink|migration|malpos)) /
+    (?:no|without)(?= (?:lead|wire|hardware|catheter|tube|line|device)
+    (?:fracture|complication|kink|migration|malpos)) /
     (?:should|must|may|to) be (?:removed|taken out) /
     that (?:was|were) not(?: \w+)? {DETECTED}(?= (?:previously|before|earlier|on|in)\b) /
     without (?:significant |interval |substantial ){{0,3}}(?:change|worsening|increase) /
-    not (?:significantly |substantially |appreciably ){{0,3}}(?:changed|different|increased|decreased|worsened|improved) /
+    not (?:significantly |substantially |appreciably
+    ){{0,3}}(?:changed|different|increased|decreased|worsened|improved) /
     (?:image|spatial|low|limited|this|pixel) resolution / not only / not necessarily / no doubt / if not /
     (?:probably|likely|perhaps) (?:unchanged|stable|similar|improved) /
     {_NOT}(?: \w+){{0,2}} (?:resolution|resolved?|resolving|clearing|cleared|disappear\w*|subsided?)(?: of)? /
@@ -241,7 +245,9 @@ UNSURE = phrases(r"""
     (?:can ?not|could not|unable to|not possible to) (?:\w+ )?(?:confirm|verify|diagnose) /
     (?:possibly|probably|presumably|perhaps|potentially) (?:due to|related to|secondary to|from|in the setting of) /
     (?:may|might|could|would|can)(?: \w+){0,2}? (?:be (?:\w+ )?(?:secondary to|due to|related to|in the setting
-    of|from|seen (?:with|in(?: (?:\w+ )?patients with)?)|associated with)|be|represent|reflect|indicate|suggest|relate|correspond|have|contain) / may / might / could /
+    of|from|seen (?:with|in(?: (?:\w+ )?patients
+    with)?)|associated with)|be|represent|reflect|indicate|suggest|relate|correspond|have|contain) /
+    may / might / could /
     (?:often|commonly|frequently|usually|typically|sometimes) (?:associated with|seen (?:with|in)) /
     possibility of / question of / suspicious (?:for|of) / suspicion (?:for|of) /
     (?:probability|likelihood|chance) of / (?:concerning|worrisome) for /
@@ -280,7 +286,8 @@ UNSURE_BACK = phrases(rf"""
     (?:may|might|could|can) be (?:\w+ )?(?:missed|overlooked|hidden|obscured|masked|occult) / not impossible /
     (?:may|might|could) not be (?:\w+ )?(?:visible|seen|apparent|evident|detect\w+) /
     (?:can ?not be|could not be|not)(?: \w+)? {DETECTED} with (?:\w+ )?(?:certainty|confidence) /
-    (?:is|are|would be) (?:not )?(?:the |an? )?(?:(?:most|more|less) )?(?:un)?likely (?:diagnosis|cause|etiology|explanation) /
+    (?:is|are|would be) (?:not )?(?:the |an? )?(?:(?:most|more|less) )?(?:un)?likely
+    (?:diagnosis|cause|etiology|explanation) /
     (?:(?:is|are|would be|remains?) (?:\w+ )?)?(?:difficult|hard|impossible) to (?:\w+ )?(?:exclude|rule out)(?=$|,|
     and| given| on| in) /
     (?:is|are|was|were|remains?|seems?|appears?|looks?|(?:would|could|might|may) be){_VERY} {_DOUBTFUL}(?:
@@ -342,8 +349,8 @@ NEW = (
     rf"(?:(?:,(?: and)?|and) |(?!large))(?:{SIZE}|suggest\w*|likely|probabl[ey]|possibl[ey]|consistent|compatible"
     r"|stable|unchanged|minor|patchy|streaky|persistent|new|increased|increasing|decreased|decreasing|improving"
     r"|improved|worsening|low|right|left|bilateral"
-    r"|bibasilar|chronic|old|healed|scattered|multiple|some|prominent|only|just|merely|simply|enlarged|heart(?! failure)"
-    r"|cardiac silhouette|the|an?|\d[\d.]* [cm]m)\b"
+    r"|bibasilar|chronic|old|healed|scattered|multiple|some|prominent|only|just|merely|simply|enlarged"
+    r"|heart(?! failure)|cardiac silhouette|the|an?|\d[\d.]* [cm]m)\b"
 )
 # ... and a finding with a verb or state of its own does: "no effusion and cardiomegaly is stable". "No effusion and
 # pneumothorax is seen" denies both.

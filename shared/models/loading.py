@@ -220,8 +220,9 @@ def load_vlm(
     dtype, why = choose_dtype(found.name, device, layout.parameters, dtype)
     plan = quantisation(quant, found.name, dtype, device) if not stored else None
     quant = stored or quant
+    kept = "as they are" if quant == "none" else quant
     say(
-        f"model: {name} ({found.name}, {layout.parameters / 1e6:,.1f} M parameters), weights {quant}, computing in"
+        f"model: {name} ({found.name}, {layout.parameters / 1e6:,.1f} M parameters), weights {kept}, computing in"
         f" {str(dtype).removeprefix('torch.')} ({why})"
     )
     say(memory.too_large(name, layout, quant, device, dtype))
