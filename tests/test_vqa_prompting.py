@@ -446,3 +446,23 @@ def test_more_forms_of_boxes_and_objects(text):
 def test_comments_that_never_end_take_no_time():
     for mark in ("// ", "/* ", "/* */ ", "//\n"):
         assert parse_response('{"a": ' + mark * 20_000 + "@").answer is None
+
+
+@pytest.mark.parametrize(
+    "text, answer",
+    [
+        ("Question: is it large? Answer: no. Question: is it normal? Answer: yes", "yes"),
+        ("<answer>yes</answer> <answer>Yes.</answer>", "Yes."),
+        ("{«answer»: «yes»}", "yes"),
+        ("{„answer“: „yes“}", "yes"),
+        ("{「answer」: 「yes」}", "yes"),
+        ('{"caption": "x", "answer": [[30, 8, 8, 8, 8, 8, 8, 839, 3, 3', None),  # boxes that never end
+        ('{"answer": "answer": [[30, 8, 8, 8, 8, 8, 8, 839, 3, 3', None),
+        ("answer: 3 cm", "3 cm"),
+        ("Answer: 12, 13", "12, 13"),
+    ],
+)
+def test_answers_that_look_odd(text, answer):
+    assert parse_response(text).answer == answer
+    eight = parse_response('{"answer": "yes", "boxes": [10, 20, 30, 40, 50, 60, 70, 80]}')
+    assert eight.boxes == [[10, 20, 30, 40], [50, 60, 70, 80]]

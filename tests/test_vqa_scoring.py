@@ -238,6 +238,15 @@ YES_NO = [
     ("The heart is enlarged, without effusion.", "Is the heart enlarged?", "yes"),
     ("There is a pleural effusion. There is no pleural effusion.", EFFUSION, None),
     ("No mass. The heart is not enlarged.", "Is the heart enlarged?", "no"),
+    # who sees no film answers nothing about it
+    ("I cannot see the image", EFFUSION, None),
+    ("I do not see any image.", EFFUSION, None),
+    ("The image is not visible", EFFUSION, None),
+    ("No image was provided.", EFFUSION, None),
+    ("I don't see an effusion in the image", EFFUSION, "no"),
+    ("It is not visible on the film", EFFUSION, "no"),
+    ("No, but there is a small effusion", EFFUSION, None),
+    ("No; however, effusion is seen on the left", EFFUSION, None),
     # how far a denial reaches
     ("No nodules, masses, or effusions are seen.", EFFUSION, "no"),
     ("No, there is a mass, nodule or effusion.", "Is there a fracture?", "no"),

@@ -225,7 +225,7 @@ def read_marks(text):
     if not parts:
         return None
     answers = [part.partition("</answer>") for part in parts if part.strip()] or [("", "", "")]
-    if len({answer.strip().casefold() for answer, _, _ in answers}) > 1:
+    if len({answer.strip(" .\n").casefold() for answer, _, _ in answers}) > 1:
         raise Refused("two different <answer> marks")
     answer, closed, rest = answers[-1]
     before, begun, thought = before.partition("<think>")
@@ -334,7 +334,7 @@ def check_depth(value, depth=1):
     return value.encode("utf-8", "replace").decode("utf-8") if isinstance(value, str) else value
 
 
-CLOSING = {'"': '"', "'": "'", "\u201c": "\u201d", "\u2018": "\u2019"}
+CLOSING = {'"': '"', "'": "'", "\u201c": "\u201d", "\u2018": "\u2019", "«": "»", "„": "“", "「": "」"}
 INSIDE = {  # of a text in quotes; the apostrophe of "the patient's" does not end one
     quote: re.compile(
         rf"(?:[^\\{close}]|\\.|{close}(?=\w))*" if close in "'\u2019" else rf"(?:[^\\{close}]|\\.)*", re.S
@@ -344,7 +344,7 @@ INSIDE = {  # of a text in quotes; the apostrophe of "the patient's" does not en
 ESCAPE = re.compile(r"\\(u[0-9a-fA-F]{4}|.)", re.DOTALL)
 ESCAPED = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f"}
 TOKEN = re.compile(  # comments are no JSON, and are passed over
-    r"""(?:\s|//[^\n]*\n|/\*(?:[^*]|\*(?!/))*\*/)*(?:(?P<mark>[{}\[\]:,()])|(?P<quote>["'\u201c\u2018])"""
+    r"""(?:\s|//[^\n]*\n|/\*(?:[^*]|\*(?!/))*\*/)*(?:(?P<mark>[{}\[\]:,()])|(?P<quote>["'\u201c\u2018«„「])"""
     r"""|(?P<number>-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)(?![\w.])"""
     r"""|(?P<bare>-?[A-Za-z_][^,:{}\[\]"\n]*))"""
 )
@@ -455,6 +455,8 @@ def answer_text(value):
         return "yes" if value else "no"
     if isinstance(value, (int, float)):
         return f"{value:.15g}" if abs(value) < 1e15 else None
+    if isinstance(value, list) and len(value) > 3 and all(isinstance(item, (int, float)) for item in value):
+        return None  # a box
     if isinstance(value, list) and (len(value) == 1 or not any(isinstance(item, (list, dict)) for item in value)):
         return ", ".join(filter(None, map(answer_text, value))) or None
     if isinstance(value, dict):
@@ -478,6 +480,8 @@ def boxes_of(data):
         return fours(value)
     if (one := box_of(value)) is not None:
         return [one]
+    if isinstance(value, list) and value and all(isinstance(n, (int, float)) for n in value):
+        return fours(str(value))
     items = (
         value if isinstance(value, list) else value.values() if isinstance(value, dict) and value is not data else ()
     )
@@ -530,7 +534,8 @@ def is_box(value):
 # ---------------------------------------------------------------------------------------------------------- plain text
 
 ANSWER_IS = r"\banswer\b[\"'*]{0,4}[ \t]{0,4}(?:is\b(?! (?:based|because|supported|derived))|[:=]|-(?= )):?\s{0,4}"
-ANSWER_IS = re.compile(ANSWER_IS + r"([^\n]*)", re.IGNORECASE)
+ANSWER_IS = re.compile(ANSWER_IS + r"((?:(?!\banswer ?:)[^\n])*)", re.IGNORECASE)
+NO_ANSWER = re.compile(r"[-\d.,\s\[\]]{12,}\Z|[^\n]{0,40}\":\s{0,3}\[")  # boxes, cut off or under the wrong name
 HEADING = re.compile(r"^[#*_ ]{0,9}(?:final )?answer[*_ ]{0,9}\n", re.IGNORECASE | re.MULTILINE)
 QUOTED = re.compile(r'\A"(.*?)"\s{0,3}(?:[}\]].*|[,;]{0,3}\s{0,9}"\w{1,30}"\s{0,3}:.*)?$')
 IN_LATEX = re.compile(r"\\boxed\{(?:\\[a-z]{1,20}\{)?([^{}\n]{0,200})\}")  # \boxed{yes}, \boxed{\text{yes}}
@@ -543,7 +548,8 @@ def plain_answer(text):
     """
     text = HEADING.sub("answer: ", text)
     said = IN_LATEX.findall(text) or [QUOTED.sub(r"\1", words) for words in ANSWER_IS.findall(text)]
-    if said := [words for words in (words.strip(" \t\"'*`.,{}[]") for words in said) if words]:
+    said = (words.strip(" \t\"'*`.,{}[]") for words in said)
+    if said := [words for words in said if words and not NO_ANSWER.match(words)]:
         return said[-1][:PLAIN_LENGTH]
     if len(text) > PLAIN_LENGTH or set(text) & set("{}[]<>") or not re.search(r"[^\W_]", text):
         return None

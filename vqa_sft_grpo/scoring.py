@@ -354,6 +354,14 @@ MAYBE = set("maybe perhaps possibly possible might could may".split())
 BARE = {"1", "all", "true", "correct", "case", "really", "part", "either", "think", "believe", "so", "clearly"}
 DENIED_LIST = re.compile(r"\b(?:no|not|without)\b(?:[^.,;:!?\n]{1,60},){1,6}(?=[^.,;:!?\n]{0,60}\bn?or\b)")
 PRONOUNS = {"it", "this", "that", "they", "these", "those"}
+_FILM = r"(?:chest |attached |medical )?(?:images?|pictures?|films?|scans?|photos?|radiographs?|x-?rays?)\b"
+_GIVEN = r"(?:visible|shown|provided|attached|available|displayed|loaded|accessible|included|uploaded|clear enough)"
+SEES_NOTHING = re.compile(  # "I cannot see the image" denies no finding
+    rf"(?:\bnot|n['’]t|\bcannot|\bunable to|\bnever) (?:\w+ )?(?:see|view|access|open|read|interpret|analy[sz]e|find)"
+    rf" (?:(?:the|any|an?|this|that|your) )?{_FILM}"
+    rf"|\b{_FILM} (?:is|are|was|were|has|have)(?: not|n['’]t)(?: been)? {_GIVEN}"
+    rf"|\bno {_FILM}(?: (?:is|was|has been|to be))?(?: here| {_GIVEN}|[.!]?$)"
+)
 
 
 def scoped_tokens(text):
@@ -373,6 +381,8 @@ def polarity(text, question=""):
     belongs to other words counts when these words are what the question asks about; without a question it counts when
     there is no answer that stands alone.
     """
+    if SEES_NOTHING.search(text.lower()):
+        return None
     tokens, asked_tokens = scoped_tokens(text), scoped_tokens(question)
     asked = set(asked_tokens) - COMMON - {"."}
     denies = bool((ABSENCE | {"free"}) & set(asked_tokens))
@@ -409,7 +419,8 @@ def polarity(text, question=""):
     said = alone | attached if question or not alone else alone
     rest = [token for token in rest if token]
     if said and question and not denies:  # "No, there is an effusion"
-        said |= {plainly(rest, asked) or stated(text, rest, asked_tokens, asked)} - {None} if rest else set()
+        needed = asked - {"pleural"} or asked  # "No, but there is a small effusion"
+        said |= {plainly(rest, asked) or stated(text, rest, asked_tokens, needed)} - {None} if rest else set()
     if said or not question or denies:
         return said.pop() if len(said) == 1 else None
     return plainly(rest, asked) or stated(text, rest, asked_tokens, asked)
