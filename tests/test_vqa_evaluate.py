@@ -17,12 +17,13 @@ from plain_forward import plain_logprobs
 from shared.metrics.statistics import cases_needed
 from shared.models.inputs import continuation
 from shared.models.loading import load_vlm
+from shared.models.tiny import tiny_folder
 from shared.runtime import InputError
 from vqa_sft_grpo import evaluate as script
-from vqa_sft_grpo.answers import load_images, majority_answers, record_of, scores_of, shuffled_images
-from vqa_sft_grpo.asking import Answerer, answer_span, pixel_boxes
+from vqa_sft_grpo.answers import load_images, majority_answers, record_of, scores_of, shuffled_images, telling_cases
+from vqa_sft_grpo.asking import Answerer, answer_span, how_to_measure, model_of, pixel_boxes
 from vqa_sft_grpo.evaluate import evaluate
-from vqa_sft_grpo.glance import glance_table
+from vqa_sft_grpo.glance import glance_table, write_comparison
 from vqa_sft_grpo.measures import aurc_row, best_constant_box, risk_coverage, summarise
 from vqa_sft_grpo.prompting import boxes_to_model, build_prompt, parse_response
 
@@ -209,6 +210,15 @@ def test_own_boxes_are_used_where_gold_is_unknown_and_marked(films):
 def test_cases_are_drawn_by_the_seed_and_capped(films):
     drawn = [[c["row"] for c in measure(looks, films, counterfactual_cases=4, seed=seed)[2]] for seed in (0, 0, 5)]
     assert drawn[0] == drawn[1] != drawn[2] and len(drawn[2]) == 4
+
+
+def test_pictures_of_cases_without_any_difference_say_so(films):
+    images, args = load_images(films)[0], SimpleNamespace(**OPTIONS)
+    for respond, said in ((looks, "largest difference: "), (blind, "largest difference (none in any case): ")):
+        _, _, cases, records, _ = measure(respond, films)
+        strips = telling_cases(cases, films, records, images, args)
+        assert strips[0]["text"].startswith(said)
+    assert {panel["below"] for panel in strips[0]["panels"][1:]} == {"yes (0.00)"}
 
 
 # --- at a glance ---
@@ -587,6 +597,26 @@ def test_a_model_taught_on_grey_pictures_is_marked(rows_file, scripted_model):
         assert ("This model was shown 7 grey pictures in training" in report) == marked
 
 
+def test_a_control_that_cannot_be_read_shows_nothing(rows_file, scripted_model, monkeypatch, capsys):
+    """Silent where the picture is grey: all 24 answers to it are wrong, and nothing is learned about the image."""
+
+    class Silent(Scripted):
+        def text(self, prompt, image):
+            return "" if image is not None and np.ptp(image) == 0 else super().text(prompt, image)
+
+    monkeypatch.setattr(script, "Answerer", lambda *a: Silent(looks))
+    Path("model").mkdir()
+    Path("model/training.json").write_text(json.dumps({"dataset": {"policy": "by patient", "blank_rows": 7}}))
+    metrics, report = run(rows_file, "--prompts", "json", model=("--sft-ckpt", "model"))
+    said = "Unreadable controls: blank image (100.0 % of the answers); an answer that cannot be read counts as wrong"
+    assert list(metrics["unreadable_controls"]) == ["blank image"]
+    assert f"**{said}" in report and f"*** {said}" in capsys.readouterr().out
+    assert "| blank image, unreadable |" in report and "was taught" not in report
+    glance = metrics["glance"]["json"]
+    assert "right, more than with a grey picture" not in glance
+    assert glance["right, more than with the image of another group"]["value"] > 0
+
+
 def test_the_think_prompt_alone_has_no_boxes(rows_file, scripted_model):
     metrics, report = run(rows_file, "--prompts", "think", "--limit", 10, cases=2)
     assert metrics["boxes"] is None and metrics["main_prompt"] == "think" and metrics["n"] == 10
@@ -631,21 +661,53 @@ def test_given_regions_are_tested(films, rows_file, scripted_model):
 
 def test_the_default_encoder_may_be_out_of_reach(rows_file, monkeypatch, tiny, refused, capsys):
     def absent(name, device):
-        raise InputError(f"{name} cannot be had")
+        raise InputError(f"{name} cannot be had: fetch it and give --model FOLDER; or add --model tiny")
 
     monkeypatch.setattr(script, "Answerer", lambda *a: Scripted(looks))
     monkeypatch.setattr(script, "load_model", lambda args, device: replace(tiny, tiny=False))
     monkeypatch.setattr(script, "SentenceEncoder", absent)
     metrics, report = run(rows_file)
-    said = "sentence-transformers/all-MiniLM-L6-v2 cannot be had); give --sentence-encoder FOLDER"
+    said = "sentence-transformers/all-MiniLM-L6-v2 cannot be had); give --sentence-encoder FOLDER, or tiny:bert"
     assert metrics["sentence_encoder"] is None and said in metrics["no_sentence_encoder"] and said in report
+    assert "--model" not in metrics["no_sentence_encoder"]
     assert said in capsys.readouterr().out and "coverage at similarity 0.3" not in report
-    assert "mine cannot be had" in refused(
+    assert "--sentence-encoder: mine cannot be had; give --sentence-encoder FOLDER, or tiny:bert" in refused(
         script.main, ["--data", rows_file, "--model", "tiny", "--sentence-encoder", "mine", "--out-dir", "x"]
     )
 
 
+def test_a_folder_without_a_model_is_named(rows_file, tmp_path, refused):
+    (tmp_path / "run" / "best").mkdir(parents=True)
+    said = refused(script.main, ["--data", rows_file, "--sft-ckpt", "run", "--out-dir", "x"])
+    assert "run is neither an adapter nor a model" in said and "the model of that run is run/best" in said
+
+
+def test_an_adapter_of_a_tiny_model_is_tiny(tmp_path):
+    for base, model in ((tiny_folder("tiny:qwen2vl"), "tiny:qwen2vl"), ("some/qwen2vl-2b", "some/qwen2vl-2b")):
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+        assert model_of(None, str(tmp_path)) == (model, str(tmp_path))
+
+
+def test_rows_without_test_rows_are_measured_on_validation():
+    facts = {"name": "mine.json", "source": "mine.json", "test_file": None}
+    assert "validation rows with\n" in how_to_measure("best", facts, ["json"])
+    assert how_to_measure("best", facts, ["json"]).endswith("--data mine.json --split val --prompts json")
+    for more in ({"name": "slake"}, {"test_file": "mine.json"}):
+        assert "--split" not in how_to_measure("best", facts | more, ["json"])
+
+
 # --- two runs ---
+
+
+def test_differences_are_shown_by_the_adjusted_p_values(tmp_path):
+    """Five groups, all in one direction: the interval is above 0, and p cannot fall below 1 in 16."""
+    change = {"value": 0.25, "low": 0.2, "high": 0.4, "n": 20, "p": 0.06, "p_holm": 0.6}
+    of_run = {"dataset": {"name": "d"}, "split": "test", "n": 20, "adapter": None, "model": "m"}
+    runs, named = [of_run | {"clusters": {"num_groups": 5}}] * 2, {"value": 0.5, "low": 0.4, "high": 0.6, "n": 20}
+    for p, said in ((0.6, "More in B: nothing. Less"), (0.03, "More in B: right; right, closed. Less")):
+        both = {"a": named, "b": named, "difference": change | {"p_holm": p}}
+        printed = write_comparison(tmp_path, runs, {"json": {"right": both, "right, closed": both}}, [])
+        assert said in printed and "There are only 5 image groups" in printed
 
 
 @pytest.mark.slow
@@ -665,11 +727,13 @@ def test_two_runs_side_by_side(rows_file, monkeypatch, tiny, refused, capsys):
     assert right["difference"]["p"] == pytest.approx(2 / 2**12)  # twelve groups, all in one direction
     assert found["gold minus random"]["difference"]["value"] == 1
     assert found["right, more than with a grey picture"]["difference"]["value"] == 0.5
-    assert "| right | 50.0" in printed and "More in B: right, right, closed" in report and "PHANTOM" in report
+    assert "| right | 50.0" in printed and "More in B: right; right, closed;" in report and "PHANTOM" in report
     assert "Less in B: nothing" in report
     script.main(["--compare", "trained", "trained", "--out-dir", "same"])
     same = json.loads(Path("same/metrics.json").read_text())["compared"]["json"]
     assert {f["difference"]["value"] for f in same.values()} <= {0, None}
+    few = "There are only 12 image groups, so few that the intervals are too short: go by the p values."
+    assert few in report and f"p after Holm is above 0.05. {few}" in report
     run(rows_file, "--prompts", "json", "--limit", 10, out="few")
     assert "about different rows (24 and 10)" in refused(script.main, ["--compare", "base", "few"])
     assert "is no run folder of evaluate.py" in refused(script.main, ["--compare", "base", "nowhere"])

@@ -181,7 +181,7 @@ def test_dry_run_leaves_a_folder_that_the_other_scripts_read(capsys):
     printed = capsys.readouterr().out
     line = next(line for line in printed.splitlines() if "evaluate.py" in line)
     asked = shlex.split(line)[2:]
-    assert asked == ["--sft_ckpt", "run", "--data", "phantom", "--prompts", "think"]
+    assert asked == ["--sft_ckpt", "run", "--data", "phantom", "--split", "test", "--prompts", "think"]
     history = [json.loads(line) for line in Path("run/history.jsonl").read_text().splitlines()]
     assert [row["step"] for row in history] == [1, 2] and all(0 <= row["reward"] <= 1 for row in history)
     told = read_json("run/metrics.json")

@@ -147,6 +147,7 @@ def test_pictures_are_large_enough_to_read():
     picture = draw_boxes(np.zeros((28, 28), np.uint8), [[0, 0, 28, 28]])
     assert picture.size == (448, 448) and picture.getpixel((0, 0)) == (255, 64, 64)
     assert with_caption(picture, "word " * 60).height > 448 + 60
+    assert with_caption(picture, "\u0434") != with_caption(picture, "\u0436")  # letters, and not the same square
 
 
 def test_long_names_have_pictures_and_long_questions_no_run_folder(film, speaking, refused):

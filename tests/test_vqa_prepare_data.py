@@ -456,8 +456,8 @@ GOOD = {
         ({"image": ...}, "lacks image or image_path"),
         ({"output": '{"answer": "yes", "boxes": [[5, 0, 0, 5]]}'}, "the boxes of 'output'"),
         ({"width": None, "region": [[0, 0, 9, 5]]}, "lies outside of the image, 8 x 8"),
-        ({"split": "training"}, "'split' is 'training'; it must be train, val or test"),
-        ({"split": None}, "'split' is None"),
+        ({"split": "training"}, "'split' is \"training\"; it must be train, val or test"),
+        ({"split": None}, "'split' is null"),
         ({"width": 80, "height": 80}, "the image is 8 x 8 and not 80 x 80"),
         ({"width": 0}, "whole numbers of pixels"),
         ({"width": "8"}, "whole numbers of pixels"),
@@ -505,7 +505,7 @@ def test_an_id_twice_is_refused(tmp_path):
         (b"", "has no rows"),
         (b"{\n", "line 1, is not JSON"),
         (b"[1]", "is not an object"),
-        (b"\xff\xfe\x00", "cannot be read"),
+        (b"\xff\xfe\x00", "cannot be read: they are not UTF-8 text; save the file as UTF-8"),
         (b"[1, 2", "cannot be read"),
     ],
 )
@@ -624,7 +624,10 @@ def test_a_file_is_replaced_only_when_that_is_said(refused):
     [
         (["--dataset", "pathvqa"], "there is no such data set"),
         (["--dataset", "slake", "--data-dir", "nowhere"], "SLAKE is not in"),
-        (["--dataset", "slake", "--policy", "official"], "add --allow-overlap"),
+        (
+            ["--dataset", "slake", "--policy", "official"],
+            "SLAKE (split by image) images nearly identical to test ones: add --allow-overlap",
+        ),
         (["--dataset", "phantom", "--image-size", "8"], "between 28 and 512"),
         (["--dataset", "phantom", "--conditions", "Flu"], "--conditions Flu"),
         (["--dataset", "slake", "--studies", "3"], "are for --data phantom"),
@@ -702,7 +705,11 @@ FINDING = {"condition": "Edema", "kind": "edema", "side": "", "zone": ""}
     [
         ({"id": [1]}, "'id' is"),
         ({"id": True}, "'id' is"),
-        ({"overlap": "false"}, "'overlap' is 'false'"),
+        ({"overlap": "false"}, "'overlap' is \"false\"; it must be true or false"),
+        ({"answer": True}, "'answer' must be a text that is not empty; it is true"),
+        ({"output": {"answer": "yes"}}, "'output' must be a text that is not empty; it is an object"),
+        ({"width": 5.5}, "whole numbers of pixels, not 5.5 and null"),
+        ({"answer_type": 3}, "'answer_type' is 3; it must be closed or open, or null"),
         ({"answer": "nan"}, "'answer' must be a text"),
         ({"gold": "no"}, "'gold' is 'no'"),
         ({"output": '{"answer": "yes", "boxes": 5}'}, "the boxes of 'output'"),
@@ -717,6 +724,14 @@ def test_values_of_another_kind_are_refused(tmp_path, change, said):
     (tmp_path / "rows.json").write_text(json.dumps(OWN | change))
     with pytest.raises(InputError, match=said):
         read_rows(tmp_path / "rows.json")
+
+
+def test_rows_written_on_windows_are_read(tmp_path):
+    (tmp_path / "img").mkdir()
+    Image.fromarray(np.zeros((40, 60), np.uint8)).save(tmp_path / "img" / "a.png")
+    (tmp_path / "rows.json").write_text(json.dumps(OWN | {"image": "img\\a.png", "answer_type": None}))
+    (row,) = read_rows(tmp_path / "rows.json")
+    assert row["image"] == str(tmp_path / "img" / "a.png") and row["answer_type"] == "closed"
 
 
 def test_rows_made_elsewhere_that_overlap_or_cannot_be_measured(tmp_path, capsys):

@@ -813,6 +813,18 @@ def test_explanation_adds_up(composition):
     assert any("right in part, squared F1 0.44" in line for line in opened)
 
 
+def test_explain_says_why_no_box_counts():
+    thought = "<think>I see it.</think><answer>yes</answer>"
+    large = [[0, 0, YES_NO["width"], YES_NO["height"]]]
+    for row, text, settings, said in (
+        (YES_NO, thought, RewardSettings(style="think"), "the think prompt asks for no boxes"),
+        (YES_NO | {"region": None}, written(answer="yes"), RewardSettings(), "no gold region"),
+        (YES_NO | {"region": large}, written(answer="yes"), RewardSettings(), "a gold region of more than 60% of"),
+    ):
+        lines = explain(row, text, rollout_terms(row, text, settings), settings)
+        assert any(f"box: {said}" in line for line in lines), lines
+
+
 @pytest.mark.parametrize("text", ["The heart is normal in size.", "Right lung clear.", "Normal lung markings."])
 def test_a_normal_part_is_no_normal_film(text):
     effusion = {

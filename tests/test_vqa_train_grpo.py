@@ -555,6 +555,10 @@ def test_the_adapter_kept_is_not_that_of_a_shortcut():
     assert rank_of(shortcut | {"val_v": None}) > rank_of({"val_accuracy": 0.9, "val_v": None, "val_valid": 1.0})
 
 
+def test_a_run_to_resume_that_is_not_there_is_named_before_a_model_is_loaded(refused):
+    assert "there is nothing at nowhere" in refused(main, ["--resume", "nowhere"])
+
+
 def test_resume_refuses_other_settings_and_rows(rows_file, finished, tmp_path, capsys):
     for more, words in (
         (["--lr", "1e-3"], "--lr"),

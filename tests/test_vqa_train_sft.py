@@ -481,6 +481,13 @@ def test_two_processes_give_the_result_of_one(own_folder, rows_file, start_scrip
     )
 
 
+def test_a_run_to_resume_that_is_not_there_is_named_before_a_model_is_loaded(own_folder, refused):
+    assert "there is nothing at nowhere" in refused(main, ["--resume", "nowhere"])
+    Path("empty").mkdir()
+    assert "there is no run in empty" in refused(main, ["--resume", "empty"])
+    assert "there is no run in empty" in refused(main, ["--resume", "--out-dir", "empty"])
+
+
 def test_other_settings_and_other_rows_are_refused(whole_run, rows_file, refused, tmp_path):
     shutil.copytree(whole_run, "copy")
     assert "--lr 0.01 (now 0.02)" in refused(main, short(rows_file, *LORA, "--lr", "0.02", "--resume", "copy"))

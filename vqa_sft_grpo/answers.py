@@ -262,9 +262,12 @@ def telling_cases(cases, rows, records, images, args, most=4, least=2):
         drops = [told["delta_cf_roi"], told["delta_cf_rand"]]
         return told["flip_roi"] - told["flip_random"], 0.0 if None in drops else drops[0] - drops[1]
 
-    ranked = sorted(cases, key=order, reverse=True)
-    chosen = [("largest difference", c) for c in ranked[:most]] + [
-        ("smallest difference", c) for c in ranked[max(most, len(ranked) - least) :]
+    ranked, what = sorted(cases, key=order, reverse=True), ""
+    if not any(order(case)[0] for case in cases):  # ranked by the drops alone
+        told = any(abs(order(case)[1]) >= 0.005 for case in cases)
+        what = " in log-probability, none in answers" if told else " (none in any case)"
+    chosen = [(f"largest difference{what}", c) for c in ranked[:most]] + [
+        (f"smallest difference{what}", c) for c in ranked[max(most, len(ranked) - least) :]
     ]
     strips = []
     for rule, case in chosen:
@@ -275,7 +278,7 @@ def telling_cases(cases, rows, records, images, args, most=4, least=2):
         pictures = dict(edits_of(image, plan, args.fills, edit_seed(row, args.seed)))
         for name in [("roi", fill, 0) for fill in args.fills] + [("random", args.fills[0], 0)]:
             edit = case["edits"][name]
-            drop = "" if edit["drop"] is None else f" ({-edit['drop']:+.2f})"
+            drop = "" if edit["drop"] is None else f" ({0.0 - round(edit['drop'], 2):+.2f})".replace("+0.00", "0.00")
             what, boxes, colour = ("without it", plan.roi, "red")
             if name[0] == "random":
                 what, boxes, colour = "random", plan.random[0], "tab:blue"

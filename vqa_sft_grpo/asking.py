@@ -14,8 +14,10 @@ from tqdm import tqdm
 
 from shared.models.loading import QUANTS, count_parameters, load_vlm
 from shared.models.passes import PartSize, in_parts, make_prompts, score, write
-from shared.runtime import InputError, command, positive_int, read_json
+from shared.models.tiny import SIZES, tiny_folder
+from shared.runtime import InputError, command, positive_int, read_json, resume_dir
 from vqa_sft_grpo.prompting import boxes_from_model, parse_response
+from vqa_sft_grpo.rows import NAMES
 
 BASE_MODEL = "Qwen/Qwen2-VL-2B-Instruct"
 
@@ -33,9 +35,25 @@ def model_of(model, adapter, default=BASE_MODEL):
         if model is not None:
             raise InputError(f"{adapter} holds a whole model, not an adapter: leave --model out")
         return adapter, None
-    if model is None and (Path(adapter) / "adapter_config.json").is_file():
+    if Path(adapter).is_dir() and not (Path(adapter) / "adapter_config.json").is_file():
+        best = Path(adapter) / "best"
+        raise InputError(
+            f"{adapter} is neither an adapter nor a model: it holds no adapter_config.json and no config.json"
+            + (f"; the model of that run is {best}" if best.is_dir() else "")
+        )
+    if model is None:
         model = read_json(Path(adapter) / "adapter_config.json").get("base_model_name_or_path")
+        family = Path(model or "").name.rpartition("-")[0]  # a tiny model by its name, wherever it was built
+        if family in SIZES and Path(model).name == tiny_folder(f"tiny:{family}").name:
+            model = f"tiny:{family}"
     return model or default, adapter
+
+
+def check_resume(args):
+    """Refuses --resume of a run that is not there, before a model is loaded with other settings than the run's."""
+    place = args.out_dir if args.resume is True else args.resume
+    if place and not (resume_dir(place) / "settings.json").is_file():
+        raise InputError(f"--resume: there is no run in {place}; leave --resume out to start one")
 
 
 def load_model(args, device):
@@ -81,16 +99,21 @@ def training_of(adapter):
 
 def how_to_measure(checkpoint, facts, prompts, conditions=None):
     """
-    The commands that measure a trained model on test rows of what it was trained on, one a line. facts: those of the
-    rows (see the trainers' load_rows); conditions: those that the phantom was drawn with, None for all.
+    The commands that measure a trained model on rows that it was not trained on, one a line, and a line before them:
+    test rows, or where there are none, of rows made elsewhere, those for validation. facts: those of the rows (see the
+    trainers' load_rows); conditions: those that the phantom was drawn with, None for all.
     """
-    data, lines = facts.get("test_file") or ("both" if "+" in facts["name"] else facts["name"]), []
+    lines, split, names = [], "test", facts["name"].split("+")
+    data = facts.get("test_file") or ("both" if len(names) > 1 else names[0])
+    if not facts.get("test_file") and not set(names) <= set(NAMES):
+        data, split = facts["source"], "val"
     if conditions:
         data = f"{Path(checkpoint).parent / 'test_rows.json'}"
         drawn = ["--data", "phantom", "--split", "test", "--conditions", *conditions, "--output", data]
         lines.append(command("vqa_sft_grpo/prepare_data.py", *drawn))
-    asked = ["--sft_ckpt", checkpoint, "--data", data, "--prompts", *prompts]
-    return "\n".join("  " + line for line in [*lines, command("vqa_sft_grpo/evaluate.py", *asked)])
+    asked = ["--sft_ckpt", checkpoint, "--data", data, *["--split", "val"] * (split == "val"), "--prompts", *prompts]
+    told = f"measure it on {'test' if split == 'test' else 'validation'} rows with"
+    return "\n  ".join([told, *lines, command("vqa_sft_grpo/evaluate.py", *asked)])
 
 
 class Answerer:

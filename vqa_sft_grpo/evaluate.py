@@ -36,6 +36,7 @@ Writes to the run folder: metrics.json, predictions.jsonl, report.md, report.htm
 errors.csv. For research and teaching only; nothing here is medical advice.
 """
 
+import re
 import sys
 import time
 from pathlib import Path
@@ -53,13 +54,13 @@ from vqa_sft_grpo.answers import ask, ask_redrawn, load_images, majority_answers
 from vqa_sft_grpo.answers import run_counterfactual, scores_of, shuffled_images, telling_cases
 from vqa_sft_grpo.asking import Answerer, add_model_options, load_model, training_of
 from vqa_sft_grpo.counterfactual import FILLS, blank, region_iou
-from vqa_sft_grpo.glance import at_a_glance, compare, glance_table
+from vqa_sft_grpo.glance import at_a_glance, compare, glance_table, unreadable_note
 from vqa_sft_grpo.measures import SMALL_ENCODER, SentenceEncoder, at_thresholds, aurc_row, caption_similarity
 from vqa_sft_grpo.measures import case_summary, json_success, measure_boxes, measure_counterfactual, measure_redrawn
 from vqa_sft_grpo.measures import paired_difference, risk_coverage, strata, summarise
 from vqa_sft_grpo.prompting import STYLES, build_prompt
 from vqa_sft_grpo.report import draw_risk_coverage, draw_strip, write_report
-from vqa_sft_grpo.rows import NAMES, POLICIES, grpo_row, make_rows, read_rows
+from vqa_sft_grpo.rows import NAMES, OFFICIAL, POLICIES, grpo_row, make_rows, read_rows
 from vqa_sft_grpo.scoring import SYNONYMS_NAME
 from vqa_sft_grpo.sources import load_slake
 from vqa_sft_grpo.terms import add_regions
@@ -88,14 +89,14 @@ def parse_args(argv=None):
     g.add_argument("--prompts", nargs="+", default=["json", "think"], choices=STYLES,
         help="prompt styles; controls and tests use the first (json think)")
     g.add_argument("--counterfactual-cases", type=not_negative, default=100, metavar="N",
-        help="rows for the counterfactual test, drawn by the seed; each takes (2 + K) x fills + 2 answers, with each "
-        "of --prompts; 0: leave it out (%(default)s)")
+        help="rows for the counterfactual test, drawn by the seed; each takes up to (2 + K) x fills + 2 answers, with "
+        "each of --prompts; 0: leave it out (%(default)s)")
     g.add_argument("--random-regions", type=positive_int, default=5, metavar="K",
         help="random regions per case, at least 5 (%(default)s)")
     g.add_argument("--fills", nargs="+", default=list(FILLS), choices=FILLS,
         help="ways to take a region out; at least two (all)")
     g.add_argument("--sentence-encoder", metavar="FOLDER", help="a BERT-like encoder (folder or hub name) for "
-        "caption-question similarity, mean pooling (tiny:bert for a tiny model, else "
+        "caption-question similarity, mean pooling (tiny:bert for --model tiny and its adapters, else "
         f"{SMALL_ENCODER}; where that cannot be had the similarity is left out)")
     g.add_argument("--export-grpo", metavar="FILE",
         help="write the rows for train_grpo.py with what was measured; not for test rows")
@@ -112,10 +113,7 @@ def parse_args(argv=None):
     if args.export_grpo and args.split == "test":
         parser.error("--export-grpo makes training data: use --split train or val")
     if args.policy == "official" and not args.allow_overlap:
-        parser.error(
-            "--policy official has images and reworded questions of the test set in training: add --allow-overlap if"
-            " that is meant, or take clean-train"
-        )
+        parser.error(OFFICIAL)
     args.data = args.data if Path(args.data).is_file() else args.data.lower().replace("-", "_")
     if args.data not in NAMES and not Path(args.data).is_file():
         parser.error(f"--data {args.data}: there is no such file or data set; there are {', '.join(NAMES)}")
@@ -329,9 +327,11 @@ def load_encoder(args, tiny, device):
     try:
         return SentenceEncoder(name, device), name, None
     except InputError as error:
+        why = re.split("[:;] ", str(error).removeprefix("--sentence-encoder: "))[0]  # what follows advises on --model
+        instead = "give --sentence-encoder FOLDER, or tiny:bert to try the rest"
         if args.sentence_encoder:
-            raise
-        why = f"the default encoder cannot be had ({error}); give --sentence-encoder FOLDER"
+            raise InputError(f"--sentence-encoder: {why}; {instead}") from error
+        why = f"the default encoder cannot be had ({why}); {instead}"
     print(f"caption-question similarity is left out: {why}")
     return None, None, why
 
@@ -366,7 +366,8 @@ def main(argv=None):
     metrics = {
         "dataset": data, "split": args.split, "seed": args.seed, "n_errors": sum(image is None for image in images),
         "sentence_encoder": encoder, "no_sentence_encoder": why, "policy": data["policy"], "overlap": data["overlap"],
-        "trained_on": trained_on, "warnings": warnings_of(args, vlm, data, trained_on, encoder), **metrics,
+        "unreadable_controls": unreadable_controls(metrics["rows"]), "trained_on": trained_on,
+        "warnings": warnings_of(args, vlm, data, trained_on, encoder), **metrics,
         **vlm.facts(), "settings": {k: v for k, v in vars(args).items() if k != "config"},
         **run_facts(started, device),
     }  # fmt: skip
@@ -388,11 +389,18 @@ def main(argv=None):
     if strips := redrawn_strips(rows, records, predictions):
         figures["redrawn"] = draw_strip(folder / "redrawn.png", strips, where)
     write_report(run_dir, metrics, figures)
-    for warning in metrics["warnings"]:
+    unreadable = unreadable_note(metrics["unreadable_controls"])
+    for warning in [*metrics["warnings"], *[unreadable] * bool(unreadable)]:
         print(f"*** {warning} ***")
     print(markdown_table(*glance_table(metrics["glance"])))
     names = "report.html, report.md, metrics.json, predictions.jsonl"
     print(f"results in {run_dir}: {names} ({time.time() - started:.0f} s)")
+
+
+def unreadable_controls(rows):
+    """{control: share of its answers that cannot be read} where that is most of them."""
+    found = {name: 1 - (rows[name]["parsed"]["value"] or 0) for name in CONTROLS if name in rows}
+    return {name: share for name, share in found.items() if share > 0.5}
 
 
 def warnings_of(args, vlm, data, trained_on, encoder):

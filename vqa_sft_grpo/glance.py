@@ -16,7 +16,20 @@ from shared.report import PHANTOM, Report, markdown_table, number, p_value, perc
 from shared.runtime import InputError, open_run_dir, pick_device, read_json, run_facts, write_json
 from vqa_sft_grpo.measures import THRESHOLDS, is_open, paired_difference, rate
 
+FEW_GROUPS = 30  # below that, percentile intervals are too short (shared/metrics/statistics.py)
 IN_NUMBERS = ("box IoU with the gold region", "caption-question similarity")  # of values_of; all others are shares
+
+
+def readable(records):
+    """Whether at least half of the answers to a control can be read: one that cannot is wrong, which shows nothing."""
+    return 2 * sum(bool(r["parsed"]) for r in records) >= len(records)
+
+
+def unreadable_note(shares):
+    """{control: share of its answers that cannot be read} -> one sentence, or ""."""
+    told = ", ".join(f"{name} ({percent(share)} % of the answers)" for name, share in shares.items())
+    why = "an answer that cannot be read counts as wrong, so the difference to it shows nothing about the image"
+    return f"Unreadable controls: {told}; {why}." * bool(shares)
 
 
 def values_of(predictions, style, main):
@@ -41,8 +54,10 @@ def values_of(predictions, style, main):
         "right, open (exact)": [t["exact"] if o else None for t, o in zip(told, opened, strict=True)],
         "recall, open": [t["recall"] if o else None for t, o in zip(told, opened, strict=True)],
     }
-    if main and "blank image" in predictions[0]:
-        found["right, more than with a grey picture"] = minus(right, [p["blank image"]["correct"] for p in predictions])
+    controls = {"blank image": "a grey picture", "shuffled image": "the image of another group"} if main else {}
+    for control, name in controls.items():
+        if control in predictions[0] and readable([p[control] for p in predictions]):
+            found[f"right, more than with {name}"] = minus(right, [p[control]["correct"] for p in predictions])
     found["valid form (JSON success)"] = [float(t["valid"]) for t in told]
     found["response has a box"] = [float(bool(t["boxes"])) for t in told]
     found["box IoU with the gold region"] = [t["iou"] for t in told]
@@ -115,7 +130,8 @@ def glance_section(report, glance):
     report.text(
         "Where n is not said, all rows count. Right at similarity t: among the rows whose caption is that similar to"
         " the question. Own boxes are as large as the model likes, and random regions have the size of the gold one:"
-        " compare own with gold, not with random. Everything is taken apart below, for the first prompt."
+        " compare own with gold, not with random. A control that can mostly not be read is left out."
+        " Everything is taken apart below, for the first prompt."
     )
     report.table(*glance_table(glance))
 
@@ -141,18 +157,20 @@ def write_comparison(run_dir, runs, found, warnings):
         f"{'; '.join(names)}. Numbers in percent unless said otherwise, with 95 % intervals that draw whole image"
         " groups; differences are paired, row by row, and tested by flipping their signs in whole groups."
     )
-    printed = []
+    printed, groups = [], runs[0]["clusters"]["num_groups"]
+    few = f" There are only {groups} image groups, so few that the intervals are too short: go by the p values."
+    few *= groups < FEW_GROUPS
     for style, measures in found.items():
         report.heading(f"{style} prompt")
         report.table(*comparison_table(measures))
         better, worse = [], []
         for name, both in measures.items():
-            low, high = both["difference"]["low"], both["difference"]["high"]
-            if low is not None and (low > 0 or high < 0):
-                (better if low > 0 else worse).append(name)
-        told = [f"{what} in B: {', '.join(some) or 'nothing'}" for what, some in (("More", better), ("Less", worse))]
-        report.text(f"{'. '.join(told)}. For the rest the interval of the difference holds 0.")
-        printed.append(f"{style} prompt\n{markdown_table(*comparison_table(measures))}\n{'. '.join(told)}")
+            change = both["difference"]
+            if change["p"] is not None and change["p_holm"] <= 0.05:
+                (better if change["value"] > 0 else worse).append(name)
+        told = [f"{what} in B: {'; '.join(some) or 'nothing'}" for what, some in (("More", better), ("Less", worse))]
+        report.text(f"{'. '.join(told)}. For the rest no difference is shown: p after Holm is above 0.05.{few}")
+        printed.append(f"{style} prompt\n{markdown_table(*comparison_table(measures))}\n{'. '.join(told)}.{few}")
     report.write(run_dir, page=True)
     return "\n\n".join(printed)
 

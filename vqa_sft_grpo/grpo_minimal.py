@@ -237,9 +237,12 @@ def main(argv=None):
     found = {"split": "val", "n": len(val_rows), "first": first, "best": best, "last": now, "seed": args.seed}
     found |= {"dataset": facts, "settings": vars(args), **vlm.facts(), **run_facts(started, device)}
     write_json(run_dir / "metrics.json", found)
-    test_rows = args.data if facts["test"] else "both" if "+" in facts["name"] else facts["name"]
-    measure = command("vqa_sft_grpo/evaluate.py", "--sft_ckpt", run_dir, "--data", test_rows, "--prompts", "think")
-    print(f"validation accuracy {first:.3f} before, {best:.3f} at best; measure it on test rows with\n  {measure}")
+    known = set(facts["name"].split("+")) <= {"vqa_rad", "slake", "phantom"}  # their test rows are found by name
+    data = args.data if facts["test"] or not known else "both" if "+" in facts["name"] else facts["name"]
+    split = "test" if facts["test"] or known else "val"
+    asked = ["--sft_ckpt", run_dir, "--data", data, "--split", split, "--prompts", "think"]
+    measure = command("vqa_sft_grpo/evaluate.py", *asked)
+    print(f"validation accuracy {first:.3f} before, {best:.3f} at best; measure it on {split} rows with\n  {measure}")
     print(f"{'' if best > first else '*** no step was better than the start *** '}results in {run_dir}")
 
 

@@ -5,7 +5,10 @@ if __name__ == "__main__":
 
 import textwrap
 
-from PIL import Image, ImageDraw
+import matplotlib
+from PIL import Image, ImageDraw, ImageFont
+
+FONT = matplotlib.get_data_path() + "/fonts/ttf/DejaVuSans.ttf"  # Pillow's own has hardly more than ASCII
 
 
 def draw_boxes(image, boxes, colour=(255, 64, 64), width=448):
@@ -26,14 +29,15 @@ def draw_boxes(image, boxes, colour=(255, 64, 64), width=448):
 
 def with_caption(picture, text, size=14):
     """The picture with lines of text below it."""
+    font = ImageFont.truetype(FONT, size)
     lines = [
         part
         for line in text.split("\n")
-        for part in textwrap.wrap(line, max(10, round(picture.width / (size * 0.5)))) or [""]
+        for part in textwrap.wrap(line, max(10, round(picture.width / (size * 0.6)))) or [""]
     ]
     page = Image.new("RGB", (picture.width, picture.height + round(len(lines) * size * 1.35) + 10), "white")
     page.paste(picture)
     pen = ImageDraw.Draw(page)
     for i, line in enumerate(lines):
-        pen.text((6, picture.height + 5 + i * size * 1.35), line, fill="black", font_size=size)
+        pen.text((6, picture.height + 5 + i * size * 1.35), line, fill="black", font=font)
     return page

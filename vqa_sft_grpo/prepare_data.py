@@ -35,7 +35,7 @@ from shared.phantom.findings import ORDER
 from shared.phantom import phantom_settings
 from shared.runtime import InputError, fraction, not_negative, positive_int, script, script_parser
 from shared.runtime import write_json, write_jsonl
-from vqa_sft_grpo.rows import NAMES, POLICIES, SPLITS, grpo_row, make_rows, write_rows
+from vqa_sft_grpo.rows import NAMES, OFFICIAL, POLICIES, SPLITS, grpo_row, make_rows, write_rows
 
 TASK = "vqa_sft_grpo"
 
@@ -73,10 +73,7 @@ def parse_args(argv=None):
     if args.data not in NAMES:
         parser.error(f"--data {args.data}: there is no such data set; there are {', '.join(NAMES)}")
     if args.policy == "official" and not args.allow_overlap:
-        parser.error(
-            "--policy official trains on images and reworded questions of the test set: add --allow-overlap if that is"
-            " meant, or take clean-train"
-        )
+        parser.error(OFFICIAL)
     if not 28 <= args.image_size <= 512:
         parser.error(f"--image-size must be between 28 and 512 pixels, not {args.image_size}")
     of_phantom = (args.studies, args.conditions, args.prevalence, args.severities)

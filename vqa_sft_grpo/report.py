@@ -4,18 +4,17 @@ if __name__ == "__main__":
     raise SystemExit(__doc__)
 
 import textwrap
+from pathlib import Path
 
 import matplotlib
 import numpy as np
 
-from shared.report import Report, number, p_value, percent, save_figure, with_interval
-from vqa_sft_grpo.glance import glance_section
+from shared.report import Report, number, p_value, percent, save_figure, short_path, with_interval
+from vqa_sft_grpo.glance import FEW_GROUPS, glance_section, unreadable_note
 from vqa_sft_grpo.prompting import REPAIR_LEVELS
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-
-FEW_GROUPS = 30  # below that, percentile intervals are too short (shared/metrics/statistics.py)
 
 
 def columns(text):
@@ -73,17 +72,20 @@ def answers_section(report, metrics):
         columns("- | all | closed | open exact | open recall | open precision | open F1 | unparsed | contradictions"),
         rows,
     )
-    taught = (metrics["trained_on"] or {}).get("blank_rows")
+    taught, unreadable = (metrics["trained_on"] or {}).get("blank_rows"), metrics["unreadable_controls"]
     was_taught = (
         f" This model was shown {taught} grey pictures in training, with answers of the training rows (--blank-share):"
         " that it gives the most likely answer there was taught. The images of other groups were not."
-    )
-    report.text(
-        "What the image adds: accuracy with the image minus the control, on the same rows." + was_taught * bool(taught)
-    )
+    ) * (bool(taught) and "blank image" not in unreadable)
+    report.text("What the image adds: accuracy with the image minus the control, on the same rows." + was_taught)
+    if unreadable:
+        report.text(f"**{unreadable_note(unreadable)}**")
     report.table(
         columns("control | difference | sign flip over groups"),
-        [[name, with_interval(found), p_value(found["p"])] for name, found in metrics["needs_image"].items()],
+        [
+            [name + ", unreadable" * (name in unreadable), with_interval(found), p_value(found["p"])]
+            for name, found in metrics["needs_image"].items()
+        ],
     )
 
 
@@ -305,6 +307,7 @@ def confidence_section(report, metrics, figures):
         report.text(f"Caption-question similarity: not measured; {metrics['no_sentence_encoder']}.")
         return
     encoder = metrics["sentence_encoder"]
+    encoder = short_path(encoder) if Path(encoder).is_absolute() else encoder
     made_up = " **This encoder has random weights: the numbers show that the code runs, nothing else.**"
     report.text(
         f"Caption-question similarity by `{encoder}`; {confidence['rows_with_caption']} of {metrics['n']} responses"
@@ -335,15 +338,16 @@ def strata_section(report, strata):
 
 def draw_risk_coverage(path, curves, title):
     """curves {scope: {signal: (coverage, risk)}}: one panel per scope -> path."""
-    figure, axes = plt.subplots(1, len(curves), figsize=(4.8 * len(curves), 3.6), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(1, len(curves), figsize=(4.8 * len(curves), 4.2), layout="constrained", squeeze=False)
     for axis, (scope, signals) in zip(axes[0], curves.items(), strict=True):
-        for name, (coverage, risk) in signals.items():
-            axis.plot(np.asarray(coverage) * 100, np.asarray(risk) * 100, label=name, linewidth=1.5)
+        for nth, (name, (coverage, risk)) in enumerate(signals.items()):  # later ones are thinner: none hides another
+            line = dict(linewidth=4 - 0.8 * nth, linestyle="-" if nth % 2 == 0 else "--")
+            axis.plot(np.asarray(coverage) * 100, np.asarray(risk) * 100, label=name, **line)
         first = next(iter(signals.values()))[1]
         axis.axhline(100 * float(first[-1]), color="grey", linewidth=0.8, linestyle="--", label="no order")
         axis.set(xlabel="rows answered, %", ylabel="errors among them, %", title=f"{scope}, n = {len(first)}")
         axis.set(xlim=(0, 100), ylim=(-2, 102))
-        axis.legend(frameon=False, fontsize=8)
+        axis.legend(frameon=False, fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.17))
         axis.grid(alpha=0.3)
     return save_figure(figure, path, title, dpi=110)
 
@@ -353,11 +357,12 @@ def draw_strip(path, strips, title):
     strips: [{"text", "panels": [{"image", "name", "below", "changed", "boxes": [(box, colour)]}]}]: a row of pictures
     per case, changed answers in red -> path.
     """
-    count, side, head = max(len(strip["panels"]) for strip in strips), 1.9, 0.8  # inches per picture, and above it
-    height = len(strips) * (side + head) + 0.6
+    count, side = max(len(strip["panels"]) for strip in strips), 1.9  # inches per picture
+    head = 0.8 if any(strip["text"] for strip in strips) else 0.45  # and above it: a text, and the name of the picture
+    height = len(strips) * (side + head) + 0.45
     figure, axes = plt.subplots(len(strips), count, figsize=(side * count, height), squeeze=False)
     figure.subplots_adjust(
-        left=0.01, right=0.99, top=1 - 1.05 / height, bottom=0.35 / height, wspace=0.06, hspace=head / side
+        left=0.01, right=0.99, top=1 - (head + 0.1) / height, bottom=0.35 / height, wspace=0.06, hspace=head / side
     )
     for line, strip in zip(axes, strips, strict=True):
         for axis in line:

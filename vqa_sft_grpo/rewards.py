@@ -438,7 +438,9 @@ def explain(row, text, terms, settings=DEFAULT_SETTINGS):
     answer += " the gold answer is"
     penalty = f"too long {t['length']:.2f}, repetition {t['repetition']:.2f}, copied {t['copying']:.0f}, padding"
     penalty += f" {t['padding']:.0f}"
-    box = "no gold region"
+    box = "no gold region" if not row.get("region") else f"a gold region of more than {TOO_LARGE:.0%} of the image"
+    if row.get("region") and settings.style != "json":
+        box = f"the {settings.style} prompt asks for no boxes"
     if t["box"] is not None:
         box = f"IoU {t['box']:.2f}" + (f" ({t['box_why']})" if t["box_why"] else "")
     against = "no caption or reasoning"

@@ -64,6 +64,11 @@ POLICIES = {
     "official-noframe": "no_frames",
     "official": "official",
 }
+OFFICIAL = (
+    "--policy official keeps in training what the test set shows, of VQA-RAD its images and reworded questions, of"
+    " SLAKE (split by image) images nearly identical to test ones: add --allow-overlap if that is meant, or take"
+    " clean-train"
+)
 SPLITS = {"train": ("train", "val"), "val": ("val",), "test": ("test",), "all": ("train", "val", "test")}
 VAL_SHARE = 0.1
 PHANTOM_STUDIES = {"train": 1000, "val": 100, "test": 300}
@@ -560,6 +565,8 @@ def read_rows(path, splits=None):
 
 def located(image, folder):
     """The path of an image: from the folder of its rows, or where only that is there, from the working folder."""
+    if "\\" in image and not os.path.isfile(folder / image):
+        image = image.replace("\\", "/")  # written on Windows
     found = os.path.normpath(folder / image)
     return os.path.abspath(image) if not os.path.isfile(found) and os.path.isfile(image) else found
 
@@ -626,6 +633,8 @@ def numbered_rows(path):
         text = path.read_text(encoding="utf-8-sig")
         if text.lstrip().startswith("["):
             return list(enumerate(json.loads(text), 1))
+    except UnicodeDecodeError as error:
+        raise InputError(f"the rows {path} cannot be read: they are not UTF-8 text; save the file as UTF-8") from error
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"the rows {path} cannot be read ({error}); make them with {what}") from error
     found = []
@@ -665,26 +674,27 @@ def check_row(row, where):
     for key, value in row.items():
         said = isinstance(value, str) and (text_of(value, none_is_missing=False) if key in SAID else value.strip())
         if key in FULL_TEXTS and not said:
-            raise InputError(f"{where}: '{key}' must be a text that is not empty")
+            raise InputError(f"{where}: '{key}' must be a text that is not empty; it is {named(value)}")
         if key in KINDS and value is not None and type(value) not in KINDS[key]:
             kinds = "a text or a whole number" if key == "id" else "true or false"
-            raise InputError(f"{where}: '{key}' is {value!r}; it must be {kinds}, or null")
+            raise InputError(f"{where}: '{key}' is {named(value)}; it must be {kinds}, or null")
         if isinstance(value, str) and value != value.encode("utf-8", "replace").decode():
             raise InputError(f"{where}: '{key}' holds half a character (a lone surrogate)")
     check_question(row.get("question", ""), where)
-    if row.get("answer_type", "open") not in ("closed", "open"):
-        raise InputError(f"{where}: 'answer_type' is {row['answer_type']!r}; it must be closed or open")
+    if row.get("answer_type") not in ("closed", "open", None):
+        raise InputError(f"{where}: 'answer_type' is {named(row['answer_type'])}; it must be closed or open, or null")
     if row.get("split", "train") not in SPLITS["all"]:
-        raise InputError(f"{where}: 'split' is {row['split']!r}; it must be train, val or test")
+        raise InputError(f"{where}: 'split' is {named(row['split'])}; it must be train, val or test")
     size = [row.get(key) for key in ("width", "height")]
     if any(n is not None and not (type(n) is int and 0 < n < 2**20) for n in size):
-        raise InputError(f"{where}: 'width' and 'height' must be whole numbers of pixels")
+        found = " and ".join(map(named, size))
+        raise InputError(f"{where}: 'width' and 'height' must be whole numbers of pixels, not {found}")
     region = row.get("region")
     if region is not None:
         if not (isinstance(region, list) and region and all(is_pixel_box(box) for box in region)):
             raise InputError(
                 f"{where}: 'region' must be null or boxes [[x0, y0, x1, y1]] with x0 < x1 and y0 < y1, in pixels,"
-                " not in shares of the image"
+                f" not in shares of the image; it is {named(region)}"
             )
         if None not in size:
             check_region(row, where)
@@ -695,7 +705,7 @@ def check_row(row, where):
         except (ValueError, RecursionError):
             target = None
         if not isinstance(target, dict) or not isinstance(target.get("answer"), str):
-            raise InputError(f"{where}: 'output' must be a JSON object with an answer")
+            raise InputError(f"{where}: 'output' must be a JSON object with an answer, not {row['output'][:60]!r}")
         if target["answer"] != row.get("answer", row.get("gold", target["answer"])):
             raise InputError(f"{where}: 'output' answers {target['answer'][:60]!r}, 'answer' says otherwise; {MAKE}")
     if {"gold", "answer"} <= row.keys() and row["gold"] != row["answer"]:
@@ -704,6 +714,13 @@ def check_row(row, where):
     whole = isinstance(findings, list) and all(isinstance(finding, dict) for finding in findings)
     if not whole or not all(isinstance(finding.get(name), str) for finding in findings for name in FINDING):
         raise InputError(f"{where}: 'findings' must be null or a list of objects with {', '.join(FINDING)}; {MAKE}")
+
+
+def named(value):
+    """A value of a file in words, for a refusal."""
+    if isinstance(value, dict) or isinstance(value, list) and not value:
+        return "an object" if value else "empty"
+    return "empty" if isinstance(value, str) and not value.strip() else json.dumps(value)[:60]
 
 
 def check_region(row, where):

@@ -74,7 +74,7 @@ from shared.runtime import positive_float, positive_int, read_json, record, run_
 from shared.runtime import seed_everything, write_json, write_jsonl
 from shared.training import GuardedStep, StopSignal, Weights, learning_rate, load_state, save_state, settings_of
 from vqa_sft_grpo.alarms import alarms
-from vqa_sft_grpo.asking import BASE_MODEL, how_to_measure, limit_pixels, model_of, training_of
+from vqa_sft_grpo.asking import BASE_MODEL, check_resume, how_to_measure, limit_pixels, model_of, training_of
 from vqa_sft_grpo.counterfactual import FILLS, region_iou
 from vqa_sft_grpo.grpo import SCALES, check_first_step, group_advantages
 from vqa_sft_grpo.grpo_log import HISTORY, cut_rollouts, describe, draw_curves, draw_edits, log_rollouts, mean
@@ -206,6 +206,7 @@ def load_rows(args):
             "policy": policies,
             "source": args.data_jsonl,
             "sha256": sha256_of(Path(args.data_jsonl)),
+            "test_file": args.data_jsonl if any(r["split"] == "test" for r in rows) else None,
         }
         if note := ignored_fields(rows):
             print(f"note: {note}")
@@ -456,11 +457,13 @@ def main(argv=None):
     if args.explain:
         return explain_rollout(args)
     started = time.time()
+    check_resume(args)
     RewardSettings(args.composition, args.weights, args.max_new_tokens, args.style)  # a mistake shows before loading
     device, _ = pick_device(args.device)
     train_rows, val_rows, facts = load_rows(args)
     told = (training_of(args.sft_ckpt) if args.sft_ckpt else None) or {}  # fine-tuning's file may have test rows
-    facts["test_file"] = told.get("test_file") if told.get("name") == facts["name"] else None
+    if told.get("test_file") and told.get("name") == facts["name"]:
+        facts["test_file"] = told["test_file"]
     if facts["phantom"]:
         print(f"*** {PHANTOM} ***")
     seed_everything(args.seed)
@@ -476,8 +479,7 @@ def main(argv=None):
         print("*** no step was better than the start: the adapter saved is the one that came in ***")
     print(
         f"validation accuracy {history[0]['val_accuracy']:.3f} before, {best['val_accuracy']:.3f} at best (step"
-        f" {best['step']}); measure it on test rows with\n"
-        f"{how_to_measure(run_dir, facts, [args.style], args.conditions)}\n"
+        f" {best['step']}); {how_to_measure(run_dir, facts, [args.style], args.conditions)}\n"
         f"results in {run_dir} ({time.time() - started:.0f} s)"
     )
 

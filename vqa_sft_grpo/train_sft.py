@@ -56,7 +56,7 @@ from shared.runtime import InputError, add_resume, atomic_folder, fraction, not_
 from shared.runtime import positive_float, positive_int, run_facts, script, script_parser, seed_everything
 from shared.runtime import start_distributed, write_json, write_jsonl
 from shared.training import GuardedStep, StopSignal, Weights, adamw, learning_rate, load_state, save_state, settings_of
-from vqa_sft_grpo.asking import BASE_MODEL, Answerer, how_to_measure, limit_pixels
+from vqa_sft_grpo.asking import BASE_MODEL, Answerer, check_resume, how_to_measure, limit_pixels
 from vqa_sft_grpo.counterfactual import blank, region_iou
 from vqa_sft_grpo.examples import make_examples
 from vqa_sft_grpo.prompting import STYLES, boxes_from_model, build_prompt, parse_response
@@ -428,6 +428,7 @@ def publish(args, run_dir):
 def main(argv=None):
     args = parse_args(argv)
     started = time.time()
+    check_resume(args)
     device, _ = pick_device(args.device)
     rank, world_size = start_distributed(device)
     train_rows, val_rows, facts = load_rows(args)
@@ -458,8 +459,8 @@ def main(argv=None):
     publish(args, run_dir)
     prompts = list(dict.fromkeys([args.eval_style, *args.styles]))
     print(
-        f"best step {best['step']}: validation accuracy {best['val_accuracy']:.3f}; measure it on test rows with\n"
-        f"{how_to_measure(run_dir / 'best', facts, prompts, args.conditions)}\n"
+        f"best step {best['step']}: validation accuracy {best['val_accuracy']:.3f};"
+        f" {how_to_measure(run_dir / 'best', facts, prompts, args.conditions)}\n"
         f"results in {run_dir} ({time.time() - started:.0f} s)"
     )
 
