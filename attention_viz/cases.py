@@ -4,7 +4,8 @@ about one study in all its wordings, variant 0 the original; on the phantom also
 film drawn anew without it, and without another one.
 
 The CSV: study_id, image_path (from the folder of the CSV), finding, variant_id (0 the original), question, answer_gt
-(yes or no, of this wording); and where they are known patient_id, strategy, region (a JSON list of pixel boxes).
+(yes or no, of this wording); and where they are known patient_id, strategy, region (a JSON list of pixel boxes), source
+("phantom": drawn by this project).
 """
 
 if __name__ == "__main__":
@@ -28,7 +29,7 @@ from shared.phantom import DEFAULT, PhantomSettings, phantom_study
 from shared.runtime import InputError, atomic_file, write_csv
 
 COLUMNS = "study_id image_path finding variant_id question answer_gt".split()
-MORE = "patient_id strategy region".split()
+MORE = "patient_id strategy region source".split()
 STRATEGIES = "original synonym clause_order register voice negation other".split()
 TEST_START = 700_000  # index of the phantom's first study here; training takes those from 0 on
 LONGEST = 1000  # characters of a question
@@ -48,6 +49,7 @@ class Asked:
     boxes: list = field(default_factory=list)  # where the finding asked about is, in pixels of the image; [] unknown
     without: np.ndarray | None = None  # phantom: the film without the finding asked about
     without_other: np.ndarray | None = None  # phantom: the film without another finding
+    phantom: bool = False
 
     @property
     def key(self):
@@ -104,7 +106,8 @@ def phantom_cases(count, seed=0, settings=DEFAULT, size=224, variants=6, start=T
             passed += 1
             continue
         q, passed = q or asked[0], 0
-        case = Asked(study.study_id, study.patient_id, q.condition, study.image, wordings_of(q, index, variants))
+        case = Asked(study.study_id, study.patient_id, q.condition, study.image, wordings_of(q, index, variants),
+                     phantom=True)  # fmt: skip
         if q.answer == "yes":
             boxes = {f.name: study.boxes[f.name] for f in study.drawn}
             names = {name for name, found in boxes.items() if found and all(box in q.region for box in found)}
@@ -123,6 +126,7 @@ def export_csv(cases, folder):
         with atomic_file(folder / path) as file:
             Image.fromarray(case.pixels()).save(file, "PNG")
         fixed = dict(study_id=case.study_id, image_path=path, finding=case.finding, patient_id=case.patient_id)
+        fixed["source"] = "phantom" if case.phantom else ""
         rows += [fixed | w | {"region": json.dumps(case.boxes)} for w in case.wordings]
     write_csv(folder / "questions.csv", [{name: row[name] for name in (*COLUMNS, *MORE)} for row in rows])
     return folder / "questions.csv"
@@ -142,12 +146,16 @@ def read_cases(path, n_studies=None):
         row |= {name: re.sub(r"\.0*$", "", row[name]) for name in ("variant_id", "answer_gt")}  # 1.0 is 1
         if not os.path.isfile(path.parent / row["image_path"]):
             row["image_path"] = row["image_path"].replace("\\", "/")
-    studies = set(list(dict.fromkeys(row["study_id"] for _, row in rows))[:n_studies])
+    studies = list(dict.fromkeys(row["study_id"] for _, row in rows))
+    if n_studies and len(studies) > n_studies:
+        notes.append(f"The first {n_studies} of {len(studies)} studies were read; --n-studies takes more.")
+    studies = set(studies[:n_studies])
     rows = [(line, row) for line, row in rows if row["study_id"] in studies]
-    unnamed = sum(not text_of(row.get("patient_id")) for _, row in rows)
-    if unnamed:
-        notes.append(f"{unnamed} of {len(rows)} rows have no patient_id: each study of theirs counts as a patient, so"
-                     " intervals may be too short.")  # fmt: skip
+    patients = {}  # merged cells of a spreadsheet: the first row of a study names its patient, the others are empty
+    for _, row in rows:
+        patients[row["study_id"]] = patients.get(row["study_id"]) or text_of(row.get("patient_id"))
+    for _, row in rows:
+        row["patient_id"] = text_of(row.get("patient_id")) or patients[row["study_id"]]
     groups, errors, seen = {}, [], {}
     for line, row in rows:
         problem = check_row(row, path.parent, seen)
@@ -155,15 +163,20 @@ def read_cases(path, n_studies=None):
             errors.append({"line": line, "study_id": row["study_id"], "error": problem})
         else:
             groups.setdefault((row["study_id"], row["finding"]), []).append((line, row))
-    cases = []
+    cases, used = [], []
     for lines in groups.values():
         found = [row for _, row in lines]
         original = next((row for row in found if int(row["variant_id"]) == 0), None)
         if original is not None and len({row["image_path"] for row in found}) == 1:
             cases.append(case_of(original, found, path.parent))
+            used += found
             continue
         why = "this question has no variant 0 to compare with" if original is None else "its wordings differ in image"
         errors += [{"line": line, "study_id": row["study_id"], "error": why} for line, row in lines]
+    unnamed = sum(not row["patient_id"] for row in used)
+    if unnamed:
+        notes.append(f"{unnamed} of {len(used)} rows have no patient_id: each study of theirs counts as a patient, so"
+                     " intervals may be too short.")  # fmt: skip
     odd = sum(boxes_of(row) is None for _, row in rows)
     if odd:
         told = "are no lists of boxes [x0, y0, x1, y1] in pixels: their questions count as without boxes"
@@ -188,8 +201,7 @@ def check_row(row, folder, seen):
         return f"answer_gt is {row['answer_gt']!r}, not yes or no"
     if not os.path.isfile(folder / row["image_path"]):
         return f"there is no image {row['image_path'][:200]}"
-    patient = row.get("patient_id", "")
-    if seen.setdefault(row["study_id"], patient) != patient:
+    if seen.setdefault(row["study_id"], row["patient_id"]) != row["patient_id"]:
         return "this study stood in the file before with another patient_id"
     key = row["study_id"], row["finding"], int(row["variant_id"])
     if key in seen:
@@ -220,9 +232,9 @@ def case_of(original, rows, folder):
         wordings.append(dict(variant_id=variant, question=question, answer_gt=answer, strategy=strategy))
     yes = YES_NO[original["answer_gt"].lower()] == "yes"  # a no points at nothing
     boxes = boxes_of(original) or [] if yes else []
-    patient = text_of(original.get("patient_id", "")) or original["study_id"]
-    path = folder / original["image_path"]
-    return Asked(original["study_id"], patient, original["finding"], path, wordings, boxes)
+    patient, path = original["patient_id"] or original["study_id"], folder / original["image_path"]
+    drawn = any(row.get("source", "").lower() == "phantom" for row in rows)
+    return Asked(original["study_id"], patient, original["finding"], path, wordings, boxes, phantom=drawn)
 
 
 def strategy_of(text):

@@ -92,8 +92,10 @@ def parse_args(argv=None):
     # fmt: on
     add_resume(g)
     args = parser.parse_args(argv)
+    if args.dry_run and args.csv is not None:
+        parser.error("--dry-run asks about films of the phantom: leave it or --csv out")
     if args.dry_run:
-        args.device, args.models, args.csv, args.n_studies, args.bootstrap = "cpu", ["tiny:gemma3"], None, 6, 200
+        args.device, args.models, args.n_studies, args.bootstrap = "cpu", ["tiny:gemma3"], 6, 200
         args.image_size = 112
     if args.csv is None and args.real_only:
         parser.error("--real-only needs --csv: without it the questions are about the phantom")
@@ -115,13 +117,15 @@ def main(argv=None):
     args = parse_args(argv)
     started = time.time()
     seed_everything(args.seed)
-    phantom = args.csv is None
-    if phantom:
+    if args.csv is None:
         settings = phantom_settings(args.conditions, args.severe, args.guessable)
         cases = phantom_cases(args.n_studies, args.seed, settings, args.image_size, args.variants)
         errors, notes = [], []
     else:
         cases, errors, notes = read_cases(args.csv, args.n_studies)
+    phantom = any(case.phantom for case in cases)
+    if phantom and args.real_only:
+        raise InputError(f"--real-only: {args.csv} has films of the phantom (its column source); leave their rows out")
     if args.export:
         print(f"{len(cases)} questions in {export_csv(cases, args.export)}")
         return
@@ -156,7 +160,7 @@ def main(argv=None):
     write_json(run_dir / "stats.json", stats)
     write_results(run_dir, stats, models, cases, pixels, errors, args)
     for name, found in stats["models"].items():
-        print(f"{name}: {found['verdict']['says']} ({found['verdict']['because']})")
+        print(f"{name}{' (untrained)' * found['tiny']}: {found['verdict']['says']} ({found['verdict']['because']})")
     print(f"results in {run_dir}")
 
 

@@ -25,18 +25,19 @@ sys.path.insert(0, str(ROOT))  # finds shared/ from any folder; in a notebook, c
 import shared  # noqa: F401, isort: skip  # before transformers
 import matplotlib.pyplot as plt
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from attention_viz.cases import LONGEST
 from attention_viz.maps import METHODS, OF_ROWS, PAIR, TINY_PAIR, ask, attention_map, check_colormap, overlay
+from attention_viz.maps import shortened
 from shared.data.images import read_pixels
 from shared.models.hub import find_model
 from shared.models.loading import QUANTS, load_vlm
 from shared.models.passes import make_prompts, write
 from shared.phantom import phantom_study
 from shared.report import PHANTOM, save_figure
-from shared.runtime import InputError, atomic_file, bounded, free_gpu, open_run_dir, pick_device, run_facts, script
-from shared.runtime import script_parser, seed_everything, write_json
+from shared.runtime import InputError, atomic_file, bounded, free_gpu, open_run_dir, pick_device, read_json, run_facts
+from shared.runtime import script, script_parser, seed_everything, write_json
 
 TASK = "attention_viz"
 
@@ -98,18 +99,24 @@ def main(argv=None):
         run_dir = run_dir or open_run_dir(args, TASK, "infer")
         record, maps, heads = look(vlm, image, args)
         number = len(records)
-        print(f"  {name}: {record['answer']}, margin {record['margin']:+.2f} nats; wrote: {record['text'][:150]!r}")
+        told = f"{record['answer']}, margin {record['margin']:+.2f} nats{', untrained' * vlm.tiny}"
+        print(f"  {name}: {told}; wrote: {record['text'][:150]!r}")
+        if "note" in record:
+            print(f"    {record['note']}")
         for method, found in maps.items():
             if found.values is None:
                 print(f"    {method}: no map ({found.status})")
                 continue
             path = record["maps"][method]["picture"] = f"overlays/{number}_{vlm.family}_{method}.png"
             with atomic_file(run_dir / path) as file:
-                Image.fromarray(overlay(image, found, args.colormap)).save(file, "PNG")
+                picture = Image.fromarray(overlay(image, found, args.colormap))
+                if phantom:
+                    ImageDraw.Draw(picture).text((3, 3), "PHANTOM", "white", stroke_width=1, stroke_fill="black")
+                picture.save(file, "PNG")
         if heads is not None:
             all_heads[name, run_dir / "figures" / f"heads_{number}_{vlm.family}.png"] = heads
         records.append(record)
-        panels.append((f"{name}: {record['answer']} ({record['margin']:+.2f} nats)", maps))
+        panels.append((f"{shortened(name, 30)}\n{told}", maps))
         del vlm
         free_gpu()
     write_json(run_dir / "record.json", {
@@ -134,6 +141,14 @@ def read(args):
         raise InputError(f"{args.image}: {error}") from error
 
 
+def learned_from_phantom(folder):
+    """Does a training.json beside the model say that it was trained on the phantom?"""
+    path = Path(folder) / "training.json"
+    told = read_json(path) if path.is_file() else {}
+    told = told.get("dataset", told)
+    return isinstance(told, dict) and told.get("phantom") is True
+
+
 def look(vlm, image, args):
     """-> (record for record.json, {method: Map}, rows (layers, heads, h, w) for --head-mode per-head or None)."""
     case = ask(vlm, image, args.question, finding=args.finding)
@@ -143,6 +158,8 @@ def look(vlm, image, args):
                             "view": case.view}  # fmt: skip
     if vlm.tiny:
         record["note"] = "an untrained tiny model: its answer and its maps mean nothing"
+    elif learned_from_phantom(vlm.name):
+        record["note"] = "trained on films drawn by this project: what it says of a real one means nothing"
     record["maps"] = {}
     for method, found in maps.items():
         values = None if found.values is None else found.values.round(6)
@@ -163,7 +180,7 @@ def draw_panels(image, panels, path, args, phantom):
     figure, axes = plt.subplots(len(panels), count, figsize=size, layout="constrained", squeeze=False)
     for line, (title, maps) in zip(axes, panels, strict=True):
         line[0].imshow(image, cmap="gray")
-        line[0].set_title(title[-44:], fontsize=7)
+        line[0].set_title(title, fontsize=7)
         for axis, (method, found) in zip(line[1:], maps.items(), strict=True):
             if found.values is None:
                 axis.text(0.5, 0.5, f"no map:\n{found.status}", ha="center", va="center", transform=axis.transAxes)

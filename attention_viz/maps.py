@@ -168,6 +168,12 @@ def overlay(image, found, colormap="hot", strength=0.55):
     return ((base * (1 - share) + color * share) * 255).round().astype(np.uint8)
 
 
+def shortened(text, most):
+    """The text in at most `most` characters, without its middle: folders of models differ at the end or the start."""
+    left = (most - 1) // 2
+    return text if len(text) <= most else f"{text[:left]}…{text[len(text) + left + 1 - most :]}"
+
+
 # -------------------------------------------------------------------------------------------------------------- asking
 
 

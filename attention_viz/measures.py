@@ -182,12 +182,16 @@ def behaviour(records, draws=DRAWS):
         right = [None if r.get(name) is None else ((r[name] > 0) == (w["answer_gt"] == "yes"))
                  for r, w in zip(records, first, strict=True)]  # fmt: skip
         found[f"accuracy_{name}"] = mean_of(right, cases, draws)
+        if name == "other":
+            found["accuracy_above_other"] = paired([w["correct"] for w in first], right, cases, draws)
     quadrants = {f"{a}, {b}": 0 for a in ("consistent", "flips") for b in ("relies on the image", "does not")}
     for r, w in zip(records, first, strict=True):
+        if len(r["wordings"]) < 2:
+            continue  # asked once: neither consistent nor not
         steady = not any(v["flip"] for v in r["wordings"][1:])
         relies = any(r.get(n) is not None and (r[n] > 0) != (w["answer"] == "yes") for n in ("text_only", "blank"))
         quadrants[f"{'consistent' if steady else 'flips'}, {'relies on the image' if relies else 'does not'}"] += 1
-    found["quadrants"] = quadrants
+    found["quadrants"], found["without_paraphrase"] = quadrants, sum(len(r["wordings"]) < 2 for r in records)
     yes = [r for r in records if r["wordings"][0]["answer_gt"] == "yes" and r.get("without") is not None]
     right = [r for r in yes if r["wordings"][0]["correct"]]
     who, others = [r["patient_id"] for r in right], [r["without_other"] for r in right]
@@ -201,6 +205,12 @@ def behaviour(records, draws=DRAWS):
     return found
 
 
+def ends(found):
+    """-> (low, high) of a share; nothing, or all, of few patients has no width: there the rule of three."""
+    three = 3 / found["patients"]
+    return min(found["low"], 1 - three), max(found["high"], three)
+
+
 def verdict(found):
     """behaviour -> "needs the image", "does not need the image", or "undecided", and the sentence that says why."""
     parts = [found[n] for n in ("changes_text_only", "changes_blank", "changes_other") if found[n] is not None]
@@ -212,12 +222,17 @@ def verdict(found):
     if causal is not None:
         told += f"; right yes answers turn in {100 * causal['value']:.0f} % when the finding is drawn away"
     other, gone = found["changes_other"], [found[f"changes_{n}"] for n in ("text_only", "blank")]
-    ignored = other is not None and other["high"] < RELIES and min(p["high"] for p in gone if p) < RELIES
+    ignored = other is not None and ends(other)[1] < RELIES and min(ends(p)[1] for p in gone if p) < RELIES
     if ignored and (causal is None or causal["value"] < RELIES):  # a blank image alone may be unlike all it has seen
         return "does not need the image", told
-    strong = causal is not None and causal["low"] is not None and causal["low"] > RELIES
-    # answers on no image or on another patient's may change for any reason, right ones that follow the finding may not
-    if strong or (causal is None and other is not None and other["low"] > RELIES):
+    # answers on no image or on another patient's may change for any reason; a model that needs its film also has more
+    # right answers with it than with another patient's
+    above, change = found["accuracy_above_other"], other if causal is None else causal
+    if above is not None:
+        told += (f"; right answers above those with another patient's image: {100 * above['value']:.1f} points "
+                 f"[{100 * above['low']:.1f}, {100 * above['high']:.1f}], p = {above['p']:.3f}")  # fmt: skip
+    follows = change is not None and change["low"] is not None and ends(change)[0] > RELIES
+    if follows and above is not None and above["low"] > 0 and above["p"] < 0.05:
         return "needs the image", told
     return "undecided", told
 
@@ -271,7 +286,8 @@ def similarity_table(records, methods, draws=DRAWS):
 def attention_tests(records, method, draws=DRAWS):
     """
     For one kind of map: is the shift of a paraphrase smaller than between images (paired by case), is it equivalent to
-    none (upper end of the 90 % interval of their ratio below SAME), and does it foretell flips?
+    none (upper end of the 90 % interval of their ratio below SAME, and sign flips at 5 % on one side agree: an interval
+    of few patients is too short), and does it foretell flips?
     """
     shifts = {}
     for r in records:
@@ -283,6 +299,8 @@ def attention_tests(records, method, draws=DRAWS):
     who = [r["patient_id"] for r in records]
     own, other = ([shifts[r["key"]].get(name) for r in records] for name in ("paraphrase", "other patient's image"))
     ratio = ratio_of(own, other, who, draws, confidence=0.9)
+    half = paired(own, [None if js is None else SAME * js for js in other], who, draws)
+    sure = ratio is not None and ratio["low"] is not None and half["p"] < 0.1
     rows = [(r["wordings"][0], w, r["patient_id"]) for r in records for w in r["wordings"][1:]
             if w["maps"].get(method, {}).get("js") is not None]  # fmt: skip
     flips, patients = [w["flip"] for _, w, _ in rows], [patient for *_, patient in rows]
@@ -294,7 +312,8 @@ def attention_tests(records, method, draws=DRAWS):
     return {
         "paraphrase_minus_other_image": paired(own, other, who, draws),
         "paraphrase_over_other_image_90": ratio,
-        "equivalent": ratio is not None and ratio["high"] is not None and ratio["high"] < SAME,
+        "equivalent": sure and ratio["high"] < SAME,
+        "follows_wording": sure and ratio["low"] > SAME,
         "flip_auroc": {k: auroc_of(flips, v, patients, draws) for k, v in predictors.items()},
     }
 

@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from attention_viz import measures
-from attention_viz.maps import METHODS, OF_ROWS, SIDE, Map, overlay, shares_in_boxes
+from attention_viz.maps import METHODS, OF_ROWS, SIDE, Map, overlay, shares_in_boxes, shortened
 from shared.metrics.statistics import effective_clusters
 from shared.report import Report, number, p_value, percent, save_figure, with_interval
 from shared.runtime import InputError, write_csv
@@ -142,7 +142,7 @@ def write_results(run_dir, stats, models, cases, pixels, errors, args):
     figures = {
         "Original wording: the film with its boxes, then its maps.":
             draw_panels(run_dir, stats, models, cases, pixels, args),
-        "How far maps move: by wording, and by what should move them.": draw_moves(run_dir, stats, models),
+        "How far maps move (log axis): by wording, and by what should move them.": draw_moves(run_dir, stats, models),
         "Hit rate over chance on test cases with boxes; 1 is chance.": draw_forest(run_dir, stats),
     }  # fmt: skip
     write_report(stats, figures).write(run_dir, page=True)
@@ -190,6 +190,8 @@ def write_report(stats, figures):
     for kind in dict.fromkeys(k for t in told for k in t["flip_by_kind"]):
         rows.append([f"flips: {kind}", *(with_interval(t["flip_by_kind"].get(kind)) for t in told)])
     rows += [[f"cases: {q}", *(t["quadrants"][q] for t in told)] for q in told[0]["quadrants"]]
+    if any(t["without_paraphrase"] for t in told):
+        rows.append(["cases: no paraphrase, in none of these", *(t["without_paraphrase"] for t in told)])
     causal = [t["causal"] for t in told]
     rows.append(["right yes: flips when the finding is drawn away",
                  *(with_interval(c["flips_without_finding"]) for c in causal)])  # fmt: skip
@@ -276,7 +278,11 @@ def attention_sentence(m):
         return f"{start}: attention does not change by more than {measures.SAME:g} of that, so it counts as unchanged."
     if moved["p"] < 0.05 and moved["value"] < 0:
         return f"{start}: less than an image does, but not shown to be unchanged."
-    return f"{start}: the map follows the wording as much as the image, and says little about the image."
+    if found["follows_wording"]:
+        return (f"{start}: more than {measures.SAME:g} of that, so the map follows the wording as well as the image,"
+                " and says little about the image.")  # fmt: skip
+    return (f"{start} in {ratio['n']} cases of {ratio['patients']} patients, {p_value(moved['p'])}: too few to tell"
+            " whether the map follows the wording or the image.")  # fmt: skip
 
 
 def faithful_tables(report, found):
@@ -306,65 +312,82 @@ def draw_panels(run_dir, stats, models, cases, pixels, args, most=3):
         lines += [(name, r, model["maps"][r["key"]]) for r in some]
     if not lines:
         return None
-    methods = [m for m in (*METHODS, "mean_without_sinks") if any(m in maps for *_, maps in lines)][:7]
-    size = (1.9 * (len(methods) + 1), 2.1 * len(lines) + 0.5)
-    figure, axes = plt.subplots(len(lines), len(methods) + 1, figsize=size, layout="constrained", squeeze=False)
-    for line, (name, r, maps) in zip(axes, lines, strict=True):
+    tried = [[m for m in (*METHODS, "mean_without_sinks") if m in r["wordings"][0]["maps"]] for _, r, _ in lines]
+    most = 1 + max(map(len, tried))
+    wide = -(-most // -(-most // 7))  # a line of more than seven pictures goes on below
+    rows = [-(-(1 + len(methods)) // wide) for methods in tried]
+    size = (1.9 * wide, 2.1 * sum(rows) + 0.5)
+    figure, axes = plt.subplots(sum(rows), wide, figsize=size, layout="constrained", squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for i, (name, r, maps) in enumerate(lines):
         image, w = pixels[r["key"]], r["wordings"][0]
+        line = axes[sum(rows[:i]) :].flat[: 1 + len(tried[i])]
         line[0].imshow(image, cmap="gray")
         for x0, y0, x1, y1 in by_key[r["key"]].boxes:
             line[0].add_patch(plt.Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor="cyan", linewidth=1))
-        line[0].set_title(f"{name[-22:]}\n{r['finding']}: {w['answer']} (truth {w['answer_gt']})", fontsize=6)
-        for axis, method in zip(line[1:], methods, strict=True):
+        boxless = "" if r["has_boxes"] else "\nother maps: only where a box is known"
+        told = f"{shortened(name, 30)}\n{r['finding']}: {w['answer']} (truth {w['answer_gt']}){boxless}"
+        line[0].set_title(told, fontsize=6)
+        for axis, method in zip(line[1:], tried[i], strict=True):
             if method in maps:
                 grid = maps[method].astype(np.float32)
                 whole = Map(grid, "ok", (0, 0, *image.shape[1::-1]), image.shape[:2])
                 axis.imshow(overlay(image, whole, args.colormap))
             else:
-                told = w["maps"].get(method)
-                why = f"no map: {told['status']}" if told else "made only where\na box is known"
+                why = f"no map: {w['maps'][method]['status']}"
                 axis.text(0.5, 0.5, why, ha="center", va="center", fontsize=6, transform=axis.transAxes)
             axis.set_title(method, fontsize=6)
         for axis in line:
+            axis.axis("on")
             axis.set_xticks([])
             axis.set_yticks([])
     return save_figure(figure, run_dir / "figures" / "panels.png", "Where models looked", stats["phantom"])
 
 
 def draw_moves(run_dir, stats, models):
-    """Box plots of the Jensen-Shannon divergence, one panel per model."""
+    """Box plots of the Jensen-Shannon divergence, one panel per model; log axis: what moves them differs by 1,000."""
     figure, axes = plt.subplots(1, len(models), figsize=(5.5 * len(models), 3.6), layout="constrained", squeeze=False)
     for axis, (name, model) in zip(axes[0], models.items(), strict=True):
         method, groups = stats["models"][name]["attention_of"], {}
         for r in model["records"]:
             for kind, m, js, _ in r["moved"] if not r["calibration"] else ():
                 if m == method and js is not None:
-                    groups.setdefault("paraphrase" if kind.startswith("paraphrase") else kind, []).append(js)
+                    groups.setdefault("paraphrase" if kind.startswith("paraphrase") else kind, []).append(max(js, 1e-6))
         if groups:
+            axis.set_xscale("log")
             axis.boxplot(list(groups.values()), orientation="horizontal", showfliers=False)
             axis.set_yticks(range(1, len(groups) + 1), [f"{k} (n = {len(v)})" for k, v in groups.items()], fontsize=7)
-        axis.set_title(f"{name[-40:]}: {method}", fontsize=8)
-        axis.set_xlabel("Jensen-Shannon divergence to the original's map", fontsize=8)
+        axis.set_title(f"{shortened(name, 40)}: {method}", fontsize=8)
+        axis.set_xlabel("Jensen-Shannon divergence to the original's map, at least 0.000001", fontsize=8)
     return save_figure(figure, run_dir / "figures" / "moves.png", "How far maps move", stats["phantom"])
 
 
 def draw_forest(run_dir, stats):
-    """Hit rate over chance with intervals, per model and map; evidence-using cases where there are any."""
-    lines = []
-    for name, m in stats["models"].items():
-        group = next(iter(m["localisation"]), None)
-        for method, row in m["localisation"].get(group, {}).items():
-            if row["hit_over_chance"]:
-                lines.append((f"{name[-24:]}: {method}", row["hit_over_chance"]))
+    """
+    Hit rate over chance with intervals, per model and map, on one group for all models: the evidence-using cases where
+    each model has some of two patients, else all yes cases.
+    """
+
+    def rows_of(m, group):
+        return {k: row["hit_over_chance"] for k, row in m["localisation"].get(group, {}).items()
+                if row["hit_over_chance"]}  # fmt: skip
+
+    groups = ("evidence-using cases", "all yes cases")
+    group = next((g for g in groups if all(rows_of(m, g) for m in stats["models"].values())), groups[1])
+    found = {name: rows_of(m, group) for name, m in stats["models"].items()}
+    lines = [(f"{shortened(name, 24)}: {method} (n = {row['n']})", row)
+             for name, rows in found.items() for method, row in rows.items()]  # fmt: skip
     if not lines:
         return None
+    absent = [f"{shortened(name, 40)}: too few for an interval" for name, rows in found.items() if not rows]
     figure, axis = plt.subplots(figsize=(7, 0.24 * len(lines) + 1.2), layout="constrained")
     for place, (_, found) in enumerate(reversed(lines)):
         axis.plot([found["low"], found["high"]], [place, place], color="C0")
         axis.plot(found["value"], place, "o", color="C0", markersize=4)
     axis.set_yticks(range(len(lines)), [label for label, _ in reversed(lines)], fontsize=7)
     axis.axvline(1, color="grey", linestyle=":")
-    axis.set_xlabel("hit rate over chance")
+    axis.set_xlabel("\n".join([f"hit rate over chance, {group}", *absent]))
     return save_figure(figure, run_dir / "figures" / "forest.png", "Which maps find the place", stats["phantom"])
 
 

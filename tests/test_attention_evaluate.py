@@ -5,8 +5,10 @@ import json
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import shared  # noqa: F401, isort: skip  # before transformers
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,7 @@ from PIL import Image
 from attention_viz import evaluate as script
 from attention_viz import infer as infer_script
 from attention_viz import maps as maps_module
+from attention_viz import report
 from attention_viz.cases import export_csv, phantom_cases, phantom_settings
 from attention_viz.evaluate import main as evaluate
 from attention_viz.infer import main as infer
@@ -132,6 +135,7 @@ def test_refusals(refused, tmp_path, capsys):
         assert "must have 1 to 1000 characters" in refused(infer, ["--dry-run", "--question", question])
     for flags in (["--export", "set"], ["--severe"], ["--guessable", "1"], ["--conditions", "Edema"]):
         assert "are for the phantom" in refused(evaluate, ["--csv", bad_csv(tmp_path), *flags])
+    assert "--dry-run asks about films of the phantom" in refused(evaluate, ["--dry-run", "--csv", bad_csv(tmp_path)])
     assert not Path("outputs").exists() and not Path("set").exists()
 
 
@@ -141,6 +145,8 @@ def test_what_cannot_be_right_is_refused_before_the_work(refused, tmp_path):
     assert "no model folder nope" in refused(evaluate, [*tiny[:2], "nope", *tiny[2:]])
     assert "no colour map" in refused(evaluate, ["--colormap", "hott"])
     evaluate([*tiny, "--export", str(tmp_path / "set")])
+    again = ["--csv", tmp_path / "set" / "questions.csv", "--real-only"]
+    assert "has films of the phantom (its column source)" in refused(evaluate, [*tiny[:2], *again])
     assert "holds a questions.csv already" in refused(evaluate, [*tiny, "--export", tmp_path / "set"])
     evaluate([*tiny, "--methods", "mean", "--variants", "2", "--bootstrap", "20", "--device", "cpu", "--out-dir", "r"])
     assert "no model folder nope" in refused(evaluate, ["--models", "nope", "--out-dir", "r", "--overwrite"])
@@ -169,7 +175,7 @@ def test_a_csv_with_a_broken_image_and_a_model_that_hides_attention(tmp_path, mo
     evaluate(["--csv", str(path), "--models", "tiny:llava", "--methods", "mean", "--out-dir", "r", "--device", "cpu",
               "--bootstrap", "100"])  # fmt: skip
     stats, report = read_json("r/stats.json"), Path("r/report.md").read_text()
-    assert not stats["phantom"] and stats["errors"] == 1 and "damaged" in read_csv("r/errors.csv")[0]["error"]
+    assert stats["phantom"] and stats["errors"] == 1 and "damaged" in read_csv("r/errors.csv")[0]["error"]
     assert stats["models"]["tiny:llava"]["status"] == {"no_attn": 4}
     assert "No attention for 4 cases (no_attn: 4): they have answers and no maps." in report
     assert {r["status"] for r in read_csv("r/maps.csv")} == {"no_attn"}
@@ -231,7 +237,48 @@ def test_export_writes_a_csv_that_can_be_evaluated(capsys):
     assert not Path("outputs").exists()
 
 
+def test_figures_leave_nothing_out(monkeypatch, tmp_path):
+    """Every kind of map, small shifts beside large ones, and one group of cases for all models, by name."""
+    figures = []
+    monkeypatch.setattr(report, "save_figure", lambda figure, *rest: figures.append(figure))
+    film, kinds = np.full((32, 32), 99, np.uint8), [m for m in maps_module.METHODS if m != "own_box"]
+    maps = dict.fromkeys(kinds, np.full((16, 16), 1 / 256))
+    words = {"answer": "yes", "answer_gt": "yes", "maps": {m: {"status": "ok"} for m in kinds}}
+    words["maps"]["own_box"] = {"status": "no_box"}
+    moved = [["paraphrase: voice", "mean", js, 1] for js in (0, 4e-4)] + [["brightness of the film", "mean", 0.09, 1]]
+    record = dict(key="k", finding="Edema", calibration=False, evidence_using=True, has_boxes=True, wordings=[words],
+                  moved=moved)  # fmt: skip
+    models = {"m" * 60 + "/best": {"records": [record], "maps": {"k": maps}}}
+    stats = {"phantom": False, "models": dict.fromkeys(models, {"attention_of": "mean"})}
+    case = SimpleNamespace(key="k", boxes=[(1, 1, 9, 9)])
+    report.draw_panels(tmp_path, stats, models, [case], {"k": film}, SimpleNamespace(colormap="hot"))
+    titles = [axis.get_title() for axis in figures[0].axes]
+    assert set(titles) >= set(maps_module.METHODS) and titles[0].startswith("mmm") and "…" in titles[0]
+    report.draw_moves(tmp_path, stats, models)
+    assert figures[1].axes[0].get_xscale() == "log" and len(figures[1].axes[0].get_yticks()) == 2
+    row = {"hit_over_chance": {"value": 2, "low": 1, "high": 3, "n": 5}}
+    one = {"evidence-using cases": {"mean": row}, "all yes cases": {"mean": row}}
+    two = {"evidence-using cases": {"mean": {"hit_over_chance": None}}, "all yes cases": {"mean": row}}
+    report.draw_forest(tmp_path, {"phantom": False, "models": {"a": {"localisation": one}, "b": {"localisation": two}}})
+    axis = figures[2].axes[0]
+    assert axis.get_xlabel().endswith(", all yes cases") and len(axis.get_yticks()) == 2
+    plt.close("all")
+
+
+def test_long_names_lose_their_middle():
+    assert [maps_module.shortened(t, 9) for t in ("short", "nine char", "outputs/of/me/best")] == [
+        "short", "nine char", "outp…best",
+    ]  # fmt: skip
+
+
 # --------------------------------------------------------------------------------------------------------------- infer
+
+
+def test_a_model_that_learned_from_the_phantom_is_told():
+    for told, found in (({"dataset": {"phantom": True}}, True), ({"phantom": True}, True), ({"dataset": "x"}, False)):
+        Path("training.json").write_text(json.dumps(told))
+        assert infer_script.learned_from_phantom(".") is found
+    assert not infer_script.learned_from_phantom("google/medgemma-4b-it")
 
 
 def test_infer_shows_both_models_side_by_side(capsys):
@@ -254,7 +301,10 @@ def test_infer_shows_both_models_side_by_side(capsys):
 
 def test_infer_dry_run(capsys):
     infer(["--dry-run", "--head-mode", "max"])
-    assert "PHANTOM" in capsys.readouterr().out
+    out, folder = capsys.readouterr().out, Path("outputs/attention_viz/infer/dry-run")
+    assert "PHANTOM" in out and out.count("nats, untrained;") == 2
+    picture = np.array(Image.open(folder / read_json(folder / "record.json")["models"][0]["maps"]["max"]["picture"]))
+    assert (picture[:16, :70] == 0).all(2).sum() > 20  # PHANTOM, rimmed in black; the map is yellow there
     infer(["--dry-run", "--methods", "mean", "max", "mean", "--head-mode", "max"])
     assert "max" in read_json("outputs/attention_viz/infer/dry-run/record.json")["models"][0]["maps"]
 

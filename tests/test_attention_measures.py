@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from attention_viz import faithful, measures
+from attention_viz import faithful, measures, report
 from attention_viz.cases import COLUMNS, export_csv, phantom_cases, phantom_settings, read_cases, strategy_of
 from shared.data.images import read_pixels
 from shared.runtime import InputError, write_csv
@@ -94,11 +94,14 @@ def test_behaviour_and_quadrants():
         a_record(2, ("yes", "no"), blank=-1.0),
         a_record(3, ("yes", "yes"), truths=("yes", "no")),  # a negated wording that changed nothing: a flip
     ]
+    asked_once = [*records, a_record(4, ("yes",), truths=("yes",))]  # neither consistent nor not
     found = measures.behaviour(records, draws=200)
     assert found["quadrants"] == {
         "consistent, relies on the image": 1, "consistent, does not": 1, "flips, relies on the image": 1,
         "flips, does not": 1,
     }  # fmt: skip
+    more = measures.behaviour(asked_once, draws=200)
+    assert more["quadrants"] == found["quadrants"] and more["without_paraphrase"] == 1
     assert found["accuracy"]["value"] == pytest.approx(4 / 8) and found["flip_rate"]["value"] == pytest.approx(2 / 4)
     assert found["changes_text_only"]["value"] == pytest.approx(1 / 4)
 
@@ -106,7 +109,7 @@ def test_behaviour_and_quadrants():
 def test_the_verdict_tells_a_blind_model_from_one_that_looks():
     blind = [a_record(i, ("yes", "yes"), without=1.0, without_other=1.0) for i in range(40)]
     sees = [
-        a_record(i, ("yes", "yes"), without=-1.0, without_other=1.0, text_only=-1.0, evidence_using=True)
+        a_record(i, ("yes", "yes"), without=-1.0, without_other=1.0, text_only=-1.0, other=-1.0, evidence_using=True)
         for i in range(40)
     ]
     mixed = [
@@ -117,6 +120,12 @@ def test_the_verdict_tells_a_blind_model_from_one_that_looks():
     assert measures.verdict(measures.behaviour(odd, draws=300))[0] == "does not need the image"
     assert [s for s, _ in says] == ["does not need the image", "needs the image", "undecided"]
     assert "100 % when the finding is drawn away" in says[1][1]
+    # as right with another patient's image: what turns may turn for any reason
+    as_right = [r | {"other": 1.0} for r in sees]
+    assert measures.verdict(measures.behaviour(as_right, draws=300))[0] == "undecided"
+    for many, one in ((7, "undecided"), (40, "does not need the image")):  # no change in 7 patients: up to 43 %
+        assert measures.verdict(measures.behaviour(blind[:many], draws=300))[0] == one
+    assert measures.verdict(measures.behaviour(sees[:4], draws=300))[0] == "undecided"  # p = 2 / 16
     few = measures.verdict(measures.behaviour(sees[:1], draws=50))
     assert few[0] == "undecided" and "too few patients" in few[1]
 
@@ -132,6 +141,16 @@ def test_attention_that_moves_as_much_as_between_images_is_no_match():
         r["wordings"][1]["maps"]["mean"] = {"js": r["moved"][0][2]}
     one, two = (measures.attention_tests(r, "mean", draws=300) for r in (still, loose))
     assert one["equivalent"] and one["paraphrase_minus_other_image"]["p"] < 0.01
+    shifts = [(0.1, 0.5), (0.5, 0.4), (0.2, 0.6), (0.7, 0.3), (0.1, 0.4), (0.3, 0.4)]
+    wide = [r | {"moved": moved(*js)} for r, js in zip(loose, shifts, strict=False)]
+    wide = measures.attention_tests(wide, "mean", draws=300)
+    few = measures.attention_tests(still[:3], "mean", draws=300)
+    for found, words in ((one, "counts as unchanged"), (wide, "in 6 cases of 6 patients, p = 0."),
+                         (few, "too few to tell")):  # fmt: skip
+        assert words in report.attention_sentence({"attention": found, "attention_of": "mean"})
+    same = measures.attention_tests([r | {"moved": moved(0.3 + 0.01 * (-1) ** i, 0.3)} for i, r in enumerate(loose)],
+                                    "mean", 300)  # fmt: skip
+    assert "says little about" in report.attention_sentence({"attention": same, "attention_of": "mean"})
     assert not two["equivalent"] and one["flip_auroc"]["shift of the map (JS)"]["value"] is None  # nothing flipped
 
 
@@ -177,7 +196,9 @@ def test_a_csv_gives_the_same_cases_back(tmp_path):
     for a, b in zip(found, cases, strict=True):
         assert a.wordings == b.wordings and a.boxes == [[float(v) for v in box] for box in b.boxes]
         assert np.array_equal(a.pixels(), b.pixels()) and np.array_equal(read_pixels(a.image), b.image)
-    assert len(read_cases(tmp_path / "questions.csv", n_studies=2)[0]) == 2
+        assert b.phantom  # the column source
+    few, _, notes = read_cases(tmp_path / "questions.csv", n_studies=2)
+    assert len(few) == 2 and notes == ["The first 2 of 5 studies were read; --n-studies takes more."]
 
 
 @pytest.fixture
@@ -214,6 +235,18 @@ def test_patients_of_a_csv(tmp_path, rows):
     assert errors[0]["line"] == 3 and "with another patient_id" in errors[0]["error"]
     write_csv(tmp_path / "q.csv", [r | {"patient_id": "nan"} for r in rows[:2]] + rows[2:])
     assert "2 of 6 rows have no patient_id" in read_cases(tmp_path / "q.csv")[2][0]
+    merged = [r | {"patient_id": ""} if i % 2 else r for i, r in enumerate(rows)]  # cells joined in a spreadsheet
+    write_csv(tmp_path / "q.csv", merged)
+    again, errors, notes = read_cases(tmp_path / "q.csv")
+    assert [vars(c) for c in again] == [vars(c) for c in cases_of(tmp_path, rows)] and not errors and not notes
+    gone = [rows[0] | {"study_id": f"x{i}", "patient_id": "", "image_path": "gone.png"} for i in range(4)]
+    write_csv(tmp_path / "q.csv", rows + gone)  # rows that are left out need no patient
+    assert len(read_cases(tmp_path / "q.csv")[1]) == 4 and not read_cases(tmp_path / "q.csv")[2]
+
+
+def cases_of(folder, rows):
+    write_csv(folder / "all.csv", rows)
+    return read_cases(folder / "all.csv")[0]
 
 
 def test_lines_of_errors_are_those_of_the_file(tmp_path, rows):
