@@ -26,6 +26,7 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.text import Text
+from matplotlib.ticker import MaxNLocator
 
 from shared.runtime import atomic_file
 
@@ -236,7 +237,7 @@ def draw_history(path, histories, panels, x="step", title="", phantom=False, smo
                 )
                 named.add(key)
         axis.set(xlabel=x, ylabel=ylabel)
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(frameon=False, fontsize=8)

@@ -201,7 +201,7 @@ class ScriptParser(argparse.ArgumentParser):
         """
         argv = []
         for key, value in settings.items():
-            flag = self.dashed(f"--{key}")
+            flag = self.dashed(f"--{key}") if len(key) > 1 else f"-{key}"
             action = self._option_string_actions.get(flag)
             if action is None or flag in ("--config", "--help"):
                 self.error(f"--config: '{key}' in {path} is not an option of this script (see --help)")

@@ -30,7 +30,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from shared.data.image_sets import load_images, load_phantom, set_name
+from shared.data.image_sets import CHANGED, INFO, load_images, load_phantom, set_name
 from shared.metrics.classification import binary_intervals, binary_metrics, choose_threshold, multiclass_metrics
 from shared.metrics.classification import multilabel_metrics, official_auc_accuracy, prior_correction
 from shared.metrics.statistics import bootstrap_interval, delong_test, mcnemar_exact
@@ -180,7 +180,8 @@ def medmnist_result(data, scores, split, run_dir, run):
     ours = official_auc_accuracy(data.labels[split].numpy(), scores, data.task)
     for path in run_dir.glob(f"{data.name}*@{run}.csv"):
         record(path)
-    difference = max(abs(theirs.AUC - ours["auc"]), abs(theirs.ACC - ours["accuracy"]))
+    aucs = 0.0 if ours["auc"] is None else abs(theirs.AUC - ours["auc"])  # None: a class is absent from this split
+    difference = max(aucs, abs(theirs.ACC - ours["accuracy"]))
     if difference > 1e-12:
         raise AssertionError(f"medmnist.Evaluator gives AUC {theirs.AUC} and ACC {theirs.ACC}, we {ours}")
     return {**ours, "largest_difference_to_medmnist": difference}
@@ -193,7 +194,8 @@ def predict(files, data, args, device, dtype, labels):
         model, facts = load_classifier(path, device)
         pairs = {"pixels": (facts["image_size"], data.size), "channels": (facts["channels"], data.channels)}
         pairs |= {"classes": (facts["label_names"], data.label_names)}
-        pairs |= {} if args.dry_run else {"data": (facts["dataset"]["name"], data.name)}
+        same = args.dry_run or facts["dataset"]["sha256"] == data.sha256  # a folder may be called by another path
+        pairs |= {} if same else {"data": (facts["dataset"]["name"], data.name)}
         if wrong := ", ".join(f"{k} {a} (now {b})" for k, (a, b) in pairs.items() if a != b):
             apart = "; evaluate them apart" if len(files) > 1 else "; train it again"
             raise InputError(f"{path} does not fit these images: it was trained with {wrong}{apart}")
@@ -223,9 +225,13 @@ def main(argv=None):
     files, missing = find_checkpoints(args)
     model, facts = load_classifier(files[0], device)
     trained_on = facts["dataset"]
-    if set_name(args.data) not in ("auto", trained_on["name"]):
-        raise InputError(f"{files[0]} was trained on {trained_on['name']}, not on {args.data}; leave --data out")
-    name, size = trained_on["name"], facts["image_size"]
+    name, size, given = trained_on["name"], facts["image_size"], set_name(args.data)
+    own = name not in (*INFO, "phantom")
+    if given not in ("auto", name) and not (own and Path(given).is_dir()):
+        raise InputError(f"{files[0]} was trained on {name}, not on {args.data}; leave --data out")
+    name = name if given == "auto" else given
+    if own and not Path(name).is_dir():
+        raise InputError(f"{files[0]} was trained on the folder {name}, which is not here: give it with --data FOLDER")
     data = load_phantom(size, DRY_RUN) if args.dry_run else load_images(name, args.data_dir, size)
     if args.limit:
         data.limit(args.limit)
@@ -233,8 +239,9 @@ def main(argv=None):
     if not data.multi_label and any(len(np.unique(y)) < 2 for y in labels.values()):
         raise InputError(f"a split of {data.name} has only one class{'; raise --limit' if args.limit else ''}")
     print(*[PHANTOM] * data.phantom, data, sep="\n")
-    if data.sha256 != trained_on["sha256"]:
-        print(f"note: {data.source} is not the file this classifier was trained on (other SHA-256)")
+    changed = data.sha256 != trained_on["sha256"] and not args.dry_run
+    if changed:
+        print(f"note: {data.source} is not what this classifier was trained on (other SHA-256)")
     channels = facts["channels"]
     with GradCAM(model, args.layer, size, channels) as cam:  # an unknown layer is refused before any work
         map_size = cam(torch.zeros(1, channels, size, size, device=device)).shape[1:]
@@ -251,8 +258,10 @@ def main(argv=None):
         measured["medmnist"] = medmnist_result(data, raw, args.split, run_dir, run=f"seed{seed}")
     groups = failure_groups(labels[args.split], probabilities, facts, args.cases, args.seed)
     measured |= {"heat_maps": {"layer": cam.name, "native_size": list(map_size)}, "failure_cases": groups[0]}
-    write_predictions(run_dir / "predictions.csv", predictions, labels[args.split], facts)
+    write_predictions(run_dir / "predictions.csv", predictions, labels[args.split], facts, data.files.get(args.split))
     spread, warnings = summary_over(runs), warnings_of(facts, args, missing)
+    if changed:
+        warnings.append(CHANGED)
     write_json(
         run_dir / "metrics.json",
         {
@@ -305,12 +314,13 @@ def summary_over(runs):
     }
 
 
-def write_predictions(path, predictions, labels, facts):
+def write_predictions(path, predictions, labels, facts, files=None):
     """One row per image and seed, with probabilities as they were used, so that a decision can be checked by hand."""
     rows = []
     for seed, probabilities, raw in predictions:
         for i, (y, p, r) in enumerate(zip(labels.tolist(), probabilities.tolist(), raw.tolist(), strict=True)):
             row = {"seed": seed, "index": i, "label": y if not isinstance(y, list) else " ".join(f"{v:.0f}" for v in y)}
+            row |= {"file": files[i]} if files else {}
             names = [f"p_{name}" for name in facts["label_names"]]
             binary = facts["task"] == "binary-class"
             rows.append(row | ({"probability": p, "uncalibrated": r} if binary else dict(zip(names, p, strict=True))))

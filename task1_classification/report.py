@@ -63,13 +63,15 @@ def make_report(data, args, facts, files, measured, runs, spread, figures, warni
         f" ({origin}): {facts['cases']['train']} training and {facts['cases']['val']} validation images; checkpoint"
         f" `{short_path(files[0])}`, seed {facts['seed']}{chosen}."
     )
-    report.text(f"Measured on {n} {args.split} images. Epoch, threshold and temperature come from validation alone.")
+    chosen = "Epoch and temperature" if one_of_many(data.task) else "Epoch, threshold and temperature"
+    report.text(f"Measured on {n} {args.split} images. {chosen} come from validation alone.")
     report.heading("Results")
     report.table(*results_table(rows, data.task))
     (binary_text if data.task == "binary-class" else classes_text)(report, data, facts, measured)
     if "medmnist" in measured:
         auc, accuracy = (number(measured["medmnist"][k], 4) for k in ("auc", "accuracy"))
-        report.text(f"By `medmnist.Evaluator` (threshold 0.5, uncalibrated): AUC {auc}, ACC {accuracy}.")
+        cut = "uncalibrated" if one_of_many(data.task) else "threshold 0.5, uncalibrated"
+        report.text(f"By `medmnist.Evaluator` ({cut}): AUC {auc}, ACC {accuracy}.")
     if spread:
         report.heading(f"Over {len(runs)} seeds ({', '.join(str(r['seed']) for r in runs)})")
         table = [[k.replace("_", " "), number(v["mean"], 4), number(v["std"], 4)] for k, v in spread.items()]
@@ -83,6 +85,15 @@ def make_report(data, args, facts, files, measured, runs, spread, figures, warni
         " this layer's evidence for the call lies, not where the disease is."
     )
     return report
+
+
+def one_of_many(task):
+    """Is the call the largest of several probabilities, so that there is no threshold?"""
+    return task in ("multi-class", "ordinal-regression")
+
+
+def shortened(name, most=18):
+    return name if len(name) <= most else name[: most - 1] + "…"
 
 
 def binary_text(report, data, facts, measured):
@@ -115,8 +126,10 @@ def binary_text(report, data, facts, measured):
 def classes_text(report, data, facts, measured):
     auc, accuracy = (measured["intervals"][k] for k in ("auc", "accuracy"))
     report.text(
-        f"95 % bootstrap intervals in MedMNIST's definition: AUC {number(auc['low'])} to {number(auc['high'])},"
-        f" accuracy {number(accuracy['low'])} to {number(accuracy['high'])}."
+        "In MedMNIST's definition, from the calibrated probabilities, with 95 % bootstrap intervals: AUC"
+        f" {number(auc['value'])} [{number(auc['low'])}, {number(auc['high'])}], accuracy"
+        f"{' at 0.5' * data.multi_label} {number(accuracy['value'])} [{number(accuracy['low'])},"
+        f" {number(accuracy['high'])}]."
     )
     table = measured["rows"]["network"].get("per_class") or measured["rows"]["network"]["per_label"]
     report.table(
@@ -138,20 +151,21 @@ def failure_groups(labels, probabilities, facts, cases, seed):
     -> ({name: indices}, called class (N,), captions). Multi-label: each film stands for the label it is furthest off
     in.
     """
-    names, n = facts["label_names"], len(labels)
+    names, n, near = list(map(shortened, facts["label_names"])), len(labels), "nearest to the threshold"
     if facts["task"] == "binary-class":
         called = (probabilities > facts["threshold"]).astype(int)
         wrong, t = called != labels, facts["threshold"]  # confidence: how far from the threshold towards 0 or 1
         confidence = np.where(called == 1, (probabilities - t) / max(1 - t, 1e-9), (t - probabilities) / max(t, 1e-9))
         captions = [f"true {names[y]}, p({names[1]}) {p:.2f}" for y, p in zip(labels, probabilities, strict=True)]
     elif facts["task"].startswith("multi-label"):
-        called = np.abs(probabilities - labels).argmax(1)
+        t = np.asarray(facts["threshold"])  # how far on the wrong side of it, towards 0 or 1
+        off = (probabilities - t) / np.where(labels == 1, -np.maximum(t, 1e-9), np.maximum(1 - t, 1e-9))
+        called = off.argmax(1)
         p, y = probabilities[np.arange(n), called], labels[np.arange(n), called]
-        thresholds = np.asarray(facts["threshold"])[called]
-        wrong, confidence = (p > thresholds) != y, np.abs(p - thresholds)
+        wrong, confidence = (p > t[called]) != y, np.abs(off[np.arange(n), called])
         captions = [f"{names[c]}: true {v:.0f}, p {q:.2f}" for c, v, q in zip(called, y, p, strict=True)]
     else:
-        called, order = probabilities.argmax(1), np.sort(probabilities, axis=1)
+        called, order, near = probabilities.argmax(1), np.sort(probabilities, axis=1), "closest calls"
         wrong, confidence = called != labels, order[:, -1] - order[:, -2]
         triples = zip(labels, called, order[:, -1], strict=True)
         captions = [f"true {names[y]}\ncalled {names[c]} {p:.2f}" for y, c, p in triples]
@@ -159,7 +173,7 @@ def failure_groups(labels, probabilities, facts, cases, seed):
     errors = np.flatnonzero(wrong)
     groups = {
         "most confident errors": errors[np.argsort(-confidence[errors], kind="stable")][:cases],
-        "nearest to the threshold": np.argsort(confidence, kind="stable")[:cases],
+        near: np.argsort(confidence, kind="stable")[:cases],
         "random": np.sort(np.random.default_rng(seed).choice(n, size=min(cases, n), replace=False)),
     }
     return groups, called, captions
@@ -181,7 +195,7 @@ def draw_all(folder, model, facts, data, args, probabilities, raw, pixel_scores,
             f"network (AUC {number(chosen['auc'])})": (labels, probabilities),
             f"pixels (AUC {number(rows[PIXELS]['auc'])})": (labels, pixel_scores),
         }
-        points = {f"threshold {t:.2f}": rows[name] for t, name in ((threshold, NETWORK), (0.5, HALF))}
+        points = {f"threshold {threshold:.3f} (validation)": rows[NETWORK], "threshold 0.5": rows[HALF]}
         keep("ROC and precision-recall curves", "roc_pr", draw_curves(curves, chosen["prevalence"], points))
         versions = {
             f"as trained (ECE {binary_metrics(labels, raw)['ece']:.3f})": raw,
@@ -195,27 +209,30 @@ def draw_all(folder, model, facts, data, args, probabilities, raw, pixel_scores,
             keep("Confusion matrix", "confusion", figure)
         columns = labels.T if data.multi_label else labels == np.arange(len(names))[:, None]
         pairs = enumerate(zip(names, columns, strict=True))
-        curves = {name: (y, probabilities[:, j]) for j, (name, y) in pairs if 0 < y.sum() < len(y)}
+        curves = {shortened(name, 24): (y, probabilities[:, j]) for j, (name, y) in pairs if 0 < y.sum() < len(y)}
         title = f"{where}; each class against the rest"
         keep("ROC and precision-recall curves", "roc_pr", draw_curves(curves, None, {}), title)
     with GradCAM(model, args.layer, data.size, data.channels) as cam:
         figure = draw_gallery(*groups, data.images[args.split], cam, facts["normalisation"], device)
     height, width = measured["heat_maps"]["native_size"]
-    note = f"Grad-CAM for the called class on {cam.name}: {width}x{height} cells, each {data.size / width:.0f} pixels"
+    of = "label named below" if data.multi_label else "called class"
+    note = f"Grad-CAM for the {of} on {cam.name}: {width}x{height} cells, each {data.size / width:.0f} pixels"
     keep("Films chosen by rule, with Grad-CAM", "failures", figure, f"{where}\n{note} wide")
     return figures
 
 
 def draw_confusion(matrix, names):
     """matrix[true][called]: counts, and the share of each true class as the shade."""
-    matrix, n = np.asarray(matrix), len(names)
+    matrix, n, names = np.asarray(matrix), len(names), list(map(shortened, names))
+    straight = n <= 3 and max(map(len, names)) <= 10
     share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     figure, axis = plt.subplots(figsize=(1.6 + 0.75 * max(n, 3), 1.3 + 0.62 * max(n, 3)), layout="constrained")
     shown = ConfusionMatrixDisplay(share, display_labels=names)
     shown.plot(ax=axis, cmap="Blues", colorbar=False, im_kw=dict(vmin=0, vmax=1))
     for place, text in np.ndenumerate(shown.text_):
+        text.set_color("white" if share[place] > 0.5 else "black")  # not by the largest share: shades go up to 1
         text.set(text=f"{matrix[place]}\n{share[place]:.0%}" if n <= 4 else matrix[place], fontsize=10 if n <= 4 else 7)
-    axis.set_xticks(range(n), names, rotation=0 if n <= 3 else 45, ha="center" if n <= 3 else "right")
+    axis.set_xticks(range(n), names, rotation=0 if straight else 45, ha="center" if straight else "right")
     axis.set(xlabel="called", ylabel="true")
     return figure
 
@@ -226,11 +243,14 @@ def draw_curves(curves, prevalence, points):
     is the precision of guessing, None where it differs by curve.
     """
     figure, (roc, pr) = plt.subplots(1, 2, figsize=(9, 4.2), layout="constrained")
-    for name, (labels, scores) in curves.items():
+    lowest = min(0.5, (prevalence or 0) - 0.05)
+    for nth, (name, (labels, scores)) in enumerate(curves.items()):
+        line = dict(label=name, linewidth=1.5, linestyle="-" if nth < 10 else "--")  # there are ten colours
         fpr, tpr, _ = roc_curve(labels, scores)
-        roc.plot(fpr, tpr, label=name, linewidth=1.5)
+        roc.plot(fpr, tpr, **line)
         precision, recall, _ = precision_recall_curve(labels, scores)
-        pr.plot(recall[:-1], precision[:-1], label=name, linewidth=1.5, drawstyle="steps-post")
+        pr.plot(recall[:-1], precision[:-1], drawstyle="steps-post", **line)
+        lowest = min(lowest, precision[:-1].min() - 0.05)
     for name, row in points.items():
         roc.plot(1 - row["specificity"], row["recall"], "o", label=name, markersize=6)
         if row["precision"] is not None:
@@ -239,7 +259,6 @@ def draw_curves(curves, prevalence, points):
     roc.plot([0, 1], [0, 1], **guessing)
     if prevalence is not None:
         pr.axhline(prevalence, **guessing)
-    lowest = min(0.5, (prevalence or 0) - 0.05)
     roc.set(xlabel="1 - specificity", ylabel="recall (sensitivity)", xlim=(-0.01, 1.01), ylim=(-0.01, 1.01))
     pr.set(xlabel="recall (sensitivity)", ylabel="precision", xlim=(-0.01, 1.01), ylim=(lowest, 1.01))
     roc.set_aspect("equal")

@@ -16,6 +16,7 @@ not copied: index/ holds their vectors, names and labels. Vectors can tell whose
 images it was made from.
 """
 
+import csv
 import sys
 import time
 from pathlib import Path
@@ -174,12 +175,14 @@ def update(args, device, rank, world_size):
     if rank > 0:
         return
     index.save(folder)
-    path = folder.parent / "metrics.json"
+    path, old = folder.parent / "metrics.json", folder.parent / "errors.csv"
+    before_these = list(csv.DictReader(old.read_text("utf-8").splitlines())) if old.is_file() else []
     if path.is_file() and "typical_distance" in (metrics := read_json(path)):
         limited = metrics.get("limited") or args.limit is not None
-        write_json(path, metrics | told_by(index) | {"limited": limited})
+        n_errors = len(before_these) + len(errors)
+        write_json(path, metrics | told_by(index) | {"limited": limited, "n_errors": n_errors})
     if errors:
-        write_csv(folder.parent / "errors.csv", errors)
+        write_csv(old, [*before_these, *errors])
     counts = ", ".join(f"{n} {c}" for n, c in index.label_counts().items())
     skipped = f", {len(errors)} files skipped ({folder.parent}/errors.csv)" if errors else ""
     print(f"{folder}: {before} images before, {len(index)} now{skipped}: {counts}")

@@ -59,6 +59,7 @@ class Embedder:
     device: torch.device = torch.device("cpu")
     title: str = ""  # what the tables call it
     limit: int | None = None  # --limit of the run that trained the weights
+    trained_sha: str | None = None  # of the data they were trained on
 
     @torch.inference_mode()
     def __call__(self, images):
@@ -264,7 +265,7 @@ def load_cnn(path, image_size, common):
     settings = {key: facts[key] for key in ("image_size", "channels", "architecture", "stem", "normalisation")}
     settings |= {"projection": network.widths}
     trained_on = facts["dataset"]["name"]
-    common = common | {"title": title, "limit": facts.get("limit")}
+    common = common | {"title": title, "limit": facts.get("limit"), "trained_sha": facts["dataset"]["sha256"]}
     return Embedder("cnn", network.dim, sha256, settings, str(path), trained_on, vectors, **common)
 
 

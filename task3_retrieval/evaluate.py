@@ -28,6 +28,7 @@ import numpy as np
 from sklearn.decomposition import PCA
 from sklearn.metrics import roc_auc_score
 
+from shared.data.image_sets import CHANGED
 from shared.report import markdown_table
 from shared.runtime import InputError, bounded, free_gpu, open_run_dir, pick_device, positive_int, run_facts, script
 from shared.runtime import script_parser, seed_everything, write_csv, write_json
@@ -280,6 +281,8 @@ def main(argv=None):
     figures = draw_all(run_dir / "figures", study, systems, title, args, wrong, foreign, distances, where)
     warnings = [f"Limited to the first {args.limit} images of each split (--limit)."] if args.limit else []
     warnings += embed.warnings(data.phantom)
+    if embed.trained_on == data.name and embed.trained_sha not in (None, data.sha256) and not args.dry_run:
+        warnings.append(CHANGED)
     if args.queries != "test":
         warnings.append("Measured on the validation images, on which choices are made.")
     report = make_report(study, args, embed, measured, figures, warnings)

@@ -122,7 +122,7 @@ def add_hubs_and_copies(report, hubs, copies, queries):
     pairs = ", ".join("/".join(map(str, pair)) for pair in copies["pairs"][queries]) or "none"
     report.text(
         f"Byte-identical images: {repeats}; {shared}; {copies['conflicting']} with two labels. Pairs in {queries}:"
-        f" {pairs}. Several films of one child cannot be told from this file."
+        f" {pairs}. Several images of one patient cannot be told from this data."
     )
     names = ("P@1", "P@5", "AP", "vote")
     lines = [[way, *(percent(row[name]) for name in names)] for way, row in copies["leave_one_out"].items()]

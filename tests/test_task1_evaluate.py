@@ -411,9 +411,37 @@ def test_failure_groups_without_errors():
     groups, called, _ = failure_groups(np.array([0, 2]), np.array([[0.8, 0.1, 0.1], [0.2, 0.3, 0.5]]), facts, 5, 0)
     assert (
         groups["most confident errors"].tolist() == []
-        and groups["nearest to the threshold"].tolist() == [1, 0]
+        and groups["closest calls"].tolist() == [1, 0]
         and called.tolist() == [0, 2]
     )
+
+
+def test_a_label_that_was_not_called_is_no_confident_error():
+    """Multi-label: a film stands for the label furthest on the wrong side of its threshold, called or missed."""
+    facts = {"label_names": ["a", "b"], "task": "multi-label, binary-class", "threshold": [0.2, 0.5]}
+    labels, p = np.array([[1.0, 0.0], [0.0, 0.0]]), np.array([[0.19, 0.95], [0.1, 0.2]])
+    groups, named, captions = failure_groups(labels, p, facts, 1, 0)
+    assert named[0] == 1 and groups["most confident errors"].tolist() == [0] and captions[0] == "#0 b: true 0, p 0.95"
+
+
+def test_data_that_changed_since_the_training(small_network, own_folder, refused):
+    def film(name, seed, bright):
+        Path("own", name).parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(seed).integers(0, 100, (28, 28)) + 100 * bright
+        Image.fromarray(pixels.astype(np.uint8)).save(Path("own", name))
+
+    for i in range(12):
+        film(f"{'ill' if i % 2 else 'well'}/{i}.png", i, i % 2)
+    Path("own/nobody").mkdir()
+    train(["--data", "own", "--epochs", "1", "--batch-size", "4", "--device", "cpu", "--out-dir", "run"])
+    same = evaluate("--checkpoint", "run", "--data", str(Path("own").resolve()))  # the same films by another path
+    assert same["same_file_as_in_training"] and not same["warnings"]
+    Path("elsewhere").mkdir()
+    film("ill/new.png", 99, 1)
+    changed = evaluate("--checkpoint", "run")
+    assert not changed["same_file_as_in_training"] and "may have been trained on" in changed["warnings"][0]
+    shutil.rmtree("own")
+    assert "give it with --data FOLDER" in refused(main, ["--checkpoint", "run"])
 
 
 # --- refusals ---

@@ -10,7 +10,7 @@ if __name__ == "__main__":
 import hashlib
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import medmnist
@@ -30,6 +30,8 @@ SPLIT_NAMES = {name: name for name in SPLITS} | {
     "testing": "test",
 }
 PHANTOM_COUNTS = {"train": 2400, "val": 400, "test": 600}
+# a warning for reports: splits of a folder follow its images, so that new ones move others
+CHANGED = "The data have changed since the training (other SHA-256): test images may have been trained on."
 PHANTOM_SEED = 20231  # one phantom set for everybody; --seed varies the training, not the data
 
 
@@ -48,6 +50,7 @@ class ImageSet:
     official: bool | None  # does the file have the MD5 sum that MedMNIST publishes? None: phantom
     source: str  # where it came from, for people
     path: Path | None = None  # the npz file; None: phantom
+    files: dict = field(default_factory=dict)  # {split: [name of the file in the folder]} of an own folder
 
     @property
     def phantom(self):
@@ -66,6 +69,7 @@ class ImageSet:
         """Keep the first n cases of every split."""
         self.images = {split: images[:n] for split, images in self.images.items()}
         self.labels = {split: labels[:n] for split, labels in self.labels.items()}
+        self.files = {split: files[:n] for split, files in self.files.items()}
 
     def facts(self):
         """What checkpoints and metrics files say about the data."""
@@ -144,7 +148,8 @@ def load_folder(folder, size=28):
             skipped.append(f"{path.name}: {error}")
             continue
         pixels = to_square(pixels, size, 1 if pixels.ndim == 2 else 3)
-        rows.append((label, hashlib.sha256(pixels.tobytes()).hexdigest(), split, pixels))
+        name = path.relative_to(folder).as_posix()
+        rows.append((label, hashlib.sha256(pixels.tobytes()).hexdigest(), split, pixels, name))
     labels = one_spelling([row[0] for row in rows])
     rows = [(label, *row[1:]) for label, row in zip(labels, rows, strict=True)]
     names = sorted({*labels}, key=str.lower)
@@ -152,29 +157,33 @@ def load_folder(folder, size=28):
         raise InputError(f"{folder} is no data set: it needs two or more folders of images, one per class")
     if skipped:
         print(f"{len(skipped)} files of {folder} were left out; {skipped[0]}", file=sys.stderr)
+    used = {path.parent for path in where}
+    empty = [d.name for d in Path(folder).rglob("*") if d.is_dir() and d not in used and not any(d.glob("*/"))]
+    if empty:
+        print(f"no image in the folders {', '.join(sorted(empty)[:5])} of {folder}: no classes", file=sys.stderr)
     rows.sort(key=lambda row: row[1])  # by content: classes are mixed, and copies lie side by side
     splits = assigned_splits(rows)
     channels = max(len(row[3]) for row in rows)
-    images, labels, sha256 = {}, {}, hashlib.sha256()
+    images, labels, files, sha256 = {}, {}, {}, hashlib.sha256()
     for split in SPLITS:
         mine = [row for row, place in zip(rows, splits, strict=True) if place == split]
         if len({row[0] for row in mine}) < len(names):
-            raise InputError(f"{folder}: not every class has an image in {split}; a class needs four different images")
+            raise InputError(f"{folder}: not every class has an image in {split}; a class needs three different images")
         stack = np.stack([np.broadcast_to(row[3], (channels, size, size)) for row in mine])
-        images[split] = torch.from_numpy(stack)
+        images[split], files[split] = torch.from_numpy(stack), [row[4] for row in mine]
         labels[split] = torch.tensor([names.index(row[0]) for row in mine])
         sha256.update(stack.tobytes() + labels[split].numpy().tobytes())
     task = "binary-class" if len(names) == 2 else "multi-class"
     counts = Counter(row[0] for row in rows)
     source = f"the folder {folder} ({', '.join(f'{counts[name]} {name}' for name in names)})"
-    return ImageSet(folder, task, names, images, labels, size, channels, sha256.hexdigest(), False, source)
+    return ImageSet(folder, task, names, images, labels, size, channels, sha256.hexdigest(), False, source, files=files)
 
 
 def assigned_splits(rows):
     """rows (label, digest, split, ...) sorted by digest -> the split of each; see load_folder."""
     missing = [s for s in ("val", "test") if s not in {row[2] for row in rows}]
     digests = {}  # of each class, those that may be moved
-    for label, digest, split, _ in rows:
+    for label, digest, split, *_ in rows:
         if split in ("", "train"):
             digests.setdefault(label, {})[digest] = None
     place = {}
@@ -182,7 +191,7 @@ def assigned_splits(rows):
         count = max(1, round(0.15 * len(own)))
         for i, split in enumerate(missing):
             place |= dict.fromkeys(own[i * count : (i + 1) * count], split)
-    return [split if split in ("val", "test") else place.get(digest, "train") for _, digest, split, _ in rows]
+    return [split if split in ("val", "test") else place.get(digest, "train") for _, digest, split, *_ in rows]
 
 
 def load_medmnist(name, data_dir, size=28):

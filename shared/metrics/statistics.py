@@ -177,7 +177,7 @@ def effective_clusters(groups, values=None):
     if effective < FEW_CLUSTERS:
         warning = (
             f"{k} groups count like {effective:.1f} of equal size: below {FEW_CLUSTERS} intervals come out too short, "
-            "percentile ones most; method='jackknife' is closer, and sign_flip_test stays valid"
+            "percentile ones most; the p values of sign flips stay valid"
         )
     result = dict(num_rows=n, num_groups=k, effective_groups=effective, warning=warning)
     if values is None:
