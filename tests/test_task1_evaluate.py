@@ -18,6 +18,7 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 import task1_classification.evaluate as evaluate_script
+from shared.data.image_sets import load_medmnist
 from shared.report import PHANTOM
 from shared.runtime import save_checkpoint
 from task1_classification.evaluate import main, summary_over
@@ -414,6 +415,18 @@ def test_failure_groups_without_errors():
         and groups["closest calls"].tolist() == [1, 0]
         and called.tolist() == [0, 2]
     )
+
+
+def test_a_class_that_is_absent_from_the_test_images(write_medmnist):
+    path = write_medmnist("data", "bloodmnist")
+    with np.load(path) as arrays:
+        arrays = dict(arrays)
+    arrays["test_labels"][arrays["test_labels"] == 3] = 2
+    np.savez(path, **arrays)
+    data, scores = load_medmnist("bloodmnist", "data"), np.random.default_rng(0).dirichlet(np.ones(8), 40)
+    Path("run").mkdir()
+    found = evaluate_script.medmnist_result(data, scores, "test", Path("run"), "x")
+    assert found["auc"] is None and found["accuracy"] == (scores.argmax(1) == data.labels["test"].numpy()).mean()
 
 
 def test_a_label_that_was_not_called_is_no_confident_error():

@@ -35,6 +35,18 @@ def save_films(tiny_run, n=6, folder="films"):
     return films
 
 
+def test_an_update_keeps_the_errors_of_before(tiny_run):
+    save_films(tiny_run, 4)
+    Path("films/broken.png").write_text("none")
+    build("--images", "films", "--backbone", "pixels")
+    save_films(tiny_run, 2, "more")
+    Path("more/torn.png").write_text("none")
+    main(["--update", "built", "--add", "--images", "more"])
+    with open("built/errors.csv", newline="") as file:
+        assert [Path(row["path"]).name for row in csv.DictReader(file)] == ["broken.png", "torn.png"]
+    assert json.loads(Path("built/metrics.json").read_text())["n_errors"] == 2
+
+
 def test_plain_index_of_the_test_images(tiny_run, capsys):
     index, metrics = build(
         "--data",

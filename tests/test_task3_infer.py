@@ -18,7 +18,7 @@ from shared.runtime import InputError, digest, load_checkpoint, save_checkpoint
 from task3_retrieval.build_index import main as build
 from task3_retrieval.gallery import Pictures
 from task3_retrieval.index import CaseIndex
-from task3_retrieval.infer import main
+from task3_retrieval.infer import main, parse_args
 
 ROOT = Path(__file__).resolve().parents[1]
 PATIENCE = 900  # seconds for a process of a few, on a machine that is busy
@@ -55,6 +55,11 @@ def save_films(tiny_run, n=6, folder="films"):
     for i, film in enumerate(films):
         Image.fromarray(film).save(f"{folder}/{i:02d}.png")
     return films
+
+
+def test_k_can_stand_in_a_config_file():
+    Path("c.yaml").write_text("k: 3\n")
+    assert parse_args(["film.png", "--config", "c.yaml"]).k == 3
 
 
 def test_demonstration_queries(built, tiny_run, capsys):
