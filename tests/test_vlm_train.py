@@ -20,7 +20,7 @@ from task1_classification.vlm_evaluate import main as evaluate
 from task1_classification.vlm_evaluate import parse_args as parse_evaluate
 from task1_classification.vlm_model import MODES, load_encoder, load_probe, restore_probe
 from task1_classification.vlm_prepare import main as prepare
-from task1_classification.vlm_train import auc_by_label, main
+from task1_classification.vlm_train import auc_by_label, main, parse_args
 from task1_classification.vlm_zero_shot import main as ask
 from task1_classification.vlm_zero_shot import parse_args as parse_zero_shot
 
@@ -76,15 +76,20 @@ def test_c_and_d_count_b_as_their_epoch_0(trained):
         assert first["epoch"] == 0 and first["val_auc"] == pytest.approx(b["val_auc"])
 
 
-@pytest.mark.parametrize("stop_at", [1, 3, 6])  # after an epoch of the head, of B, of the projector
+TOWER = parse_args(["--dry-run"]).tower_steps
+
+
+@pytest.mark.parametrize("stop_at", [1 - TOWER, 1, 3, 6])  # in the tower; after an epoch of head, of B, of projector
 def test_a_resumed_run_equals_the_uninterrupted_one(trained, own_folder, monkeypatch, stop_at):
-    stops = iter([False] * (2 * stop_at) + [True] * 2)  # asked twice an epoch: to save, and to leave
+    # asked twice a step of the tower and twice an epoch: to save, and to leave
+    stops = iter([False] * (2 * (TOWER + stop_at)) + [True] * 2)
     monkeypatch.setattr(StopSignal, "requested", lambda self: setattr(self, "signal", 15) or next(stops))
     with pytest.raises(SystemExit) as end:
         main(["--dry-run", "--out-dir", "run", "--seeds", "1", "--mode", *CHEAP])
     monkeypatch.undo()
     monkeypatch.chdir(own_folder)
-    assert end.value.code == 128 + 15 and list(own_folder.glob("run/seed0-*/last.pt"))
+    left = "run/tower.pt" if stop_at < 1 else "run/seed0-*/last.pt"
+    assert end.value.code == 128 + 15 and list(own_folder.glob(left))
     main(["--resume", "run"])
     expected = weights(trained / "run")
     for name, found in weights("run").items():
@@ -116,7 +121,7 @@ def test_a_run_does_not_go_on_with_another_table(own_folder, refused):
 
 
 def test_a_training_state_that_lacks_its_history_is_refused(own_folder, refused, monkeypatch):
-    stops = iter([False, False, True, True])
+    stops = iter([False] * (2 * TOWER + 2) + [True] * 2)
     monkeypatch.setattr(StopSignal, "requested", lambda self: setattr(self, "signal", 15) or next(stops))
     arguments = ["--dry-run", "--out-dir", "run", "--seeds", "1", "--mode", "head", "--model", "tiny:siglip"]
     with pytest.raises(SystemExit):
