@@ -116,7 +116,6 @@ def classifier_for(args, device):
         raise InputError(
             f"there is no classifier at models/task1_model.pth; train one with {train}, or give --checkpoint"
         )
-    path = path / "best.pt" if path.is_dir() else path
     print(f"checkpoint: {path}")
     return load_classifier(path, device)
 

@@ -228,9 +228,11 @@ def untrained_classifier():
 
 def load_classifier(path, device="cpu"):
     """
-    Read a checkpoint of train.py -> (model in eval mode on `device`, its facts: all of KEYS but the weights).
+    Read a checkpoint of train.py, or best.pt of a run folder -> (model in eval mode on `device`, its facts: all of KEYS
+    but the weights).
     InputError when it is something else, or holds a value that no classifier can have.
     """
+    path = Path(path) / "best.pt" if Path(path).is_dir() else path
     state = load_checkpoint(path, KEYS, what="task 1 classifier")
     if state["format"] != FORMAT:
         raise InputError(f"{path} is a '{state['format']}' file, not a '{FORMAT}'; train the classifier again")

@@ -108,7 +108,7 @@ def find_cnn(checkpoint=None, dataset=None, allow_mismatch=False, device="cpu"):
     if path is None:
         print(ABSENT.format(command("task1_classification/train.py")))
         return None
-    cnn = CNN(path / "best.pt" if path.is_dir() else path, device)
+    cnn = CNN(path, device)
     print(cnn)
     if dataset is not None and cnn.dataset["name"] != dataset and not allow_mismatch:
         raise InputError(

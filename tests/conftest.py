@@ -108,7 +108,7 @@ def refused(capsys):
 
 @pytest.fixture(scope="session")
 def start_script():
-    """start_script(path or -m module, arguments, folder) -> a running Script, its output in folder/output.txt."""
+    """start_script([path, arguments], folder, ranks=1) -> a running Script, its output in folder/output.txt."""
     import processes
 
     processes.start_server(**KEEP_MEMORY, OMP_NUM_THREADS="1")

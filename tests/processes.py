@@ -50,13 +50,9 @@ def run_as_script(arguments, folder, environment, parent_path):
             del sys.modules[name]
     project = {str(ROOT), str(ROOT / "tests"), ""}
     sys.path[:] = [path for path in parent_path if path not in project]
-    sys.argv = arguments[1:] if arguments[0] == "-m" else arguments
-    if arguments[0] == "-m":
-        sys.path.insert(0, folder)
-        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
-    else:
-        sys.path.insert(0, str(Path(folder, arguments[0]).parent))
-        runpy.run_path(arguments[0], run_name="__main__")
+    sys.argv = arguments
+    sys.path.insert(0, str(Path(folder, arguments[0]).parent))
+    runpy.run_path(arguments[0], run_name="__main__")
 
 
 class Script:

@@ -15,6 +15,7 @@ from shared.report import PHANTOM
 from shared.runtime import save_checkpoint
 from task1_classification.evaluate import main as evaluate
 from task1_classification.infer import decision_of, main
+from task1_classification.model import load_classifier
 from task1_classification.train import main as train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -264,6 +265,11 @@ def test_dry_run(small_network, own_folder):
     main(["--dry-run"])
     rows = rows_of("outputs/task1_classification/infer/dry-run/predictions.csv")
     assert [r["path"] for r in rows] == [f"phantom-{i}" for i in range(4)] and not (own_folder / "models").exists()
+
+
+def test_the_folder_of_a_run_is_its_best_checkpoint(tiny_run):
+    by_folder, by_file = (load_classifier(path)[1] for path in (tiny_run.run_dir, tiny_run.checkpoint))
+    assert by_folder["weights_sha256"] == by_file["weights_sha256"]
 
 
 @pytest.mark.slow

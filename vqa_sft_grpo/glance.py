@@ -11,12 +11,11 @@ if __name__ == "__main__":
 import json
 from pathlib import Path
 
-from shared.metrics.statistics import holm
+from shared.metrics.statistics import FEW_CLUSTERS, holm
 from shared.report import PHANTOM, Report, markdown_table, number, p_value, percent, with_interval
 from shared.runtime import InputError, open_run_dir, pick_device, read_json, run_facts, write_json
 from vqa_sft_grpo.measures import THRESHOLDS, is_open, paired_difference, rate
 
-FEW_GROUPS = 30  # below that, percentile intervals are too short (shared/metrics/statistics.py)
 IN_NUMBERS = ("box IoU with the gold region", "caption-question similarity")  # of values_of; all others are shares
 
 
@@ -159,7 +158,7 @@ def write_comparison(run_dir, runs, found, warnings):
     )
     printed, groups = [], runs[0]["clusters"]["num_groups"]
     few = f" There are only {groups} image groups, so few that the intervals are too short: go by the p values."
-    few *= groups < FEW_GROUPS
+    few *= groups < FEW_CLUSTERS
     for style, measures in found.items():
         report.heading(f"{style} prompt")
         report.table(*comparison_table(measures))

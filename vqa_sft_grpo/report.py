@@ -9,8 +9,9 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
+from shared.metrics.statistics import FEW_CLUSTERS
 from shared.report import Report, number, p_value, percent, save_figure, short_path, with_interval
-from vqa_sft_grpo.glance import FEW_GROUPS, glance_section, unreadable_note
+from vqa_sft_grpo.glance import glance_section, unreadable_note
 from vqa_sft_grpo.prompting import REPAIR_LEVELS
 
 matplotlib.use("Agg")
@@ -241,7 +242,7 @@ def one_source(report, test):
         rows,
     )
     jpeg, shift = (percent(test["identity"][name]["flipped"]) for name in ("jpeg", "shift"))
-    few = ", so few that the intervals are too short: go by the p values" if every["num_groups"] < FEW_GROUPS else ""
+    few = ", so few that the intervals are too short: go by the p values" if every["num_groups"] < FEW_CLUSTERS else ""
     wrong, design = every["correct_to_wrong"], every["design_effect"]
     needed = "The difference seen is 0, so no number of cases would show it"
     if every["cases_needed"]:
